@@ -1,0 +1,292 @@
+"""What every kernel compiles to, read offline: `python -m bench.codegen [--json FILE]`. No GPU needed.
+
+The package's own launchers run under a driver that stands in for a GPU: Triton specialises and compiles just what it
+would there, and the launch is dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit
+its kernel fails here. Triton's own cuobjdump and nvdisasm then read the machine code.
+
+Exits with 1 on a spill, on attention without tensor-core instructions or with a serialised tensor-core pipeline, on
+RoPE or RMSNorm without 128-bit accesses, or on more shared memory than a block of the target may have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from llama_kernels.ops import rms_norm, rope
+from llama_kernels.ops.attention import backward, forward, tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One family of GPUs: how Triton names it, and the shared memory one block may use."""
+
+    gpu: GPUTarget
+    shared_limit: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+# --- what is compiled ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of a launcher. `label` names the shape and the options."""
+
+    op: str
+    label: str
+    launch: Callable[[], Any]
+    full: bool = False  # only with --full
+
+
+def cases() -> Iterator[Case]:
+    yield from _rms_norm_cases()
+    yield from _rope_cases()
+    yield from _attention_cases()
+
+
+def _rms_norm_cases() -> Iterator[Case]:
+    for N in (64, 128, 1024, 2048, 4096, 5120, 8192, 16384, 65536, 262144):
+        for fused in (False, True):
+            x = torch.empty(64, N, dtype=torch.bfloat16)
+            residual, weight, rstd = x if fused else None, torch.empty(N, dtype=torch.bfloat16), torch.empty(64, 1)
+            label = f"N={N}" + (" +residual" if fused else "")
+            yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): rms_norm._forward(*a))
+            grads = (x, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
+            yield Case("rms_norm", label, lambda a=grads: rms_norm._backward(*a))
+
+
+def _rope_cases() -> Iterator[Case]:
+    for D, R, Hq, Hkv in ((64, 64, 32, 8), (80, 80, 32, 32), (96, 96, 32, 8), (128, 128, 32, 8), (128, 64, 32, 8),
+                          (128, 128, 32, 1), (256, 256, 8, 4)):  # fmt: skip
+        for interleaved in (False, True):
+            q, k = (torch.empty(1, 32, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv))
+            table, positions = torch.empty(32, R // 2), torch.zeros(1, 32, dtype=torch.int64)
+            label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
+            yield Case(
+                "rope", label, lambda a=(q, k, table, table, positions, interleaved, False): rope._rotated(*a)
+            )
+
+
+def _attention_cases() -> Iterator[Case]:
+    # Every width class with and without masked columns; v narrower than q as multi-head latent attention has it.
+    widths = ((16, 16), (32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+    for D, DV in widths:
+        for dtype in (torch.bfloat16, torch.float32):
+            for features in ("causal", "all"):
+                # What a class shares with a wider case of its own is left to --full.
+                full = (D, DV) not in ((64, 64), (128, 128), (192, 128), (256, 256)) or (
+                    dtype == torch.float32 and features == "all"
+                )
+                label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
+                yield Case("attention", label, lambda a=(D, DV, dtype, features == "all"): _attention(*a), full)
+
+
+def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
+    B, Hq, Hkv, S = 2, 8, 2, 512
+    # 512 tokens hold packed sequences too, whose options are compiled together with all the others.
+    q, k, v, do = (
+        torch.empty(B, S, H, d, dtype=dtype).transpose(1, 2) for H, d in ((Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV))
+    )
+    lse = torch.empty(B, Hq, S)
+    if everything:
+        q, k, v, do = (x[0].transpose(0, 1) for x in (q, k, v, do))
+        lse = lse[0]
+        cu_seqlens, kv_start = torch.zeros(3, dtype=torch.int32), torch.zeros(S, dtype=torch.int32)
+        rest = (kv_start, cu_seqlens, cu_seqlens, S, S, 0.1, 30.0, 64, 0)
+        sinks, dlse = torch.empty(Hq), lse
+    else:
+        rest = (None, None, None, S, S, 0.1, None, None, 0)
+        sinks = dlse = None
+    forward.forward(q, k, v, sinks, *rest)
+    backward.backward(do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything)
+
+
+# --- compiling under a stand-in driver -------------------------------------------------------------------------------
+
+
+class _StandInDriver:
+    """Answers what Triton asks of a driver before it compiles. Every target is a device of its own to Triton's caches."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self._name].gpu
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self._name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
+    """The kernels that `case` launches on target `name`: (kernel name, triton's CompiledKernel)."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(tables, "arch_of", lambda _: name):
+        driver.set_active(_StandInDriver(name))
+        case.launch()
+    return compiled
+
+
+# --- reading machine code --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Report:
+    """One compiled kernel. Widths are in bits: of global accesses, with how many there are."""
+
+    target: str
+    op: str
+    kernel: str
+    label: str
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_core: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    faults: list[str] = dataclasses.field(default_factory=list)
+
+
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
+    reader = _read_nvidia if TARGETS[name].gpu.backend == "cuda" else _read_amd
+    report = Report(name, case.op, kernel, case.label, compiled.metadata.num_warps, 0, 0, compiled.metadata.shared,
+                    0, {}, {})  # fmt: skip
+    serialised = reader(compiled, report)
+    if report.spill_bytes:
+        report.faults.append(f"spills {report.spill_bytes} bytes")
+    if report.shared_bytes > TARGETS[name].shared_limit:
+        report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {TARGETS[name].shared_limit}")
+    if case.op == "attention" and "delta" not in kernel:
+        if "float32" not in case.label and not report.tensor_core:
+            report.faults.append("no tensor-core instruction")
+        if serialised:
+            report.faults.append("tensor-core pipeline serialised")
+    elif 128 not in report.loads or (128 not in report.stores and case.op != "attention" and "weight" not in kernel):
+        report.faults.append("no 128-bit global access")
+    return report
+
+
+def _read_nvidia(compiled: Any, report: Report) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([_TOOLS / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True)
+        sass = subprocess.run([_TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
+    report.registers, report.spill_bytes = registers, stack
+    ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass.stdout))
+    report.tensor_core = sum(n for op, n in ops.items() if re.match(r"(HMMA|HGMMA|UTC\w*MMA)", op))
+    for into, pattern in ((report.loads, r"LDG(?!DEPBAR)"), (report.stores, r"STG")):
+        for op, n in ops.items():
+            if re.match(pattern, op):
+                width = re.search(r"\.(64|128)(\.|$)", op)
+                bits = int(width[1]) if width else 16 if ".U16" in op else 8 if re.search(r"\.[US]8", op) else 32
+                into[bits] = into.get(bits, 0) + n
+    matmuls = sum(n for op, n in ops.items() if op.startswith("HGMMA"))
+    return bool(matmuls) and ops["WARPGROUP.ARRIVE"] >= matmuls
+
+
+def _read_amd(compiled: Any, report: Report) -> bool:
+    text = compiled.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+
+    report.registers = number("vgpr_count")
+    report.spill_bytes = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    report.tensor_core = len(re.findall(r"\bv_mfma_", text))
+    for into, verb in ((report.loads, "load"), (report.stores, "store")):
+        for width in re.findall(rf"\b(?:global|buffer)_{verb}_(\w+)", text):
+            dwords = re.match(r"dwordx(\d)", width)
+            bits = 32 * int(dwords[1]) if dwords else 32 if width.startswith("dword") else 16
+            into[bits] = into.get(bits, 0) + 1
+    return False
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def _work(job: tuple[str, int]) -> list[Report]:
+    name, index = job
+    case = list(cases())[index]
+    return [read(name, case, kernel, compiled) for kernel, compiled in compile_case(name, case)]
+
+
+def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
+    jobs = [(name, i) for i, case in enumerate(cases()) if full or not case.full for name in targets]
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return [report for reports in pool.map(_work, jobs) for report in reports]
+
+
+def show(reports: list[Report]) -> None:
+    columns = "{:8}{:30}{:38}{:>6}{:>6}{:>7}{:>9}{:>8}  {:22}{:22}{}"
+    print(columns.format("target", "kernel", "case", "warps", "regs", "spill", "shared", "tensor", "loads", "stores", ""))
+    for r in reports:
+        loads, stores = (" ".join(f"{n}x{bits}" for bits, n in sorted(w.items(), reverse=True)) for w in (r.loads, r.stores))
+        print(columns.format(r.target, r.kernel, r.label, r.warps, r.registers, r.spill_bytes, r.shared_bytes,
+                             r.tensor_core, loads, stores, "; ".join(r.faults)))  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", metavar="FILE", help="write the reports there too")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--full", action="store_true", help="every head width and dtype, not one of each kind")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    reports = collect(args.targets, args.full, args.workers)
+    show(reports)
+    faults = sum(bool(r.faults) for r in reports)
+    print(f"\n{len(reports)} kernels with triton {triton.__version__}, {faults} at fault")
+    if args.json:
+        records = [dataclasses.asdict(r) for r in reports]
+        Path(args.json).write_text(json.dumps({"triton": triton.__version__, "kernels": records}, indent=1) + "\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

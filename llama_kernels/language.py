@@ -1,0 +1,58 @@
+"""The language kernels are written in: Triton, and the few device functions every kernel shares.
+
+Triton exists for Linux only. Elsewhere the names below are hollow, so that modules which define kernels still import and
+CPU tensors still reach the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _Hollow:
+        """Stands where Triton is missing: any attribute and any call give it back."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self
+
+    triton = tl = _Hollow()
+    HAS_TRITON = INTERPRETED = False
+else:
+    HAS_TRITON = True
+    # Triton decides at decoration whether a kernel is compiled or interpreted, so this is fixed once imported.
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# The interpreter keeps bfloat16 as bare 16-bit integers: its loads and casts to float32 are right, its arithmetic, its
+# dot and its rounding are not. The two functions below are the only places that know.
+_BF16_IS_BITS: tl.constexpr = tl.constexpr(INTERPRETED)
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 `x` rounded once, to nearest even, to `dtype`. Compiled, this is `x.to(dtype)` and nothing else."""
+    if _BF16_IS_BITS and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = (bits >> 16) | 0x40  # the carry above would turn some NaNs into infinities
+        y = tl.where(x == x, nearest, quiet_nan).to(tl.uint16).to(dtype, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """`a @ b (+ acc)` on tensor cores with a float32 result; float32 operands are multiplied as such, never as TF32."""
+    if _BF16_IS_BITS and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -1,0 +1,298 @@
+"""Grouped-query attention, dense and packed: registered ops, autograd, public functions.
+
+forward.py and backward.py hold the kernels, tiles.py what they share on the device, tables.py their tile sizes and
+layout.py how a call looks to them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llama_kernels import reference
+from llama_kernels.ops.attention.backward import backward
+from llama_kernels.ops.attention.forward import forward
+from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
+from llama_kernels.runtime import (
+    autocast_dtype,
+    check_tensors,
+    last_dim_contiguous,
+    message,
+    needs_grad,
+    refuse_double_backward,
+    register,
+    shape_of,
+)
+
+# --- the same from plain PyTorch, for CPU tensors --------------------------------------------------------------------
+
+
+def _by_reference(
+    q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
+):  # fmt: skip
+    packed = () if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
+    function = reference.attention_varlen if packed else reference.attention
+    return function(
+        q, k, v, *packed, is_causal=False, scale=scale, softcap=softcap, sinks=sinks, kv_start=kv_start,
+        window_size=tuple(-1 if side is None else side for side in (left, right)), return_lse=True,
+    )  # fmt: skip
+
+
+def _forward_reference(q, k, v, *call):
+    out, lse = _by_reference(q, k, v, *call)
+    outputs = empty_outputs(q, v)
+    return outputs[0].copy_(out), outputs[1].copy_(lse)
+
+
+def _backward_reference(do, dlse, q, k, v, out, lse, sinks, *rest):
+    *call, need_dq, need_dk, need_dv, need_dsinks = rest
+    needed = (need_dq, need_dk, need_dv, need_dsinks)
+    grads = empty_grads(q, k, v, sinks, *needed)
+    with torch.enable_grad():
+        tensors = [None if x is None else x.detach().requires_grad_(need) for x, need in zip((q, k, v, sinks), needed, strict=True)]
+        out, lse = _by_reference(*tensors, *call)
+    asked = [i for i in range(4) if needed[i]]
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    results = torch.autograd.grad((out, lse), [tensors[i] for i in asked], (do, dlse))
+    for i, grad in zip(asked, results, strict=True):
+        grads[i].copy_(grad)
+    return grads
+
+
+# --- registered ops --------------------------------------------------------------------------------------------------
+
+_CALL = (
+    "Tensor? sinks, Tensor? kv_start, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt longest_q, SymInt longest_k, "
+    "float scale, float? softcap, SymInt? left, SymInt? right"
+)
+# -> out, lse (float32). Dense without cu_seqlens, when longest is Sq and Sk; left and right None: unlimited.
+_attention_forward = register(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
+    kernel=forward,
+    reference=_forward_reference,
+    fake=lambda q, k, v, *call: empty_outputs(q, v),
+)
+# -> dq, dk, dv, dsinks; empty where not needed
+_attention_backward = register(
+    f"attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_CALL}, "
+    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks) -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=backward,
+    reference=_backward_reference,
+    fake=lambda do, dlse, q, k, v, out, lse, sinks, *rest: empty_grads(q, k, v, sinks, *rest[-4:]),
+)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """(q, k, v, sinks or None) -> (out, lse). Saves these and recomputes the probabilities."""
+
+    @staticmethod
+    def forward(ctx, op, q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, *scalars):
+        out, lse = _attention_forward(q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, *scalars)
+        ctx.save_for_backward(q, k, v, out, lse, sinks, kv_start, cu_seqlens_q, cu_seqlens_k)
+        ctx.set_materialize_grads(False)
+        ctx.op, ctx.scalars = op, scalars
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, out, lse, sinks, *bounds = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:5]
+        do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
+        grads = _attention_backward(do, dlse, q, k, v, out, lse, sinks, *bounds, *ctx.scalars, *needed)
+        grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
+        return None, *grads, *[None] * (len(bounds) + len(ctx.scalars))
+
+
+def _apply(op, q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
+           is_causal, scale, window_size, softcap, return_lse):  # fmt: skip
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    left, right = (None if side < 0 else min(side, _UNLIMITED) for side in window_size)
+    right = 0 if is_causal else right
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
+    sinks = None if sinks is None else sinks.contiguous()
+    call = (sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right)
+    if needs_grad(q, k, v, sinks):
+        out, lse = _Attention.apply(op, q, k, v, *call)
+    else:
+        out, lse = _attention_forward(q, k, v, *call)
+    return (out, lse) if return_lse else out
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Grouped-query attention: out = softmax(q @ kᵀ · scale + mask) @ v, tile by tile, never writing the Sq x Sk matrix.
+
+    Query head h reads key and value head h // (Hq // Hkv); k and v are never repeated. Scores, softmax and sums are
+    float32; probabilities are rounded to v's dtype before they meet v. Blocks of keys that the mask hides are skipped.
+    Under autocast q, k and v are cast to its dtype. GQA: Ainslie et al., arXiv 2305.13245; the algorithm: Dao,
+    FlashAttention-2, arXiv 2307.08691.
+
+    Args:
+        q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 256. Any strides, (B, S, H, D) seen through
+            .transpose(1, 2) among them; a last dimension that is not contiguous is copied.
+        k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), of q's dtype, Hq a multiple of Hkv.
+        is_causal: query i sees keys j <= i + Sk - Sq. Aligned at the bottom right, as a KV cache needs it; PyTorch's
+            scaled_dot_product_attention aligns at the top left. Equal where Sq == Sk.
+        scale: of the scores; None is D ** -0.5.
+        window_size: (left, right), -1 for no limit: query i also sees only keys from i + Sk - Sq - left to
+            i + Sk - Sq + right, both included, as in flash-attn.
+        softcap: scores s become softcap · tanh(s / softcap).
+        sinks: (Hq,), one more logit a head, which takes its share of the softmax (and of lse) and gives no value.
+            Differentiable.
+        kv_start: (B, Sq) int32: row i also sees no key before kv_start[b, i]. Left-padded and packed batches without
+            unpadding, host sync or graph break; the blocks before it are skipped.
+        return_lse: also return the log of the sum of exponentials of each row's scores. Differentiable.
+        deterministic: True asks for gradients that repeat bit for bit, None follows
+            torch.are_deterministic_algorithms_enabled(). Every backward here is deterministic, so nothing changes.
+
+    Returns:
+        out, (B, Hq, Sq, Dv) in q's dtype and memory order; with return_lse also lse, (B, Hq, Sq) float32, natural
+        logarithm. A row that sees no key gives 0 and -inf (with sinks: 0 and the sink).
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype, or the dtypes of q, k and v differ.
+        ValueError: shapes, head counts, devices, window_size or softcap do not fit.
+    """
+    q, k, v = _to_autocast(q, k, v)
+    _check("attention", q, k, v, 4, window_size, softcap, scale, sinks, kv_start, deterministic)
+    return _apply(
+        "attention", q, k, v, sinks, kv_start, None, None, q.shape[2], k.shape[2],
+        is_causal, scale, window_size, softcap, return_lse,
+    )  # fmt: skip
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` of each sequence of a packed batch on its own.
+
+    Args:
+        q: (Tq, Hq, D); k, v: (Tk, Hkv, D) and (Tk, Hkv, Dv): the tokens of all sequences, one after another.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on the tensors' device: sequence b owns the tokens from
+            cu_seqlens[b] to cu_seqlens[b + 1]. Sequences may be empty. Values are never trusted: what points outside of
+            the tensors is clamped into them, since reading them back to check would stall the GPU.
+        max_seqlen_q, max_seqlen_k: no sequence is longer; what is, is cut off there.
+        kv_start: (Tq,) int32, counted from the first key of the row's own sequence.
+        Others as in `attention`, Sq and Sk being the lengths of each sequence.
+
+    Returns:
+        out, (Tq, Hq, Dv); with return_lse also lse, (Hq, Tq). Tokens that no sequence owns give 0 and -inf.
+
+    Raises:
+        TypeError, ValueError: as `attention`; also for cu_seqlens and max_seqlen of another kind or shape.
+    """
+    op = "attention_varlen"
+    q, k, v = _to_autocast(q, k, v)
+    _check(op, q, k, v, 3, window_size, softcap, scale, sinks, kv_start, deterministic)
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensors(op, (torch.int32,), **{name: x})
+        if x.ndim != 1 or not x.shape[0] or x.shape != cu_seqlens_q.shape:
+            wanted = "(batch + 1,), the same for queries and keys"
+            raise ValueError(message(op, name, shape_of(x), wanted))
+        if x.device != q.device:
+            raise ValueError(message(op, name, f"on {x.device}", f"the device of q, {q.device}"))
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(longest, (int, torch.SymInt)):
+            raise TypeError(message(op, name, f"a {type(longest).__name__}", "an int, known without asking the GPU"))
+        if longest < 0:
+            raise ValueError(message(op, name, longest, "a length"))
+    return _apply(
+        op, q, k, v, sinks, kv_start, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k,
+        is_causal, scale, window_size, softcap, return_lse,
+    )  # fmt: skip
+
+
+# A window this wide sees everything; wider ones would overflow where positions are added to it.
+_UNLIMITED = 2**30
+
+
+def _to_autocast(*tensors):
+    """q, k and v in the dtype of autocast, where it is on: as PyTorch's own attention has it."""
+    if not isinstance(tensors[0], torch.Tensor):
+        return tensors
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
+        return tensors
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
+
+
+def _check(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, deterministic):
+    check_tensors(op, q=q, k=k, v=v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            fix = "Cast them alike; under autocast with its dtype this happens by itself."
+            raise TypeError(message(op, name, x.dtype, f"the dtype of q, {q.dtype}", fix))
+    dims = "(B, H, S, D)" if ndim == 4 else "(tokens, H, D)"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != ndim:
+            raise ValueError(message(op, name, shape_of(x), dims))
+    heads, tokens = (1, 2) if ndim == 4 else (1, 0)
+    if ndim == 4 and k.shape[0] != q.shape[0]:
+        raise ValueError(message(op, "k", shape_of(k), f"the batch size of q, {q.shape[0]}"))
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(message(op, "k", shape_of(k), f"the head width of q, {q.shape[-1]}"))
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(message(op, "v", shape_of(v), f"k's shape {tuple(k.shape)} but for the last dimension"))
+    Hq, Hkv = q.shape[heads], k.shape[heads]
+    if Hq != 0 if Hkv == 0 else Hq % Hkv:
+        fix = f"Got q {tuple(q.shape)}, k {tuple(k.shape)}."
+        raise ValueError(message(op, "k", f"of {Hkv} heads", f"a divisor of q's {Hq} heads", fix))
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[-1] <= 256:
+            raise ValueError(message(op, name, shape_of(x), "a head width from 1 to 256"))
+
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(message(op, "window_size", repr(window_size), "(left, right)"))
+    for side in window_size:
+        if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
+            raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
+    if softcap is not None and not softcap > 0:
+        raise ValueError(message(op, "softcap", softcap, "a positive number, or None"))
+    if scale is not None and not abs(scale) < float("inf"):
+        raise ValueError(message(op, "scale", scale, "a finite number, or None"))
+    if deterministic not in (None, True, False):
+        raise TypeError(message(op, "deterministic", repr(deterministic), "True, False or None"))
+    if sinks is not None:
+        check_tensors(op, q=q, sinks=sinks)
+        if sinks.shape != (Hq,):
+            raise ValueError(message(op, "sinks", shape_of(sinks), f"({Hq},), one a query head"))
+    if kv_start is not None:
+        check_tensors(op, (torch.int32,), kv_start=kv_start)
+        rows = (q.shape[0], q.shape[tokens]) if ndim == 4 else (q.shape[tokens],)
+        if kv_start.shape != rows:
+            raise ValueError(message(op, "kv_start", shape_of(kv_start), f"{rows}, one a query row"))
+        if kv_start.device != q.device:
+            raise ValueError(message(op, "kv_start", f"on {kv_start.device}", f"the device of q, {q.device}"))

@@ -1,0 +1,328 @@
+"""Attention backward (arXiv 2307.08691): delta, then dk and dv a key tile, then dq a row tile. No atomics anywhere.
+
+With P = exp(logits - lse), dP = do @ v^T and delta = rowsum(o * do) - dlse, the gradient of the logits is
+dS = P * (dP - delta), and dv = P^T @ do, dk = dS^T @ q, dq = dS @ k. P is recomputed, never stored.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llama_kernels.language import LOG2E, cast, dot, tl, triton
+from llama_kernels.ops.attention.layout import (
+    Sizes,
+    call_scoring,
+    call_sizes,
+    call_widths,
+    call_window,
+    empty_grads,
+    far,
+    kv_start_strides,
+    lse_strides,
+    width_class,
+)
+from llama_kernels.ops.attention.tables import tile_for
+from llama_kernels.ops.attention.tiles import (
+    Mask,
+    key_blocks,
+    load_kv_start,
+    load_tile,
+    matrix,
+    offset,
+    probs_and_score_grads,
+    query_blocks,
+    query_tile,
+    sequence,
+    store_tile,
+    visible,
+)
+from llama_kernels.runtime import on_device_of, strides_of
+
+# --- delta, and the gradient of the sinks ----------------------------------------------------------------------------
+
+
+# lse2 and delta, which the two big kernels read in tiles, are padded to whole tiles of any BLOCK_M: every sequence of a
+# packed batch starts at a multiple of this, so that no tile of one reads the rows of the next.
+PADDING: tl.constexpr = tl.constexpr(128)
+
+
+@triton.jit
+def _padded(cu_seqlens_q_ptr, b, q_start):
+    """Where the rows of a sequence start in lse2 and delta; `_padded_rows` holds them all."""
+    start = q_start
+    if cu_seqlens_q_ptr is not None:
+        start = (q_start + b * PADDING) // PADDING * PADDING
+    return start
+
+
+def _padded_rows(sizes: Sizes, packed: bool) -> int:
+    """Rows of lse2 and delta a batch and head, or all sequences' together where they are packed."""
+    return sizes.Sq + sizes.B * PADDING.value if packed else triton.cdiv(sizes.Sq, PADDING.value) * PADDING.value
+
+
+@triton.jit
+def _delta_kernel(
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, lse2_ptr, delta_ptr, dsinks_ptr, cu_seqlens_q_ptr,
+    o_strides, do_strides, lse_strides, dlse_strides, delta_strides,
+    sizes,
+    DV: tl.constexpr, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """delta = sum(o * do) - dlse and lse2 = lse log2(e), for BLOCK_M rows of one head, and dsinks = -sum(p_sink * delta).
+
+    o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows past
+    Sq, up to the padding, get lse2 = inf and delta = 0, and rows without keys likewise: their probabilities are then 0.
+    dlse and sinks may be None. Bytes: o and do once. FLOPs: 2 DV a row.
+    """
+    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
+    start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    if sinks_ptr is not None:
+        tl.store(dsinks_ptr + tl.program_id(0), 0.0)
+    if m >= tl.cdiv(Sq, PADDING) * PADDING:
+        return
+    i = m + tl.arange(0, BLOCK_M)
+    o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    do = load_tile(matrix(do_ptr, do_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
+    if dlse_ptr is not None:
+        dlse_rows = offset(dlse_strides, b, h, start) + i.to(tl.int64) * dlse_strides[2]
+        delta -= tl.load(dlse_ptr + dlse_rows, mask=i < Sq, other=0.0)
+    lse = tl.load(lse_ptr + offset(lse_strides, b, h, start) + i, mask=i < Sq, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    padded = offset(delta_strides, b, h, _padded(cu_seqlens_q_ptr, b, start)) + i
+    tl.store(delta_ptr + padded, delta)
+    tl.store(lse2_ptr + padded, lse * LOG2E)
+    if sinks_ptr is not None:
+        p = tl.exp2((tl.load(sinks_ptr + h).to(tl.float32) - lse) * LOG2E)
+        tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(p * delta))
+
+
+# --- dk and dv -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _end_by_start(kv_start_ptr, strides, b, start, Sq, last, CHUNK: tl.constexpr):
+    """Past the last row whose kv_start lets it see any key up to `last`. kv_start need not be sorted."""
+    end = 0
+    base = kv_start_ptr + offset(strides, b, 0, start)
+    for chunk in range(0, Sq, CHUNK):
+        i = chunk + tl.arange(0, CHUNK)
+        kv_start = tl.load(base + i.to(tl.int64) * strides[2], mask=i < Sq, other=2147483647)
+        end = tl.maximum(end, tl.max(tl.where(kv_start <= last, i + 1, 0)))
+    return end
+
+
+@triton.jit
+def _add_dkdv(
+    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, q_strides, do_strides, delta_strides, kv_start_strides,
+    mask, j, b, h_kv, group, q_start, padded_start, Sq, begin, end, scoring,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dk and dv after the row blocks of every head of the group. Scores lie on their side: keys run down, rows across.
+    Rows past Sq take no part: their lse2 is inf, their p 0. Nor do keys past Sk: nobody stores them.
+
+    Every block is masked, if there is a mask: two loops of their own for the edges cost more, in pipelines filled and
+    drained for each head and in registers, than the compares do. For the registers' sake nothing is hoisted either.
+    """
+    MASKED: tl.constexpr = mask.left is not None or mask.right is not None or kv_start_ptr is not None
+    for h in tl.range(h_kv * group, h_kv * group + group, disable_licm=True):
+        Q, DO = matrix(q_ptr, q_strides, b, h, q_start), matrix(do_ptr, do_strides, b, h, q_start)
+        padded = offset(delta_strides, b, h, padded_start)
+        for m in tl.range(begin, end, BLOCK_M, disable_licm=True):
+            i = m + tl.arange(0, BLOCK_M)
+            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            lse2, delta = tl.load(lse2_ptr + padded + i), tl.load(delta_ptr + padded + i)  # [BLOCK_M]
+            qk = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
+            dp = dot(v, tl.trans(do))  # issued with the other product, so that the exponentials run beneath both
+            see = None
+            if MASKED:
+                kv_start = None
+                if kv_start_ptr is not None:
+                    kv_start = load_kv_start(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)[None, :]
+                see = visible(Mask(mask.shift, mask.left, mask.right, kv_start, None), i[None, :], j)
+            p, ds = probs_and_score_grads(qk, dp, lse2[None, :], delta[None, :], see, scoring)
+            if NEED_DV:
+                dv = dot(cast(p, do.dtype), do, dv)
+            if NEED_DK:
+                dk = dot(cast(ds, q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, kv_start_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_strides, k_strides, v_strides, do_strides, delta_strides, dk_strides, dv_strides, kv_start_strides,
+    sizes, scoring, window,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
+
+    The sum over the group happens here, in one program and one order: no atomics, no second pass, same bits every run.
+    Either of dk and dv may be None. Row blocks that see none of the keys are not visited. float32 sums.
+    Bytes: k, v, dk, dv once; q, do, lse, delta of the group once a key tile, from L2. FLOPs: 4 (D + DV) a visible pair.
+    """
+    pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
+    h_kv, b = pid % Hkv, pid // Hkv % sizes.B
+    n = pid // (Hkv * sizes.B) * BLOCK_N  # the first keys, which under a causal mask most rows see, come first
+    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    if n >= Sk:
+        return
+    j = n + tl.arange(0, BLOCK_N)[:, None]
+    last = tl.minimum(n + BLOCK_N, Sk) - 1
+    mask = Mask(Sk - Sq, window.left, window.right, None, None)
+    row_end = Sq
+    if kv_start_ptr is not None:
+        row_end = _end_by_start(kv_start_ptr, kv_start_strides, b, q_start, Sq, last, CHUNK=1024)
+    begin, end = query_blocks(mask, n, last, row_end, BLOCK_M)
+
+    k = load_tile(matrix(k_ptr, k_strides, b, h_kv, k_start), n, Sk, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v = load_tile(matrix(v_ptr, v_strides, b, h_kv, k_start), n, Sk, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk, dv = _add_dkdv(
+        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr,
+        q_strides, do_strides, delta_strides, kv_start_strides,
+        mask, j, b, h_kv, sizes.group, q_start, _padded(cu_seqlens_q_ptr, b, q_start), Sq, begin, end, scoring,
+        D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    if dk_ptr is not None:
+        DK = matrix(dk_ptr, dk_strides, b, h_kv, k_start)
+        store_tile(DK, n, Sk, dk * scoring.scale, D, FAR, BLOCK_N, BLOCK_D)
+    if dv_ptr is not None:
+        store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)
+
+
+# --- dq --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_dq(
+    dq, q, do, lse2, delta, K, V, mask, i, begin, end, scoring,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dq after the key blocks from begin to end. lse2, delta and i are [BLOCK_M, 1]."""
+    limit = mask.Sk if MASKED else None
+    for n in tl.range(begin, end, BLOCK_N):
+        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        dp = dot(do, tl.trans(v))
+        see = None
+        if MASKED:
+            see = visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :])
+        _, ds = probs_and_score_grads(qk, dp, lse2, delta, see, scoring)
+        dq = dot(cast(ds, k.dtype), k, dq)
+    return dq
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, kv_start_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_strides, k_strides, v_strides, do_strides, delta_strides, dq_strides, kv_start_strides,
+    sizes, scoring, window,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dq = dS @ k scale, for BLOCK_M rows of one head; it walks the same key blocks as the forward. float32 sums.
+
+    Bytes: q, do, dq once; k, v once a row tile, from L2. FLOPs: 2 (2 D + DV) a visible pair.
+    """
+    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
+    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    if m >= Sq:
+        return
+    i = m + tl.arange(0, BLOCK_M)[:, None]
+    kv_start = None
+    if kv_start_ptr is not None:
+        kv_start = load_kv_start(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+    mask = Mask(Sk - Sq, window.left, window.right, kv_start, Sk)
+    blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
+
+    q = load_tile(matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do = load_tile(matrix(do_ptr, do_strides, b, h, q_start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    padded = offset(delta_strides, b, h, _padded(cu_seqlens_q_ptr, b, q_start)) + i
+    lse2, delta = tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded)  # [BLOCK_M, 1]
+    K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
+    V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if window.left is not None or kv_start_ptr is not None:
+        dq = _add_dq(
+            dq, q, do, lse2, delta, K, V, mask, i, blocks.begin, blocks.full_begin, scoring,
+            D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    dq = _add_dq(
+        dq, q, do, lse2, delta, K, V, mask, i, blocks.full_begin, blocks.full_end, scoring,
+        D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    dq = _add_dq(
+        dq, q, do, lse2, delta, K, V, mask, i, blocks.full_end, blocks.end, scoring,
+        D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    DQ = matrix(dq_ptr, dq_strides, b, h, q_start)
+    store_tile(DQ, m, Sq, dq * scoring.scale, D, FAR, BLOCK_M, BLOCK_D)
+
+
+# --- launcher --------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    do, dlse, q, k, v, o, lse, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
+    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks,
+):  # fmt: skip
+    """Launch; arguments and results as `llama_kernels::attention_backward`."""
+    dq, dk, dv, dsinks = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)
+    if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
+    lse2, delta, dsinks = _launch_delta(o, do, lse, dlse, sinks if need_dsinks else None, dsinks, cu_seqlens_q, sizes)
+    # What both big kernels take, in their order.
+    given, given_strides = (q, k, v, do, lse2, delta), (*map(strides_of, (q, k, v, do)), lse_strides(delta))
+    bounds, bounds_strides = (kv_start, cu_seqlens_q, cu_seqlens_k), kv_start_strides(kv_start)
+    rest = (sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k))
+    flags = {**call_widths(q, v), "FAR": far(q, k, v, do)}
+    with on_device_of(q):
+        tile = tile_for("dkdv", q, v)
+        programs = triton.cdiv(longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // sizes.group)
+        grads = (dk if need_dk else None, dv if need_dv else None)
+        for pair in ((grads[0], None), (None, grads[1])) if tile.split else (grads,):
+            if programs and pair != (None, None):
+                _dkdv_kernel[(programs,)](
+                    *given, *pair, *bounds,
+                    *given_strides, *(None if x is None else strides_of(x) for x in pair), bounds_strides,
+                    *rest, **flags, **tile.launch_options,
+                )  # fmt: skip
+
+        tile = tile_for("dq", q, v)
+        programs = triton.cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
+        if programs and need_dq:
+            _dq_kernel[(programs,)](
+                *given, dq, *bounds, *given_strides, strides_of(dq), bounds_strides,
+                *rest, **flags, **tile.launch_options,
+            )  # fmt: skip
+    return dq, dk, dv, dsinks
+
+
+def _launch_delta(o, do, lse, dlse, sinks, dsinks, cu_seqlens_q, sizes):
+    """lse2 and delta, (B, Hq, padded Sq) or packed (Hq, padded Tq), and dsinks, filled where `sinks` is given."""
+    lse2, delta = lse.new_empty(2, *lse.shape[:-1], _padded_rows(sizes, cu_seqlens_q is not None))
+    BLOCK_DV = width_class(o.shape[-1])
+    BLOCK_M = min(max(4096 // BLOCK_DV, 16), PADDING.value)  # 32 elements a thread, and a divisor of PADDING
+    tiles = triton.cdiv(sizes.longest_q, PADDING.value) * (PADDING.value // BLOCK_M)
+    programs = tiles * sizes.B * sizes.Hq
+    if not programs:
+        return lse2, delta, dsinks.zero_()
+    shares = None if sinks is None else lse.new_empty(programs // sizes.Hq, sizes.Hq)  # heads run fastest over programs
+    with on_device_of(o):
+        _delta_kernel[(programs,)](
+            o, do, lse, dlse, sinks, lse2, delta, shares, cu_seqlens_q,
+            strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
+            lse_strides(delta), sizes,
+            DV=o.shape[-1], FAR=far(o, do), BLOCK_M=BLOCK_M, BLOCK_DV=BLOCK_DV, num_warps=4,
+        )  # fmt: skip
+    return lse2, delta, dsinks if sinks is None else shares.sum(0).to(sinks.dtype)

@@ -1,0 +1,128 @@
+"""Attention forward (FlashAttention, arXiv 2205.14135 and 2307.08691): the kernel and its launcher."""
+
+from __future__ import annotations
+
+import math
+
+from llama_kernels.language import LN2, LOG2E, dot, tl, triton
+from llama_kernels.ops.attention.layout import (
+    call_scoring,
+    call_sizes,
+    call_widths,
+    call_window,
+    empty_outputs,
+    far,
+    kv_start_strides,
+    lse_strides,
+)
+from llama_kernels.ops.attention.tables import tile_for
+from llama_kernels.ops.attention.tiles import (
+    Mask,
+    SoftmaxState,
+    key_blocks,
+    load_kv_start,
+    load_tile,
+    logits,
+    matrix,
+    offset,
+    online_softmax_step,
+    query_tile,
+    sequence,
+    store_tile,
+    visible,
+)
+from llama_kernels.runtime import on_device_of, strides_of
+
+
+@triton.jit
+def _attend(
+    state, q, K, V, mask, i, begin, end, scoring,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """`state` after the key blocks from begin to end."""
+    limit = mask.Sk if MASKED else None
+    for n in tl.range(begin, end, BLOCK_N):
+        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        s = logits(dot(q, tl.trans(k)), scoring)  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            s = tl.where(visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
+        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        state = online_softmax_step(state, s, v, scoring.unit, MASKED)
+    return state
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, kv_start_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides,
+    sizes, scoring, window,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """o = softmax(q @ k^T scale + mask) @ v and lse = log(sum(exp(q @ k^T scale + mask))), BLOCK_M rows of one head.
+
+    q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, DV), o as q with DV, lse (B, Hq, Sq) float32; head h reads key
+    head h // group. Scores, softmax and sums are float32; p is rounded to v's dtype for the second product.
+    Keys that no row of the tile sees are not visited, and only blocks at the edge of the mask pay for it.
+    Bytes: q, o once; k, v once a row tile, from L2. FLOPs: 2 (D + DV) a visible pair.
+    """
+    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
+    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    if m >= Sq:
+        return
+    i = m + tl.arange(0, BLOCK_M)[:, None]
+    kv_start = None
+    if kv_start_ptr is not None:
+        kv_start = load_kv_start(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+    mask = Mask(Sk - Sq, window.left, window.right, kv_start, Sk)
+    blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
+
+    peak, mass = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:  # a logit that takes mass and gives no value
+        peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
+    state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
+    q = load_tile(matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
+    V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
+    if window.left is not None or kv_start_ptr is not None:
+        state = _attend(
+            state, q, K, V, mask, i, blocks.begin, blocks.full_begin, scoring,
+            D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    state = _attend(
+        state, q, K, V, mask, i, blocks.full_begin, blocks.full_end, scoring,
+        D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    state = _attend(
+        state, q, K, V, mask, i, blocks.full_end, blocks.end, scoring,
+        D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+
+    mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: 0 / 1, and its peak is still -inf
+    o = state.acc * (1.0 / mass)[:, None]  # [BLOCK_M, BLOCK_DV]
+    store_tile(matrix(o_ptr, o_strides, b, h, q_start), m, Sq, o, DV, FAR, BLOCK_M, BLOCK_DV)
+    lse = (state.peak + tl.log2(mass)) * LN2  # [BLOCK_M]
+    rows = m + tl.arange(0, BLOCK_M)
+    tl.store(lse_ptr + offset(lse_strides, b, h, q_start) + rows, lse, mask=rows < Sq)
+
+
+def forward(q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right):
+    """Launch; arguments and results as `llama_kernels::attention_forward`."""
+    o, lse = empty_outputs(q, v)
+    if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
+        o.zero_()
+        lse.fill_(-math.inf)
+    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
+    tile = tile_for("forward", q, v)
+    programs = triton.cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
+    if programs:
+        with on_device_of(q):
+            _forward_kernel[(programs,)](
+                q, k, v, o, lse, sinks, kv_start, cu_seqlens_q, cu_seqlens_k,
+                *map(strides_of, (q, k, v, o)), lse_strides(lse), kv_start_strides(kv_start),
+                sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
+                **call_widths(q, v), FAR=far(q, k, v, o), **tile.launch_options,
+            )  # fmt: skip
+    return o, lse

@@ -1,0 +1,234 @@
+"""What the attention kernels share on the device: where a tile lies, which blocks it visits, the mask, the softmax.
+
+Names: query row i of a sequence of Sq, key j of one of Sk; BLOCK_M query rows, BLOCK_N keys; D and DV the head widths of
+q, k and of v, BLOCK_D and BLOCK_DV the powers of two that hold them. Every tensor is addressed by the strides of
+(batch, head, token); packed sequences have batch stride 0 and start at their own token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llama_kernels.language import LOG2E, cast, dot, tl, triton
+
+
+class Matrix(NamedTuple):
+    """One head of one sequence: row r begins at base + r * stride."""
+
+    base: tl.tensor
+    stride: tl.tensor
+
+
+class Mask(NamedTuple):
+    """What decides whether query i sees key j. A None asks nothing."""
+
+    shift: tl.tensor  # Sk - Sq: query i stands at key i + shift, the last query at the last key
+    left: tl.tensor  # keys before its own that a query sees
+    right: tl.tensor  # keys after its own that a query sees; 0 is causal
+    kv_start: tl.tensor  # the first key each row of a tile sees, in the shape of i
+    Sk: tl.tensor  # keys; None where keys past the end may get anything
+
+
+class KeyBlocks(NamedTuple):
+    """Whole blocks, whatever the numbers: begin <= full_begin <= full_end. From full_begin to full_end, no mask."""
+
+    begin: tl.tensor
+    full_begin: tl.tensor
+    full_end: tl.tensor
+    end: tl.tensor
+
+
+class SoftmaxState(NamedTuple):
+    """Softmax over the keys so far: out = acc / mass and lse = (peak + log2(mass)) / log2(e)."""
+
+    acc: tl.tensor  # [BLOCK_M, BLOCK_DV]
+    mass: tl.tensor  # [BLOCK_M]
+    peak: tl.tensor  # [BLOCK_M], the largest score, in base 2
+
+
+# --- where things lie ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def query_tile(pid, sizes, BLOCK_M: tl.constexpr):
+    """First row, head and batch of a program over row tiles. The last rows, which a causal mask makes the longest, come
+    first; heads run fastest, so that neighbours share keys."""
+    heads = sizes.B * sizes.Hq
+    tile = tl.num_programs(0) // heads - 1 - pid // heads
+    return tile * BLOCK_M, pid % sizes.Hq, pid // sizes.Hq % sizes.B
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, b, size, longest):
+    """First token and length of sequence b: all of it, or as cu_seqlens says, but never outside of the tensor."""
+    start = tl.full([], 0, tl.int64)
+    length = size
+    if cu_seqlens_ptr is not None:
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), size)
+        last = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), first), size)
+        start = first.to(tl.int64)
+        length = tl.minimum(last - first, longest)
+    return start, length
+
+
+@triton.jit
+def offset(strides, b, h, start):
+    """Of head h of a sequence, in elements. 64-bit: any of the products may pass 2^31."""
+    return tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1] + start * strides[2]
+
+
+@triton.jit
+def matrix(ptr, strides, b, h, start):
+    return Matrix(ptr + offset(strides, b, h, start), strides[2])
+
+
+@triton.jit
+def _tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    if FAR:  # a stride so long that even BLOCK of them pass 2^31
+        rows = rows.to(tl.int64)
+    return x.base + tl.cast(first, tl.int64) * x.stride + (rows[:, None] * x.stride + tl.arange(0, BLOCK_D)[None, :])
+
+
+@triton.jit
+def load_tile(
+    x, first, limit, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows first to first + BLOCK, as [BLOCK, BLOCK_D]; zeros past D and from row `limit` on (None: all are there)."""
+    ptrs = _tile_ptrs(x, first, FAR, BLOCK, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    if limit is None:
+        tile = tl.load(ptrs) if D == BLOCK_D else tl.load(ptrs, mask=d < D, other=0.0)
+    else:
+        there = first + tl.arange(0, BLOCK)[:, None] < limit
+        tile = tl.load(ptrs, mask=there if D == BLOCK_D else there & (d < D), other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    x, first, limit, tile, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Round `tile` [BLOCK, BLOCK_D] once and store its rows below `limit`, its columns below D."""
+    there = (first + tl.arange(0, BLOCK)[:, None] < limit) & (tl.arange(0, BLOCK_D)[None, :] < D)
+    tl.store(_tile_ptrs(x, first, FAR, BLOCK, BLOCK_D), cast(tile, x.base.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def load_kv_start(kv_start_ptr, strides, b, start, i, Sq):
+    """kv_start of rows i, in their shape; rows from Sq on repeat row Sq - 1, and so change no bound."""
+    rows = tl.minimum(i, Sq - 1).to(tl.int64)
+    return tl.load(kv_start_ptr + offset(strides, b, 0, start) + rows * strides[2])
+
+
+# --- the mask, and which blocks it leaves ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _both(see, more):
+    return more if see is None else see & more
+
+
+@triton.jit
+def visible(mask, i, j):
+    """May query i see key j? The one predicate of the package, in the shape that i and j broadcast to."""
+    see = None
+    if mask.Sk is not None:
+        see = _both(see, j < mask.Sk)
+    if mask.right is not None:
+        see = _both(see, j <= i + (mask.shift + mask.right))
+    if mask.left is not None:
+        see = _both(see, j >= i + (mask.shift - mask.left))
+    if mask.kv_start is not None:
+        see = _both(see, j >= mask.kv_start)
+    return see
+
+
+@triton.jit
+def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
+    """The blocks of keys that any of query rows first to last sees, and those that all of them see whole.
+
+    Where nothing cuts the keys off from below they start at 0, as a constant: ptxas serialises the tensor-core pipeline
+    of a first loop whose start it cannot see.
+    """
+    begin, full_begin = 0, 0
+    end, full_end = mask.Sk, mask.Sk
+    if mask.left is not None:
+        begin, full_begin = first + mask.shift - mask.left, last + mask.shift - mask.left
+    if mask.right is not None:
+        end = tl.minimum(end, last + mask.shift + mask.right + 1)
+        full_end = tl.minimum(full_end, first + mask.shift + mask.right + 1)
+    if mask.kv_start is not None:
+        begin, full_begin = tl.maximum(begin, tl.min(mask.kv_start)), tl.maximum(full_begin, tl.max(mask.kv_start))
+    end = tl.maximum(end, 0)
+    if mask.left is not None or mask.kv_start is not None:
+        begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
+        full_begin = tl.minimum(tl.cdiv(tl.maximum(full_begin, begin), BLOCK_N), tl.cdiv(end, BLOCK_N)) * BLOCK_N
+    full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
+    return KeyBlocks(begin, full_begin, full_end, end)
+
+
+@triton.jit
+def query_blocks(mask, first, last, end, BLOCK_M: tl.constexpr):
+    """First row and end of the blocks of query rows, of those below `end`, that see any of keys first to last."""
+    begin = 0
+    if mask.right is not None:
+        begin = tl.maximum(first - mask.shift - mask.right, 0)
+    if mask.left is not None:
+        end = tl.minimum(end, last - mask.shift + mask.left + 1)
+    return begin // BLOCK_M * BLOCK_M, end
+
+
+# --- scores and softmax ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """To float32 rounding. Near zero by its series: (1 - e) / (1 + e) cancels there."""
+    z = x * x
+    near = x * (1.0 + z * (-1.0 / 3 + z * (2.0 / 15 + z * (-17.0 / 315 + z * (62.0 / 2835)))))
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(z < 0.0625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def logits(qk, scoring):
+    """q @ k^T as the softmax takes it, in units of scoring.unit: exp(logit) is exp2(s * unit)."""
+    s = qk
+    if scoring.prescale is not None:
+        s = qk * scoring.prescale
+    if scoring.softcap is not None:
+        s = scoring.softcap * tanh(s / scoring.softcap)
+    return s
+
+
+@triton.jit
+def online_softmax_step(state, s, v, unit, MASKED: tl.constexpr):
+    """Take in scores s [BLOCK_M, BLOCK_N] and values v [BLOCK_N, BLOCK_DV]: rescale what is there, add what comes."""
+    peak = tl.maximum(state.peak, tl.max(s, 1) * unit)
+    base = peak
+    if MASKED:
+        base = tl.where(peak == float("-inf"), 0.0, peak)  # no key seen yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
+    p = tl.exp2(s * unit - base[:, None])  # [BLOCK_M, BLOCK_N]
+    shrink = tl.exp2(state.peak - base)
+    mass = state.mass * shrink + tl.sum(p, 1)
+    acc = dot(cast(p, v.dtype), v, state.acc * shrink[:, None])
+    return SoftmaxState(acc, mass, peak)
+
+
+@triton.jit
+def probs_and_score_grads(qk, dp, lse2, delta, see, scoring):
+    """p = exp(logits - lse) and ds = p (dp - delta) on the way back to q @ k^T, short of the factor scoring.scale.
+
+    Either way up: lse2 (lse in base 2), delta and see, which may be None, broadcast against qk.
+    """
+    s = logits(qk, scoring)
+    p = tl.exp2(s * scoring.unit - lse2)
+    if see is not None:
+        p = tl.where(see, p, 0.0)
+    ds = p * (dp - delta)
+    if scoring.softcap is not None:
+        capped = s / scoring.softcap
+        ds *= 1.0 - capped * capped
+    return p, ds

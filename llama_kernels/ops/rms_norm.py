@@ -1,0 +1,564 @@
+"""RMSNorm, alone and behind a residual add: tiles, kernels, launchers, registered ops, autograd, public functions.
+
+A row is one vector over the last dimension. Rows may lie anywhere: every tensor travels with the strides of up to three
+row dimensions, so a per-head norm reads a packed projection in place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from llama_kernels import reference
+from llama_kernels.language import cast, tl, triton
+from llama_kernels.runtime import (
+    check_tensors,
+    empty_in_order_of,
+    last_dim_contiguous,
+    message,
+    needs_grad,
+    on_device_of,
+    processors_of,
+    refuse_double_backward,
+    register,
+    shape_of,
+)
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+class RowTile(NamedTuple):
+    """One program's tile: BLOCK_R rows of BLOCK_N columns. A row longer than BLOCK_N is walked in steps."""
+
+    BLOCK_R: int
+    BLOCK_N: int
+    num_warps: int
+
+
+def row_tile(pass_: str, N: int) -> RowTile:
+    """The tile for rows of N elements in `pass_`: "forward", "backward" (dx, and dw beside it) or "weight_grad"."""
+    longest, warps_at = _ROW_TILES[pass_]
+    BLOCK_N = min(max(triton.next_power_of_2(N), 16), longest)
+    elements, num_warps = next(row for width, *row in warps_at if BLOCK_N <= width)
+    return RowTile(max(elements // BLOCK_N, 1), BLOCK_N, num_warps)
+
+
+# pass: (widest tile, ((up to this width, elements a program, warps), ...)). A thread needs 8 bf16 elements for a 16-byte
+# access, that is 256 elements a warp. Many short rows share a program; one row a program from 4096 on.
+_ROW_TILES = {
+    # 32 elements a thread at 16384: 63 registers on sm_90, no spill; longer rows are read twice, the second time from L2.
+    "forward": (16384, ((1024, 4096, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 16))),
+    # dw stays in registers beside x and dy, which ends at 8192: 16384 spills at any number of warps.
+    "backward": (8192, ((1024, 4096, 4), (4096, 4096, 8), (8192, 8192, 16))),
+    # Column blocks, rows split over programs: narrow enough that 64 columns still make whole 128-byte lines.
+    "weight_grad": (256, ((256, 4096, 4),)),
+}
+
+# Programs a multiprocessor in the two row-strided kernels: two waves hide latency, more only add partials to sum.
+_WAVES = 2
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_starts(rows, row_sizes, strides):
+    """Where each row starts, in elements. `rows` counts over three dimensions, the last two of sizes `row_sizes`."""
+    inner = rows % row_sizes[1]
+    middle = rows // row_sizes[1] % row_sizes[0]
+    outer = rows // row_sizes[1] // row_sizes[0]
+    return outer.to(tl.int64) * strides[0] + middle.to(tl.int64) * strides[1] + inner.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def _load(row_ptrs, cols, mask):
+    return tl.load(row_ptrs[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_scale(weight_ptr, cols, offset, N: tl.constexpr):
+    """offset + weight as [1, BLOCK_N]; 1 where there is no weight."""
+    if weight_ptr is None:
+        scale = tl.full([1, 1], 1.0, tl.float32)
+    else:
+        scale = offset + tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return scale
+
+
+@triton.jit
+def _load_summed(x_rows, residual_rows, s_ptr, cols, mask):
+    """x, or x + residual as the residual stream will hold it: rounded to its dtype before it is normalised."""
+    s = _load(x_rows, cols, mask)
+    if residual_rows is not None:
+        s = cast(s + _load(residual_rows, cols, mask), s_ptr.dtype.element_ty).to(tl.float32)
+    return s
+
+
+@triton.jit
+def _rms_norm_forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    s_ptr,
+    rstd_ptr,
+    x_strides,
+    residual_strides,
+    y_strides,
+    s_strides,
+    rstd_strides,
+    row_sizes,
+    M,
+    eps,
+    offset,
+    N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """s = x (+ residual);  rstd = 1 / sqrt(mean(s^2) + eps);  y = s * rstd * (offset + weight), for BLOCK_R rows.
+
+    x, residual, y, s: (M, N); weight: (N,); rstd: (M,), float32. residual, s and weight may be None. float32 inside.
+    Bytes: x, residual in, y, s out, once each; rows longer than BLOCK_N are read twice. FLOPs: 4 M N.
+    """
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = rows < M
+    x_rows = x_ptr + _row_starts(rows, row_sizes, x_strides)
+    y_rows = y_ptr + _row_starts(rows, row_sizes, y_strides)
+    residual_rows = residual_ptr
+    if residual_ptr is not None:
+        residual_rows = residual_ptr + _row_starts(rows, row_sizes, residual_strides)
+        s_rows = s_ptr + _row_starts(rows, row_sizes, s_strides)
+
+    s = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_R], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (cols < N)[None, :]
+        s = _load_summed(x_rows, residual_rows, s_ptr, cols, mask)  # [BLOCK_R, BLOCK_N]
+        squares += tl.sum(s * s, 1)
+        if residual_ptr is not None:
+            tl.store(s_rows[:, None] + cols[None, :], cast(s, s_ptr.dtype.element_ty), mask=mask)
+    rstd = 1.0 / tl.sqrt_rn(squares / N + eps)  # [BLOCK_R]
+    tl.store(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), rstd, mask=live)
+
+    for n in range(0, N, BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (cols < N)[None, :]
+        if N > BLOCK_N:  # else the one tile is still in registers
+            s = _load_summed(x_rows, residual_rows, s_ptr, cols, mask)
+        y = s * rstd[:, None] * _load_scale(weight_ptr, cols, offset, N)
+        tl.store(y_rows[:, None] + cols[None, :], cast(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    dy_ptr,
+    ds_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dw_ptr,
+    dy_strides,
+    ds_strides,
+    x_strides,
+    rstd_strides,
+    dx_strides,
+    row_sizes,
+    M,
+    eps,
+    offset,
+    N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dx = rstd * (g - xhat * mean(g * xhat)) (+ ds), with xhat = x * rstd, g = dy * (offset + weight); dw = sum(dy * xhat).
+
+    A program takes every num_programs-th tile of BLOCK_R rows and, where a row fits one tile, keeps its share of dw in
+    registers and writes it once to its own row of dw_ptr (programs, N). ds, weight and dw may be None. float32 inside.
+    Bytes: dy, x (and ds) in, dx out, once each; rows longer than BLOCK_N are read twice. FLOPs: 10 M N.
+    """
+    tl.static_assert(dw_ptr is None or N <= BLOCK_N, "dw is kept only where a row fits one tile")
+    first_cols = tl.arange(0, BLOCK_N)
+    scale = _load_scale(weight_ptr, first_cols, offset, N)  # [1, BLOCK_N]
+    dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_R, M, tl.num_programs(0) * BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        live = rows < M
+        dy_rows = dy_ptr + _row_starts(rows, row_sizes, dy_strides)
+        x_rows = x_ptr + _row_starts(rows, row_sizes, x_strides)
+        dx_rows = dx_ptr + _row_starts(rows, row_sizes, dx_strides)
+        if ds_ptr is not None:
+            ds_rows = ds_ptr + _row_starts(rows, row_sizes, ds_strides)
+        rstd = tl.load(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), mask=live, other=0.0)[:, None]
+
+        g = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+        xhat = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+        mean = tl.zeros([BLOCK_R], tl.float32)
+        for n in range(0, N, BLOCK_N):
+            cols = n + first_cols
+            mask = live[:, None] & (cols < N)[None, :]
+            xhat = _load(x_rows, cols, mask) * rstd  # [BLOCK_R, BLOCK_N]
+            g = _load(dy_rows, cols, mask)
+            if dw_ptr is not None:
+                dw += g * xhat
+            if N > BLOCK_N:
+                scale = _load_scale(weight_ptr, cols, offset, N)
+            g *= scale
+            mean += tl.sum(g * xhat, 1)
+        mean = mean[:, None] / N
+
+        for n in range(0, N, BLOCK_N):
+            cols = n + first_cols
+            mask = live[:, None] & (cols < N)[None, :]
+            if N > BLOCK_N:  # else the one tile is still in registers
+                xhat = _load(x_rows, cols, mask) * rstd
+                g = _load(dy_rows, cols, mask) * _load_scale(weight_ptr, cols, offset, N)
+            if N == 1:
+                dx = g * rstd * (eps * rstd * rstd)  # 1 - xhat^2, which the difference below would cancel away
+            else:
+                dx = rstd * (g - xhat * mean)
+            if ds_ptr is not None:
+                dx += _load(ds_rows, cols, mask)
+            tl.store(dx_rows[:, None] + cols[None, :], cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+
+    if dw_ptr is not None:
+        tl.store(dw_ptr + tl.program_id(0) * N + first_cols, tl.sum(dw, 0), mask=first_cols < N)
+
+
+@triton.jit
+def _rms_norm_weight_grad_kernel(
+    dy_ptr,
+    x_ptr,
+    rstd_ptr,
+    dw_ptr,
+    dy_strides,
+    x_strides,
+    rstd_strides,
+    row_sizes,
+    M,
+    N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dw = sum(dy * x * rstd) over rows, alone: for rows too long to keep dw beside them, and where dx is not asked for.
+
+    Program (c, p) sums BLOCK_N columns over every num_programs(1)-th tile of BLOCK_R rows into row p of dw_ptr.
+    Bytes: dy and x in, once each. FLOPs: 3 M N.
+    """
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for start in range(tl.program_id(1) * BLOCK_R, M, tl.num_programs(1) * BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        rstd = tl.load(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), mask=rows < M, other=0.0)
+        xhat = _load(x_ptr + _row_starts(rows, row_sizes, x_strides), cols, mask) * rstd[:, None]
+        dw += _load(dy_ptr + _row_starts(rows, row_sizes, dy_strides), cols, mask) * xhat
+    tl.store(dw_ptr + tl.program_id(1) * N + cols, tl.sum(dw, 0), mask=cols < N)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """The rows of tensors that share their leading dimensions, as up to three dimensions with strides of their own."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    count: int
+    sizes: tuple[int, int]  # of the two inner dimensions
+    strides: tuple[tuple[int, int, int] | None, ...]  # a tensor
+
+
+def _rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> _Rows:
+    """Merge leading dimensions wherever every tensor lets them, in the memory order of `lead`."""
+    tensors = (lead, *others)
+    present = [t for t in tensors if t is not None]
+    merged: list[tuple[int, list[int]]] = []  # (size, strides of the tensors present), outermost first
+    for d in sorted(range(lead.ndim - 1), key=lambda d: lead.stride(d) or math.inf, reverse=True):
+        size, strides = lead.shape[d], [t.stride(d) for t in present]
+        if size == 1:
+            continue
+        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], strides, strict=True)):
+            merged[-1] = (merged[-1][0] * size, strides)
+        else:
+            merged.append((size, strides))
+    if len(merged) > 3:
+        # More dimensions than a kernel walks: copy what is not dense in the order of `lead`, which merges into one.
+        return _rows_of(*(None if t is None else _dense_in_order_of(lead, t) for t in tensors))
+    merged += [(1, [0] * len(present))] * (3 - len(merged))
+    sizes, strides = zip(*merged, strict=True)
+    each = iter(zip(*strides, strict=True))
+    return _Rows(tensors, math.prod(sizes), sizes[1:], tuple(None if t is None else next(each) for t in tensors))
+
+
+def _dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    dense = empty_in_order_of(lead, x.shape, x.dtype)
+    return x if x.stride() == dense.stride() else dense.copy_(x)
+
+
+def _forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, offset: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, s, rstd = _forward_fake(x, residual, weight, eps, offset)
+    rows = _rows_of(x, residual, y, None if residual is None else s, rstd)
+    if rows.count and x.shape[-1]:
+        x_, residual_, y_, s_, rstd_ = rows.tensors
+        tile = row_tile("forward", x.shape[-1])
+        with on_device_of(x):
+            _rms_norm_forward_kernel[(triton.cdiv(rows.count, tile.BLOCK_R),)](
+                x_, residual_, weight, y_, s_, rstd_, *rows.strides, rows.sizes, rows.count, eps, offset,
+                N=x.shape[-1], BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps,
+            )  # fmt: skip
+    return y, s, rstd
+
+
+def _backward(
+    dy: torch.Tensor,
+    ds: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    eps: float,
+    offset: float,
+    grad_dtype: torch.dtype,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, dw = _backward_fake(dy, ds, x, weight, rstd, eps, offset, grad_dtype, need_dx, need_dw)
+    N = x.shape[-1]
+    rows = _rows_of(x, dy, ds, rstd, dx if need_dx else None)
+    if not rows.count or not N:
+        return dx, dw.zero_()
+    x_, dy_, ds_, rstd_, dx_ = rows.tensors
+    x_strides, dy_strides, ds_strides, rstd_strides, dx_strides = rows.strides
+    programs = _WAVES * processors_of(x.device)
+    partials = None
+    with on_device_of(x):
+        if need_dx:
+            tile = row_tile("backward", N)
+            grid = min(programs, triton.cdiv(rows.count, tile.BLOCK_R))
+            if need_dw and N <= tile.BLOCK_N:
+                partials = x.new_empty((grid, N), dtype=torch.float32)
+            _rms_norm_backward_kernel[(grid,)](
+                dy_, ds_, x_, weight, rstd_, dx_, partials,
+                dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, rows.sizes, rows.count, eps, offset,
+                N=N, BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps,
+            )  # fmt: skip
+        if need_dw and partials is None:
+            tile = row_tile("weight_grad", N)
+            columns = triton.cdiv(N, tile.BLOCK_N)
+            splits = min(triton.cdiv(programs, columns), triton.cdiv(rows.count, tile.BLOCK_R))
+            partials = x.new_empty((splits, N), dtype=torch.float32)
+            _rms_norm_weight_grad_kernel[(columns, splits)](
+                dy_, x_, rstd_, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count,
+                N=N, BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps,
+            )  # fmt: skip
+    if need_dw:
+        dw = partials.sum(0).to(weight.dtype)
+    return dx, dw
+
+
+# --- the same from plain PyTorch, for CPU tensors --------------------------------------------------------------------
+
+
+def _forward_reference(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, offset: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, s, rstd = _forward_fake(x, residual, weight, eps, offset)
+    if residual is None:
+        s_ = x
+        y.copy_(reference.rms_norm(x, weight, eps, offset=offset))
+    else:
+        y_, s_ = reference.add_rms_norm(x, residual, weight, eps, offset=offset)
+        y.copy_(y_)
+        s.copy_(s_)
+    rstd.copy_(torch.rsqrt(s_.float().pow(2).mean(-1, keepdim=True) + eps))
+    return y, s, rstd
+
+
+def _backward_reference(
+    dy: torch.Tensor,
+    ds: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    eps: float,
+    offset: float,
+    grad_dtype: torch.dtype,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, dw = _backward_fake(dy, ds, x, weight, rstd, eps, offset, grad_dtype, need_dx, need_dw)
+    xhat, g = x.float() * rstd, dy.float()
+    if need_dw:
+        dw.copy_((g * xhat).sum_to_size(weight.shape))
+    if need_dx:
+        g = g if weight is None else g * (offset + weight.float())
+        if x.shape[-1] == 1:
+            dx_ = g * rstd * (eps * rstd.square())  # 1 - xhat^2, which the difference below would cancel away
+        else:
+            dx_ = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+        dx.copy_(dx_ if ds is None else dx_ + ds.float())
+    return dx, dw
+
+
+# --- registered ops --------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, offset: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y = empty_in_order_of(x)
+    s = x.new_empty(0) if residual is None else empty_in_order_of(residual)
+    rstd = empty_in_order_of(x, (*x.shape[:-1], 1), torch.float32)
+    return y, s, rstd
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    ds: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    eps: float,
+    offset: float,
+    grad_dtype: torch.dtype,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx = empty_in_order_of(x, dtype=grad_dtype) if need_dx else x.new_empty(0)
+    dw = weight.new_empty(weight.shape) if need_dw else x.new_empty(0)
+    return dx, dw
+
+
+# -> y, residual_out (empty without a residual), rstd (..., 1) float32
+_rms_norm_forward = register(
+    "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+    kernel=_forward,
+    reference=_forward_reference,
+    fake=_forward_fake,
+)
+# -> dx in grad_dtype, dw in the weight's; empty where not needed
+_rms_norm_backward = register(
+    "rms_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, float eps, "
+    "float offset, ScalarType grad_dtype, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+    kernel=_backward,
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _RMSNorm(torch.autograd.Function):
+    """(x, residual or None, weight or None) -> y, or (y, residual_out). Saves what it normalised, weight and rstd."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, offset):
+        y, s, rstd = _rms_norm_forward(x, residual, weight, eps, offset)
+        ctx.save_for_backward(x if residual is None else s, weight, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.offset = eps, offset
+        ctx.grad_dtypes = (x.dtype, None if residual is None else residual.dtype)
+        return y if residual is None else (y, s)
+
+    @staticmethod
+    def backward(ctx, dy, ds=None):
+        x, weight, rstd = ctx.saved_tensors
+        x_dtype, residual_dtype = ctx.grad_dtypes
+        need_x, need_residual, need_dw = ctx.needs_input_grad[:3]
+        need_dx = need_x or need_residual
+        if dy is None:  # only residual_out was used
+            dx, dw = ds, None
+        else:
+            # x and residual have one gradient; where their dtypes differ it is kept in the wider and rounded once.
+            grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
+            dy = last_dim_contiguous(dy)
+            ds = None if ds is None else last_dim_contiguous(ds)
+            dx, dw = _rms_norm_backward(
+                dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw
+            )
+        grads = (
+            dx.to(x_dtype) if need_x and dx is not None else None,
+            dx.to(residual_dtype) if need_residual and dx is not None else None,
+            dw if need_dw else None,
+        )
+        op = "rms_norm" if residual_dtype is None else "add_rms_norm"
+        return *refuse_double_backward(op, grads, (dy, ds, x, weight)), None, None
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension: y = x / sqrt(mean(x²) + eps) · (offset + weight).
+
+    Computed in float32 and rounded once, to x.dtype. Zhang and Sennrich, arXiv 1910.07467.
+
+    Args:
+        x: (..., N), bfloat16, float16 or float32, N from 1 on. Any strides; a last dimension that is not contiguous is
+            copied.
+        weight: (N,) in any of these dtypes, or None for no scaling.
+        eps: added to the mean square; not negative.
+        offset: added to the weight in float32; 1.0 for Gemma, whose weights are stored around zero.
+
+    Returns:
+        y, of x's shape, dtype and memory order.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: weight is not (N,), eps is negative, or devices differ.
+    """
+    _check("rms_norm", x, None, weight, eps)
+    return _apply(x, None, weight, eps, offset)[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual add and RMSNorm in one pass: residual_out = x + residual; y = rms_norm(residual_out).
+
+    The sum is rounded to residual.dtype before it is normalised, so y is what two separate ops would give and the
+    backward sees the same numbers as the forward.
+
+    Args:
+        x: (..., N), bfloat16, float16 or float32.
+        residual: of x's shape, in any of these dtypes.
+        weight, eps, offset: as in `rms_norm`.
+
+    Returns:
+        y, in x's dtype and memory order, and residual_out, in residual's.
+
+    Raises:
+        TypeError, ValueError: as `rms_norm`; also where residual's shape is not x's.
+    """
+    _check("add_rms_norm", x, residual, weight, eps)
+    return _apply(x, residual, weight, eps, offset)
+
+
+def _apply(x, residual, weight, eps, offset):
+    """(y, residual_out or None), through autograd where a gradient is wanted."""
+    x = last_dim_contiguous(x)
+    residual = None if residual is None else last_dim_contiguous(residual)
+    weight = None if weight is None else last_dim_contiguous(weight)
+    if needs_grad(x, residual, weight):
+        out = _RMSNorm.apply(x, residual, weight, eps, offset)
+        return (out, None) if residual is None else out
+    return _rms_norm_forward(x, residual, weight, eps, offset)[:2]
+
+
+def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float) -> None:
+    check_tensors(op, x=x, residual=residual, weight=weight)
+    if x.ndim == 0:
+        raise ValueError(message(op, "x", "a scalar", "a tensor of at least one dimension"))
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(message(op, "residual", shape_of(residual), f"the shape of x, {tuple(x.shape)}"))
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(message(op, "weight", shape_of(weight), f"({x.shape[-1]},), one element a column of x"))
+    if not eps >= 0:
+        raise ValueError(message(op, "eps", eps, "a number that is not negative"))

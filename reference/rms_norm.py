@@ -1,0 +1,28 @@
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467): no mean is subtracted, no bias is added."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+) -> torch.Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension."""
+    return _normalise(x, weight, eps, offset).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual_out = x + residual, rounded to residual.dtype; y = rms_norm(residual_out), rounded to x.dtype."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
+    residual_out = (x.to(wide) + residual.to(wide)).to(residual.dtype)
+    return _normalise(residual_out, weight, eps, offset).to(x.dtype), residual_out
+
+
+def _normalise(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float) -> torch.Tensor:
+    """float32, or float64 for float64 `x`. Without a weight there is nothing for `offset` to shift."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * (offset + weight.to(x.dtype))

@@ -1,0 +1,243 @@
+"""What counts as right.
+
+Three computations of the same inputs stand beside a kernel's result K:
+
+    R  the reference in float64: the truth;
+    I  the ideal: float32 that rounds only where the kernel's contract rounds (inputs, P and dS before a product, lse,
+       the output). No kernel of this dtype can be expected to do better;
+    E  plain PyTorch eager in the kernel's dtype: what the user had.
+
+`judge` holds K against them, for an output or a gradient. u is the relative error that one rounding to the dtype makes.
+
+    bulk     relF(K) <= 1.15 relF(I) + 0.25 u      a low-precision accumulator; "twice eager" would let it pass
+    tail     max|K - R| <= 2 max|I - R| + 2 ulps    a wrong element
+    rows     worst row of K <= 1.5 worst row of I   a dropped key, a stale row
+    eager    relF(K) <= 1.05 relF(E)                never worse than before; in float32 twice, for flash attention
+                                                    recomputes P from an lse rounded to float32 and eager keeps P
+    exact    shape, dtype, the places of NaN and inf, rows that are 0 in R
+
+Nothing here is an absolute tolerance picked by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
+
+import torch
+
+UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
+
+# Below this many elements a Frobenius norm is itself a matter of luck, and only the tail and the rows speak.
+_ENOUGH = 4096
+
+
+def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
+    """relF: the Frobenius norm of the error over that of the truth."""
+    x, truth = x.double(), truth.double()
+    return ((x - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def judge(name: str, K: torch.Tensor, R: torch.Tensor, I: torch.Tensor, E: torch.Tensor | None = None) -> None:
+    """Raise AssertionError, naming the rule, where K is not as good as it must be. All are of one shape."""
+    dtype = K.dtype
+    u, ulp = UNIT[dtype], torch.finfo(dtype).eps
+    assert K.shape == R.shape, f"{name}: shape {tuple(K.shape)}, not {tuple(R.shape)}"
+    K, R, I = K.detach().cpu().double(), R.detach().cpu().double(), I.detach().cpu().double()
+    for what in (torch.isnan, torch.isposinf, torch.isneginf):
+        # Only the truth's own: a half-precision result may overflow where float64 does not, as the ideal then does too.
+        assert torch.equal(what(K), what(R) | what(I)), f"{name}: {what.__name__} elsewhere than in the reference"
+    finite = R.isfinite() & I.isfinite()
+    K, R, I = (x.masked_fill(~finite, 0) for x in (K, R, I))
+    if not R.any():
+        assert not K.any(), f"{name}: zero in the reference, {K.abs().max():.3g} here"
+        return
+
+    error_K, error_I = K - R, I - R
+    tail, allowed = error_K.abs().max().item(), 2 * error_I.abs().max().item() + 2 * ulp * R.abs().max().item()
+    assert tail <= allowed, f"{name}: largest error {tail:.3g}, allowed {allowed:.3g}"
+    if R.ndim and R.shape[-1] > 1:
+        size = R.norm(dim=-1)
+        floor = 0.1 * size.square().mean().sqrt()
+        rows_K, rows_I = (e.norm(dim=-1) / size.clamp_min(floor) for e in (error_K, error_I))
+        worst, allowed = rows_K.max().item(), 1.5 * rows_I.max().item() + u
+        assert worst <= allowed, f"{name}: worst row off by {worst:.3g}, allowed {allowed:.3g}"
+        hidden = size == 0
+        assert not K[hidden].any(), f"{name}: a row that is 0 in the reference is not"
+    if R.numel() >= _ENOUGH:
+        bulk, allowed = relative_error(K, R), 1.15 * relative_error(I, R) + 0.25 * u
+        assert bulk <= allowed, f"{name}: relative error {bulk:.3g}, allowed {allowed:.3g}"
+        if E is not None:
+            eager = relative_error(E.detach().cpu().double().masked_fill(~finite, 0), R)
+            allowed = (2 if dtype == torch.float32 else 1.05) * eager
+            assert bulk <= allowed, f"{name}: relative error {bulk:.3g}, eager's {eager:.3g}"
+
+
+# --- the ideal -------------------------------------------------------------------------------------------------------
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 that has been through `dtype` once."""
+    return x.to(dtype).float()
+
+
+def ideal_rms_norm(x, residual, weight, eps, offset, dy, ds):
+    """(y, residual_out or None, dx, dresidual, dweight): float32, every result rounded once."""
+    s = x.float() if residual is None else rounded(x.float() + residual.float(), residual.dtype)
+    N = s.shape[-1]
+    rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    xhat = s * rstd
+    scale = 1.0 if weight is None else offset + weight.float()
+    g = dy.float() * scale
+    # For N = 1 the bracket cancels to eps rstd^2.
+    ds_ = g * rstd * (eps * rstd.square()) if N == 1 else rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    ds_ = ds_ if ds is None else ds_ + ds.float()
+    dweight = None if weight is None else (dy.float() * xhat).reshape(-1, N).sum(0).to(weight.dtype)
+    return (
+        (xhat * scale).to(x.dtype),
+        None if residual is None else s.to(residual.dtype),
+        ds_.to(x.dtype),
+        None if residual is None else ds_.to(residual.dtype),
+        dweight,
+    )
+
+
+def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse):
+    """(out, lse, dq, dk, dv, dsinks or None) of dense attention. `see` broadcasts to (B, Hq, Sq, Sk)."""
+    dtype, Hkv = q.dtype, k.shape[1]
+    G = q.shape[1] // Hkv
+    q_, do_ = q.float(), do.float()
+    k_, v_ = (x.float().repeat_interleave(G, 1) for x in (k, v))
+    qk = q_ @ k_.mT * scale
+    s = qk if softcap is None else softcap * torch.tanh(qk / softcap)
+    s = s.masked_fill(~see, -math.inf)
+    sink = None if sinks is None else sinks.float()[None, :, None, None].expand(*s.shape[:-1], 1)
+    m = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
+    m = m if sink is None else torch.maximum(m, sink)
+    m = m.masked_fill(m == -math.inf, 0)
+    p = torch.exp(s - m)
+    mass = p.sum(-1, keepdim=True) + (0 if sink is None else torch.exp(sink - m))
+    empty = mass == 0
+    out = ((rounded(p, dtype) @ v_) / mass.masked_fill(empty, 1)).to(dtype)
+    lse = (m + mass.log()).masked_fill(empty, -math.inf)
+
+    delta = (out.float() * do_).sum(-1, keepdim=True) - dlse.float().unsqueeze(-1)
+    delta = delta.masked_fill(empty, 0)
+    p = torch.exp(s - lse.masked_fill(empty, 0))
+    ds = p * (do_ @ v_.mT - delta)
+    if softcap is not None:
+        ds = ds * (1 - (qk.div(softcap).tanh()).square())
+    ds, p = rounded(ds, dtype), rounded(p, dtype)
+    dq = (ds @ k_ * scale).to(dtype)
+    dk = (ds.mT @ q_ * scale).unflatten(1, (Hkv, G)).sum(2).to(dtype)
+    dv = (p.mT @ do_).unflatten(1, (Hkv, G)).sum(2).to(dtype)
+    if sinks is None:
+        return out, lse.squeeze(-1), dq, dk, dv, None
+    dsinks = -(torch.exp(sink - lse) * delta).sum((0, 2, 3)).to(sinks.dtype)
+    return out, lse.squeeze(-1), dq, dk, dv, dsinks
+
+
+# --- plain eager -----------------------------------------------------------------------------------------------------
+
+
+def eager_rms_norm(x, weight, eps, offset):
+    """As Hugging Face's modelling code has it: normalised in float32, rounded, then scaled."""
+    y = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return y if weight is None else y * (offset + weight).to(x.dtype)
+
+
+def eager_rope(x, cos, sin, interleaved):
+    """In x's dtype. cos, sin: (..., S, R/2), of a shape to broadcast with x."""
+    R = 2 * cos.shape[-1]
+    cos, sin, turned, rest = cos.to(x.dtype), sin.to(x.dtype), x[..., :R], x[..., R:]
+    x0, x1 = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    y0, y1 = x0 * cos - x1 * sin, x1 * cos + x0 * sin
+    y = torch.stack((y0, y1), -1).flatten(-2) if interleaved else torch.cat((y0, y1), -1)
+    return torch.cat((y, rest), -1)
+
+
+def eager_attention(q, k, v, see, scale, softcap, sinks):
+    """As Hugging Face's eager_attention_forward: scores in q's dtype, softmax in float32, rounded."""
+    G = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(G, 1) for x in (k, v))
+    s = q @ k.mT * scale
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    s = s.masked_fill(~see, -math.inf)
+    sink = s.new_full((1,), -math.inf) if sinks is None else sinks.to(s.dtype)[None, :, None, None]
+    s = torch.cat((s, sink.expand(*s.shape[:-1], 1)), -1).float()
+    p = torch.softmax(s, -1).masked_fill((s == -math.inf).all(-1, keepdim=True), 0)
+    return p[..., :-1].to(q.dtype) @ v
+
+
+# --- guards ----------------------------------------------------------------------------------------------------------
+
+_BAND = 256  # elements of NaN before and after
+
+
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    """A copy of `x`, of its strides, amid NaN: whoever reads past its ends shows it in the result."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    fill = math.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
+    buffer = torch.full((extent + 2 * _BAND,), fill, dtype=x.dtype, device=x.device)
+    inner = buffer.as_strided(x.shape, x.stride(), _BAND)
+    with torch.no_grad():
+        inner.copy_(x)
+    return inner.requires_grad_(x.requires_grad)
+
+
+@contextlib.contextmanager
+def guarded_allocations() -> Iterator[None]:
+    """Whatever is allocated inside lies amid guards; on leaving, whoever wrote into one is an error."""
+    buffers: list[tuple[torch.Tensor, int]] = []
+    empty_strided, new_empty = torch.empty_strided, torch.Tensor.new_empty
+
+    def allocate(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0
+        buffer = torch.zeros(extent + 2 * _BAND, dtype=dtype, device=device)
+        if dtype.is_floating_point:
+            buffer[_BAND : _BAND + extent] = math.nan
+        buffer[:_BAND] = buffer[_BAND + extent :] = 7
+        buffers.append((buffer, extent))
+        return buffer.as_strided(shape, strides, _BAND)
+
+    def guarded_empty_strided(shape, strides, *, dtype, device):
+        return allocate(tuple(shape), tuple(strides), dtype, device)
+
+    def guarded_new_empty(self, *shape, dtype=None):
+        shape = tuple(shape[0]) if shape and isinstance(shape[0], (tuple, list, torch.Size)) else tuple(shape)
+        strides = torch.empty(shape, device="meta").stride()
+        return allocate(shape, strides, dtype or self.dtype, self.device)
+
+    with (
+        mock.patch.object(torch, "empty_strided", guarded_empty_strided),
+        mock.patch.object(torch.Tensor, "new_empty", guarded_new_empty),
+    ):
+        yield
+    for buffer, extent in buffers:
+        untouched = (buffer[:_BAND] == 7).all() and (buffer[_BAND + extent :] == 7).all()
+        assert untouched, f"written outside of an allocation of {extent} elements"
+    assert empty_strided and new_empty
+
+
+@contextlib.contextmanager
+def unchanged(*tensors: torch.Tensor | None) -> Iterator[None]:
+    """Inputs and gradients that go in stay as they are, bit for bit."""
+    before = [None if x is None else x.detach().clone() for x in tensors]
+    yield
+    for i, (x, copy) in enumerate(zip(tensors, before, strict=True)):
+        if x is not None:
+            assert torch.equal(x.detach().nan_to_num(nan=1.5), copy.nan_to_num(nan=1.5)), f"tensor {i} was changed"
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+# What each family scales q and k, or x, by: mistakes hide from plain randn. A dropped key hides where one key has all
+# the mass, a missing eps where x is around 1, a dropped weight where weights are 1.
+FAMILIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "randn": lambda x: x,
+    "peaky": lambda x: 3 * x,
+    "tiny": lambda x: x * 1e-3,
+    "huge": lambda x: x * 1e3,
+}
