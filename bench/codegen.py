@@ -90,9 +90,7 @@ def _rope_cases() -> Iterator[Case]:
             q, k = (torch.empty(1, 32, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv))
             table, positions = torch.empty(32, R // 2), torch.zeros(1, 32, dtype=torch.int64)
             label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
-            yield Case(
-                "rope", label, lambda a=(q, k, table, table, positions, interleaved, False): rope._rotated(*a)
-            )
+            yield Case("rope", label, lambda a=(q, k, table, table, positions, interleaved, False): rope._rotated(*a))
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -125,15 +123,15 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
     else:
         rest = (None, None, None, S, S, 0.1, None, None, 0)
         sinks = dlse = None
-    forward.forward(q, k, v, sinks, *rest)
-    backward.backward(do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything)
+    forward.launch_forward(q, k, v, sinks, *rest)
+    backward.launch_backward(do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything)
 
 
 # --- compiling under a stand-in driver -------------------------------------------------------------------------------
 
 
 class _StandInDriver:
-    """Answers what Triton asks of a driver before it compiles. Every target is a device of its own to Triton's caches."""
+    """Answers what Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -235,7 +233,7 @@ def _read_amd(compiled: Any, report: Report) -> bool:
         return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
 
     report.registers = number("vgpr_count")
-    report.spill_bytes = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    report.spill_bytes = number("private_segment_fixed_size")  # scalar registers spill into vector ones, for free
     report.tensor_core = len(re.findall(r"\bv_mfma_", text))
     for into, verb in ((report.loads, "load"), (report.stores, "store")):
         for width in re.findall(rf"\b(?:global|buffer)_{verb}_(\w+)", text):
@@ -262,9 +260,10 @@ def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
 
 def show(reports: list[Report]) -> None:
     columns = "{:8}{:30}{:38}{:>6}{:>6}{:>7}{:>9}{:>8}  {:22}{:22}{}"
-    print(columns.format("target", "kernel", "case", "warps", "regs", "spill", "shared", "tensor", "loads", "stores", ""))
+    head = ("target", "kernel", "case", "warps", "regs", "spill", "shared", "tensor", "loads", "stores", "")
+    print(columns.format(*head))
     for r in reports:
-        loads, stores = (" ".join(f"{n}x{bits}" for bits, n in sorted(w.items(), reverse=True)) for w in (r.loads, r.stores))
+        loads, stores = (" ".join(f"{n}x{bits}" for bits, n in sorted(w.items())) for w in (r.loads, r.stores))
         print(columns.format(r.target, r.kernel, r.label, r.warps, r.registers, r.spill_bytes, r.shared_bytes,
                              r.tensor_core, loads, stores, "; ".join(r.faults)))  # fmt: skip
 

@@ -1,8 +1,21 @@
-"""RoPE, RMSNorm and grouped-query attention as Triton kernels, forward and backward, each proved against plain PyTorch."""
+"""RoPE, RMSNorm and grouped-query attention: Triton kernels, forward and backward, proved against plain PyTorch."""
 
-from llama_kernels import reference
+from llama_kernels import nn, reference
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
+from llama_kernels.rotary import rope_frequencies, rope_tables
 
-__all__ = ["add_rms_norm", "attention", "attention_varlen", "reference", "rms_norm", "rope"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "attention_varlen",
+    "nn",
+    "reference",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_tables",
+]

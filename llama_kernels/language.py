@@ -1,7 +1,7 @@
 """The language kernels are written in: Triton, and the few device functions every kernel shares.
 
-Triton exists for Linux only. Elsewhere the names below are hollow, so that modules which define kernels still import and
-CPU tensors still reach the reference.
+Triton exists for Linux only. Elsewhere the names below are hollow, so that modules which define kernels still import
+and CPU tensors still reach the reference.
 """
 
 from __future__ import annotations

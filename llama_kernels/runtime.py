@@ -47,7 +47,7 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def arch_of(device: torch.device) -> str:
     """The family whose tile table rows serve `device`: sm_80, sm_86, sm_90, sm_100 or gfx942."""
     if device.type != "cuda":
@@ -61,7 +61,7 @@ def arch_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def processors_of(device: torch.device) -> int:
     """Multiprocessors (compute units) of `device`."""
     if device.type != "cuda":
@@ -155,7 +155,9 @@ def shape_of(x: torch.Tensor) -> str:
     return f"of shape {tuple(x.shape)}"
 
 
-def check_tensors(op: str, dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES, **tensors: torch.Tensor | None) -> None:
+def check_tensors(
+    op: str, dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES, **tensors: torch.Tensor | None
+) -> None:
     """Each is a tensor of one of `dtypes` (None: any floating dtype), on the device of the first. None passes."""
     device = None
     for name, x in tensors.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -117,4 +119,4 @@ def attention_varlen(
 def _spans(cu_seqlens: torch.Tensor, tokens: int, longest: int) -> list[slice]:
     """The tokens of each sequence, kept inside the tensor and no longer than `longest` whatever the user wrote."""
     bounds = cu_seqlens.clamp(0, tokens).tolist()
-    return [slice(a, min(max(a, b), a + longest)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice(a, min(max(a, b), a + longest)) for a, b in itertools.pairwise(bounds)]

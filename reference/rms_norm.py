@@ -13,7 +13,12 @@ def rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """residual_out = x + residual, rounded to residual.dtype; y = rms_norm(residual_out), rounded to x.dtype."""
     wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)

@@ -193,7 +193,9 @@ def guarded_allocations() -> Iterator[None]:
     buffers: list[tuple[torch.Tensor, int]] = []
     empty_strided, new_empty = torch.empty_strided, torch.Tensor.new_empty
 
-    def allocate(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(
+        shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0
         buffer = torch.zeros(extent + 2 * _BAND, dtype=dtype, device=device)
         if dtype.is_floating_point:

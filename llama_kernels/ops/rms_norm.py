@@ -41,14 +41,14 @@ def row_tile(pass_: str, N: int) -> RowTile:
     """The tile for rows of N elements in `pass_`: "forward", "backward" (dx, and dw beside it) or "weight_grad"."""
     longest, warps_at = _ROW_TILES[pass_]
     BLOCK_N = min(max(triton.next_power_of_2(N), 16), longest)
-    elements, num_warps = next(row for width, *row in warps_at if BLOCK_N <= width)
+    elements, num_warps = next(row for width, *row in warps_at if width >= BLOCK_N)
     return RowTile(max(elements // BLOCK_N, 1), BLOCK_N, num_warps)
 
 
-# pass: (widest tile, ((up to this width, elements a program, warps), ...)). A thread needs 8 bf16 elements for a 16-byte
-# access, that is 256 elements a warp. Many short rows share a program; one row a program from 4096 on.
+# pass: (widest tile, ((up to this width, elements a program, warps), ...)). A thread needs 8 bf16 elements for a
+# 16-byte access, that is 256 elements a warp. Many short rows share a program; one row a program from 4096 on.
 _ROW_TILES = {
-    # 32 elements a thread at 16384: 63 registers on sm_90, no spill; longer rows are read twice, the second time from L2.
+    # 32 elements a thread at 16384: 63 registers on sm_90, no spill; longer rows are read twice, then from L2.
     "forward": (16384, ((1024, 4096, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 16))),
     # dw stays in registers beside x and dy, which ends at 8192: 16384 spills at any number of warps.
     "backward": (8192, ((1024, 4096, 4), (4096, 4096, 8), (8192, 8192, 16))),
@@ -98,25 +98,11 @@ def _load_summed(x_rows, residual_rows, s_ptr, cols, mask):
 
 @triton.jit
 def _rms_norm_forward_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    y_ptr,
-    s_ptr,
-    rstd_ptr,
-    x_strides,
-    residual_strides,
-    y_strides,
-    s_strides,
-    rstd_strides,
-    row_sizes,
-    M,
-    eps,
-    offset,
-    N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, rstd_ptr,
+    x_strides, residual_strides, y_strides, s_strides, rstd_strides, row_sizes,
+    M, eps, offset,
+    N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """s = x (+ residual);  rstd = 1 / sqrt(mean(s^2) + eps);  y = s * rstd * (offset + weight), for BLOCK_R rows.
 
     x, residual, y, s: (M, N); weight: (N,); rstd: (M,), float32. residual, s and weight may be None. float32 inside.
@@ -154,27 +140,12 @@ def _rms_norm_forward_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    dy_ptr,
-    ds_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dw_ptr,
-    dy_strides,
-    ds_strides,
-    x_strides,
-    rstd_strides,
-    dx_strides,
-    row_sizes,
-    M,
-    eps,
-    offset,
-    N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dx = rstd * (g - xhat * mean(g * xhat)) (+ ds), with xhat = x * rstd, g = dy * (offset + weight); dw = sum(dy * xhat).
+    dy_ptr, ds_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr,
+    dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, row_sizes,
+    M, eps, offset,
+    N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd * (g - xhat * mean(g * xhat)) (+ ds), xhat = x * rstd, g = dy * (offset + weight); dw = sum(dy * xhat).
 
     A program takes every num_programs-th tile of BLOCK_R rows and, where a row fits one tile, keeps its share of dw in
     registers and writes it once to its own row of dw_ptr (programs, N). ds, weight and dw may be None. float32 inside.
@@ -230,20 +201,12 @@ def _rms_norm_backward_kernel(
 
 @triton.jit
 def _rms_norm_weight_grad_kernel(
-    dy_ptr,
-    x_ptr,
-    rstd_ptr,
-    dw_ptr,
-    dy_strides,
-    x_strides,
-    rstd_strides,
-    row_sizes,
+    dy_ptr, x_ptr, rstd_ptr, dw_ptr,
+    dy_strides, x_strides, rstd_strides, row_sizes,
     M,
-    N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dw = sum(dy * x * rstd) over rows, alone: for rows too long to keep dw beside them, and where dx is not asked for.
+    N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dw = sum(dy * x * rstd) over rows, alone: for rows too long to keep dw beside them, or where dx is not needed.
 
     Program (c, p) sums BLOCK_N columns over every num_programs(1)-th tile of BLOCK_R rows into row p of dw_ptr.
     Bytes: dy and x in, once each. FLOPs: 3 M N.
@@ -478,9 +441,7 @@ class _RMSNorm(torch.autograd.Function):
             grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
             dy = last_dim_contiguous(dy)
             ds = None if ds is None else last_dim_contiguous(ds)
-            dx, dw = _rms_norm_backward(
-                dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw
-            )
+            dx, dw = _rms_norm_backward(dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw)
         grads = (
             dx.to(x_dtype) if need_x and dx is not None else None,
             dx.to(residual_dtype) if need_residual and dx is not None else None,
@@ -519,7 +480,12 @@ def rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual add and RMSNorm in one pass: residual_out = x + residual; y = rms_norm(residual_out).
 

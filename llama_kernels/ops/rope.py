@@ -252,7 +252,8 @@ class _Rope(torch.autograd.Function):
         grads = [dq if need_q else None, dk if need_k else None]
         given = [last_dim_contiguous(g) for g in grads if g is not None]
         if given:
-            rotated = iter(_rope(given[0], given[1] if given[1:] else None, cos, sin, position_ids, ctx.interleaved, True))
+            first, second = (*given, None)[:2]
+            rotated = iter(_rope(first, second, cos, sin, position_ids, ctx.interleaved, True))
             grads = [None if g is None else next(rotated) for g in grads]
         return *refuse_double_backward("rope", grads, (dq, dk)), None, None, None, None
 
@@ -288,7 +289,7 @@ def rope(
     interleaved: bool = False,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rotary position embedding of q and k in one launch: each pair (x_i, x_j) of a head is turned by its token's angle.
+    """Rotary position embedding of q and k in one launch: each pair (x_i, x_j) of a head turns by its token's angle.
 
     Computed in float32 and rounded once. Su et al., RoFormer, arXiv 2104.09864.
 
@@ -377,7 +378,8 @@ def _check(q, k, cos, sin, position_ids, inplace) -> None:
         if position_ids.dtype.is_floating_point or position_ids.dtype.is_complex or position_ids.dtype == torch.bool:
             raise TypeError(message("rope", "position_ids", position_ids.dtype, "a tensor of integers"))
         if position_ids.device != q.device:
-            raise ValueError(message("rope", "position_ids", f"on {position_ids.device}", f"the device of q, {q.device}"))
+            wanted = f"the device of q, {q.device}"
+            raise ValueError(message("rope", "position_ids", f"on {position_ids.device}", wanted))
         if per_token:
             fix = "A row a token already says which angles each token gets."
             raise ValueError(message("rope", "position_ids", "given beside cos of a row a token", "None", fix))
@@ -394,6 +396,6 @@ def _check(q, k, cos, sin, position_ids, inplace) -> None:
             if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
                 fix = "Rotate a view or the result of an op, or leave inplace off."
                 raise ValueError(message("rope", name, "a leaf that requires grad", "no leaf where inplace=True", fix))
-            if x.stride(-1) != 1 or any(stride == 0 < size - 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            if x.stride(-1) != 1 or any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
                 wanted = "one memory cell an element and a contiguous last dimension where inplace=True"
                 raise ValueError(message("rope", name, f"of strides {x.stride()}", wanted))

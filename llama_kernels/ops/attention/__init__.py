@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from llama_kernels import reference
-from llama_kernels.ops.attention.backward import backward
-from llama_kernels.ops.attention.forward import forward
+from llama_kernels.ops.attention.backward import launch_backward
+from llama_kernels.ops.attention.forward import launch_forward
 from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
 from llama_kernels.runtime import (
     autocast_dtype,
@@ -48,7 +48,8 @@ def _backward_reference(do, dlse, q, k, v, out, lse, sinks, *rest):
     needed = (need_dq, need_dk, need_dv, need_dsinks)
     grads = empty_grads(q, k, v, sinks, *needed)
     with torch.enable_grad():
-        tensors = [None if x is None else x.detach().requires_grad_(need) for x, need in zip((q, k, v, sinks), needed, strict=True)]
+        given = zip((q, k, v, sinks), needed, strict=True)
+        tensors = [None if x is None else x.detach().requires_grad_(need) for x, need in given]
         out, lse = _by_reference(*tensors, *call)
     asked = [i for i in range(4) if needed[i]]
     dlse = torch.zeros_like(lse) if dlse is None else dlse
@@ -67,7 +68,7 @@ _CALL = (
 # -> out, lse (float32). Dense without cu_seqlens, when longest is Sq and Sk; left and right None: unlimited.
 _attention_forward = register(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
-    kernel=forward,
+    kernel=launch_forward,
     reference=_forward_reference,
     fake=lambda q, k, v, *call: empty_outputs(q, v),
 )
@@ -75,7 +76,7 @@ _attention_forward = register(
 _attention_backward = register(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_CALL}, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks) -> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=backward,
+    kernel=launch_backward,
     reference=_backward_reference,
     fake=lambda do, dlse, q, k, v, out, lse, sinks, *rest: empty_grads(q, k, v, sinks, *rest[-4:]),
 )
@@ -138,7 +139,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Grouped-query attention: out = softmax(q @ kᵀ · scale + mask) @ v, tile by tile, never writing the Sq x Sk matrix.
+    """Grouped-query attention: out = softmax(q @ kᵀ · scale + mask) @ v, tile by tile, without the Sq x Sk matrix.
 
     Query head h reads key and value head h // (Hq // Hkv); k and v are never repeated. Scores, softmax and sums are
     float32; probabilities are rounded to v's dtype before they meet v. Blocks of keys that the mask hides are skipped.
@@ -203,7 +204,8 @@ def attention_varlen(
         q: (Tq, Hq, D); k, v: (Tk, Hkv, D) and (Tk, Hkv, Dv): the tokens of all sequences, one after another.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on the tensors' device: sequence b owns the tokens from
             cu_seqlens[b] to cu_seqlens[b + 1]. Sequences may be empty. Values are never trusted: what points outside of
-            the tensors is clamped into them, since reading them back to check would stall the GPU.
+            the tensors is clamped into them, since reading them back to check would stall the GPU. Nothing is promised
+            of sequences that overlap.
         max_seqlen_q, max_seqlen_k: no sequence is longer; what is, is cut off there.
         kv_start: (Tq,) int32, counted from the first key of the row's own sequence.
         Others as in `attention`, Sq and Sk being the lengths of each sequence.

@@ -6,8 +6,6 @@ dS = P * (dP - delta), and dv = P^T @ do, dk = dS^T @ q, dq = dS @ k. P is recom
 
 from __future__ import annotations
 
-import torch
-
 from llama_kernels.language import LOG2E, cast, dot, tl, triton
 from llama_kernels.ops.attention.layout import (
     Sizes,
@@ -67,10 +65,10 @@ def _delta_kernel(
     sizes,
     DV: tl.constexpr, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum(o * do) - dlse and lse2 = lse log2(e), for BLOCK_M rows of one head, and dsinks = -sum(p_sink * delta).
+    """delta = sum(o * do) - dlse and lse2 = lse log2(e), BLOCK_M rows of one head, and dsinks = -sum(p_sink * delta).
 
-    o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows past
-    Sq, up to the padding, get lse2 = inf and delta = 0, and rows without keys likewise: their probabilities are then 0.
+    o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows
+    past Sq, up to the padding, get lse2 = inf and delta = 0; rows without keys lse2 = inf: their probabilities are 0.
     dlse and sinks may be None. Bytes: o and do once. FLOPs: 2 DV a row.
     """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
@@ -113,7 +111,8 @@ def _end_by_start(kv_start_ptr, strides, b, start, Sq, last, CHUNK: tl.constexpr
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, q_strides, do_strides, delta_strides, kv_start_strides,
+    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr,
+    q_strides, do_strides, delta_strides, kv_start_strides,
     mask, j, b, h_kv, group, q_start, padded_start, Sq, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -270,7 +269,7 @@ def _dq_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-def backward(
+def launch_backward(
     do, dlse, q, k, v, o, lse, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
     scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks,
 ):  # fmt: skip

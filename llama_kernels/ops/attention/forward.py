@@ -108,7 +108,9 @@ def _forward_kernel(
     tl.store(lse_ptr + offset(lse_strides, b, h, q_start) + rows, lse, mask=rows < Sq)
 
 
-def forward(q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right):
+def launch_forward(
+    q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
+):
     """Launch; arguments and results as `llama_kernels::attention_forward`."""
     o, lse = empty_outputs(q, v)
     if cu_seqlens_q is not None:  # no program visits a token that no sequence owns

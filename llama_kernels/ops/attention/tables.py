@@ -1,4 +1,9 @@
-"""Tile tables: which tile each attention pass takes on each family of GPUs. Data, each row with its reason."""
+"""Which tile each attention pass takes: data, one row a (GPU family, pass), each with its reason.
+
+A row holds the tiles for heads up to 64, 128 and 256 wide. Nothing is tuned at run time: the same call takes the same
+tile on every machine of a family, whatever the batch, so its results repeat bit for bit. `python -m bench.codegen`
+compiles every row and fails on a spill.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llama_kernels.ops.attention.layout import width_class
 from llama_kernels.runtime import arch_of
 
 
@@ -20,8 +26,49 @@ class Tile:
 
     @property
     def launch_options(self) -> dict[str, Any]:
-        return {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
+
+
+# bfloat16 and float16. Of the tiles that compile without a spill under every option, each row has the one that reads
+# least from L2 for its tensor-core work: the largest, and where two tie the deeper pipeline.
+_HALF = {
+    # 128 keys a step on Hopper: with 64 the operands' shared-memory reads take as long as the product. Two stages: at
+    # three, with window and softcap on, ptxas no longer proves the pipeline safe and runs the products one by one.
+    ("sm_90", "forward"): (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "dq"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    # dk and dv are the larger accumulators, so 128 keys stay and the rows pass by in small blocks; 64 rows at width 128
+    # spill 80 bytes.
+    ("sm_90", "dkdv"): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2, split=True)),
+    # Ampere has no asynchronous products: q stays in registers, which is what bounds the width of a step.
+    ("sm_80", "forward"): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
+    ("sm_80", "dq"): (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_80", "dkdv"): (Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 64, 8, 3, split=True)),
+    # Consumer chips: as Ampere, with 99 KiB of shared memory a block.
+    ("sm_86", "forward"): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+    ("sm_86", "dkdv"): (Tile(32, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1, split=True)),
+    # Blackwell: one stage or four. With two or three, tl.dot races in Triton 3.6 and 3.7 (triton#10590).
+    ("sm_100", "forward"): (Tile(128, 128, 8, 1), Tile(128, 64, 8, 4), Tile(128, 32, 8, 4)),
+    ("sm_100", "dq"): (Tile(128, 64, 8, 4), Tile(128, 64, 8, 4), Tile(64, 64, 8, 1)),
+    ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
+    # CDNA3 has 64 KiB of shared memory and 512 registers a lane.
+    ("gfx942", "forward"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+    ("gfx942", "dq"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+    ("gfx942", "dkdv"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 32, 4, 1)),
+}
+
+# float32 is multiplied as such, without tensor cores: small tiles, whose operands fit in registers.
+_FLOAT32 = {
+    "forward": (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "dq": (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "dkdv": (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+}
 
 
 def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor) -> Tile:
-    return Tile(64, 64, 4, 2)
+    """The tile of `pass_`, "forward", "dq" or "dkdv", for heads as wide as those of `q` and `v`."""
+    widest = max(width_class(q.shape[-1]), width_class(v.shape[-1]), 64)
+    column = (64, 128, 256).index(widest)
+    if q.dtype == torch.float32:
+        return _FLOAT32[pass_][column]
+    return _HALF[arch_of(q.device), pass_][column]

@@ -1,7 +1,7 @@
 """What the attention kernels share on the device: where a tile lies, which blocks it visits, the mask, the softmax.
 
-Names: query row i of a sequence of Sq, key j of one of Sk; BLOCK_M query rows, BLOCK_N keys; D and DV the head widths of
-q, k and of v, BLOCK_D and BLOCK_DV the powers of two that hold them. Every tensor is addressed by the strides of
+Names: query row i of a sequence of Sq, key j of one of Sk; BLOCK_M query rows, BLOCK_N keys; D and DV the head widths
+of q, k and of v, BLOCK_D and BLOCK_DV the powers of two that hold them. Every tensor is addressed by the strides of
 (batch, head, token); packed sequences have batch stride 0 and start at their own token.
 """
 
@@ -208,8 +208,8 @@ def online_softmax_step(state, s, v, unit, MASKED: tl.constexpr):
     """Take in scores s [BLOCK_M, BLOCK_N] and values v [BLOCK_N, BLOCK_DV]: rescale what is there, add what comes."""
     peak = tl.maximum(state.peak, tl.max(s, 1) * unit)
     base = peak
-    if MASKED:
-        base = tl.where(peak == float("-inf"), 0.0, peak)  # no key seen yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
+    if MASKED:  # where no key was seen yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
+        base = tl.where(peak == float("-inf"), 0.0, peak)
     p = tl.exp2(s * unit - base[:, None])  # [BLOCK_M, BLOCK_N]
     shrink = tl.exp2(state.peak - base)
     mass = state.mass * shrink + tl.sum(p, 1)
