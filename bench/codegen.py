@@ -131,7 +131,7 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
 
 
 class _StandInDriver:
-    """Answers what Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
+    """What Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
 
     def __init__(self, name: str) -> None:
         self._name = name

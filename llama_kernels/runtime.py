@@ -113,6 +113,15 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """`tensors`, no two of them the same object: torch.compile does not trace a Function that is given one twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        x.view_as(x) if x is not None and any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)
+    )
+
+
 class _RefuseDoubleBackward(torch.autograd.Function):
     """The identity on gradients, tied to the tensors they depend on; differentiating it is an error."""
 

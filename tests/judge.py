@@ -3,18 +3,22 @@
 Three computations of the same inputs stand beside a kernel's result K:
 
     R  the reference in float64: the truth;
-    I  the ideal: float32 that rounds only where the kernel's contract rounds (inputs, P and dS before a product, lse,
-       the output). No kernel of this dtype can be expected to do better;
+    I  the ideal: float32 that rounds only where the kernel's contract rounds (inputs, P and dS before a product, lse in
+       base e and in base 2, the output). No kernel of this dtype can be expected to do better;
     E  plain PyTorch eager in the kernel's dtype: what the user had.
 
 `judge` holds K against them, for an output or a gradient. u is the relative error that one rounding to the dtype makes.
 
     bulk     relF(K) <= 1.15 relF(I) + 0.25 u      a low-precision accumulator; "twice eager" would let it pass
     tail     max|K - R| <= 2 max|I - R| + 2 ulps    a wrong element
-    rows     worst row of K <= 1.5 worst row of I   a dropped key, a stale row
-    eager    relF(K) <= 1.05 relF(E)                never worse than before; in float32 twice, for flash attention
-                                                    recomputes P from an lse rounded to float32 and eager keeps P
-    exact    shape, dtype, the places of NaN and inf, rows that are 0 in R
+    rows     worst row of K <= 1.5 worst of I + u   a dropped key, a stale row
+    eager    relF(K) <= 1.05 relF(E)                never worse than before
+    exact    shape, the places of NaN and inf
+
+In float32 nothing is rounded on purpose: I is then one more float32 computation in an order of its own, and two such
+differ by chance, most in their maxima over few rows. There the factors are 1.5, 3, 4 and 2, and u counts twice. The
+last is no chance: flash attention recomputes P from an lse rounded to float32, where eager keeps P. A dropped key is
+off by ten thousand times as much.
 
 Nothing here is an absolute tolerance picked by hand.
 """
@@ -23,11 +27,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
 
+LOG2E = math.log2(math.e)
 UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
 
 # Below this many elements a Frobenius norm is itself a matter of luck, and only the tail and the rows speak.
@@ -56,23 +61,37 @@ def judge(name: str, K: torch.Tensor, R: torch.Tensor, I: torch.Tensor, E: torch
         return
 
     error_K, error_I = K - R, I - R
-    tail, allowed = error_K.abs().max().item(), 2 * error_I.abs().max().item() + 2 * ulp * R.abs().max().item()
+    by_chance = dtype == torch.float32
+    bulk_by, tail_by, rows_by, units, eager_by = (1.5, 3, 4, 2, 2) if by_chance else (1.15, 2, 1.5, 1, 1.05)
+    tail, allowed = error_K.abs().max().item(), tail_by * error_I.abs().max().item() + 2 * ulp * R.abs().max().item()
     assert tail <= allowed, f"{name}: largest error {tail:.3g}, allowed {allowed:.3g}"
     if R.ndim and R.shape[-1] > 1:
         size = R.norm(dim=-1)
         floor = 0.1 * size.square().mean().sqrt()
         rows_K, rows_I = (e.norm(dim=-1) / size.clamp_min(floor) for e in (error_K, error_I))
-        worst, allowed = rows_K.max().item(), 1.5 * rows_I.max().item() + u
+        worst, allowed = rows_K.max().item(), rows_by * rows_I.max().item() + units * u
         assert worst <= allowed, f"{name}: worst row off by {worst:.3g}, allowed {allowed:.3g}"
-        hidden = size == 0
-        assert not K[hidden].any(), f"{name}: a row that is 0 in the reference is not"
     if R.numel() >= _ENOUGH:
-        bulk, allowed = relative_error(K, R), 1.15 * relative_error(I, R) + 0.25 * u
+        bulk, allowed = relative_error(K, R), bulk_by * relative_error(I, R) + 0.25 * units * u
         assert bulk <= allowed, f"{name}: relative error {bulk:.3g}, allowed {allowed:.3g}"
         if E is not None:
-            eager = relative_error(E.detach().cpu().double().masked_fill(~finite, 0), R)
-            allowed = (2 if dtype == torch.float32 else 1.05) * eager
-            assert bulk <= allowed, f"{name}: relative error {bulk:.3g}, eager's {eager:.3g}"
+            theirs = relative_error(E.detach().cpu().double().masked_fill(~finite, 0), R)
+            assert bulk <= eager_by * theirs, f"{name}: relative error {bulk:.3g}, eager's {theirs:.3g}"
+
+
+# --- the mask --------------------------------------------------------------------------------------------------------
+
+
+def attention_mask(Sq, Sk, is_causal, window_size, kv_start, device):
+    """Who sees whom, (1 or B, 1, Sq, Sk): the definition, word by word. Query Sq - 1 stands at key Sk - 1."""
+    left, right = window_size
+    i = torch.arange(Sq, device=device)[:, None] + Sk - Sq
+    j = torch.arange(Sk, device=device)
+    see = torch.ones(1, 1, Sq, Sk, dtype=torch.bool, device=device)
+    see = see & (j <= i) if is_causal else see
+    see = see & (i - j <= left) if left >= 0 else see
+    see = see & (j - i <= right) if right >= 0 else see
+    return see if kv_start is None else see & (j >= kv_start[:, None, :, None])
 
 
 # --- the ideal -------------------------------------------------------------------------------------------------------
@@ -110,32 +129,37 @@ def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse):
     G = q.shape[1] // Hkv
     q_, do_ = q.float(), do.float()
     k_, v_ = (x.float().repeat_interleave(G, 1) for x in (k, v))
-    qk = q_ @ k_.mT * scale
-    s = qk if softcap is None else softcap * torch.tanh(qk / softcap)
-    s = s.masked_fill(~see, -math.inf)
+
+    def scores(qk):
+        s = qk * scale if softcap is None else softcap * torch.tanh(qk * scale / softcap)
+        return s.masked_fill(~see, -math.inf)
+
+    s = scores(q_ @ k_.mT)
     sink = None if sinks is None else sinks.float()[None, :, None, None].expand(*s.shape[:-1], 1)
+    s, sink = s * LOG2E, None if sink is None else sink * LOG2E
     m = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
     m = m if sink is None else torch.maximum(m, sink)
     m = m.masked_fill(m == -math.inf, 0)
-    p = torch.exp(s - m)
-    mass = p.sum(-1, keepdim=True) + (0 if sink is None else torch.exp(sink - m))
+    p = torch.exp2(s - m)
+    mass = p.sum(-1, keepdim=True) + (0 if sink is None else torch.exp2(sink - m))
     empty = mass == 0
     out = ((rounded(p, dtype) @ v_) / mass.masked_fill(empty, 1)).to(dtype)
-    lse = (m + mass.log()).masked_fill(empty, -math.inf)
+    lse = ((m + mass.log2()) / LOG2E).masked_fill(empty, -math.inf)
 
     delta = (out.float() * do_).sum(-1, keepdim=True) - dlse.float().unsqueeze(-1)
     delta = delta.masked_fill(empty, 0)
-    p = torch.exp(s - lse.masked_fill(empty, 0))
+    s = scores(q_.flip(-1) @ k_.flip(-1).mT)  # recomputed in another order: its roundings do not cancel those in lse
+    p = torch.exp2(s * LOG2E - lse.masked_fill(empty, 0) * LOG2E)
     ds = p * (do_ @ v_.mT - delta)
     if softcap is not None:
-        ds = ds * (1 - (qk.div(softcap).tanh()).square())
+        ds = ds * (1 - s.masked_fill(~see, 0).div(softcap).square())
     ds, p = rounded(ds, dtype), rounded(p, dtype)
     dq = (ds @ k_ * scale).to(dtype)
     dk = (ds.mT @ q_ * scale).unflatten(1, (Hkv, G)).sum(2).to(dtype)
     dv = (p.mT @ do_).unflatten(1, (Hkv, G)).sum(2).to(dtype)
     if sinks is None:
         return out, lse.squeeze(-1), dq, dk, dv, None
-    dsinks = -(torch.exp(sink - lse) * delta).sum((0, 2, 3)).to(sinks.dtype)
+    dsinks = -(torch.exp2(sink - lse * LOG2E) * delta).sum((0, 2, 3)).to(sinks.dtype)
     return out, lse.squeeze(-1), dq, dk, dv, dsinks
 
 
@@ -191,7 +215,7 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
 def guarded_allocations() -> Iterator[None]:
     """Whatever is allocated inside lies amid guards; on leaving, whoever wrote into one is an error."""
     buffers: list[tuple[torch.Tensor, int]] = []
-    empty_strided, new_empty = torch.empty_strided, torch.Tensor.new_empty
+    new_empty = torch.Tensor.new_empty
 
     def allocate(
         shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
@@ -207,7 +231,9 @@ def guarded_allocations() -> Iterator[None]:
     def guarded_empty_strided(shape, strides, *, dtype, device):
         return allocate(tuple(shape), tuple(strides), dtype, device)
 
-    def guarded_new_empty(self, *shape, dtype=None):
+    def guarded_new_empty(self, *shape, dtype=None, **elsewhere):
+        if elsewhere:  # not a launcher's: Triton's interpreter allocates too
+            return new_empty(self, *shape, dtype=dtype, **elsewhere)
         shape = tuple(shape[0]) if shape and isinstance(shape[0], (tuple, list, torch.Size)) else tuple(shape)
         strides = torch.empty(shape, device="meta").stride()
         return allocate(shape, strides, dtype or self.dtype, self.device)
@@ -220,7 +246,6 @@ def guarded_allocations() -> Iterator[None]:
     for buffer, extent in buffers:
         untouched = (buffer[:_BAND] == 7).all() and (buffer[_BAND + extent :] == 7).all()
         assert untouched, f"written outside of an allocation of {extent} elements"
-    assert empty_strided and new_empty
 
 
 @contextlib.contextmanager
@@ -231,15 +256,3 @@ def unchanged(*tensors: torch.Tensor | None) -> Iterator[None]:
     for i, (x, copy) in enumerate(zip(tensors, before, strict=True)):
         if x is not None:
             assert torch.equal(x.detach().nan_to_num(nan=1.5), copy.nan_to_num(nan=1.5)), f"tensor {i} was changed"
-
-
-# --- inputs ----------------------------------------------------------------------------------------------------------
-
-# What each family scales q and k, or x, by: mistakes hide from plain randn. A dropped key hides where one key has all
-# the mass, a missing eps where x is around 1, a dropped weight where weights are 1.
-FAMILIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "randn": lambda x: x,
-    "peaky": lambda x: 3 * x,
-    "tiny": lambda x: x * 1e-3,
-    "huge": lambda x: x * 1e3,
-}

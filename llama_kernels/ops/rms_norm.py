@@ -15,6 +15,7 @@ from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
 from llama_kernels.runtime import (
     check_tensors,
+    distinct,
     empty_in_order_of,
     last_dim_contiguous,
     message,
@@ -513,7 +514,7 @@ def _apply(x, residual, weight, eps, offset):
     residual = None if residual is None else last_dim_contiguous(residual)
     weight = None if weight is None else last_dim_contiguous(weight)
     if needs_grad(x, residual, weight):
-        out = _RMSNorm.apply(x, residual, weight, eps, offset)
+        out = _RMSNorm.apply(*distinct(x, residual, weight), eps, offset)
         return (out, None) if residual is None else out
     return _rms_norm_forward(x, residual, weight, eps, offset)[:2]
 

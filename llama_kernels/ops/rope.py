@@ -10,6 +10,7 @@ from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
 from llama_kernels.runtime import (
     check_tensors,
+    distinct,
     empty_in_order_of,
     last_dim_contiguous,
     message,
@@ -321,7 +322,7 @@ def rope(
         return q, k
     q_, k_ = last_dim_contiguous(q), None if k is None else last_dim_contiguous(k)
     if needs_grad(q, k):
-        q_out, k_out = _Rope.apply(q_, k_, cos, sin, position_ids, interleaved)
+        q_out, k_out = _Rope.apply(*distinct(q_, k_, cos, sin, position_ids), interleaved)
     else:
         q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False)
     if inplace:  # a compiler sees through this copy; it does not see through a Function that modifies its input

@@ -15,6 +15,7 @@ from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
 from llama_kernels.runtime import (
     autocast_dtype,
     check_tensors,
+    distinct,
     last_dim_contiguous,
     message,
     needs_grad,
@@ -114,11 +115,12 @@ def _apply(op, q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, 
     right = 0 if is_causal else right
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
-    call = (sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right)
+    tensors = (q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k)
+    scalars = (longest_q, longest_k, scale, softcap, left, right)
     if needs_grad(q, k, v, sinks):
-        out, lse = _Attention.apply(op, q, k, v, *call)
+        out, lse = _Attention.apply(op, *distinct(*tensors), *scalars)
     else:
-        out, lse = _attention_forward(q, k, v, *call)
+        out, lse = _attention_forward(*tensors, *scalars)
     return (out, lse) if return_lse else out
 
 

@@ -52,16 +52,29 @@ _HALF = {
     ("sm_100", "dq"): (Tile(128, 64, 8, 4), Tile(128, 64, 8, 4), Tile(64, 64, 8, 1)),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
     # CDNA3 has 64 KiB of shared memory and 512 registers a lane.
-    ("gfx942", "forward"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
-    ("gfx942", "dq"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
-    ("gfx942", "dkdv"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 32, 4, 1)),
+    ("gfx942", "forward"): (Tile(128, 64, 8, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
+    ("gfx942", "dq"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+    ("gfx942", "dkdv"): (Tile(32, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 64, 4, 1)),
 }
 
-# float32 is multiplied as such, without tensor cores: small tiles, whose operands fit in registers.
+# float32 is multiplied as such, on no tensor core: both operands pass through registers, which asks for small tiles or
+# many warps, and one stage. Among those that do not spill, the largest.
 _FLOAT32 = {
-    "forward": (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
-    "dq": (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
-    "dkdv": (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    ("sm_90", "forward"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_90", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 64, 8, 1)),
+    ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(64, 32, 16, 1, split=True)),
+    ("sm_80", "forward"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
+    ("sm_80", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
+    ("sm_80", "dkdv"): (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_86", "forward"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_86", "dq"): (Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_86", "dkdv"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1, split=True)),
+    ("sm_100", "forward"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_100", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 64, 8, 1)),
+    ("sm_100", "dkdv"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 16, 1, split=True)),
+    ("gfx942", "forward"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)),
+    ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
 }
 
 
@@ -69,6 +82,5 @@ def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor) -> Tile:
     """The tile of `pass_`, "forward", "dq" or "dkdv", for heads as wide as those of `q` and `v`."""
     widest = max(width_class(q.shape[-1]), width_class(v.shape[-1]), 64)
     column = (64, 128, 256).index(widest)
-    if q.dtype == torch.float32:
-        return _FLOAT32[pass_][column]
-    return _HALF[arch_of(q.device), pass_][column]
+    rows = _FLOAT32 if q.dtype == torch.float32 else _HALF
+    return rows[arch_of(q.device), pass_][column]

@@ -1,0 +1,281 @@
+"""Attention: outputs and gradients against float64 by the rules of judge.py, and exact probes of mask and heads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import llama_kernels as lk
+from llama_kernels.ops.attention import backward, forward
+from llama_kernels.ops.attention.tables import Tile
+from tests.judge import (
+    attention_mask,
+    eager_attention,
+    guarded,
+    guarded_allocations,
+    ideal_attention,
+    judge,
+    unchanged,
+)
+
+# How large q and k are, and v. Thrice as large, some rows have all their mass on one key. Not larger still: float32
+# holds a logit of a million to one digit after the point.
+FAMILIES = {"randn": (1, 1), "peaky": (3, 1), "tiny": (1e-3, 1e-3), "huge": (1, 1e3)}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call. With `packed`, the lengths of each sequence in q and in k, B is 1 and Sq and Sk are their sums."""
+
+    B: int
+    Hq: int
+    Hkv: int
+    Sq: int
+    Sk: int
+    D: int
+    DV: int
+    is_causal: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float | None = None
+    scale: float | None = None
+    sinks: bool = False
+    kv_start: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    def __str__(self) -> str:
+        size = "-".join(map(str, (self.B, self.Hq, self.Hkv, self.Sq, self.Sk, self.D, self.DV)))
+        on = ["full" if not self.is_causal else "", f"window{self.window_size}" if max(self.window_size) >= 0 else ""]
+        on += [name for name in ("softcap", "scale", "sinks", "kv_start", "packed") if getattr(self, name)]
+        return "-".join([size, *filter(None, on)])
+
+
+def anywhere(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    """kv_start in no order, some rows left without keys."""
+    return (i * 7919) % (Sk + 9)
+
+
+def padded_left(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    return torch.full_like(i, Sk // 3)
+
+
+def documents(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    """Three packed in one row."""
+    return i // 45 * 45
+
+
+def packed(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], Hq: int, Hkv: int, D: int, DV: int, **on: Any):
+    return Case(1, Hq, Hkv, sum(lengths_q), sum(lengths_k), D, DV, packed=(lengths_q, lengths_k), **on)
+
+
+CASES = (
+    Case(1, 4, 2, 100, 100, 64, 64),
+    Case(2, 4, 1, 70, 150, 80, 48),
+    Case(2, 4, 1, 150, 70, 80, 48),  # the first 80 rows see no key
+    Case(2, 3, 3, 65, 130, 16, 16, is_causal=False),
+    Case(1, 6, 2, 33, 33, 96, 96),
+    Case(1, 2, 1, 40, 40, 192, 128),
+    Case(1, 2, 1, 40, 70, 256, 256),
+    Case(1, 8, 1, 1, 77, 64, 64),  # decoding
+    Case(2, 2, 2, 3, 200, 24, 40),
+    Case(1, 1, 1, 1, 1, 1, 1),
+    Case(1, 2, 2, 130, 200, 32, 32, window_size=(20, 0)),
+    Case(1, 2, 2, 200, 130, 32, 32, window_size=(0, -1)),
+    Case(1, 2, 1, 130, 200, 32, 32, is_causal=False, window_size=(-1, 30)),
+    Case(1, 2, 1, 60, 60, 32, 32, window_size=(1000, 1000)),
+    Case(1, 2, 2, 150, 150, 32, 32, softcap=3.0),
+    Case(1, 2, 2, 60, 60, 32, 32, scale=-0.3),
+    Case(1, 4, 2, 90, 60, 32, 32, sinks=True),
+    Case(2, 2, 1, 150, 150, 32, 32, kv_start=anywhere),
+    Case(2, 2, 1, 70, 150, 32, 32, is_causal=False, kv_start=padded_left),
+    Case(1, 2, 2, 135, 135, 32, 32, kv_start=documents, sinks=True),
+    Case(1, 4, 2, 130, 200, 72, 72, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
+    packed((50, 0, 100, 1), (50, 0, 100, 1), 4, 2, 64, 64),
+    packed((50, 0, 100, 1), (70, 5, 30, 0), 4, 2, 32, 32, sinks=True),
+    packed((30, 90), (90, 130), 4, 1, 80, 80, is_causal=False, window_size=(40, 9), softcap=4.0, kv_start=anywhere),
+    packed((33,) * 4, (33,) * 4, 2, 2, 32, 32, window_size=(8, -1), sinks=True, kv_start=padded_left),
+)
+# Tiles that make many blocks of few tokens: every edge between masked and unmasked ones.
+SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True))
+
+
+@dataclasses.dataclass
+class Inputs:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sinks: torch.Tensor | None
+    kv_start: torch.Tensor | None
+    do: torch.Tensor
+    dlse: torch.Tensor
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [x for x in (self.q, self.k, self.v, self.sinks) if x is not None]
+
+
+def make(case: Case, dtype: torch.dtype, device: torch.device, family: str = "randn") -> Inputs:
+    """q, k and do in the memory order of a (B, S, H, D) projection, v in its own."""
+    size_qk, size_v = FAMILIES[family]
+
+    def tokens_first(S: int, H: int, D: int) -> torch.Tensor:
+        x = torch.randn(case.B, S, H, D, device=device).transpose(1, 2)
+        return x[0].transpose(0, 1) if case.packed else x
+
+    heads = ((case.Sq, case.Hq), (case.Sk, case.Hkv))
+    q, k = ((size_qk * tokens_first(S, H, case.D)).to(dtype) for S, H in heads)
+    do, v = (tokens_first(S, H, case.DV) for S, H in heads)
+    do, v = do.to(dtype), (size_v * v).to(dtype)
+    v = v if case.packed else v.contiguous()
+    sinks = torch.randn(case.Hq, device=device) if case.sinks else None
+    kv_start = None
+    if case.kv_start is not None:
+        lengths = case.packed or ((case.Sq,), (case.Sk,))
+        rows = [case.kv_start(torch.arange(Sq, device=device), Sk) for Sq, Sk in zip(*lengths, strict=True)]
+        kv_start = torch.cat(rows).int()
+        kv_start = kv_start if case.packed else kv_start.repeat(case.B, 1)
+    lse_shape = (case.Hq, case.Sq) if case.packed else (case.B, case.Hq, case.Sq)
+    inputs = Inputs(q, k, v, sinks, kv_start, do, torch.randn(lse_shape, device=device))
+    for x in inputs.tensors:
+        x.requires_grad_()
+    return inputs
+
+
+def cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def run(ops: Any, case: Case, x: Inputs) -> list[torch.Tensor]:
+    """out, lse and the gradients of `ops`' attention, lk or lk.reference."""
+    options = {name: getattr(case, name) for name in ("is_causal", "window_size", "softcap", "scale")}
+    options.update(sinks=x.sinks, kv_start=x.kv_start, return_lse=True)
+    if case.packed:
+        cu = [cu_seqlens(lengths, x.q.device) for lengths in case.packed]
+        out, lse = ops.attention_varlen(x.q, x.k, x.v, *cu, *map(max, case.packed), **options)
+    else:
+        out, lse = ops.attention(x.q, x.k, x.v, **options)
+    return [out, lse, *torch.autograd.grad((out, lse), x.tensors, (x.do, x.dlse))]
+
+
+def in_float64(x: Inputs) -> Inputs:
+    def wide(t: torch.Tensor | None) -> torch.Tensor | None:
+        return t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_(t.requires_grad)
+
+    return Inputs(*(wide(getattr(x, f.name)) for f in dataclasses.fields(x)))
+
+
+def by_sequence(function: Callable[..., tuple], case: Case, x: Inputs) -> list[torch.Tensor]:
+    """`function` of (q, k, v, see, scale, softcap, sinks, do, dlse), dense, of the case or of each packed sequence."""
+    scale = case.D**-0.5 if case.scale is None else case.scale
+    with torch.no_grad():
+        if not case.packed:
+            see = attention_mask(case.Sq, case.Sk, case.is_causal, case.window_size, x.kv_start, x.q.device)
+            results = function(x.q, x.k, x.v, see, scale, case.softcap, x.sinks, x.do, x.dlse)
+            return [r for r in results if r is not None]
+        out, lse = torch.zeros_like(x.do), torch.zeros_like(x.dlse)
+        grads = [torch.zeros_like(t) for t in x.tensors]
+        ends = [list(itertools.accumulate(lengths, initial=0)) for lengths in case.packed]
+        for (a, b), (c, d) in zip(*map(itertools.pairwise, ends), strict=True):
+            dense = [
+                t[s].transpose(0, 1)[None] for t, s in ((x.q, slice(a, b)), (x.k, slice(c, d)), (x.v, slice(c, d)))
+            ]
+            kv_start = None if x.kv_start is None else x.kv_start[None, a:b]
+            see = attention_mask(b - a, d - c, case.is_causal, case.window_size, kv_start, x.q.device)
+            o, l, dq, dk, dv, dsinks = function(
+                *dense, see, scale, case.softcap, x.sinks, x.do[a:b].transpose(0, 1)[None], x.dlse[None, :, a:b]
+            )
+            lse[:, a:b] = l[0]
+            for whole, part, s in ((out, o, slice(a, b)), (grads[0], dq, slice(a, b)),
+                                   (grads[1], dk, slice(c, d)), (grads[2], dv, slice(c, d))):  # fmt: skip
+                whole[s] = part[0].transpose(0, 1)
+            if dsinks is not None:
+                grads[3] += dsinks
+        return [out, lse, *grads]
+
+
+@torch.enable_grad()
+def eager(q, k, v, see, scale, softcap, sinks, do, dlse):
+    """out and the gradients of plain PyTorch, through autograd. It has no lse, nor a gradient of one."""
+    inputs = [t.detach().requires_grad_() for t in (q, k, v, sinks) if t is not None]
+    out = eager_attention(*inputs[:3], see, scale, softcap, inputs[3] if sinks is not None else None)
+    grads = torch.autograd.grad(out, inputs, do)
+    return out.detach(), torch.zeros_like(dlse), *grads, *[None] * (sinks is None)
+
+
+def visibility(q, k, v, see, scale, softcap, sinks, do, dlse):
+    """1 where a query sees any key and where a key is seen, in the shapes of out, lse and the gradients."""
+    rows = see.any(-1, keepdim=True).to(q.dtype)  # (1 or B, 1, Sq, 1)
+    keys = see.any(-2).unsqueeze(-1).to(q.dtype)
+    grads = rows.expand_as(q), keys.expand_as(k), keys.expand_as(v), None if sinks is None else torch.ones_like(sinks)
+    return rows.expand_as(do), rows.squeeze(-1).expand_as(dlse), *grads
+
+
+def memory_order(x: torch.Tensor) -> list[int]:
+    """Strides, but of dimensions of one element, which may be anything."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+@contextlib.contextmanager
+def tiles(tile: Tile | None) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if tile is not None:
+            for module in (forward, backward):
+                patch.setattr(module, "tile_for", lambda *_: tile)
+        yield
+
+
+def check(
+    case: Case, dtype: torch.dtype, device: torch.device, family: str = "randn", tile: Tile | None = None
+) -> None:
+    x = make(case, dtype, device, family)
+    safe = Inputs(*(None if t is None else guarded(t) for t in vars(x).values()))
+    with guarded_allocations(), tiles(tile), unchanged(*vars(safe).values()):
+        results = run(lk, case, safe)
+    truth, ideal = run(lk.reference, case, in_float64(x)), by_sequence(ideal_attention, case, x)
+    names = ["out", "lse", "dq", "dk", "dv", "dsinks"][: len(results)]
+    for name, K, R, I in zip(names, results, truth, ideal, strict=True):
+        judge(name, K, R, I)
+    for name, K, seen in zip(names, results, by_sequence(visibility, case, x), strict=True):
+        if name == "lse":
+            K = K.exp() * (not case.sinks)  # where no key is seen: -inf, or the sink
+        assert not K[~seen.bool()].any(), f"{name}: not 0 where no key or nobody is seen"
+    for name, K, t in zip(names[2:], results[2:], x.tensors, strict=True):
+        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
+    assert (results[0].dtype, results[1].dtype) == (dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients(case, dtype, device):
+    check(case, dtype, device)
+
+
+@pytest.mark.parametrize("tile", SMALL_TILES, ids=lambda t: f"{t.BLOCK_M}x{t.BLOCK_N}")
+@pytest.mark.parametrize("case", [case for case in CASES if case.D <= 64], ids=str)
+def test_every_edge_between_masked_and_whole_blocks(case, tile, device):
+    check(case, torch.float16, device, tile=tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["peaky", "tiny", "huge"])
+def test_inputs_of_every_size(family, dtype, device):
+    check(Case(1, 4, 2, 100, 130, 64, 64), dtype, device, family=family)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_never_worse_than_eager(dtype, device):
+    case = Case(1, 4, 2, 128, 128, 64, 64)
+    x = make(case, dtype, device)
+    x.dlse.zero_()
+    results, truth, ideal, theirs = (
+        run(lk, case, x), run(lk.reference, case, in_float64(x)),
+        by_sequence(ideal_attention, case, x), by_sequence(eager, case, x),
+    )  # fmt: skip
+    for i, name in ((0, "out"), (2, "dq"), (3, "dk"), (4, "dv")):
+        judge(name, results[i], truth[i], ideal[i], theirs[i])
