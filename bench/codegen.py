@@ -157,7 +157,11 @@ def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled.append((self.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **kwargs)))
 
-    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(tables, "arch_of", lambda _: name):
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(tables, "arch_of", lambda _: name),
+        mock.patch.object(rope, "lanes_of", lambda _: TARGETS[name].gpu.warp_size),
+    ):
         driver.set_active(_StandInDriver(name))
         case.launch()
     return compiled

@@ -34,6 +34,7 @@ else:
 _BF16_IS_BITS: tl.constexpr = tl.constexpr(INTERPRETED)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

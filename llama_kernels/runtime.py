@@ -69,6 +69,11 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def lanes_of(device: torch.device) -> int:
+    """Threads in a warp of `device`."""
+    return 64 if device.type == "cuda" and torch.version.hip else 32
+
+
 # --- allocation ------------------------------------------------------------------------------------------------------
 
 

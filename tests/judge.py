@@ -248,6 +248,11 @@ def guarded_allocations() -> Iterator[None]:
         assert untouched, f"written outside of an allocation of {extent} elements"
 
 
+def memory_order(x: torch.Tensor) -> list[int]:
+    """Strides, but of dimensions of one element, which may be anything."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
 @contextlib.contextmanager
 def unchanged(*tensors: torch.Tensor | None) -> Iterator[None]:
     """Inputs and gradients that go in stay as they are, bit for bit."""

@@ -21,6 +21,7 @@ from tests.judge import (
     guarded_allocations,
     ideal_attention,
     judge,
+    memory_order,
     unchanged,
 )
 
@@ -214,11 +215,6 @@ def visibility(q, k, v, see, scale, softcap, sinks, do, dlse):
     keys = see.any(-2).unsqueeze(-1).to(q.dtype)
     grads = rows.expand_as(q), keys.expand_as(k), keys.expand_as(v), None if sinks is None else torch.ones_like(sinks)
     return rows.expand_as(do), rows.squeeze(-1).expand_as(dlse), *grads
-
-
-def memory_order(x: torch.Tensor) -> list[int]:
-    """Strides, but of dimensions of one element, which may be anything."""
-    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ _ROW_TILES = {
     # 32 elements a thread at 16384: 63 registers on sm_90, no spill; longer rows are read twice, then from L2.
     "forward": (16384, ((1024, 4096, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 16))),
     # dw stays in registers beside x and dy, which ends at 8192: 16384 spills at any number of warps.
-    "backward": (8192, ((1024, 4096, 4), (4096, 4096, 8), (8192, 8192, 16))),
+    "backward": (8192, ((1024, 2048, 4), (4096, 4096, 8), (8192, 8192, 16))),
     # Column blocks, rows split over programs: narrow enough that 64 columns still make whole 128-byte lines.
     "weight_grad": (256, ((256, 4096, 4),)),
 }
@@ -127,7 +127,7 @@ def _rms_norm_forward_kernel(
         squares += tl.sum(s * s, 1)
         if residual_ptr is not None:
             tl.store(s_rows[:, None] + cols[None, :], cast(s, s_ptr.dtype.element_ty), mask=mask)
-    rstd = 1.0 / tl.sqrt_rn(squares / N + eps)  # [BLOCK_R]
+    rstd = tl.rsqrt(squares / N + eps)  # [BLOCK_R]
     tl.store(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), rstd, mask=live)
 
     for n in range(0, N, BLOCK_N):

@@ -12,6 +12,7 @@ from llama_kernels.runtime import (
     check_tensors,
     distinct,
     empty_in_order_of,
+    lanes_of,
     last_dim_contiguous,
     message,
     needs_grad,
@@ -35,15 +36,15 @@ class HeadTile(NamedTuple):
     num_warps: int
 
 
-def head_tile(half: int, heads: int) -> HeadTile:
-    """The tile for `half` pairs a head, where the smaller of q and k has `heads` heads.
+def head_tile(half: int, heads: int, lanes: int) -> HeadTile:
+    """The tile for `half` pairs a head, where the smaller of q and k has `heads` heads and a warp has `lanes` threads.
 
-    Four warps with 8 pairs a thread: two 16-byte reads and writes each in bfloat16. Tokens fill what the heads leave.
+    128 threads with 8 pairs each: two 16-byte reads and writes in bfloat16. Tokens fill what the heads leave.
     """
     BLOCK_R = max(triton.next_power_of_2(half), 8)
     vectors = max(1024 // BLOCK_R, 1)  # (token, head) pairs of half-width vectors a step
     BLOCK_H = min(triton.next_power_of_2(heads), vectors)
-    return HeadTile(vectors // BLOCK_H, BLOCK_H, BLOCK_R, num_warps=4)
+    return HeadTile(vectors // BLOCK_H, BLOCK_H, BLOCK_R, num_warps=128 // lanes)
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def _launch(
     if not B * S * max(Hq, Hkv):
         return
     D, half = q.shape[-1], cos.shape[-1]
-    tile = head_tile(half, max(min(Hq, Hkv), 1))
+    tile = head_tile(half, max(min(Hq, Hkv), 1), lanes_of(q.device))
     with on_device_of(q):
         _rope_kernel[(B * triton.cdiv(S, tile.BLOCK_T),)](
             q, k, q_out, k_out, cos, sin, position_ids,

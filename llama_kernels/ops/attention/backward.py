@@ -6,7 +6,7 @@ dS = P * (dP - delta), and dv = P^T @ do, dk = dS^T @ q, dq = dS @ k. P is recom
 
 from __future__ import annotations
 
-from llama_kernels.language import LOG2E, cast, dot, tl, triton
+from llama_kernels.language import LN2, LOG2E, cast, dot, tl, triton
 from llama_kernels.ops.attention.layout import (
     Sizes,
     call_scoring,
@@ -65,7 +65,7 @@ def _delta_kernel(
     sizes,
     DV: tl.constexpr, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum(o * do) - dlse and lse2 = lse log2(e), BLOCK_M rows of one head, and dsinks = -sum(p_sink * delta).
+    """delta = sum(o * do) - dlse and lse2 = lse / log(2), BLOCK_M rows of one head, and dsinks = -sum(p_sink * delta).
 
     o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows
     past Sq, up to the padding, get lse2 = inf and delta = 0; rows without keys lse2 = inf: their probabilities are 0.
@@ -88,9 +88,11 @@ def _delta_kernel(
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     padded = offset(delta_strides, b, h, _padded(cu_seqlens_q_ptr, b, start)) + i
     tl.store(delta_ptr + padded, delta)
-    tl.store(lse2_ptr + padded, lse * LOG2E)
+    # Divided by what the forward multiplied with, to come back to the very bits it had; * LOG2E would be off by a few.
+    lse2 = tl.div_rn(lse, tl.full([BLOCK_M], LN2, tl.float32))
+    tl.store(lse2_ptr + padded, lse2)
     if sinks_ptr is not None:
-        p = tl.exp2((tl.load(sinks_ptr + h).to(tl.float32) - lse) * LOG2E)
+        p = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
         tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(p * delta))
 
 

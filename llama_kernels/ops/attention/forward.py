@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from llama_kernels.language import LOG2E, dot, tl, triton
+from llama_kernels.language import LN2, LOG2E, dot, tl, triton
 from llama_kernels.ops.attention.layout import (
     call_scoring,
     call_sizes,
@@ -103,8 +103,7 @@ def _forward_kernel(
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: 0 / 1, and its peak is still -inf
     o = state.acc * (1.0 / mass)[:, None]  # [BLOCK_M, BLOCK_DV]
     store_tile(matrix(o_ptr, o_strides, b, h, q_start), m, Sq, o, DV, FAR, BLOCK_M, BLOCK_DV)
-    # Divided: the backward multiplies by LOG2E, and gets back what stood here, which * LN2 would not give it.
-    lse = tl.div_rn(state.peak + tl.log2(mass), LOG2E)  # [BLOCK_M]
+    lse = (state.peak + tl.log2(mass)) * LN2  # [BLOCK_M]
     rows = m + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + offset(lse_strides, b, h, q_start) + rows, lse, mask=rows < Sq)
 

@@ -34,13 +34,13 @@ class Tile:
 _HALF = {
     # 128 keys a step on Hopper: with 64 the operands' shared-memory reads take as long as the product. Two stages: at
     # three, with window and softcap on, ptxas no longer proves the pipeline safe and runs the products one by one.
-    ("sm_90", "forward"): (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "forward"): (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
     ("sm_90", "dq"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
     # dk and dv are the larger accumulators, so 128 keys stay and the rows pass by in small blocks; 64 rows at width 128
     # spill 80 bytes.
     ("sm_90", "dkdv"): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2, split=True)),
     # Ampere has no asynchronous products: q stays in registers, which is what bounds the width of a step.
-    ("sm_80", "forward"): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
+    ("sm_80", "forward"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
     ("sm_80", "dq"): (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
     ("sm_80", "dkdv"): (Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 64, 8, 3, split=True)),
     # Consumer chips: as Ampere, with 99 KiB of shared memory a block.
@@ -60,18 +60,18 @@ _HALF = {
 # float32 is multiplied as such, on no tensor core: both operands pass through registers, which asks for small tiles or
 # many warps, and one stage. Among those that do not spill, the largest.
 _FLOAT32 = {
-    ("sm_90", "forward"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
-    ("sm_90", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 64, 8, 1)),
-    ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(64, 32, 16, 1, split=True)),
-    ("sm_80", "forward"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
+    ("sm_90", "forward"): (Tile(32, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_90", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
+    ("sm_80", "forward"): (Tile(32, 32, 4, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
     ("sm_80", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
-    ("sm_80", "dkdv"): (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
-    ("sm_86", "forward"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_80", "dkdv"): (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1, split=True)),
+    ("sm_86", "forward"): (Tile(32, 64, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
     ("sm_86", "dq"): (Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
     ("sm_86", "dkdv"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1, split=True)),
-    ("sm_100", "forward"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
-    ("sm_100", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 64, 8, 1)),
-    ("sm_100", "dkdv"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 16, 1, split=True)),
+    ("sm_100", "forward"): (Tile(16, 32, 4, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_100", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(32, 16, 8, 1)),
+    ("sm_100", "dkdv"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("gfx942", "forward"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)),
     ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),

@@ -1,0 +1,282 @@
+"""Registration and autograd: opcheck, torch.compile, autocast, checkpointing, double backward, gradients on demand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import llama_kernels as lk
+from tests.test_rope import tables
+
+ops = torch.ops.llama_kernels
+
+
+def tensors(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """What `block` takes; q, k and v in the memory order of a projection."""
+    x = {name: torch.randn(2, 12, 96, device=device).to(dtype) for name in ("x", "residual")}
+    x["weight"] = torch.randn(96, device=device).to(dtype)
+    for name, H in (("q", 4), ("k", 2), ("v", 2)):
+        x[name] = torch.randn(2, 12, H, 32, device=device).to(dtype).transpose(1, 2)
+    return x
+
+
+def block(t: dict[str, torch.Tensor], cos, sin, **options: Any) -> torch.Tensor:
+    """Every op at least once."""
+    y, s = lk.add_rms_norm(t["x"], t["residual"], t["weight"])
+    z = lk.rms_norm(y + s, t["weight"], offset=1.0)
+    q, k = lk.rope(t["q"], t["k"], cos, sin)
+    o, lse = lk.attention(q, k, t["v"], return_lse=True, **options)
+    return z.square().mean() + o.square().mean() + lse.mean()
+
+
+def with_grads(function, t: dict[str, torch.Tensor], *args: Any) -> list[torch.Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in t.items()}
+    loss = function(leaves, *args)
+    return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+# --- opcheck ---------------------------------------------------------------------------------------------------------
+
+
+def _calls(device: torch.device) -> dict[str, tuple[Any, tuple]]:
+    t = tensors(device)
+    x, residual, weight, q, k, v = t.values()
+    rstd = torch.rand(2, 12, 1, device=device)
+    cos, sin = tables(12, 32, device)
+    positions = torch.randint(0, 12, (2, 12), device=device)
+    dense = (None, None, None, None, 12, 12, 0.2, None, None, 0)
+    sinks, kv_start = torch.randn(4, device=device), torch.randint(0, 5, (2, 12), device=device, dtype=torch.int32)
+    features = (sinks, kv_start, None, None, 12, 12, 0.2, 5.0, 7, 3)
+    cu = torch.tensor([0, 5, 12], device=device, dtype=torch.int32)
+    packed = (None, None, cu, cu.clone(), 7, 7, 0.2, None, None, 0)
+    pq, pk, pv = (x[0].transpose(0, 1) for x in (q, k, v))
+    out, lse = torch.randn_like(q), torch.randn(2, 4, 12, device=device)
+    return {
+        "norm": (ops.rms_norm_forward, (x, None, weight, 1e-6, 0.0)),
+        "add+norm": (ops.rms_norm_forward, (x, residual, None, 1e-6, 1.0)),
+        "norm backward": (ops.rms_norm_backward, (x, None, residual, weight, rstd, 1e-6, 0.0, x.dtype, True, True)),
+        "dweight alone": (ops.rms_norm_backward, (x, None, residual, weight, rstd, 1e-6, 0.0, x.dtype, False, True)),
+        "rope": (ops.rope, (q, k, cos, sin, positions, False, False)),
+        "rope of q": (ops.rope, (q, None, cos, sin, None, True, True)),
+        "rope in place": (ops.rope_, (q.clone(), k.clone(), cos, sin, None, False)),
+        "attention": (ops.attention_forward, (q, k, v, *dense)),
+        "attention, options": (ops.attention_forward, (q, k, v, *features)),
+        "attention, packed": (ops.attention_forward, (pq, pk, pv, *packed)),
+        "attention backward": (
+            ops.attention_backward, (out, None, q, k, v, out, lse, *dense, True, True, True, False)),
+        "attention backward, options": (
+            ops.attention_backward, (out, lse, q, k, v, out, lse, *features, False, True, True, True)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(_calls(torch.device("cpu"))))
+def test_opcheck(name, device):
+    op, args = _calls(device)[name]
+    opcheck(op.default, args)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_without_graph_breaks(backend, dynamic, device):
+    torch._dynamo.reset()
+    t, (cos, sin) = tensors(device), tables(12, 32, device)
+    compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=dynamic)
+    for a, b in zip(with_grads(compiled, t, cos, sin), with_grads(block, t, cos, sin), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_packed_sequences_that_share_their_bounds(device):
+    """Dynamo refuses a Function that gets one tensor twice, which is how everyone calls self-attention."""
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(20, H, 32, device=device).requires_grad_() for H in (4, 2, 2))
+    cu = torch.tensor([0, 7, 20], dtype=torch.int32, device=device)
+
+    def loss(q, k, v, cu):
+        return lk.attention_varlen(q, k, v, cu, cu, 13, 13).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, cu), loss(q, k, v, cu))
+    assert torch.equal(torch.compile(lk.attention, fullgraph=True, backend="aot_eager")(*(q[None],) * 3),
+                       lk.attention(*(q[None],) * 3))  # fmt: skip
+
+
+def test_compiles_in_place_rotation(device):
+    torch._dynamo.reset()
+    t, (cos, sin) = tensors(device), tables(12, 32, device)
+
+    def rotated(leaves, cos, sin):
+        q, k = lk.rope(leaves["q"] * 1, leaves["k"] * 1, cos, sin, inplace=True)
+        return (q.square() * leaves["v"].mean()).sum() + k.exp().sum()
+
+    qkv = {name: t[name] for name in ("q", "k", "v")}
+    compiled = torch.compile(rotated, fullgraph=True, backend="aot_eager")
+    for a, b in zip(with_grads(compiled, qkv, cos, sin), with_grads(rotated, qkv, cos, sin), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_exports(device):
+    class Block(torch.nn.Module):
+        def forward(self, q, k, v, cos, sin):
+            q, k = lk.rope(q, k, cos, sin)
+            return lk.rms_norm(lk.attention(q, k, v))
+
+    t, (cos, sin) = tensors(device), tables(12, 32, device)
+    with torch.no_grad():
+        program = torch.export.export(Block(), (t["q"], t["k"], t["v"], cos, sin))
+        names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert {f"llama_kernels.{op}.default" for op in ("rope", "attention_forward", "rms_norm_forward")} <= names
+        args = (t["q"], t["k"], t["v"], cos, sin)
+        torch.testing.assert_close(program.module()(*args), Block()(*args))
+
+
+# --- autocast --------------------------------------------------------------------------------------------------------
+
+
+def test_attention_follows_autocast(device):
+    """Mixed as it comes: rope gives q and k in float32, a Linear gives v in bfloat16."""
+    q, k, v = (torch.randn(1, H, 12, 32, device=device).requires_grad_() for H in (4, 2, 2))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = lk.attention(q, k, v.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, lk.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+    grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+
+
+def test_norm_and_rope_keep_their_dtype_under_autocast(device):
+    x, q = torch.randn(4, 96, device=device), torch.randn(1, 2, 12, 32, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert lk.rms_norm(x, torch.ones(96, device=device)).dtype == torch.float32
+        assert lk.rope(q, None, *tables(12, 32, device))[0].dtype == torch.float32
+        assert lk.rms_norm(x.bfloat16(), torch.ones(96, device=device)).dtype == torch.bfloat16
+
+
+# --- checkpointing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_nothing(use_reentrant, device):
+    t, (cos, sin) = tensors(device), tables(12, 32, device)
+
+    def checkpointed(leaves, cos, sin):
+        names = list(leaves)
+        return checkpoint(
+            lambda *xs: block(dict(zip(names, xs, strict=True)), cos, sin),
+            *leaves.values(),
+            use_reentrant=use_reentrant,
+        )
+
+    for name, x in t.items():
+        t[name] = x.detach()
+    results = []
+    for function in (checkpointed, block):
+        leaves = {name: x.clone().requires_grad_() for name, x in t.items()}
+        function(leaves, cos, sin).backward()
+        results.append([x.grad for x in leaves.values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_selective_checkpointing_keeps_attention(device):
+    """The registered op is what the policy names; saved, it runs once."""
+    t, (cos, sin) = tensors(device), tables(12, 32, device)
+    ran = []
+
+    def policy(context, op, *args, **kwargs):
+        ran.append((op, context.is_recompute))
+        saved = op == ops.attention_forward.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    leaves = {name: x.detach().requires_grad_() for name, x in t.items()}
+    loss = checkpoint(
+        block, leaves, cos, sin, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    assert (ops.attention_forward.default, False) in ran
+    for a, b in zip(grads, with_grads(block, t, cos, sin)[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+# --- double backward -------------------------------------------------------------------------------------------------
+
+
+DOUBLE = {
+    "rms_norm": lambda x, w: lk.rms_norm(x, w),
+    "add_rms_norm": lambda x, w: lk.add_rms_norm(x, x, w)[0],
+    "attention": lambda x, w: lk.attention(*(x[None, None],) * 3),
+    "rope": lambda x, w: lk.rope(x[None, None], None, *(table.to(x.device) for table in tables(8, 32, x.device)))[0],
+}
+
+
+@pytest.mark.parametrize("op", [*DOUBLE])
+def test_double_backward_is_refused(op, device):
+    x, w = torch.randn(8, 32, device=device).requires_grad_(), torch.randn(32, device=device).requires_grad_()
+    (dx,) = torch.autograd.grad(DOUBLE[op](x, w).exp().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"llama_kernels.{op}: double backward"):
+        torch.autograd.grad(dx.sum(), x)
+
+
+def test_double_backward_is_refused_where_the_upstream_gradient_is_constant(device):
+    """Where once_differentiable would let the second derivative go missing."""
+    x = torch.randn(8, 32, device=device).requires_grad_()
+    (dx,) = torch.autograd.grad(lk.rms_norm(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"llama_kernels.rms_norm: double backward"):
+        torch.autograd.grad(dx.sum(), x)
+
+
+# --- gradients on demand ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [w for n in (1, 2, 3) for w in itertools.combinations("qkvs", n)], ids="".join)
+def test_only_the_gradients_asked_for(wanted, device, monkeypatch):
+    q, k, v = (torch.randn(1, H, 12, 32, device=device) for H in (4, 2, 2))
+    t = {"q": q, "k": k, "v": v, "s": torch.randn(4, device=device)}
+
+    def grads(names) -> dict[str, torch.Tensor]:
+        leaves = {name: x.detach().requires_grad_(name in names) for name, x in t.items()}
+        out = lk.attention(leaves["q"], leaves["k"], leaves["v"], sinks=leaves["s"])
+        asked = [leaves[name] for name in names]
+        return dict(zip(names, torch.autograd.grad(out, asked, torch.ones_like(out)), strict=True))
+
+    everything = grads("qkvs")
+    for name, grad in grads(wanted).items():
+        assert torch.equal(grad, everything[name])
+
+
+def test_what_is_not_asked_for_is_not_computed(device):
+    computed = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func == ops.attention_backward.default:
+                computed.append([x.numel() > 0 for x in result])
+            return result
+
+    q, k, v = (torch.randn(1, 2, 12, 32, device=device) for _ in range(3))
+    with Spy():
+        lk.attention(q, k, v.requires_grad_()).sum().backward()
+    assert computed == [[False, False, True, False]]
+
+
+def test_no_graph_where_no_gradient_is_needed(device):
+    q = torch.randn(1, 2, 12, 32, device=device).requires_grad_()
+    with torch.no_grad():
+        assert lk.attention(q, q, q).grad_fn is None
+    assert lk.attention(*(q.detach(),) * 3).grad_fn is None
+
+
+def test_repeated_backward_over_one_graph(device):
+    q, k, v = (torch.randn(1, 2, 12, 32, device=device).requires_grad_() for _ in range(3))
+    out = lk.attention(q, k, v)
+    first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,170 @@
+"""The suite must fail where a kernel is wrong: each planted mistake is one that the parity tests have to catch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from llama_kernels.language import INTERPRETED, cast, tl, triton
+from llama_kernels.ops import rms_norm, rope
+from llama_kernels.ops.attention import backward, forward, tiles
+from llama_kernels.ops.attention.tables import Tile
+from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, SoftmaxState
+from tests import test_attention, test_rms_norm, test_rope
+
+pytestmark = pytest.mark.interpreter
+
+online_softmax_step, visible, key_blocks = tiles.online_softmax_step, tiles.visible, tiles.key_blocks
+probs_and_score_grads, load_summed, load_scale = (
+    tiles.probs_and_score_grads,
+    rms_norm._load_summed,
+    rms_norm._load_scale,
+)
+load_pairs = rope._load_pairs
+
+
+@triton.jit
+def accumulator_in_half_precision(state, s, v, unit, MASKED: tl.constexpr):
+    state = online_softmax_step(state, s, v, unit, MASKED)
+    return SoftmaxState(cast(state.acc, v.dtype).to(tl.float32), state.mass, state.peak)
+
+
+@triton.jit
+def mass_not_rescaled(state, s, v, unit, MASKED: tl.constexpr):
+    after = online_softmax_step(state, s, v, unit, MASKED)
+    return SoftmaxState(after.acc, after.mass + state.mass * (1.0 - tl.exp2(state.peak - after.peak)), after.peak)
+
+
+@triton.jit
+def one_key_too_many(mask, i, j):
+    right = None if mask.right is None else mask.right + 1
+    return visible(Mask(mask.shift, mask.left, right, mask.kv_start, mask.Sk), i, j)
+
+
+@triton.jit
+def window_one_short(mask, i, j):
+    left = None if mask.left is None else mask.left - 1
+    return visible(Mask(mask.shift, left, mask.right, mask.kv_start, mask.Sk), i, j)
+
+
+@triton.jit
+def last_keys_dropped(mask, first, last, BLOCK_N: tl.constexpr):
+    blocks = key_blocks(mask, first, last, BLOCK_N)
+    return KeyBlocks(blocks.begin, blocks.full_begin, blocks.full_end, blocks.full_end)
+
+
+@triton.jit
+def boundary_block_not_masked(mask, first, last, BLOCK_N: tl.constexpr):
+    blocks = key_blocks(mask, first, last, BLOCK_N)
+    return KeyBlocks(blocks.begin, blocks.full_begin, tl.minimum(blocks.full_end + BLOCK_N, blocks.end), blocks.end)
+
+
+@triton.jit
+def delta_forgotten(qk, dp, lse2, delta, see, scoring):
+    return probs_and_score_grads(qk, dp, lse2, delta * 0.0, see, scoring)
+
+
+@triton.jit
+def tile_of_the_scores_in_half_precision(qk, dp, lse2, delta, see, scoring):
+    p, ds = probs_and_score_grads(cast(qk, tl.float16).to(tl.float32), dp, lse2, delta, see, scoring)
+    return p, ds
+
+
+@triton.jit
+def sum_not_rounded(x_rows, residual_rows, s_ptr, cols, mask):
+    s = rms_norm._load(x_rows, cols, mask)
+    if residual_rows is not None:
+        s += rms_norm._load(residual_rows, cols, mask)
+    return s
+
+
+@triton.jit
+def weight_forgotten(weight_ptr, cols, offset, N: tl.constexpr):
+    return load_scale(weight_ptr, cols, offset, N) * 0.0 + 1.0
+
+
+@triton.jit
+def offset_forgotten(weight_ptr, cols, offset, N: tl.constexpr):
+    return load_scale(weight_ptr, cols, 0.0, N)
+
+
+@triton.jit
+def pairs_swapped(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr):
+    x0, x1 = load_pairs(vectors, there, HALF, INTERLEAVED, BLOCK_R)
+    return x1, x0
+
+
+def _one_head_for_all(*call: Any) -> Any:
+    sizes = _call_sizes(*call)
+    return sizes._replace(group=sizes.Hq)
+
+
+_call_sizes = forward.call_sizes
+_DENSE = test_attention.Case(1, 4, 2, 70, 90, 32, 32)
+_WINDOW = test_attention.Case(1, 2, 2, 70, 90, 32, 32, window_size=(20, 0))
+_LONG = test_attention.Case(1, 2, 2, 64, 512, 32, 32, is_causal=False)
+
+
+def attention(case: test_attention.Case, dtype: torch.dtype = torch.float16) -> None:
+    test_attention.check(case, dtype, torch.device("cpu"), tile=Tile(32, 16, 4, 1))
+
+
+def norm(**options: Any) -> None:
+    test_rms_norm.check((70, 96), torch.bfloat16, torch.device("cpu"), **options)
+
+
+def rotation() -> None:
+    q, k = test_rope.qk(1, 2, 2, 13, 32, torch.float16, torch.device("cpu"))
+    test_rope.check(q, k, *test_rope.tables(13, 32, torch.device("cpu")))
+
+
+# name: (modules, what is replaced there, by what, and the check that must fail)
+MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
+    "accumulator in half precision": (
+        (forward,), "online_softmax_step", accumulator_in_half_precision, lambda: attention(_LONG, torch.bfloat16)),
+    "mass not rescaled": ((forward,), "online_softmax_step", mass_not_rescaled, lambda: attention(_DENSE)),
+    "one key too many": ((forward, backward), "visible", one_key_too_many, lambda: attention(_DENSE)),
+    "one key too many, backward": ((backward,), "visible", one_key_too_many, lambda: attention(_DENSE)),
+    "window one short": ((forward, backward), "visible", window_one_short, lambda: attention(_WINDOW)),
+    "last keys dropped": ((forward,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
+    "last keys dropped, backward": ((backward,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
+    "boundary block not masked": ((forward,), "key_blocks", boundary_block_not_masked, lambda: attention(_DENSE)),
+    "one head for all": ((forward, backward), "call_sizes", _one_head_for_all, lambda: attention(_DENSE)),
+    "delta forgotten": ((backward,), "probs_and_score_grads", delta_forgotten, lambda: attention(_DENSE)),
+    "scores in half precision": (
+        (backward,), "probs_and_score_grads", tile_of_the_scores_in_half_precision,
+        lambda: attention(_DENSE, torch.float32)),
+    "sum not rounded": (
+        (rms_norm,), "_load_summed", sum_not_rounded, lambda: test_rms_norm.add_is_two_ops(torch.device("cpu"))),
+    "weight forgotten": ((rms_norm,), "_load_scale", weight_forgotten, norm),
+    "offset forgotten": ((rms_norm,), "_load_scale", offset_forgotten, lambda: norm(offset=1.0)),
+    "pairs swapped": ((rope,), "_load_pairs", pairs_swapped, rotation),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def planted(modules: tuple[ModuleType, ...], name: str, mutant: Any) -> Iterator[None]:
+    """The interpreter resolves a kernel's names once and remembers: forget before and after."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, name, mutant)
+        InterpretedFunction.rewritten_fn.clear()
+        yield
+    InterpretedFunction.rewritten_fn.clear()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_caught(name):
+    modules, replaced, mutant, check = MUTANTS[name]
+    assert INTERPRETED
+    check()  # passes as it is
+    with planted(modules, replaced, mutant), pytest.raises(AssertionError):
+        check()
+    check()

@@ -1,0 +1,184 @@
+"""RMSNorm and add+RMSNorm: outputs and gradients against float64 by the rules of judge.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import llama_kernels as lk
+from tests.judge import eager_rms_norm, guarded, guarded_allocations, ideal_rms_norm, judge, memory_order, unchanged
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Every tile: one element, widths that are no power of two, many short rows a program, a row each, rows walked in steps.
+SHAPES = (
+    (5, 1),
+    (3, 2),
+    (7, 3),
+    (130, 64),
+    (2, 9, 40),
+    (33, 128),
+    (17, 1000),
+    (3, 4096),
+    (2, 5120),
+    (3, 8192),
+    (2, 16640),
+)
+
+
+def check(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, weight=True, weight_dtype=None, residual=False,
+    residual_dtype=None, eps=1e-6, offset=0.0, size=1.0, layout=lambda x: x, eager=False,
+) -> None:  # fmt: skip
+    N = shape[-1]
+    x, r, dy, ds = (size * torch.randn(shape, device=device) for _ in range(4))
+    x, dy = layout(x.to(dtype)), layout(dy.to(dtype))
+    r, ds = ((layout(t.to(residual_dtype or dtype)) if residual else None) for t in (r, ds))
+    # Weights around offset's complement, but not ones: a forgotten weight must show.
+    w = (1 - offset + 0.5 * torch.randn(N, device=device)).to(weight_dtype or dtype) if weight else None
+    given = [guarded(t).requires_grad_() if t is not None else None for t in (x, r, w)]
+    upstream = [guarded(t) for t in (dy, ds) if t is not None]
+    with guarded_allocations(), unchanged(*given, *upstream):
+        results = run(lk, *given, eps, offset, upstream)
+    wide = [None if t is None else t.double().requires_grad_() for t in (x, r, w)]
+    truth = run(lk.reference, *wide, eps, offset, [t.double() for t in upstream])
+    ideal = [t for t in ideal_rms_norm(x, r, w, eps, offset, dy, ds) if t is not None]
+    theirs = [None] * len(ideal)
+    if eager:
+        leaves = [t.detach().requires_grad_() for t in (x, w)]
+        y = eager_rms_norm(*leaves, eps, offset)
+        theirs = [y, *torch.autograd.grad(y, leaves, dy)]
+    names = [
+        n for n, t in (("y", x), ("residual_out", r), ("dx", x), ("dresidual", r), ("dweight", w)) if t is not None
+    ]
+    for name, K, R, I, E in zip(names, results, truth, ideal, theirs, strict=True):
+        judge(name, K, R, I, E)
+    for K, t in zip(
+        results[-len([t for t in given if t is not None]) :], [t for t in (x, r, w) if t is not None], strict=True
+    ):
+        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t))
+    assert (results[0].dtype, memory_order(results[0])) == (x.dtype, memory_order(x))
+
+
+def run(ops: Any, x, r, w, eps, offset, upstream) -> list[torch.Tensor]:
+    """Outputs, then the gradients of the inputs that are there."""
+    if r is None:
+        outs = [ops.rms_norm(x, w, eps, offset=offset)]
+    else:
+        outs = list(ops.add_rms_norm(x, r, w, eps, offset=offset))
+    return outs + list(torch.autograd.grad(outs, [t for t in (x, r, w) if t is not None], upstream))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "add"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients(shape, residual, dtype, device):
+    check(shape, dtype, device, residual=residual)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "add"])
+def test_rows_of_65536(residual, device):
+    check((2, 65536 + 8), torch.float16, device, residual=residual)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "add"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("weight", [False, True], ids=["bare", "weighted"])
+def test_weight_and_offset(weight, offset, residual, device):
+    check((70, 96), torch.bfloat16, device, weight=weight, offset=offset, residual=residual)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+def test_a_weight_of_another_dtype(x_dtype, weight_dtype, device):
+    check((70, 96), x_dtype, device, weight_dtype=weight_dtype)
+
+
+def test_a_residual_stream_wider_than_its_branches(device):
+    check((70, 96), torch.bfloat16, device, residual=True, residual_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_inputs_of_every_size(size, dtype, device):
+    if dtype == torch.float16 and size > 1:
+        size = 100  # the products of a thousand with a thousand in dweight pass 65504
+    check((70, 128), dtype, device, size=size, residual=True)
+    check((70, 128), dtype, device, size=size, eps=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [128, 4096])
+def test_never_worse_than_eager(N, dtype, device):
+    check((40, N), dtype, device, eager=True)
+
+
+LAYOUTS = {
+    "tokens of heads": ((2, 3, 5, 64), lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+    "every second row": ((6, 64), lambda x: x.repeat_interleave(2, 0)[::2]),
+    "a slice of a packed projection": ((2, 3, 5, 64), lambda x: torch.cat((x, x), -1)[..., :64]),
+    "one row for all": ((1, 6, 64), lambda x: x[:, :1].expand(4, 6, 64)),
+    "columns": ((40, 64), lambda x: x.T.contiguous().T),
+    "four dimensions apart": ((2, 3, 2, 3, 16), lambda x: torch.cat((x, x), 3)[:, :, :, :3].permute(2, 0, 3, 1, 4)),
+    "a vector": ((64,), lambda x: x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "add"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, residual, device):
+    shape, layout = LAYOUTS[name]
+    x = layout(torch.randn(shape, device=device)).requires_grad_()
+    r = layout(torch.randn(shape, device=device)).requires_grad_() if residual else None
+    w = torch.randn(shape[-1], device=device).requires_grad_()
+    outs = [lk.rms_norm(x, w)] if r is None else list(lk.add_rms_norm(x, r, w))
+    theirs = [lk.reference.rms_norm(x, w)] if r is None else list(lk.reference.add_rms_norm(x, r, w))
+    given = [t for t in (x, r, w) if t is not None]
+    upstream = [torch.randn_like(out) for out in outs]
+    results = outs + list(torch.autograd.grad(outs, given, upstream))
+    expected = theirs + list(torch.autograd.grad(theirs, given, upstream))
+    for K, R in zip(results, expected, strict=True):
+        torch.testing.assert_close(K, R, rtol=1e-5, atol=1e-5)
+    dense = all(size == 1 or stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    if x.stride(-1) == 1 and dense:
+        assert sorted(range(x.ndim), key=x.stride) == sorted(range(x.ndim), key=outs[0].stride)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64), (3, 0)], ids=str)
+def test_nothing_in_nothing_out(shape, device):
+    x, r = (torch.randn(shape, device=device).requires_grad_() for _ in range(2))
+    w = torch.randn(shape[-1], device=device).requires_grad_()
+    y, s = lk.add_rms_norm(x, r, w)
+    dx, dr, dw = torch.autograd.grad((y, s), (x, r, w), (torch.ones_like(y), torch.ones_like(s)))
+    assert y.shape == s.shape == dx.shape == dr.shape == shape
+    assert torch.equal(dw, torch.zeros_like(w))
+
+
+def test_rows_of_zeros_stay_zeros(device):
+    x = torch.zeros(4, 96, device=device, requires_grad=True)
+    w = torch.randn(96, device=device)
+    y = lk.rms_norm(x, w, eps=1e-6)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(y, torch.zeros_like(y))
+    torch.testing.assert_close(dx, (w * 1e3).expand_as(dx))  # rstd = 1 / sqrt(eps)
+
+
+def test_only_the_residual_stream_is_used(device):
+    x, r, w = (torch.randn(shape, device=device).requires_grad_() for shape in ((4, 96), (4, 96), (96,)))
+    _, s = lk.add_rms_norm(x, r, w)
+    ds = torch.randn_like(s)
+    dx, dr, dw = torch.autograd.grad(s, (x, r, w), ds, allow_unused=True)
+    assert torch.equal(dx, ds) and torch.equal(dr, ds) and dw is None
+
+
+def add_is_two_ops(device: torch.device) -> None:
+    x, r = (torch.randn(70, 96, device=device).bfloat16() for _ in range(2))
+    w = torch.randn(96, device=device).bfloat16()
+    y, s = lk.add_rms_norm(x, r, w)
+    assert torch.equal(s, x + r)
+    assert torch.equal(y, lk.rms_norm(s, w))
+
+
+def test_the_fused_add_is_the_two_ops_bit_for_bit(device):
+    add_is_two_ops(device)

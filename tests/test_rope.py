@@ -1,0 +1,203 @@
+"""RoPE: both directions against float64, in every form its tables, positions and layouts take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import llama_kernels as lk
+from tests.judge import eager_rope, guarded, guarded_allocations, judge, memory_order, unchanged
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def tables(positions: int, R: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    inv_freq, _ = lk.rope_frequencies(R)
+    return lk.rope_tables(inv_freq.to(device), positions)
+
+
+def qk(B: int, Hq: int, Hkv: int, S: int, D: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """In the memory order of a projection, (B, S, H, D)."""
+    return [torch.randn(B, S, H, D, device=device).to(dtype).transpose(1, 2) for H in (Hq, Hkv)]
+
+
+def rows(x: torch.Tensor, cos: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """The angles of each token, of a shape to broadcast over the heads."""
+    if cos.ndim == 2:
+        position_ids = torch.arange(x.shape[-2 if x.ndim == 4 else 0]) if position_ids is None else position_ids
+        cos = cos[position_ids.to(cos.device).long()]
+    return cos.unsqueeze(-2 if x.ndim == 3 else -3)
+
+
+def check(q, k, cos, sin, position_ids=None, *, interleaved=False, inplace=False, eager=False) -> None:
+    """Both directions; in place only forward, which needs no graph."""
+    inputs = [None if x is None else guarded(x).requires_grad_(not inplace) for x in (q, k)]
+    angles = [guarded(cos), guarded(sin), None if position_ids is None else guarded(position_ids)]
+    with guarded_allocations(), unchanged(*angles, *(() if inplace else inputs)):
+        outs = lk.rope(*inputs, *angles, interleaved=interleaved, inplace=inplace)
+    for name, x, given, out in zip("qk", (q, k), inputs, outs, strict=True):
+        if x is None:
+            assert out is None
+            continue
+        c, s = rows(x, cos, position_ids), rows(x, sin, position_ids)
+        judge_rotation(name, out, x, c, s, interleaved, eager)
+        if inplace:
+            assert out.data_ptr() == given.data_ptr()
+        else:
+            dx = torch.randn_like(x)
+            (grad,) = torch.autograd.grad(out, given, dx, retain_graph=True)
+            judge_rotation(f"d{name}", grad, dx, c, -s, interleaved, eager)
+
+
+def judge_rotation(name, K, x, cos, sin, interleaved, eager) -> None:
+    truth = eager_rope(x.double(), cos.double(), sin.double(), interleaved)
+    ideal = eager_rope(x.float(), cos.float(), sin.float(), interleaved).to(x.dtype)
+    judge(name, K, truth, ideal, eager_rope(x, cos, sin, interleaved) if eager else None)
+    assert (K.dtype, memory_order(K)) == (x.dtype, memory_order(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("D, R", [(2, 2), (16, 16), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256),
+                                  (64, 32), (80, 20), (128, 96), (5, 4)])  # fmt: skip
+def test_widths(D, R, interleaved, dtype, device):
+    q, k = qk(2, 4, 2, 13, D, dtype, device)
+    check(q, k, *tables(13, R, device), interleaved=interleaved)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("Hq, Hkv", [(1, 1), (3, 3), (8, 1), (32, 8), (7, 5)])
+def test_heads(Hq, Hkv, inplace, device):
+    q, k = qk(1, Hq, Hkv, 37, 64, torch.bfloat16, device)
+    check(q, k, *tables(40, 64, device), inplace=inplace)
+
+
+POSITIONS = {
+    "a shared row": lambda B, S: torch.randperm(60)[:S],
+    "one each, batch of one": lambda B, S: torch.randperm(60)[None, :S],
+    "one each": lambda B, S: torch.stack([torch.randperm(60)[:S] for _ in range(B)]),
+    "every second of a wider tensor": lambda B, S: torch.stack([torch.randperm(60)[: 2 * S] for _ in range(B)])[:, ::2],
+}
+
+
+@pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("form", POSITIONS)
+def test_position_ids(form, integer, device):
+    q, k = qk(2, 4, 2, 13, 64, torch.float16, device)
+    check(q, k, *tables(60, 64, device), POSITIONS[form](2, 13).to(integer).to(device))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["counted", "given"])
+def test_packed_tokens(given, device):
+    q, k = (x[0].transpose(0, 1) for x in qk(1, 4, 2, 50, 64, torch.bfloat16, device))
+    position_ids = torch.cat((torch.arange(20), torch.arange(30))).to(device) if given else None
+    check(q, k, *tables(50, 64, device), position_ids)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("table_dtype", DTYPES, ids=str)
+def test_a_row_a_token(table_dtype, batch, device):
+    q, k = qk(2, 4, 2, 13, 64, torch.float16, device)
+    cos, sin = (table.to(table_dtype) for table in tables(26, 64, device))
+    cos, sin = (table[: 13 * batch].unflatten(0, (batch, 13)) for table in (cos, sin))
+    check(q, k, cos, sin)
+    doubled = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)  # as Hugging Face has them
+    check(q, k, *(table[..., :32] for table in doubled))
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+def test_q_alone(inplace, device):
+    q, _ = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
+    check(q, None, *tables(13, 64, device), inplace=inplace)
+
+
+LAYOUTS = {
+    "heads first": lambda x: x.contiguous(),
+    "a slice of a wider head": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "odd strides": lambda x: torch.cat((x,) * 3, -1)[..., 1 : 1 + x.shape[-1]],
+    "every second token": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    "batch innermost": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+}
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, interleaved, device):
+    q, k = (LAYOUTS[layout](x) for x in qk(2, 4, 2, 13, 64, torch.float16, device))
+    outs = lk.rope(q, k, *tables(13, 64, device), interleaved=interleaved)
+    truth = lk.reference.rope(q.double(), k.double(), *tables(13, 64, device), interleaved=interleaved)
+    ideal = [eager_rope(x.float(), *tables(13, 64, device), interleaved).half() for x in (q, k)]
+    for x, K, R, I in zip((q, k), outs, truth, ideal, strict=True):
+        judge(layout, K, R, I)
+        assert sorted(range(4), key=x.stride) == sorted(range(4), key=K.stride)
+
+
+def test_in_place_inside_a_packed_projection(device):
+    """q and k rotate where they lie, v and what is around stays."""
+    qkv = torch.randn(2, 13, 8, 64, device=device)
+    before = qkv.clone()
+    q, k = qkv[:, :, :4].transpose(1, 2), qkv[:, :, 4:6].transpose(1, 2)
+    truth = lk.reference.rope(q.double(), k.double(), *tables(13, 64, device))
+    lk.rope(q, k, *tables(13, 64, device), inplace=True)
+    for x, R in zip((q, k), truth, strict=True):
+        torch.testing.assert_close(x.double(), R, rtol=0, atol=1e-6)
+    assert torch.equal(qkv[:, :, 6:], before[:, :, 6:])
+
+
+def test_in_place_backward_reaches_the_projection(device):
+    x = torch.randn(2, 13, 6, 64, device=device, requires_grad=True)
+    upstream = [torch.randn(2, H, 13, 64, device=device) for H in (4, 2)]
+
+    def gradient(inplace: bool) -> torch.Tensor:
+        qkv = x * 1
+        q, k = qkv[:, :, :4].transpose(1, 2), qkv[:, :, 4:].transpose(1, 2)
+        return torch.autograd.grad(lk.rope(q, k, *tables(13, 64, device), inplace=inplace), x, upstream)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_backward_undoes_forward(device):
+    """The transpose of a rotation is its inverse."""
+    q = torch.randn(1, 2, 13, 64, device=device, requires_grad=True)
+    out, _ = lk.rope(q, None, *tables(13, 64, device))
+    (dq,) = torch.autograd.grad(out, q, out.detach())
+    torch.testing.assert_close(dq, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((0, 4, 7, 8), (0, 2, 7, 8)), ((2, 4, 0, 8), (2, 2, 0, 8)), ((0, 4, 8), (0, 2, 8)),
+                                    ((2, 4, 7, 8), (2, 0, 7, 8)), ((2, 0, 7, 8), (2, 2, 7, 8))], ids=str)  # fmt: skip
+def test_nothing_in_nothing_out(shapes, device):
+    q, k = (torch.randn(shape, device=device).requires_grad_() for shape in shapes)
+    outs = lk.rope(q, k, *tables(7, 8, device))
+    grads = torch.autograd.grad(outs, (q, k), [torch.ones_like(x) for x in outs])
+    assert [x.shape for x in (*outs, *grads)] == [q.shape, k.shape] * 2
+
+
+def test_only_one_of_the_gradients_is_asked_for(device):
+    q, k = (x.requires_grad_() for x in qk(1, 4, 2, 13, 64, torch.float32, device))
+    outs = lk.rope(q, k, *tables(13, 64, device))
+    upstream = [torch.randn_like(x) for x in outs]
+    both = torch.autograd.grad(outs, (q, k), upstream, retain_graph=True)
+    for i, x in enumerate((q, k)):
+        (alone,) = torch.autograd.grad(outs[i], x, upstream[i], retain_graph=True)
+        assert torch.equal(alone, both[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_never_worse_than_eager(dtype, device):
+    q, k = qk(2, 4, 2, 40, 64, dtype, device)
+    check(q, k, *tables(40, 64, device), eager=True)
+
+
+def test_positions_far_out_keep_their_angle(device):
+    """At position 131071 float32 holds the angle to a hundredth; bfloat16 would hold it to 512."""
+    position = 131071
+    inv_freq, _ = lk.rope_frequencies(64, base=500000.0)
+    cos, sin = lk.rope_tables(inv_freq.to(device), position + 1)
+    q = torch.ones(1, 1, 1, 64, device=device)
+    out, _ = lk.rope(q, None, cos, sin, torch.tensor([position], device=device))
+    angles = [position * 500000.0 ** (-2 * i / 64) for i in range(32)]
+    expected = [math.cos(a) - math.sin(a) for a in angles] + [math.cos(a) + math.sin(a) for a in angles]
+    torch.testing.assert_close(out.flatten().cpu(), torch.tensor(expected), rtol=0, atol=2e-2)
