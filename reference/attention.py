@@ -99,7 +99,7 @@ def attention_varlen(
     """
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    starts_q, starts_k = _spans(cu_seqlens_q, q.shape[0], max_seqlen_q), _spans(cu_seqlens_k, k.shape[0], max_seqlen_k)
+    starts_q, starts_k = spans(cu_seqlens_q, q.shape[0], max_seqlen_q), spans(cu_seqlens_k, k.shape[0], max_seqlen_k)
     for rows, keys in zip(starts_q, starts_k, strict=True):
         o, l = attention(
             *(x[span].transpose(0, 1)[None] for x, span in ((q, rows), (k, keys), (v, keys))),  # (1, H, S, D)
@@ -116,7 +116,7 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _spans(cu_seqlens: torch.Tensor, tokens: int, longest: int) -> list[slice]:
+def spans(cu_seqlens: torch.Tensor, tokens: int, longest: int) -> list[slice]:
     """The tokens of each sequence, kept inside the tensor and no longer than `longest` whatever the user wrote."""
     bounds = cu_seqlens.clamp(0, tokens).tolist()
     return [slice(a, min(max(a, b), a + longest)) for a, b in itertools.pairwise(bounds)]

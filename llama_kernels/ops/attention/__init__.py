@@ -1,15 +1,15 @@
 """Grouped-query attention, dense and packed: registered ops, autograd, public functions.
 
-forward.py and backward.py hold the kernels, tiles.py what they share on the device, tables.py their tile sizes and
-layout.py how a call looks to them.
+forward.py and backward.py hold the kernels, tiles.py what they share on the device, tables.py their tile sizes,
+layout.py how a call looks to them, and cpu.py the same in plain PyTorch.
 """
 
 from __future__ import annotations
 
 import torch
 
-from llama_kernels import reference
 from llama_kernels.ops.attention.backward import launch_backward
+from llama_kernels.ops.attention.cpu import plain_backward, plain_forward
 from llama_kernels.ops.attention.forward import launch_forward
 from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
 from llama_kernels.runtime import (
@@ -24,42 +24,6 @@ from llama_kernels.runtime import (
     shape_of,
 )
 
-# --- the same from plain PyTorch, for CPU tensors --------------------------------------------------------------------
-
-
-def _by_reference(
-    q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
-):  # fmt: skip
-    packed = () if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
-    function = reference.attention_varlen if packed else reference.attention
-    return function(
-        q, k, v, *packed, is_causal=False, scale=scale, softcap=softcap, sinks=sinks, kv_start=kv_start,
-        window_size=tuple(-1 if side is None else side for side in (left, right)), return_lse=True,
-    )  # fmt: skip
-
-
-def _forward_reference(q, k, v, *call):
-    out, lse = _by_reference(q, k, v, *call)
-    outputs = empty_outputs(q, v)
-    return outputs[0].copy_(out), outputs[1].copy_(lse)
-
-
-def _backward_reference(do, dlse, q, k, v, out, lse, sinks, *rest):
-    *call, need_dq, need_dk, need_dv, need_dsinks = rest
-    needed = (need_dq, need_dk, need_dv, need_dsinks)
-    grads = empty_grads(q, k, v, sinks, *needed)
-    with torch.enable_grad():
-        given = zip((q, k, v, sinks), needed, strict=True)
-        tensors = [None if x is None else x.detach().requires_grad_(need) for x, need in given]
-        out, lse = _by_reference(*tensors, *call)
-    asked = [i for i in range(4) if needed[i]]
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
-    results = torch.autograd.grad((out, lse), [tensors[i] for i in asked], (do, dlse))
-    for i, grad in zip(asked, results, strict=True):
-        grads[i].copy_(grad)
-    return grads
-
-
 # --- registered ops --------------------------------------------------------------------------------------------------
 
 _CALL = (
@@ -70,7 +34,7 @@ _CALL = (
 _attention_forward = register(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
     kernel=launch_forward,
-    reference=_forward_reference,
+    reference=plain_forward,
     fake=lambda q, k, v, *call: empty_outputs(q, v),
 )
 # -> dq, dk, dv, dsinks; empty where not needed
@@ -78,7 +42,7 @@ _attention_backward = register(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_CALL}, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=launch_backward,
-    reference=_backward_reference,
+    reference=plain_backward,
     fake=lambda do, dlse, q, k, v, out, lse, sinks, *rest: empty_grads(q, k, v, sinks, *rest[-4:]),
 )
 
