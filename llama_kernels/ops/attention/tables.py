@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from llama_kernels.ops.attention.layout import width_class
 from llama_kernels.runtime import arch_of
 
 
@@ -27,6 +26,10 @@ class Tile:
     @property
     def launch_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
+
+    def __str__(self) -> str:
+        split = ", split" if self.split else ""
+        return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{split}"
 
 
 # bfloat16 and float16. Of the tiles that compile without a spill under every option, each row has the one that reads
@@ -78,9 +81,17 @@ _FLOAT32 = {
 }
 
 
+WIDTHS = (64, 128, 256)
+PASSES = ("forward", "dq", "dkdv")
+FAMILIES = tuple(dict.fromkeys(family for family, _ in _HALF))
+
+
+def tile(family: str, pass_: str, width: int, dtype: torch.dtype) -> Tile:
+    """The row of `family` for `pass_`, its column for heads of `width`."""
+    rows = _FLOAT32 if dtype == torch.float32 else _HALF
+    return rows[family, pass_][next(i for i, widest in enumerate(WIDTHS) if width <= widest)]
+
+
 def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor) -> Tile:
-    """The tile of `pass_`, "forward", "dq" or "dkdv", for heads as wide as those of `q` and `v`."""
-    widest = max(width_class(q.shape[-1]), width_class(v.shape[-1]), 64)
-    column = (64, 128, 256).index(widest)
-    rows = _FLOAT32 if q.dtype == torch.float32 else _HALF
-    return rows[arch_of(q.device), pass_][column]
+    """The tile of `pass_` for heads as wide as those of `q` and `v`, where they are."""
+    return tile(arch_of(q.device), pass_, max(q.shape[-1], v.shape[-1]), q.dtype)

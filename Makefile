@@ -1,0 +1,58 @@
+# A fresh machine needs `make demo` and `make test`; each makes .venv by itself. Every target is incremental.
+#   PYTHON=python3.12   which Python .venv is made with
+#   TORCH=2.13.0        which torch; `present` takes the one that PYTHON has
+#   TRITON=3.6.0        which Triton, or `newest`; `present` takes what came with torch
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TRITON ?= 3.6.0
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+VENV := .venv
+BIN := $(VENV)/bin
+# A stamp for each choice of versions: another choice installs anew.
+ENVIRONMENT := $(VENV)/made-with-$(subst /,_,$(PYTHON))-$(TORCH)
+INSTALLED := $(ENVIRONMENT)-$(TRITON)
+SOURCES := $(shell find llama_kernels reference bench -name '*.py')
+
+.PHONY: install demo test codegen lint clean
+
+install: $(INSTALLED)
+
+$(ENVIRONMENT):
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(if $(filter present,$(TORCH)),--system-site-packages) $(VENV)
+	$(if $(filter present,$(TORCH)),,$(BIN)/python -m pip install -q torch==$(TORCH))
+	touch $@
+
+$(INSTALLED): $(ENVIRONMENT) pyproject.toml
+	rm -f $(ENVIRONMENT)-*
+	$(BIN)/python -m pip install -q -e '.[test,transformers,bench]'
+ifeq ($(TRITON),newest)
+	$(BIN)/python -m pip install -q --upgrade triton
+else ifneq ($(TRITON),present)
+	$(BIN)/python -m pip install -q triton==$(TRITON)
+endif
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m examples.demo
+
+# The suite runs twice: the kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run.
+test: lint codegen
+	$(BIN)/python -m pytest -n $(JOBS)
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS)
+
+codegen: build/codegen.json
+
+build/codegen.json: $(INSTALLED) $(SOURCES)
+	mkdir -p build
+	$(BIN)/python -m bench.codegen --workers $(JOBS) --json $@ > build/codegen.txt || { grep -v '  $$' build/codegen.txt; rm -f $@; exit 1; }
+	tail -n 1 build/codegen.txt
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

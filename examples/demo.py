@@ -1,0 +1,274 @@
+"""`make demo`: a small Llama learns Python from the standard library, twice, with stock torch ops and with ours.
+
+Both start from the same weights and see the same batches. A third run, stock torch from weights one float32 rounding
+away, shows how far two right runs part: training amplifies the last bit. Without a GPU our model trains on the
+reference path, and at a few points of the run the kernels themselves repeat the step in Triton's interpreter.
+
+Passes if, at each of these points, the kernels' gradients are as close to float64 as stock torch's (at most twice as
+far), and if the curves part no further than ten times as far as the third run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import llama_kernels as lk
+from examples.model import Config, Llama, Ops, ours, stock
+
+console = Console()
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def standard_library() -> torch.Tensor:
+    """The source of Python's standard library, as bytes: a few megabytes of real text that everyone has."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    return torch.frombuffer(bytearray(b"\n".join(f.read_bytes() for f in files)), dtype=torch.uint8)
+
+
+class Batches:
+    """Random windows of seq + 1 bytes, the same for whoever asks with the same seed."""
+
+    def __init__(self, text: torch.Tensor, batch: int, seq: int, seed: int, device: str) -> None:
+        self._text, self._shape, self._device = text, (batch, seq), device
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> torch.Tensor:
+        batch, seq = self._shape
+        starts = torch.randint(len(self._text) - seq - 1, (batch, 1), generator=self._generator)
+        return self._text[starts + torch.arange(seq + 1)].long().to(self._device)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One model in training, its losses and what a step costs."""
+
+    def __init__(self, name: str, ops: Ops, config: Config, steps: int, device: str) -> None:
+        self.name, self.device = name, device
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.peak_bytes = 0
+        torch.manual_seed(0)
+        self.model = Llama(config, ops).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        warmup = max(steps // 20, 1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda i: min((i + 1) / warmup, max(1 - (i - warmup) / max(steps - warmup, 1), 0.02))
+        )
+
+    def step(self, tokens: torch.Tensor) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = self._clock()
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
+            loss = self.model.loss(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.losses.append(loss.item())
+        self.seconds.append(self._clock() - started)
+        if self.device == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+
+    def _clock(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def nudge(self) -> None:
+        """Every weight to the next float32 up."""
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)))
+
+    @torch.no_grad()
+    def validate(self, batches: list[torch.Tensor]) -> float:
+        return sum(self.model.loss(tokens).item() for tokens in batches) / len(batches)
+
+    @torch.no_grad()
+    def write(self, start: bytes, length: int) -> str:
+        """Text after `start`, at temperature 0.7."""
+        tokens = torch.tensor([list(start)], device=self.device)
+        for _ in range(length):
+            logits = self.model(tokens[:, -self.model.config.positions :])[:, -1].float()
+            tokens = torch.cat((tokens, torch.multinomial(torch.softmax(logits / 0.7, -1), 1)), 1)
+        return bytes(tokens[0].tolist()).decode(errors="replace")
+
+
+def train(runs: list[Run], batches: Batches, steps: int, snapshot: Callable[[int, torch.Tensor], None]) -> None:
+    """All runs side by side, a batch for all."""
+    columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=steps)
+        for i in range(steps):
+            tokens = batches.draw()
+            snapshot(i, tokens)
+            for run in runs:
+                run.step(tokens)
+            said = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs[:2])
+            progress.update(task, advance=1, description=f"loss: {said}")
+
+
+# --- proof -----------------------------------------------------------------------------------------------------------
+
+
+def verify(paths: list[Path], device: str) -> dict[str, Any]:
+    """examples.verify in a process of its own: Triton interprets or compiles, decided when it is imported."""
+    env = {**os.environ, "TRITON_INTERPRET": "0" if device == "cuda" else "1"}
+    command = [sys.executable, "-m", "examples.verify", *map(str, paths)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def show_proof(proof: dict[str, Any], where: str) -> None:
+    table = Table(title=f"a training step in float32, kernels {where}: losses, and the worst gradient's relative error")
+    for column in ("step", "stock loss", "kernels' loss", "apart", "stock", "kernels"):
+        table.add_column(column, justify="right")
+    for s in proof["steps"]:
+        table.add_row(
+            str(s["step"]), f"{s['loss_stock']:.6f}", f"{s['loss_ours']:.6f}", f"{s['loss_ours'] - s['loss_stock']:+.1e}",
+            f"{s['grad_error_stock']:.2e}", f"{s['grad_error_ours']:.2e}",
+        )  # fmt: skip
+    console.print(table)
+    table = Table(title=f"op by op, kernels {where}: worst relative error against float64")
+    for column in ("op", "dtype", "forward: plain", "kernel", "backward: plain", "kernel"):
+        table.add_column(column, justify="left" if column in ("op", "dtype") else "right")
+    for o in proof["ops"]:
+        errors = (o[f"{what}_{whose}"] for what in ("forward", "backward") for whose in ("plain", "ours"))
+        table.add_row(o["op"], o["dtype"], *(f"{error:.2e}" for error in errors))
+    console.print(table)
+
+
+def plot(runs: list[Run], proof: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    stock_run, our_run, nudged = runs
+    figure, (top, below) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained")
+    top.plot(stock_run.losses, color="#9ec5e8", lw=5, solid_capstyle="round", label="stock torch")
+    top.plot(our_run.losses, color="#1b3a5c", lw=1.1, label="llama_kernels")
+    marked = [s["step"] for s in proof["steps"]]
+    top.plot(marked, [s["loss_ours"] for s in proof["steps"]], "o", ms=6, mfc="none", color="#c8452d",
+             label="the kernels, this step repeated")  # fmt: skip
+    top.set(ylabel="training loss (nats a byte)", title="A Llama learns Python from the standard library")
+    top.legend(frameon=False)
+    floor = 1e-8  # where two losses are the same float32
+    for run, color, label in ((nudged, "#b8b8b8", "stock torch, weights one rounding away"),
+                              (our_run, "#1b3a5c", "llama_kernels")):  # fmt: skip
+        apart = [max(abs(a - b), floor) for a, b in zip(run.losses, stock_run.losses, strict=True)]
+        below.semilogy(apart, color=color, lw=1.1, label=label)
+    below.set(xlabel="step", ylabel="distance to stock torch")
+    below.legend(frameon=False)
+    for axes in (top, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n\n")[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, help="sequences a step (default: 12; on a GPU 16)")
+    parser.add_argument("--seq", type=int, help="bytes a sequence (default: 128; on a GPU 1024)")
+    parser.add_argument("--seed", type=int, default=0, help="of the batches")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder (default: %(default)s)")
+    args = parser.parse_args()
+    args.batch = args.batch or (16 if args.device == "cuda" else 12)
+    args.seq = args.seq or (1024 if args.device == "cuda" else 128)
+    if min(args.steps, args.batch, args.seq) < 1:
+        parser.error("--steps, --batch and --seq must be at least 1")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    large = {"layers": 12, "width": 1024, "heads": 16, "kv_heads": 4, "hidden": 2816} if args.device == "cuda" else {}
+    config = Config(positions=args.seq, **large)
+    text = standard_library()
+    held_out = len(text) // 20
+    batches = Batches(text[:-held_out], args.batch, args.seq, args.seed, args.device)
+    validation = Batches(text[-held_out:], args.batch, args.seq, args.seed + 1, args.device)
+    validation_set = [validation.draw() for _ in range(8)]
+
+    runs = [Run(name, ops, config, args.steps, args.device)
+            for name, ops in (("stock", stock), ("ours", ours), ("nudged", stock))]  # fmt: skip
+    stock_run, our_run, nudged = runs
+    nudged.nudge()
+    parameters = sum(p.numel() for p in our_run.model.parameters())
+    console.print(f"{parameters / 1e6:.1f}M parameters, {config.heads} query and {config.kv_heads} key heads, "
+                  f"{len(text) / 1e6:.1f} MB of Python, {args.steps} steps of {args.batch} x {args.seq} bytes "
+                  f"on {args.device}")  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as folder:
+        points = sorted({round(share * (args.steps - 1)) for share in (0, 1 / 3, 2 / 3, 1)})
+
+        def snapshot(i: int, tokens: torch.Tensor) -> None:
+            if i in points:
+                weights = {name: x.detach().cpu().clone() for name, x in our_run.model.state_dict().items()}
+                state = {"config": dataclasses.asdict(config), "weights": weights, "batch": tokens[:2].cpu(), "step": i}
+                torch.save(state, Path(folder, f"{i}.pt"))
+
+        train(runs, batches, args.steps, snapshot)
+        where = "compiled" if args.device == "cuda" else "in Triton's interpreter"
+        with console.status(f"repeating steps {', '.join(map(str, points))} with the kernels, {where}"):
+            proof = verify([Path(folder, f"{i}.pt") for i in points], args.device)
+
+    show_proof(proof, where)
+    apart = {run.name: max(abs(a - b) for a, b in zip(run.losses, stock_run.losses, strict=True))
+             for run in (our_run, nudged)}  # fmt: skip
+    losses = {run.name: run.validate(validation_set) for run in runs}
+    console.print("validation loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    console.print(f"largest distance to the stock curve: ours {apart['ours']:.1e}, nudged {apart['nudged']:.1e}")
+    if args.device == "cuda":
+        for run in (stock_run, our_run):
+            median = sorted(run.seconds)[len(run.seconds) // 2]
+            console.print(f"{run.name}: {median * 1e3:.1f} ms a step, peak memory {run.peak_bytes / 2**30:.2f} GiB")
+    console.print("\nour model writes:\n", style="bold")
+    console.print(our_run.write(b"def ", 160), markup=False, highlight=False)
+
+    plot(runs, proof, args.out / "demo.png")
+    numbers = {
+        "torch": torch.__version__, "llama_kernels": lk.__version__, "device": args.device, "parameters": parameters,
+        "losses": {run.name: run.losses for run in runs}, "validation": losses, "apart": apart, **proof,
+    }  # fmt: skip
+    (args.out / "demo.json").write_text(json.dumps(numbers, indent=1) + "\n")
+
+    gradients_hold = all(s["grad_error_ours"] <= 2 * s["grad_error_stock"] for s in proof["steps"])
+    curves_hold = apart["ours"] <= 10 * apart["nudged"]
+    for held, claim in ((gradients_hold, "the kernels' gradients are as close to float64 as stock torch's"),
+                        (curves_hold, "our curve lies on the stock one, up to what one rounding does")):  # fmt: skip
+        console.print(f"{'holds' if held else 'FAILS'}: {claim}", style="green" if held else "red")
+    console.print(f"{args.out / 'demo.png'}, {args.out / 'demo.json'}")
+    return 0 if gradients_hold and curves_hold else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
