@@ -142,14 +142,14 @@ def verify(paths: list[Path], device: str) -> dict[str, Any]:
 
 
 def show_proof(proof: dict[str, Any], where: str) -> None:
-    table = Table(title=f"a training step in float32, kernels {where}: losses, and the worst gradient's relative error")
+    table = Table(title=f"steps in float32, kernels {where}: loss, and the worst gradient's relative error")
     for column in ("step", "stock loss", "kernels' loss", "apart", "stock", "kernels"):
         table.add_column(column, justify="right")
     for s in proof["steps"]:
-        table.add_row(
-            str(s["step"]), f"{s['loss_stock']:.6f}", f"{s['loss_ours']:.6f}", f"{s['loss_ours'] - s['loss_stock']:+.1e}",
-            f"{s['grad_error_stock']:.2e}", f"{s['grad_error_ours']:.2e}",
-        )  # fmt: skip
+        losses = s["loss_stock"], s["loss_ours"]
+        errors = s["grad_error_stock"], s["grad_error_ours"]
+        table.add_row(str(s["step"]), *(f"{x:.6f}" for x in losses), f"{losses[1] - losses[0]:+.1e}",
+                      *(f"{x:.2e}" for x in errors))  # fmt: skip
     console.print(table)
     table = Table(title=f"op by op, kernels {where}: worst relative error against float64")
     for column in ("op", "dtype", "forward: plain", "kernel", "backward: plain", "kernel"):
@@ -170,9 +170,6 @@ def plot(runs: list[Run], proof: dict[str, Any], path: Path) -> None:
     figure, (top, below) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained")
     top.plot(stock_run.losses, color="#9ec5e8", lw=5, solid_capstyle="round", label="stock torch")
     top.plot(our_run.losses, color="#1b3a5c", lw=1.1, label="llama_kernels")
-    marked = [s["step"] for s in proof["steps"]]
-    top.plot(marked, [s["loss_ours"] for s in proof["steps"]], "o", ms=6, mfc="none", color="#c8452d",
-             label="the kernels, this step repeated")  # fmt: skip
     top.set(ylabel="training loss (nats a byte)", title="A Llama learns Python from the standard library")
     top.legend(frameon=False)
     floor = 1e-8  # where two losses are the same float32
@@ -180,6 +177,9 @@ def plot(runs: list[Run], proof: dict[str, Any], path: Path) -> None:
                               (our_run, "#1b3a5c", "llama_kernels")):  # fmt: skip
         apart = [max(abs(a - b), floor) for a, b in zip(run.losses, stock_run.losses, strict=True)]
         below.semilogy(apart, color=color, lw=1.1, label=label)
+    steps, kernels = zip(*((s["step"], abs(s["loss_ours"] - s["loss_stock"])) for s in proof["steps"]), strict=True)
+    below.semilogy(steps, [max(d, floor) for d in kernels], "o", ms=7, mfc="none", color="#c8452d", clip_on=False,
+                   label="the kernels themselves, on two sequences of the step")  # fmt: skip
     below.set(xlabel="step", ylabel="distance to stock torch")
     below.legend(frameon=False)
     for axes in (top, below):

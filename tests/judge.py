@@ -250,7 +250,7 @@ def guarded_allocations() -> Iterator[None]:
 
 def memory_order(x: torch.Tensor) -> list[int]:
     """Strides, but of dimensions of one element, which may be anything."""
-    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
 
 
 @contextlib.contextmanager
