@@ -46,7 +46,8 @@ codegen: build/codegen.json
 
 build/codegen.json: $(INSTALLED) $(SOURCES)
 	mkdir -p build
-	$(BIN)/python -m bench.codegen --workers $(JOBS) --json $@ > build/codegen.txt || { grep -v '  $$' build/codegen.txt; rm -f $@; exit 1; }
+	$(BIN)/python -m bench.codegen --workers $(JOBS) --json $@ > build/codegen.txt || \
+		{ sed -n '/at fault$$/,$$p' build/codegen.txt; rm -f $@; exit 1; }
 	tail -n 1 build/codegen.txt
 
 lint: $(INSTALLED)

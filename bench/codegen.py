@@ -283,12 +283,14 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     reports = collect(args.targets, args.full, args.workers)
     show(reports)
-    faults = sum(bool(r.faults) for r in reports)
-    print(f"\n{len(reports)} kernels with triton {triton.__version__}, {faults} at fault")
+    faulty = [r for r in reports if r.faults]
+    print(f"\n{len(reports)} kernels with triton {triton.__version__}, {len(faulty)} at fault")
+    for r in faulty:
+        print(f"{r.target} {r.kernel}, {r.label}: {'; '.join(r.faults)}")
     if args.json:
         records = [dataclasses.asdict(r) for r in reports]
         Path(args.json).write_text(json.dumps({"triton": triton.__version__, "kernels": records}, indent=1) + "\n")
-    return 1 if faults else 0
+    return 1 if faulty else 0
 
 
 if __name__ == "__main__":

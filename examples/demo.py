@@ -180,8 +180,8 @@ def plot(runs: list[Run], proof: dict[str, Any], path: Path) -> None:
     steps, kernels = zip(*((s["step"], abs(s["loss_ours"] - s["loss_stock"])) for s in proof["steps"]), strict=True)
     below.semilogy(steps, [max(d, floor) for d in kernels], "o", ms=7, mfc="none", color="#c8452d", clip_on=False,
                    label="the kernels themselves, on two sequences of the step")  # fmt: skip
-    below.set(xlabel="step", ylabel="distance to stock torch")
-    below.legend(frameon=False)
+    below.set(xlabel="step", ylabel="distance to stock torch", ylim=(floor / 2, 1e-2))
+    below.legend(frameon=False, loc="upper left")
     for axes in (top, below):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -1,0 +1,227 @@
+"""Every refusal: of the right type, naming the op and the argument, saying what it got and what it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import llama_kernels as lk
+
+
+def rope_args() -> dict[str, Any]:
+    return {
+        "q": torch.randn(2, 4, 6, 8),
+        "k": torch.randn(2, 2, 6, 8),
+        "cos": torch.randn(9, 4),
+        "sin": torch.randn(9, 4),
+    }
+
+
+def norm_args() -> dict[str, Any]:
+    return {"x": torch.randn(3, 8), "weight": torch.randn(8)}
+
+
+def add_args() -> dict[str, Any]:
+    return {"x": torch.randn(3, 8), "residual": torch.randn(3, 8), "weight": torch.randn(8)}
+
+
+def attention_args() -> dict[str, Any]:
+    return {"q": torch.randn(2, 4, 6, 8), "k": torch.randn(2, 2, 7, 8), "v": torch.randn(2, 2, 7, 8)}
+
+
+def varlen_args() -> dict[str, Any]:
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    return {"q": torch.randn(6, 4, 8), "k": torch.randn(6, 2, 8), "v": torch.randn(6, 2, 8), "cu_seqlens_q": cu,
+            "cu_seqlens_k": cu, "max_seqlen_q": 4, "max_seqlen_k": 4}  # fmt: skip
+
+
+ARGS: dict[str, Callable[[], dict[str, Any]]] = {
+    "rope": rope_args, "rms_norm": norm_args, "add_rms_norm": add_args, "attention": attention_args,
+    "attention_varlen": varlen_args,
+}  # fmt: skip
+MAIN = [(op, name) for op, names in (("rope", "qk"), ("rms_norm", ["x", "weight"]), ("add_rms_norm", ["x", "residual"]),
+                                     ("attention", "qkv"), ("attention_varlen", "qkv")) for name in names]  # fmt: skip
+
+
+def refused(op: str, argument: str, error: type[Exception], got: str, **changed: Any) -> None:
+    with pytest.raises(error, match=rf"^llama_kernels\.{op}: {argument} is {got}.*; wanted .+"):
+        getattr(lk, op)(**{**ARGS[op](), **changed})
+
+
+# --- what holds for every tensor -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op, argument", MAIN)
+def test_what_is_no_tensor(op, argument):
+    refused(op, argument, TypeError, "a list", **{argument: [1.0, 2.0]})
+
+
+@pytest.mark.parametrize("op, argument", MAIN)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.bool])
+def test_dtypes(op, argument, dtype):
+    refused(op, argument, TypeError, str(dtype), **{argument: ARGS[op]()[argument].to(dtype)})
+
+
+def test_float64_is_told_where_to_go():
+    with pytest.raises(TypeError, match=r"llama_kernels\.reference\.rms_norm takes any floating dtype"):
+        lk.rms_norm(torch.randn(3, 8, dtype=torch.float64))
+
+
+SECOND = [(op, name) for op, name in MAIN if name not in "qx"] + [("rope", "cos"), ("rope", "sin")]
+
+
+@pytest.mark.parametrize("op, argument", SECOND)
+def test_devices(op, argument):
+    refused(op, argument, ValueError, "on meta", **{argument: ARGS[op]()[argument].to("meta")})
+
+
+@pytest.mark.parametrize(
+    "op, argument", [("rope", "k"), ("attention", "k"), ("attention", "v"), ("attention_varlen", "v")]
+)
+def test_dtypes_of_one_call(op, argument):
+    refused(op, argument, TypeError, "torch.bfloat16", **{argument: ARGS[op]()[argument].bfloat16()})
+
+
+# --- each argument ---------------------------------------------------------------------------------------------------
+
+F, I = torch.randn, torch.zeros
+int32 = torch.int32
+VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("rope", "q", r"of shape \(2, 8\)", {"q": F(2, 8)}),
+    ("rope", "k", r"of shape \(2, 2, 5, 8\)", {"k": F(2, 2, 5, 8)}),
+    ("rope", "k", r"of shape \(2, 2, 6, 10\)", {"k": F(2, 2, 6, 10)}),
+    ("rope", "k", r"of shape \(6, 2, 8\)", {"k": F(6, 2, 8)}),
+    ("rope", "cos", r"of shape \(9, 5\)", {"cos": F(9, 5), "sin": F(9, 5)}),
+    ("rope", "cos", r"of shape \(9, 8\)", {"cos": F(9, 8), "sin": F(9, 8)}),
+    ("rope", "cos", r"of shape \(9, 0\)", {"cos": F(9, 0), "sin": F(9, 0)}),
+    ("rope", "cos", r"of shape \(5, 4\)", {"cos": F(5, 4), "sin": F(5, 4)}),
+    ("rope", "cos", r"of shape \(3, 6, 4\)", {"cos": F(3, 6, 4), "sin": F(3, 6, 4)}),
+    ("rope", "cos", r"of shape \(0, 4\)", {"cos": F(0, 4), "sin": F(0, 4), "position_ids": I(6, dtype=int32)}),
+    ("rope", "cos", "a tensor that requires grad", {"cos": F(9, 4).requires_grad_()}),
+    ("rope", "sin", r"of shape \(8, 4\)", {"sin": F(8, 4)}),
+    ("rope", "position_ids", r"of shape \(5,\)", {"position_ids": I(5, dtype=int32)}),
+    ("rope", "position_ids", r"of shape \(3, 6\)", {"position_ids": I(3, 6, dtype=int32)}),
+    ("rope", "position_ids", "on meta", {"position_ids": I(6, dtype=int32, device="meta")}),
+    (
+        "rope",
+        "position_ids",
+        "given beside cos",
+        {"cos": F(2, 6, 4), "sin": F(2, 6, 4), "position_ids": I(6, dtype=int32)},
+    ),
+    ("rope", "q", "a leaf that requires grad", {"q": F(2, 4, 6, 8).requires_grad_(), "inplace": True}),
+    ("rope", "k", "of strides", {"k": F(2, 1, 6, 8).expand(2, 2, 6, 8), "inplace": True}),
+    ("rope", "q", "of strides", {"q": F(2, 4, 8, 6).mT, "inplace": True}),
+    ("rms_norm", "x", "a scalar", {"x": F(())}),
+    ("rms_norm", "weight", r"of shape \(7,\)", {"weight": F(7)}),
+    ("rms_norm", "weight", r"of shape \(1, 8\)", {"weight": F(1, 8)}),
+    ("rms_norm", "eps", "-1e-06", {"eps": -1e-6}),
+    ("rms_norm", "eps", "nan", {"eps": float("nan")}),
+    ("add_rms_norm", "residual", r"of shape \(3, 1\)", {"residual": F(3, 1)}),
+    ("add_rms_norm", "eps", "-1", {"eps": -1.0}),
+    ("attention", "q", r"of shape \(4, 6, 8\)", {"q": F(4, 6, 8)}),
+    ("attention", "k", r"of shape \(3, 2, 7, 8\)", {"k": F(3, 2, 7, 8)}),
+    ("attention", "k", r"of shape \(2, 2, 7, 9\)", {"k": F(2, 2, 7, 9)}),
+    ("attention", "k", "of 3 heads", {"k": F(2, 3, 7, 8), "v": F(2, 3, 7, 8)}),
+    ("attention", "k", "of 0 heads", {"k": F(2, 0, 7, 8), "v": F(2, 0, 7, 8)}),
+    ("attention", "v", r"of shape \(2, 2, 6, 8\)", {"v": F(2, 2, 6, 8)}),
+    ("attention", "q", r"of shape \(2, 4, 6, 257\)", {"q": F(2, 4, 6, 257), "k": F(2, 2, 7, 257)}),
+    ("attention", "q", r"of shape \(2, 4, 6, 0\)", {"q": F(2, 4, 6, 0), "k": F(2, 2, 7, 0)}),
+    ("attention", "v", r"of shape \(2, 2, 7, 257\)", {"v": F(2, 2, 7, 257)}),
+    ("attention", "window_size", r"\(-2, 0\)", {"window_size": (-2, 0)}),
+    ("attention", "window_size", r"\(1.5, 0\)", {"window_size": (1.5, 0)}),
+    ("attention", "softcap", "0", {"softcap": 0.0}),
+    ("attention", "softcap", "-3", {"softcap": -3.0}),
+    ("attention", "scale", "inf", {"scale": float("inf")}),
+    ("attention", "scale", "nan", {"scale": float("nan")}),
+    ("attention", "sinks", r"of shape \(2,\)", {"sinks": F(2)}),
+    ("attention", "sinks", "on meta", {"sinks": F(4, device="meta")}),
+    ("attention", "kv_start", r"of shape \(6,\)", {"kv_start": I(6, dtype=int32)}),
+    ("attention", "kv_start", "on meta", {"kv_start": I(2, 6, dtype=int32, device="meta")}),
+    ("attention_varlen", "q", r"of shape \(1, 4, 6, 8\)", {"q": F(1, 4, 6, 8)}),
+    ("attention_varlen", "v", r"of shape \(5, 2, 8\)", {"v": F(5, 2, 8)}),
+    ("attention_varlen", "cu_seqlens_q", r"of shape \(1, 3\)", {"cu_seqlens_q": I(1, 3, dtype=int32)}),
+    ("attention_varlen", "cu_seqlens_q", r"of shape \(0,\)", {"cu_seqlens_q": I(0, dtype=int32)}),
+    ("attention_varlen", "cu_seqlens_k", r"of shape \(4,\)", {"cu_seqlens_k": I(4, dtype=int32)}),
+    ("attention_varlen", "cu_seqlens_k", "on meta", {"cu_seqlens_k": I(3, dtype=int32, device="meta")}),
+    ("attention_varlen", "max_seqlen_q", "-1", {"max_seqlen_q": -1}),
+    ("attention_varlen", "kv_start", r"of shape \(1, 6\)", {"kv_start": I(1, 6, dtype=int32)}),
+]
+TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("rope", "cos", "torch.float64", {"cos": F(9, 4).double(), "sin": F(9, 4).double()}),
+    ("rope", "cos", "torch.int64", {"cos": I(9, 4, dtype=torch.int64)}),
+    ("rope", "sin", "torch.bfloat16", {"sin": F(9, 4).bfloat16()}),
+    ("rope", "position_ids", "a list", {"position_ids": [0, 1, 2, 3, 4, 5]}),
+    ("rope", "position_ids", "torch.float32", {"position_ids": F(6)}),
+    ("rope", "position_ids", "torch.bool", {"position_ids": I(6, dtype=torch.bool)}),
+    ("attention", "window_size", "5", {"window_size": 5}),
+    ("attention", "sinks", "torch.float64", {"sinks": F(4).double()}),
+    ("attention", "kv_start", "torch.int64", {"kv_start": I(2, 6, dtype=torch.int64)}),
+    ("attention", "deterministic", "'yes'", {"deterministic": "yes"}),
+    ("attention_varlen", "cu_seqlens_q", "torch.int64", {"cu_seqlens_q": I(3, dtype=torch.int64)}),
+    ("attention_varlen", "cu_seqlens_k", "a list", {"cu_seqlens_k": [0, 2, 6]}),
+    ("attention_varlen", "max_seqlen_k", "a Tensor", {"max_seqlen_k": torch.tensor(4)}),
+]
+
+
+def _name(case: Any) -> str | None:
+    return re.sub(r"\\", "", case) if isinstance(case, str) else ""
+
+
+@pytest.mark.parametrize("op, argument, got, changed", VALUE_ERRORS, ids=_name)
+def test_values(op, argument, got, changed):
+    refused(op, argument, ValueError, got, **changed)
+
+
+@pytest.mark.parametrize("op, argument, got, changed", TYPE_ERRORS, ids=_name)
+def test_types(op, argument, got, changed):
+    refused(op, argument, TypeError, got, **changed)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    args = rope_args()
+    before = args["q"].clone()
+    with pytest.raises(ValueError, match=r"llama_kernels\.rope: k"):
+        lk.rope(**{**args, "k": torch.randn(2, 1, 6, 8).expand(2, 2, 6, 8)}, inplace=True)
+    assert torch.equal(args["q"], before)
+
+
+def test_what_autograd_refuses_is_refused_before_anything_is_written():
+    """Views made by split() may not be modified in place; q, which comes first, may."""
+    args = rope_args()
+    before = args["q"].clone()
+    both = (torch.randn(2, 4, 6, 8).requires_grad_() * 1).split(2, dim=1)
+    with pytest.raises(RuntimeError, match="view"):
+        lk.rope(args["q"], both[0], args["cos"], args["sin"], inplace=True)
+    assert torch.equal(args["q"], before)
+
+
+# --- what is unusual and fine ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", [
+    {"window_size": [3, 0]}, {"window_size": (0, 0)}, {"window_size": (2**40, 2**40)}, {"scale": 0.0}, {"scale": -1.0},
+    {"softcap": 30}, {"sinks": F(4).bfloat16()}, {"deterministic": True}, {"deterministic": False},
+    {"q": F(2, 4, 0, 8)}, {"k": F(2, 2, 0, 8), "v": F(2, 2, 0, 8)},
+    {"q": F(0, 4, 6, 8), "k": F(0, 2, 7, 8), "v": F(0, 2, 7, 8)},
+    {"q": F(2, 0, 6, 8)}, {"q": F(2, 0, 6, 8), "k": F(2, 0, 7, 8), "v": F(2, 0, 7, 8)}, {"v": F(2, 2, 7, 3)},
+    {"q": F(2, 4, 8, 6).mT}, {"q": F(1, 4, 6, 8).expand(2, 4, 6, 8)},
+], ids=lambda changed: ", ".join(f"{name}" for name in changed))  # fmt: skip
+def test_attention_takes(changed):
+    out, lse = lk.attention(**{**attention_args(), **changed}, return_lse=True)
+    q, v = changed.get("q", attention_args()["q"]), changed.get("v", attention_args()["v"])
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and lse.shape == q.shape[:-1]
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("bounds", [[0], [0, 0], [0, 6], [0, 0, 6, 6], [2, 4]], ids=str)
+def test_packed_attention_takes(bounds):
+    cu = torch.tensor(bounds, dtype=torch.int32)
+    whole = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 6, "max_seqlen_k": 6}
+    out, lse = lk.attention_varlen(**{**varlen_args(), **whole}, return_lse=True)
+    owned = torch.zeros(6, dtype=torch.bool)
+    owned[bounds[0] : bounds[-1]] = True
+    assert torch.equal(lse[0].isfinite(), owned) and torch.equal(out.abs().sum((1, 2)) > 0, owned)
