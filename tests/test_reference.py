@@ -1,490 +1,217 @@
-"""The specification itself: its gradients by gradcheck, its numbers by code that others wrote, all in float64.
-
-Every kernel is judged against `llama_kernels.reference`, so here nothing of ours stands on the other side: PyTorch's
-operators, Hugging Face's modelling code, complex multiplication as Meta wrote it, and sums written out.
-"""
+"""The specification itself: gradcheck in float64, and against code that is not ours."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
+import itertools
 import math
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
 
-import llama_kernels as lk
+from llama_kernels import reference
+from tests.judge import attention_mask
 
-ref = lk.reference
+f64 = torch.float64
 
 
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=f64)
 
 
-def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    return [normal(*shape).requires_grad_() for shape in shapes]
+def leaf(*shape: int) -> torch.Tensor:
+    return randn(*shape).requires_grad_()
 
 
-def int32(*values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def assert_same(actual: Any, expected: Any) -> None:
-    """But for float64's own rounding, 1e-16 an operation on numbers of size one."""
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+# --- gradcheck -------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def float32_means_float64() -> Iterator[None]:
-    """Hugging Face's code computes in float32 in places, by that name; inside here it does so in float64."""
-    with (
-        mock.patch.object(torch, "float32", torch.float64),
-        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-    ):
-        yield
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("position_ids", [None, [4, 0, 2], [[4, 0, 2], [1, 1, 3]]])
+def test_rope_gradients(position_ids, interleaved):
+    cos, sin = randn(5, 2), randn(5, 2)  # any table: the rule is linear in it
+    ids = None if position_ids is None else torch.tensor(position_ids)
+    q, k = leaf(2, 2, 3, 6), leaf(2, 1, 3, 6)
+    gradcheck(lambda q, k: reference.rope(q, k, cos, sin, ids, interleaved=interleaved), (q, k))
+    gradcheck(lambda cos, sin: reference.rope(q.detach(), None, cos, sin, ids)[0], (cos.requires_grad_(), sin))
 
 
-def test_signatures_are_those_of_the_ops():
-    for name in ref.__all__:
-        theirs, ours = (inspect.signature(getattr(module, name)).parameters for module in (ref, lk))
-        assert [(p.name, p.kind, p.default) for p in theirs.values()] == [
-            (p.name, p.kind, p.default) for p in ours.values()
-        ]
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("weight", [False, True])
+def test_rms_norm_gradients(weight, offset):
+    inputs = (leaf(3, 5), leaf(3, 5), leaf(5) if weight else None)
+    gradcheck(lambda x, r, w: reference.add_rms_norm(x, r, w, 1e-2, offset=offset), inputs)
+    gradcheck(lambda x, w: reference.rms_norm(x, w, 1e-2, offset=offset), (inputs[0], inputs[2]))
 
 
-# --- RoPE ------------------------------------------------------------------------------------------------------------
-
-
-def angles(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Any angles will do: rows of a table or of a token."""
-    theta = math.pi * normal(*shape)
-    return theta.cos(), theta.sin()
-
-
-# q, k, the tables, position_ids. B = 2, Hq = 2, Hkv = 1, S = 3, D = 6; T = 4 packed.
-ROPE = {
-    "counted": ((2, 2, 3, 6), (2, 1, 3, 6), (3, 3), None),
-    "longer table": ((2, 2, 3, 6), (2, 1, 3, 6), (7, 3), None),
-    "partial": ((2, 2, 3, 6), (2, 1, 3, 6), (3, 2), None),
-    "positions for all": ((2, 2, 3, 6), (2, 1, 3, 6), (5, 3), torch.tensor([4, 0, 4])),
-    "positions, batch of one": ((2, 2, 3, 6), (2, 1, 3, 6), (5, 3), torch.tensor([[4, 0, 4]])),
-    "positions of each": ((2, 2, 3, 6), (2, 1, 3, 6), (5, 3), torch.tensor([[4, 0, 4], [1, 2, 3]], dtype=torch.uint8)),
-    "a row a token": ((2, 2, 3, 6), (2, 1, 3, 6), (2, 3, 3), None),
-    "a row a token, batch of one": ((2, 2, 3, 6), (2, 1, 3, 6), (1, 3, 3), None),
-    "packed": ((4, 2, 6), (4, 1, 6), (4, 3), None),
-    "packed, positions": ((4, 2, 6), (4, 1, 6), (3, 2), torch.tensor([0, 1, 0, 2])),
-}  # fmt: skip
-rope_cases = pytest.mark.parametrize("q, k, table, position_ids", ROPE.values(), ids=ROPE)
-pairings = pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-
-
-@pairings
-@rope_cases
-def test_gradients_of_rope(q, k, table, position_ids, interleaved):
-    """Of the angles too: the reference is what one trains them with."""
-
-    def rotate(q, k, cos, sin):
-        return ref.rope(q, k, cos, sin, position_ids, interleaved=interleaved)
-
-    assert torch.autograd.gradcheck(rotate, leaves(q, k, table, table))
-
-
-@pairings
-@rope_cases
-def test_rope_is_complex_multiplication(q, k, table, position_ids, interleaved):
-    """Pairs as complex numbers times e^{i m theta}, as Meta's apply_rotary_emb has it."""
-    q, k, (cos, sin) = normal(*q), normal(*k), angles(*table)
-    R = 2 * table[-1]
-    turns = torch.complex(cos, sin)
-    if turns.ndim == 2:
-        turns = turns[: q.shape[-2 if q.ndim == 4 else 0]] if position_ids is None else turns[position_ids.long()]
-    if q.ndim == 4:
-        turns = turns.expand(2, -1, -1)  # (B, S, R/2)
-    for x, out in zip((q, k), ref.rope(q, k, cos, sin, position_ids, interleaved=interleaved), strict=True):
-        x_ = x if x.ndim == 3 else x.transpose(1, 2)  # Meta's layout, heads behind tokens
-        pairs = x_[..., :R].unflatten(-1, (-1, 2)) if interleaved else x_[..., :R].unflatten(-1, (2, -1)).mT
-        pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns.unsqueeze(-2))
-        expected = torch.cat(((pairs if interleaved else pairs.mT).flatten(-2), x_[..., R:]), -1)
-        assert_same(out, expected if x.ndim == 3 else expected.transpose(1, 2))
-
-
-@pytest.mark.parametrize("R", [6, 4], ids=["whole", "partial"])
-def test_rope_is_hugging_face_s(R):
-    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
-    q, k, (cos, sin) = normal(2, 2, 3, 6), normal(2, 1, 3, 6), angles(2, 3, R // 2)
-    twice = [torch.cat((x, x), -1) for x in (cos, sin)]
-    turned = modeling.apply_rotary_pos_emb(q[..., :R], k[..., :R], *twice)
-    expected = [torch.cat((y, x[..., R:]), -1) for x, y in zip((q, k), turned, strict=True)]
-    assert_same(list(ref.rope(q, k, cos, sin)), expected)
-
-
-def test_the_pairings_differ_by_a_permutation_alone():
-    """The one that Hugging Face's conversion script applies to Meta's weights."""
-    q, (cos, sin) = normal(2, 2, 3, 6), angles(3, 3)
-    order = [0, 2, 4, 1, 3, 5]
-    half, _ = ref.rope(q[..., order], None, cos, sin)
-    interleaved, _ = ref.rope(q, None, cos, sin, interleaved=True)
-    assert torch.equal(half, interleaved[..., order])
-
-
-def test_rope_out_of_the_table_takes_its_ends():
-    q, (cos, sin) = normal(1, 2, 4, 6), angles(5, 3)
-    wild, tame = torch.tensor([-1, 5, 2**62, -(2**62)]), torch.tensor([0, 4, 4, 0])
-    assert torch.equal(ref.rope(q, None, cos, sin, wild)[0], ref.rope(q, None, cos, sin, tame)[0])
-
-
-def test_rope_in_place_writes_the_same_into_its_arguments():
-    x, y = leaves((2, 2, 3, 6), (2, 1, 3, 6))
-    cos, sin = angles(3, 3)
-    expected = ref.rope(x, y, cos, sin)
-    q, k = x * 1, y * 1
-    out = ref.rope(q, k, cos, sin, inplace=True)
-    assert out[0] is q and out[1] is k
-    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
-    upstream = [torch.randn_like(t) for t in expected]
-    assert_same(torch.autograd.grad(out, (x, y), upstream), torch.autograd.grad(expected, (x, y), upstream))
-
-
-# --- RMSNorm ---------------------------------------------------------------------------------------------------------
-
-weightings = pytest.mark.parametrize("offset", [None, 0.0, 1.0], ids=["bare", "weight", "offset"])
-SHAPE, EPS = (2, 3, 5), 1e-2
-
-
-@weightings
-def test_gradients_of_rms_norm(offset):
-    weight = [] if offset is None else leaves((5,))
-
-    def norm(x, weight=None):
-        return ref.rms_norm(x, weight, EPS, offset=offset or 0.0)
-
-    assert torch.autograd.gradcheck(norm, (*leaves(SHAPE), *weight))
-
-
-@weightings
-def test_gradients_of_add_rms_norm(offset):
-    weight = [] if offset is None else leaves((5,))
-
-    def norm(x, residual, weight=None):
-        return ref.add_rms_norm(x, residual, weight, EPS, offset=offset or 0.0)
-
-    assert torch.autograd.gradcheck(norm, (*leaves(SHAPE, SHAPE), *weight))
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-6, 1.0])
-@weightings
-def test_rms_norm_is_torch_s(offset, eps):
-    x = normal(*SHAPE)
-    weight = None if offset is None else normal(5)
-    scale = None if offset is None else offset + weight
-    assert_same(ref.rms_norm(x, weight, eps, offset=offset or 0.0), F.rms_norm(x, (5,), scale, eps))
-
-
-def test_rms_norm_is_llama_s():
-    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
-    theirs = modeling.LlamaRMSNorm(5, EPS).double()
-    torch.nn.init.normal_(theirs.weight)
-    x = normal(*SHAPE)
-    with float32_means_float64():
-        expected = theirs(x)
-    assert_same(ref.rms_norm(x, theirs.weight, EPS), expected)
-
-
-def test_rms_norm_with_offset_one_is_gemma_s():
-    modeling = pytest.importorskip("transformers.models.gemma.modeling_gemma")
-    theirs = modeling.GemmaRMSNorm(5, EPS).double()
-    torch.nn.init.normal_(theirs.weight)
-    x = normal(*SHAPE)
-    with float32_means_float64():
-        expected = theirs(x)
-    assert_same(ref.rms_norm(x, theirs.weight, EPS, offset=1.0), expected)
-
-
-@pytest.mark.parametrize("residual_dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_add_rms_norm_is_an_add_and_a_norm(residual_dtype):
-    """The sum is rounded to the residual's dtype first, and what was rounded is what is normalised."""
-    x, residual, weight = normal(*SHAPE), normal(*SHAPE).to(residual_dtype), normal(5)
-    y, residual_out = ref.add_rms_norm(x, residual, weight, EPS)
-    assert torch.equal(residual_out, (x + residual.double()).to(residual_dtype))
-    assert y.dtype == torch.float64
-    # Narrow residuals are normalised in float32, whose rounding is 6e-8 an operation.
-    tolerance = {torch.float64: 1e-12, torch.bfloat16: 1e-6}[residual_dtype]
-    torch.testing.assert_close(y, F.rms_norm(residual_out.double(), (5,), weight, EPS), rtol=tolerance, atol=0)
-
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-def qkv(B=1, Hq=2, Hkv=1, Sq=3, Sk=3, D=2, Dv=2) -> list[torch.Tensor]:
-    return leaves((B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv))
-
-
-# Sizes, then options. "no key": some rows see none.
-ATTENTION: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
-    "causal": ({}, {}),
-    "full": ({}, {"is_causal": False}),
-    "one head each": ({"Hq": 2, "Hkv": 2}, {}),
-    "groups": ({"B": 2, "Hq": 6, "Hkv": 2}, {}),
-    "more keys": ({"Sk": 5}, {}),
-    "one query": ({"Sq": 1, "Sk": 5}, {}),
-    "fewer keys, full": ({"Sq": 5}, {"is_causal": False}),
-    "fewer keys, no key": ({"Sq": 5}, {}),
-    "wide values": ({"D": 1, "Dv": 3}, {}),
-    "scale": ({}, {"scale": -0.7}),
-    "window": ({"Sq": 5, "Sk": 5}, {"window_size": (1, -1)}),
-    "window of both sides": ({"Sq": 5, "Sk": 5}, {"is_causal": False, "window_size": (2, 1)}),
-    "window to the right": ({"Sq": 4, "Sk": 6}, {"is_causal": False, "window_size": (-1, 1)}),
-    "causal cuts the right side": ({"Sq": 4, "Sk": 4}, {"window_size": (2, 3)}),
-    "softcap": ({}, {"softcap": 0.8}),
-    "kv_start": ({"B": 2, "Sk": 4}, {"kv_start": int32([0, 1, 2], [1, 1, 3])}),
-    "kv_start, no key": ({"B": 2, "Sk": 4}, {"kv_start": int32([0, 4, -3], [9, 1, 3])}),
-    "all": (
-        {"B": 2, "Hq": 4, "Hkv": 2, "Sk": 5, "Dv": 3},
-        {"scale": 0.9, "window_size": (2, 1), "softcap": 1.1, "kv_start": int32([0, 1, 2], [1, 0, 3])},
-    ),
-}
-attention_cases = pytest.mark.parametrize("sizes, options", ATTENTION.values(), ids=ATTENTION)
-sink_cases = pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
-
-
-def with_lse(function: Any, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, whose -inf, which no difference quotient can take, is 0."""
-    out, lse = function(*args, return_lse=True, **options)
-    return out, lse.masked_fill(lse == -math.inf, 0)
-
-
-@sink_cases
-@attention_cases
-def test_gradients_of_attention(sizes, options, with_sinks):
-    inputs = qkv(**sizes)
-    inputs += leaves((inputs[0].shape[1],)) if with_sinks else []
-
-    def attend(q, k, v, sinks=None):
-        return with_lse(ref.attention, q, k, v, sinks=sinks, **options)
-
-    assert torch.autograd.gradcheck(attend, inputs)
-
-
-def test_second_derivatives():
-    q, k, v, sinks = *qkv(Sq=2, Sk=3), *leaves((2,))
-    assert torch.autograd.gradgradcheck(
-        lambda *qkvs: ref.attention(*qkvs[:3], sinks=qkvs[3], softcap=0.8, return_lse=True), (q, k, v, sinks)
-    )
-    assert torch.autograd.gradgradcheck(lambda *xrw: ref.add_rms_norm(*xrw, EPS), leaves((2, 3), (2, 3), (3,)))
-    assert torch.autograd.gradgradcheck(lambda *qkcs: ref.rope(*qkcs), leaves((2, 1, 4), (2, 1, 4), (2, 2), (2, 2)))
-
-
-def mask_of(q: torch.Tensor, k: torch.Tensor, *, is_causal=True, window_size=(-1, -1), kv_start=None, **_: Any):
-    """Diagonals of a matrix: torch.tril and triu count them from the top left, the ends meet at the bottom right."""
-    Sq, Sk = q.shape[2], k.shape[2]
-    left, right = window_size
-    see = torch.ones(Sq, Sk, dtype=torch.bool)
-    see = see.tril(Sk - Sq) if is_causal else see
-    see = see.triu(Sk - Sq - left) if left >= 0 else see
-    see = see.tril(Sk - Sq + right) if right >= 0 else see
-    if kv_start is None:
-        return see
-    return torch.stack([torch.stack([row & (torch.arange(Sk) >= first) for row, first in zip(see, firsts, strict=True)])
-                        for firsts in kv_start.tolist()]).unsqueeze(1)  # fmt: skip
-
-
-def additive(see: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(see.shape, dtype=torch.float64).masked_fill(~see, -math.inf)
-
-
-def results(out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The output and all gradients, the upstream gradient being the same each time."""
-    upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
-    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
-
-
-# Without softcap, and where every row sees a key: F.scaled_dot_product_attention has neither.
-SDPA = {name: case for name, case in ATTENTION.items() if "no key" not in name and "softcap" not in case[1]}
-
-
-@pytest.mark.parametrize("sizes, options", SDPA.values(), ids=SDPA)
-def test_attention_is_torch_s(sizes, options):
-    q, k, v = inputs = qkv(**sizes)
-    expected = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask_of(q, k, **options), scale=options.get("scale"), enable_gqa=True
-    )
-    assert_same(results(ref.attention(q, k, v, **options), inputs), results(expected, inputs))
-
-
-def test_causal_attention_is_torch_s_own_where_lengths_agree():
-    q, k, v = inputs = qkv(B=2, Hq=4, Hkv=2, Sq=7, Sk=7, D=4)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert_same(results(ref.attention(q, k, v), inputs), results(expected, inputs))
-
-
-def scores_of(q, k, *, scale=None, softcap=None, **options: Any) -> torch.Tensor:
-    """Masked, (B, Hq, Sq, Sk), head by head."""
-    G = q.shape[1] // k.shape[1]
-    s = torch.stack([q[:, h] @ k[:, h // G].mT for h in range(q.shape[1])], 1)
-    s = s * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    s = s if softcap is None else torch.tanh(s / softcap) * softcap
-    return s + additive(mask_of(q, k, **options))
-
-
-@sink_cases
-@attention_cases
-def test_lse_is_logsumexp(sizes, options, with_sinks):
-    q, k, v = qkv(**sizes)
-    scores = scores_of(q, k, **options)
-    sinks = normal(q.shape[1]) if with_sinks else None
-    if with_sinks:
-        scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
-    _, lse = ref.attention(q, k, v, sinks=sinks, return_lse=True, **options)
-    assert_same(lse, torch.logsumexp(scores, -1))
-
-
-def hugging_face_eager(name: str, q, k, v, mask, scale, **module: Any) -> torch.Tensor:
-    """`eager_attention_forward` of a model, its float32 softmax in float64."""
-    modeling = pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
-    softcap = {"softcap": module.pop("softcap")} if "softcap" in module else {}
-    module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], training=False, **module)
-    with float32_means_float64():
-        out, _ = modeling.eager_attention_forward(module, q, k, v, additive(mask), scaling=scale, **softcap)
-    return out.transpose(1, 2)
-
-
-HUGGING_FACE = {
-    "llama": {"window_size": (-1, -1)},
-    "gemma2": {"window_size": (2, -1), "softcap": 1.3},
-    "gpt_oss": {"window_size": (3, -1), "sinks": normal(4).requires_grad_()},
-}
-
-
-@pytest.mark.parametrize("name", HUGGING_FACE)
-def test_attention_is_hugging_face_s(name):
-    options = HUGGING_FACE[name]
-    q, k, v = inputs = qkv(B=2, Hq=4, Hkv=2, Sq=5, Sk=6, D=3)
-    inputs = [*inputs, options["sinks"]] if "sinks" in options else inputs
-    features = {key: value for key, value in options.items() if key != "window_size"}
-    expected = hugging_face_eager(name, q, k, v, mask_of(q, k, **options), 0.6, **features)
-    assert_same(results(ref.attention(q, k, v, scale=0.6, **options), inputs), results(expected, inputs))
-
-
-@sink_cases
-@pytest.mark.parametrize("name", ["fewer keys, no key", "kv_start, no key"])
-def test_rows_without_a_key_are_zero_and_give_no_gradient(name, with_sinks):
-    sizes, options = ATTENTION[name]
-    q, k, v = inputs = qkv(**sizes)
-    sinks = torch.zeros(q.shape[1], dtype=torch.float64, requires_grad=True) if with_sinks else None
-    out, lse = ref.attention(q, k, v, sinks=sinks, return_lse=True, **options)
-    blind = (~mask_of(q, k, **options)).all(-1).expand(lse.shape)
-    assert blind.any() and not blind.all()
-    assert not out[blind].any()
-    assert torch.equal(lse[blind], torch.full_like(lse[blind], 0.0 if with_sinks else -math.inf))
-    assert lse[~blind].isfinite().all()
-    grads = torch.autograd.grad((out, lse), inputs, (torch.randn_like(out), torch.randn_like(lse)))
-    assert all(grad.isfinite().all() for grad in grads)
-    assert not grads[0][blind].any() and grads[0][~blind].all()
-
-
-@pytest.mark.parametrize("sizes", [{"Sk": 0}, {"Sq": 0}, {"B": 0}, {"Hq": 0, "Hkv": 0}], ids=str)
-def test_attention_of_nothing(sizes):
-    q, k, v = inputs = qkv(**sizes)
-    out, lse = ref.attention(q, k, v, return_lse=True)
-    assert out.shape == (*q.shape[:3], 2) and lse.shape == q.shape[:3]
-    assert not out.any() and (lse == -math.inf).all()
-    grads = torch.autograd.grad(out.sum(), inputs)
-    assert not any(grad.any() for grad in grads)
-
-
-# --- packed sequences ------------------------------------------------------------------------------------------------
-
-# cu_seqlens of queries and of keys; 7 query tokens and 8 keys. Tokens before the first and behind the last are nobody's.
-PACKED = {
-    "one": ((0, 7), (0, 8)),
-    "several": ((0, 2, 4, 7), (0, 2, 5, 8)),
-    "without queries": ((0, 0, 4, 7), (0, 2, 5, 8)),
-    "without keys": ((0, 3, 5, 7), (0, 4, 4, 8)),
-    "without anything": ((0, 3, 3, 7), (0, 4, 4, 8)),
-    "tokens of nobody": ((1, 3, 5), (2, 4, 7)),
-    "no sequence": ((0,), (0,)),
-}
-packed_cases = pytest.mark.parametrize("cu_q, cu_k", PACKED.values(), ids=PACKED)
-VARLEN = {
-    "plain": {},
+ATTENTION = {
+    "causal": {},
     "full": {"is_causal": False},
-    "all": {
-        "scale": 0.9, "window_size": (2, 1), "softcap": 1.1,
-        "sinks": normal(4).requires_grad_(), "kv_start": int32(0, 1, 0, 1, 2, 9, -1),
-    },
-}  # fmt: skip
-varlen_options = pytest.mark.parametrize("options", VARLEN.values(), ids=VARLEN)
+    "window": {"window_size": (2, 1), "is_causal": False},
+    "softcap": {"softcap": 1.5},
+    "scale": {"scale": -0.7},
+    "kv_start": {"kv_start": torch.tensor([[0, 1, 3], [2, 9, 0]], dtype=torch.int32)},
+}
 
 
-def packed_qkv() -> list[torch.Tensor]:
-    return leaves((7, 4, 2), (8, 2, 2), (8, 2, 3))
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("Sk", [3, 5, 2])
+def test_attention_gradients(name, Sk):
+    inputs = leaf(2, 4, 3, 3), leaf(2, 2, Sk, 3), leaf(2, 2, Sk, 2), leaf(4)
+
+    def out_and_lse(q, k, v, sinks):
+        return reference.attention(q, k, v, sinks=sinks, return_lse=True, **ATTENTION[name])
+
+    gradcheck(out_and_lse, inputs)
+    # Without sinks rows that see nothing have lse = -inf, which has no difference quotient.
+    gradcheck(lambda q, k, v: reference.attention(q, k, v, **ATTENTION[name]), inputs[:3])
 
 
-@varlen_options
-@packed_cases
-def test_packed_is_dense_sequence_by_sequence(cu_q, cu_k, options):
-    q, k, v = packed_qkv()
-    out, lse = ref.attention_varlen(q, k, v, int32(*cu_q), int32(*cu_k), 7, 8, return_lse=True, **options)
-    assert out.shape == (7, 4, 3) and lse.shape == (4, 7)
-    owned = torch.zeros(7, dtype=torch.bool)
-    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
-        own = {**options, "kv_start": options["kv_start"][None, a:b]} if "kv_start" in options else options
-        o, l = ref.attention(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])), return_lse=True, **own)
-        assert_same(out[a:b], o[0].transpose(0, 1))
-        assert_same(lse[:, a:b], l[0])
-        owned[a:b] = True
-    assert not out[~owned].any()
-    assert (lse[:, ~owned] == -math.inf).all()
+def test_attention_second_derivatives():
+    gradgradcheck(lambda *qkv: reference.attention(*qkv), (leaf(1, 2, 3, 2), leaf(1, 1, 3, 2), leaf(1, 1, 3, 2)))
 
 
-@varlen_options
-@packed_cases
-def test_gradients_of_packed_attention(cu_q, cu_k, options):
-    inputs = packed_qkv() + ([options["sinks"]] if "sinks" in options else [])
-    others = {key: value for key, value in options.items() if key != "sinks"}
-
-    def attend(q, k, v, sinks=None):
-        return with_lse(ref.attention_varlen, q, k, v, int32(*cu_q), int32(*cu_k), 7, 8, sinks=sinks, **others)
-
-    if len(cu_q) == 1:
-        assert not any(x.requires_grad for x in attend(*inputs))  # nothing depends on anything
-    else:
-        assert torch.autograd.gradcheck(attend, inputs)
+def test_packed_gradients():
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 2, 5], [0, 3, 4, 6]))
+    inputs = leaf(6, 2, 3), leaf(6, 1, 3), leaf(6, 1, 3), leaf(2)
+    gradcheck(lambda q, k, v, s: reference.attention_varlen(q, k, v, cu_q, cu_k, 3, 3, sinks=s), inputs)
 
 
-def test_bounds_are_kept_inside_the_tensors_and_the_longest_length():
-    q, k, v = packed_qkv()
-    wild = ref.attention_varlen(q, k, v, int32(-5, 3, 99), int32(-(2**31), 4, 2**31 - 1), 7, 8)
-    assert torch.equal(wild, ref.attention_varlen(q, k, v, int32(0, 3, 7), int32(0, 4, 8), 7, 8))
-    cut = ref.attention_varlen(q, k, v, int32(0, 7), int32(0, 8), 4, 5)
-    assert torch.equal(cut[:4], ref.attention_varlen(q[:4], k[:5], v[:5], int32(0, 4), int32(0, 5), 4, 5))
-    assert not cut[4:].any()
+# --- attention, against others ---------------------------------------------------------------------------------------
 
 
-# --- half precision --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("Hq, Hkv", [(4, 4), (4, 2), (6, 1)])
+def test_attention_is_torchs(Hq, Hkv):
+    q, k, v = leaf(2, Hq, 7, 8), leaf(2, Hkv, 7, 8), leaf(2, Hkv, 7, 8)
+    do = randn(2, Hq, 7, 8)
+    outs = reference.attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    for a, b in zip(*((out, *torch.autograd.grad(out, (q, k, v), do)) for out in outs), strict=True):
+        close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_is_float32_rounded_once(dtype):
-    def once(function: Any, *inputs: torch.Tensor, **options: Any) -> None:
-        rounded = [x.to(dtype) for x in inputs]
-        outs = function(*rounded, **options), function(*(x.float() for x in rounded), **options)
-        outs = [out if isinstance(out, tuple) else (out,) for out in outs]
-        for narrow, wide in zip(*outs, strict=True):
-            assert narrow.dtype == dtype and wide.dtype == torch.float32
-            assert torch.equal(narrow, wide.to(dtype))
+@pytest.mark.parametrize("Sq, Sk", [(5, 9), (9, 5), (1, 6), (6, 6)])
+@pytest.mark.parametrize(
+    "is_causal, window", list(itertools.product([True, False], [(-1, -1), (2, 0), (3, 1), (-1, 2)]))
+)
+def test_masks_are_torchs(Sq, Sk, is_causal, window):
+    q, k, v = randn(1, 2, Sq, 8), randn(1, 2, Sk, 8), randn(1, 2, Sk, 3)
+    mask = attention_mask(Sq, Sk, is_causal, window, None, q.device)
+    out, lse = reference.attention(q, k, v, is_causal=is_causal, window_size=window, scale=0.4, return_lse=True)
+    seen = mask.any(-1)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.4)
+    close(out, expected.masked_fill(~seen.unsqueeze(-1), 0))
+    close(lse, torch.logsumexp((q @ k.mT * 0.4).masked_fill(~mask, -math.inf), -1))
 
-    once(ref.rms_norm, normal(4, 33), normal(33))
-    once(ref.rope, normal(2, 2, 3, 6), normal(2, 1, 3, 6), *angles(3, 3))
-    once(ref.attention, *(x.detach() for x in qkv(Sq=9, Sk=9, D=8)), softcap=2.0, window_size=(4, -1))
+
+def test_sinks_and_softcap_are_transformers():
+    """GPT-OSS's eager attention has the sinks, Gemma 2's the softcap."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    gemma2 = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    q, k, v, sinks = randn(2, 4, 6, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8), randn(4)
+    mask = torch.zeros(1, 1, 6, 6, dtype=f64).masked_fill(~attention_mask(6, 6, True, (-1, -1), None, q.device), -1e300)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.sinks, module.training, module.head_dim = 2, sinks, False, 8
+    theirs, _ = gpt_oss.eager_attention_forward(module, q, k, v, mask, scaling=0.3)
+    close(reference.attention(q, k, v, scale=0.3, sinks=sinks), theirs.transpose(1, 2))
+    theirs, _ = gemma2.eager_attention_forward(module, q, k, v, mask, scaling=0.3, softcap=2.0)
+    # It takes the softmax in float32.
+    torch.testing.assert_close(
+        reference.attention(q, k, v, scale=0.3, softcap=2.0), theirs.transpose(1, 2), rtol=0, atol=1e-6
+    )
 
 
-def test_lse_of_half_precision_is_float32():
-    _, lse = ref.attention(*(x.half() for x in qkv()), return_lse=True)
-    assert lse.dtype == torch.float32
+def test_kv_start_is_padding_and_documents():
+    q, k, v = randn(2, 2, 6, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8)
+    kv_start = torch.tensor([[2] * 6, [0] * 6], dtype=torch.int32)
+    out = reference.attention(q, k, v, kv_start=kv_start)
+    close(out[:1, :, 2:], reference.attention(q[:1, :, 2:], k[:1, :, 2:], v[:1, :, 2:]))
+    close(out[1:], reference.attention(q[1:], k[1:], v[1:]))
+    assert not out[0, :, :2].any()
+
+
+def test_packed_is_a_loop_over_dense():
+    bounds = [0, 3, 3, 8]
+    q, k, v = randn(9, 4, 8), randn(9, 2, 8), randn(9, 2, 5)
+    cu = torch.tensor(bounds, dtype=torch.int32)
+    out, lse = reference.attention_varlen(q, k, v, cu, cu, 5, 5, return_lse=True)
+    for a, b in itertools.pairwise(bounds):
+        o, l = reference.attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), return_lse=True)
+        close(out[a:b], o[0].transpose(0, 1))
+        close(lse[:, a:b], l[0])
+    assert not out[8].any() and (lse[:, 8] == -math.inf).all()  # no sequence owns the last token
+
+
+def test_rows_without_keys_give_nothing_and_take_nothing():
+    q, k, v = leaf(1, 2, 5, 8), leaf(1, 2, 2, 8), leaf(1, 2, 2, 8)
+    out, lse = reference.attention(q, k, v, return_lse=True)
+    grads = torch.autograd.grad(out.sum() + lse[:, :, 3:].sum(), (q, k, v))
+    assert not out[:, :, :3].any() and (lse[:, :, :3] == -math.inf).all()
+    assert not grads[0][:, :, :3].any() and all(g.isfinite().all() for g in grads)
+
+
+# --- RoPE and RMSNorm, against others --------------------------------------------------------------------------------
+
+
+def test_rope_is_transformers():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    q, k, angles = randn(2, 4, 6, 8), randn(2, 2, 6, 8), randn(2, 6, 4)
+    doubled = (torch.cat((t, t), -1) for t in (angles.cos(), angles.sin()))
+    for a, b in zip(
+        reference.rope(q, k, angles.cos(), angles.sin()), llama.apply_rotary_pos_emb(q, k, *doubled), strict=True
+    ):
+        close(a, b)
+
+
+def test_interleaved_rope_is_a_complex_product():
+    """As Meta's original code has it."""
+    q, angles = randn(2, 4, 6, 8), randn(6, 4)
+    turned = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+    close(
+        reference.rope(q, None, angles.cos(), angles.sin(), interleaved=True)[0], torch.view_as_real(turned).flatten(-2)
+    )
+
+
+def test_rope_in_every_form_is_one():
+    """Packed, per token, by position: the same rotation."""
+    q, k, cos, sin = randn(1, 4, 6, 8), randn(1, 2, 6, 8), randn(9, 3), randn(9, 3)
+    ids = torch.tensor([8, 0, 3, 3, 1, 7])
+    expected = reference.rope(q, k, cos[ids], sin[ids])
+    for other in (
+        reference.rope(q, k, cos, sin, ids),
+        reference.rope(q, k, cos, sin, ids[None]),
+        reference.rope(q, k, cos[ids][None], sin[ids][None]),
+        tuple(x.transpose(0, 1)[None] for x in reference.rope(*(x[0].transpose(0, 1) for x in (q, k)), cos, sin, ids)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+    assert torch.equal(expected[0][..., 6:], q[..., 6:])  # past the rotated width
+
+
+@pytest.mark.parametrize("dtype", [f64, torch.float32])
+def test_rms_norm_is_torchs(dtype):
+    x, w = torch.randn(5, 12, dtype=dtype), torch.randn(12, dtype=dtype)
+    torch.testing.assert_close(reference.rms_norm(x, w, 1e-5), F.rms_norm(x, (12,), w, 1e-5))
+    y, s = reference.add_rms_norm(x, x.flip(0), w, 1e-5)
+    assert torch.equal(s, x + x.flip(0)) and torch.equal(y, reference.rms_norm(s, w, 1e-5))
+
+
+def test_rms_norm_is_transformers():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
+    x = torch.randn(5, 12)
+    for norm, offset in ((llama.LlamaRMSNorm(12, 1e-5), 0.0), (gemma.GemmaRMSNorm(12, 1e-5), 1.0)):
+        torch.nn.init.normal_(norm.weight)
+        torch.testing.assert_close(reference.rms_norm(x, norm.weight, 1e-5, offset=offset), norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_and_rounded_once(dtype):
+    q, k, v = (torch.randn(1, 2, 6, 8).to(dtype) for _ in range(3))
+    cos, sin, w = torch.randn(6, 4), torch.randn(6, 4), torch.randn(8).to(dtype)
+    assert torch.equal(reference.attention(q, k, v), reference.attention(q.float(), k.float(), v.float()).to(dtype))
+    assert torch.equal(reference.rms_norm(q, w), reference.rms_norm(q.float(), w.float()).to(dtype))
+    assert torch.equal(reference.rope(q, None, cos, sin)[0], reference.rope(q.float(), None, cos, sin)[0].to(dtype))
