@@ -69,7 +69,7 @@ _FLOAT32 = {
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (Tile(32, 32, 4, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
     ("sm_80", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
-    ("sm_80", "dkdv"): (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1, split=True)),
+    ("sm_80", "dkdv"): (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
     ("sm_86", "forward"): (Tile(32, 64, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
     ("sm_86", "dq"): (Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
     ("sm_86", "dkdv"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1, split=True)),
