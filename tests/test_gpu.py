@@ -1,0 +1,89 @@
+"""What only a GPU can show: streams, graphs, other devices, no waiting for the host, and repeatability under load."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llama_kernels as lk
+from tests.test_rope import tables
+
+pytestmark = pytest.mark.gpu
+
+
+def inputs(device: torch.device, S: int = 300) -> list[torch.Tensor]:
+    return [torch.randn(2, S, H, 128, device=device).bfloat16().transpose(1, 2).requires_grad_() for H in (8, 2, 2)]
+
+
+def layer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> list[torch.Tensor]:
+    """Outputs and gradients of all three ops."""
+    q_, k_ = lk.rope(q, k, cos, sin)
+    out = lk.rms_norm(lk.attention(q_, k_, v))
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_host_never_waits(device):
+    args = (*inputs(device), *tables(300, 128, device))
+    cu = torch.tensor([0, 100, 300], dtype=torch.int32, device=device)
+    packed = [x.detach()[0].transpose(0, 1) for x in args[:3]]
+    layer(*args), lk.attention_varlen(*packed, cu, cu, 200, 200)  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(*args)
+        lk.attention_varlen(*packed, cu, cu, 200, 200)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_kernels_run_on_the_current_stream(device):
+    args = (*inputs(device), *tables(300, 128, device))
+    expected = layer(*args)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        results = layer(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert equal(results, expected)
+
+
+def test_forward_is_captured_in_a_graph(device):
+    q, k, v = (x.detach() for x in inputs(device))
+    angles = tables(300, 128, device)
+
+    def forward() -> torch.Tensor:
+        q_, k_ = lk.rope(q, k, *angles)
+        return lk.rms_norm(lk.attention(q_, k_, v))
+
+    forward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(out, forward())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are():
+    """The current device is another one."""
+    there = torch.device("cuda", 1)
+    args = (*inputs(there), *tables(300, 128, there))
+    with torch.cuda.device(0):
+        results = layer(*args)
+    with torch.cuda.device(1):
+        assert equal(results, layer(*args))
+    assert all(x.device == there for x in results)
+
+
+def test_gradients_repeat_a_hundred_times(device):
+    args = (*inputs(device, S=1000), *tables(1000, 128, device))
+    expected = layer(*args)
+    for _ in range(100):
+        assert equal(layer(*args), expected)
