@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -89,3 +90,9 @@ print(*packages)
     packages = python("-c", code).split()
     assert "llama_kernels.reference" in packages and "llama_kernels.ops.attention" in packages
     assert all(name.split(".")[0] == "llama_kernels" for name in packages)
+
+
+@pytest.mark.parametrize("name", lk.reference.__all__)
+def test_the_reference_has_the_same_signature(name):
+    """Names, kinds, defaults and annotations."""
+    assert inspect.signature(getattr(lk, name)) == inspect.signature(getattr(lk.reference, name))
