@@ -117,11 +117,11 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
     if everything:
         q, k, v, do = (x[0].transpose(0, 1) for x in (q, k, v, do))
         lse = lse[0]
-        cu_seqlens, kv_start = torch.zeros(3, dtype=torch.int32), torch.zeros(S, dtype=torch.int32)
-        rest = (kv_start, cu_seqlens, cu_seqlens, S, S, 0.1, 30.0, 64, 0)
+        cu_seqlens, bound = torch.zeros(3, dtype=torch.int32), torch.zeros(S, dtype=torch.int32)
+        rest = (bound, bound, cu_seqlens, cu_seqlens, S, S, 0.1, 30.0, 64, 0)
         sinks, dlse = torch.empty(Hq), lse
     else:
-        rest = (None, None, None, S, S, 0.1, None, None, 0)
+        rest = (None, None, None, None, S, S, 0.1, None, None, 0)
         sinks = dlse = None
     forward.launch_forward(q, k, v, sinks, *rest)
     backward.launch_backward(do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything)

@@ -18,6 +18,7 @@ def attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +34,7 @@ def attention(
     s = torch.einsum("bhgid,bhjd->bhgij", q.to(wide).unflatten(1, groups), k.to(wide)) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    see = visible(Sq, Sk, is_causal, window_size, kv_start, q.device)  # (Sq, Sk) or (B, 1, 1, Sq, Sk)
+    see = visible(Sq, Sk, is_causal, window_size, kv_start, kv_end, q.device)  # (Sq, Sk) or (B, 1, 1, Sq, Sk)
     s = s.masked_fill(~see, -torch.inf)
 
     # One more logit a row: it takes mass and gives no value. Without sinks it is -inf and takes none.
@@ -57,6 +58,7 @@ def visible(
     is_causal: bool,
     window_size: tuple[int, int],
     kv_start: torch.Tensor | None,
+    kv_end: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
     """May query i see key j? Both ends are aligned at the bottom right: query Sq - 1 stands at key Sk - 1."""
@@ -70,7 +72,9 @@ def visible(
         see &= j <= i + right
     if left >= 0:
         see &= j >= i - left
-    return see if kv_start is None else see & (j >= kv_start[:, None, None, :, None])
+    if kv_start is not None:
+        see = see & (j >= kv_start[:, None, None, :, None])
+    return see if kv_end is None else see & (j < kv_end[:, None, None, :, None])
 
 
 def attention_varlen(
@@ -88,14 +92,15 @@ def attention_varlen(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` of each sequence of a packed batch on its own.
 
     q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv) -> out (Tq, Hq, Dv), lse (Hq, Tq). Sequence b owns the query tokens
-    cu_seqlens_q[b] to cu_seqlens_q[b + 1] and keys likewise; kv_start (Tq,) counts from the sequence's own first key.
-    Tokens that no sequence owns give 0 and -inf.
+    cu_seqlens_q[b] to cu_seqlens_q[b + 1] and keys likewise; kv_start and kv_end (Tq,) count from the sequence's own
+    first key. Tokens that no sequence owns give 0 and -inf.
     """
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -109,6 +114,7 @@ def attention_varlen(
             softcap=softcap,
             sinks=sinks,
             kv_start=None if kv_start is None else kv_start[None, rows],
+            kv_end=None if kv_end is None else kv_end[None, rows],
             return_lse=True,
         )
         out[rows] = o[0].transpose(0, 1)

@@ -48,17 +48,18 @@ class Case:
     scale: float | None = None
     sinks: bool = False
     kv_start: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    kv_end: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def __str__(self) -> str:
         size = "-".join(map(str, (self.B, self.Hq, self.Hkv, self.Sq, self.Sk, self.D, self.DV)))
         on = ["full" if not self.is_causal else "", f"window{self.window_size}" if max(self.window_size) >= 0 else ""]
-        on += [name for name in ("softcap", "scale", "sinks", "kv_start", "packed") if getattr(self, name)]
+        on += [name for name in ("softcap", "scale", "sinks", "kv_start", "kv_end", "packed") if getattr(self, name)]
         return "-".join([size, *filter(None, on)])
 
 
 def anywhere(i: torch.Tensor, Sk: int) -> torch.Tensor:
-    """kv_start in no order, some rows left without keys."""
+    """In no order, some rows left without keys."""
     return (i * 7919) % (Sk + 9)
 
 
@@ -69,6 +70,15 @@ def padded_left(i: torch.Tensor, Sk: int) -> torch.Tensor:
 def documents(i: torch.Tensor, Sk: int) -> torch.Tensor:
     """Three packed in one row."""
     return i // 45 * 45
+
+
+def so_far(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    """Causal in a cache that is not full."""
+    return Sk // 2 - 20 + i
+
+
+def backwards(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    return (Sk - 2 * i).clamp_min(-5)
 
 
 def packed(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], Hq: int, Hkv: int, D: int, DV: int, **on: Any):
@@ -96,10 +106,14 @@ CASES = (
     Case(2, 2, 1, 150, 150, 32, 32, kv_start=anywhere),
     Case(2, 2, 1, 70, 150, 32, 32, is_causal=False, kv_start=padded_left),
     Case(1, 2, 2, 135, 135, 32, 32, kv_start=documents, sinks=True),
+    Case(2, 2, 1, 70, 150, 32, 32, is_causal=False, kv_start=padded_left, kv_end=so_far),
+    Case(1, 4, 1, 150, 130, 32, 32, kv_end=anywhere, sinks=True),
+    Case(1, 2, 2, 130, 70, 32, 32, is_causal=False, kv_start=backwards, kv_end=anywhere),
     Case(1, 4, 2, 130, 200, 72, 72, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
     packed((50, 0, 100, 1), (50, 0, 100, 1), 4, 2, 64, 64),
     packed((50, 0, 100, 1), (70, 5, 30, 0), 4, 2, 32, 32, sinks=True),
     packed((30, 90), (90, 130), 4, 1, 80, 80, is_causal=False, window_size=(40, 9), softcap=4.0, kv_start=anywhere),
+    packed((30, 90), (90, 130), 4, 2, 32, 32, is_causal=False, kv_start=documents, kv_end=so_far),
     packed((33,) * 4, (33,) * 4, 2, 2, 32, 32, window_size=(8, -1), sinks=True, kv_start=padded_left),
 )
 # Tiles that make many blocks of few tokens: every edge between masked and unmasked ones.
@@ -113,6 +127,7 @@ class Inputs:
     v: torch.Tensor
     sinks: torch.Tensor | None
     kv_start: torch.Tensor | None
+    kv_end: torch.Tensor | None
     do: torch.Tensor
     dlse: torch.Tensor
 
@@ -135,14 +150,17 @@ def make(case: Case, dtype: torch.dtype, device: torch.device, family: str = "ra
     do, v = do.to(dtype), (size_v * v).to(dtype)
     v = v if case.packed else v.contiguous()
     sinks = torch.randn(case.Hq, device=device) if case.sinks else None
-    kv_start = None
-    if case.kv_start is not None:
+
+    def bound(of_rows: Callable[[torch.Tensor, int], torch.Tensor] | None) -> torch.Tensor | None:
+        if of_rows is None:
+            return None
         lengths = case.packed or ((case.Sq,), (case.Sk,))
-        rows = [case.kv_start(torch.arange(Sq, device=device), Sk) for Sq, Sk in zip(*lengths, strict=True)]
-        kv_start = torch.cat(rows).int()
-        kv_start = kv_start if case.packed else kv_start.repeat(case.B, 1)
+        rows = torch.cat([of_rows(torch.arange(Sq, device=device), Sk) for Sq, Sk in zip(*lengths, strict=True)]).int()
+        return rows if case.packed else rows.repeat(case.B, 1)
+
+    bounds = bound(case.kv_start), bound(case.kv_end)
     lse_shape = (case.Hq, case.Sq) if case.packed else (case.B, case.Hq, case.Sq)
-    inputs = Inputs(q, k, v, sinks, kv_start, do, torch.randn(lse_shape, device=device))
+    inputs = Inputs(q, k, v, sinks, *bounds, do, torch.randn(lse_shape, device=device))
     for x in inputs.tensors:
         x.requires_grad_()
     return inputs
@@ -155,7 +173,7 @@ def cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def run(ops: Any, case: Case, x: Inputs) -> list[torch.Tensor]:
     """out, lse and the gradients of `ops`' attention, lk or lk.reference."""
     options = {name: getattr(case, name) for name in ("is_causal", "window_size", "softcap", "scale")}
-    options.update(sinks=x.sinks, kv_start=x.kv_start, return_lse=True)
+    options.update(sinks=x.sinks, kv_start=x.kv_start, kv_end=x.kv_end, return_lse=True)
     if case.packed:
         cu = [cu_seqlens(lengths, x.q.device) for lengths in case.packed]
         out, lse = ops.attention_varlen(x.q, x.k, x.v, *cu, *map(max, case.packed), **options)
@@ -176,7 +194,7 @@ def by_sequence(function: Callable[..., tuple], case: Case, x: Inputs) -> list[t
     scale = case.D**-0.5 if case.scale is None else case.scale
     with torch.no_grad():
         if not case.packed:
-            see = attention_mask(case.Sq, case.Sk, case.is_causal, case.window_size, x.kv_start, x.q.device)
+            see = attention_mask(case.Sq, case.Sk, case.is_causal, case.window_size, x.kv_start, x.kv_end, x.q.device)
             results = function(x.q, x.k, x.v, see, scale, case.softcap, x.sinks, x.do, x.dlse)
             return [r for r in results if r is not None]
         out, lse = torch.zeros_like(x.do), torch.zeros_like(x.dlse)
@@ -186,8 +204,8 @@ def by_sequence(function: Callable[..., tuple], case: Case, x: Inputs) -> list[t
             dense = [
                 t[s].transpose(0, 1)[None] for t, s in ((x.q, slice(a, b)), (x.k, slice(c, d)), (x.v, slice(c, d)))
             ]
-            kv_start = None if x.kv_start is None else x.kv_start[None, a:b]
-            see = attention_mask(b - a, d - c, case.is_causal, case.window_size, kv_start, x.q.device)
+            bounds = [None if bound is None else bound[None, a:b] for bound in (x.kv_start, x.kv_end)]
+            see = attention_mask(b - a, d - c, case.is_causal, case.window_size, *bounds, x.q.device)
             o, l, dq, dk, dv, dsinks = function(
                 *dense, see, scale, case.softcap, x.sinks, x.do[a:b].transpose(0, 1)[None], x.dlse[None, :, a:b]
             )

@@ -29,13 +29,13 @@ small_tiles = st.sampled_from([Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 
 
 
 def anything(seed: int):
-    """kv_start of any value, sorted or not, before the first key and past the last."""
+    """kv_start or kv_end of any value, sorted or not, before the first key and past the last."""
 
-    def kv_start(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    def bound(i: torch.Tensor, Sk: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(-3, Sk + 4, i.shape, generator=generator).to(i.device)
 
-    return kv_start
+    return bound
 
 
 @st.composite
@@ -48,6 +48,7 @@ def attention_cases(draw) -> Case:
         "scale": draw(st.sampled_from([None, None, 0.5, -0.2])),
         "sinks": draw(st.booleans()),
         "kv_start": draw(st.one_of(st.none(), st.integers(0, 9).map(anything))),
+        "kv_end": draw(st.one_of(st.none(), st.none(), st.integers(10, 19).map(anything))),
     }
     heads = (Hkv * draw(st.integers(1, 4)), Hkv)
     D, DV = draw(st.integers(1, 48)), draw(st.integers(1, 48))

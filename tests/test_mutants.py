@@ -43,13 +43,13 @@ def mass_not_rescaled(state, s, v, unit, MASKED: tl.constexpr):
 @triton.jit
 def one_key_too_many(mask, i, j):
     right = None if mask.right is None else mask.right + 1
-    return visible(Mask(mask.shift, mask.left, right, mask.kv_start, mask.Sk), i, j)
+    return visible(Mask(mask.shift, mask.left, right, mask.kv_start, mask.kv_end, mask.Sk), i, j)
 
 
 @triton.jit
 def window_one_short(mask, i, j):
     left = None if mask.left is None else mask.left - 1
-    return visible(Mask(mask.shift, left, mask.right, mask.kv_start, mask.Sk), i, j)
+    return visible(Mask(mask.shift, left, mask.right, mask.kv_start, mask.kv_end, mask.Sk), i, j)
 
 
 @triton.jit

@@ -32,19 +32,23 @@ def test_one_hot_values_show_the_whole_mask(name, Sq, Sk, device):
     q, k = torch.zeros(1, 1, Sq, 16, device=device), heads(1, 1, Sk, 16, device)
     v = torch.eye(Sk, device=device)[None, None]
     p = lk.attention(q, k, v, **options)
-    see = attention_mask(Sq, Sk, options.get("is_causal", True), options.get("window_size", (-1, -1)), None, device)
+    see = attention_mask(
+        Sq, Sk, options.get("is_causal", True), options.get("window_size", (-1, -1)), None, None, device
+    )
     assert torch.equal(p > 0, see)
     expected = see / see.sum(-1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(p, expected, rtol=3e-7, atol=0)
 
 
-def test_kv_start_hides_exactly_what_comes_before(device):
+@pytest.mark.parametrize("given", [("kv_start",), ("kv_end",), ("kv_start", "kv_end")], ids="-".join)
+def test_bounds_hide_exactly_what_lies_outside(given, device):
     Sq = Sk = 50
-    kv_start = torch.randint(0, Sk, (2, Sq), dtype=torch.int32, device=device)
+    bounds = {name: torch.randint(0, Sk, (2, Sq), dtype=torch.int32, device=device) for name in given}
     q, k = torch.zeros(2, 1, Sq, 16, device=device), heads(2, 1, Sk, 16, device)
     v = torch.eye(Sk, device=device).expand(2, 1, Sk, Sk)
-    p = lk.attention(q, k, v, kv_start=kv_start)
-    assert torch.equal(p > 0, attention_mask(Sq, Sk, True, (-1, -1), kv_start, device))
+    p = lk.attention(q, k, v, **bounds)
+    see = attention_mask(Sq, Sk, True, (-1, -1), bounds.get("kv_start"), bounds.get("kv_end"), device)
+    assert torch.equal(p > 0, see)
 
 
 @pytest.mark.parametrize("Hq, Hkv", [(4, 4), (8, 2), (6, 1), (6, 3)])
@@ -61,7 +65,9 @@ def test_gradients_reach_exactly_the_visible_keys(name, device):
     options = MASKS[name]
     q, k, v = (heads(1, 1, 30, 16, device).requires_grad_() for _ in range(3))
     out = lk.attention(q, k, v, **options)
-    see = attention_mask(30, 30, options.get("is_causal", True), options.get("window_size", (-1, -1)), None, device)
+    see = attention_mask(
+        30, 30, options.get("is_causal", True), options.get("window_size", (-1, -1)), None, None, device
+    )
     for row in (0, 11, 29):
         _, dk, dv = torch.autograd.grad(out[:, :, row].sum(), (q, k, v), retain_graph=True)
         assert torch.equal(dv.abs().sum(-1) > 0, see[:, :, row])

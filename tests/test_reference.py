@@ -55,6 +55,7 @@ ATTENTION = {
     "window": {"window_size": (2, 1), "is_causal": False},
     "softcap": {"softcap": 1.5},
     "scale": {"scale": -0.7},
+    "kv_end": {"kv_end": torch.tensor([[3, 1, 0], [2, 9, 4]], dtype=torch.int32)},
     "kv_start": {"kv_start": torch.tensor([[0, 1, 3], [2, 9, 0]], dtype=torch.int32)},
 }
 
@@ -100,7 +101,7 @@ def test_attention_is_torchs(Hq, Hkv):
 )
 def test_masks_are_torchs(Sq, Sk, is_causal, window):
     q, k, v = randn(1, 2, Sq, 8), randn(1, 2, Sk, 8), randn(1, 2, Sk, 3)
-    mask = attention_mask(Sq, Sk, is_causal, window, None, q.device)
+    mask = attention_mask(Sq, Sk, is_causal, window, None, None, q.device)
     out, lse = reference.attention(q, k, v, is_causal=is_causal, window_size=window, scale=0.4, return_lse=True)
     seen = mask.any(-1)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.4)
@@ -113,7 +114,9 @@ def test_sinks_and_softcap_are_transformers():
     gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
     gemma2 = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
     q, k, v, sinks = randn(2, 4, 6, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8), randn(4)
-    mask = torch.zeros(1, 1, 6, 6, dtype=f64).masked_fill(~attention_mask(6, 6, True, (-1, -1), None, q.device), -1e300)
+    mask = torch.zeros(1, 1, 6, 6, dtype=f64).masked_fill(
+        ~attention_mask(6, 6, True, (-1, -1), None, None, q.device), -1e300
+    )
     module = torch.nn.Module()
     module.num_key_value_groups, module.sinks, module.training, module.head_dim = 2, sinks, False, 8
     theirs, _ = gpt_oss.eager_attention_forward(module, q, k, v, mask, scaling=0.3)

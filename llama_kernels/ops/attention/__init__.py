@@ -27,8 +27,8 @@ from llama_kernels.runtime import (
 # --- registered ops --------------------------------------------------------------------------------------------------
 
 _CALL = (
-    "Tensor? sinks, Tensor? kv_start, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt longest_q, SymInt longest_k, "
-    "float scale, float? softcap, SymInt? left, SymInt? right"
+    "Tensor? sinks, Tensor? kv_start, Tensor? kv_end, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt longest_q, SymInt longest_k, float scale, float? softcap, SymInt? left, SymInt? right"
 )
 # -> out, lse (float32). Dense without cu_seqlens, when longest is Sq and Sk; left and right None: unlimited.
 _attention_forward = register(
@@ -54,9 +54,10 @@ class _Attention(torch.autograd.Function):
     """(q, k, v, sinks or None) -> (out, lse). Saves these and recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx, op, q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, *scalars):
-        out, lse = _attention_forward(q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, *scalars)
-        ctx.save_for_backward(q, k, v, out, lse, sinks, kv_start, cu_seqlens_q, cu_seqlens_k)
+    def forward(ctx, op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *scalars):
+        bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
+        out, lse = _attention_forward(q, k, v, sinks, *bounds, *scalars)
+        ctx.save_for_backward(q, k, v, out, lse, sinks, *bounds)
         ctx.set_materialize_grads(False)
         ctx.op, ctx.scalars = op, scalars
         return out, lse
@@ -72,14 +73,14 @@ class _Attention(torch.autograd.Function):
         return None, *grads, *[None] * (len(bounds) + len(ctx.scalars))
 
 
-def _apply(op, q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
+def _apply(op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
            is_causal, scale, window_size, softcap, return_lse):  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     left, right = (None if side < 0 else min(side, _UNLIMITED) for side in window_size)
     right = 0 if is_causal else right
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
-    tensors = (q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k)
+    tensors = (q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
     scalars = (longest_q, longest_k, scale, softcap, left, right)
     if needs_grad(q, k, v, sinks):
         out, lse = _Attention.apply(op, *distinct(*tensors), *scalars)
@@ -102,6 +103,7 @@ def attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -124,8 +126,9 @@ def attention(
         softcap: scores s become softcap · tanh(s / softcap).
         sinks: (Hq,), one more logit a head, which takes its share of the softmax (and of lse) and gives no value.
             Differentiable.
-        kv_start: (B, Sq) int32: row i also sees no key before kv_start[b, i]. Left-padded and packed batches without
-            unpadding, host sync or graph break; the blocks before it are skipped.
+        kv_start, kv_end: (B, Sq) int32: row i also sees no key before kv_start[b, i], nor kv_end[b, i] or any after it.
+            Padded and packed batches, and caches longer than what is in them, without unpadding, host sync or graph
+            break; the blocks outside are skipped.
         return_lse: also return the log of the sum of exponentials of each row's scores. Differentiable.
         deterministic: True asks for gradients that repeat bit for bit, None follows
             torch.are_deterministic_algorithms_enabled(). Every backward here is deterministic, so nothing changes.
@@ -139,9 +142,9 @@ def attention(
         ValueError: shapes, head counts, devices, window_size or softcap do not fit.
     """
     q, k, v = _to_autocast(q, k, v)
-    _check("attention", q, k, v, 4, window_size, softcap, scale, sinks, kv_start, deterministic)
+    _check("attention", q, k, v, 4, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic)
     return _apply(
-        "attention", q, k, v, sinks, kv_start, None, None, q.shape[2], k.shape[2],
+        "attention", q, k, v, sinks, kv_start, kv_end, None, None, q.shape[2], k.shape[2],
         is_causal, scale, window_size, softcap, return_lse,
     )  # fmt: skip
 
@@ -161,6 +164,7 @@ def attention_varlen(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +177,7 @@ def attention_varlen(
             the tensors is clamped into them, since reading them back to check would stall the GPU. Nothing is promised
             of sequences that overlap.
         max_seqlen_q, max_seqlen_k: no sequence is longer; what is, is cut off there.
-        kv_start: (Tq,) int32, counted from the first key of the row's own sequence.
+        kv_start, kv_end: (Tq,) int32, counted from the first key of the row's own sequence.
         Others as in `attention`, Sq and Sk being the lengths of each sequence.
 
     Returns:
@@ -184,7 +188,7 @@ def attention_varlen(
     """
     op = "attention_varlen"
     q, k, v = _to_autocast(q, k, v)
-    _check(op, q, k, v, 3, window_size, softcap, scale, sinks, kv_start, deterministic)
+    _check(op, q, k, v, 3, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic)
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_tensors(op, (torch.int32,), **{name: x})
         if x.ndim != 1 or not x.shape[0] or x.shape != cu_seqlens_q.shape:
@@ -198,8 +202,8 @@ def attention_varlen(
         if longest < 0:
             raise ValueError(message(op, name, longest, "a length"))
     return _apply(
-        op, q, k, v, sinks, kv_start, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k,
-        is_causal, scale, window_size, softcap, return_lse,
+        op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+        max_seqlen_q, max_seqlen_k, is_causal, scale, window_size, softcap, return_lse,
     )  # fmt: skip
 
 
@@ -217,7 +221,7 @@ def _to_autocast(*tensors):
     return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
 
 
-def _check(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, deterministic):
+def _check(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic):
     check_tensors(op, q=q, k=k, v=v)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
@@ -257,10 +261,12 @@ def _check(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, dete
         check_tensors(op, q=q, sinks=sinks)
         if sinks.shape != (Hq,):
             raise ValueError(message(op, "sinks", shape_of(sinks), f"({Hq},), one a query head"))
-    if kv_start is not None:
-        check_tensors(op, (torch.int32,), kv_start=kv_start)
-        rows = (q.shape[0], q.shape[tokens]) if ndim == 4 else (q.shape[tokens],)
-        if kv_start.shape != rows:
-            raise ValueError(message(op, "kv_start", shape_of(kv_start), f"{rows}, one a query row"))
-        if kv_start.device != q.device:
-            raise ValueError(message(op, "kv_start", f"on {kv_start.device}", f"the device of q, {q.device}"))
+    rows = (q.shape[0], q.shape[tokens]) if ndim == 4 else (q.shape[tokens],)
+    for name, bound in (("kv_start", kv_start), ("kv_end", kv_end)):
+        if bound is None:
+            continue
+        check_tensors(op, (torch.int32,), **{name: bound})
+        if bound.shape != rows:
+            raise ValueError(message(op, name, shape_of(bound), f"{rows}, one a query row"))
+        if bound.device != q.device:
+            raise ValueError(message(op, name, f"on {bound.device}", f"the device of q, {q.device}"))

@@ -9,13 +9,13 @@ from __future__ import annotations
 from llama_kernels.language import LN2, LOG2E, cast, dot, tl, triton
 from llama_kernels.ops.attention.layout import (
     Sizes,
+    bound_strides,
     call_scoring,
     call_sizes,
     call_widths,
     call_window,
     empty_grads,
     far,
-    kv_start_strides,
     lse_strides,
     width_class,
 )
@@ -23,7 +23,7 @@ from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import (
     Mask,
     key_blocks,
-    load_kv_start,
+    load_bound,
     load_tile,
     matrix,
     offset,
@@ -100,21 +100,27 @@ def _delta_kernel(
 
 
 @triton.jit
-def _end_by_start(kv_start_ptr, strides, b, start, Sq, last, CHUNK: tl.constexpr):
-    """Past the last row whose kv_start lets it see any key up to `last`. kv_start need not be sorted."""
-    end = 0
-    base = kv_start_ptr + offset(strides, b, 0, start)
+def _rows_by_bounds(kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, first, last,
+                    CHUNK: tl.constexpr):  # fmt: skip
+    """First row, and past the last, whose kv_start and kv_end let it see any of keys first to last. Neither need be
+    sorted."""
+    begin, end = Sq, 0
     for chunk in range(0, Sq, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
-        kv_start = tl.load(base + i.to(tl.int64) * strides[2], mask=i < Sq, other=2147483647)
-        end = tl.maximum(end, tl.max(tl.where(kv_start <= last, i + 1, 0)))
-    return end
+        sees = i < Sq
+        if kv_start_ptr is not None:
+            sees &= load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq) <= last
+        if kv_end_ptr is not None:
+            sees &= load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq) > first
+        begin = tl.minimum(begin, tl.min(tl.where(sees, i, Sq)))
+        end = tl.maximum(end, tl.max(tl.where(sees, i + 1, 0)))
+    return begin, end
 
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr,
-    q_strides, do_strides, delta_strides, kv_start_strides,
+    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr,
+    q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides,
     mask, j, b, h_kv, group, q_start, padded_start, Sq, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -125,7 +131,8 @@ def _add_dkdv(
     Every block is masked, if there is a mask: two loops of their own for the edges cost more, in pipelines filled and
     drained for each head and in registers, than the compares do. For the registers' sake nothing is hoisted either.
     """
-    MASKED: tl.constexpr = mask.left is not None or mask.right is not None or kv_start_ptr is not None
+    BOUNDED: tl.constexpr = kv_start_ptr is not None or kv_end_ptr is not None
+    MASKED: tl.constexpr = mask.left is not None or mask.right is not None or BOUNDED
     for h in tl.range(h_kv * group, h_kv * group + group, disable_licm=True):
         Q, DO = matrix(q_ptr, q_strides, b, h, q_start), matrix(do_ptr, do_strides, b, h, q_start)
         padded = offset(delta_strides, b, h, padded_start)
@@ -138,10 +145,9 @@ def _add_dkdv(
             dp = dot(v, tl.trans(do))  # issued with the other product, so that the exponentials run beneath both
             see = None
             if MASKED:
-                kv_start = None
-                if kv_start_ptr is not None:
-                    kv_start = load_kv_start(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)[None, :]
-                see = visible(Mask(mask.shift, mask.left, mask.right, kv_start, None), i[None, :], j)
+                kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i[None, :], Sq)  # [1, BLOCK_M]
+                kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i[None, :], Sq)
+                see = visible(Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None), i[None, :], j)
             p, ds = probs_and_score_grads(qk, dp, lse2[None, :], delta[None, :], see, scoring)
             if NEED_DV:
                 dv = dot(cast(p, do.dtype), do, dv)
@@ -152,8 +158,10 @@ def _add_dkdv(
 
 @triton.jit
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, kv_start_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    q_strides, k_strides, v_strides, do_strides, delta_strides, dk_strides, dv_strides, kv_start_strides,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_strides, k_strides, v_strides, do_strides, delta_strides, dk_strides, dv_strides,
+    kv_start_strides, kv_end_strides,
     sizes, scoring, window,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -173,19 +181,21 @@ def _dkdv_kernel(
         return
     j = n + tl.arange(0, BLOCK_N)[:, None]
     last = tl.minimum(n + BLOCK_N, Sk) - 1
-    mask = Mask(Sk - Sq, window.left, window.right, None, None)
-    row_end = Sq
-    if kv_start_ptr is not None:
-        row_end = _end_by_start(kv_start_ptr, kv_start_strides, b, q_start, Sq, last, CHUNK=1024)
-    begin, end = query_blocks(mask, n, last, row_end, BLOCK_M)
+    mask = Mask(Sk - Sq, window.left, window.right, None, None, None)
+    first_row, row_end = 0, Sq
+    if kv_start_ptr is not None or kv_end_ptr is not None:
+        first_row, row_end = _rows_by_bounds(
+            kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, n, last, CHUNK=1024
+        )
+    begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
 
     k = load_tile(matrix(k_ptr, k_strides, b, h_kv, k_start), n, Sk, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     v = load_tile(matrix(v_ptr, v_strides, b, h_kv, k_start), n, Sk, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dk, dv = _add_dkdv(
-        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr,
-        q_strides, do_strides, delta_strides, kv_start_strides,
+        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr,
+        q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides,
         mask, j, b, h_kv, sizes.group, q_start, _padded(cu_seqlens_q_ptr, b, q_start), Sq, begin, end, scoring,
         D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
@@ -222,8 +232,10 @@ def _add_dq(
 
 @triton.jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, kv_start_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    q_strides, k_strides, v_strides, do_strides, delta_strides, dq_strides, kv_start_strides,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_strides, k_strides, v_strides, do_strides, delta_strides, dq_strides,
+    kv_start_strides, kv_end_strides,
     sizes, scoring, window,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -238,10 +250,9 @@ def _dq_kernel(
     if m >= Sq:
         return
     i = m + tl.arange(0, BLOCK_M)[:, None]
-    kv_start = None
-    if kv_start_ptr is not None:
-        kv_start = load_kv_start(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-    mask = Mask(Sk - Sq, window.left, window.right, kv_start, Sk)
+    kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+    kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+    mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
     blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
     q = load_tile(matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -272,7 +283,7 @@ def _dq_kernel(
 
 
 def launch_backward(
-    do, dlse, q, k, v, o, lse, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
+    do, dlse, q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
     scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks,
 ):  # fmt: skip
     """Launch; arguments and results as `llama_kernels::attention_backward`."""
@@ -284,7 +295,8 @@ def launch_backward(
     lse2, delta, dsinks = _launch_delta(o, do, lse, dlse, sinks if need_dsinks else None, dsinks, cu_seqlens_q, sizes)
     # What both big kernels take, in their order.
     given, given_strides = (q, k, v, do, lse2, delta), (*map(strides_of, (q, k, v, do)), lse_strides(delta))
-    bounds, bounds_strides = (kv_start, cu_seqlens_q, cu_seqlens_k), kv_start_strides(kv_start)
+    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
+    bounds_strides = (bound_strides(kv_start), bound_strides(kv_end))
     rest = (sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k))
     flags = {**call_widths(q, v), "FAR": far(q, k, v, do)}
     with on_device_of(q):
@@ -295,7 +307,7 @@ def launch_backward(
             if programs and pair != (None, None):
                 _dkdv_kernel[(programs,)](
                     *given, *pair, *bounds,
-                    *given_strides, *(None if x is None else strides_of(x) for x in pair), bounds_strides,
+                    *given_strides, *(None if x is None else strides_of(x) for x in pair), *bounds_strides,
                     *rest, **flags, **tile.launch_options,
                 )  # fmt: skip
 
@@ -303,7 +315,7 @@ def launch_backward(
         programs = triton.cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
         if programs and need_dq:
             _dq_kernel[(programs,)](
-                *given, dq, *bounds, *given_strides, strides_of(dq), bounds_strides,
+                *given, dq, *bounds, *given_strides, strides_of(dq), *bounds_strides,
                 *rest, **flags, **tile.launch_options,
             )  # fmt: skip
     return dq, dk, dv, dsinks

@@ -13,27 +13,27 @@ from llama_kernels.reference.attention import spans, visible
 
 
 def plain_forward(
-    q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
+    q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
 ):
     """Arguments and results as `llama_kernels::attention_forward`."""
     packed = () if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
     function = reference.attention_varlen if packed else reference.attention
     results = function(
-        q, k, v, *packed, is_causal=False, scale=scale, softcap=softcap, sinks=sinks, kv_start=kv_start,
+        q, k, v, *packed, is_causal=False, scale=scale, softcap=softcap, sinks=sinks, kv_start=kv_start, kv_end=kv_end,
         window_size=_window(left, right), return_lse=True,
     )  # fmt: skip
     return tuple(empty.copy_(x) for empty, x in zip(empty_outputs(q, v), results, strict=True))
 
 
 def plain_backward(
-    do, dlse, q, k, v, out, lse, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
+    do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
     scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks,
 ):  # fmt: skip
     """Arguments and results as `llama_kernels::attention_backward`."""
     grads = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)
     options = (scale, softcap, _window(left, right))
     if cu_seqlens_q is None:
-        results = _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, *options)
+        results = _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, kv_end, *options)
     else:
         results = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
         results.append(lse.new_zeros(q.shape[1]))
@@ -41,8 +41,8 @@ def plain_backward(
         for rows, keys in zip(spans_q, spans(cu_seqlens_k, k.shape[0], longest_k), strict=True):
             mine = [x[s].transpose(0, 1)[None] for x, s in ((do, rows), (q, rows), (k, keys), (v, keys))]
             mine.insert(1, None if dlse is None else dlse[None, :, rows])
-            bounds = None if kv_start is None else kv_start[None, rows]
-            parts = _dense_backward(*mine, lse[None, :, rows], sinks, bounds, *options)
+            bounds = (None if bound is None else bound[None, rows] for bound in (kv_start, kv_end))
+            parts = _dense_backward(*mine, lse[None, :, rows], sinks, *bounds, *options)
             for result, part, s in zip(results, parts[:3], (rows, keys, keys), strict=False):
                 result[s] += part[0].transpose(0, 1)
             results[3] += parts[3]
@@ -52,7 +52,7 @@ def plain_backward(
     return grads
 
 
-def _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, scale, softcap, window):
+def _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, kv_end, scale, softcap, window):
     """dq, dk, dv and dsinks, all float32."""
     Hq, Hkv, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     groups = (Hkv, Hq // Hkv if Hkv else 1)
@@ -63,7 +63,7 @@ def _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, scale, softcap, win
     s = torch.einsum("bhgid,bhjd->bhgij", q, k) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    p = torch.exp(s - lse).masked_fill(~visible(Sq, Sk, False, window, kv_start, q.device), 0)
+    p = torch.exp(s - lse).masked_fill(~visible(Sq, Sk, False, window, kv_start, kv_end, q.device), 0)
     dp = torch.einsum("bhgid,bhjd->bhgij", do, v)
     delta = (p * dp).sum(-1, keepdim=True)  # rowsum(o * do), before o was rounded
     if dlse is not None:

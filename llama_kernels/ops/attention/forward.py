@@ -6,13 +6,13 @@ import math
 
 from llama_kernels.language import LN2, LOG2E, dot, tl, triton
 from llama_kernels.ops.attention.layout import (
+    bound_strides,
     call_scoring,
     call_sizes,
     call_widths,
     call_window,
     empty_outputs,
     far,
-    kv_start_strides,
     lse_strides,
 )
 from llama_kernels.ops.attention.tables import tile_for
@@ -20,7 +20,7 @@ from llama_kernels.ops.attention.tiles import (
     Mask,
     SoftmaxState,
     key_blocks,
-    load_kv_start,
+    load_bound,
     load_tile,
     logits,
     matrix,
@@ -54,8 +54,8 @@ def _attend(
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, kv_start_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides, kv_end_strides,
     sizes, scoring, window,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -73,10 +73,9 @@ def _forward_kernel(
     if m >= Sq:
         return
     i = m + tl.arange(0, BLOCK_M)[:, None]
-    kv_start = None
-    if kv_start_ptr is not None:
-        kv_start = load_kv_start(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-    mask = Mask(Sk - Sq, window.left, window.right, kv_start, Sk)
+    kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+    kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+    mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
     blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
     peak, mass = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
@@ -109,7 +108,7 @@ def _forward_kernel(
 
 
 def launch_forward(
-    q, k, v, sinks, kv_start, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
+    q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
 ):
     """Launch; arguments and results as `llama_kernels::attention_forward`."""
     o, lse = empty_outputs(q, v)
@@ -122,8 +121,8 @@ def launch_forward(
     if programs:
         with on_device_of(q):
             _forward_kernel[(programs,)](
-                q, k, v, o, lse, sinks, kv_start, cu_seqlens_q, cu_seqlens_k,
-                *map(strides_of, (q, k, v, o)), lse_strides(lse), kv_start_strides(kv_start),
+                q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k,
+                *map(strides_of, (q, k, v, o)), lse_strides(lse), *map(bound_strides, (kv_start, kv_end)),
                 sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
                 **call_widths(q, v), FAR=far(q, k, v, o), **tile.launch_options,
             )  # fmt: skip

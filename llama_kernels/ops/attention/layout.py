@@ -83,11 +83,11 @@ def lse_strides(lse: torch.Tensor) -> tuple[int, int, int]:
     return lse.stride() if lse.ndim == 3 else (0, *lse.stride())
 
 
-def kv_start_strides(kv_start: torch.Tensor | None) -> tuple[int, int, int] | None:
-    """Of batch, head (all share it) and token of (B, Sq) or packed (Tq,)."""
-    if kv_start is None:
+def bound_strides(bound: torch.Tensor | None) -> tuple[int, int, int] | None:
+    """Of batch, head (all share it) and token of kv_start or kv_end, (B, Sq) or packed (Tq,)."""
+    if bound is None:
         return None
-    return (kv_start.stride(0), 0, kv_start.stride(1)) if kv_start.ndim == 2 else (0, 0, kv_start.stride(0))
+    return (bound.stride(0), 0, bound.stride(1)) if bound.ndim == 2 else (0, 0, bound.stride(0))
 
 
 def empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

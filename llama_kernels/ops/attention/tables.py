@@ -47,7 +47,7 @@ _HALF = {
     ("sm_80", "dq"): (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
     ("sm_80", "dkdv"): (Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 64, 8, 3, split=True)),
     # Consumer chips: as Ampere, with 99 KiB of shared memory a block.
-    ("sm_86", "forward"): (Tile(128, 64, 8, 1), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("sm_86", "forward"): (Tile(128, 64, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
     ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
     ("sm_86", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1, split=True)),
     # Blackwell: one stage or four. With two or three, tl.dot races in Triton 3.6 and 3.7 (triton#10590).

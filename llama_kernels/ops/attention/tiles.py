@@ -26,6 +26,7 @@ class Mask(NamedTuple):
     left: tl.tensor  # keys before its own that a query sees
     right: tl.tensor  # keys after its own that a query sees; 0 is causal
     kv_start: tl.tensor  # the first key each row of a tile sees, in the shape of i
+    kv_end: tl.tensor  # past the last one, likewise
     Sk: tl.tensor  # keys; None where keys past the end may get anything
 
 
@@ -115,10 +116,13 @@ def store_tile(
 
 
 @triton.jit
-def load_kv_start(kv_start_ptr, strides, b, start, i, Sq):
-    """kv_start of rows i, in their shape; rows from Sq on repeat row Sq - 1, and so change no bound."""
-    rows = tl.minimum(i, Sq - 1).to(tl.int64)
-    return tl.load(kv_start_ptr + offset(strides, b, 0, start) + rows * strides[2])
+def load_bound(ptr, strides, b, start, i, Sq):
+    """kv_start or kv_end of rows i, in their shape, None where there is none. Rows from Sq on repeat row Sq - 1, and so
+    change no range."""
+    bound = None
+    if ptr is not None:
+        bound = tl.load(ptr + offset(strides, b, 0, start) + tl.minimum(i, Sq - 1).to(tl.int64) * strides[2])
+    return bound
 
 
 # --- the mask, and which blocks it leaves ----------------------------------------------------------------------------
@@ -131,16 +135,25 @@ def _both(see, more):
 
 @triton.jit
 def visible(mask, i, j):
-    """May query i see key j? The one predicate of the package, in the shape that i and j broadcast to."""
+    """May query i see key j? The one predicate of the package, in the shape that i and j broadcast to.
+
+    What bounds a row from one side is first made one bound, in the shape of i: that takes fewer registers than a
+    compare of each.
+    """
+    begin, end = mask.kv_start, mask.kv_end
+    if mask.left is not None:
+        own = i + (mask.shift - mask.left)
+        begin = own if begin is None else tl.maximum(begin, own)
+    if mask.right is not None:
+        own = i + (mask.shift + mask.right + 1)
+        end = own if end is None else tl.minimum(end, own)
     see = None
     if mask.Sk is not None:
-        see = _both(see, j < mask.Sk)
-    if mask.right is not None:
-        see = _both(see, j <= i + (mask.shift + mask.right))
-    if mask.left is not None:
-        see = _both(see, j >= i + (mask.shift - mask.left))
-    if mask.kv_start is not None:
-        see = _both(see, j >= mask.kv_start)
+        see = j < mask.Sk
+    if end is not None:
+        see = _both(see, j < end)
+    if begin is not None:
+        see = _both(see, j >= begin)
     return see
 
 
@@ -160,6 +173,8 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
         full_end = tl.minimum(full_end, first + mask.shift + mask.right + 1)
     if mask.kv_start is not None:
         begin, full_begin = tl.maximum(begin, tl.min(mask.kv_start)), tl.maximum(full_begin, tl.max(mask.kv_start))
+    if mask.kv_end is not None:
+        end, full_end = tl.minimum(end, tl.max(mask.kv_end)), tl.minimum(full_end, tl.min(mask.kv_end))
     end = tl.maximum(end, 0)
     if mask.left is not None or mask.kv_start is not None:
         begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
@@ -169,11 +184,10 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def query_blocks(mask, first, last, end, BLOCK_M: tl.constexpr):
-    """First row and end of the blocks of query rows, of those below `end`, that see any of keys first to last."""
-    begin = 0
+def query_blocks(mask, first, last, begin, end, BLOCK_M: tl.constexpr):
+    """First row and end of the blocks of query rows, of those from begin to end, that see any of keys first to last."""
     if mask.right is not None:
-        begin = tl.maximum(first - mask.shift - mask.right, 0)
+        begin = tl.maximum(first - mask.shift - mask.right, begin)
     if mask.left is not None:
         end = tl.minimum(end, last - mask.shift + mask.left + 1)
     return begin // BLOCK_M * BLOCK_M, end
