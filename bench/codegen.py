@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from llama_kernels.ops import rms_norm, rope
-from llama_kernels.ops.attention import backward, forward, tables
+from llama_kernels.ops.attention import backward, decode, forward, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ def cases() -> Iterator[Case]:
     yield from _rms_norm_cases()
     yield from _rope_cases()
     yield from _attention_cases()
+    yield from _decode_cases()
 
 
 def _rms_norm_cases() -> Iterator[Case]:
@@ -105,6 +106,25 @@ def _attention_cases() -> Iterator[Case]:
                 )
                 label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
                 yield Case("attention", label, lambda a=(D, DV, dtype, features == "all"): _attention(*a), full)
+
+
+def _decode_cases() -> Iterator[Case]:
+    for D in (64, 128, 256):
+        for dtype, features in ((torch.bfloat16, "causal"), (torch.bfloat16, "all"), (torch.float32, "all")):
+            label = f"D={D} {str(dtype)[6:]} {features}"
+            yield Case("decode", label, lambda a=(D, dtype, features == "all"): _decode(*a))
+
+
+def _decode(D: int, dtype: torch.dtype, everything: bool) -> None:
+    """One token for four heads a key head, or the most rows that are split, with all options."""
+    B, Hkv, Sk = 2, 2, 2048
+    Hq, Sq = (8 * Hkv, decode.MOST_ROWS // 8) if everything else (4 * Hkv, 1)
+    q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for S, H in ((Sq, Hq), (Sk, Hkv), (Sk, Hkv)))
+    bound = torch.zeros(B, Sq, dtype=torch.int32)
+    options = (
+        (torch.empty(Hq), bound, bound, 0.1, 30.0, 64, 0) if everything else (None, None, None, 0.1, None, None, 0)
+    )
+    decode.launch_decode(q, k, v, *options)
 
 
 def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
@@ -200,13 +220,15 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
         report.faults.append(f"spills {report.spill_bytes} bytes")
     if report.shared_bytes > TARGETS[name].shared_limit:
         report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {TARGETS[name].shared_limit}")
-    if case.op == "attention" and "delta" not in kernel:
+    if case.op in ("attention", "decode") and not re.search("delta|combine", kernel):
         if "float32" not in case.label and not report.tensor_core:
             report.faults.append("no tensor-core instruction")
         if serialised:
             report.faults.append("tensor-core pipeline serialised")
-    elif 128 not in report.loads or (128 not in report.stores and case.op != "attention" and "weight" not in kernel):
-        report.faults.append("no 128-bit global access")
+    elif "combine" not in kernel:
+        writes_rows = case.op in ("rope", "rms_norm") and "weight" not in kernel
+        if 128 not in report.loads or (writes_rows and 128 not in report.stores):
+            report.faults.append("no 128-bit global access")
     return report
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.ops.attention import backward, forward
+from llama_kernels.ops.attention import backward, decode, forward
 from llama_kernels.ops.attention.tables import Tile
 from tests.judge import (
     attention_mask,
@@ -115,6 +115,20 @@ CASES = (
     packed((30, 90), (90, 130), 4, 1, 80, 80, is_causal=False, window_size=(40, 9), softcap=4.0, kv_start=anywhere),
     packed((30, 90), (90, 130), 4, 2, 32, 32, is_causal=False, kv_start=documents, kv_end=so_far),
     packed((33,) * 4, (33,) * 4, 2, 2, 32, 32, window_size=(8, -1), sinks=True, kv_start=padded_left),
+)
+# Few queries, split over the keys in chunks of CHUNK: their borders, chunks that nobody sees, the most rows.
+CHUNK = 32
+DECODING = (
+    Case(2, 4, 1, 1, 100, 32, 32),
+    Case(1, 2, 2, 1, 33, 64, 64),
+    Case(1, 2, 1, 1, 64, 16, 16),
+    Case(1, 6, 2, 3, 97, 24, 40, sinks=True),
+    Case(1, 8, 2, 8, 70, 32, 32, is_causal=False, softcap=5.0),
+    Case(1, 4, 2, 5, 130, 32, 32, window_size=(20, 0)),
+    Case(1, 2, 2, 2, 90, 32, 32, scale=-0.3, is_causal=False, window_size=(30, 4)),
+    Case(2, 8, 2, 6, 150, 32, 32, kv_start=padded_left),
+    Case(2, 8, 2, 4, 150, 32, 32, is_causal=False, kv_start=padded_left, kv_end=so_far, sinks=True),
+    Case(1, 2, 1, 7, 100, 32, 32, kv_start=anywhere, kv_end=backwards),
 )
 # Tiles that make many blocks of few tokens: every edge between masked and unmasked ones.
 SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True))
@@ -239,7 +253,7 @@ def visibility(q, k, v, see, scale, softcap, sinks, do, dlse):
 def tiles(tile: Tile | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if tile is not None:
-            for module in (forward, backward):
+            for module in (forward, backward, decode):
                 patch.setattr(module, "tile_for", lambda *_: tile)
         yield
 
@@ -274,6 +288,28 @@ def test_outputs_and_gradients(case, dtype, device):
 @pytest.mark.parametrize("case", [case for case in CASES if case.D <= 64], ids=str)
 def test_every_edge_between_masked_and_whole_blocks(case, tile, device):
     check(case, torch.float16, device, tile=tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DECODING, ids=str)
+def test_few_queries_split_over_the_keys(case, dtype, device, monkeypatch):
+    monkeypatch.setattr(decode, "chunk_of", lambda Sk: CHUNK)
+    check(case, dtype, device, tile=Tile(32, 16, 4, 1))
+
+
+@pytest.mark.parametrize("family", ["peaky", "huge"])
+def test_few_queries_of_every_size(family, device):
+    check(Case(1, 8, 2, 1, 600, 64, 64), torch.float16, device, family=family)
+
+
+def test_which_calls_are_split():
+    def takes(Hq, Hkv, Sq, Sk):
+        return decode.splits(torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, Sk, 16))
+
+    assert takes(32, 8, 1, 257) and takes(32, 8, 8, 4096) and takes(64, 2, 1, 1024)
+    assert not takes(32, 8, 1, 256) and not takes(32, 8, 9, 4096) and not takes(0, 0, 1, 4096)
+    chunks = [decode.chunk_of(Sk) for Sk in (257, 4096, 16384, 16385, 32768, 131072)]
+    assert chunks == [256, 256, 256, 512, 512, 1024]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

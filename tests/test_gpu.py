@@ -70,6 +70,25 @@ def test_forward_is_captured_in_a_graph(device):
     assert torch.equal(out, forward())
 
 
+def test_decoding_is_captured_in_a_graph(device):
+    """One token against a cache of fixed size, how far it is filled being known on the GPU alone."""
+    q, k, v = (torch.randn(2, H, S, 128, device=device).bfloat16() for H, S in ((8, 1), (2, 4096), (2, 4096)))
+    filled = torch.tensor([[1000], [17]], dtype=torch.int32, device=device)
+
+    def step() -> torch.Tensor:
+        return lk.attention(q, k, v, is_causal=False, kv_end=filled)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    filled.add_(3000)
+    graph.replay()
+    assert torch.equal(out, step())
+    expected = lk.reference.attention(q, k, v, is_causal=False, kv_end=filled)
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_where_their_tensors_are():
     """The current device is another one."""

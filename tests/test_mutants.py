@@ -12,7 +12,7 @@ import torch
 
 from llama_kernels.language import INTERPRETED, cast, tl, triton
 from llama_kernels.ops import rms_norm, rope
-from llama_kernels.ops.attention import backward, forward, tiles
+from llama_kernels.ops.attention import backward, decode, forward, tiles
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, SoftmaxState
 from tests import test_attention, test_rms_norm, test_rope
@@ -25,7 +25,7 @@ probs_and_score_grads, load_summed, load_scale = (
     rms_norm._load_summed,
     rms_norm._load_scale,
 )
-load_pairs = rope._load_pairs
+load_pairs, add_chunks = rope._load_pairs, decode._add_chunks
 
 
 @triton.jit
@@ -76,6 +76,12 @@ def tile_of_the_scores_in_half_precision(qk, dp, lse2, delta, see, scoring):
 
 
 @triton.jit
+def chunks_not_rescaled(state, part, lse2):
+    after = add_chunks(state, part, lse2)
+    return SoftmaxState(after.acc, after.mass + state.mass * (1.0 - tl.exp2(state.peak - after.peak)), after.peak)
+
+
+@triton.jit
 def sum_not_rounded(x_rows, residual_rows, s_ptr, cols, mask):
     s = rms_norm._load(x_rows, cols, mask)
     if residual_rows is not None:
@@ -107,11 +113,19 @@ def _one_head_for_all(*call: Any) -> Any:
 _call_sizes = forward.call_sizes
 _DENSE = test_attention.Case(1, 4, 2, 70, 90, 32, 32)
 _WINDOW = test_attention.Case(1, 2, 2, 70, 90, 32, 32, window_size=(20, 0))
+_DECODING = test_attention.Case(1, 4, 2, 2, 150, 32, 32)
 _LONG = test_attention.Case(1, 2, 2, 64, 512, 32, 32, is_causal=False)
 
 
 def attention(case: test_attention.Case, dtype: torch.dtype = torch.float16) -> None:
     test_attention.check(case, dtype, torch.device("cpu"), tile=Tile(32, 16, 4, 1))
+
+
+def decoding() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "chunk_of", lambda Sk: test_attention.CHUNK)
+        patch.setattr(decode, "_COMBINED_AT_ONCE", 2)
+        attention(_DECODING)
 
 
 def norm(**options: Any) -> None:
@@ -126,14 +140,16 @@ def rotation() -> None:
 # name: (modules, what is replaced there, by what, and the check that must fail)
 MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "accumulator in half precision": (
-        (forward,), "online_softmax_step", accumulator_in_half_precision, lambda: attention(_LONG, torch.bfloat16)),
-    "mass not rescaled": ((forward,), "online_softmax_step", mass_not_rescaled, lambda: attention(_DENSE)),
-    "one key too many": ((forward, backward), "visible", one_key_too_many, lambda: attention(_DENSE)),
+        (tiles,), "online_softmax_step", accumulator_in_half_precision, lambda: attention(_LONG, torch.bfloat16)),
+    "mass not rescaled": ((tiles,), "online_softmax_step", mass_not_rescaled, lambda: attention(_DENSE)),
+    "one key too many": ((tiles, backward), "visible", one_key_too_many, lambda: attention(_DENSE)),
     "one key too many, backward": ((backward,), "visible", one_key_too_many, lambda: attention(_DENSE)),
-    "window one short": ((forward, backward), "visible", window_one_short, lambda: attention(_WINDOW)),
+    "window one short": ((tiles, backward), "visible", window_one_short, lambda: attention(_WINDOW)),
     "last keys dropped": ((forward,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
     "last keys dropped, backward": ((backward,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
     "boundary block not masked": ((forward,), "key_blocks", boundary_block_not_masked, lambda: attention(_DENSE)),
+    "last keys dropped, decoding": ((decode,), "key_blocks", last_keys_dropped, decoding),
+    "chunks not rescaled": ((decode,), "_add_chunks", chunks_not_rescaled, decoding),
     "one head for all": ((forward, backward), "call_sizes", _one_head_for_all, lambda: attention(_DENSE)),
     "delta forgotten": ((backward,), "probs_and_score_grads", delta_forgotten, lambda: attention(_DENSE)),
     "scores in half precision": (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from llama_kernels.ops.attention import decode
 from tests.judge import attention_mask
 from tests.test_rope import tables
 
@@ -196,6 +197,13 @@ def test_attention_does_not_depend_on_the_batch(device):
     inputs = [heads(3, H, 70, 64, device, torch.bfloat16) for H in (4, 2, 2, 4)]
     for whole, alone in zip(_attention_results(*inputs), _attention_results(*(x[1:2] for x in inputs)), strict=True):
         assert torch.equal(whole[1:2], alone)
+
+
+def test_decoding_does_not_depend_on_the_batch(device):
+    q, k, v = heads(3, 4, 2, 64, device), heads(3, 2, 600, 64, device), heads(3, 2, 600, 64, device)
+    whole = lk.attention(q, k, v, return_lse=True)
+    alone = lk.attention(q[1:2], k[1:2], v[1:2], return_lse=True)
+    assert decode.splits(q, k) and all(torch.equal(x[1:2], y) for x, y in zip(whole, alone, strict=True))
 
 
 def test_attention_does_not_depend_on_what_else_is_packed(device):

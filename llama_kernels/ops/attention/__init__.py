@@ -1,7 +1,7 @@
 """Grouped-query attention, dense and packed: registered ops, autograd, public functions.
 
-forward.py and backward.py hold the kernels, tiles.py what they share on the device, tables.py their tile sizes,
-layout.py how a call looks to them, and cpu.py the same in plain PyTorch.
+forward.py and backward.py hold the kernels, decode.py those for few queries and many keys, tiles.py what they share on
+the device, tables.py their tile sizes, layout.py how a call looks to them, and cpu.py the same in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def attention(
 
     Query head h reads key and value head h // (Hq // Hkv); k and v are never repeated. Scores, softmax and sums are
     float32; probabilities are rounded to v's dtype before they meet v. Blocks of keys that the mask hides are skipped.
+    Few queries, as in decoding, are split over the keys, with the heads that share them in one tile.
     Under autocast q, k and v are cast to its dtype. GQA: Ainslie et al., arXiv 2305.13245; the algorithm: Dao,
     FlashAttention-2, arXiv 2307.08691.
 

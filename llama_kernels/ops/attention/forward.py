@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from llama_kernels.language import LN2, LOG2E, dot, tl, triton
+from llama_kernels.language import LN2, LOG2E, tl, triton
+from llama_kernels.ops.attention.decode import launch_decode, splits
 from llama_kernels.ops.attention.layout import (
     bound_strides,
     call_scoring,
@@ -19,37 +20,17 @@ from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import (
     Mask,
     SoftmaxState,
+    attend,
     key_blocks,
     load_bound,
     load_tile,
-    logits,
     matrix,
     offset,
-    online_softmax_step,
     query_tile,
     sequence,
     store_tile,
-    visible,
 )
 from llama_kernels.runtime import on_device_of, strides_of
-
-
-@triton.jit
-def _attend(
-    state, q, K, V, mask, i, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """`state` after the key blocks from begin to end."""
-    limit = mask.Sk if MASKED else None
-    for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        s = logits(dot(q, tl.trans(k)), scoring)  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            s = tl.where(visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
-        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        state = online_softmax_step(state, s, v, scoring.unit, MASKED)
-    return state
 
 
 @triton.jit
@@ -86,15 +67,15 @@ def _forward_kernel(
     K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
     V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
     if window.left is not None or kv_start_ptr is not None:
-        state = _attend(
+        state = attend(
             state, q, K, V, mask, i, blocks.begin, blocks.full_begin, scoring,
             D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    state = _attend(
+    state = attend(
         state, q, K, V, mask, i, blocks.full_begin, blocks.full_end, scoring,
         D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    state = _attend(
+    state = attend(
         state, q, K, V, mask, i, blocks.full_end, blocks.end, scoring,
         D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
@@ -111,6 +92,8 @@ def launch_forward(
     q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
 ):
     """Launch; arguments and results as `llama_kernels::attention_forward`."""
+    if cu_seqlens_q is None and splits(q, k):
+        return launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, left, right)
     o, lse = empty_outputs(q, v)
     if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
         o.zero_()

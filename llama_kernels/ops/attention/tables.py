@@ -58,6 +58,13 @@ _HALF = {
     ("gfx942", "forward"): (Tile(128, 64, 8, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
     ("gfx942", "dq"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 64, 4, 1)),
+    # Decoding waits for memory, so its rows (at most 32 of them) leave room for two or more programs on a processor,
+    # each with the next keys on the way. BLOCK_M is the most; a call takes the power of two that holds its rows.
+    ("sm_90", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
+    ("sm_80", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
+    ("sm_86", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    ("sm_100", "decode"): (Tile(32, 64, 4, 4), Tile(32, 64, 4, 4), Tile(32, 32, 8, 4)),
+    ("gfx942", "decode"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 1)),
 }
 
 # float32 is multiplied as such, on no tensor core: both operands pass through registers, which asks for small tiles or
@@ -79,11 +86,16 @@ _FLOAT32 = {
     ("gfx942", "forward"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)),
     ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
+    ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
+    ("sm_80", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("sm_86", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 16, 1)),
+    ("sm_100", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
+    ("gfx942", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
 
 
 WIDTHS = (64, 128, 256)
-PASSES = ("forward", "dq", "dkdv")
+PASSES = ("forward", "decode", "dq", "dkdv")
 FAMILIES = tuple(dict.fromkeys(family for family, _ in _HALF))
 
 

@@ -232,6 +232,24 @@ def online_softmax_step(state, s, v, unit, MASKED: tl.constexpr):
 
 
 @triton.jit
+def attend(
+    state, q, K, V, mask, i, begin, end, scoring,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """`state` after the key blocks from begin to end."""
+    limit = mask.Sk if MASKED else None
+    for n in tl.range(begin, end, BLOCK_N):
+        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        s = logits(dot(q, tl.trans(k)), scoring)  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            s = tl.where(visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
+        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        state = online_softmax_step(state, s, v, scoring.unit, MASKED)
+    return state
+
+
+@triton.jit
 def probs_and_score_grads(qk, dp, lse2, delta, see, scoring):
     """p = exp(logits - lse) and ds = p (dp - delta) on the way back to q @ k^T, short of the factor scoring.scale.
 

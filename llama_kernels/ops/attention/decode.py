@@ -1,0 +1,169 @@
+"""Attention of few queries and many keys, as decoding has it: split over the keys, then combined (Flash-Decoding).
+
+One row tile a head, as forward.py has it, would leave most of a GPU idle and read k and v once for each query head.
+Here a program takes a chunk of the keys of one key head, with the rows of all its query heads in one tile.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llama_kernels.language import LN2, LOG2E, cast, tl, triton
+from llama_kernels.ops.attention.layout import (
+    bound_strides,
+    call_scoring,
+    call_sizes,
+    call_widths,
+    call_window,
+    empty_outputs,
+    far,
+    lse_strides,
+)
+from llama_kernels.ops.attention.tables import tile_for
+from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix
+from llama_kernels.runtime import on_device_of, strides_of
+
+_COMBINED_AT_ONCE = 32  # chunks
+MOST_ROWS = 32  # query rows times the heads of a group; more are a prefill, and fill a GPU by themselves
+
+
+def chunk_of(Sk: int) -> int:
+    """Keys a program: 64 chunks or fewer up to 32,768 keys, of 256 keys at least and 1,024 at most.
+
+    A function of Sk alone. The same query and keys give the same bits in any batch, so neither its size nor how many
+    processors there are may decide. Eight key heads in 64 chunks are 512 programs, enough for any GPU; and a chunk of
+    256 keys, 128 KiB of k and v at D = 128 in half precision, is 64 times what a row of its result takes.
+    """
+    return min(max(triton.next_power_of_2(triton.cdiv(Sk, 64)), 256), 1024)
+
+
+def splits(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether a dense call is split over its keys: few rows a key head, and more than one chunk of keys."""
+    Hkv, Sk = k.shape[1], k.shape[2]
+    return 0 < q.shape[1] // max(Hkv, 1) * q.shape[2] <= MOST_ROWS and Sk > chunk_of(Sk)
+
+
+@triton.jit
+def _row_offsets(strides, b, h_kv, group, Sq, r):
+    """Of rows r of a key head: the queries of its first head, then of its second, and so on. 64-bit."""
+    heads, i = (h_kv * group + r // Sq).to(tl.int64), (r % Sq).to(tl.int64)
+    return tl.cast(b, tl.int64) * strides[0] + heads * strides[1] + i * strides[2]
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, part_ptr, lse2_ptr, kv_start_ptr, kv_end_ptr,
+    q_strides, k_strides, v_strides, part_strides, lse2_strides, kv_start_strides, kv_end_strides,
+    sizes, scoring, window, chunk,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """part = softmax(q @ k^T scale + mask) @ v over one chunk of the keys of one key head, and its lse2, in base 2.
+
+    q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, DV), part (B, Hq, Sq, chunks, DV) and lse2 (B, Hq, Sq, chunks)
+    float32. The tile holds all group * Sq rows that read this key head. A chunk that none of them sees is not read: its
+    lse2 is -inf, its part stays as it was, and the sum over the chunks passes it by.
+    Bytes: k and v once, part. FLOPs: 2 (D + DV) a visible pair, and what is padded up to BLOCK_M rows.
+    """
+    pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
+    h_kv, b, c = pid % Hkv, pid // Hkv % sizes.B, pid // (Hkv * sizes.B)
+    r = tl.arange(0, BLOCK_M)
+    rows = sizes.group * sizes.Sq
+    i = (r % sizes.Sq)[:, None]
+    kv_start = load_bound(kv_start_ptr, kv_start_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
+    kv_end = load_bound(kv_end_ptr, kv_end_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
+    mask = Mask(sizes.Sk - sizes.Sq, window.left, window.right, kv_start, kv_end, sizes.Sk)
+    seen = key_blocks(mask, 0, sizes.Sq - 1, BLOCK_N)
+    begin, end = tl.maximum(c * chunk, seen.begin), tl.minimum(c * chunk + chunk, seen.end)
+    lse2_rows = lse2_ptr + _row_offsets(lse2_strides, b, h_kv, sizes.group, sizes.Sq, r) + c
+    if begin >= end:
+        tl.store(lse2_rows, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=r < rows)
+        return
+
+    d, dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    q_rows = q_ptr + _row_offsets(q_strides, b, h_kv, sizes.group, sizes.Sq, r)[:, None]
+    q = tl.load(q_rows + d, mask=(r < rows)[:, None] & (d < D), other=0.0)  # [BLOCK_M, BLOCK_D]
+    state = SoftmaxState(
+        tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+    )
+    K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
+    state = attend(state, q, K, V, mask, i, begin, end, scoring, D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV)
+
+    mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that sees no key of this chunk
+    part_rows = part_ptr + _row_offsets(part_strides, b, h_kv, sizes.group, sizes.Sq, r)[:, None] + c * DV
+    tl.store(part_rows + dv, state.acc * (1.0 / mass)[:, None], mask=(r < rows)[:, None] & (dv < DV))
+    tl.store(lse2_rows, state.peak + tl.log2(mass), mask=r < rows)
+
+
+@triton.jit
+def _add_chunks(state, part, lse2):
+    """`state` of one row, acc [BLOCK_DV], with the results part [BLOCK_C, BLOCK_DV] of chunks whose sums are 2^lse2."""
+    peak = tl.maximum(state.peak, tl.max(lse2))
+    base = tl.where(peak == float("-inf"), 0.0, peak)  # no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
+    weight, shrink = tl.exp2(lse2 - base), tl.exp2(state.peak - base)
+    acc = state.acc * shrink + tl.sum(part * weight[:, None], 0)
+    return SoftmaxState(acc, state.mass * shrink + tl.sum(weight), peak)
+
+
+@triton.jit
+def _combine_kernel(
+    part_ptr, lse2_ptr, o_ptr, lse_ptr, sinks_ptr,
+    part_strides, lse2_strides, o_strides, lse_strides,
+    sizes, chunks,
+    DV: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """o = sum(part exp2(lse2)) / sum(exp2(lse2)) over the chunks of one row, and lse = log(sum(exp2(lse2))).
+
+    part (B, Hq, Sq, chunks, DV) and lse2 float32 -> o (B, Hq, Sq, DV), lse (B, Hq, Sq) float32, natural logarithm. The
+    sink of the head takes its share here. Chunks come in one order, BLOCK_C at a time. Bytes: part once.
+    """
+    pid = tl.program_id(0)
+    i, h, b = pid % sizes.Sq, pid // sizes.Sq % sizes.Hq, pid // (sizes.Sq * sizes.Hq)
+    b, h, i = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(i, tl.int64)
+    part_row = part_ptr + b * part_strides[0] + h * part_strides[1] + i * part_strides[2]
+    lse2_row = lse2_ptr + b * lse2_strides[0] + h * lse2_strides[1] + i * lse2_strides[2]
+    dv = tl.arange(0, BLOCK_DV)
+    peak, mass = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
+    if sinks_ptr is not None:  # a logit that takes mass and gives no value
+        peak, mass = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
+    state = SoftmaxState(tl.zeros([BLOCK_DV], tl.float32), mass, peak)
+    for first in tl.range(0, chunks, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        lse2 = tl.load(lse2_row + c, mask=c < chunks, other=float("-inf"))  # [BLOCK_C]
+        there = (lse2 > float("-inf"))[:, None] & (dv < DV)[None, :]  # nothing was written where no key was seen
+        part = tl.load(part_row + c[:, None] * DV + dv[None, :], mask=there, other=0.0)  # [BLOCK_C, BLOCK_DV]
+        state = _add_chunks(state, part, lse2)
+    mass = tl.where(state.mass == 0.0, 1.0, state.mass)
+    o_row = o_ptr + b * o_strides[0] + h * o_strides[1] + i * o_strides[2]
+    tl.store(o_row + dv, cast(state.acc * (1.0 / mass), o_ptr.dtype.element_ty), mask=dv < DV)
+    tl.store(lse_ptr + b * lse_strides[0] + h * lse_strides[1] + i, (state.peak + tl.log2(mass)) * LN2)
+
+
+def launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, left, right):
+    """Launch, of what `splits`; arguments and results as `llama_kernels::attention_forward`."""
+    o, lse = empty_outputs(q, v)
+    sizes = call_sizes(q, k, None, q.shape[2], k.shape[2])
+    chunk = chunk_of(sizes.Sk)
+    chunks = triton.cdiv(sizes.Sk, chunk)
+    part = lse.new_empty(sizes.B, sizes.Hq, sizes.Sq, chunks * v.shape[-1])
+    lse2 = lse.new_empty(sizes.B, sizes.Hq, sizes.Sq, chunks)
+    tile = tile_for("decode", q, v)
+    options = {**tile.launch_options, "BLOCK_M": max(triton.next_power_of_2(sizes.group * sizes.Sq), 16)}
+    widths = call_widths(q, v)
+    at_once = min(triton.next_power_of_2(chunks), _COMBINED_AT_ONCE)
+    if not sizes.B:
+        return o, lse
+    with on_device_of(q):
+        _decode_kernel[(chunks * sizes.B * (sizes.Hq // sizes.group),)](
+            q, k, v, part, lse2, kv_start, kv_end,
+            *map(strides_of, (q, k, v, part, lse2)), *map(bound_strides, (kv_start, kv_end)),
+            sizes, call_scoring(scale, softcap), call_window(left, right, sizes.Sq, sizes.Sk), chunk,
+            **widths, FAR=far(k, v), **options,
+        )  # fmt: skip
+        _combine_kernel[(sizes.B * sizes.Hq * sizes.Sq,)](
+            part, lse2, o, lse, sinks, *map(strides_of, (part, lse2, o)), lse_strides(lse), sizes, chunks,
+            DV=widths["DV"], BLOCK_C=at_once, BLOCK_DV=widths["BLOCK_DV"], num_warps=4,
+        )  # fmt: skip
+    return o, lse
