@@ -16,6 +16,7 @@ import copy
 import functools
 import logging
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -282,6 +283,12 @@ def _bases_of(module: _Patched) -> tuple[type[_Patched], type[nn.Module]]:
     return ours, stock[0]
 
 
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:  # accelerate's hooks (device_map) call this in place of the class's
+        module._old_forward = types.MethodType(cls.forward, module)
+
+
 @functools.cache
 def _patched_class(stock: type[nn.Module], ours: type[_Patched]) -> type[nn.Module]:
     return type(stock.__name__, (ours, stock), {"__module__": stock.__module__, "__qualname__": stock.__qualname__})
@@ -351,14 +358,16 @@ class Attention(_Patched):
             if "cache_position" in kwargs:  # Transformers 4
                 where = ({"cache_position": kwargs["cache_position"]},)
             k, v = past_key_values.update(k, v, self.layer_idx, *where)
-        out, weights = self._attend()(
+        attend = self._attend()
+        if attend is attention_forward:
+            kwargs["documents"] = documents
+        out, weights = attend(
             self, q, k, v, attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self._window(),
             softcap=getattr(self, "attn_logit_softcapping", None),
             s_aux=getattr(self, "sinks", None),
-            documents=documents,
             **kwargs,
         )  # fmt: skip
         return self.o_proj(out.reshape(*tokens, -1)), weights
@@ -445,7 +454,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     stock = {module: _bases_of(module)[1] for module in model.modules() if isinstance(module, _Patched)}
     for module in model.modules():
         if module in stock:
-            module.__class__ = stock[module]
+            _become(module, stock[module])
         if _STOCK_CONFIG in module.__dict__:
             module.config = module.__dict__.pop(_STOCK_CONFIG)
     return model
@@ -491,13 +500,17 @@ def _name_attention(model: nn.Module, decoder: PreTrainedModel) -> None:
 
 
 def _swap(decoder: nn.Module, plan: Plan) -> dict[str, int]:
-    """Swap the classes that `plan` names. Returns how many of each."""
+    """Swap the classes that `plan` names, all or none. Returns how many of each."""
+    chosen = [(name, module, _ours_for(module, decoder, plan)) for name, module in decoder.named_modules()]
+    chosen = [(name, module, ours) for name, module, ours in chosen if ours is not None]
+    for name, module, _ in chosen:
+        if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+            fix = "Patch before what put it there (kernelize, use_kernels=True)."
+            raise ValueError(message("patch", "model", f"with a forward of its own at {name}", "the class's", fix))
     counts: dict[str, int] = {}
-    for module in list(decoder.modules()):
-        ours = _ours_for(module, decoder, plan)
-        if ours is not None:
-            module.__class__ = _patched_class(type(module), ours)
-            counts[ours.__name__] = counts.get(ours.__name__, 0) + 1
+    for _, module, ours in chosen:
+        _become(module, _patched_class(type(module), ours))
+        counts[ours.__name__] = counts.get(ours.__name__, 0) + 1
     return counts
 
 
