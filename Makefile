@@ -14,7 +14,7 @@ ENVIRONMENT := $(VENV)/made-with-$(subst /,_,$(PYTHON))-$(TORCH)
 INSTALLED := $(ENVIRONMENT)-$(TRITON)
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
-.PHONY: install demo test codegen lint clean
+.PHONY: install demo examples test codegen lint clean
 
 install: $(INSTALLED)
 
@@ -26,7 +26,7 @@ $(ENVIRONMENT):
 
 $(INSTALLED): $(ENVIRONMENT) pyproject.toml
 	rm -f $(ENVIRONMENT)-*
-	$(BIN)/python -m pip install -q -e '.[test,transformers,bench]'
+	$(BIN)/python -m pip install -q -e '.[test,bench,examples]'
 ifeq ($(TRITON),newest)
 	$(BIN)/python -m pip install -q --upgrade triton
 else ifneq ($(TRITON),present)
@@ -36,6 +36,12 @@ endif
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo
+
+# Each side by side, stock and patched, half as long as its default; pictures and numbers in build/examples.
+EXAMPLES := finetune_sequence_classification finetune_token_classification question_answering pretrain generate
+
+examples: $(INSTALLED)
+	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --compare --steps 120 || exit 1; done
 
 # The suite runs twice: the kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run. The
 # compile gate belongs to the Triton whose code the tiles were chosen by; `make codegen` shows what another makes of them.

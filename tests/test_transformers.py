@@ -226,12 +226,18 @@ def test_every_head(head):
     ids[0, -6:] = 0
     mask = (ids != 0).long()
 
+    labels = {
+        "SequenceClassification": {"labels": torch.tensor([0, 1], device=DEVICE)},
+        "TokenClassification": {"labels": ids % 2},
+        "QuestionAnswering": {
+            name: torch.tensor([2, 9], device=DEVICE) for name in ("start_positions", "end_positions")
+        },
+    }
+
     def run(model):
-        out = model(ids, attention_mask=mask)
-        scores = (out.start_logits, out.end_logits) if head == "QuestionAnswering" else (out.logits,)
-        if head == "SequenceClassification":
-            return scores
-        return tuple(x[mask.bool()] for x in scores)
+        """Scores of every token, padding too, since the loss of QuestionAnswering is over them all; the loss."""
+        out = model(ids, attention_mask=mask, **labels[head])
+        return out.loss, *((out.start_logits, out.end_logits) if head == "QuestionAnswering" else (out.logits,))
 
     expected = run(model)
     for x, y in zip(run(patch(model)), expected, strict=True):
@@ -259,16 +265,17 @@ def test_loss_curves_lie_on_each_other():
 # --- masks as ranges -------------------------------------------------------------------------------------------------
 
 
-def written_out(ranges, is_causal, Sq, Sk, window=None):
+def written_out(ranges, is_causal, Sq, Sk, window):
     """What `attention_forward` makes of them, (B, Sq, Sk)."""
     i, j = torch.arange(Sq)[:, None] + Sk - Sq, torch.arange(Sk)[None]
-    if ranges is None or ranges.shape[-1] == 1:
-        start = torch.zeros(1, Sq) if ranges is None else ranges[:, 0, :, 0]
-        see = (j >= start[..., None]) & (j <= i if is_causal else True)
-        return see if window is None else see & (j > i - window)
-    start, end = ranges[:, 0].unbind(-1)
-    start = start if window is None else torch.maximum(start, end - window)
-    return (j >= start[..., None]) & (j < end[..., None])
+    see = (j <= i) if is_causal and (ranges is None or ranges.shape[-1] == 1) else torch.ones(Sq, Sk, dtype=torch.bool)
+    start, *ends = [torch.zeros(1, Sq)] if ranges is None else ranges[:, 0].unbind(-1)
+    if window is not None and len(ends) == 2:
+        start = torch.maximum(start, ends[1] - window)
+    elif window is not None:
+        see = see & (j > i - window)
+    see = see & (j >= start[..., None])
+    return see & (j < ends[0][..., None]) if ends else see
 
 
 @not_interpreted
@@ -305,8 +312,7 @@ def test_ranges_are_the_mask(kind, padding, Sq, Sk, q_offset, kv_offset):
     ranges = ours.row_ranges(**call)
     assert ranges is None or ranges.dtype == torch.int32
     see = written_out(ranges, kind != "bidirectional", Sq, Sk, 4 if kind == "sliding" else None).expand(2, Sq, Sk)
-    rows = torch.ones(2, Sq, dtype=torch.bool) if attention_mask is None else attention_mask[:, q_offset:seen]
-    assert torch.equal(see[rows], expected[rows])  # rows of padding see what they may
+    assert torch.equal(see, expected)  # rows of padding too: they take part in some losses
 
 
 @not_interpreted
@@ -327,7 +333,7 @@ def test_a_plain_mask_costs_nothing_and_no_mask_is_square(monkeypatch):
         model(ids, use_cache=False)
         assert VERSION < (5, 0) or all(mask is None for mask in seen), family  # 4 calls every batch packed
         model(ids, attention_mask=padded(ids, "left"))
-        assert {tuple(mask.shape) for mask in seen if mask is not None} == {(2, 1, 20, 1)}
+        assert {tuple(mask.shape) for mask in seen if mask is not None} == {(2, 1, 20, 2)}
 
 
 @not_interpreted

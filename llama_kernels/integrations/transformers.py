@@ -67,11 +67,15 @@ def row_ranges(
 ) -> torch.Tensor | None:
     """The mask of one forward, as Transformers asks for it, for `attention_forward`.
 
-    None: causal, and no more. (B, 1, Sq, 1) int32: causal, and the first key of each row. (B, 1, Sq, 2) int32: the
-    first key of each row and the one past its last, where the cache is longer than what is in it. (4-D, since
-    `generate` makes masks ahead, and Transformers takes what is 4-D for a finished one.) A sliding window is in none of
-    them: the layer tells it to `attention_forward`. A mask composed with functions of the caller's own is written out,
-    (B, 1, Sq, Sk) bool.
+    None: causal, and no more. Otherwise (B, 1, Sq, n) int32, of each row
+
+        n = 1: the first key it sees; it is causal, and the last query stands at the last key, as below;
+        n = 2: the first key and the one past its last, where there is padding;
+        n = 3: also the one past its own, where the cache has room for more keys than are in it.
+
+    4-D, since `generate` makes masks ahead, and Transformers takes what is 4-D for a finished one. A sliding window is
+    in none of them: the layer tells it to `attention_forward`. A mask composed with functions of the caller's own is
+    written out, (B, 1, Sq, Sk) bool.
 
     mask_function(b, h, i, j) says whether query i sees key j; attention_mask (B, keys) whether key j holds a token.
     Both leave each row one range of keys, or this raises: on a GPU as a device-side assertion, since nothing here waits
@@ -96,19 +100,21 @@ def row_ranges(
         return None if attention_mask is None else _filled_range(attention_mask, q_length)
 
     starts = _starts(batch_size, kv_length, kv_offset, mask_function, attention_mask, device)  # (1 or B, Sk) or None
+    ends = None if attention_mask is None else _latest_filled(attention_mask) + 1  # (B, Sk)
     if ends_together:
-        if starts is None:
-            return None
-        return _ranges(batch_size, starts[:, kv_length - q_length :])
+        bounds = (bound[:, kv_length - q_length :] for bound in (starts, ends) if bound is not None)
+        return None if starts is None else _ranges(batch_size, *bounds)
     own = torch.arange(q_length, device=device) + (q_offset - kv_offset)  # (Sq,): the key each query stands at
     if starts is None:
         starts = torch.zeros(1, kv_length, dtype=torch.int64, device=device)
-    starts = starts.index_select(1, own.clamp(0, kv_length - 1))  # (1 or B, Sq)
-    return _ranges(batch_size, starts, (own + 1).expand_as(starts))
+    rows = own.clamp(0, kv_length - 1)
+    past_own = (own + 1)[None]
+    return _ranges(batch_size, starts[:, rows], past_own if ends is None else ends[:, rows], past_own)
 
 
 def _ranges(batch_size: int, *bounds: torch.Tensor) -> torch.Tensor:
-    """(B, 1, Sq, 1 or 2) int32 of bounds (1 or B, Sq)."""
+    """(B, 1, Sq, n) int32 of n bounds (1 or B, Sq)."""
+    bounds = torch.broadcast_tensors(*bounds)
     return torch.stack(bounds, -1).int()[:, None].expand(batch_size, -1, -1, -1)
 
 
@@ -128,8 +134,8 @@ def _starts(batch_size, kv_length, kv_offset, mask_function, attention_mask, dev
     if attention_mask is None:
         return begins
     filled_again = F.pad(attention_mask[:, 1:] & ~attention_mask[:, :-1], (1, 0))  # (B, Sk): padding ends before key j
-    last_filled = F.pad(torch.where(attention_mask, keys, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
-    hole = (filled_again & (last_filled >= begins)).any()
+    filled_before = F.pad(_latest_filled(attention_mask)[:, :-1], (1, 0), value=-1)
+    hole = (filled_again & (filled_before >= begins)).any()
     torch._assert_async(~hole, "llama_kernels: attention_mask has padding between the tokens of one sequence")
     return _latest(first | filled_again, keys)
 
@@ -137,6 +143,12 @@ def _starts(batch_size, kv_length, kv_offset, mask_function, attention_mask, dev
 def _latest(here: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """For each key the last one up to it where `here` is true, 0 where none is."""
     return torch.where(here, keys, 0).cummax(1).values
+
+
+def _latest_filled(attention_mask: torch.Tensor) -> torch.Tensor:
+    """For each key the last one up to it that holds a token, -1 where none does, (B, Sk)."""
+    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return torch.where(attention_mask, keys, -1).cummax(1).values
 
 
 def _filled_range(attention_mask: torch.Tensor, q_length: int) -> torch.Tensor:
@@ -225,14 +237,15 @@ def attention_forward(
     if attention_mask is None:
         out = attention(query, key, value, is_causal=causal, window_size=(left, -1), **options)
         return out.transpose(1, 2), None
-    bounds = attention_mask[:, 0].expand(query.shape[0], -1, -1).unbind(-1)  # (B, Sq) each
-    if len(bounds) == 1:
-        out = attention(query, key, value, window_size=(left, -1), kv_start=bounds[0], **options)
+    kv_start, *kv_ends = attention_mask[:, 0].expand(query.shape[0], -1, -1).unbind(-1)  # (B, Sq) each
+    if not kv_ends:
+        out = attention(query, key, value, window_size=(left, -1), kv_start=kv_start, **options)
     else:
-        kv_start, kv_end = bounds
-        if sliding_window is not None:
-            kv_start = torch.maximum(kv_start, kv_end - sliding_window)
-        out = attention(query, key, value, is_causal=False, kv_start=kv_start, kv_end=kv_end, **options)
+        if len(kv_ends) == 2 and sliding_window is not None:  # queries do not stand where the kernel has its windows
+            kv_start, left = torch.maximum(kv_start, kv_ends[1] - sliding_window), -1
+        out = attention(
+            query, key, value, is_causal=False, window_size=(left, -1), kv_start=kv_start, kv_end=kv_ends[0], **options
+        )
     return out.transpose(1, 2), None
 
 
