@@ -99,8 +99,17 @@ def row_ranges(
     if mask_function is _bidirectional:
         return None if attention_mask is None else _filled_range(attention_mask, q_length)
 
-    starts = _starts(batch_size, kv_length, kv_offset, mask_function, attention_mask, device)  # (1 or B, Sk) or None
-    ends = None if attention_mask is None else _latest_filled(attention_mask) + 1  # (B, Sk)
+    first = None if _is_plain(mask_function) else _first(batch_size, kv_length, kv_offset, mask_function, device)
+    keys = torch.arange(kv_length, device=device)
+    starts = None if first is None else _latest(first, keys)  # (1 or B, Sk): the first key that a query at key j sees
+    ends = None
+    if attention_mask is not None:
+        filled = torch.where(attention_mask, keys, -1).cummax(1).values  # (B, Sk): the last token up to key j
+        ends = filled + 1
+        again = F.pad(attention_mask[:, 1:] & ~attention_mask[:, :-1], (1, 0))  # padding ends before key j
+        hole = (again[:, 1:] & (filled[:, :-1] >= (0 if starts is None else starts[:, 1:]))).any()
+        torch._assert_async(~hole, "llama_kernels: attention_mask has padding between the tokens of one sequence")
+        starts = _latest(again if first is None else first | again, keys)
     if ends_together:
         bounds = (bound[:, kv_length - q_length :] for bound in (starts, ends) if bound is not None)
         return None if starts is None else _ranges(batch_size, *bounds)
@@ -118,37 +127,18 @@ def _ranges(batch_size: int, *bounds: torch.Tensor) -> torch.Tensor:
     return torch.stack(bounds, -1).int()[:, None].expand(batch_size, -1, -1, -1)
 
 
-def _starts(batch_size, kv_length, kv_offset, mask_function, attention_mask, device) -> torch.Tensor | None:
-    """The first key that a query standing at key j sees, but for a sliding window, (1 or B, Sk). None: all from 0."""
-    keys = torch.arange(kv_length, device=device)
-    first = torch.zeros(1, kv_length, dtype=torch.bool, device=device)  # a document or a chunk begins at key j
-    if not _is_plain(mask_function):
-        b, h = torch.arange(batch_size, device=device)[:, None], torch.zeros((), dtype=torch.int64, device=device)
-        before, after = keys[None, :-1] + kv_offset, keys[None, 1:] + kv_offset
-        ahead = mask_function(b, h, before, after).any()
-        torch._assert_async(~ahead, "llama_kernels: this mask lets a query see the key after its own")
-        first = F.pad(~mask_function(b, h, after, before), (1, 0))  # (B, Sk)
-    elif attention_mask is None:
-        return None
-    begins = _latest(first, keys)
-    if attention_mask is None:
-        return begins
-    filled_again = F.pad(attention_mask[:, 1:] & ~attention_mask[:, :-1], (1, 0))  # (B, Sk): padding ends before key j
-    filled_before = F.pad(_latest_filled(attention_mask)[:, :-1], (1, 0), value=-1)
-    hole = (filled_again & (filled_before >= begins)).any()
-    torch._assert_async(~hole, "llama_kernels: attention_mask has padding between the tokens of one sequence")
-    return _latest(first | filled_again, keys)
+def _first(batch_size, kv_length, kv_offset, mask_function, device) -> torch.Tensor:
+    """(B, Sk): whether a document or a chunk begins at key j, which is so where j does not see the key before."""
+    b, h = torch.arange(batch_size, device=device)[:, None], torch.zeros((), dtype=torch.int64, device=device)
+    keys = torch.arange(kv_offset, kv_offset + kv_length, device=device)[None]
+    ahead = mask_function(b, h, keys[:, :-1], keys[:, 1:]).any()
+    torch._assert_async(~ahead, "llama_kernels: this mask lets a query see the key after its own")
+    return F.pad(~mask_function(b, h, keys[:, 1:], keys[:, :-1]), (1, 0))
 
 
 def _latest(here: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """For each key the last one up to it where `here` is true, 0 where none is."""
     return torch.where(here, keys, 0).cummax(1).values
-
-
-def _latest_filled(attention_mask: torch.Tensor) -> torch.Tensor:
-    """For each key the last one up to it that holds a token, -1 where none does, (B, Sk)."""
-    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return torch.where(attention_mask, keys, -1).cummax(1).values
 
 
 def _filled_range(attention_mask: torch.Tensor, q_length: int) -> torch.Tensor:
