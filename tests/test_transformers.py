@@ -218,6 +218,28 @@ def test_a_cache_filled_in_pieces(family):
     torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=2e-5)
 
 
+RULES = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [float(i + 1) for i in range(8)], "factor": 8.0,
+                 "original_max_position_embeddings": 16},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+@not_interpreted
+@pytest.mark.parametrize("rule", RULES)
+def test_every_scaling_of_the_rotary_embedding(rule):
+    """Their own module computes the frequencies, the longer sequence's anew where the rule has it so."""
+    model = stock(rope_scaling={"rope_type": rule, "rope_theta": 10000.0, **RULES[rule]}, max_position_embeddings=16)
+    short, long = tokens(2, 12), tokens(2, 40)
+    expected = [model(ids).logits for ids in (short, long, short)]
+    patch(model)
+    for ids, logits in zip((short, long, short), expected, strict=True):
+        torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=2e-5)
+
+
 @not_interpreted
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
 def test_every_head(head):
@@ -332,8 +354,9 @@ def test_a_plain_mask_costs_nothing_and_no_mask_is_square(monkeypatch):
         seen.clear()  # of the twin's
         model(ids, use_cache=False)
         assert VERSION < (5, 0) or all(mask is None for mask in seen), family  # 4 calls every batch packed
+        seen.clear()
         model(ids, attention_mask=padded(ids, "left"))
-        assert {tuple(mask.shape) for mask in seen if mask is not None} == {(2, 1, 20, 2)}
+        assert {tuple(mask.shape) for mask in seen} == {(2, 1, 20, 2)}
 
 
 @not_interpreted
