@@ -25,7 +25,7 @@ from llama_kernels.integrations import transformers as ours
 from llama_kernels.integrations.transformers import patch, unpatch
 from llama_kernels.language import INTERPRETED
 from tests.conftest import DEVICE
-from tests.judge import relative_error
+from tests.judge import UNIT, relative_error
 
 # What runs here is wiring; the kernels have their own tests. So once is enough, and interpreting takes minutes.
 not_interpreted = pytest.mark.skipif(
@@ -103,10 +103,17 @@ def with_gradients(model, logits, ids, mask):
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def same(x: torch.Tensor, y: torch.Tensor) -> None:
+    """The same numbers, computed in another order: a few float32 roundings apart, of the whole and of the largest."""
+    assert x.shape == y.shape
+    assert relative_error(x, y) <= 8 * UNIT[torch.float32]
+    assert (x - y).abs().max() <= 64 * UNIT[torch.float32] * y.abs().max()
+
+
 def as_good_as_stock(results, theirs, truth):
     """Within what stock itself is off, twice: two float32 computations in unlike orders."""
     for x, stock_x, exact in zip(results, theirs, truth, strict=True):
-        assert relative_error(x, exact) <= 2 * relative_error(stock_x, exact) + 2.5e-7
+        assert relative_error(x, exact) <= 2 * relative_error(stock_x, exact) + UNIT[torch.float32]
         assert (x.double() - exact).abs().max() <= 2e-4
 
 
@@ -150,8 +157,8 @@ def test_attention_alone(family):
     apart = torch.cat((model(ids[:, :8]).logits, model(ids[:, 8:]).logits), 1)
     model.set_attn_implementation("llama_kernels")
     for mask, logits in zip(masks, expected, strict=True):
-        torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], logits, rtol=0, atol=2e-5)
-    torch.testing.assert_close(model(ids, position_ids=position_ids).logits, apart, rtol=0, atol=2e-5)
+        same(model(ids, attention_mask=mask).logits[mask.bool()], logits)
+    same(model(ids, position_ids=position_ids).logits, apart)
 
 
 @not_interpreted
@@ -168,7 +175,7 @@ def test_packed_documents(family):
     lengths = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 14, "max_length_k": 14}
     for how in ({"use_cache": False}, {"use_cache": True}, {"use_cache": False, **lengths}):
         logits = model(ids, position_ids=position_ids, **how).logits
-        torch.testing.assert_close(logits, alone, rtol=0, atol=2e-5)
+        same(logits, alone)
 
 
 @not_interpreted
@@ -182,7 +189,7 @@ def test_batches_of_the_flattening_collator():
     model = stock()
     alone = [model(torch.tensor([ids], device=DEVICE)).logits for ids in documents]
     out = patch(model)(**batch)
-    torch.testing.assert_close(out.logits, torch.cat(alone, 1), rtol=0, atol=2e-5)
+    same(out.logits, torch.cat(alone, 1))
     assert out.loss.isfinite()
 
 
@@ -215,7 +222,7 @@ def test_a_cache_filled_in_pieces(family):
             out = model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             pieces.append(out.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=2e-5)
+    same(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()])
 
 
 RULES = {
@@ -237,7 +244,7 @@ def test_every_scaling_of_the_rotary_embedding(rule):
     expected = [model(ids).logits for ids in (short, long, short)]
     patch(model)
     for ids, logits in zip((short, long, short), expected, strict=True):
-        torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=2e-5)
+        same(model(ids).logits, logits)
 
 
 @not_interpreted
@@ -263,7 +270,7 @@ def test_every_head(head):
 
     expected = run(model)
     for x, y in zip(run(patch(model)), expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
+        same(x, y)
 
 
 @not_interpreted
@@ -382,7 +389,7 @@ def test_a_mask_written_out_is_served_by_torch(caplog):
     expected = model(ids, attention_mask=mask).logits
     ours._warn_of_written_out_mask.cache_clear()
     with caplog.at_level(logging.WARNING):
-        torch.testing.assert_close(patch(model)(ids, attention_mask=mask).logits, expected, rtol=0, atol=2e-5)
+        same(patch(model)(ids, attention_mask=mask).logits, expected)
     assert "SDPA" in caplog.text
     with pytest.raises(ValueError, match="attention_mask"):
         patch(stock("gemma2"))(ids, attention_mask=mask)
@@ -460,8 +467,7 @@ def test_lora(patched):
     assert any("lora" in name for name, p in model.named_parameters() if p.requires_grad)
     as_good_as_stock(logits_and_gradients(model, ids, mask), theirs, truth)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(unpatch(merged)(ids, attention_mask=mask).logits[mask.bool()].float(),
-                               theirs[0], rtol=0, atol=2e-5)  # fmt: skip
+    same(unpatch(merged)(ids, attention_mask=mask).logits[mask.bool()], theirs[0])
 
 
 @not_interpreted
@@ -477,13 +483,12 @@ def test_compiles_without_a_graph_break(family, side):
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     logits = compiled(ids, attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(logits[real], expected[real], rtol=0, atol=2e-5)
+    same(logits[real], expected[real])
     logits.square().mean().backward()
-    compiled_grads = [p.grad.clone() for p in model.parameters()]
+    compiled_grads = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     expected.square().mean().backward()
-    for grad, p in zip(compiled_grads, model.parameters(), strict=True):
-        torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-6)
+    same(compiled_grads, torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
 @not_interpreted
@@ -507,7 +512,7 @@ def test_a_static_cache_decodes_compiled_without_a_graph_break():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         out = compiled(ids[:, 8:], attention_mask=mask, position_ids=position_ids[:, 8:], **call)
     # stock counts position_ids from the padding where it is given none: relative positions are the same
-    torch.testing.assert_close(out.logits[:, -1], expected, rtol=0, atol=2e-4)
+    same(out.logits[:, -1], expected)
 
 
 @not_interpreted
@@ -518,7 +523,7 @@ def test_quantised_linear_layers():
         quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     reference = unpatch(copy.deepcopy(quantised))
     with torch.no_grad():
-        torch.testing.assert_close(quantised(ids).logits, reference(ids).logits, rtol=0, atol=2e-4)
+        same(quantised(ids).logits, reference(ids).logits)
     assert not any(type(module) is torch.nn.Linear for module in quantised.modules())
 
 
@@ -530,7 +535,7 @@ def test_torchao_int8_weights():
     ids = tokens()
     with torch.no_grad():
         expected = model(ids).logits
-        torch.testing.assert_close(patch(model)(ids).logits, expected, rtol=0, atol=2e-4)
+        same(patch(model)(ids).logits, expected)
 
 
 @not_interpreted
@@ -550,7 +555,7 @@ def test_sharded_by_fsdp2():
             fully_shard(layer)
         fully_shard(model)
         logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
-        torch.testing.assert_close(logits.detach(), expected, rtol=0, atol=2e-5)
+        same(logits.detach(), expected)
         logits.square().mean().backward()
         assert all(p.grad is not None for p in model.parameters())
         with pytest.raises(ValueError, match="Unpatch before fully_shard"):
@@ -573,7 +578,7 @@ def test_under_the_hooks_of_device_map(patched):
     model = patch(model) if patched == "after" else model
     seen = []
     hook = model.model.norm.register_forward_hook(lambda *call: seen.append(call))
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5)
+    same(model(ids).logits, expected)
     hook.remove()
     assert seen and isinstance(model.model.rotary_emb, ours.Rotary)
     assert torch.equal(unpatch(model)(ids).logits, expected)
@@ -598,7 +603,7 @@ def test_hidden_states_and_attentions_are_still_recorded():
     model.set_attn_implementation("eager")  # the only one that has attention weights
     out = model(ids, output_attentions=True)
     assert len(out.attentions) == 2 and out.attentions[0].shape == (2, 4, 20, 20)
-    torch.testing.assert_close(out.logits, logits, rtol=0, atol=2e-5)
+    same(out.logits, logits)
 
 
 # --- no trace --------------------------------------------------------------------------------------------------------
@@ -645,16 +650,16 @@ def test_copies_and_files(tmp_path):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(ids).logits, expected)
         assert type(other.model.norm) is type(model.model.norm)
-        torch.testing.assert_close(unpatch(other)(ids).logits, expected, rtol=0, atol=2e-5)
+        same(unpatch(other)(ids).logits, expected)
         assert type(other.model.norm).__mro__[1] is torch.nn.Module
     model.save_pretrained(tmp_path)
     assert "llama_kernels" not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="llama_kernels").to(DEVICE).eval()
-    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=2e-5)
-    torch.testing.assert_close(patch(loaded)(ids).logits, expected, rtol=0, atol=0)
+    same(loaded(ids).logits, expected)
+    same(patch(loaded)(ids).logits, expected)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE).eval()
     loaded.set_attn_implementation("llama_kernels")
-    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=2e-5)
+    same(loaded(ids).logits, expected)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -678,7 +683,7 @@ def test_what_differs_is_left_and_told(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         patch(model)
     assert "DecoderLayer left as it is" in caplog.text and "2 Attention" in caplog.text
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5)
+    same(model(ids).logits, expected)
 
     forget()
     monkeypatch.setitem(
@@ -703,7 +708,7 @@ def test_relatives_are_served_as_far_as_they_are_alike(family, caplog):
     with caplog.at_level(logging.WARNING):
         patch(model)
     assert "Attention left as it is" in caplog.text
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5)
+    same(model(ids).logits, expected)
 
 
 @not_interpreted
