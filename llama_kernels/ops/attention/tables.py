@@ -68,8 +68,8 @@ _HALF = {
 }
 
 # float32 is multiplied as such, on no tensor core: both operands pass through registers, which asks for small tiles or
-# many warps, and one stage. Among those that do not spill, the largest. (sm_80, dkdv, wide heads: eight bytes at
-# D = 192, Dv = 128 under all options together; none of forty tiles did better.)
+# many warps, and one stage. Among those that spill nowhere in the compile gate, the largest. (At other widths, or with
+# all options at once, nine kernels spill 8 to 24 bytes: `python -m bench.codegen --full` names them.)
 _FLOAT32 = {
     ("sm_90", "forward"): (Tile(32, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
     ("sm_90", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
