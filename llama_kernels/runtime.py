@@ -108,6 +108,8 @@ def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on `device`, or None where it is off."""
+    if device.type == "meta":  # torch has no autocast for it, and would raise
+        return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 

@@ -280,3 +280,15 @@ def test_repeated_backward_over_one_graph(device):
     first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_shapes_are_known_without_data():
+    """On the meta device every op gives shapes, dtypes and gradients, as models built there need it."""
+    q, k, v = (torch.empty(2, 5, H, 16, device="meta").transpose(1, 2).requires_grad_() for H in (4, 2, 2))
+    cos, sin = (torch.empty(5, 8, device="meta") for _ in range(2))
+    q_, k_ = lk.rope(q, k, cos, sin)
+    o, lse = lk.attention(q_, k_, v, return_lse=True)
+    y = lk.rms_norm(o)
+    assert (y.shape, lse.shape, y.device.type) == (q.shape, (2, 4, 5), "meta")
+    grads = torch.autograd.grad(y, (q, k, v), torch.empty_like(y))
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
