@@ -14,7 +14,7 @@ ENVIRONMENT := $(VENV)/made-with-$(subst /,_,$(PYTHON))-$(TORCH)
 INSTALLED := $(ENVIRONMENT)-$(TRITON)
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
-.PHONY: install demo examples test codegen lint clean
+.PHONY: install demo examples test bench gpu-check codegen lint clean
 
 install: $(INSTALLED)
 
@@ -48,6 +48,14 @@ examples: $(INSTALLED)
 test: lint $(if $(filter 3.6.0,$(TRITON)),codegen)
 	$(BIN)/python -m pytest -n $(JOBS)
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS)
+
+# On a GPU everyone is measured; without one, what is true without: bounds, parity, machine code, the host's cost.
+# BENCH='--preset sweeps --ops rope' and the like; `python -m bench --help` has all of it.
+bench: $(INSTALLED)
+	$(BIN)/python -m bench run $(BENCH)
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m bench.gpu_check
 
 codegen: build/codegen.json
 

@@ -150,7 +150,7 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
 # --- compiling under a stand-in driver -------------------------------------------------------------------------------
 
 
-class _StandInDriver:
+class StandInDriver:
     """What Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
 
     def __init__(self, name: str) -> None:
@@ -182,7 +182,7 @@ def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
         mock.patch.object(tables, "arch_of", lambda _: name),
         mock.patch.object(rope, "lanes_of", lambda _: TARGETS[name].gpu.warp_size),
     ):
-        driver.set_active(_StandInDriver(name))
+        driver.set_active(StandInDriver(name))
         case.launch()
     return compiled
 

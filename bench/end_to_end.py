@@ -1,0 +1,321 @@
+"""What the ops are for: a decoder layer and a whole Llama of Transformers, a training step, stock and otherwise.
+
+The same weights and tokens for everyone. A variation is a way to make a model of a stock one, and what must hold while
+it runs: Liger replaces functions of Transformers' module, which would change the others too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from bench import records, roofline, timing
+from bench.providers import OURS, Unsupported
+from bench.records import Record
+from bench.runner import Clock, brief
+from bench.work import MODELS, UNIT, relative_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Widths as Transformers names them, and the tokens of a step."""
+
+    shape: str
+    whole: bool  # a model with its embedding, head, loss and AdamW step; else one decoder layer
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    B: int
+    S: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def op(self) -> str:
+        return "llama" if self.whole else "decoder_layer"
+
+    @property
+    def direction(self) -> str:
+        return "step" if self.whole else "both"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("shape", "dtype")}
+
+
+def scales() -> Iterator[Scale]:
+    for name in ("Llama 3.2 1B", "Llama 3.1 8B"):
+        m = MODELS[name]
+        yield Scale(name, False, m.hidden, m.mlp, 1, m.heads, m.kv_heads, m.head_dim, 64, 2, 4096)
+    m = MODELS["Llama 3.2 1B"]
+    yield Scale("4 layers of Llama 3.2 1B", True, m.hidden, m.mlp, 4, m.heads, m.kv_heads, m.head_dim, 32000, 2, 4096)
+
+
+# --- variations ------------------------------------------------------------------------------------------------------
+
+
+class Variation:
+    name: str
+    compiled = False
+    cpu = True
+
+    def change(self, model: nn.Module) -> nn.Module:
+        """`model`, or what to run in its place. Raises Unsupported."""
+        return model
+
+    def active(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around every call."""
+        return contextlib.nullcontext()
+
+
+class Stock(Variation):
+    def __init__(self, compiled: bool) -> None:
+        self.name, self.compiled, self.cpu = ("stock, compiled" if compiled else "stock"), compiled, not compiled
+
+
+class Ours(Variation):
+    def __init__(self, compiled: bool) -> None:
+        self.name, self.compiled, self.cpu = (f"{OURS}, compiled" if compiled else OURS), compiled, not compiled
+
+    def change(self, model: nn.Module) -> nn.Module:
+        from llama_kernels.integrations.transformers import patch
+
+        return patch(model)
+
+
+class Liger(Variation):
+    """`everything`: what Liger does by default, its SwiGLU and its loss that never writes the logits among it; else the
+    ops that we have too."""
+
+    cpu = False
+
+    def __init__(self, everything: bool) -> None:
+        self.name, self.everything = ("liger, with MLP and loss" if everything else "liger, RoPE and norm"), everything
+        self._names: dict[str, Any] = {}
+
+    def change(self, model: nn.Module) -> nn.Module:
+        try:
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+        except ImportError:
+            raise Unsupported("not installed (pip install liger-kernel)") from None
+        from transformers.models.llama import modeling_llama
+
+        before = dict(vars(modeling_llama))
+        apply_liger_kernel_to_llama(model=model, swiglu=self.everything, fused_linear_cross_entropy=self.everything)
+        self._names = {name: x for name, x in vars(modeling_llama).items() if before.get(name) is not x}
+        for name in self._names:
+            setattr(modeling_llama, name, before[name])
+        return model
+
+    def active(self) -> contextlib.AbstractContextManager[Any]:
+        from transformers.models.llama import modeling_llama
+
+        return mock.patch.multiple(modeling_llama, **self._names) if self._names else contextlib.nullcontext()
+
+
+VARIATIONS: tuple[Variation, ...] = (
+    Stock(False), Stock(True), Liger(False), Liger(True), Ours(False), Ours(True),
+)  # fmt: skip
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+def _llama(scale: Scale, device: str, dtype: torch.dtype) -> nn.Module:
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise Unsupported("not installed (pip install transformers)") from None
+    config = LlamaConfig(
+        vocab_size=scale.vocab, hidden_size=scale.hidden, intermediate_size=scale.mlp, num_hidden_layers=scale.layers,
+        num_attention_heads=scale.heads, num_key_value_heads=scale.kv_heads, head_dim=scale.head_dim,
+        max_position_embeddings=max(scale.S, 8192), rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        attn_implementation="sdpa", use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype).train()
+
+
+class _Step:
+    """One variation's model, and a step of it on its tokens or its hidden states."""
+
+    def __init__(self, scale: Scale, variation: Variation, device: str, dtype: torch.dtype, stock: nn.Module) -> None:
+        self.scale, self.variation = scale, variation
+        if device == "cpu" and not variation.cpu:
+            raise Unsupported("needs a GPU")
+        self.model = variation.change(copy.deepcopy(stock).to(dtype))
+        module = self.model if scale.whole else self.model.model.layers[0]
+        self.module = torch.compile(module, dynamic=False) if variation.compiled else module
+        self.parameters = list(module.parameters())
+        torch.manual_seed(1)
+        if scale.whole:
+            self.tokens = torch.randint(scale.vocab, (scale.B, scale.S), device=device)
+            fused = device == "cuda"
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=fused)
+        else:
+            shape = (scale.B, scale.S, scale.hidden)
+            self.x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+            self.dy = torch.randn(shape, device=device).to(dtype)
+            positions = torch.arange(scale.S, device=device)[None]
+            self.angles = self.model.model.rotary_emb(self.x.detach(), positions)
+
+    def forward(self) -> torch.Tensor:
+        if self.scale.whole:
+            return self.module(input_ids=self.tokens, labels=self.tokens).loss
+        y = self.module(self.x, attention_mask=None, position_embeddings=self.angles)
+        return y[0] if isinstance(y, tuple) else y
+
+    def backward(self, y: torch.Tensor) -> None:
+        y.backward(None if self.scale.whole else self.dy)
+
+    def gradients(self) -> list[torch.Tensor]:
+        with self.variation.active():
+            self.backward(self.forward())
+        leaves = self.parameters if self.scale.whole else [self.x, *self.parameters]
+        grads = [p.grad for p in leaves]
+        self.forget()
+        return grads
+
+    def forget(self) -> None:
+        for p in (*self.parameters, *(() if self.scale.whole else (self.x,))):
+            p.grad = None
+
+    def __call__(self) -> None:
+        with self.variation.active():
+            self.backward(self.forward())
+            if self.scale.whole:
+                self.optimizer.step()
+        self.forget()
+
+
+def _disparity(step: _Step, truth: list[torch.Tensor], theirs: list[float]) -> tuple[float, str | None]:
+    """The largest relative error of a gradient, and why it is wrong, or None: as bench.work.disparity has it."""
+    worst, reason = 0.0, None
+    for grad, exact, stock in zip(step.gradients(), truth, theirs, strict=True):
+        error, _ = relative_errors(grad, exact)
+        bar = 2 * stock + 2 * UNIT[step.scale.dtype]
+        worst = error if not error <= worst else worst
+        if not error <= bar:
+            reason = f"wrong numbers: a gradient of shape {tuple(exact.shape)} is off by {error:.1e}, allowed {bar:.1e}"
+    return worst, reason
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def run(
+    scales: Iterable[Scale],
+    variations: Sequence[Variation],
+    *,
+    device: str,
+    clock: Clock | None,
+    ceilings: Mapping[str, float],
+    about: Mapping[str, Any],
+    seconds: float = 4.0,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> Iterator[list[Record]]:
+    """The records of each scale: time of a step, tokens a second, memory, parity on its first 256 tokens."""
+    for scale in scales:
+        rows = {v.name: _row(scale, v.name, about) for v in variations}
+        if out_of_time():
+            for r in rows.values():
+                r.reason = "not run: out of time"
+        else:
+            try:
+                _measure(scale, variations, rows, device, clock, ceilings, seconds)
+            except Unsupported as e:
+                for r in rows.values():
+                    r.reason = str(e)
+        yield records.with_ratios(rows.values())
+
+
+def _row(scale: Scale, name: str, about: Mapping[str, Any]) -> Record:
+    return Record(op=scale.op, direction=scale.direction, shape=scale.shape, sizes=scale.sizes,
+                  dtype=str(scale.dtype)[6:], provider=name,
+                  **records.repeated(about))  # fmt: skip
+
+
+def _measure(scale, variations, rows, device, clock, ceilings, seconds) -> None:
+    torch.compiler.reset()
+    short = dataclasses.replace(scale, B=1, S=min(scale.S, 256))
+    stock = _llama(scale, device, scale.dtype)
+    truth = _Step(short, Stock(False), device, torch.float64, stock).gradients()
+    plain = _Step(short, Stock(False), device, scale.dtype, stock).gradients()
+    theirs = [relative_errors(g, exact)[0] for g, exact in zip(plain, truth, strict=True)]
+    del plain
+
+    samplers, steps = {}, {}
+    for variation in variations:
+        r = rows[variation.name]
+        try:
+            r.error, r.reason = _disparity(_Step(short, variation, device, scale.dtype, stock), truth, theirs)
+            if r.reason is None:
+                step = steps[variation.name] = _Step(scale, variation, device, scale.dtype, stock)
+                step()  # compiled, and the optimizer has its state
+                with variation.active():
+                    r.saved = timing.saved_for_backward(step.forward)
+                r.memory = timing.peak_memory(step)
+                if clock is not None:
+                    samplers[variation.name], r.method = clock.eager_sampler(step)
+        except Unsupported as e:
+            r.reason = str(e)
+        except Exception as e:  # whatever a peer raises; the run goes on
+            r.reason = brief(e)
+    del truth
+    for name, timed in timing.in_turns(samplers, seconds).items() if samplers else ():
+        r = rows[name]
+        r.ms, r.spread, r.samples, r.clock = timed.ms, timed.spread, timed.samples, records.clock()
+        _put_rate(r, scale, ceilings)
+
+
+def _put_rate(r: Record, scale: Scale, ceilings: Mapping[str, float]) -> None:
+    """Tokens a second; the ceiling is what the matrix products alone would take."""
+    tokens = scale.B * scale.S
+    r.rate, r.unit = tokens / r.ms * 1e3, "tokens/s"
+    r.ceiling = tokens / (flops(scale) / ceilings[r.dtype] / 1e9) * 1e3
+    r.percent = 100 * r.rate / r.ceiling
+
+
+def flops(scale: Scale) -> int:
+    """Of the matrix products of a step, forward and backward."""
+    tokens, D = scale.B * scale.S, scale.head_dim
+    heads = 2 * scale.heads + 2 * scale.kv_heads  # q and out, k and v
+    weights = scale.layers * (scale.hidden * heads * D + 3 * scale.hidden * scale.mlp)
+    weights += scale.hidden * scale.vocab if scale.whole else 0
+    attention = scale.layers * 14 * scale.heads * D * scale.B * scale.S * (scale.S + 1) // 2
+    return 6 * tokens * weights + attention
+
+
+# --- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+def estimates(scales: Iterable[Scale], about: Mapping[str, Any]) -> list[Record]:
+    """Bounds from below, as bench.roofline has them, of stock and ours; the optimizer's step is not in them."""
+    out = []
+    for scale in scales:
+        stock = _llama(scale, "meta", scale.dtype)
+        # It looks at the tokens' values.
+        no_mask = mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", lambda *_, **__: None)
+        for variation in (Stock(False), Ours(False)):
+            step = _Step(scale, variation, "meta", scale.dtype, stock)
+            with roofline.counting_flash(), no_mask:
+                tally = roofline.count(lambda step=step: step.backward(step.forward()))
+                saved = timing.saved_for_backward(step.forward)
+            for gpu, model in roofline.GPUS.items():
+                r = _row(scale, variation.name, {**about, "gpu": gpu, "driver": "none"})
+                r.ms, r.method, r.estimate, r.saved = (
+                    tally.milliseconds(model.ceilings, r.dtype), "model", True, saved)  # fmt: skip
+                _put_rate(r, scale, model.ceilings)
+                out.append(r)
+    return records.with_ratios(out)

@@ -1,0 +1,187 @@
+"""RoPE and RMSNorm: work whose floor is bytes. `python -m bench.memory_bound` measures its sweeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+import llama_kernels as lk
+from bench.work import MODELS, Call, Piece, Work, models_by
+
+EPS = 1e-6
+ROWS = 4096  # of a piece
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSNorm(Work):
+    """x (M, N), weight (N,) -> y (M, N)."""
+
+    M: int
+    N: int
+
+    op: ClassVar[str] = "rms_norm"
+    arguments: ClassVar[tuple[str, ...]] = ("x", "weight")
+    outputs: ClassVar[tuple[str, ...]] = ("y",)
+
+    def draw(self, device: str) -> Call:
+        x, dy = (torch.randn(self.M, self.N, device=device, dtype=self.dtype) for _ in range(2))
+        return Call((x, torch.rand(self.N, device=device, dtype=self.dtype) + 0.5), (dy,))
+
+    def bytes(self, direction: str) -> int:
+        rows, row = self.M * self.N * self.dtype.itemsize, self.N * self.dtype.itemsize
+        forward, backward = 2 * rows + row, 3 * rows + 2 * row  # x, y; x, dy, dx
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+    def reference(self, x, weight):
+        return lk.reference.rms_norm(x, weight, EPS)
+
+    def plain(self, x, weight):
+        return plain_norm(x, weight)
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        for a in range(0, self.M, ROWS):
+            rows = slice(a, a + ROWS)
+            part = Call((call.args[0][rows], call.args[1]), (call.grads[0][rows],))
+            yield Piece(part, (rows,), (rows, ...))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddRMSNorm(Work):
+    """x, residual (M, N), weight (N,) -> y, x + residual."""
+
+    M: int
+    N: int
+
+    op: ClassVar[str] = "add_rms_norm"
+    arguments: ClassVar[tuple[str, ...]] = ("x", "residual", "weight")
+    outputs: ClassVar[tuple[str, ...]] = ("y", "residual_out")
+
+    def draw(self, device: str) -> Call:
+        x, residual, dy, ds = (torch.randn(self.M, self.N, device=device, dtype=self.dtype) for _ in range(4))
+        return Call((x, residual, torch.rand(self.N, device=device, dtype=self.dtype) + 0.5), (dy, ds))
+
+    def bytes(self, direction: str) -> int:
+        rows, row = self.M * self.N * self.dtype.itemsize, self.N * self.dtype.itemsize
+        forward, backward = 4 * rows + row, 4 * rows + 2 * row  # the sum, dy, ds and one gradient for both
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+    def reference(self, x, residual, weight):
+        return lk.reference.add_rms_norm(x, residual, weight, EPS)
+
+    def plain(self, x, residual, weight):
+        total = x + residual
+        return plain_norm(total, weight), total
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        x, residual, weight = call.args
+        for a in range(0, self.M, ROWS):
+            rows = slice(a, a + ROWS)
+            part = Call((x[rows], residual[rows], weight), tuple(g[rows] for g in call.grads))
+            yield Piece(part, (rows, rows), (rows, rows, ...))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope(Work):
+    """q (B, Hq, S, D), k (B, Hkv, S, D), both views of (B, S, H, D) memory -> q, k rotated."""
+
+    B: int
+    S: int
+    Hq: int
+    Hkv: int
+    D: int
+
+    op: ClassVar[str] = "rope"
+    arguments: ClassVar[tuple[str, ...]] = ("q", "k")
+    outputs: ClassVar[tuple[str, ...]] = ("q_rotated", "k_rotated")
+
+    def draw(self, device: str) -> Call:
+        q, k, dq, dk = (
+            torch.randn(self.B, self.S, H, self.D, device=device, dtype=self.dtype).transpose(1, 2)
+            for H in (self.Hq, self.Hkv, self.Hq, self.Hkv)
+        )
+        return Call((q, k), (dq, dk))
+
+    def tables(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (S, D/2) float32."""
+        inv_freq, _ = lk.rope_frequencies(self.D, 500000.0)
+        return lk.rope_tables(inv_freq.to(device), self.S)
+
+    def wide_tables(self, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (1, S, D), both halves written out: as Transformers passes them from layer to layer."""
+        cos, sin = (torch.cat((x, x), -1)[None].to(dtype) for x in self.tables(device))
+        return cos, sin
+
+    def bytes(self, direction: str) -> int:
+        heads = self.B * self.S * (self.Hq + self.Hkv) * self.D * self.dtype.itemsize
+        one_way = 2 * heads + 2 * self.S * (self.D // 2) * 4
+        return one_way * (2 if direction == "both" else 1)
+
+    def reference(self, q, k):
+        return lk.reference.rope(q, k, *self.tables(q.device))
+
+    def plain(self, q, k):
+        return plain_rope(q, k, *self.wide_tables(q.device, q.dtype))
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        for b in range(self.B):
+            one = slice(b, b + 1)
+            yield Piece(Call(*(tuple(x[one] for x in tensors) for tensors in call)), (one, one), (one, one))
+
+
+def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Transformers' LlamaRMSNorm."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * wide.to(x.dtype)
+
+
+def plain_rope(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transformers' apply_rotary_pos_emb; cos, sin (1, S, D)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def half_turned(x: torch.Tensor) -> torch.Tensor:
+        x0, x1 = x.chunk(2, dim=-1)
+        return torch.cat((-x1, x0), dim=-1)
+
+    return tuple(x * cos + half_turned(x) * sin for x in (q, k))
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def models(tokens: int = 16384) -> Iterator[Work]:
+    """Each op at the widths of published models."""
+    for name, m in models_by("hidden"):
+        yield RMSNorm(shape=name, M=tokens, N=m.hidden)
+        yield AddRMSNorm(shape=name, M=tokens, N=m.hidden)
+    for name, m in MODELS.items():
+        if m.qk_norm:
+            yield RMSNorm(shape=f"{name}, heads of q and k", M=tokens * (m.heads + m.kv_heads), N=m.head_dim)
+    for name, m in models_by("heads", "kv_heads", "head_dim"):
+        yield Rope(shape=name, B=4, S=tokens // 4, Hq=m.heads, Hkv=m.kv_heads, D=m.head_dim)
+
+
+def sweeps() -> Iterator[Work]:
+    """From head norms to the longest rows, 512 MB a tensor or less; RoPE over sequence lengths; few rows."""
+    for N in (64, 128):
+        yield RMSNorm(shape=f"head norm {N}", M=2**20, N=N)
+    for log in range(10, 19):
+        N = 2**log
+        rows = min(2**15, 2**28 // N)
+        yield RMSNorm(shape=f"rows of {N}", M=rows, N=N)
+        if N <= 2**14:
+            yield AddRMSNorm(shape=f"rows of {N}", M=rows, N=N)
+    for M in (1, 16, 128):
+        yield RMSNorm(shape=f"{M} rows", M=M, N=4096)
+    for S in (512, 2048, 8192, 32768):
+        yield Rope(shape=f"32k tokens, S={S}", B=32768 // S, S=S, Hq=32, Hkv=8, D=128)
+
+
+if __name__ == "__main__":
+    from bench.__main__ import main
+
+    sys.exit(main(["run", "--preset", "memory_bound", *sys.argv[1:]]))

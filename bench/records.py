@@ -1,0 +1,179 @@
+"""What a run leaves behind: one JSON object with `records`. docs/bench.md tells what each field means."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llama_kernels.language import HAS_TRITON, triton
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass
+class Record:
+    """One provider at one piece of work in one direction. What was not measured is None, and `reason` says why."""
+
+    op: str
+    direction: str  # forward, backward, both; step for training
+    shape: str  # the work's name
+    sizes: dict[str, Any]
+    dtype: str
+    provider: str
+    ms: float | None = None  # median of a call
+    spread: float | None = None  # middle half of the samples over the median
+    samples: int | None = None
+    method: str | None = None  # graph, events or model
+    rate: float | None = None  # the work's floor of bytes or FLOPs, over ms
+    unit: str | None = None  # of rate and ceiling: GB/s, TFLOP/s or tokens/s
+    ceiling: float | None = None  # the rate of this machine at best, measured in the same run
+    percent: float | None = None  # rate of ceiling
+    ratio: float | None = None  # ms of the fastest other provider over ms: over 1 is faster than all
+    memory: int | None = None  # bytes allocated at the peak, beyond the arguments
+    saved: int | None = None  # bytes kept for the backward, arguments among them
+    error: float | None = None  # largest relative error, of outputs and gradients, against float64
+    reason: str | None = None
+    estimate: bool = False  # from a model of the GPU, not from a clock
+    clock: int | None = None  # MHz of the multiprocessors after the samples
+    torch: str = ""
+    triton: str = ""
+    gpu: str = ""
+    driver: str = ""
+    date: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What two runs are matched by."""
+        sizes = json.dumps(self.sizes, sort_keys=True)
+        where = self.gpu if self.estimate else ""
+        return self.op, self.direction, self.shape, sizes, self.dtype, where, self.provider
+
+
+class Run(NamedTuple):
+    """Where the records come from, the machine's ceilings, and the records."""
+
+    machine: dict[str, Any]
+    ceilings: dict[str, float]
+    records: list[Record]
+    extra: dict[str, Any]  # what a run without a GPU adds: host cost, machine code
+
+
+def machine() -> dict[str, Any]:
+    """What the report's head tells."""
+    gpu = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "triton": triton.__version__ if HAS_TRITON else "none",
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "driver": _smi("driver_version") if gpu else "none",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def repeated(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `machine` every record repeats."""
+    return {name: about[name] for name in ("torch", "triton", "gpu", "driver", "date")}
+
+
+def clock() -> int | None:
+    """MHz of the current GPU's multiprocessors now."""
+    mhz = _smi("clocks.sm") if torch.cuda.is_available() else ""
+    found = re.match(r"\d+", mhz)
+    return int(found[0]) if found else None
+
+
+def _smi(field: str) -> str:
+    index = str(torch.cuda.current_device())
+    return _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", index) or "unknown"
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write(run: Run, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"schema": SCHEMA, "machine": run.machine, "ceilings": run.ceilings, **run.extra}
+    whole["records"] = [dataclasses.asdict(r) for r in run.records]
+    path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> Run:
+    """Raises ValueError where the file is not ours, naming what is wrong."""
+    try:
+        whole = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not JSON ({e})") from None
+    if not isinstance(whole, dict) or not isinstance(whole.get("records"), list):
+        raise ValueError(f"{path}: no object with `records`")
+    if whole.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {whole.get('schema')}; this is {SCHEMA}")
+    records = [_record(path, i, fields) for i, fields in enumerate(whole.pop("records"))]
+    del whole["schema"]
+    return Run(whole.pop("machine", {}), whole.pop("ceilings", {}), records, whole)
+
+
+_KINDS = {"str": (str,), "float": (float, int), "int": (int,), "bool": (bool,), "None": (type(None),)}
+
+
+def _record(path: Path, i: int, fields: Any) -> Record:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: record {i} is no object")
+    known = {f.name: f for f in dataclasses.fields(Record)}
+    if unknown := fields.keys() - known.keys():
+        raise ValueError(f"{path}: record {i} has unknown fields: {', '.join(sorted(unknown))}")
+    for name, field in known.items():
+        kinds = tuple(kind for part in field.type.split(" | ") for kind in _KINDS.get(part, (dict,)))
+        optional = field.default is not dataclasses.MISSING
+        if name not in fields:
+            if optional:
+                continue
+            raise ValueError(f"{path}: record {i} has no {name}")
+        value = fields[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{path}: record {i}: {name} is {value!r}; wanted {field.type}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path}: record {i}: {name} is {value}")
+    return Record(**fields)
+
+
+def folder(gpu: str) -> Path:
+    """bench/results/<gpu>."""
+    return Path(__file__).parent / "results" / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") or "unknown")
+
+
+def latest(gpu: str) -> Path | None:
+    """The newest run that is kept for `gpu`."""
+    return max(folder(gpu).glob("*.json"), default=None, key=lambda p: p.name)
+
+
+def with_ratios(records: Iterable[Record]) -> list[Record]:
+    """The records, each knowing how it stands to the fastest other provider of the same work."""
+    records = list(records)
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for r in records:
+        groups.setdefault((*r.key[:-1], r.gpu), []).append(r)
+    for group in groups.values():
+        for r in group:
+            others = [o.ms for o in group if o.ms is not None and o.provider != r.provider]
+            r.ratio = min(others) / r.ms if others and r.ms else None
+    return records

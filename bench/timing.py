@@ -1,0 +1,166 @@
+"""Timing that can be trusted: many samples of each, in turns, of work that the cache does not hold.
+
+What is arithmetic is here without a GPU, and tested so; what needs one is `Gpu`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Sampler = Callable[[], float]  # one sample: milliseconds a call
+
+WARM = 3  # rounds that are thrown away
+ROUNDS = 20  # at most, after them
+LEAST_ROUNDS = 5
+SAMPLE_MS = 1.0  # calls are repeated in a sample until it takes this long: events tick in half microseconds
+MOST_CALLS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call, and the middle half of the samples over their median."""
+
+    ms: float
+    spread: float
+    samples: int
+
+
+def summarise(samples: Sequence[float]) -> Timing:
+    median = statistics.median(samples)
+    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
+    return Timing(median, (high - low) / median if median else 0.0, len(samples))
+
+
+def in_turns(samplers: Mapping[str, Sampler], seconds: float, clock: Sampler = time.perf_counter) -> dict[str, Timing]:
+    """Sample A B C, C B A, A B C, ...: what drifts, drifts for all. Ends after ROUNDS, or `seconds` past the least."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    end = clock() + seconds
+    for i in range(WARM + ROUNDS):
+        if i >= WARM + LEAST_ROUNDS and clock() > end:
+            break
+        for name in samplers if i % 2 == 0 else reversed(samplers):
+            samples[name].append(samplers[name]())
+    return {name: summarise(taken[WARM:]) for name, taken in samples.items()}
+
+
+def sets_needed(touched: int, cache: int) -> int:
+    """How many sets of tensors to go through, so that none is still in a cache of `cache` bytes when its turn comes."""
+    return 1 if touched >= 4 * cache else max(2, math.ceil(2 * cache / max(touched, 1)) + 1)
+
+
+class Gpu:
+    """Samples on the current CUDA device: a graph where the work lets itself be captured, else events around calls."""
+
+    def __init__(self) -> None:
+        self.cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.stream = torch.cuda.Stream()
+
+    def sampler(self, calls: Sequence[Callable[[], object]]) -> tuple[Sampler, str]:
+        """A sample goes through `calls`, each on tensors of its own, as often as it takes. Also "graph" or "events"."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for call in (*calls[:1], *calls):  # compiled, tuned, and every workspace there is
+                call()
+        repeats = self._repeats(calls)
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                for _ in range(repeats):
+                    for call in calls:
+                        call()
+            return lambda: self._sample(graph.replay, repeats * len(calls)), "graph"
+        except Exception:  # whatever a provider does that a graph cannot hold
+            torch.cuda.synchronize()
+
+        def run() -> None:
+            torch.cuda._sleep(2_000_000)  # about a millisecond: the host gets ahead
+            start.record()
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+
+        start = torch.cuda.Event(enable_timing=True)
+        return lambda: self._sample(run, repeats * len(calls), start), "events"
+
+    def eager_sampler(self, step: Callable[[], object]) -> tuple[Sampler, str]:
+        """A sample is one `step` on the user's stream: the host's time counts, where it is the longer."""
+        step()
+
+        def sample() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+
+        return sample, "events"
+
+    def _repeats(self, calls: Sequence[Callable[[], object]]) -> int:
+        def once() -> None:
+            for call in calls:
+                call()
+
+        ms = self._sample(once, 1)
+        return max(1, min(math.ceil(SAMPLE_MS / max(ms, 1e-3)), MOST_CALLS // len(calls)))
+
+    def _sample(self, run: Callable[[], object], calls: int, start: torch.cuda.Event | None = None) -> float:
+        """Milliseconds a call. `run` may record `start` itself."""
+        with torch.cuda.stream(self.stream):
+            end = torch.cuda.Event(enable_timing=True)
+            if start is None:
+                start = torch.cuda.Event(enable_timing=True)
+                start.record()
+            run()
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+
+    def ceilings(self) -> dict[str, float]:
+        """What this machine does at best, measured: GB/s of a copy (read and written), TFLOP/s of an 8192³ product."""
+        x = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
+        y = torch.empty_like(x)
+        rates = {"copy": 2 * x.numel() / self._median([lambda: y.copy_(x)]) / 1e6}
+        for dtype, n in ((torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 4096)):
+            a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+            rates[str(dtype)[6:]] = 2 * n**3 / self._median([lambda a=a, b=b: a @ b]) / 1e9
+        return rates
+
+    def _median(self, calls: Sequence[Callable[[], object]]) -> float:
+        sampler, _ = self.sampler(calls)
+        return in_turns({"": sampler}, 1.0)[""].ms
+
+
+def peak_memory(run: Callable[[], object]) -> int | None:
+    """Bytes that `run` has allocated at its peak, beyond what was there before. None without a GPU."""
+    if not torch.cuda.is_available():
+        run()
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def saved_for_backward(forward: Callable[[], object]) -> int:
+    """Bytes that autograd keeps alive for the backward: every distinct storage once, inputs among them."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no address comes twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = forward()
+    del outputs
+    return sum(storage.nbytes() for storage in kept.values())
