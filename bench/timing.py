@@ -67,61 +67,51 @@ class Gpu:
         with torch.cuda.stream(self.stream):
             for call in (*calls[:1], *calls):  # compiled, tuned, and every workspace there is
                 call()
-        repeats = self._repeats(calls)
+        once = self._launched(calls, 1) * len(calls)
+        repeats = max(1, min(math.ceil(SAMPLE_MS / max(once, 1e-3)), MOST_CALLS // len(calls)))
+        count = repeats * len(calls)
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream):
                 for _ in range(repeats):
                     for call in calls:
                         call()
-            return lambda: self._sample(graph.replay, repeats * len(calls)), "graph"
         except Exception:  # whatever a provider does that a graph cannot hold
             torch.cuda.synchronize()
-
-        def run() -> None:
-            torch.cuda._sleep(2_000_000)  # about a millisecond: the host gets ahead
-            start.record()
-            for _ in range(repeats):
-                for call in calls:
-                    call()
-
-        start = torch.cuda.Event(enable_timing=True)
-        return lambda: self._sample(run, repeats * len(calls), start), "events"
+            return lambda: self._launched(calls, repeats), "events"
+        return lambda: self._between_events(graph.replay) / count, "graph"
 
     def eager_sampler(self, step: Callable[[], object]) -> tuple[Sampler, str]:
         """A sample is one `step` on the user's stream: the host's time counts, where it is the longer."""
         step()
 
         def sample() -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end)
+            return self._between_events(step, torch.cuda.current_stream())
 
         return sample, "events"
 
-    def _repeats(self, calls: Sequence[Callable[[], object]]) -> int:
-        def once() -> None:
-            for call in calls:
-                call()
+    def _launched(self, calls: Sequence[Callable[[], object]], repeats: int) -> float:
+        """Milliseconds a call, launched one by one behind a wait that lets the host get ahead."""
 
-        ms = self._sample(once, 1)
-        return max(1, min(math.ceil(SAMPLE_MS / max(ms, 1e-3)), MOST_CALLS // len(calls)))
+        def run() -> None:
+            for _ in range(repeats):
+                for call in calls:
+                    call()
 
-    def _sample(self, run: Callable[[], object], calls: int, start: torch.cuda.Event | None = None) -> float:
-        """Milliseconds a call. `run` may record `start` itself."""
+        count = repeats * len(calls)
         with torch.cuda.stream(self.stream):
-            end = torch.cuda.Event(enable_timing=True)
-            if start is None:
-                start = torch.cuda.Event(enable_timing=True)
-                start.record()
+            torch.cuda._sleep(min(count * 200_000, 40_000_000))  # cycles: about 0.1 ms a call
+        return self._between_events(run) / count
+
+    def _between_events(self, run: Callable[[], object], stream: torch.cuda.Stream | None = None) -> float:
+        with torch.cuda.stream(stream or self.stream):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             run()
             end.record()
         end.synchronize()
-        return start.elapsed_time(end) / calls
+        return start.elapsed_time(end)
 
     def ceilings(self) -> dict[str, float]:
         """What this machine does at best, measured: GB/s of a copy (read and written), TFLOP/s of an 8192³ product."""

@@ -5,11 +5,13 @@ No time is taken here: clocks are fakes that say what they are told.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -124,6 +126,89 @@ def test_what_is_saved_is_counted_once():
     assert timing.saved_for_backward(lambda: x * weight) == x.nbytes + weight.nbytes
     assert timing.saved_for_backward(lambda: (x * weight) * weight) == 2 * x.nbytes + weight.nbytes  # one product
     assert timing.saved_for_backward(lambda: lk.rms_norm(x, weight)) == x.nbytes + weight.nbytes + 8 * 4  # rstd
+
+
+class FakeCuda:
+    """torch.cuda as far as the clock uses it: each call takes a millisecond of a device whose time this is."""
+
+    def __init__(self, monkeypatch, capturable: bool = True) -> None:
+        fake = self
+        fake.now, fake.capturing, fake.capturable, fake.graphs = 0.0, None, capturable, []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = fake.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class CUDAGraph:
+            def __init__(self):
+                self.calls = []
+                fake.graphs.append(self)
+
+            def replay(self):
+                for call in self.calls:
+                    call()
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        @contextlib.contextmanager
+        def graph(graph, stream):
+            fake.capturing = graph
+            try:
+                yield
+            finally:
+                fake.capturing = None
+
+        @contextlib.contextmanager
+        def on(stream):
+            yield
+
+        names = {"Event": Event, "CUDAGraph": CUDAGraph, "Stream": Stream, "graph": graph, "stream": on,
+                 "current_stream": Stream, "synchronize": lambda: None, "current_device": lambda: 0,
+                 "_sleep": lambda cycles: self.pass_time(5),
+                 "get_device_properties": lambda _: types.SimpleNamespace(L2_cache_size=1000)}  # fmt: skip
+        for name, x in names.items():
+            monkeypatch.setattr(torch.cuda, name, x, raising=False)
+
+    def pass_time(self, ms: float) -> None:
+        self.now += ms
+
+    def work(self, ms: float):
+        def call():
+            if self.capturing is None:
+                self.pass_time(ms)
+            elif self.capturable:
+                self.capturing.calls.append(lambda: self.pass_time(ms))
+            else:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        return call
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the real one is tested below")
+def test_the_clock_divides_by_the_calls_it_made(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    sample, how = timing.Gpu().sampler([fake.work(0.1), fake.work(0.3)])
+    assert how == "graph" and sample() == pytest.approx(0.2)
+    assert len(fake.graphs[0].calls) == 2 * 3  # so often that it takes a millisecond
+    sample, _ = timing.Gpu().sampler([fake.work(1e-4)])
+    assert len(fake.graphs[-1].calls) == timing.MOST_CALLS and sample() == pytest.approx(1e-4)
+
+    fake.capturable = False
+    sample, how = timing.Gpu().sampler([fake.work(0.1), fake.work(0.3)])
+    assert how == "events" and sample() == pytest.approx(0.2)  # and not the time that lets the host get ahead
+    sample, how = timing.Gpu().eager_sampler(fake.work(7.0))
+    assert how == "events" and sample() == pytest.approx(7.0)
 
 
 @pytest.mark.gpu
