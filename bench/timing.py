@@ -20,6 +20,7 @@ ROUNDS = 20  # at most, after them
 LEAST_ROUNDS = 5
 SAMPLE_MS = 1.0  # calls are repeated in a sample until it takes this long: events tick in half microseconds
 MOST_CALLS = 200
+MOST_SETS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,11 @@ def in_turns(samplers: Mapping[str, Sampler], seconds: float, clock: Sampler = t
 
 
 def sets_needed(touched: int, cache: int) -> int:
-    """How many sets of tensors to go through, so that none is still in a cache of `cache` bytes when its turn comes."""
-    return 1 if touched >= 4 * cache else max(2, math.ceil(2 * cache / max(touched, 1)) + 1)
+    """How many sets of tensors to go through, so that none is still in a cache of `cache` bytes when its turn comes.
+
+    MOST_SETS at most: work of a few kilobytes stays in the cache, as it does in a model.
+    """
+    return 1 if touched >= 4 * cache else min(max(2, math.ceil(2 * cache / max(touched, 1)) + 1), MOST_SETS)
 
 
 class Gpu:
