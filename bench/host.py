@@ -45,14 +45,14 @@ _LAUNCHERS = {
 class _Utils:
     """A GPU with room for everything, on which loading a kernel does nothing."""
 
-    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
-        return None, 0, 0, 0, 1024
+    def load_binary(self, *_: Any) -> tuple[object, int, int, int, int]:
+        return object(), 0, 0, 0, 1024
 
     def get_device_properties(self, _: int) -> dict[str, int]:
         return {"max_shared_mem": 2**20}
 
 
-class _LaunchingNothing(StandInDriver):
+class LaunchingNothing(StandInDriver):
     utils = _Utils()
 
     def launcher_cls(self, *_: Any) -> Callable[..., None]:
@@ -96,7 +96,7 @@ def measure() -> list[dict[str, Any]]:
         for name, launcher in _LAUNCHERS.items():
             runtime.LIBRARY.impl(name, launcher, "CPU", allow_override=True)
     before = driver._active
-    driver.set_active(_LaunchingNothing("sm_90"))
+    driver.set_active(LaunchingNothing("sm_90"))
     rows = []
     try:
         with mock.patch.object(tables, "arch_of", lambda _: "sm_90"):

@@ -5,6 +5,7 @@ from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
 from llama_kernels.rotary import rope_frequencies, rope_tables
+from llama_kernels.runtime import checked
 
 __version__ = "0.1.0"
 
@@ -12,6 +13,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_varlen",
+    "checked",
     "nn",
     "reference",
     "rms_norm",

@@ -5,12 +5,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
-from llama_kernels.language import INTERPRETED
+from llama_kernels.language import HAS_TRITON, INTERPRETED, triton
+
+# The newest that the suite has passed with.
+_TESTED = {"torch": (2, 13), "triton": (3, 9)}
+
+
+def untested(name: str, version: str) -> str | None:
+    """What to say of a `version` of torch or Triton that is newer than any the suite has passed with."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or tuple(map(int, found.groups())) <= _TESTED[name]:
+        return None
+    newest = ".".join(map(str, _TESTED[name]))
+    return f"llama_kernels is tested with {name} up to {newest}; this is {version}. `make test` tells whether it holds."
+
+
+for _name, _version in (("torch", torch.__version__), ("triton", triton.__version__ if HAS_TRITON else "")):
+    if _said := untested(_name, _version):
+        warnings.warn(_said, stacklevel=2)
 
 LIBRARY = torch.library.Library("llama_kernels", "DEF")
 
@@ -74,6 +95,20 @@ def lanes_of(device: torch.device) -> int:
     return 64 if device.type == "cuda" and torch.version.hip else 32
 
 
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+# Triton's own cost 4 microseconds a call on the host, where every launch needs some.
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest that is not under `n`, from 1 on."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 # --- allocation ------------------------------------------------------------------------------------------------------
 
 
@@ -81,24 +116,35 @@ def empty_in_order_of(
     x: torch.Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Uninitialised and dense, its dimensions nested in memory as those of `x` are, the last one innermost."""
-    shape = x.shape if shape is None else shape
-    outer_to_inner = sorted(range(x.ndim - 1), key=lambda d: x.stride(d) or math.inf, reverse=True)
-    strides = [1] * x.ndim
+    shape = tuple(x.shape if shape is None else shape)
+    try:
+        strides = _dense_strides(shape, x.stride())
+    except TypeError:  # sizes that are symbols, while tracing, have no hash
+        strides = _dense_strides.__wrapped__(shape, x.stride())
+    return torch.empty_strided(shape, strides, dtype=dtype or x.dtype, device=x.device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _dense_strides(shape: tuple[int, ...], like: tuple[int, ...]) -> tuple[int, ...]:
+    outer_to_inner = sorted(range(len(shape) - 1), key=lambda d: like[d] or math.inf, reverse=True)
+    strides = [1] * len(shape)
     step = max(shape[-1], 1)
     for d in reversed(outer_to_inner):
         strides[d] = step
         step = step * max(shape[d], 1)
-    return torch.empty_strided(shape, strides, dtype=dtype or x.dtype, device=x.device)
+    return tuple(strides)
 
 
 def sizes_of(x: torch.Tensor) -> tuple[int, int, int]:
     """B, H, S of dense (B, H, S, D); packed (T, H, D) is one batch of T tokens."""
-    return (x.shape[0], x.shape[1], x.shape[2]) if x.ndim == 4 else (1, x.shape[1], x.shape[0])
+    shape = x.shape
+    return (shape[0], shape[1], shape[2]) if len(shape) == 4 else (1, shape[1], shape[0])
 
 
 def strides_of(x: torch.Tensor) -> tuple[int, int, int]:
     """Of batch, head and token, dense or packed."""
-    return (x.stride(0), x.stride(1), x.stride(2)) if x.ndim == 4 else (0, x.stride(1), x.stride(0))
+    strides = x.stride()
+    return strides[:3] if len(strides) == 4 else (0, strides[1], strides[0])
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -165,6 +211,29 @@ def message(op: str, argument: str, got: Any, wanted: Any, fix: str = "") -> str
     """Every error of the package reads alike: op, argument, what it got, what it takes, how to mend it."""
     text = f"llama_kernels.{op}: {argument} is {got}; wanted {wanted}."
     return f"{text} {fix}" if fix else text
+
+
+_checked: ContextVar[bool] = ContextVar("llama_kernels.checked", default=False)
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Inside, the values of position_ids and cu_seqlens are checked too, and what is wrong raises a ValueError.
+
+    Outside they are never trusted either: the kernels clamp them, so that nothing is read or written out of bounds, but
+    a mistake gives wrong numbers without a word. To check is to wait for the GPU at every call: for debugging. What
+    torch.compile traces is not checked. Holds for this thread and the tasks that it starts.
+    """
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def values_are_checked(x: torch.Tensor) -> bool:
+    """Whether the values of `x` are to be read: inside `checked`, where it has any."""
+    return not torch.compiler.is_compiling() and _checked.get() and not (x.is_meta or is_fake(x))
 
 
 def shape_of(x: torch.Tensor) -> str:

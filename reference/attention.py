@@ -31,10 +31,11 @@ def attention(
     groups = (Hkv, q.shape[1] // Hkv if Hkv else 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    s = torch.einsum("bhgid,bhjd->bhgij", q.to(wide).unflatten(1, groups), k.to(wide)) * scale
+    see = visible(Sq, Sk, is_causal, window_size, kv_start, kv_end, q.device)  # (Sq, Sk) or (B, 1, 1, Sq, Sk)
+    k, v = (x.to(wide).masked_fill(unseen(see), 0) for x in (k, v))  # they may hold anything, and 0 * NaN is NaN
+    s = torch.einsum("bhgid,bhjd->bhgij", q.to(wide).unflatten(1, groups), k) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    see = visible(Sq, Sk, is_causal, window_size, kv_start, kv_end, q.device)  # (Sq, Sk) or (B, 1, 1, Sq, Sk)
     s = s.masked_fill(~see, -torch.inf)
 
     # One more logit a row: it takes mass and gives no value. Without sinks it is -inf and takes none.
@@ -47,9 +48,14 @@ def attention(
     mass = p.sum(-1)
     empty = mass == 0
     mass = mass.masked_fill(empty, 1)
-    out = torch.einsum("bhgij,bhjd->bhgid", p[..., :-1] / mass.unsqueeze(-1), v.to(wide)).flatten(1, 2).to(q.dtype)
+    out = torch.einsum("bhgij,bhjd->bhgid", p[..., :-1] / mass.unsqueeze(-1), v).flatten(1, 2).to(q.dtype)
     lse = (m.squeeze(-1) + mass.log()).masked_fill(empty, -torch.inf).flatten(1, 2)
     return (out, lse) if return_lse else out
+
+
+def unseen(see: torch.Tensor) -> torch.Tensor:
+    """Keys that no query sees, (Sk, 1) or (B, 1, Sk, 1)."""
+    return ~(see if see.ndim == 2 else see[:, 0]).any(-2).unsqueeze(-1)
 
 
 def visible(

@@ -74,6 +74,7 @@ def _calls(device: torch.device) -> dict[str, tuple[Any, tuple]]:
     }  # fmt: skip
 
 
+@pytest.mark.corpus(62, 64)
 @pytest.mark.parametrize("name", list(_calls(torch.device("cpu"))))
 def test_opcheck(name, device):
     op, args = _calls(device)[name]
@@ -83,6 +84,7 @@ def test_opcheck(name, device):
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.corpus(63)
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_graph_breaks(backend, dynamic, device):
@@ -140,6 +142,7 @@ def test_exports(device):
 # --- autocast --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.corpus(60)
 def test_attention_follows_autocast(device):
     """Mixed as it comes: rope gives q and k in float32, a Linear gives v in bfloat16."""
     q, k, v = (torch.randn(1, H, 12, 32, device=device).requires_grad_() for H in (4, 2, 2))
@@ -151,6 +154,7 @@ def test_attention_follows_autocast(device):
     assert [g.dtype for g in grads] == [torch.float32] * 3
 
 
+@pytest.mark.corpus(60)
 def test_norm_and_rope_keep_their_dtype_under_autocast(device):
     x, q = torch.randn(4, 96, device=device), torch.randn(1, 2, 12, 32, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -162,6 +166,7 @@ def test_norm_and_rope_keep_their_dtype_under_autocast(device):
 # --- checkpointing ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.corpus(58)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_nothing(use_reentrant, device):
     t, (cos, sin) = tensors(device), tables(12, 32, device)
@@ -216,6 +221,7 @@ DOUBLE = {
 }
 
 
+@pytest.mark.corpus(56)
 @pytest.mark.parametrize("op", [*DOUBLE])
 def test_double_backward_is_refused(op, device):
     x, w = torch.randn(8, 32, device=device).requires_grad_(), torch.randn(32, device=device).requires_grad_()
@@ -224,6 +230,7 @@ def test_double_backward_is_refused(op, device):
         torch.autograd.grad(dx.sum(), x)
 
 
+@pytest.mark.corpus(56)
 def test_double_backward_is_refused_where_the_upstream_gradient_is_constant(device):
     """Where once_differentiable would let the second derivative go missing."""
     x = torch.randn(8, 32, device=device).requires_grad_()
@@ -235,6 +242,7 @@ def test_double_backward_is_refused_where_the_upstream_gradient_is_constant(devi
 # --- gradients on demand ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.corpus(57)
 @pytest.mark.parametrize("wanted", [w for n in (1, 2, 3) for w in itertools.combinations("qkvs", n)], ids="".join)
 def test_only_the_gradients_asked_for(wanted, device, monkeypatch):
     q, k, v = (torch.randn(1, H, 12, 32, device=device) for H in (4, 2, 2))
@@ -251,6 +259,7 @@ def test_only_the_gradients_asked_for(wanted, device, monkeypatch):
         assert torch.equal(grad, everything[name])
 
 
+@pytest.mark.corpus(57)
 def test_what_is_not_asked_for_is_not_computed(device):
     computed = []
 
@@ -274,6 +283,7 @@ def test_no_graph_where_no_gradient_is_needed(device):
     assert lk.attention(*(q.detach(),) * 3).grad_fn is None
 
 
+@pytest.mark.corpus(59)
 def test_repeated_backward_over_one_graph(device):
     q, k, v = (torch.randn(1, 2, 12, 32, device=device).requires_grad_() for _ in range(3))
     out = lk.attention(q, k, v)
@@ -292,3 +302,17 @@ def test_shapes_are_known_without_data():
     assert (y.shape, lse.shape, y.device.type) == (q.shape, (2, 4, 5), "meta")
     grads = torch.autograd.grad(y, (q, k, v), torch.empty_like(y))
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_compiles_the_rotation_of_one_tensor(device):
+    """An output that is None has no gradient that torch.compile could handle."""
+    q = torch.randn(1, 2, 6, 8, device=device, requires_grad=True)
+    cos, sin = tables(6, 8, device)
+
+    def rotate(q):
+        return lk.rope(q, None, cos, sin)[0]
+
+    expected, compiled = rotate(q), torch.compile(rotate, backend="aot_eager", fullgraph=True)(q)
+    assert torch.equal(compiled, expected)
+    dy = torch.randn_like(q)
+    assert torch.equal(*(torch.autograd.grad(y, q, dy)[0] for y in (compiled, expected)))

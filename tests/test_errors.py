@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama_kernels as lk
+from llama_kernels.language import INTERPRETED
+
+ROOT = Path(__file__).parent.parent
 
 
 def rope_args() -> dict[str, Any]:
@@ -79,6 +88,7 @@ def test_devices(op, argument):
     refused(op, argument, ValueError, "on meta", **{argument: ARGS[op]()[argument].to("meta")})
 
 
+@pytest.mark.corpus(60)
 @pytest.mark.parametrize(
     "op, argument", [("rope", "k"), ("attention", "k"), ("attention", "v"), ("attention_varlen", "v")]
 )
@@ -89,6 +99,12 @@ def test_dtypes_of_one_call(op, argument):
 # --- each argument ---------------------------------------------------------------------------------------------------
 
 F, I = torch.randn, torch.zeros
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 int32 = torch.int32
 VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "q", r"of shape \(2, 8\)", {"q": F(2, 8)}),
@@ -201,6 +217,80 @@ def test_what_autograd_refuses_is_refused_before_anything_is_written():
     assert torch.equal(args["q"], before)
 
 
+# --- values, where they are asked to be checked ----------------------------------------------------------------------
+
+
+@pytest.mark.corpus(24, 40)
+@pytest.mark.parametrize("op, argument, got, wanted, changed", [
+    ("rope", "position_ids", "from -3 to 5", "0 to 8", {"position_ids": ints(0, 1, 2, -3, 4, 5)}),
+    ("rope", "position_ids", "from 0 to 9", "0 to 8", {"position_ids": ints(0, 1, 2, 3, 4, 9)}),
+    ("attention_varlen", "cu_seqlens_q", "-1 at its start", "0 or more", {"cu_seqlens_q": ints(-1, 2, 6)}),
+    ("attention_varlen", "cu_seqlens_k", "1 at index 2, after 2", "never decrease", {"cu_seqlens_k": ints(0, 2, 1)}),
+    ("attention_varlen", "cu_seqlens_k", "7 at its end", "the 6 tokens of k",
+     {"cu_seqlens_k": ints(0, 4, 7)}),
+    ("attention_varlen", "max_seqlen_q", "3", "at least 4, the length of sequence 1", {"max_seqlen_q": 3}),
+])  # fmt: skip
+def test_values_of_metadata_are_checked_where_asked(op, argument, got, wanted, changed):
+    call = functools.partial(getattr(lk, op), **{**ARGS[op](), **changed})
+    call()  # clamped
+    with (
+        lk.checked(),
+        pytest.raises(ValueError, match=rf"^llama_kernels\.{op}: {argument} is {got}; wanted .*{wanted}"),
+    ):
+        call()
+    call()
+
+
+def test_checking_lets_good_values_pass():
+    with lk.checked():
+        lk.rope(**rope_args(), position_ids=torch.tensor([8, 0, 3, 3, 1, 7]))
+        lk.attention_varlen(**varlen_args())
+        cu = torch.tensor([1, 3, 5], dtype=torch.int32)  # tokens that nobody owns are no mistake
+        lk.attention_varlen(**{**varlen_args(), "cu_seqlens_q": cu})
+        torch.compile(lk.rope, backend="eager", fullgraph=True)(**rope_args(), position_ids=torch.arange(6))
+
+
+def test_checking_is_of_one_thread():
+    with lk.checked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(lk.rope, **rope_args(), position_ids=torch.full((6,), -1)).result()
+
+
+# --- the same everywhere ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op, argument, got, changed", [*VALUE_ERRORS, *TYPE_ERRORS], ids=_name)
+def test_tensors_without_data_are_refused_alike(op, argument, got, changed):
+    """Tracing meets the same checks: on fake tensors the same type and the same words."""
+    args = {**ARGS[op](), **changed}
+    with pytest.raises((ValueError, TypeError)) as real:
+        getattr(lk, op)(**args)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in args.items()}
+        with pytest.raises(real.type) as traced:
+            getattr(lk, op)(**fake)
+    assert str(traced.value).replace("FakeTensor", "Tensor") == str(real.value)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="one of the two runs is enough")
+def test_checks_are_no_assertions():
+    """python -O takes assertions away, and the checks stay."""
+    program = """
+import torch, llama_kernels as lk
+from tests.test_errors import ARGS, TYPE_ERRORS, VALUE_ERRORS
+assert False, "assertions are on"
+count = 0
+for errors, kind in ((VALUE_ERRORS, ValueError), (TYPE_ERRORS, TypeError)):
+    for op, argument, got, changed in errors:
+        try:
+            getattr(lk, op)(**{**ARGS[op](), **changed})
+        except kind as error:
+            count += str(error).startswith(f"llama_kernels.{op}: {argument} is ")
+print(count)
+"""
+    done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == str(len(VALUE_ERRORS) + len(TYPE_ERRORS)), done.stderr[-1000:]
+
+
 # --- what is unusual and fine ----------------------------------------------------------------------------------------
 
 
@@ -219,6 +309,7 @@ def test_attention_takes(changed):
     assert out.isfinite().all()
 
 
+@pytest.mark.corpus(25)
 @pytest.mark.parametrize("bounds", [[0], [0, 0], [0, 6], [0, 0, 6, 6], [2, 4]], ids=str)
 def test_packed_attention_takes(bounds):
     cu = torch.tensor(bounds, dtype=torch.int32)

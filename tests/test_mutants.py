@@ -55,13 +55,14 @@ def window_one_short(mask, i, j):
 @triton.jit
 def last_keys_dropped(mask, first, last, BLOCK_N: tl.constexpr):
     blocks = key_blocks(mask, first, last, BLOCK_N)
-    return KeyBlocks(blocks.begin, blocks.full_begin, blocks.full_end, blocks.full_end)
+    return KeyBlocks(blocks.begin, blocks.full_begin, blocks.full_end, blocks.full_end, blocks.first)
 
 
 @triton.jit
 def boundary_block_not_masked(mask, first, last, BLOCK_N: tl.constexpr):
     blocks = key_blocks(mask, first, last, BLOCK_N)
-    return KeyBlocks(blocks.begin, blocks.full_begin, tl.minimum(blocks.full_end + BLOCK_N, blocks.end), blocks.end)
+    full_end = tl.minimum(blocks.full_end + BLOCK_N, blocks.end)
+    return KeyBlocks(blocks.begin, blocks.full_begin, full_end, blocks.end, blocks.first)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import llama_kernels as lk
+from llama_kernels.runtime import untested
 
 ROOT = Path(lk.__file__).parent.parent
 SOURCES = sorted(Path(lk.__file__).parent.rglob("*.py"))
@@ -77,6 +78,13 @@ def test_sources_are_typed_and_of_python_3_10():
     assert len(SOURCES) > 10
     for source in SOURCES:
         ast.parse(source.read_text(), feature_version=(3, 10))
+
+
+def test_versions_newer_than_the_tested_are_told():
+    assert untested("torch", "2.13.1+cu130") is None and untested("triton", "3.6.0") is None
+    assert untested("torch", "") is None
+    assert "triton up to 3.9; this is 3.10.0" in untested("triton", "3.10.0")
+    assert "torch up to 2.13; this is 2.14.0" in untested("torch", "2.14.0")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools to build")

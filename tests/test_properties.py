@@ -7,6 +7,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.ops.attention import decode
+from llama_kernels.runtime import cdiv, next_power_of_2
 from tests.judge import attention_mask
 from tests.test_rope import tables
 
@@ -25,6 +26,7 @@ MASKS = {
 }
 
 
+@pytest.mark.corpus(20, 22)
 @pytest.mark.parametrize("Sq, Sk", [(40, 40), (33, 60), (60, 33), (1, 50), (5, 1)])
 @pytest.mark.parametrize("name", MASKS)
 def test_one_hot_values_show_the_whole_mask(name, Sq, Sk, device):
@@ -52,6 +54,7 @@ def test_bounds_hide_exactly_what_lies_outside(given, device):
     assert torch.equal(p > 0, see)
 
 
+@pytest.mark.corpus(54)
 @pytest.mark.parametrize("Hq, Hkv", [(4, 4), (8, 2), (6, 1), (6, 3)])
 def test_each_query_head_reads_its_own_key_head(Hq, Hkv, device):
     q, k = heads(1, Hq, 20, 16, device), heads(1, Hkv, 20, 16, device)
@@ -78,6 +81,7 @@ def test_gradients_reach_exactly_the_visible_keys(name, device):
 # --- attention, its mathematics --------------------------------------------------------------------------------------
 
 
+@pytest.mark.corpus(55)
 def test_grouped_equals_repeated_keys(device):
     q, k, v = heads(1, 6, 40, 32, device), heads(1, 2, 40, 32, device), heads(1, 2, 40, 32, device)
     repeated = (x.repeat_interleave(3, 1) for x in (k, v))
@@ -187,6 +191,7 @@ def _attention_results(q, k, v, do):
     return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), do)
 
 
+@pytest.mark.corpus(72, 76)
 def test_attention_repeats_bit_for_bit(device):
     inputs = [heads(2, H, 70, 64, device, torch.bfloat16) for H in (4, 2, 2, 4)]
     for first, second in zip(_attention_results(*inputs), _attention_results(*inputs), strict=True):
@@ -228,6 +233,7 @@ def test_rms_norm_rows_do_not_depend_on_their_company(device):
         assert torch.equal(whole[77:78], alone)
 
 
+@pytest.mark.corpus(72)
 def test_weight_gradients_repeat_bit_for_bit(device):
     x, w, dy = torch.randn(300, 96, device=device), torch.randn(96, device=device), torch.randn(300, 96, device=device)
     first, second = (
@@ -241,3 +247,12 @@ def test_rope_does_not_depend_on_the_batch(device):
     whole = lk.rope(q, k, *tables(20, 64, device))
     alone = lk.rope(q[1:2], k[1:2], *tables(20, 64, device))
     assert all(torch.equal(a[1:2], b) for a, b in zip(whole, alone, strict=True))
+
+
+def test_sizes_are_those_of_triton():
+    """The host's own, because Triton's cost microseconds."""
+    triton = pytest.importorskip("triton")
+    for n in (1, 2, 3, 63, 64, 65, 1000, 2**20 + 1):
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [cdiv(n, m) for m in (1, 3, 64)] == [triton.cdiv(n, m) for m in (1, 3, 64)]
+    assert cdiv(0, 5) == 0 and next_power_of_2(0) == 1

@@ -6,6 +6,7 @@ row dimensions, so a per-head norm reads a packed projection in place.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,12 +15,14 @@ import torch
 from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
 from llama_kernels.runtime import (
+    cdiv,
     check_tensors,
     distinct,
     empty_in_order_of,
     last_dim_contiguous,
     message,
     needs_grad,
+    next_power_of_2,
     on_device_of,
     processors_of,
     refuse_double_backward,
@@ -38,10 +41,11 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def row_tile(pass_: str, N: int) -> RowTile:
     """The tile for rows of N elements in `pass_`: "forward", "backward" (dx, and dw beside it) or "weight_grad"."""
     longest, warps_at = _ROW_TILES[pass_]
-    BLOCK_N = min(max(triton.next_power_of_2(N), 16), longest)
+    BLOCK_N = min(max(next_power_of_2(N), 16), longest)
     elements, num_warps = next(row for width, *row in warps_at if width >= BLOCK_N)
     return RowTile(max(elements // BLOCK_N, 1), BLOCK_N, num_warps)
 
@@ -238,23 +242,34 @@ class _Rows(NamedTuple):
 def _rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> _Rows:
     """Merge leading dimensions wherever every tensor lets them, in the memory order of `lead`."""
     tensors = (lead, *others)
-    present = [t for t in tensors if t is not None]
-    merged: list[tuple[int, list[int]]] = []  # (size, strides of the tensors present), outermost first
-    for d in sorted(range(lead.ndim - 1), key=lambda d: lead.stride(d) or math.inf, reverse=True):
-        size, strides = lead.shape[d], [t.stride(d) for t in present]
-        if size == 1:
-            continue
-        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], strides, strict=True)):
-            merged[-1] = (merged[-1][0] * size, strides)
-        else:
-            merged.append((size, strides))
-    if len(merged) > 3:
+    merged = _merged(lead.shape[:-1], tuple(None if t is None else t.stride() for t in tensors))
+    if merged is None:
         # More dimensions than a kernel walks: copy what is not dense in the order of `lead`, which merges into one.
         return _rows_of(*(None if t is None else _dense_in_order_of(lead, t) for t in tensors))
+    return _Rows(tensors, *merged)
+
+
+@functools.lru_cache(maxsize=1024)
+def _merged(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...]
+) -> tuple[int, tuple[int, int], tuple[tuple[int, int, int] | None, ...]] | None:
+    """count, sizes and strides of `_Rows`, or None where more than three dimensions are left."""
+    lead, present = strides[0], [s for s in strides if s is not None]
+    merged: list[tuple[int, list[int]]] = []  # (size, strides of the tensors present), outermost first
+    for d in sorted(range(len(shape)), key=lambda d: lead[d] or math.inf, reverse=True):
+        size, steps = shape[d], [s[d] for s in present]
+        if size == 1:
+            continue
+        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = (merged[-1][0] * size, steps)
+        else:
+            merged.append((size, steps))
+    if len(merged) > 3:
+        return None
     merged += [(1, [0] * len(present))] * (3 - len(merged))
-    sizes, strides = zip(*merged, strict=True)
-    each = iter(zip(*strides, strict=True))
-    return _Rows(tensors, math.prod(sizes), sizes[1:], tuple(None if t is None else next(each) for t in tensors))
+    sizes, steps = zip(*merged, strict=True)
+    each = iter(zip(*steps, strict=True))
+    return math.prod(sizes), sizes[1:], tuple(None if s is None else next(each) for s in strides)
 
 
 def _dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -271,7 +286,7 @@ def _forward(
         x_, residual_, y_, s_, rstd_ = rows.tensors
         tile = row_tile("forward", x.shape[-1])
         with on_device_of(x):
-            _rms_norm_forward_kernel[(triton.cdiv(rows.count, tile.BLOCK_R),)](
+            _rms_norm_forward_kernel[(cdiv(rows.count, tile.BLOCK_R),)](
                 x_, residual_, weight, y_, s_, rstd_, *rows.strides, rows.sizes, rows.count, eps, offset,
                 N=x.shape[-1], BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps,
             )  # fmt: skip
@@ -302,7 +317,7 @@ def _backward(
     with on_device_of(x):
         if need_dx:
             tile = row_tile("backward", N)
-            grid = min(programs, triton.cdiv(rows.count, tile.BLOCK_R))
+            grid = min(programs, cdiv(rows.count, tile.BLOCK_R))
             if need_dw and N <= tile.BLOCK_N:
                 partials = x.new_empty((grid, N), dtype=torch.float32)
             _rms_norm_backward_kernel[(grid,)](
@@ -312,8 +327,8 @@ def _backward(
             )  # fmt: skip
         if need_dw and partials is None:
             tile = row_tile("weight_grad", N)
-            columns = triton.cdiv(N, tile.BLOCK_N)
-            splits = min(triton.cdiv(programs, columns), triton.cdiv(rows.count, tile.BLOCK_R))
+            columns = cdiv(N, tile.BLOCK_N)
+            splits = min(cdiv(programs, columns), cdiv(rows.count, tile.BLOCK_R))
             partials = x.new_empty((splits, N), dtype=torch.float32)
             _rms_norm_weight_grad_kernel[(columns, splits)](
                 dy_, x_, rstd_, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
 from llama_kernels.runtime import (
+    cdiv,
     check_tensors,
     distinct,
     empty_in_order_of,
@@ -16,12 +18,14 @@ from llama_kernels.runtime import (
     last_dim_contiguous,
     message,
     needs_grad,
+    next_power_of_2,
     on_device_of,
     refuse_double_backward,
     register,
     shape_of,
     sizes_of,
     strides_of,
+    values_are_checked,
 )
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -36,14 +40,15 @@ class HeadTile(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def head_tile(half: int, heads: int, lanes: int) -> HeadTile:
     """The tile for `half` pairs a head, where the smaller of q and k has `heads` heads and a warp has `lanes` threads.
 
     128 threads with 8 pairs each: two 16-byte reads and writes in bfloat16. Tokens fill what the heads leave.
     """
-    BLOCK_R = max(triton.next_power_of_2(half), 8)
+    BLOCK_R = max(next_power_of_2(half), 8)
     vectors = max(1024 // BLOCK_R, 1)  # (token, head) pairs of half-width vectors a step
-    BLOCK_H = min(triton.next_power_of_2(heads), vectors)
+    BLOCK_H = min(next_power_of_2(heads), vectors)
     return HeadTile(vectors // BLOCK_H, BLOCK_H, BLOCK_R, num_warps=128 // lanes)
 
 
@@ -176,7 +181,7 @@ def _launch(
     D, half = q.shape[-1], cos.shape[-1]
     tile = head_tile(half, max(min(Hq, Hkv), 1), lanes_of(q.device))
     with on_device_of(q):
-        _rope_kernel[(B * triton.cdiv(S, tile.BLOCK_T),)](
+        _rope_kernel[(B * cdiv(S, tile.BLOCK_T),)](
             q, k, q_out, k_out, cos, sin, position_ids,
             *(None if x is None else strides_of(x) for x in (q, k, q_out, k_out)),
             _row_strides(cos, cos.ndim == 3), _row_strides(sin, sin.ndim == 3),
@@ -237,7 +242,10 @@ _rope_inplace = register(
 
 
 class _Rope(torch.autograd.Function):
-    """(q, k or None) -> the rotated q and k. Saves the tables only: the backward is the rotation by -angle."""
+    """(q, k or None) -> the rotated q and k, or q alone: torch.compile has no gradient for an output that is None.
+
+    Saves the tables only: the backward is the rotation by -angle.
+    """
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, position_ids, interleaved):
@@ -245,10 +253,10 @@ class _Rope(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.interleaved = interleaved
         q_out, k_out = _rope(q, k, cos, sin, position_ids, interleaved, False)
-        return q_out, None if k is None else k_out
+        return q_out if k is None else (q_out, k_out)
 
     @staticmethod
-    def backward(ctx, dq, dk):
+    def backward(ctx, dq, dk=None):
         cos, sin, position_ids = ctx.saved_tensors
         need_q, need_k = ctx.needs_input_grad[:2]
         grads = [dq if need_q else None, dk if need_k else None]
@@ -303,7 +311,8 @@ def rope(
             without position_ids. Dims R to D pass through. An attention factor, where the scaling has one, is already
             in them. float32, or another floating dtype of at most 32 bits. They get no gradient.
         position_ids: the table row of each token, (S,), (B, S), (1, S) or (T,), any integer dtype; None is 0 to S - 1.
-            Values outside the table are clamped into it: reading them back to check would stall the GPU.
+            Values outside the table are clamped into it: reading them back to check would stall the GPU
+            (`llama_kernels.checked` does).
         interleaved: pair (2i, 2i + 1), as Meta's original weights; False pairs (i, i + R/2), as Hugging Face's.
         inplace: write into q and k and return them. Neither may be a leaf that requires grad, or expanded.
 
@@ -323,7 +332,8 @@ def rope(
         return q, k
     q_, k_ = last_dim_contiguous(q), None if k is None else last_dim_contiguous(k)
     if needs_grad(q, k):
-        q_out, k_out = _Rope.apply(*distinct(q_, k_, cos, sin, position_ids), interleaved)
+        out = _Rope.apply(*distinct(q_, k_, cos, sin, position_ids), interleaved)
+        q_out, k_out = (out, None) if k is None else out
     else:
         q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False)
     if inplace:  # a compiler sees through this copy; it does not see through a Function that modifies its input
@@ -390,6 +400,11 @@ def _check(q, k, cos, sin, position_ids, inplace) -> None:
             raise ValueError(message("rope", "position_ids", shape_of(position_ids), " or ".join(map(str, shapes))))
         if S and not cos.shape[0]:
             raise ValueError(message("rope", "cos", shape_of(cos), "a table of at least one position"))
+        if values_are_checked(position_ids) and position_ids.numel():
+            first, last = (int(x) for x in position_ids.aminmax())
+            if first < 0 or last >= cos.shape[0]:
+                wanted = f"rows of the table, 0 to {cos.shape[0] - 1}"
+                raise ValueError(message("rope", "position_ids", f"from {first} to {last}", wanted))
 
     if inplace:
         for name, x in (("q", q), ("k", k)):

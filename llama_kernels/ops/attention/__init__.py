@@ -6,6 +6,8 @@ the device, tables.py their tile sizes, layout.py how a call looks to them, and 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from llama_kernels.ops.attention.backward import launch_backward
@@ -22,6 +24,7 @@ from llama_kernels.runtime import (
     refuse_double_backward,
     register,
     shape_of,
+    values_are_checked,
 )
 
 # --- registered ops --------------------------------------------------------------------------------------------------
@@ -175,8 +178,8 @@ def attention_varlen(
         q: (Tq, Hq, D); k, v: (Tk, Hkv, D) and (Tk, Hkv, Dv): the tokens of all sequences, one after another.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on the tensors' device: sequence b owns the tokens from
             cu_seqlens[b] to cu_seqlens[b + 1]. Sequences may be empty. Values are never trusted: what points outside of
-            the tensors is clamped into them, since reading them back to check would stall the GPU. Nothing is promised
-            of sequences that overlap.
+            the tensors is clamped into them, since reading them back to check would stall the GPU
+            (`llama_kernels.checked` does). Nothing is promised of sequences that overlap.
         max_seqlen_q, max_seqlen_k: no sequence is longer; what is, is cut off there.
         kv_start, kv_end: (Tq,) int32, counted from the first key of the row's own sequence.
         Others as in `attention`, Sq and Sk being the lengths of each sequence.
@@ -202,6 +205,9 @@ def attention_varlen(
             raise TypeError(message(op, name, f"a {type(longest).__name__}", "an int, known without asking the GPU"))
         if longest < 0:
             raise ValueError(message(op, name, longest, "a length"))
+    for name, cu, longest, x in (("q", cu_seqlens_q, max_seqlen_q, q), ("k", cu_seqlens_k, max_seqlen_k, k)):
+        if values_are_checked(cu):
+            _check_bounds(op, name, cu.tolist(), longest, x.shape[0])
     return _apply(
         op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
         max_seqlen_q, max_seqlen_k, is_causal, scale, window_size, softcap, return_lse,
@@ -222,6 +228,22 @@ def _to_autocast(*tensors):
     return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
 
 
+def _check_bounds(op: str, name: str, bounds: list[int], longest: int, tokens: int) -> None:
+    """Of the sequences in q or in k: what the kernels would clamp, or cut off."""
+    if bounds[0] < 0:
+        raise ValueError(message(op, f"cu_seqlens_{name}", f"{bounds[0]} at its start", "0 or more"))
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if end < start:
+            got = f"{end} at index {i + 1}, after {start}"
+            raise ValueError(message(op, f"cu_seqlens_{name}", got, "bounds that never decrease"))
+        if end - start > longest:
+            wanted = f"at least {end - start}, the length of sequence {i}"
+            raise ValueError(message(op, f"max_seqlen_{name}", longest, wanted))
+    if bounds[-1] > tokens:
+        got, wanted = f"{bounds[-1]} at its end", f"at most the {tokens} tokens of {name}"
+        raise ValueError(message(op, f"cu_seqlens_{name}", got, wanted))
+
+
 def _check(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic):
     check_tensors(op, q=q, k=k, v=v)
     for name, x in (("k", k), ("v", v)):
@@ -232,19 +254,20 @@ def _check(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, kv_e
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != ndim:
             raise ValueError(message(op, name, shape_of(x), dims))
-    heads, tokens = (1, 2) if ndim == 4 else (1, 0)
-    if ndim == 4 and k.shape[0] != q.shape[0]:
-        raise ValueError(message(op, "k", shape_of(k), f"the batch size of q, {q.shape[0]}"))
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(message(op, "k", shape_of(k), f"the head width of q, {q.shape[-1]}"))
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(message(op, "v", shape_of(v), f"k's shape {tuple(k.shape)} but for the last dimension"))
-    Hq, Hkv = q.shape[heads], k.shape[heads]
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    tokens = 2 if ndim == 4 else 0
+    if ndim == 4 and of_k[0] != of_q[0]:
+        raise ValueError(message(op, "k", shape_of(k), f"the batch size of q, {of_q[0]}"))
+    if of_k[-1] != of_q[-1]:
+        raise ValueError(message(op, "k", shape_of(k), f"the head width of q, {of_q[-1]}"))
+    if of_v[:-1] != of_k[:-1]:
+        raise ValueError(message(op, "v", shape_of(v), f"k's shape {tuple(of_k)} but for the last dimension"))
+    Hq, Hkv = of_q[1], of_k[1]
     if Hq != 0 if Hkv == 0 else Hq % Hkv:
-        fix = f"Got q {tuple(q.shape)}, k {tuple(k.shape)}."
+        fix = f"Got q {tuple(of_q)}, k {tuple(of_k)}."
         raise ValueError(message(op, "k", f"of {Hkv} heads", f"a divisor of q's {Hq} heads", fix))
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[-1] <= 256:
+    for name, x, D in (("q", q, of_q[-1]), ("v", v, of_v[-1])):
+        if not 1 <= D <= 256:
             raise ValueError(message(op, name, shape_of(x), "a head width from 1 to 256"))
 
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
@@ -262,10 +285,10 @@ def _check(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, kv_e
         check_tensors(op, q=q, sinks=sinks)
         if sinks.shape != (Hq,):
             raise ValueError(message(op, "sinks", shape_of(sinks), f"({Hq},), one a query head"))
-    rows = (q.shape[0], q.shape[tokens]) if ndim == 4 else (q.shape[tokens],)
     for name, bound in (("kv_start", kv_start), ("kv_end", kv_end)):
         if bound is None:
             continue
+        rows = (of_q[0], of_q[tokens]) if ndim == 4 else (of_q[tokens],)
         check_tensors(op, (torch.int32,), **{name: bound})
         if bound.shape != rows:
             raise ValueError(message(op, name, shape_of(bound), f"{rows}, one a query row"))

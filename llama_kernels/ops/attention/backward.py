@@ -34,7 +34,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.runtime import on_device_of, strides_of
+from llama_kernels.runtime import cdiv, on_device_of, strides_of
 
 # --- delta, and the gradient of the sinks ----------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ def _padded(cu_seqlens_q_ptr, b, q_start):
 
 def _padded_rows(sizes: Sizes, packed: bool) -> int:
     """Rows of lse2 and delta a batch and head, or all sequences' together where they are packed."""
-    return sizes.Sq + sizes.B * PADDING.value if packed else triton.cdiv(sizes.Sq, PADDING.value) * PADDING.value
+    return sizes.Sq + sizes.B * PADDING.value if packed else cdiv(sizes.Sq, PADDING.value) * PADDING.value
 
 
 @triton.jit
@@ -101,20 +101,29 @@ def _delta_kernel(
 
 @triton.jit
 def _rows_by_bounds(kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, first, last,
-                    CHUNK: tl.constexpr):  # fmt: skip
-    """First row, and past the last, whose kv_start and kv_end let it see any of keys first to last. Neither need be
-    sorted."""
+                    Sk, CHUNK: tl.constexpr):  # fmt: skip
+    """First row, and past the last, whose kv_start and kv_end let it see any of keys first to last; first key, and past
+    the last, that they let any row see. Neither need be sorted."""
     begin, end = Sq, 0
+    lowest, past = Sk, 0
+    if kv_start_ptr is None:
+        lowest = 0
+    if kv_end_ptr is None:
+        past = Sk
     for chunk in range(0, Sq, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
         sees = i < Sq
         if kv_start_ptr is not None:
-            sees &= load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq) <= last
+            start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)
+            sees &= start <= last
+            lowest = tl.minimum(lowest, tl.min(start))
         if kv_end_ptr is not None:
-            sees &= load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq) > first
+            stop = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)
+            sees &= stop > first
+            past = tl.maximum(past, tl.max(stop))
         begin = tl.minimum(begin, tl.min(tl.where(sees, i, Sq)))
         end = tl.maximum(end, tl.max(tl.where(sees, i + 1, 0)))
-    return begin, end
+    return begin, end, lowest, tl.minimum(past, Sk)
 
 
 @triton.jit
@@ -182,15 +191,17 @@ def _dkdv_kernel(
     j = n + tl.arange(0, BLOCK_N)[:, None]
     last = tl.minimum(n + BLOCK_N, Sk) - 1
     mask = Mask(Sk - Sq, window.left, window.right, None, None, None)
-    first_row, row_end = 0, Sq
+    first_row, row_end, lowest, past = 0, Sq, None, Sk
     if kv_start_ptr is not None or kv_end_ptr is not None:
-        first_row, row_end = _rows_by_bounds(
-            kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, n, last, CHUNK=1024
+        first_row, row_end, lowest, past = _rows_by_bounds(
+            kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, n, last, Sk, CHUNK=1024
         )
     begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
 
-    k = load_tile(matrix(k_ptr, k_strides, b, h_kv, k_start), n, Sk, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v = load_tile(matrix(v_ptr, v_strides, b, h_kv, k_start), n, Sk, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    K, V = matrix(k_ptr, k_strides, b, h_kv, k_start), matrix(v_ptr, v_strides, b, h_kv, k_start)
+    # Keys that no row sees may be anything, and 0 times NaN is NaN: they stay unread.
+    k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest)  # [BLOCK_N, BLOCK_D]
+    v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dk, dv = _add_dkdv(
@@ -211,15 +222,16 @@ def _dkdv_kernel(
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse2, delta, K, V, mask, i, begin, end, scoring,
+    dq, q, do, lse2, delta, K, V, mask, i, blocks, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dq after the key blocks from begin to end. lse2, delta and i are [BLOCK_M, 1]."""
-    limit = mask.Sk if MASKED else None
+    limit = blocks.end if MASKED else None
+    floor = blocks.first if MASKED and mask.kv_start is not None else None
     for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor)  # [BLOCK_N, BLOCK_DV]
         qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         dp = dot(do, tl.trans(v))
         see = None
@@ -264,15 +276,15 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if window.left is not None or kv_start_ptr is not None:
         dq = _add_dq(
-            dq, q, do, lse2, delta, K, V, mask, i, blocks.begin, blocks.full_begin, scoring,
+            dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
             D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse2, delta, K, V, mask, i, blocks.full_begin, blocks.full_end, scoring,
+        dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
         D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse2, delta, K, V, mask, i, blocks.full_end, blocks.end, scoring,
+        dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
         D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     DQ = matrix(dq_ptr, dq_strides, b, h, q_start)
@@ -301,7 +313,7 @@ def launch_backward(
     flags = {**call_widths(q, v), "FAR": far(q, k, v, do)}
     with on_device_of(q):
         tile = tile_for("dkdv", q, v)
-        programs = triton.cdiv(longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // sizes.group)
+        programs = cdiv(longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // max(sizes.group, 1))  # no heads: no group
         grads = (dk if need_dk else None, dv if need_dv else None)
         for pair in ((grads[0], None), (None, grads[1])) if tile.split else (grads,):
             if programs and pair != (None, None):
@@ -312,7 +324,7 @@ def launch_backward(
                 )  # fmt: skip
 
         tile = tile_for("dq", q, v)
-        programs = triton.cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
+        programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
         if programs and need_dq:
             _dq_kernel[(programs,)](
                 *given, dq, *bounds, *given_strides, strides_of(dq), *bounds_strides,
@@ -326,7 +338,7 @@ def _launch_delta(o, do, lse, dlse, sinks, dsinks, cu_seqlens_q, sizes):
     lse2, delta = lse.new_empty(2, *lse.shape[:-1], _padded_rows(sizes, cu_seqlens_q is not None))
     BLOCK_DV = width_class(o.shape[-1])
     BLOCK_M = min(max(4096 // BLOCK_DV, 16), PADDING.value)  # 32 elements a thread, and a divisor of PADDING
-    tiles = triton.cdiv(sizes.longest_q, PADDING.value) * (PADDING.value // BLOCK_M)
+    tiles = cdiv(sizes.longest_q, PADDING.value) * (PADDING.value // BLOCK_M)
     programs = tiles * sizes.B * sizes.Hq
     if not programs:
         return lse2, delta, dsinks.zero_()

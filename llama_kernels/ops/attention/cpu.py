@@ -9,7 +9,7 @@ import torch
 
 from llama_kernels import reference
 from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
-from llama_kernels.reference.attention import spans, visible
+from llama_kernels.reference.attention import spans, unseen, visible
 
 
 def plain_forward(
@@ -57,13 +57,14 @@ def _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, kv_end, scale, soft
     Hq, Hkv, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     groups = (Hkv, Hq // Hkv if Hkv else 1)
     q, do = (x.float().unflatten(1, groups) for x in (q, do))  # (B, Hkv, G, Sq, D)
-    k, v = k.float(), v.float()  # (B, Hkv, Sk, D)
+    see = visible(Sq, Sk, False, window, kv_start, kv_end, q.device)
+    k, v = (x.float().masked_fill(unseen(see), 0) for x in (k, v))  # (B, Hkv, Sk, D)
     lse = lse.unflatten(1, groups).unsqueeze(-1)  # (B, Hkv, G, Sq, 1)
 
     s = torch.einsum("bhgid,bhjd->bhgij", q, k) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    p = torch.exp(s - lse).masked_fill(~visible(Sq, Sk, False, window, kv_start, kv_end, q.device), 0)
+    p = torch.exp(s - lse).masked_fill(~see, 0)
     dp = torch.einsum("bhgid,bhjd->bhgij", do, v)
     delta = (p * dp).sum(-1, keepdim=True)  # rowsum(o * do), before o was rounded
     if dlse is not None:

@@ -21,7 +21,7 @@ from llama_kernels.ops.attention.layout import (
 )
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix
-from llama_kernels.runtime import on_device_of, strides_of
+from llama_kernels.runtime import cdiv, next_power_of_2, on_device_of, strides_of
 
 _COMBINED_AT_ONCE = 32  # chunks
 MOST_ROWS = 32  # query rows times the heads of a group; more are a prefill, and fill a GPU by themselves
@@ -34,7 +34,7 @@ def chunk_of(Sk: int) -> int:
     processors there are may decide. Eight key heads in 64 chunks are 512 programs, enough for any GPU; and a chunk of
     256 keys, 128 KiB of k and v at D = 128 in half precision, is 64 times what a row of its result takes.
     """
-    return min(max(triton.next_power_of_2(triton.cdiv(Sk, 64)), 256), 1024)
+    return min(max(next_power_of_2(cdiv(Sk, 64)), 256), 1024)
 
 
 def splits(q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -89,7 +89,9 @@ def _decode_kernel(
         tl.full([BLOCK_M], float("-inf"), tl.float32),
     )
     K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
-    state = attend(state, q, K, V, mask, i, begin, end, scoring, D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV)
+    state = attend(
+        state, q, K, V, mask, i, seen, begin, end, scoring, D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV
+    )  # fmt: skip
 
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that sees no key of this chunk
     part_rows = part_ptr + _row_offsets(part_strides, b, h_kv, sizes.group, sizes.Sq, r)[:, None] + c * DV
@@ -146,13 +148,13 @@ def launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, left, right)
     o, lse = empty_outputs(q, v)
     sizes = call_sizes(q, k, None, q.shape[2], k.shape[2])
     chunk = chunk_of(sizes.Sk)
-    chunks = triton.cdiv(sizes.Sk, chunk)
+    chunks = cdiv(sizes.Sk, chunk)
     part = lse.new_empty(sizes.B, sizes.Hq, sizes.Sq, chunks * v.shape[-1])
     lse2 = lse.new_empty(sizes.B, sizes.Hq, sizes.Sq, chunks)
     tile = tile_for("decode", q, v)
-    options = {**tile.launch_options, "BLOCK_M": max(triton.next_power_of_2(sizes.group * sizes.Sq), 16)}
+    options = {**tile.launch_options, "BLOCK_M": max(next_power_of_2(sizes.group * sizes.Sq), 16)}
     widths = call_widths(q, v)
-    at_once = min(triton.next_power_of_2(chunks), _COMBINED_AT_ONCE)
+    at_once = min(next_power_of_2(chunks), _COMBINED_AT_ONCE)
     if not sizes.B:
         return o, lse
     with on_device_of(q):

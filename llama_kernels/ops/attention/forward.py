@@ -30,7 +30,7 @@ from llama_kernels.ops.attention.tiles import (
     sequence,
     store_tile,
 )
-from llama_kernels.runtime import on_device_of, strides_of
+from llama_kernels.runtime import cdiv, on_device_of, strides_of
 
 
 @triton.jit
@@ -68,15 +68,15 @@ def _forward_kernel(
     V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
     if window.left is not None or kv_start_ptr is not None:
         state = attend(
-            state, q, K, V, mask, i, blocks.begin, blocks.full_begin, scoring,
+            state, q, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
             D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     state = attend(
-        state, q, K, V, mask, i, blocks.full_begin, blocks.full_end, scoring,
+        state, q, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
         D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     state = attend(
-        state, q, K, V, mask, i, blocks.full_end, blocks.end, scoring,
+        state, q, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
         D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def launch_forward(
         lse.fill_(-math.inf)
     sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
     tile = tile_for("forward", q, v)
-    programs = triton.cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
+    programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
     if programs:
         with on_device_of(q):
             _forward_kernel[(programs,)](

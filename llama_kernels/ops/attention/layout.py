@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 
-from llama_kernels.language import triton
-from llama_kernels.runtime import empty_in_order_of, sizes_of
+from llama_kernels.runtime import empty_in_order_of, next_power_of_2, sizes_of
 
 
 class Sizes(NamedTuple):
@@ -65,12 +65,16 @@ def call_window(left: int | None, right: int | None, longest_q: int, longest_k: 
 
 def call_widths(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
     """The kernels' compile-time widths: of a head of q and k, of v, and the powers of two that hold them."""
-    D, DV = q.shape[-1], v.shape[-1]
+    return _widths(q.shape[-1], v.shape[-1])
+
+
+@functools.cache
+def _widths(D: int, DV: int) -> dict[str, int]:
     return {"D": D, "DV": DV, "BLOCK_D": width_class(D), "BLOCK_DV": width_class(DV)}
 
 
 def width_class(D: int) -> int:
-    return max(triton.next_power_of_2(D), 16)
+    return max(next_power_of_2(D), 16)
 
 
 def far(*tensors: torch.Tensor) -> bool:

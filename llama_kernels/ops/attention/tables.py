@@ -7,6 +7,7 @@ compiles every row and fails on a spill.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class Tile:
     num_stages: int
     split: bool = False  # dk and dv in two launches, where one program cannot hold both
 
-    @property
+    @functools.cached_property
     def launch_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
 
@@ -49,7 +50,7 @@ _HALF = {
     # Consumer chips: as Ampere, with 99 KiB of shared memory a block.
     ("sm_86", "forward"): (Tile(128, 64, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
     ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
-    ("sm_86", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1, split=True)),
+    ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1, split=True)),
     # Blackwell: one stage or four. With two or three, tl.dot races in Triton 3.6 and 3.7 (triton#10590).
     ("sm_100", "forward"): (Tile(128, 128, 8, 1), Tile(128, 64, 8, 4), Tile(128, 32, 8, 4)),
     ("sm_100", "dq"): (Tile(128, 64, 8, 4), Tile(128, 64, 8, 4), Tile(64, 64, 8, 1)),
@@ -88,7 +89,7 @@ _FLOAT32 = {
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
     ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
     ("sm_80", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    ("sm_86", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 16, 1)),
+    ("sm_86", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
     ("sm_100", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
     ("gfx942", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
@@ -99,6 +100,7 @@ PASSES = ("forward", "decode", "dq", "dkdv")
 FAMILIES = tuple(dict.fromkeys(family for family, _ in _HALF))
 
 
+@functools.cache
 def tile(family: str, pass_: str, width: int, dtype: torch.dtype) -> Tile:
     """The row of `family` for `pass_`, its column for heads of `width`."""
     rows = _FLOAT32 if dtype == torch.float32 else _HALF

@@ -36,7 +36,8 @@ class KeyBlocks(NamedTuple):
     begin: tl.tensor
     full_begin: tl.tensor
     full_end: tl.tensor
-    end: tl.tensor
+    end: tl.tensor  # to the key, like first: outside of them nothing is read, which may be anything
+    first: tl.tensor  # of use with kv_start only
 
 
 class SoftmaxState(NamedTuple):
@@ -93,15 +94,18 @@ def _tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def load_tile(
-    x, first, limit, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    x, first, limit, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, floor=None
 ):  # fmt: skip
-    """Rows first to first + BLOCK, as [BLOCK, BLOCK_D]; zeros past D and from row `limit` on (None: all are there)."""
+    """Rows first to first + BLOCK, as [BLOCK, BLOCK_D]; zeros past D, from row `limit` on and before row `floor`
+    (None: all are there)."""
     ptrs = _tile_ptrs(x, first, FAR, BLOCK, BLOCK_D)
     d = tl.arange(0, BLOCK_D)[None, :]
     if limit is None:
         tile = tl.load(ptrs) if D == BLOCK_D else tl.load(ptrs, mask=d < D, other=0.0)
     else:
         there = first + tl.arange(0, BLOCK)[:, None] < limit
+        if floor is not None:
+            there = there & (first + tl.arange(0, BLOCK)[:, None] >= floor)
         tile = tl.load(ptrs, mask=there if D == BLOCK_D else there & (d < D), other=0.0)
     return tile
 
@@ -176,11 +180,14 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
     if mask.kv_end is not None:
         end, full_end = tl.minimum(end, tl.max(mask.kv_end)), tl.minimum(full_end, tl.min(mask.kv_end))
     end = tl.maximum(end, 0)
+    lowest = 0
+    if mask.kv_start is not None:
+        lowest = begin
     if mask.left is not None or mask.kv_start is not None:
         begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
         full_begin = tl.minimum(tl.cdiv(tl.maximum(full_begin, begin), BLOCK_N), tl.cdiv(end, BLOCK_N)) * BLOCK_N
     full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
-    return KeyBlocks(begin, full_begin, full_end, end)
+    return KeyBlocks(begin, full_begin, full_end, end, lowest)
 
 
 @triton.jit
@@ -233,18 +240,19 @@ def online_softmax_step(state, s, v, unit, MASKED: tl.constexpr):
 
 @triton.jit
 def attend(
-    state, q, K, V, mask, i, begin, end, scoring,
+    state, q, K, V, mask, i, blocks, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """`state` after the key blocks from begin to end."""
-    limit = mask.Sk if MASKED else None
+    """`state` after the key blocks from begin to end, of those that `blocks` names."""
+    limit = blocks.end if MASKED else None
+    floor = blocks.first if MASKED and mask.kv_start is not None else None
     for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor)  # [BLOCK_N, BLOCK_D]
         s = logits(dot(q, tl.trans(k)), scoring)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             s = tl.where(visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
-        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor)  # [BLOCK_N, BLOCK_DV]
         state = online_softmax_step(state, s, v, scoring.unit, MASKED)
     return state
 
