@@ -15,6 +15,9 @@ Three computations of the same inputs stand beside a kernel's result K:
     eager    relF(K) <= 1.05 relF(E)                never worse than before
     exact    shape, the places of NaN and inf
 
+Where an element is a sum that may cancel (`terms` of that size were added up), the ulps are those of the terms: no
+order of adding keeps more.
+
 In float32 nothing is rounded on purpose: I is then one more float32 computation in an order of its own, and two such
 differ by chance, most in their maxima over few rows. There the factors are 1.5, 3, 4 and 2, and u counts twice. The
 last is no chance: flash attention recomputes P from an lse rounded to float32, where eager keeps P. A dropped key is
@@ -47,7 +50,9 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     return ((x - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
-def judge(name: str, K: torch.Tensor, R: torch.Tensor, I: torch.Tensor, E: torch.Tensor | None = None) -> None:
+def judge(
+    name: str, K: torch.Tensor, R: torch.Tensor, I: torch.Tensor, E: torch.Tensor | None = None, terms: float = 0.0
+) -> None:
     """Raise AssertionError, naming the rule, where K is not as good as it must be. All are of one shape."""
     dtype = K.dtype
     u, ulp = UNIT[dtype], torch.finfo(dtype).eps
@@ -65,11 +70,12 @@ def judge(name: str, K: torch.Tensor, R: torch.Tensor, I: torch.Tensor, E: torch
     error_K, error_I = K - R, I - R
     by_chance = dtype == torch.float32
     bulk_by, tail_by, rows_by, units, eager_by = (1.5, 3, 4, 2, 2) if by_chance else (1.15, 2, 1.5, 1, 1.05)
-    tail, allowed = error_K.abs().max().item(), tail_by * error_I.abs().max().item() + 2 * ulp * R.abs().max().item()
+    largest = max(R.abs().max().item(), terms)
+    tail, allowed = error_K.abs().max().item(), tail_by * error_I.abs().max().item() + 2 * ulp * largest
     assert tail <= allowed, f"{name}: largest error {tail:.3g}, allowed {allowed:.3g}"
     if R.ndim and R.shape[-1] > 1:
         size = R.norm(dim=-1)
-        floor = 0.1 * size.square().mean().sqrt()
+        floor = max(0.1 * size.square().mean().sqrt().item(), terms)
         rows_K, rows_I = (e.norm(dim=-1) / size.clamp_min(floor) for e in (error_K, error_I))
         rows_by = rows_by if R.shape[-1] >= _WIDE else max(rows_by, tail_by)
         worst, allowed = rows_K.max().item(), rows_by * rows_I.max().item() + units * u
@@ -250,6 +256,19 @@ def guarded_allocations() -> Iterator[None]:
     for buffer, extent in buffers:
         untouched = (buffer[:_BAND] == 7).all() and (buffer[_BAND + extent :] == 7).all()
         assert untouched, f"written outside of an allocation of {extent} elements"
+
+
+def relaid(x: torch.Tensor, seed: int | None) -> torch.Tensor:
+    """`x` with its leading dimensions in another memory order, those of one element with a stride that means nothing.
+    None: as it is."""
+    if seed is None or not x.numel():
+        return x
+    generator = torch.Generator().manual_seed(seed)
+    order = [*torch.randperm(x.ndim - 1, generator=generator).tolist(), x.ndim - 1]
+    dense = x.detach().permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+    strange = torch.randint(0, 10**8, (x.ndim,), generator=generator).tolist()
+    strides = [s if n > 1 else t for n, s, t in zip(x.shape[:-1], dense.stride(), strange, strict=False)]
+    return dense.as_strided(x.shape, (*strides, 1)).requires_grad_(x.requires_grad)
 
 
 def memory_order(x: torch.Tensor) -> list[int]:
