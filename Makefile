@@ -14,7 +14,7 @@ ENVIRONMENT := $(VENV)/made-with-$(subst /,_,$(PYTHON))-$(TORCH)
 INSTALLED := $(ENVIRONMENT)-$(TRITON)
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
-.PHONY: install demo examples test bench gpu-check codegen lint clean
+.PHONY: install demo examples test bench gpu-check test-all fuzz witness matrix codegen lint clean
 
 install: $(INSTALLED)
 
@@ -56,6 +56,24 @@ bench: $(INSTALLED)
 
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m bench.gpu_check
+
+# More than CI has time for.
+MINUTES ?= 10
+test-all: test fuzz
+
+# Random calls of everything; a failure is shrunk to a line of tests/reproducers.txt.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+# Others' suites against our ops: WITNESS=flash_attention SUITE=path/to/checkout (docs/reliability.md).
+WITNESS ?= flash_attention
+witness: $(INSTALLED)
+	$(BIN)/python -m pip install -q einops
+	SUITE=$(SUITE) $(BIN)/python -m pytest -o addopts= -q tests/witness/$(WITNESS).py
+
+# Import, interpreter and compiler under each torch with each Triton: an environment a pair, so some gigabytes.
+matrix: $(INSTALLED)
+	$(BIN)/python -m tests.matrix
 
 codegen: build/codegen.json
 

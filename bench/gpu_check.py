@@ -1,16 +1,19 @@
 """Everything that one GPU can say in ten minutes, in one folder: `make gpu-check`, or `python -m bench.gpu_check`.
 
-The suite on the compiled kernels, parity of everyone, the smoke preset of the bench with its report, and a comparison
-with the newest run that bench/results/ keeps for this GPU. Exits with 1 where anything is wrong or slower.
+The suite on the compiled kernels, parity of everyone, the smoke preset of the bench with its report, a comparison with
+the newest run that bench/results/ keeps for this GPU, and compute-sanitizer over a few tests. Exits with 1 where
+anything is wrong or slower.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +21,18 @@ import torch
 
 from bench import records
 
-TESTS = ("test_gpu", "test_bench", "test_rope", "test_rms_norm", "test_attention", "test_properties")
+TESTS = ("test_gpu", "test_corpus", "test_rope", "test_rms_norm", "test_attention", "test_properties", "test_bench")
+
+
+# Under compute-sanitizer, with every allocation one of its own: what ends inside a block, and sums over programs.
+SANITIZED = ("tests/test_corpus.py", "-k", "tail_block or first_rows")
 
 
 class Stage(NamedTuple):
     name: str
     command: Sequence[str]
     minutes: float
+    env: Mapping[str, str] = {}
 
 
 class Outcome(NamedTuple):
@@ -34,20 +42,24 @@ class Outcome(NamedTuple):
     last_line: str
 
     def __str__(self) -> str:
-        return f"{'ok   ' if self.passed else 'FAILS'} {self.name:8} {self.seconds:4.0f} s  {self.last_line}"
+        return f"{'ok   ' if self.passed else 'FAILS'} {self.name:9} {self.seconds:4.0f} s  {self.last_line}"
 
 
 def stages(folder: Path, gpu: str, workers: int) -> list[Stage]:
     tests = [f"tests/{name}.py" for name in TESTS]
-    found = folder / "records.json"
-    run = ("-m", "bench", "run", "--preset", "smoke", "--minutes", "3.5", "--out", str(folder))
+    found, python = folder / "records.json", (sys.executable, "-m")
+    run = (*python, "bench", "run", "--preset", "smoke", "--minutes", "2.5", "--out", str(folder))
     made = [
-        Stage("tests", ("-m", "pytest", "-n", str(workers), "--maxfail=20", *tests), 4),
-        Stage("parity", ("-m", "bench", "parity", "--json", str(folder / "parity.json")), 1),
-        Stage("bench", run, 4.5),
+        Stage("tests", (*python, "pytest", "-n", str(workers), "--maxfail=20", *tests), 3.5),
+        Stage("parity", (*python, "bench", "parity", "--json", str(folder / "parity.json")), 0.8),
+        Stage("bench", run, 3.2),
     ]
     if before := records.latest(gpu):
-        made.append(Stage("compare", ("-m", "bench", "compare", str(before), str(found)), 0.5))
+        made.append(Stage("compare", (*python, "bench", "compare", str(before), str(found)), 0.3))
+    if sanitizer := shutil.which("compute-sanitizer"):
+        for tool in ("memcheck", "racecheck", "initcheck"):
+            command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *python, "pytest", *SANITIZED)
+            made.append(Stage(tool, command, 0.7, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     return made
 
 
@@ -56,8 +68,8 @@ def carry_out(stage: Stage, folder: Path) -> Outcome:
     start = time.monotonic()
     with open(folder / f"{stage.name}.txt", "w+") as log:
         try:
-            command = [sys.executable, *stage.command]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=60 * stage.minutes).returncode
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "env": {**os.environ, **stage.env}}
+            code = subprocess.run(stage.command, timeout=60 * stage.minutes, **options).returncode
         except subprocess.TimeoutExpired:
             log.write(f"\nstopped after {stage.minutes} minutes\n")
             code = 124
@@ -83,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stage in stages(args.out, gpu, args.workers):
         outcomes.append(carry_out(stage, args.out))
         print(outcomes[-1], flush=True)
+    if shutil.which("compute-sanitizer") is None:
+        print("compute-sanitizer is not on the PATH: memcheck, racecheck and initcheck were left out")
     if records.latest(gpu) is None:
         print(f"nothing to compare with: bench/results/ has no run of {gpu}; `python -m bench --save` keeps one")
     summary = "\n".join(map(str, outcomes))

@@ -783,10 +783,11 @@ def test_help_names_every_command():
 
 
 def test_gpu_check_keeps_what_its_stages_say(tmp_path, monkeypatch, capsys):
+    python = (sys.executable, "-c")
     stages = [
-        gpu_check.Stage("good", ("-c", "print('all is well')"), 1),
-        gpu_check.Stage("bad", ("-c", "print('one is wrong'); raise SystemExit(3)"), 1),
-        gpu_check.Stage("slow", ("-c", "import time; print('so far', flush=True); time.sleep(60)"), 0.02),
+        gpu_check.Stage("good", (*python, "import os; print(os.environ['SAID'])"), 1, {"SAID": "all is well"}),
+        gpu_check.Stage("bad", (*python, "print('one is wrong'); raise SystemExit(3)"), 1),
+        gpu_check.Stage("slow", (*python, "import time; print('so far', flush=True); time.sleep(60)"), 0.02),
     ]
     outcomes = [gpu_check.carry_out(stage, tmp_path) for stage in stages]
     assert [(o.passed, o.last_line) for o in outcomes] == [
@@ -804,12 +805,15 @@ def test_gpu_check_keeps_what_its_stages_say(tmp_path, monkeypatch, capsys):
 
 def test_gpu_check_compares_with_the_last_run(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "latest", lambda gpu: tmp_path / "last.json")
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
     made = gpu_check.stages(tmp_path, "Fake GPU", 4)
-    assert [stage.name for stage in made] == ["tests", "parity", "bench", "compare"]
+    assert [stage.name for stage in made] == [
+        "tests", "parity", "bench", "compare", "memcheck", "racecheck", "initcheck"]  # fmt: skip
     assert sum(stage.minutes for stage in made) <= 10
     for name in gpu_check.TESTS:
         assert (gpu_check.Path(__file__).parent / f"{name}.py").exists()
     monkeypatch.setattr(records, "latest", lambda gpu: None)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     assert len(gpu_check.stages(tmp_path, "Fake GPU", 4)) == 3
 
 

@@ -48,6 +48,7 @@ def test_a_tile_too_large_is_a_fault():
     assert any("shared memory" in f for f in faults)
 
 
+@pytest.mark.corpus(67, 68)
 def test_every_row_of_the_tables_is_there():
     from bench import codegen
 

@@ -41,6 +41,7 @@ def spread(device):
     return function
 
 
+@pytest.mark.corpus(1)
 def test_rms_norm_rows(spread, device):
     x, dy = torch.randn(2, 64, device=device).half(), torch.randn(2, 64, device=device).half()
     results = []
@@ -51,6 +52,7 @@ def test_rms_norm_rows(spread, device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.corpus(1, 2)
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "token"])
 def test_rope(dim, spread, device):
     q = torch.randn(2, 2, 2, 16, device=device).half()
@@ -61,6 +63,7 @@ def test_rope(dim, spread, device):
     assert torch.equal(far, expected)
 
 
+@pytest.mark.corpus(2, 3, 5)
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "token"])
 @pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "do"])
 def test_attention(which, dim, spread, device):
@@ -75,6 +78,7 @@ def test_attention(which, dim, spread, device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.corpus(8)
 def test_packed_attention_tokens(spread, device):
     cu = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
     q, k, v = (torch.randn(2, 2, 16, device=device).half() for _ in range(3))

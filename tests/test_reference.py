@@ -149,6 +149,7 @@ def test_packed_is_a_loop_over_dense():
     assert not out[8].any() and (lse[:, 8] == -math.inf).all()  # no sequence owns the last token
 
 
+@pytest.mark.corpus(18)
 def test_rows_without_keys_give_nothing_and_take_nothing():
     q, k, v = leaf(1, 2, 5, 8), leaf(1, 2, 2, 8), leaf(1, 2, 2, 8)
     out, lse = reference.attention(q, k, v, return_lse=True)
@@ -202,6 +203,7 @@ def test_rms_norm_is_torchs(dtype):
     assert torch.equal(s, x + x.flip(0)) and torch.equal(y, reference.rms_norm(s, w, 1e-5))
 
 
+@pytest.mark.corpus(31)
 def test_rms_norm_is_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
@@ -211,6 +213,7 @@ def test_rms_norm_is_transformers():
         torch.testing.assert_close(reference.rms_norm(x, norm.weight, 1e-5, offset=offset), norm(x))
 
 
+@pytest.mark.corpus(31)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_and_rounded_once(dtype):
     q, k, v = (torch.randn(1, 2, 6, 8).to(dtype) for _ in range(3))

@@ -89,16 +89,19 @@ def test_weight_and_offset(weight, offset, residual, device):
     check((70, 96), torch.bfloat16, device, weight=weight, offset=offset, residual=residual)
 
 
+@pytest.mark.corpus(61)
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 def test_a_weight_of_another_dtype(x_dtype, weight_dtype, device):
     check((70, 96), x_dtype, device, weight_dtype=weight_dtype)
 
 
+@pytest.mark.corpus(61)
 def test_a_residual_stream_wider_than_its_branches(device):
     check((70, 96), torch.bfloat16, device, residual=True, residual_dtype=torch.float32)
 
 
+@pytest.mark.corpus(30)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e-3, 1e3])
 def test_inputs_of_every_size(size, dtype, device):
@@ -155,6 +158,7 @@ def test_nothing_in_nothing_out(shape, device):
     assert torch.equal(dw, torch.zeros_like(w))
 
 
+@pytest.mark.corpus(30)
 def test_rows_of_zeros_stay_zeros(device):
     x = torch.zeros(4, 96, device=device, requires_grad=True)
     w = torch.randn(96, device=device)
@@ -164,6 +168,7 @@ def test_rows_of_zeros_stay_zeros(device):
     torch.testing.assert_close(dx, (w * 1e3).expand_as(dx))  # rstd = 1 / sqrt(eps)
 
 
+@pytest.mark.corpus(32)
 def test_only_the_residual_stream_is_used(device):
     x, r, w = (torch.randn(shape, device=device).requires_grad_() for shape in ((4, 96), (4, 96), (96,)))
     _, s = lk.add_rms_norm(x, r, w)

@@ -67,6 +67,7 @@ def test_widths(D, R, interleaved, dtype, device):
     check(q, k, *tables(13, R, device), interleaved=interleaved)
 
 
+@pytest.mark.corpus(17)
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("Hq, Hkv", [(1, 1), (3, 3), (8, 1), (32, 8), (7, 5)])
 def test_heads(Hq, Hkv, inplace, device):
@@ -82,6 +83,7 @@ POSITIONS = {
 }
 
 
+@pytest.mark.corpus(52)
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
 @pytest.mark.parametrize("form", POSITIONS)
 def test_position_ids(form, integer, device):
@@ -89,6 +91,7 @@ def test_position_ids(form, integer, device):
     check(q, k, *tables(60, 64, device), POSITIONS[form](2, 13).to(integer).to(device))
 
 
+@pytest.mark.corpus(53)
 @pytest.mark.parametrize("given", [False, True], ids=["counted", "given"])
 def test_packed_tokens(given, device):
     q, k = (x[0].transpose(0, 1) for x in qk(1, 4, 2, 50, 64, torch.bfloat16, device))
@@ -96,6 +99,7 @@ def test_packed_tokens(given, device):
     check(q, k, *tables(50, 64, device), position_ids)
 
 
+@pytest.mark.corpus(52)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("table_dtype", DTYPES, ids=str)
 def test_a_row_a_token(table_dtype, batch, device):
@@ -134,6 +138,7 @@ def test_layouts(layout, interleaved, device):
         assert sorted(range(4), key=x.stride) == sorted(range(4), key=K.stride)
 
 
+@pytest.mark.corpus(50)
 def test_in_place_inside_a_packed_projection(device):
     """q and k rotate where they lie, v and what is around stays."""
     qkv = torch.randn(2, 13, 8, 64, device=device)

@@ -1,0 +1,106 @@
+"""`make matrix`: import, interpreter and compiler under each torch with each Triton, in environments of their own.
+
+    python -m tests.matrix --torch 2.6.0 2.11.0 2.13.0 newest --triton 3.6.0 3.7.1 newest
+
+Writes build/matrix/table.md. What pip cannot give here is a row with the reason. Exits with 1 where something that was
+installed does not work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TORCH = ("2.6.0", "2.11.0", "2.13.0", "newest")
+TRITON = ("3.6.0", "3.7.1", "newest")
+
+# What is asked of each pair, and whether the kernels are interpreted.
+STEPS = {
+    "import": ("0", "import llama_kernels as lk, torch; lk.rms_norm(torch.ones(2, 8))"),
+    "interpreter": ("1", """
+import torch, llama_kernels as lk
+q, k, v = (torch.randn(1, 40, H, 16).transpose(1, 2).half().requires_grad_() for H in (4, 2, 2))
+cos, sin = lk.rope_tables(lk.rope_frequencies(16)[0], 40)
+def layer(ops, q, k, v):
+    a, b = ops.rope(q, k, cos, sin)
+    return ops.rms_norm(ops.attention(a, b, v))
+y = layer(lk, q, k, v)
+grads = torch.autograd.grad(y.float().sum(), (q, k, v))
+wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+exact = layer(lk.reference, *wide)
+for a, b in zip((y, *grads), (exact, *torch.autograd.grad(exact.sum(), wide))):
+    assert (a.double() - b).norm() <= 5e-3 * b.norm()
+"""),
+    "compiler": ("0", """
+from bench import codegen
+wanted = {"attention": "D=128 bfloat16 all", "rms_norm": "N=4096", "rope": "D=128 R=128 heads=32/8"}
+spilled = 0
+for case in codegen.cases():
+    if wanted.get(case.op) == case.label:
+        for name, kernel in codegen.compile_case("sm_90", case):
+            spilled = max(spilled, codegen.read("sm_90", case, name, kernel).spill_bytes)
+print("spills", spilled) if spilled else None
+"""),
+}  # fmt: skip
+
+
+def run(command: list[str], **env: str) -> tuple[int, str]:
+    """Exit status, and the last line that was said."""
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, cwd=ROOT)
+    lines = [line for line in (done.stderr if done.returncode else done.stdout).splitlines() if line.strip()]
+    return done.returncode, lines[-1].strip() if lines else ""
+
+
+def install(python: str, folder: Path, torch: str, triton: str) -> str | None:
+    """An environment with the pair. Why there is none, or None."""
+    if (folder / "installed").exists():
+        return None
+    at = [
+        f"{name}=={version}" if version != "newest" else name
+        for name, version in (("torch", torch), ("triton", triton))
+    ]
+    pip = [str(folder / "bin/python"), "-m", "pip", "install", "-q"]
+    # numpy: Triton 3.6's interpreter fails with 2.4. Triton last, whatever torch asked for.
+    for command in ([python, "-m", "venv", str(folder)], [*pip, at[0], "numpy<2.4"], [*pip, at[1]]):
+        code, said = run(command)
+        if code:
+            return said
+    (folder / "installed").touch()
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--torch", nargs="+", default=TORCH, help="default: %(default)s")
+    parser.add_argument("--triton", nargs="+", default=TRITON, help="default: %(default)s")
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--out", type=Path, default=ROOT / "build/matrix")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows, failed = [], False
+    for torch, triton in itertools.product(args.torch, args.triton):
+        folder = args.out / f"torch-{torch}-triton-{triton}"
+        why_not = install(args.python, folder, torch, triton)
+        if why_not:
+            cells = [f"not installed: {why_not[:80]}", "", ""]
+        else:
+            cells = []
+            for interpret, program in STEPS.values():
+                code, said = run([str(folder / "bin/python"), "-c", program], TRITON_INTERPRET=interpret)
+                failed |= code != 0
+                cells.append(f"FAILS: {said[:80]}" if code else said[:80] or "ok")
+        rows.append((torch, triton, *cells))
+        print(" | ".join(rows[-1]), flush=True)
+    table = ["| torch | triton | " + " | ".join(STEPS) + " |", "|---" * (2 + len(STEPS)) + "|"]
+    table += ["| " + " | ".join(row) + " |" for row in rows]
+    (args.out / "table.md").write_text("\n".join(table) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
