@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import os
 import sys
@@ -89,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
     if not works and not training:
         console.print("bench: nothing to do: no work of the preset has these ops and shapes")
         return 2
-    made = _measure(args, works, training) if gpu else _estimate(args, works, bool(training))
+    if gpu:
+        made = measure(args, works, training, "cuda", timing.Gpu())
+    else:
+        made = _estimate(args, works, bool(training))
     made.extra["providers"] = {
         p.name: {op: p.why_not(op, "cuda" if gpu else "cpu") or "yes" for op in OPS if p.has(op)} for p in PROVIDERS
     }
@@ -109,16 +113,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _measure(args: argparse.Namespace, works: list[Work], training: list[end_to_end.Scale]) -> Run:
-    torch._functorch.config.donated_buffer = False  # torch.compile: a backward is run many times over one forward
-    torch._dynamo.config.recompile_limit = 256
-    about, clock = records.machine(), timing.Gpu()
+def measure(
+    args: argparse.Namespace, works: list[Work], training: list[end_to_end.Scale], device: str, clock: runner.Clock
+) -> Run:
+    """Everyone at `works` and `training`, as far as the minutes go."""
+    functorch = importlib.import_module("torch._functorch.config")
+    functorch.donated_buffer = False  # a compiled backward runs many times over one forward
+    dynamo = importlib.import_module("torch._dynamo.config")
+    setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 256)
+    about = records.machine()
     with console.status("what this machine does at best"):
         ceilings = clock.ceilings()
     console.print(f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}; "
                   f"copy {ceilings['copy']:,.0f} GB/s, bf16 product {ceilings['bfloat16']:,.0f} TFLOP/s")  # fmt: skip
     end = time.monotonic() + 60 * args.minutes
-    options = {"device": "cuda", "clock": clock, "ceilings": ceilings, "about": about,
+    options = {"device": device, "clock": clock, "ceilings": ceilings, "about": about,
                "out_of_time": lambda: time.monotonic() > end}  # fmt: skip
     # Training first: to import some peers changes Transformers for the whole process.
     jobs = itertools.chain(

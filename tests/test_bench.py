@@ -33,7 +33,7 @@ from bench import (
     timing,
 )
 from bench import work as work_module
-from bench.__main__ import main, works_of
+from bench.__main__ import main, measure, parser, works_of
 from bench.providers import OURS, PROVIDERS, Eager, Ours, Provider, Unsupported
 from bench.records import Record, Run
 from llama_kernels.language import HAS_TRITON, INTERPRETED
@@ -64,6 +64,9 @@ class FakeClock:
 
     def __init__(self, ms: float = 2.0) -> None:
         self.ms, self.calls = ms, []
+
+    def ceilings(self):
+        return CEILINGS
 
     def sampler(self, calls):
         self.calls.append(len(calls))
@@ -764,6 +767,21 @@ def test_reports_are_drawn_again_from_files(tmp_path):
     merged = records.read(tmp_path / "out" / "records.json").records
     assert [(r.provider, r.ms, r.ratio) for r in merged] == [(OURS, 2.0, 4.0), ("peer", 8.0, 0.25)]
     assert main(["report", str(tmp_path / "none.json")]) == 2
+
+
+def test_a_whole_run_but_for_the_clock(tmp_path, monkeypatch):
+    """What a GPU is measured with, from arguments to report, on CPU tensors and a fake clock."""
+    pytest.importorskip("matplotlib")
+    small = [dataclasses.replace(w, dtype=torch.bfloat16) for w in TINY]
+    scale = end_to_end.Scale("tiny", False, 64, 96, 1, 4, 2, 16, 40, 1, 32)
+    args = parser().parse_args(["run", "--directions", "forward", "--seconds", "0.01"])
+    made = measure(args, small, [scale], DEVICE, FakeClock())
+    assert {r.op for r in made.records} == {*(w.op for w in TINY), "decoder_layer"}
+    assert all(r.ms == 2.0 for r in made.records if r.provider == OURS)
+    assert (tmp_path / "report.html") in report.write(made, tmp_path)
+    args = parser().parse_args(["run", "--minutes", "1e-9"])
+    late = measure(args, small, [scale], DEVICE, FakeClock())
+    assert late.records and all(r.reason == "not run: out of time" for r in late.records)
 
 
 def test_parity_is_a_gate(tmp_path, monkeypatch, capsys):
