@@ -49,9 +49,8 @@ def hunt(attempt: Callable[..., None], number: int, device: torch.device, counts
         last.clear()
         last.update(arguments)
         counts[attempt.__name__] += not failed  # not the calls that shrink
-        torch.manual_seed(0)
         try:
-            attempt(**arguments, device=device)
+            test_fuzz.attempt_thrice(attempt, **arguments, device=device)
         except BaseException:
             failed = True
             raise
