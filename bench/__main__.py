@@ -101,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         records.write(made, args.json)
         written.append(args.json)
-    if args.save:
+    if args.save and not gpu:
+        console.print("not kept in bench/results/: nothing was measured")
+    elif args.save:
         kept = (
             records.folder(made.machine["gpu"])
             / f"{made.machine['date'][:10]}-{made.machine['commit'] or 'unknown'}.json"

@@ -17,25 +17,20 @@ import torch
 from torch import nn
 
 from bench import records, roofline, timing
+from bench.attention import pairs
 from bench.providers import OURS, Unsupported
 from bench.records import Record
 from bench.runner import Clock, brief
-from bench.work import MODELS, UNIT, relative_errors
+from bench.work import MODELS, UNIT, Model, relative_errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Widths as Transformers names them, and the tokens of a step."""
+    """A model, as many layers of it as are run, and the tokens of a step."""
 
     shape: str
     whole: bool  # a model with its embedding, head, loss and AdamW step; else one decoder layer
-    hidden: int
-    mlp: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
+    model: Model
     B: int
     S: int
     dtype: torch.dtype = torch.bfloat16
@@ -50,15 +45,13 @@ class Scale:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("shape", "dtype")}
+        return {**self.model._asdict(), "B": self.B, "S": self.S}
 
 
 def scales() -> Iterator[Scale]:
     for name in ("Llama 3.2 1B", "Llama 3.1 8B"):
-        m = MODELS[name]
-        yield Scale(name, False, m.hidden, m.mlp, 1, m.heads, m.kv_heads, m.head_dim, 64, 2, 4096)
-    m = MODELS["Llama 3.2 1B"]
-    yield Scale("4 layers of Llama 3.2 1B", True, m.hidden, m.mlp, 4, m.heads, m.kv_heads, m.head_dim, 32000, 2, 4096)
+        yield Scale(name, False, MODELS[name]._replace(layers=1, vocab=64), 2, 4096)
+    yield Scale("4 layers of Llama 3.2 1B", True, MODELS["Llama 3.2 1B"]._replace(layers=4, vocab=32000), 2, 4096)
 
 
 # --- variations ------------------------------------------------------------------------------------------------------
@@ -136,9 +129,10 @@ def _llama(scale: Scale, device: str, dtype: torch.dtype) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise Unsupported("not installed (pip install transformers)") from None
+    m = scale.model
     config = LlamaConfig(
-        vocab_size=scale.vocab, hidden_size=scale.hidden, intermediate_size=scale.mlp, num_hidden_layers=scale.layers,
-        num_attention_heads=scale.heads, num_key_value_heads=scale.kv_heads, head_dim=scale.head_dim,
+        vocab_size=m.vocab, hidden_size=m.hidden, intermediate_size=m.mlp, num_hidden_layers=m.layers,
+        num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, head_dim=m.head_dim,
         max_position_embeddings=max(scale.S, 8192), rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
@@ -160,11 +154,11 @@ class _Step:
         self.parameters = list(module.parameters())
         torch.manual_seed(1)
         if scale.whole:
-            self.tokens = torch.randint(scale.vocab, (scale.B, scale.S), device=device)
+            self.tokens = torch.randint(scale.model.vocab, (scale.B, scale.S), device=device)
             fused = device == "cuda"
             self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=fused)
         else:
-            shape = (scale.B, scale.S, scale.hidden)
+            shape = (scale.B, scale.S, scale.model.hidden)
             self.x = torch.randn(shape, device=device).to(dtype).requires_grad_()
             self.dy = torch.randn(shape, device=device).to(dtype)
             positions = torch.arange(scale.S, device=device)[None]
@@ -289,11 +283,11 @@ def _put_rate(r: Record, scale: Scale, ceilings: Mapping[str, float]) -> None:
 
 def flops(scale: Scale) -> int:
     """Of the matrix products of a step, forward and backward."""
-    tokens, D = scale.B * scale.S, scale.head_dim
-    heads = 2 * scale.heads + 2 * scale.kv_heads  # q and out, k and v
-    weights = scale.layers * (scale.hidden * heads * D + 3 * scale.hidden * scale.mlp)
-    weights += scale.hidden * scale.vocab if scale.whole else 0
-    attention = scale.layers * 14 * scale.heads * D * scale.B * scale.S * (scale.S + 1) // 2
+    tokens, m = scale.B * scale.S, scale.model
+    heads = 2 * m.heads + 2 * m.kv_heads  # q and out, k and v
+    weights = m.layers * (m.hidden * heads * m.head_dim + 3 * m.hidden * m.mlp)
+    weights += m.hidden * m.vocab if scale.whole else 0
+    attention = m.layers * 14 * m.heads * m.head_dim * scale.B * pairs(scale.S)
     return 6 * tokens * weights + attention
 
 

@@ -7,6 +7,7 @@ way the provider stays in the table, with the reason. PROVIDERS, at the end, is 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import types
@@ -292,23 +293,24 @@ class Quack(Provider):
     def rope(self, work: Rope, device: str) -> Function:
         from quack.rotary import apply_rotary_emb
 
-        cos, sin = work.tables(device)
-        return lambda q, k: tuple(_swap(apply_rotary_emb(_swap(x), cos, sin)) for x in (q, k))
+        return _rotary(apply_rotary_emb, work, device)
 
 
-class FlashAttention2(Provider):
-    name = "flash-attn-2"
-    module, package = "flash_attn.flash_attn_interface", "flash-attn"
+class FlashAttention(Provider):
+    """What its generations share; `home` is where their functions are."""
+
+    home: str
 
     def attention(self, work: Attention, device: str) -> Function:
-        from flash_attn import flash_attn_func
-
-        return _flash(flash_attn_func, work)
+        return _flash(importlib.import_module(self.home).flash_attn_func, work)
 
     def attention_varlen(self, work: AttentionVarlen, device: str) -> Function:
-        from flash_attn import flash_attn_varlen_func
+        return _flash_varlen(importlib.import_module(self.home).flash_attn_varlen_func, work, device)
 
-        return _flash_varlen(flash_attn_varlen_func, work, device)
+
+class FlashAttention2(FlashAttention):
+    name, home = "flash-attn-2", "flash_attn"
+    module, package = "flash_attn.flash_attn_interface", "flash-attn"
 
     def decode(self, work: Decode, device: str) -> Function:
         from flash_attn import flash_attn_with_kvcache
@@ -318,8 +320,7 @@ class FlashAttention2(Provider):
     def rope(self, work: Rope, device: str) -> Function:
         from flash_attn.layers.rotary import apply_rotary_emb
 
-        cos, sin = work.tables(device)
-        return lambda q, k: tuple(_swap(apply_rotary_emb(_swap(x), cos, sin)) for x in (q, k))
+        return _rotary(apply_rotary_emb, work, device)
 
     def rms_norm(self, work: RMSNorm, device: str) -> Function:
         from flash_attn.ops.triton.layer_norm import rms_norm_fn
@@ -332,34 +333,20 @@ class FlashAttention2(Provider):
         return lambda x, residual, weight: rms_norm_fn(x, weight, None, residual=residual, eps=EPS, prenorm=True)
 
 
-class FlashAttention3(Provider):
-    name = "flash-attn-3"
+class FlashAttention3(FlashAttention):
+    name, home = "flash-attn-3", "flash_attn_interface"
     module, package = "flash_attn_interface", "flash-attn-3"
 
-    def attention(self, work: Attention, device: str) -> Function:
-        from flash_attn_interface import flash_attn_func
 
-        return _flash(flash_attn_func, work)
-
-    def attention_varlen(self, work: AttentionVarlen, device: str) -> Function:
-        from flash_attn_interface import flash_attn_varlen_func
-
-        return _flash_varlen(flash_attn_varlen_func, work, device)
-
-
-class FlashAttention4(Provider):
-    name = "flash-attn-4"
+class FlashAttention4(FlashAttention):
+    name, home = "flash-attn-4", "flash_attn.cute"
     module, package = "flash_attn.cute", "--pre flash-attn-4"
 
-    def attention(self, work: Attention, device: str) -> Function:
-        from flash_attn.cute import flash_attn_func
 
-        return _flash(flash_attn_func, work)
-
-    def attention_varlen(self, work: AttentionVarlen, device: str) -> Function:
-        from flash_attn.cute import flash_attn_varlen_func
-
-        return _flash_varlen(flash_attn_varlen_func, work, device)
+def _rotary(apply_rotary_emb: Function, work: Rope, device: str) -> Function:
+    """Of FlashAttention and quack: q and k one after the other."""
+    cos, sin = work.tables(device)
+    return lambda q, k: tuple(_swap(apply_rotary_emb(_swap(x), cos, sin)) for x in (q, k))
 
 
 def _flash(flash_attn_func: Function, work: Attention) -> Function:

@@ -4,6 +4,7 @@ TRITON_INTERPRET=0 and no GPU the reference path that CPU tensors take otherwise
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -13,11 +14,25 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first 
 
 import pytest
 
-from llama_kernels.language import INTERPRETED
+from llama_kernels.language import HAS_TRITON, INTERPRETED
 
 torch.set_num_threads(1)  # tests run side by side, on tensors too small to share
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+# Of what compiles kernels, or launches them into nothing, under a driver that stands in for a GPU's.
+COMPILES = [
+    pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this run; the other run of the suite compiles"),
+    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
+    pytest.mark.skipif(DEVICE == "cuda", reason="replaces Triton's driver, which the other tests need"),
+]
+
+
+def compiles(test: Any) -> Any:
+    for mark in COMPILES:
+        test = mark(test)
+    return test
 
 
 def pytest_report_header() -> str:

@@ -36,8 +36,7 @@ from bench import work as work_module
 from bench.__main__ import main, measure, parser, works_of
 from bench.providers import OURS, PROVIDERS, Eager, Ours, Provider, Unsupported
 from bench.records import Record, Run
-from llama_kernels.language import HAS_TRITON, INTERPRETED
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, compiles
 
 NORM = memory_bound.RMSNorm(shape="norm", M=40, N=64, dtype=torch.float16)
 TINY = (
@@ -51,6 +50,11 @@ TINY = (
 )
 ABOUT = {"torch": "2", "triton": "3", "gpu": "Fake GPU", "driver": "1", "date": "2026-01-01T00:00:00+00:00"}
 CEILINGS = {"copy": 1000.0, "bfloat16": 100.0, "float16": 100.0, "float32": 10.0}
+
+
+def tiny_model(whole: bool, B: int) -> end_to_end.Scale:
+    model = work_module.Model(64, 96, 2 if whole else 1, 4, 2, 16, 40)
+    return end_to_end.Scale("tiny", whole, model, B, 32)
 
 
 def named(works):
@@ -305,12 +309,10 @@ def test_the_truth_in_pieces_is_the_whole(work, monkeypatch):
     whole = work_module.compute(work, whole_reference(work), wide, backward)
     assert truth.keys() == whole.keys()
     for name, x in truth.items():
-        torch.testing.assert_close(x, work.judged(name, whole[name]), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(x, work.judged(name, whole[name]))
     plain = work_module.compute(work, Eager().function(work, "cpu"), call, backward)
-    errors = work_module.errors(work, plain, truth)
-    yardstick = {name: work_module.relative_errors(x, truth[name])[0] for name, x in work.yardstick(call).items()}
-    for name, (bulk, _) in errors.items():
-        assert bulk == pytest.approx(yardstick[name], rel=0.5, abs=1e-7), name
+    bars = work_module.errors(work, work.yardstick(call), truth)
+    assert work_module.disparity(work, plain, truth, bars)[1] is None
 
 
 # --- parity ----------------------------------------------------------------------------------------------------------
@@ -322,7 +324,7 @@ def test_ours_and_plain_pytorch_are_right(work):
     assert {r.provider for r in made} >= {OURS, "eager"}
     for r in made:
         assert r.reason in (None, "has no window but a mask written out"), f"{r.provider}: {r.reason}"
-        assert r.reason or 0 < r.error < 1e-2
+        assert r.reason or r.error > 0
 
 
 class Wrong(Provider):
@@ -542,12 +544,6 @@ def test_results_have_a_folder_for_each_gpu(tmp_path, monkeypatch):
     assert records.latest("x").name == "2026-01-10-b.json"
 
 
-def test_every_kept_result_can_be_read():
-    for file in records.folder("").parent.rglob("*.json"):
-        kept = records.read(file)
-        assert kept.records and all(r.gpu and r.torch for r in kept.records), file
-
-
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
@@ -635,7 +631,7 @@ def test_plain_pytorch_moves_more():
 def test_flops_of_a_step_are_those_that_are_counted():
     pytest.importorskip("transformers")
     for whole in (False, True):
-        scale = end_to_end.Scale("tiny", whole, 64, 96, 2 if whole else 1, 4, 2, 16, 40, 2, 32)
+        scale = tiny_model(whole, 2)
         stock = end_to_end._llama(scale, "meta", scale.dtype)
         step = end_to_end._Step(scale, end_to_end.Stock(False), "meta", scale.dtype, stock)
         no_mask = pytest.MonkeyPatch()
@@ -643,7 +639,7 @@ def test_flops_of_a_step_are_those_that_are_counted():
         with roofline.counting_flash():
             tally = roofline.count(lambda step=step: step.backward(step.forward()))
         no_mask.undo()
-        assert sum(op.flops for op in tally.ops) == pytest.approx(end_to_end.flops(scale), rel=0.01)
+        assert sum(op.flops for op in tally.ops) == end_to_end.flops(scale)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -652,7 +648,7 @@ def test_flops_of_a_step_are_those_that_are_counted():
 @pytest.mark.parametrize("whole", [False, True], ids=["layer", "llama"])
 def test_training_runs_stock_and_ours(whole):
     pytest.importorskip("transformers")
-    scale = end_to_end.Scale("tiny", whole, 64, 96, 2 if whole else 1, 4, 2, 16, 40, 1, 32)
+    scale = tiny_model(whole, 1)
 
     class Broken(end_to_end.Stock):
         def change(self, model):
@@ -773,7 +769,7 @@ def test_a_whole_run_but_for_the_clock(tmp_path, monkeypatch):
     """What a GPU is measured with, from arguments to report, on CPU tensors and a fake clock."""
     pytest.importorskip("matplotlib")
     small = [dataclasses.replace(w, dtype=torch.bfloat16) for w in TINY]
-    scale = end_to_end.Scale("tiny", False, 64, 96, 1, 4, 2, 16, 40, 1, 32)
+    scale = tiny_model(False, 1)
     args = parser().parse_args(["run", "--directions", "forward", "--seconds", "0.01"])
     made = measure(args, small, [scale], DEVICE, FakeClock())
     assert {r.op for r in made.records} == {*(w.op for w in TINY), "decoder_layer"}
@@ -840,7 +836,7 @@ def test_gpu_check_needs_a_gpu(capsys):
     assert gpu_check.main([]) == 2 and "no GPU" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(INTERPRETED or not HAS_TRITON or DEVICE == "cuda", reason="launches through a stand-in for a GPU")
+@compiles
 def test_host_cost_is_measured_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "bench.host", "--json", str(tmp_path / "host.json")]
     subprocess.run(command, check=True, capture_output=True)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_kernels.language import HAS_TRITON, INTERPRETED
 from llama_kernels.ops.attention import backward, forward, tables
 from llama_kernels.ops.attention.tables import Tile
-from tests.conftest import DEVICE
+from tests.conftest import COMPILES
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this run; the other run of the suite compiles"),
-    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
-    pytest.mark.skipif(DEVICE == "cuda", reason="replaces Triton's driver, which the other tests need"),
-]
+pytestmark = COMPILES
 
 
 def reports(target: str, op: str, label: str, tile: Tile | None = None):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import os
 import subprocess
 import sys
@@ -23,12 +22,22 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.library import opcheck
 
 import llama_kernels as lk
-from llama_kernels.language import HAS_TRITON, INTERPRETED
+from llama_kernels.language import INTERPRETED
 from llama_kernels.ops import rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
 from llama_kernels.ops.attention.tables import Tile
-from tests.conftest import DEVICE
-from tests.judge import guarded, guarded_allocations, judge, relaid
+from tests.conftest import DEVICE, compiles
+from tests.judge import (
+    UNIT,
+    attention_mask,
+    guarded,
+    guarded_allocations,
+    ideal_attention,
+    ideal_rms_norm,
+    judge,
+    relaid,
+    relative_error,
+)
 from tests.test_attention import Case, check, packed
 from tests.test_rms_norm import check as check_norm
 from tests.test_rope import qk
@@ -37,10 +46,6 @@ from tests.test_rope import tables as rope_tables
 corpus = pytest.mark.corpus
 ROOT = Path(lk.__file__).parent.parent
 SOURCES = sorted(Path(lk.__file__).parent.rglob("*.py"))
-compiles = pytest.mark.skipif(
-    INTERPRETED or not HAS_TRITON or DEVICE == "cuda", reason="compiles through a stand-in for a GPU"
-)
-
 Ops = dict[str, tuple[Callable[..., Any], list[torch.Tensor]]]
 
 
@@ -75,9 +80,24 @@ def outcome(f: Callable[..., torch.Tensor], tensors: list[torch.Tensor], upstrea
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    """To the bit, of kernels; on the reference path torch adds up in the order of the memory."""
-    equal = torch.equal if INTERPRETED or DEVICE == "cuda" else functools.partial(torch.allclose, rtol=1e-5, atol=1e-6)
-    return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    """To the bit, of kernels; on the reference path torch adds up in the order of memory."""
+    if len(a) != len(b):
+        return False
+    if INTERPRETED or DEVICE == "cuda":
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(relative_error(x, y) <= 2 * UNIT[x.dtype] for x, y in zip(a, b, strict=True))
+
+
+def judge_rows(name: str, q, k, v, out, lse=None, **options: Any) -> None:
+    """`out`, and lse, of causal attention, by the rules of the judge."""
+    window = options.get("window_size", (-1, -1))
+    truth = lk.reference.attention(*(x.double() for x in (q, k, v)), return_lse=True, **options)
+    see = attention_mask(q.shape[2], k.shape[2], True, window, None, None, q.device)
+    zeros = torch.zeros_like(truth[1], dtype=torch.float32)
+    ideal = ideal_attention(q, k, v, see, q.shape[-1] ** -0.5, None, None, torch.zeros_like(out), zeros)
+    judge(name, out, truth[0], ideal[0])
+    if lse is not None:
+        judge(f"lse, {name}", lse, truth[1], ideal[1])
 
 
 # --- indexing and sizes ----------------------------------------------------------------------------------------------
@@ -89,10 +109,9 @@ def test_wrong_past_65536_keys(Sq, device):
     """A product in 32 bits stepped at exactly 2^16: pytorch#187225, #162588. A window on both sides."""
     Sk, left = 2**16 + 30, 80
     q, k, v = (torch.randn(1, 1, S, 16, device=device).half() for S in (Sq, Sk, Sk))
-    out = lk.attention(q, k, v, window_size=(left, 0))
-    near = left + Sq
-    expected = lk.reference.attention(q.double(), *(x[:, :, -near:].double() for x in (k, v)), window_size=(left, 0))
-    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    out, lse = lk.attention(q, k, v, window_size=(left, 0), return_lse=True)
+    near = [x[:, :, -(left + Sq) :] for x in (k, v)]
+    judge_rows("out", q, *near, out, lse, window_size=(left, 0))
 
 
 @compiles
@@ -156,14 +175,7 @@ def test_nothing_at_all_is_no_division_by_zero(shape, device):
 @pytest.mark.parametrize("N", [41, 123, 1000])
 def test_masked_lanes_enter_the_mean(N, device):
     """Lanes past the row's end counted as values: unsloth#1867, Liger#582. Shows where the mean is far from zero."""
-    x, dy = (torch.randn(7, N, device=device) + 5 for _ in range(2))
-    leaf, wide = x.requires_grad_(), x.detach().double().requires_grad_()
-    y, truth = lk.rms_norm(guarded(leaf)), lk.reference.rms_norm(wide)
-    torch.testing.assert_close(y.double(), truth, rtol=1e-6, atol=1e-6)
-    inner = leaf.detach().clone().requires_grad_()
-    (dx,) = torch.autograd.grad(lk.rms_norm(inner), inner, dy)
-    (exact,) = torch.autograd.grad(truth, wide, dy.double())
-    torch.testing.assert_close(dx.double(), exact, rtol=1e-4, atol=1e-5)
+    check_norm((7, N), torch.float32, device, layout=lambda x: x + 5)
 
 
 @corpus(14, 15)
@@ -317,10 +329,12 @@ def test_residual_gradient_on_the_wrong_side_of_the_norm(used, device):
 
     grads = torch.autograd.grad(loss(lk, x, r, w), (x, r, w), allow_unused=True)
     truth = torch.autograd.grad(loss(lk.reference, *wide), wide, allow_unused=True)
-    for g, exact in zip(grads, truth, strict=True):
+    dy, ds = for_y * (used != "residual_out"), for_r * (used != "y")
+    ideal = ideal_rms_norm(*(t.detach() for t in (x, r, w)), 1e-6, 0.0, dy, ds)[2:]
+    for name, g, exact, I in zip(("dx", "dresidual", "dweight"), grads, truth, ideal, strict=True):
         assert (g is None) == (exact is None)
         if g is not None:
-            torch.testing.assert_close(g.double(), exact, rtol=1e-5, atol=1e-5)
+            judge(name, g, exact, I)
 
 
 @corpus(37)
@@ -330,8 +344,8 @@ def test_prefill_and_decoding_differ(device):
     whole, whole_lse = lk.attention(q, k, v, return_lse=True)
     assert decode.splits(q[:, :, -1:], k) and not decode.splits(q, k)
     last, lse = lk.attention(q[:, :, -1:], k, v, return_lse=True)
-    torch.testing.assert_close(lse, whole_lse[..., -1:], rtol=2e-7, atol=0)
-    torch.testing.assert_close(last, whole[:, :, -1:], rtol=2e-3, atol=1e-4)  # p is rounded in other blocks
+    judge_rows("decoding", q[:, :, -1:], k, v, last, lse)
+    judge_rows("prefill", q[:, :, -1:], k, v, whole[:, :, -1:], whole_lse[..., -1:])
 
 
 @corpus(38)
@@ -665,10 +679,10 @@ print("done")
 @corpus(74)
 def test_home_that_cannot_be_written():
     """A container's HOME is often read-only: triton#518. Import, and the ops on a CPU, write nothing."""
-    program = "import torch, llama_kernels as lk; print(lk.rms_norm(torch.ones(2, 8)).sum().item())"
+    program = "import torch, llama_kernels as lk; print(*lk.rms_norm(torch.ones(2, 8)).shape)"
     env = {**{k: v for k, v in os.environ.items() if not k.startswith("TRITON_CACHE")}, "HOME": "/proc/nowhere"}
     done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and abs(float(done.stdout) - 16) < 1e-3, done.stderr[-1000:]
+    assert done.stdout.split() == ["2", "8"], done.stderr[-1000:]
 
 
 def test_the_table_of_the_documentation_is_true():

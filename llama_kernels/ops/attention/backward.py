@@ -313,7 +313,7 @@ def launch_backward(
     flags = {**call_widths(q, v), "FAR": far(q, k, v, do)}
     with on_device_of(q):
         tile = tile_for("dkdv", q, v)
-        programs = cdiv(longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // max(sizes.group, 1))  # no heads: no group
+        programs = cdiv(longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // sizes.group)
         grads = (dk if need_dk else None, dv if need_dv else None)
         for pair in ((grads[0], None), (None, grads[1])) if tile.split else (grads,):
             if programs and pair != (None, None):

@@ -46,7 +46,7 @@ def call_sizes(
     _, Hkv, Sk = sizes_of(k)
     if cu_seqlens_q is not None:
         B = cu_seqlens_q.shape[0] - 1
-    return Sizes(B, Hq, Hq // max(Hkv, 1), Sq, Sk, longest_q, longest_k)
+    return Sizes(B, Hq, max(Hq // max(Hkv, 1), 1), Sq, Sk, longest_q, longest_k)
 
 
 def call_scoring(scale: float, softcap: float | None) -> Scoring:
