@@ -32,24 +32,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from llama_kernels import runtime
 from llama_kernels.ops import rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
 
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One family of GPUs: how Triton names it, and the shared memory one block may use."""
-
-    gpu: GPUTarget
-    shared_limit: int
-
-
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
 
@@ -74,14 +66,23 @@ def cases() -> Iterator[Case]:
 
 
 def _rms_norm_cases() -> Iterator[Case]:
-    for N in (64, 128, 1024, 2048, 4096, 5120, 8192, 16384, 65536, 262144):
-        for fused in (False, True):
-            x = torch.empty(64, N, dtype=torch.bfloat16)
-            residual, weight, rstd = x if fused else None, torch.empty(N, dtype=torch.bfloat16), torch.empty(64, 1)
-            label = f"N={N}" + (" +residual" if fused else "")
-            yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): rms_norm._forward(*a))
-            grads = (x, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
-            yield Case("rms_norm", label, lambda a=grads: rms_norm._backward(*a))
+    half, single = torch.bfloat16, torch.float32
+    for N in (64, 128, 1024, 2048, 4096, 5120, 8192, 14336, 16384, 32768, 65536, 262144):
+        yield from _rows_of(N, half, half)
+    for N in (128, 4096, 8192, 16384, 32768):
+        yield from _rows_of(N, single, single)
+    for N in (16384, 32768):
+        yield from _rows_of(N, half, single)
+
+
+def _rows_of(N: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Iterator[Case]:
+    x, weight, rstd = torch.empty(64, N, dtype=dtype), torch.empty(N, dtype=weight_dtype), torch.empty(64, 1)
+    for residual in (None, x):
+        label = f"N={N}" + " float32" * (dtype == torch.float32) + " float32 weight" * (weight_dtype != dtype)
+        label += "" if residual is None else " +residual"
+        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): rms_norm._forward(*a))
+        grads = (x, residual, x, weight, rstd, 1e-6, 0.0, dtype, True, True)
+        yield Case("rms_norm", label, lambda a=grads: rms_norm._backward(*a))
 
 
 def _rope_cases() -> Iterator[Case]:
@@ -157,7 +158,7 @@ class StandInDriver:
         self._name = name
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self._name].gpu
+        return TARGETS[self._name]
 
     def get_current_device(self) -> int:
         return list(TARGETS).index(self._name)
@@ -180,7 +181,7 @@ def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(tables, "arch_of", lambda _: name),
-        mock.patch.object(rope, "lanes_of", lambda _: TARGETS[name].gpu.warp_size),
+        mock.patch.object(runtime, "arch_of", lambda _: name),
     ):
         driver.set_active(StandInDriver(name))
         case.launch()
@@ -212,20 +213,20 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
-    reader = _read_nvidia if TARGETS[name].gpu.backend == "cuda" else _read_amd
+    reader = _read_nvidia if TARGETS[name].backend == "cuda" else _read_amd
     report = Report(name, case.op, kernel, case.label, compiled.metadata.num_warps, 0, 0, compiled.metadata.shared,
                     0, {}, {})  # fmt: skip
     serialised = reader(compiled, report)
     if report.spill_bytes:
         report.faults.append(f"spills {report.spill_bytes} bytes")
-    if report.shared_bytes > TARGETS[name].shared_limit:
-        report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {TARGETS[name].shared_limit}")
+    if report.shared_bytes > 1024 * runtime.SHARED_KIB[name]:
+        report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {runtime.SHARED_KIB[name]} KiB")
     if case.op in ("attention", "decode") and not re.search("delta|combine", kernel):
         if "float32" not in case.label and not report.tensor_core:
             report.faults.append("no tensor-core instruction")
         if serialised:
             report.faults.append("tensor-core pipeline serialised")
-    elif "combine" not in kernel:
+    elif not re.search("combine|sum_partials", kernel):
         writes_rows = case.op in ("rope", "rms_norm") and "weight" not in kernel
         if 128 not in report.loads or (writes_rows and 128 not in report.stores):
             report.faults.append("no 128-bit global access")

@@ -90,9 +90,18 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# KiB of shared memory that one program may use, by family.
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+
+
+def shared_bytes_of(device: torch.device) -> int:
+    """Shared memory that one program may use on `device`."""
+    return 1024 * SHARED_KIB[arch_of(device)]
+
+
 def lanes_of(device: torch.device) -> int:
     """Threads in a warp of `device`."""
-    return 64 if device.type == "cuda" and torch.version.hip else 32
+    return 64 if arch_of(device) == "gfx942" else 32
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

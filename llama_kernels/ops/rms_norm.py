@@ -14,11 +14,13 @@ import torch
 
 from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
+from llama_kernels.ops.partials import sum_partials
 from llama_kernels.runtime import (
     cdiv,
     check_tensors,
     distinct,
     empty_in_order_of,
+    lanes_of,
     last_dim_contiguous,
     message,
     needs_grad,
@@ -28,6 +30,7 @@ from llama_kernels.runtime import (
     refuse_double_backward,
     register,
     shape_of,
+    shared_bytes_of,
 )
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -38,31 +41,62 @@ class RowTile(NamedTuple):
 
     BLOCK_R: int
     BLOCK_N: int
-    num_warps: int
+    threads: int
+    programs: int  # a processor, of those that stay and take row after row
+
+    def stages(self, element_bytes: int, shared_bytes: int) -> int:
+        """1 and how many tiles are loaded ahead, at most two: what the programs that share a processor leave one
+        another of its `shared_bytes`, where a column of a row takes `element_bytes`."""
+        return 1 + min(2, (shared_bytes // self.programs - 2048) // (self.BLOCK_R * self.BLOCK_N * element_bytes))
 
 
 @functools.cache
-def row_tile(pass_: str, N: int) -> RowTile:
-    """The tile for rows of N elements in `pass_`: "forward", "backward" (dx, and dw beside it) or "weight_grad"."""
-    longest, warps_at = _ROW_TILES[pass_]
-    BLOCK_N = min(max(next_power_of_2(N), 16), longest)
-    elements, num_warps = next(row for width, *row in warps_at if width >= BLOCK_N)
-    return RowTile(max(elements // BLOCK_N, 1), BLOCK_N, num_warps)
+def row_tile(pass_: str, N: int, itemsize: int = 2) -> RowTile:
+    """The tile for rows of N elements of at most `itemsize` bytes in `pass_`: "forward", "backward" (dx, and dw beside
+    it) or "weight_grad"."""
+    halves = max(itemsize // 2, 1)
+    columns, rows = _ROW_TILES[pass_]
+    width = max(next_power_of_2(N), 16)
+    elements, threads, programs = next(row for up_to, *row in rows if up_to >= width * halves)
+    BLOCK_N = min(width, elements // halves, columns)
+    return RowTile(max(elements // halves // BLOCK_N, 1), BLOCK_N, threads, programs)
 
 
-# pass: (widest tile, ((up to this width, elements a program, warps), ...)). A thread needs 8 bf16 elements for a
-# 16-byte access, that is 256 elements a warp. Many short rows share a program; one row a program from 4096 on.
+# pass: (most columns a step, ((up to this width, elements a program, threads, programs a processor), ...)), in elements
+# of two bytes: one of four counts twice. A thread needs 16 bytes in a row for a 16-byte access. Many short rows share a
+# program; one row a program from 4096 on.
 _ROW_TILES = {
-    # 32 elements a thread at 16384: 63 registers on sm_90, no spill; longer rows are read twice, then from L2.
-    "forward": (16384, ((1024, 4096, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 16))),
-    # dw stays in registers beside x and dy, which ends at 8192: 16384 spills at any number of warps.
-    "backward": (8192, ((1024, 2048, 4), (4096, 4096, 8), (8192, 8192, 16))),
+    # 32 elements a thread at 16384 and 32768: 58 and 63 registers on sm_90. 65536 spills, so longer rows are walked.
+    "forward": (
+        32768,
+        (
+            (1024, 4096, 128, 1),
+            (4096, 4096, 256, 1),
+            (8192, 8192, 512, 1),
+            (16384, 16384, 512, 1),
+            (math.inf, 32768, 1024, 1),
+        ),
+    ),
+    # dw stays in registers beside x and dy. Short rows need many programs to hide the sums across a row, long rows fill
+    # a processor with one. At 16384 the weight has no room either and is read anew for each row. Longer rows are
+    # walked.
+    "backward": (
+        16384,
+        (
+            (256, 2048, 128, 8),
+            (1024, 2048, 128, 4),
+            (4096, 4096, 256, 2),
+            (8192, 8192, 512, 1),
+            (16384, 16384, 1024, 1),
+            (math.inf, 4096, 256, 4),
+        ),
+    ),
     # Column blocks, rows split over programs: narrow enough that 64 columns still make whole 128-byte lines.
-    "weight_grad": (256, ((256, 4096, 4),)),
+    "weight_grad": (256, ((math.inf, 4096, 128, 4),)),
 }
 
-# Programs a multiprocessor in the two row-strided kernels: two waves hide latency, more only add partials to sum.
-_WAVES = 2
+# Up to this width the weight stays in registers while the rows pass.
+_WEIGHT_STAYS: tl.constexpr = tl.constexpr(8192)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -102,6 +136,16 @@ def _load_summed(x_rows, residual_rows, s_ptr, cols, mask):
 
 
 @triton.jit
+def _store_normed(y_rows, live, s, rstd, scale, weight_ptr, offset, n, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """y of the columns from n on; `scale` is None where it is still to be loaded."""
+    cols = n + tl.arange(0, BLOCK_N)
+    if scale is None:
+        scale = _load_scale(weight_ptr, cols, offset, N)
+    y = cast(s * rstd[:, None] * scale, y_rows.dtype.element_ty)
+    tl.store(y_rows[:, None] + cols[None, :], y, mask=live[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, rstd_ptr,
     x_strides, residual_strides, y_strides, s_strides, rstd_strides, row_sizes,
@@ -122,6 +166,9 @@ def _rms_norm_forward_kernel(
         residual_rows = residual_ptr + _row_starts(rows, row_sizes, residual_strides)
         s_rows = s_ptr + _row_starts(rows, row_sizes, s_strides)
 
+    scale = None
+    if N <= BLOCK_N and N <= _WEIGHT_STAYS:  # on its way while the squares are summed
+        scale = _load_scale(weight_ptr, tl.arange(0, BLOCK_N), offset, N)
     s = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_R], tl.float32)
     for n in range(0, N, BLOCK_N):
@@ -134,38 +181,62 @@ def _rms_norm_forward_kernel(
     rstd = tl.rsqrt(squares / N + eps)  # [BLOCK_R]
     tl.store(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), rstd, mask=live)
 
-    for n in range(0, N, BLOCK_N):
-        cols = n + tl.arange(0, BLOCK_N)
-        mask = live[:, None] & (cols < N)[None, :]
-        if N > BLOCK_N:  # else the one tile is still in registers
-            s = _load_summed(x_rows, residual_rows, s_ptr, cols, mask)
-        y = s * rstd[:, None] * _load_scale(weight_ptr, cols, offset, N)
-        tl.store(y_rows[:, None] + cols[None, :], cast(y, y_ptr.dtype.element_ty), mask=mask)
+    last = (N - 1) // BLOCK_N * BLOCK_N
+    _store_normed(y_rows, live, s, rstd, scale, weight_ptr, offset, last, N, BLOCK_N)
+    if N > BLOCK_N:  # the last step is still in registers; of the others the latest is the likeliest to be in the L2
+        if residual_ptr is not None:
+            tl.debug_barrier()  # the sum is read back, by other threads maybe than wrote it
+            x_rows = s_rows
+        for step in range(1, tl.cdiv(N, BLOCK_N)):
+            n = last - step * BLOCK_N
+            cols = n + tl.arange(0, BLOCK_N)
+            s = _load(x_rows, cols, live[:, None] & (cols < N)[None, :])
+            _store_normed(y_rows, live, s, rstd, None, weight_ptr, offset, n, N, BLOCK_N)
+
+
+@triton.jit
+def _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, n, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dx of the columns from n on, g and xhat being theirs."""
+    cols = n + tl.arange(0, BLOCK_N)
+    mask = live[:, None] & (cols < N)[None, :]
+    if N == 1:
+        dx = g * rstd * (eps * rstd * rstd)  # 1 - xhat^2, which the difference below would cancel away
+    else:
+        dx = rstd * (g - xhat * mean)
+    if ds_rows is not None:
+        dx += _load(ds_rows, cols, mask)
+    tl.store(dx_rows[:, None] + cols[None, :], cast(dx, dx_rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _rms_norm_backward_kernel(
     dy_ptr, ds_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr,
     dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, row_sizes,
-    M, eps, offset,
-    N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    M, columns, eps, offset,
+    N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (g - xhat * mean(g * xhat)) (+ ds), xhat = x * rstd, g = dy * (offset + weight); dw = sum(dy * xhat).
 
-    A program takes every num_programs-th tile of BLOCK_R rows and, where a row fits one tile, keeps its share of dw in
-    registers and writes it once to its own row of dw_ptr (programs, N). ds, weight and dw may be None. float32 inside.
+    A program takes every num_programs-th tile of BLOCK_R rows and, where a row fits one tile, loads STAGES - 1 of them
+    ahead, keeps its share of dw in registers and writes it once to its own row of dw_ptr (programs, N). ds, weight and
+    dw may be None. float32 inside.
+    `columns` is N as a number that the compiler does not know: it would unroll a walk until the registers run out.
     Bytes: dy, x (and ds) in, dx out, once each; rows longer than BLOCK_N are read twice. FLOPs: 10 M N.
     """
     tl.static_assert(dw_ptr is None or N <= BLOCK_N, "dw is kept only where a row fits one tile")
     first_cols = tl.arange(0, BLOCK_N)
-    scale = _load_scale(weight_ptr, first_cols, offset, N)  # [1, BLOCK_N]
+    scale = None
+    if N <= BLOCK_N and N <= _WEIGHT_STAYS:
+        scale = _load_scale(weight_ptr, first_cols, offset, N)  # [1, BLOCK_N]
     dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_R, M, tl.num_programs(0) * BLOCK_R):
+    last = (N - 1) // BLOCK_N * BLOCK_N
+    for start in tl.range(tl.program_id(0) * BLOCK_R, M, tl.num_programs(0) * BLOCK_R, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_R)
         live = rows < M
         dy_rows = dy_ptr + _row_starts(rows, row_sizes, dy_strides)
         x_rows = x_ptr + _row_starts(rows, row_sizes, x_strides)
         dx_rows = dx_ptr + _row_starts(rows, row_sizes, dx_strides)
+        ds_rows = ds_ptr
         if ds_ptr is not None:
             ds_rows = ds_ptr + _row_starts(rows, row_sizes, ds_strides)
         rstd = tl.load(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), mask=live, other=0.0)[:, None]
@@ -173,32 +244,27 @@ def _rms_norm_backward_kernel(
         g = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
         xhat = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
         mean = tl.zeros([BLOCK_R], tl.float32)
-        for n in range(0, N, BLOCK_N):
+        for n in range(0, N if N <= BLOCK_N else columns, BLOCK_N):
             cols = n + first_cols
             mask = live[:, None] & (cols < N)[None, :]
             xhat = _load(x_rows, cols, mask) * rstd  # [BLOCK_R, BLOCK_N]
             g = _load(dy_rows, cols, mask)
             if dw_ptr is not None:
                 dw += g * xhat
-            if N > BLOCK_N:
-                scale = _load_scale(weight_ptr, cols, offset, N)
-            g *= scale
+            g *= _load_scale(weight_ptr, cols, offset, N) if scale is None else scale
             mean += tl.sum(g * xhat, 1)
         mean = mean[:, None] / N
 
-        for n in range(0, N, BLOCK_N):
+        _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, last, N, BLOCK_N)
+        for step in range(
+            1, 1 if N <= BLOCK_N else tl.cdiv(columns, BLOCK_N)
+        ):  # the last step is still in registers, the latest in the L2
+            n = last - step * BLOCK_N
             cols = n + first_cols
             mask = live[:, None] & (cols < N)[None, :]
-            if N > BLOCK_N:  # else the one tile is still in registers
-                xhat = _load(x_rows, cols, mask) * rstd
-                g = _load(dy_rows, cols, mask) * _load_scale(weight_ptr, cols, offset, N)
-            if N == 1:
-                dx = g * rstd * (eps * rstd * rstd)  # 1 - xhat^2, which the difference below would cancel away
-            else:
-                dx = rstd * (g - xhat * mean)
-            if ds_ptr is not None:
-                dx += _load(ds_rows, cols, mask)
-            tl.store(dx_rows[:, None] + cols[None, :], cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+            xhat = _load(x_rows, cols, mask) * rstd
+            g = _load(dy_rows, cols, mask) * _load_scale(weight_ptr, cols, offset, N)
+            _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, n, N, BLOCK_N)
 
     if dw_ptr is not None:
         tl.store(dw_ptr + tl.program_id(0) * N + first_cols, tl.sum(dw, 0), mask=first_cols < N)
@@ -209,7 +275,7 @@ def _rms_norm_weight_grad_kernel(
     dy_ptr, x_ptr, rstd_ptr, dw_ptr,
     dy_strides, x_strides, rstd_strides, row_sizes,
     M,
-    N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dw = sum(dy * x * rstd) over rows, alone: for rows too long to keep dw beside them, or where dx is not needed.
 
@@ -218,7 +284,7 @@ def _rms_norm_weight_grad_kernel(
     """
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    for start in range(tl.program_id(1) * BLOCK_R, M, tl.num_programs(1) * BLOCK_R):
+    for start in tl.range(tl.program_id(1) * BLOCK_R, M, tl.num_programs(1) * BLOCK_R, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_R)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         rstd = tl.load(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), mask=rows < M, other=0.0)
@@ -277,6 +343,14 @@ def _dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x if x.stride() == dense.stride() else dense.copy_(x)
 
 
+def _widest(*tensors: torch.Tensor | None) -> int:
+    return max(t.element_size() for t in tensors if t is not None)
+
+
+def _element_bytes(*tensors: torch.Tensor | None) -> int:
+    return sum(t.element_size() for t in tensors if t is not None)
+
+
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -284,11 +358,11 @@ def _forward(
     rows = _rows_of(x, residual, y, None if residual is None else s, rstd)
     if rows.count and x.shape[-1]:
         x_, residual_, y_, s_, rstd_ = rows.tensors
-        tile = row_tile("forward", x.shape[-1])
+        tile = row_tile("forward", x.shape[-1], _widest(x, residual, weight))
         with on_device_of(x):
             _rms_norm_forward_kernel[(cdiv(rows.count, tile.BLOCK_R),)](
                 x_, residual_, weight, y_, s_, rstd_, *rows.strides, rows.sizes, rows.count, eps, offset,
-                N=x.shape[-1], BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps,
+                N=x.shape[-1], BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.threads // lanes_of(x.device),
             )  # fmt: skip
     return y, s, rstd
 
@@ -312,30 +386,35 @@ def _backward(
         return dx, dw.zero_()
     x_, dy_, ds_, rstd_, dx_ = rows.tensors
     x_strides, dy_strides, ds_strides, rstd_strides, dx_strides = rows.strides
-    programs = _WAVES * processors_of(x.device)
+    processors, lanes, shared = processors_of(x.device), lanes_of(x.device), shared_bytes_of(x.device)
     partials = None
     with on_device_of(x):
         if need_dx:
-            tile = row_tile("backward", N)
-            grid = min(programs, cdiv(rows.count, tile.BLOCK_R))
+            tile = row_tile("backward", N, _widest(x, dy, ds, weight))
+            grid = min(tile.programs * processors, cdiv(rows.count, tile.BLOCK_R))
+            ahead = (x, dy, ds) if _WEIGHT_STAYS.value >= N else (x, dy, ds, weight)
             if need_dw and N <= tile.BLOCK_N:
                 partials = x.new_empty((grid, N), dtype=torch.float32)
             _rms_norm_backward_kernel[(grid,)](
                 dy_, ds_, x_, weight, rstd_, dx_, partials,
-                dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, rows.sizes, rows.count, eps, offset,
-                N=N, BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps,
+                dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, rows.sizes, rows.count, N, eps, offset,
+                N=N, BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N,
+                STAGES=tile.stages(_element_bytes(*ahead), shared),
+                num_warps=tile.threads // lanes,
             )  # fmt: skip
         if need_dw and partials is None:
-            tile = row_tile("weight_grad", N)
+            tile = row_tile("weight_grad", N, _widest(x, dy))
             columns = cdiv(N, tile.BLOCK_N)
-            splits = min(cdiv(programs, columns), cdiv(rows.count, tile.BLOCK_R))
+            splits = min(cdiv(tile.programs * processors, columns), cdiv(rows.count, tile.BLOCK_R))
             partials = x.new_empty((splits, N), dtype=torch.float32)
             _rms_norm_weight_grad_kernel[(columns, splits)](
                 dy_, x_, rstd_, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count,
-                N=N, BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps,
+                N=N, BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N,
+                STAGES=tile.stages(_element_bytes(x, dy), shared),
+                num_warps=tile.threads // lanes,
             )  # fmt: skip
-    if need_dw:
-        dw = partials.sum(0).to(weight.dtype)
+        if need_dw:
+            sum_partials(partials, dw)
     return dx, dw
 
 
