@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from llama_kernels import runtime
-from llama_kernels.ops import rms_norm, rope
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
 
 TARGETS = {
@@ -61,6 +61,7 @@ class Case:
 def cases() -> Iterator[Case]:
     yield from _rms_norm_cases()
     yield from _rope_cases()
+    yield from _qk_norm_rope_cases()
     yield from _attention_cases()
     yield from _decode_cases()
 
@@ -89,10 +90,31 @@ def _rope_cases() -> Iterator[Case]:
     for D, R, Hq, Hkv in ((64, 64, 32, 8), (80, 80, 32, 32), (96, 96, 32, 8), (128, 128, 32, 8), (128, 64, 32, 8),
                           (128, 128, 32, 1), (256, 256, 8, 4)):  # fmt: skip
         for interleaved in (False, True):
-            q, k = (torch.empty(1, 32, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv))
-            table, positions = torch.empty(32, R // 2), torch.zeros(1, 32, dtype=torch.int64)
+            q, k, *angles = _heads(D, R, Hq, Hkv)
             label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
-            yield Case("rope", label, lambda a=(q, k, table, table, positions, interleaved, False): rope._rotated(*a))
+            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): rope._rotated(*a))
+    q, k, *angles = _heads(128, 128, 32, 8)
+    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): rope._packed_backward(*a))
+    cache, slots = torch.empty(1, 8, 64, 128, dtype=q.dtype), angles[-1]
+    into = (q, k, k, cache, cache, slots, *angles, False)
+    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: rope._into_cache(*a))
+
+
+def _qk_norm_rope_cases() -> Iterator[Case]:
+    for D, R, Hq, Hkv in ((64, 64, 32, 8), (80, 80, 32, 32), (128, 128, 32, 8), (128, 64, 32, 8), (256, 256, 8, 4)):
+        for interleaved in (False, True):
+            q, k, *angles = _heads(D, R, Hq, Hkv)
+            weights = (torch.empty(D, dtype=q.dtype),) * 2
+            label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
+            rest = (*weights, *angles, 1e-6, 0.0, interleaved)
+            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): qk_norm_rope._forward(*a))
+            yield Case("qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): qk_norm_rope._backward(*a))
+
+
+def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:
+    """q, k in the memory order of a projection, cos, sin, position_ids."""
+    q, k = (torch.empty(1, 32, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv))
+    return q, k, torch.empty(32, R // 2), torch.empty(32, R // 2), torch.zeros(1, 32, dtype=torch.int64)
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -227,7 +249,7 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
         if serialised:
             report.faults.append("tensor-core pipeline serialised")
     elif not re.search("combine|sum_partials", kernel):
-        writes_rows = case.op in ("rope", "rms_norm") and "weight" not in kernel
+        writes_rows = case.op in ("rope", "rms_norm", "qk_norm_rope") and "weight" not in kernel
         if 128 not in report.loads or (writes_rows and 128 not in report.stores):
             report.faults.append("no 128-bit global access")
     return report

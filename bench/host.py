@@ -27,7 +27,7 @@ from triton.runtime import driver
 import llama_kernels as lk
 from bench.codegen import StandInDriver
 from llama_kernels import runtime
-from llama_kernels.ops import rms_norm, rope
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, forward, tables
 
 GOAL = 25.0  # microseconds of a forward call
@@ -37,6 +37,10 @@ _LAUNCHERS = {
     "rms_norm_forward": rms_norm._forward,
     "rms_norm_backward": rms_norm._backward,
     "rope": rope._rotated,
+    "rope_qkv_backward": rope._packed_backward,
+    "rope_into_cache": rope._into_cache,
+    "qk_norm_rope": qk_norm_rope._forward,
+    "qk_norm_rope_backward": qk_norm_rope._backward,
     "attention_forward": forward.launch_forward,
     "attention_backward": backward.launch_backward,
 }
@@ -69,6 +73,11 @@ def calls() -> Iterator[tuple[str, Callable[[], torch.Tensor], tuple[torch.Tenso
     yield "rms_norm", lambda: lk.rms_norm(x, weight), (x, weight)
     yield "add_rms_norm", lambda: lk.add_rms_norm(x, residual, weight)[0], (x, residual, weight)
     yield "rope", lambda: lk.rope(q, k, cos, sin)[0], (q, k)
+    qkv, head = torch.randn(1, 128, 12 * 64, dtype=torch.bfloat16, requires_grad=True), weight[:64]
+    slot, new = torch.tensor([3]), [token, *(x[:, :, :1] for x in (keys, values))]
+    yield "rope_qkv", lambda: lk.rope_qkv(qkv, 8, 2, cos, sin)[0], (qkv,)
+    yield "rope_into_cache", lambda: lk.rope_into_cache(*new, keys, values, slot, cos, sin), ()
+    yield "qk_norm_rope", lambda: lk.qk_norm_rope(q, k, head, head, cos, sin)[0], (q, k)
     yield "attention", lambda: lk.attention(q, k, v), (q, k, v)
     yield "decode", lambda: lk.attention(token, keys, values), ()
 

@@ -2,8 +2,9 @@
 
 from llama_kernels import nn, reference
 from llama_kernels.ops.attention import attention, attention_varlen
+from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
-from llama_kernels.ops.rope import rope
+from llama_kernels.ops.rope import rope, rope_into_cache, rope_qkv
 from llama_kernels.rotary import rope_frequencies, rope_tables
 from llama_kernels.runtime import checked
 
@@ -15,9 +16,12 @@ __all__ = [
     "attention_varlen",
     "checked",
     "nn",
+    "qk_norm_rope",
     "reference",
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "rope_into_cache",
+    "rope_qkv",
     "rope_tables",
 ]

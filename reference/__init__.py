@@ -5,7 +5,17 @@ end; float64 is computed in float64, which makes it the truth that every kernel 
 """
 
 from .attention import attention, attention_varlen
+from .qk_norm_rope import qk_norm_rope
 from .rms_norm import add_rms_norm, rms_norm
-from .rope import rope
+from .rope import rope, rope_into_cache, rope_qkv
 
-__all__ = ["add_rms_norm", "attention", "attention_varlen", "rms_norm", "rope"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "attention_varlen",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope",
+    "rope_into_cache",
+    "rope_qkv",
+]

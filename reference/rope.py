@@ -35,6 +35,50 @@ def rope(
     return out
 
 
+def rope_qkv(
+    qkv: torch.Tensor,
+    q_heads: int,
+    kv_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v of a packed projection (..., (q_heads + 2 kv_heads) D), q and k rotated.
+
+    (B, S, N) gives (B, H, S, D), packed (T, N) gives (T, H, D).
+    """
+    counts = (q_heads, kv_heads, kv_heads)
+    parts = qkv.unflatten(-1, (sum(counts), -1)).split(counts, -2)  # (..., H, D) each
+    q, k, v = parts if qkv.ndim == 2 else (x.transpose(1, 2) for x in parts)
+    return *rope(q, k, cos, sin, position_ids, interleaved=interleaved), v
+
+
+def rope_into_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """q (B, Hq, S, D) rotated; k, rotated, and v go to cache_position of the caches (B, Hkv, L, D), if it is there."""
+    if position_ids is None and cos.ndim == 2:
+        position_ids = cache_position
+    q, k = rope(q, k, cos, sin, position_ids, interleaved=interleaved)
+    for b, slots in enumerate(cache_position.long().expand(q.shape[0], -1)):
+        there = (slots >= 0) & (slots < k_cache.shape[2])
+        k_cache[b, :, slots[there]] = k[b, :, there]
+        v_cache[b, :, slots[there]] = v[b, :, there]
+    return q
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)

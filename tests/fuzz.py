@@ -33,7 +33,16 @@ from tests import test_fuzz
 
 BATCH = 50  # cases under one seed
 engine.MAX_SHRINKING_SECONDS = 60  # of five minutes: the interpreter is slow, and a smaller line is only a comfort
-SHARES = {"attention": 2, "norm": 3, "rope": 3, "bounds": 1, "positions": 1}  # of each round; attention takes longest
+SHARES = {
+    "attention": 3,
+    "norm": 3,
+    "rope": 2,
+    "heads": 3,
+    "packed": 1,
+    "slots": 1,
+    "bounds": 1,
+    "positions": 1,
+}  # of each round; attention takes longest
 
 
 def hunt(attempt: Callable[..., None], number: int, device: torch.device, counts: Counter[str]) -> str | None:

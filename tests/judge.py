@@ -133,6 +133,20 @@ def ideal_rms_norm(x, residual, weight, eps, offset, dy, ds):
     )
 
 
+def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy):
+    """(y, dx, dweight or None) of heads (..., D) that are normed, then rotated: float32, every result rounded once."""
+    D = x.shape[-1]
+    rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    xhat = x.float() * rstd
+    scale = 1.0 if weight is None else offset + weight.float()
+    y = eager_rope(xhat * scale, cos, sin, interleaved)
+    turned_back = eager_rope(dy.float(), cos, -sin, interleaved)
+    g = turned_back * scale
+    dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    dweight = None if weight is None else (turned_back * xhat).reshape(-1, D).sum(0).to(weight.dtype)
+    return y.to(x.dtype), dx.to(x.dtype), dweight
+
+
 def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse):
     """(out, lse, dq, dk, dv, dsinks or None) of dense attention. `see` broadcasts to (B, Hq, Sq, Sk)."""
     dtype, Hkv = q.dtype, k.shape[1]

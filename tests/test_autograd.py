@@ -30,7 +30,9 @@ def block(t: dict[str, torch.Tensor], cos, sin, **options: Any) -> torch.Tensor:
     y, s = lk.add_rms_norm(t["x"], t["residual"], t["weight"])
     z = lk.rms_norm(y + s, t["weight"], offset=1.0)
     q, k = lk.rope(t["q"], t["k"], cos, sin)
-    o, lse = lk.attention(q, k, t["v"], return_lse=True, **options)
+    q, k = lk.qk_norm_rope(q, k, t["weight"][:32], t["weight"][32:64], cos, sin)
+    q_, k_, v = lk.rope_qkv(t["x"].repeat(1, 1, 3)[..., : 8 * 32], 4, 2, cos, sin)
+    o, lse = lk.attention(q + q_, k + k_, t["v"] + v, return_lse=True, **options)
     return z.square().mean() + o.square().mean() + lse.mean()
 
 
@@ -49,6 +51,7 @@ def _calls(device: torch.device) -> dict[str, tuple[Any, tuple]]:
     rstd = torch.rand(2, 12, 1, device=device)
     cos, sin = tables(12, 32, device)
     positions = torch.randint(0, 12, (2, 12), device=device)
+    caches, head = [torch.randn(2, 2, 12, 32, device=device) for _ in range(2)], torch.randn(32, device=device)
     dense = (None, None, None, None, None, 12, 12, 0.2, None, None, 0)
     sinks, kv_start = torch.randn(4, device=device), torch.randint(0, 5, (2, 12), device=device, dtype=torch.int32)
     features = (sinks, kv_start, kv_start + 5, None, None, 12, 12, 0.2, 5.0, 7, 3)
@@ -64,6 +67,11 @@ def _calls(device: torch.device) -> dict[str, tuple[Any, tuple]]:
         "rope": (ops.rope, (q, k, cos, sin, positions, False, False)),
         "rope of q": (ops.rope, (q, None, cos, sin, None, True, True)),
         "rope in place": (ops.rope_, (q.clone(), k.clone(), cos, sin, None, False)),
+        "packed projection backward": (ops.rope_qkv_backward, (q, k, v, cos, sin, positions, False)),
+        "into a cache": (ops.rope_into_cache, (q, k, v, *caches, positions, cos, sin, positions, False)),
+        "heads": (ops.qk_norm_rope, (q, k, head, head, cos, sin, positions, 1e-6, 0.0, False)),
+        "heads of q": (ops.qk_norm_rope, (q, None, None, None, cos, sin, None, 1e-6, 0.0, True)),
+        "heads backward": (ops.qk_norm_rope_backward, (q, k, q, k, head, None, cos, sin, None, 1e-6, 1.0, False, True)),
         "attention": (ops.attention_forward, (q, k, v, *dense)),
         "attention, options": (ops.attention_forward, (q, k, v, *features)),
         "attention, packed": (ops.attention_forward, (pq, pk, pv, *packed)),
@@ -216,6 +224,8 @@ def test_selective_checkpointing_keeps_attention(device):
 DOUBLE = {
     "rms_norm": lambda x, w: lk.rms_norm(x, w),
     "add_rms_norm": lambda x, w: lk.add_rms_norm(x, x, w)[0],
+    "rope_qkv": lambda x, w: lk.rope_qkv(x.repeat(1, 3), 1, 1, *tables(8, 32, x.device))[0],
+    "qk_norm_rope": lambda x, w: lk.qk_norm_rope(x[None, None], None, w, None, *tables(8, 32, x.device))[0],
     "attention": lambda x, w: lk.attention(*(x[None, None],) * 3),
     "rope": lambda x, w: lk.rope(x[None, None], None, *(table.to(x.device) for table in tables(8, 32, x.device)))[0],
 }
@@ -296,9 +306,12 @@ def test_shapes_are_known_without_data():
     """On the meta device every op gives shapes, dtypes and gradients, as models built there need it."""
     q, k, v = (torch.empty(2, 5, H, 16, device="meta").transpose(1, 2).requires_grad_() for H in (4, 2, 2))
     cos, sin = (torch.empty(5, 8, device="meta") for _ in range(2))
-    q_, k_ = lk.rope(q, k, cos, sin)
+    q_, k_ = lk.rope(*lk.qk_norm_rope(q, k, None, None, cos, sin), cos, sin)
     o, lse = lk.attention(q_, k_, v, return_lse=True)
     y = lk.rms_norm(o)
+    assert [x.shape for x in lk.rope_qkv(torch.empty(2, 5, 128, device="meta"), 4, 2, cos, sin)] == [
+        x.shape for x in (q, k, v)
+    ]
     assert (y.shape, lse.shape, y.device.type) == (q.shape, (2, 4, 5), "meta")
     grads = torch.autograd.grad(y, (q, k, v), torch.empty_like(y))
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]

@@ -30,6 +30,26 @@ def rope_args() -> dict[str, Any]:
     }
 
 
+def qkv_args() -> dict[str, Any]:
+    return {
+        "qkv": torch.randn(2, 6, 64),
+        "q_heads": 4,
+        "kv_heads": 2,
+        "cos": torch.randn(9, 4),
+        "sin": torch.randn(9, 4),
+    }
+
+
+def cache_args() -> dict[str, Any]:
+    caches = {"k_cache": torch.randn(2, 2, 5, 8), "v_cache": torch.randn(2, 2, 5, 7)}
+    token = {"q": torch.randn(2, 4, 1, 8), "k": torch.randn(2, 2, 1, 8), "v": torch.randn(2, 2, 1, 7)}
+    return {**token, **caches, "cache_position": ints(3), "cos": torch.randn(9, 4), "sin": torch.randn(9, 4)}
+
+
+def qk_args() -> dict[str, Any]:
+    return {**rope_args(), "q_weight": torch.randn(8), "k_weight": torch.randn(8)}
+
+
 def norm_args() -> dict[str, Any]:
     return {"x": torch.randn(3, 8), "weight": torch.randn(8)}
 
@@ -50,10 +70,13 @@ def varlen_args() -> dict[str, Any]:
 
 ARGS: dict[str, Callable[[], dict[str, Any]]] = {
     "rope": rope_args, "rms_norm": norm_args, "add_rms_norm": add_args, "attention": attention_args,
-    "attention_varlen": varlen_args,
+    "attention_varlen": varlen_args, "rope_qkv": qkv_args, "rope_into_cache": cache_args, "qk_norm_rope": qk_args,
 }  # fmt: skip
-MAIN = [(op, name) for op, names in (("rope", "qk"), ("rms_norm", ["x", "weight"]), ("add_rms_norm", ["x", "residual"]),
-                                     ("attention", "qkv"), ("attention_varlen", "qkv")) for name in names]  # fmt: skip
+MAIN = [(op, name) for op, names in {
+    "rope": ["q", "k"], "rms_norm": ["x", "weight"], "add_rms_norm": ["x", "residual"], "attention": ["q", "k", "v"],
+    "attention_varlen": ["q", "k", "v"], "rope_qkv": ["qkv"], "rope_into_cache": ["q", "k", "v", "k_cache", "v_cache"],
+    "qk_norm_rope": ["q", "k", "q_weight", "k_weight"],
+}.items() for name in names]  # fmt: skip
 
 
 def refused(op: str, argument: str, error: type[Exception], got: str, **changed: Any) -> None:
@@ -80,7 +103,8 @@ def test_float64_is_told_where_to_go():
         lk.rms_norm(torch.randn(3, 8, dtype=torch.float64))
 
 
-SECOND = [(op, name) for op, name in MAIN if name not in "qx"] + [("rope", "cos"), ("rope", "sin")]
+SECOND = [(op, name) for op, name in MAIN if name not in ("q", "x", "qkv")]
+SECOND += [(op, name) for op in ("rope", "rope_qkv", "rope_into_cache", "qk_norm_rope") for name in ("cos", "sin")]
 
 
 @pytest.mark.parametrize("op, argument", SECOND)
@@ -90,7 +114,17 @@ def test_devices(op, argument):
 
 @pytest.mark.corpus(60)
 @pytest.mark.parametrize(
-    "op, argument", [("rope", "k"), ("attention", "k"), ("attention", "v"), ("attention_varlen", "v")]
+    "op, argument",
+    [
+        ("rope", "k"),
+        ("attention", "k"),
+        ("attention", "v"),
+        ("attention_varlen", "v"),
+        ("qk_norm_rope", "k"),
+        ("rope_into_cache", "k"),
+        ("rope_into_cache", "v"),
+        ("rope_into_cache", "v_cache"),
+    ],
 )
 def test_dtypes_of_one_call(op, argument):
     refused(op, argument, TypeError, "torch.bfloat16", **{argument: ARGS[op]()[argument].bfloat16()})
@@ -131,6 +165,33 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "q", "a leaf that requires grad", {"q": F(2, 4, 6, 8).requires_grad_(), "inplace": True}),
     ("rope", "k", "of strides", {"k": F(2, 1, 6, 8).expand(2, 2, 6, 8), "inplace": True}),
     ("rope", "q", "of strides", {"q": F(2, 4, 8, 6).mT, "inplace": True}),
+    ("rope_qkv", "qkv", r"of shape \(2, 6, 60\)", {"qkv": F(2, 6, 60)}),
+    ("rope_qkv", "qkv", r"of shape \(64,\)", {"qkv": F(64)}),
+    ("rope_qkv", "q_heads", "0", {"q_heads": 0}),
+    ("rope_qkv", "kv_heads", "2.0", {"kv_heads": 2.0}),
+    ("rope_qkv", "cos", r"of shape \(9, 5\)", {"cos": F(9, 5), "sin": F(9, 5)}),
+    ("rope_qkv", "cos", r"of shape \(5, 4\)", {"cos": F(5, 4), "sin": F(5, 4)}),
+    ("rope_qkv", "position_ids", r"of shape \(5,\)", {"position_ids": I(5, dtype=int32)}),
+    ("rope_into_cache", "q", r"of shape \(1, 4, 8\)", {"q": F(1, 4, 8), "k": F(1, 2, 8)}),
+    ("rope_into_cache", "k", r"of shape \(2, 2, 2, 8\)", {"k": F(2, 2, 2, 8)}),
+    ("rope_into_cache", "v", r"of shape \(2, 3, 1, 7\)", {"v": F(2, 3, 1, 7)}),
+    ("rope_into_cache", "k_cache", r"of shape \(2, 2, 5, 7\)", {"k_cache": F(2, 2, 5, 7)}),
+    ("rope_into_cache", "k_cache", r"of shape \(2, 5, 8\)", {"k_cache": F(2, 5, 8)}),
+    ("rope_into_cache", "v_cache", r"of shape \(2, 2, 6, 7\)", {"v_cache": F(2, 2, 6, 7)}),
+    ("rope_into_cache", "v_cache", "of strides", {"v_cache": F(2, 2, 7, 5).mT}),
+    ("rope_into_cache", "k", "a tensor that requires grad", {"k": F(2, 2, 1, 8).requires_grad_()}),
+    ("rope_into_cache", "k_cache", "a tensor that requires grad", {"k_cache": F(2, 2, 5, 8).requires_grad_()}),
+    ("rope_into_cache", "cache_position", r"of shape \(2,\)", {"cache_position": ints(2, 3)}),
+    ("rope_into_cache", "cache_position", "on meta", {"cache_position": I(1, dtype=int32, device="meta")}),
+    ("rope_into_cache", "position_ids", r"of shape \(2,\)", {"position_ids": ints(2, 3)}),
+    ("qk_norm_rope", "q", r"of shape \(2, 8\)", {"q": F(2, 8)}),
+    ("qk_norm_rope", "k", r"of shape \(2, 2, 5, 8\)", {"k": F(2, 2, 5, 8)}),
+    ("qk_norm_rope", "q_weight", r"of shape \(7,\)", {"q_weight": F(7)}),
+    ("qk_norm_rope", "k_weight", r"of shape \(2, 8\)", {"k_weight": F(2, 8)}),
+    ("qk_norm_rope", "k_weight", "given without k", {"k": None}),
+    ("qk_norm_rope", "eps", "-1", {"eps": -1.0}),
+    ("qk_norm_rope", "cos", r"of shape \(9, 5\)", {"cos": F(9, 5), "sin": F(9, 5)}),
+    ("qk_norm_rope", "position_ids", r"of shape \(3, 6\)", {"position_ids": I(3, 6, dtype=int32)}),
     ("rms_norm", "x", "a scalar", {"x": F(())}),
     ("rms_norm", "weight", r"of shape \(7,\)", {"weight": F(7)}),
     ("rms_norm", "weight", r"of shape \(1, 8\)", {"weight": F(1, 8)}),
@@ -174,6 +235,9 @@ TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "position_ids", "a list", {"position_ids": [0, 1, 2, 3, 4, 5]}),
     ("rope", "position_ids", "torch.float32", {"position_ids": F(6)}),
     ("rope", "position_ids", "torch.bool", {"position_ids": I(6, dtype=torch.bool)}),
+    ("rope_into_cache", "cache_position", "a int", {"cache_position": 3}),
+    ("rope_into_cache", "cache_position", "torch.float32", {"cache_position": F(1)}),
+    ("rope_qkv", "position_ids", "torch.float32", {"position_ids": F(6)}),
     ("attention", "window_size", "5", {"window_size": 5}),
     ("attention", "sinks", "torch.float64", {"sinks": F(4).double()}),
     ("attention", "kv_end", "torch.int64", {"kv_end": I(2, 6, dtype=torch.int64)}),
@@ -224,6 +288,9 @@ def test_what_autograd_refuses_is_refused_before_anything_is_written():
 @pytest.mark.parametrize("op, argument, got, wanted, changed", [
     ("rope", "position_ids", "from -3 to 5", "0 to 8", {"position_ids": ints(0, 1, 2, -3, 4, 5)}),
     ("rope", "position_ids", "from 0 to 9", "0 to 8", {"position_ids": ints(0, 1, 2, 3, 4, 9)}),
+    ("rope_qkv", "position_ids", "from 0 to 9", "0 to 8", {"position_ids": ints(0, 1, 2, 3, 4, 9)}),
+    ("rope_into_cache", "cache_position", "from 5 to 5", "positions of the cache, 0 to 4", {"cache_position": ints(5)}),
+    ("qk_norm_rope", "position_ids", "from -3 to 5", "0 to 8", {"position_ids": ints(0, 1, 2, -3, 4, 5)}),
     ("attention_varlen", "cu_seqlens_q", "-1 at its start", "0 or more", {"cu_seqlens_q": ints(-1, 2, 6)}),
     ("attention_varlen", "cu_seqlens_k", "1 at index 2, after 2", "never decrease", {"cu_seqlens_k": ints(0, 2, 1)}),
     ("attention_varlen", "cu_seqlens_k", "7 at its end", "the 6 tokens of k",

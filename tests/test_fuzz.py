@@ -17,9 +17,11 @@ from llama_kernels.ops.attention.tables import Tile
 from tests.conftest import DEVICE
 from tests.judge import guarded, guarded_allocations, relaid
 from tests.test_attention import Case, check
+from tests.test_qk_norm_rope import check as check_heads
+from tests.test_qk_norm_rope import weights
 from tests.test_rms_norm import check as check_norm
 from tests.test_rope import check as check_rope
-from tests.test_rope import qk, tables
+from tests.test_rope import qk, split, tables
 
 # Derandomised: a failure that comes and goes teaches people to press the button again. Grow max_examples to hunt.
 few = settings(
@@ -83,6 +85,41 @@ def rope(B, Hq, Hkv, S, half, rest, dtype, given_ids, interleaved, inplace, layo
     check_rope(q, k, *tables(50, 2 * half, device), position_ids, interleaved=interleaved, inplace=inplace)
 
 
+def heads(B, Hq, Hkv, S, half, rest, dtype, weight_dtype, weighted, offset, given_ids, interleaved, layout, device):
+    q, k = (relaid(x, layout) for x in qk(B, Hq, Hkv, S, 2 * half + rest, dtype, device))
+    pair = weights(2 * half + rest, weight_dtype, device, offset) if weighted else (None, None)
+    position_ids = torch.randint(0, 50, (B, S), device=device) if given_ids else None
+    check_heads(q, k, *pair, *tables(50, 2 * half, device), position_ids, offset=offset, interleaved=interleaved)
+
+
+def packed(B, Hq, Hkv, S, half, rest, dtype, interleaved, device):
+    """Bit for bit the separate calls, there and back."""
+    D = 2 * half + rest
+    qkv = torch.randn(B, S, (Hq + 2 * Hkv) * D, device=device).to(dtype).requires_grad_()
+    position_ids, angles = torch.randint(0, 50, (B, S), device=device), tables(50, 2 * half, device)
+    with guarded_allocations():
+        together = lk.rope_qkv(guarded(qkv), Hq, Hkv, *angles, position_ids, interleaved=interleaved)
+        dys = [torch.randn_like(x) for x in together]
+    q, k, v = split(qkv, Hq, Hkv, D)
+    apart = (*lk.rope(q, k, *angles, position_ids, interleaved=interleaved), v)
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+    with guarded_allocations():
+        outs = lk.rope_qkv(qkv, Hq, Hkv, *angles, position_ids, interleaved=interleaved)
+        (dqkv,) = torch.autograd.grad(outs, qkv, dys)
+    assert torch.equal(dqkv, torch.autograd.grad(apart, qkv, dys)[0])
+
+
+def slots(values, device):
+    """Any cache position at all: what is outside goes nowhere."""
+    q, k, v = (torch.randn(1, H, len(values), 8, device=device) for H in (2, 1, 1))
+    caches = [guarded(torch.zeros(1, 1, 5, 8, device=device)) for _ in range(2)]
+    given = torch.tensor(values, dtype=torch.int64, device=device)
+    lk.rope_into_cache(q, k, v, *caches, given, *tables(5, 8, device))
+    written = torch.tensor([n in values for n in range(5)], device=device)
+    for cache in caches:
+        assert torch.equal(cache[0, 0].any(-1), written)
+
+
 def bounds(values, tokens, longest, device):
     """Any cu_seqlens at all: finite results and no crash."""
     q, k, v = (guarded(torch.randn(tokens, H, 16, device=device)).requires_grad_() for H in (2, 1, 1))
@@ -115,6 +152,17 @@ DRAWN = {
         "half": st.integers(1, 70), "rest": st.integers(0, 20), "dtype": dtypes, "given_ids": st.booleans(),
         "interleaved": st.booleans(), "inplace": st.booleans(), "layout": layouts,
     },
+    heads: {
+        "B": st.integers(1, 2), "Hq": st.integers(1, 9), "Hkv": st.integers(1, 9), "S": st.integers(1, 40),
+        "half": st.integers(1, 70), "rest": st.integers(0, 20), "dtype": dtypes, "weight_dtype": dtypes,
+        "weighted": st.booleans(), "offset": st.sampled_from([0.0, 1.0]), "given_ids": st.booleans(),
+        "interleaved": st.booleans(), "layout": layouts,
+    },
+    packed: {
+        "B": st.integers(1, 2), "Hq": st.integers(1, 9), "Hkv": st.integers(1, 9), "S": st.integers(1, 40),
+        "half": st.integers(1, 70), "rest": st.integers(0, 20), "dtype": dtypes, "interleaved": st.booleans(),
+    },
+    slots: {"values": st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 7), min_size=1, max_size=9)},
     bounds: {
         "values": st.lists(st.integers(-(2**31), 2**31 - 1), min_size=2, max_size=5), "tokens": st.integers(0, 30),
         "longest": st.integers(0, 30),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def layer(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> list[torch.Tensor]:
     """Outputs and gradients of all three ops."""
-    q_, k_ = lk.rope(q, k, cos, sin)
+    q_, k_ = lk.rope(*lk.qk_norm_rope(q, k, cos[0].repeat(2), None, cos, sin), cos, sin)
     out = lk.rms_norm(lk.attention(q_, k_, v))
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
 
@@ -71,6 +73,44 @@ def test_forward_is_captured_in_a_graph(device):
     q.copy_(torch.randn_like(q))
     graph.replay()
     assert torch.equal(out, forward())
+
+
+def _ops(device: torch.device) -> dict[str, Callable[[], Sequence[torch.Tensor]]]:
+    """A forward call of every op on tensors that stay, "x" among them first."""
+    q, k, v = (x.detach() for x in inputs(device))
+    x, w, head = q[0, 0], torch.randn(128, device=device), torch.randn(128, device=device).bfloat16()
+    angles, cu = tables(300, 128, device), torch.tensor([0, 100, 300], dtype=torch.int32, device=device)
+    qkv = torch.randn(2, 300, 12 * 128, device=device).bfloat16()
+    caches, slot = [torch.zeros_like(k) for _ in range(2)], torch.tensor([7], device=device)
+    return {
+        "rms_norm": lambda: (lk.rms_norm(x, w),),
+        "add_rms_norm": lambda: lk.add_rms_norm(x, x, w),
+        "rope": lambda: lk.rope(q, k, *angles),
+        "rope in place": lambda: lk.rope(q.clone(), k.clone(), *angles, inplace=True),
+        "rope_qkv": lambda: lk.rope_qkv(qkv, 8, 2, *angles),
+        "rope_into_cache": lambda: (
+            lk.rope_into_cache(q[:, :, :1], k[:, :, :1], v[:, :, :1], *caches, slot, *angles), *caches),
+        "qk_norm_rope": lambda: lk.qk_norm_rope(q, k, head, head, *angles),
+        "attention": lambda: lk.attention(q, k, v, return_lse=True),
+        "attention_varlen": lambda: (
+            lk.attention_varlen(*(t[0].transpose(0, 1) for t in (q, k, v)), cu, cu, 200, 200),),
+    }  # fmt: skip
+
+
+@pytest.mark.corpus(70)
+@pytest.mark.parametrize("name", list(_ops(torch.device("cpu"))))
+def test_every_op_is_captured_in_a_graph(name, device):
+    call = _ops(device)[name]
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = call()
+    for out in outs:
+        if not out._is_view():
+            out.zero_()
+    graph.replay()
+    for out, expected in zip(outs, call(), strict=True):
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.corpus(70)

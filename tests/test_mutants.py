@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from llama_kernels.language import INTERPRETED, cast, tl, triton
-from llama_kernels.ops import rms_norm, rope
+from llama_kernels.ops import pairs, qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tiles
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, SoftmaxState
-from tests import test_attention, test_rms_norm, test_rope
+from llama_kernels.ops.partials import sum_partials
+from tests import test_attention, test_qk_norm_rope, test_rms_norm, test_rope
 
 pytestmark = pytest.mark.interpreter
 
@@ -25,7 +26,7 @@ probs_and_score_grads, load_summed, load_scale = (
     rms_norm._load_summed,
     rms_norm._load_scale,
 )
-load_pairs, add_chunks = rope._load_pairs, decode._add_chunks
+load_pairs, add_chunks = pairs.load_pairs, decode._add_chunks
 
 
 @triton.jit
@@ -106,6 +107,15 @@ def pairs_swapped(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     return x1, x0
 
 
+@triton.jit
+def sum_over_the_rotated_dims(a, b):
+    return tl.sum(a.x0 * b.x0 + a.x1 * b.x1, 2)[:, :, None]
+
+
+def last_partial_dropped(partials: torch.Tensor, out: torch.Tensor) -> None:
+    sum_partials(partials[:-1], out)
+
+
 def _one_head_for_all(*call: Any) -> Any:
     sizes = _call_sizes(*call)
     return sizes._replace(group=sizes.Hq)
@@ -138,6 +148,14 @@ def rotation() -> None:
     test_rope.check(q, k, *test_rope.tables(13, 32, torch.device("cpu")))
 
 
+def heads() -> None:
+    device, D = torch.device("cpu"), 40
+    q, k = test_rope.qk(2, 2, 2, 70, D, torch.float16, device)
+    test_qk_norm_rope.check(
+        q, k, *test_qk_norm_rope.weights(D, q.dtype, device), *test_rope.tables(70, 32, device)
+    )  # fmt: skip
+
+
 # name: (modules, what is replaced there, by what, and the check that must fail)
 MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "accumulator in half precision": (
@@ -160,7 +178,11 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
         (rms_norm,), "_load_summed", sum_not_rounded, lambda: test_rms_norm.add_is_two_ops(torch.device("cpu"))),
     "weight forgotten": ((rms_norm,), "_load_scale", weight_forgotten, norm),
     "offset forgotten": ((rms_norm,), "_load_scale", offset_forgotten, lambda: norm(offset=1.0)),
-    "pairs swapped": ((rope,), "_load_pairs", pairs_swapped, rotation),
+    "dweight of a program dropped": ((rms_norm,), "sum_partials", last_partial_dropped, norm),
+    "dweight of a program dropped, heads": ((qk_norm_rope,), "sum_partials", last_partial_dropped, heads),
+    "normed over the rotated dims alone": ((qk_norm_rope,), "_sum", sum_over_the_rotated_dims, heads),
+    "weight of other pairs": ((qk_norm_rope,), "load_pairs", pairs_swapped, heads),
+    "pairs swapped": ((rope,), "load_pairs", pairs_swapped, rotation),
 }  # fmt: skip
 
 

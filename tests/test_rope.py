@@ -206,3 +206,123 @@ def test_positions_far_out_keep_their_angle(device):
     angles = [position * 500000.0 ** (-2 * i / 64) for i in range(32)]
     expected = [math.cos(a) - math.sin(a) for a in angles] + [math.cos(a) + math.sin(a) for a in angles]
     torch.testing.assert_close(out.flatten().cpu(), torch.tensor(expected), rtol=0, atol=2e-2)
+
+
+# --- a packed projection ---------------------------------------------------------------------------------------------
+
+
+def packed(tokens: tuple[int, ...], Hq: int, Hkv: int, D: int, dtype: torch.dtype, device) -> torch.Tensor:
+    return torch.randn(*tokens, (Hq + 2 * Hkv) * D, device=device).to(dtype)
+
+
+def split(qkv: torch.Tensor, Hq: int, Hkv: int, D: int) -> list[torch.Tensor]:
+    """q, k and v, as views."""
+    parts = qkv.unflatten(-1, (-1, D)).split((Hq, Hkv, Hkv), -2)
+    return [x if qkv.ndim == 2 else x.transpose(1, 2) for x in parts]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("tokens, Hq, Hkv, D, R", [
+    ((2, 13), 4, 2, 64, 64), ((50,), 4, 2, 64, 64), ((1, 7), 8, 1, 80, 20), ((2, 5), 3, 3, 128, 128),
+    ((2, 5), 7, 5, 5, 4),
+])  # fmt: skip
+def test_a_packed_projection(tokens, Hq, Hkv, D, R, interleaved, dtype, device):
+    qkv = packed(tokens, Hq, Hkv, D, dtype, device)
+    given, angles = guarded(qkv).requires_grad_(), [guarded(x) for x in tables(60, R, device)]
+    position_ids = torch.randint(0, 60, tokens, device=device)
+    with unchanged(given, *angles, position_ids):
+        outs = lk.rope_qkv(given, Hq, Hkv, *angles, position_ids, interleaved=interleaved)
+    parts = split(qkv, Hq, Hkv, D)
+    dys = [torch.randn_like(x) for x in outs]
+    with guarded_allocations():
+        (dqkv,) = torch.autograd.grad(outs, given, dys)
+    grads = split(dqkv, Hq, Hkv, D)
+    for name, x, out, dy, dx in zip("qk", parts[:2], outs[:2], dys[:2], grads[:2], strict=True):
+        c, s = rows(x, angles[0], position_ids), rows(x, angles[1], position_ids)
+        for what, K, given_in, sin in ((name, out, x, s), (f"d{name}", dx, dy, -s)):
+            truth = eager_rope(given_in.double(), c.double(), sin.double(), interleaved)
+            judge(what, K, truth, eager_rope(given_in.float(), c, sin, interleaved).to(dtype))
+            assert K.dtype == dtype
+        assert sorted(range(out.ndim), key=out.stride) == sorted(range(x.ndim), key=x.stride)
+    assert torch.equal(outs[2], parts[2]) and outs[2].data_ptr() == given[..., (Hq + Hkv) * D :].data_ptr()
+    assert torch.equal(grads[2], dys[2])
+
+
+def test_a_packed_projection_is_the_separate_calls_bit_for_bit(device):
+    qkv = packed((2, 13), 4, 2, 64, torch.bfloat16, device).requires_grad_()
+    angles = tables(13, 64, device)
+    together = lk.rope_qkv(qkv, 4, 2, *angles)
+    q, k, v = split(qkv, 4, 2, 64)
+    apart = (*lk.rope(q, k, *angles), v)
+    dys = [torch.randn_like(x) for x in apart]
+    for a, b in zip(apart, together, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(torch.autograd.grad(together, qkv, dys)[0], torch.autograd.grad(apart, qkv, dys)[0])
+
+
+@pytest.mark.parametrize("used", ["q", "k", "v", "qv"])
+def test_a_packed_projection_of_which_a_part_is_used(used, device):
+    qkv = packed((2, 13), 4, 2, 64, torch.float32, device).requires_grad_()
+    angles = tables(13, 64, device)
+    dys = {name: torch.randn(2, H, 13, 64, device=device) for name, H in (("q", 4), ("k", 2), ("v", 2)) if name in used}
+
+    def grad(ops) -> torch.Tensor:
+        outs = dict(zip("qkv", ops.rope_qkv(qkv, 4, 2, *angles), strict=True))
+        return torch.autograd.grad([outs[name] for name in dys], qkv, list(dys.values()))[0]
+
+    torch.testing.assert_close(grad(lk), grad(lk.reference))
+
+
+@pytest.mark.parametrize("tokens", [(0, 7), (2, 0), (0,)], ids=str)
+def test_nothing_in_a_packed_projection(tokens, device):
+    qkv = packed(tokens, 4, 2, 8, torch.float32, device).requires_grad_()
+    outs = lk.rope_qkv(qkv, 4, 2, *tables(7, 8, device))
+    (dqkv,) = torch.autograd.grad(outs, qkv, [torch.ones_like(x) for x in outs])
+    assert dqkv.shape == qkv.shape
+
+
+# --- into a cache ----------------------------------------------------------------------------------------------------
+
+SLOTS = {
+    "one for all": lambda: torch.tensor([4, 0, 9]),
+    "one each": lambda: torch.tensor([[4, 0, 9], [1, 2, 3]]),
+    "some outside": lambda: torch.tensor([[-1, 0, 12], [2**40, 11, -(2**40)]]),
+}
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("order", ["heads first", "tokens first"])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_into_a_cache(slots, order, interleaved, device):
+    """Bit for bit what rope and a copy give; the rest of the caches stays."""
+    dtype, slots = torch.bfloat16, SLOTS[slots]().to(device)
+    q, k = qk(2, 6, 2, 3, 64, dtype, device)
+    v = torch.randn(2, 2, 3, 48, device=device).to(dtype)
+    caches = [torch.randn(2, 2, 12, D, device=device).to(dtype) for D in (64, 48)]
+    caches = [x if order == "heads first" else x.transpose(1, 2).contiguous().transpose(1, 2) for x in caches]
+    given, expected = [guarded(x) for x in caches], [x.clone() for x in caches]
+    position_ids = torch.randint(0, 50, (2, 3), device=device)
+    angles = [guarded(x) for x in tables(50, 64, device)]
+    with guarded_allocations(), unchanged(q, k, v, slots, position_ids, *angles):
+        out = lk.rope_into_cache(q, k, v, *given, slots, *angles, position_ids, interleaved=interleaved)
+    q_, k_ = lk.rope(q, k, *angles, position_ids, interleaved=interleaved)
+    for b, row in enumerate(slots.expand(2, 3).tolist()):
+        for s, slot in enumerate(row):
+            if 0 <= slot < 12:
+                expected[0][b, :, slot], expected[1][b, :, slot] = k_[b, :, s], v[b, :, s]
+    assert torch.equal(out, q_)
+    for x, cache in zip(expected, given, strict=True):
+        assert torch.equal(x, cache)
+
+
+@pytest.mark.parametrize("a_row_a_token", [False, True])
+def test_into_a_cache_without_position_ids(a_row_a_token, device):
+    """A table is read at the cache position; a row a token is that token's."""
+    q, k = qk(2, 4, 2, 1, 64, torch.float32, device)
+    v, slots, angles = torch.randn_like(k), torch.tensor([7], device=device), tables(12, 64, device)
+    cache = torch.zeros(2, 2, 12, 64, device=device)
+    given = [x[None, 7:8] for x in angles] if a_row_a_token else angles
+    out = lk.rope_into_cache(q, k, v, cache, torch.zeros_like(cache), slots, *given)
+    q_, k_ = lk.rope(q, k, *angles, slots)
+    assert torch.equal(out, q_) and torch.equal(cache[:, :, 7:8], k_)

@@ -1,14 +1,24 @@
-"""RoPE: tiles, kernel, launcher, registered ops, autograd, public function."""
+"""RoPE of q and k, of a packed projection, of what enters a cache: one kernel, launcher, ops, autograd, functions."""
 
 from __future__ import annotations
-
-import functools
-from typing import NamedTuple
 
 import torch
 
 from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
+from llama_kernels.ops.pairs import (
+    angle_arguments,
+    check_angles,
+    check_heads,
+    check_rows,
+    head_tile,
+    load_angles,
+    load_pairs,
+    row_strides,
+    store_pairs,
+    tokens_of,
+    turn,
+)
 from llama_kernels.runtime import (
     cdiv,
     check_tensors,
@@ -18,92 +28,37 @@ from llama_kernels.runtime import (
     last_dim_contiguous,
     message,
     needs_grad,
-    next_power_of_2,
     on_device_of,
     refuse_double_backward,
     register,
     shape_of,
     sizes_of,
     strides_of,
-    values_are_checked,
 )
-
-# --- tiles -----------------------------------------------------------------------------------------------------------
-
-
-class HeadTile(NamedTuple):
-    """One step of a program: BLOCK_T tokens by BLOCK_H heads by BLOCK_R pairs. It steps over the heads."""
-
-    BLOCK_T: int
-    BLOCK_H: int
-    BLOCK_R: int
-    num_warps: int
-
-
-@functools.cache
-def head_tile(half: int, heads: int, lanes: int) -> HeadTile:
-    """The tile for `half` pairs a head, where the smaller of q and k has `heads` heads and a warp has `lanes` threads.
-
-    128 threads with 8 pairs each: two 16-byte reads and writes in bfloat16. Tokens fill what the heads leave.
-    """
-    BLOCK_R = max(next_power_of_2(half), 8)
-    vectors = max(1024 // BLOCK_R, 1)  # (token, head) pairs of half-width vectors a step
-    BLOCK_H = min(next_power_of_2(heads), vectors)
-    return HeadTile(vectors // BLOCK_H, BLOCK_H, BLOCK_R, num_warps=128 // lanes)
-
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load_pairs(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The first and the second element of each pair of the vectors, as float32 [BLOCK_T, BLOCK_H, BLOCK_R]."""
-    if INTERLEAVED:
-        # Both in one run, parted in registers: loading every second element would need twice the accesses.
-        run = tl.arange(0, 2 * BLOCK_R)
-        mask = there[:, :, None] & (run < 2 * HALF)[None, None, :]
-        x = tl.load(vectors[:, :, None] + run[None, None, :], mask=mask, other=0.0)
-        x0, x1 = tl.split(x.reshape(x.shape[0], x.shape[1], BLOCK_R, 2))
-    else:
-        pair = tl.arange(0, BLOCK_R)
-        mask = there[:, :, None] & (pair < HALF)[None, None, :]
-        x0 = tl.load(vectors[:, :, None] + pair[None, None, :], mask=mask, other=0.0)
-        x1 = tl.load(vectors[:, :, None] + (pair + HALF)[None, None, :], mask=mask, other=0.0)
-    return x0.to(tl.float32), x1.to(tl.float32)
-
-
-@triton.jit
-def _store_pairs(vectors, there, y0, y1, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr):
-    if INTERLEAVED:
-        run = tl.arange(0, 2 * BLOCK_R)
-        mask = there[:, :, None] & (run < 2 * HALF)[None, None, :]
-        y = tl.join(y0, y1)  # [BLOCK_T, BLOCK_H, BLOCK_R, 2]
-        tl.store(vectors[:, :, None] + run[None, None, :], y.reshape(y.shape[0], y.shape[1], 2 * BLOCK_R), mask=mask)
-    else:
-        pair = tl.arange(0, BLOCK_R)
-        mask = there[:, :, None] & (pair < HALF)[None, None, :]
-        tl.store(vectors[:, :, None] + pair[None, None, :], y0, mask=mask)
-        tl.store(vectors[:, :, None] + (pair + HALF)[None, None, :], y1, mask=mask)
-
-
-@triton.jit
 def _rotate_heads(
-    x_ptr, y_ptr, x_strides, y_strides, b, s, live, cos, sin, H,
+    x_ptr, y_ptr, x_strides, y_strides, b, s, t, live, cos, sin, H,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INPLACE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Every head of the tokens (b, s): the pairs are rotated, what lies past the rotated width is copied."""
+    """Every head of the tokens (b, s) of x, to the tokens (b, t) of y: the pairs are rotated, what lies past the
+    rotated width is copied."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     x_tokens = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None]  # [BLOCK_T, 1], int64
-    y_tokens = y_ptr + (b * y_strides[0] + s * y_strides[2])[:, None]
+    y_tokens = y_ptr + (b * y_strides[0] + t * y_strides[2])[:, None]
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H)
         there = live[:, None] & (h < H)[None, :]
         x_vectors = x_tokens + h.to(tl.int64)[None, :] * x_strides[1]  # [BLOCK_T, BLOCK_H]
         y_vectors = y_tokens + h.to(tl.int64)[None, :] * y_strides[1]
-        x0, x1 = _load_pairs(x_vectors, there, HALF, INTERLEAVED, BLOCK_R)  # [BLOCK_T, BLOCK_H, BLOCK_R]
-        y0, y1 = cast(x0 * cos - x1 * sin, dtype), cast(x1 * cos + x0 * sin, dtype)
-        _store_pairs(y_vectors, there, y0, y1, HALF, INTERLEAVED, BLOCK_R)
+        if HALF:
+            x0, x1 = load_pairs(x_vectors, there, HALF, INTERLEAVED, BLOCK_R)  # [BLOCK_T, BLOCK_H, BLOCK_R]
+            y0, y1 = turn(x0, x1, cos, sin)
+            store_pairs(y_vectors, there, cast(y0, dtype), cast(y1, dtype), HALF, INTERLEAVED, BLOCK_R)
         if not INPLACE:
             for d0 in range(2 * HALF, D, 2 * BLOCK_R):
                 d = d0 + tl.arange(0, 2 * BLOCK_R)
@@ -114,53 +69,50 @@ def _rotate_heads(
 
 @triton.jit
 def _rope_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr,
-    q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides, position_strides,
-    S, Hq, Hkv, positions,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, INPLACE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, slots_ptr,
+    q_strides, k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides,
+    cos_strides, sin_strides, position_strides, slot_strides,
+    S, Hq, Hkv, positions, slots,
+    D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    INPLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """(y0, y1) = (x0 cos - x1 sin, x1 cos + x0 sin) for every pair of every head of BLOCK_T tokens of q and of k.
 
     q, k: (B, H, S, D) by strides; cos, sin: rows of HALF float32. A token's row is position_ids[b, s], kept inside the
     table, or s. INVERSE rotates by the negative angle, which is the backward. k may be None. float32 inside.
-    Bytes: q and k in and out, each table row once for all heads. FLOPs: 3 a element.
+    v (B, Hkv, S, DV), where it is given, is copied. With slots, token s of k and of v goes to token slots[b, s] of what
+    holds `slots` of them (a cache), and nowhere if there is none.
+    Bytes: q and k (and v) in and out, each table row once for all heads. FLOPs: 3 a element.
     """
     blocks = tl.cdiv(S, BLOCK_T)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     live = s < S
-    if position_ids_ptr is None:
-        row = s
-    else:
-        row = tl.load(position_ids_ptr + b * position_strides[0] + s * position_strides[1], mask=live, other=0)
-        row = tl.minimum(tl.maximum(row.to(tl.int64), 0), positions - 1)
-    pairs = tl.arange(0, BLOCK_R)
-    mask = live[:, None] & (pairs < HALF)[None, :]
-    cos = tl.load(cos_ptr + (b * cos_strides[0] + row * cos_strides[1])[:, None] + pairs[None, :], mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + (b * sin_strides[0] + row * sin_strides[1])[:, None] + pairs[None, :], mask=mask, other=0.0)
-    cos, sin = cos.to(tl.float32)[:, None, :], sin.to(tl.float32)[:, None, :]  # [BLOCK_T, 1, BLOCK_R]
-    if INVERSE:
-        sin = -sin
+    cos, sin = load_angles(
+        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        HALF, INVERSE, BLOCK_R,
+    )  # fmt: skip
     _rotate_heads(
-        q_ptr, q_out_ptr, q_strides, q_out_strides, b, s, live, cos, sin, Hq,
+        q_ptr, q_out_ptr, q_strides, q_out_strides, b, s, s, live, cos, sin, Hq,
         D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
     )  # fmt: skip
+    t = s
+    if slots_ptr is not None:
+        t = tl.load(slots_ptr + b * slot_strides[0] + s * slot_strides[1], mask=live, other=-1).to(tl.int64)
+        live = (t >= 0) & (t < slots)
     if k_ptr is not None:
         _rotate_heads(
-            k_ptr, k_out_ptr, k_strides, k_out_strides, b, s, live, cos, sin, Hkv,
+            k_ptr, k_out_ptr, k_strides, k_out_strides, b, s, t, live, cos, sin, Hkv,
             D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
+        )  # fmt: skip
+    if v_ptr is not None:
+        _rotate_heads(
+            v_ptr, v_out_ptr, v_strides, v_out_strides, b, s, t, live, cos, sin, Hkv,
+            DV, 0, INTERLEAVED, False, BLOCK_H, BLOCK_R,
         )  # fmt: skip
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
-
-
-def _row_strides(x: torch.Tensor, batched: bool) -> tuple[int, int]:
-    """Of batch and row, for what holds one row a token, or a table of rows that the whole batch shares."""
-    if not batched:
-        return 0, x.stride(0)
-    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
 
 
 def _launch(
@@ -173,21 +125,26 @@ def _launch(
     position_ids: torch.Tensor | None,
     interleaved: bool,
     inverse: bool,
+    v: torch.Tensor | None = None,
+    v_out: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
 ) -> None:
     B, Hq, S = sizes_of(q)
     Hkv = Hq if k is None else sizes_of(k)[1]
     if not B * S * max(Hq, Hkv):
         return
-    D, half = q.shape[-1], cos.shape[-1]
+    half = cos.shape[-1]
     tile = head_tile(half, max(min(Hq, Hkv), 1), lanes_of(q.device))
+    angles, angle_strides = angle_arguments(cos, sin, position_ids)
+    moved = (q, k, v, q_out, k_out, v_out)
     with on_device_of(q):
         _rope_kernel[(B * cdiv(S, tile.BLOCK_T),)](
-            q, k, q_out, k_out, cos, sin, position_ids,
-            *(None if x is None else strides_of(x) for x in (q, k, q_out, k_out)),
-            _row_strides(cos, cos.ndim == 3), _row_strides(sin, sin.ndim == 3),
-            None if position_ids is None else _row_strides(position_ids, position_ids.ndim == 2),
-            S, Hq, Hkv, cos.shape[0],
-            D=D, HALF=half, INTERLEAVED=interleaved, INVERSE=inverse, INPLACE=q is q_out,
+            *moved, *angles, slots,
+            *[None if x is None else strides_of(x) for x in moved], *angle_strides,
+            row_strides(slots, slots is not None and slots.ndim == 2),
+            S, Hq, Hkv, cos.shape[0], None if slots is None else sizes_of(k_out)[2],
+            D=q.shape[-1], DV=None if v is None else v.shape[-1], HALF=half,
+            INTERLEAVED=interleaved, INVERSE=inverse, INPLACE=q is q_out,
             BLOCK_T=tile.BLOCK_T, BLOCK_H=tile.BLOCK_H, BLOCK_R=tile.BLOCK_R, num_warps=tile.num_warps,
         )  # fmt: skip
 
@@ -235,6 +192,69 @@ _rope_inplace = register(
     kernel=_rotate_in_place,
     reference=_rotate_in_place_reference,
     fake=lambda *_: None,
+)
+
+
+def _parts(qkv: torch.Tensor, q_heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """q, k and v as they lie in a packed projection: views of (B, H, S, D) or (T, H, D)."""
+    count = q_heads + 2 * kv_heads
+    heads = qkv.view(*qkv.shape[:-1], count, qkv.shape[-1] // count)
+    heads = heads.transpose(1, 2) if qkv.ndim == 3 else heads
+    return (
+        heads.narrow(1, 0, q_heads), heads.narrow(1, q_heads, kv_heads), heads.narrow(1, q_heads + kv_heads, kv_heads)
+    )  # fmt: skip
+
+
+def _packed_fake(dq, dk, dv, cos, sin, position_ids, interleaved):
+    tokens = (dq.shape[0], dq.shape[2]) if dq.ndim == 4 else (dq.shape[0],)
+    heads = -3 if dq.ndim == 4 else -2
+    return dq.new_empty((*tokens, (dq.shape[heads] + dk.shape[heads] + dv.shape[heads]) * dq.shape[-1]))
+
+
+def _packed_backward(dq, dk, dv, cos, sin, position_ids, interleaved):
+    dqkv = _packed_fake(dq, dk, dv, cos, sin, position_ids, interleaved)
+    q_out, k_out, v_out = _parts(dqkv, sizes_of(dq)[1], sizes_of(dk)[1])
+    _launch(dq, dk, q_out, k_out, cos, sin, position_ids, interleaved, True, v=dv, v_out=v_out)
+    return dqkv
+
+
+def _packed_backward_reference(dq, dk, dv, cos, sin, position_ids, interleaved):
+    dqkv = _packed_fake(dq, dk, dv, cos, sin, position_ids, interleaved)
+    grads = (*reference.rope(dq, dk, cos, -sin, position_ids, interleaved=interleaved), dv)
+    heads = torch.cat(grads, 1)
+    return dqkv.copy_((heads.transpose(1, 2) if dq.ndim == 4 else heads).flatten(-2))
+
+
+def _into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved):
+    q_out = empty_in_order_of(q)
+    _launch(
+        q, k, q_out, k_cache, cos, sin, position_ids, interleaved, False, v=v, v_out=v_cache, slots=cache_position
+    )  # fmt: skip
+    return q_out
+
+
+def _into_cache_reference(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved):
+    q_out = empty_in_order_of(q)
+    return q_out.copy_(
+        reference.rope_into_cache(
+            q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved=interleaved
+        )
+    )
+
+
+_rope_qkv_backward = register(
+    "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? position_ids, "
+    "bool interleaved) -> Tensor",
+    kernel=_packed_backward,
+    reference=_packed_backward_reference,
+    fake=_packed_fake,
+)
+_rope_into_cache = register(
+    "rope_into_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_position, "
+    "Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved) -> Tensor",
+    kernel=_into_cache,
+    reference=_into_cache_reference,
+    fake=lambda q, *_: empty_in_order_of(q),
 )
 
 
@@ -286,7 +306,25 @@ class _RotatedInPlace(torch.autograd.Function):
         return *refuse_double_backward("rope", (grad,), (dx,)), None, None, None, None
 
 
-# --- public function -------------------------------------------------------------------------------------------------
+class _RopeQKV(torch.autograd.Function):
+    """qkv -> q and k rotated, v as it lies there. The backward writes the gradient of the whole projection at once."""
+
+    @staticmethod
+    def forward(ctx, qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved):
+        ctx.save_for_backward(cos, sin, position_ids)
+        ctx.interleaved = interleaved
+        q, k, v = _parts(qkv, q_heads, kv_heads)
+        return *_rope(q, k, cos, sin, position_ids, interleaved, False), v
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        cos, sin, position_ids = ctx.saved_tensors
+        grads = [last_dim_contiguous(g) for g in (dq, dk, dv)]
+        dqkv = _rope_qkv_backward(*grads, cos, sin, position_ids, ctx.interleaved)
+        return *refuse_double_backward("rope_qkv", (dqkv,), (dq, dk, dv)), None, None, None, None, None, None
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
 
 
 def rope(
@@ -341,6 +379,116 @@ def rope(
     return q_out, None if k is None else k_out
 
 
+def rope_qkv(
+    qkv: torch.Tensor,
+    q_heads: int,
+    kv_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotary position embedding of a packed projection: q and k come out rotated, v is a view of `qkv`.
+
+    One launch each way. The forward reads q and k where they lie; the backward turns dq and dk back and writes them and
+    dv into the gradient of `qkv`, where separate calls write dq and dk, and then copy all three together.
+
+    Args:
+        qkv: (B, S, (q_heads + 2 kv_heads) D), or packed (T, (q_heads + 2 kv_heads) D): the heads of q, then those of k,
+            then those of v. bfloat16, float16 or float32. A last dimension that is not contiguous is copied.
+        q_heads, kv_heads: how many of each there are.
+        cos, sin, position_ids, interleaved: as in `rope`.
+
+    Returns:
+        q (B, q_heads, S, D), k and v (B, kv_heads, S, D), in the memory order of (B, S, H, D); (T, H, D) of packed
+        tokens. v shares the memory of `qkv`, and is not to be changed in place.
+
+    Raises:
+        TypeError, ValueError: as `rope`; also where the last dimension is not made of that many heads.
+    """
+    check_tensors("rope_qkv", qkv=qkv)
+    for name, heads in (("q_heads", q_heads), ("kv_heads", kv_heads)):
+        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+            raise ValueError(message("rope_qkv", name, repr(heads), "a number of heads, at least 1"))
+    heads = q_heads + 2 * kv_heads
+    if qkv.ndim not in (2, 3) or qkv.shape[-1] % heads:
+        wanted = f"(B, S, {heads} D), or (T, {heads} D) where tokens are packed: {q_heads} + 2 * {kv_heads} heads"
+        raise ValueError(message("rope_qkv", "qkv", shape_of(qkv), wanted))
+    tokens = (qkv.shape[0], qkv.shape[1]) if qkv.ndim == 3 else (None, qkv.shape[0])
+    check_angles("rope_qkv", "qkv", qkv, tokens, qkv.shape[-1] // heads, cos, sin, position_ids)
+    qkv, cos, sin = (last_dim_contiguous(x) for x in (qkv, cos, sin))
+    if needs_grad(qkv):
+        qkv, cos, sin, position_ids = distinct(qkv, cos, sin, position_ids)
+        return _RopeQKV.apply(qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
+    q, k, v = _parts(qkv, q_heads, kv_heads)
+    return *_rope(q, k, cos, sin, position_ids, interleaved, False), v
+
+
+def rope_into_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """A decoding step's RoPE in one launch: q comes out rotated, k rotated and v go straight to their cache positions.
+
+    Separate calls take three launches and write k twice. For inference: there are no gradients.
+
+    Args:
+        q: (B, Hq, S, D); k: (B, Hkv, S, D); v: (B, Hkv, S, Dv): the new tokens. bfloat16, float16 or float32.
+        k_cache: (B, Hkv, L, D), v_cache: (B, Hkv, L, Dv), in the dtype of k and v, any strides with a contiguous last
+            dimension. Written in place.
+        cache_position: where each token goes, (S,), (1, S) or (B, S), any integer dtype. What would go outside of the
+            cache goes nowhere (`llama_kernels.checked` raises). Of two tokens for one position either may stay.
+        cos, sin, interleaved: as in `rope`.
+        position_ids: the table row of each token; None is `cache_position`, or, where cos and sin have a row a token,
+            that row.
+
+    Returns:
+        q rotated, in its shape, dtype and memory order.
+
+    Raises:
+        TypeError, ValueError: as `rope`; also where a cache does not fit, or gradients are wanted.
+    """
+    op = "rope_into_cache"
+    check_heads(op, q, k)
+    check_tensors(op, q=q, v=v, k_cache=k_cache, v_cache=v_cache)
+    if q.ndim != 4:
+        raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D)"))
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(message(op, "v", shape_of(v), f"of k's shape {tuple(k.shape)} but for the last dimension"))
+    if v.dtype != k.dtype:
+        raise TypeError(message(op, "v", v.dtype, f"the dtype of k, {k.dtype}"))
+    for name, cache, x in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
+        B, H, _, D = x.shape
+        length = k_cache.shape[2] if k_cache.ndim == 4 else None
+        if cache.ndim != 4 or tuple(cache.shape) != (B, H, length, D):
+            raise ValueError(message(op, name, shape_of(cache), f"({B}, {H}, L, {D}), both caches of one length L"))
+        if cache.dtype != x.dtype:
+            raise TypeError(message(op, name, cache.dtype, f"the dtype of {name[0]}, {x.dtype}"))
+        if cache.stride(-1) != 1 and D > 1:
+            wanted = "a contiguous last dimension: it is written in place"
+            raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
+    for name, x in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if needs_grad(x):
+            fix = "Call it under torch.no_grad(), or use llama_kernels.rope."
+            raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))
+    check_rows(op, "cache_position", cache_position, "q", q, tokens_of(q), k_cache.shape[2], "positions of the cache")
+    if position_ids is None and cos.ndim == 2:
+        position_ids = cache_position
+    check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
+    q, k, v, cos, sin = (last_dim_contiguous(x) for x in (q, k, v, cos, sin))
+    return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved)
+
+
 def _declare_rotated(x, cos, sin, position_ids, interleaved):
     if x is None:
         return None
@@ -351,61 +499,8 @@ def _declare_rotated(x, cos, sin, position_ids, interleaved):
 
 
 def _check(q, k, cos, sin, position_ids, inplace) -> None:
-    check_tensors("rope", q=q, k=k)
-    check_tensors("rope", None, q=q, cos=cos, sin=sin)
-    if q.ndim not in (3, 4):
-        raise ValueError(message("rope", "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))
-    B, _, S = sizes_of(q)
-    D = q.shape[-1]
-    if k is not None:
-        if k.ndim != q.ndim or (sizes_of(k)[0], sizes_of(k)[2], k.shape[-1]) != (B, S, D):
-            wanted = f"of q's shape {tuple(q.shape)} but for the number of heads"
-            raise ValueError(message("rope", "k", shape_of(k), wanted))
-        if k.dtype != q.dtype:
-            raise TypeError(message("rope", "k", k.dtype, f"the dtype of q, {q.dtype}"))
-
-    per_token = cos.ndim == 3
-    if sin.shape != cos.shape:
-        raise ValueError(message("rope", "sin", shape_of(sin), f"the shape of cos, {tuple(cos.shape)}"))
-    if cos.dtype == torch.float64 or sin.dtype != cos.dtype:
-        raise TypeError(message("rope", "sin" if sin.dtype != cos.dtype else "cos", sin.dtype, "float32, both alike"))
-    if cos.ndim not in (2, 3) or (per_token and (q.ndim == 3 or cos.shape[0] not in (1, B) or cos.shape[1] != S)):
-        wanted = "(positions, R/2)" if q.ndim == 3 else f"(positions, R/2) or a row a token, ({B}, {S}, R/2)"
-        raise ValueError(message("rope", "cos", shape_of(cos), wanted))
-    if not 0 < 2 * cos.shape[-1] <= D:
-        fix = "Hugging Face's tables hold every angle twice: pass cos[..., : R // 2]." if cos.shape[-1] == D else ""
-        wanted = f"at most D/2 = {D // 2} angles, and at least one, in the last dimension"
-        raise ValueError(message("rope", "cos", shape_of(cos), wanted, fix))
-    for name, x in (("cos", cos), ("sin", sin)):
-        if x.requires_grad and torch.is_grad_enabled():
-            fix = f"Pass {name}.detach(), or use llama_kernels.reference.rope to train the angles."
-            raise ValueError(message("rope", name, "a tensor that requires grad", "a constant table", fix))
-
-    if position_ids is None:
-        if not per_token and cos.shape[0] < S:
-            raise ValueError(message("rope", "cos", shape_of(cos), f"a table of at least {S} positions, one a token"))
-    else:
-        if not isinstance(position_ids, torch.Tensor):
-            raise TypeError(message("rope", "position_ids", f"a {type(position_ids).__name__}", "a torch.Tensor"))
-        if position_ids.dtype.is_floating_point or position_ids.dtype.is_complex or position_ids.dtype == torch.bool:
-            raise TypeError(message("rope", "position_ids", position_ids.dtype, "a tensor of integers"))
-        if position_ids.device != q.device:
-            wanted = f"the device of q, {q.device}"
-            raise ValueError(message("rope", "position_ids", f"on {position_ids.device}", wanted))
-        if per_token:
-            fix = "A row a token already says which angles each token gets."
-            raise ValueError(message("rope", "position_ids", "given beside cos of a row a token", "None", fix))
-        shapes = ((S,),) if q.ndim == 3 else ((S,), (1, S), (B, S))
-        if tuple(position_ids.shape) not in shapes:
-            raise ValueError(message("rope", "position_ids", shape_of(position_ids), " or ".join(map(str, shapes))))
-        if S and not cos.shape[0]:
-            raise ValueError(message("rope", "cos", shape_of(cos), "a table of at least one position"))
-        if values_are_checked(position_ids) and position_ids.numel():
-            first, last = (int(x) for x in position_ids.aminmax())
-            if first < 0 or last >= cos.shape[0]:
-                wanted = f"rows of the table, 0 to {cos.shape[0] - 1}"
-                raise ValueError(message("rope", "position_ids", f"from {first} to {last}", wanted))
-
+    check_heads("rope", q, k)
+    check_angles("rope", "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
     if inplace:
         for name, x in (("q", q), ("k", k)):
             if x is None:

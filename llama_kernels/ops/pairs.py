@@ -1,0 +1,209 @@
+"""What the ops that rotate share: the tile, pairs in and out of registers, a token's angles, the checks of both."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from llama_kernels.language import tl, triton
+from llama_kernels.runtime import check_tensors, message, next_power_of_2, shape_of, sizes_of, values_are_checked
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+class HeadTile(NamedTuple):
+    """One step of a program: BLOCK_T tokens by BLOCK_H heads by BLOCK_R pairs. It steps over the heads."""
+
+    BLOCK_T: int
+    BLOCK_H: int
+    BLOCK_R: int
+    num_warps: int
+
+
+@functools.cache
+def head_tile(half: int, heads: int, lanes: int) -> HeadTile:
+    """The tile for `half` pairs a head, where the smaller of q and k has `heads` heads and a warp has `lanes` threads.
+
+    128 threads with 8 pairs each: two 16-byte reads and writes in bfloat16. Tokens fill what the heads leave.
+    """
+    BLOCK_R = max(next_power_of_2(half), 8)
+    vectors = max(1024 // BLOCK_R, 1)  # (token, head) pairs of half-width vectors a step
+    BLOCK_H = min(next_power_of_2(heads), vectors)
+    return HeadTile(vectors // BLOCK_H, BLOCK_H, BLOCK_R, num_warps=128 // lanes)
+
+
+# --- on the device ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_pairs(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The first and the second element of each pair of the vectors, as float32 [BLOCK_T, BLOCK_H, BLOCK_R]."""
+    if INTERLEAVED:
+        # Both in one run, parted in registers: loading every second element would need twice the accesses.
+        run = tl.arange(0, 2 * BLOCK_R)
+        mask = there[:, :, None] & (run < 2 * HALF)[None, None, :]
+        x = tl.load(vectors[:, :, None] + run[None, None, :], mask=mask, other=0.0)
+        x0, x1 = tl.split(x.reshape(x.shape[0], x.shape[1], BLOCK_R, 2))
+    else:
+        pair = tl.arange(0, BLOCK_R)
+        mask = there[:, :, None] & (pair < HALF)[None, None, :]
+        x0 = tl.load(vectors[:, :, None] + pair[None, None, :], mask=mask, other=0.0)
+        x1 = tl.load(vectors[:, :, None] + (pair + HALF)[None, None, :], mask=mask, other=0.0)
+    return x0.to(tl.float32), x1.to(tl.float32)
+
+
+@triton.jit
+def store_pairs(vectors, there, y0, y1, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr):
+    if INTERLEAVED:
+        run = tl.arange(0, 2 * BLOCK_R)
+        mask = there[:, :, None] & (run < 2 * HALF)[None, None, :]
+        y = tl.join(y0, y1)  # [BLOCK_T, BLOCK_H, BLOCK_R, 2]
+        tl.store(vectors[:, :, None] + run[None, None, :], y.reshape(y.shape[0], y.shape[1], 2 * BLOCK_R), mask=mask)
+    else:
+        pair = tl.arange(0, BLOCK_R)
+        mask = there[:, :, None] & (pair < HALF)[None, None, :]
+        tl.store(vectors[:, :, None] + pair[None, None, :], y0, mask=mask)
+        tl.store(vectors[:, :, None] + (pair + HALF)[None, None, :], y1, mask=mask)
+
+
+@triton.jit
+def load_angles(
+    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of the tokens (b, s), as float32 [BLOCK_T, 1, BLOCK_R]: of row position_ids[b, s], kept inside the
+    table, or s. INVERSE: of the negative angle."""
+    row = s
+    if position_ids_ptr is not None:
+        row = tl.load(position_ids_ptr + b * position_strides[0] + s * position_strides[1], mask=live, other=0)
+        row = tl.minimum(tl.maximum(row.to(tl.int64), 0), positions - 1)
+    pairs = tl.arange(0, BLOCK_R)
+    mask = live[:, None] & (pairs < HALF)[None, :]
+    cos_rows, sin_rows = b * cos_strides[0] + row * cos_strides[1], b * sin_strides[0] + row * sin_strides[1]
+    cos = tl.load(cos_ptr + cos_rows[:, None] + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + sin_rows[:, None] + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+    return cos[:, None, :], sin[:, None, :]
+
+
+@triton.jit
+def turn(x0, x1, cos, sin):
+    """Each pair rotated by its angle."""
+    return x0 * cos - x1 * sin, x1 * cos + x0 * sin
+
+
+# --- on the host -----------------------------------------------------------------------------------------------------
+
+
+def row_strides(x: torch.Tensor | None, batched: bool) -> tuple[int, int] | None:
+    """Of batch and row, for what holds one row a token, or a table of rows that the whole batch shares."""
+    if x is None:
+        return None
+    if not batched:
+        return 0, x.stride(0)
+    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
+
+
+def angle_arguments(
+    cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[tuple[int, int] | None, ...]]:
+    """What `load_angles` takes: the three tensors, and the strides of each."""
+    tables = row_strides(cos, cos.ndim == 3), row_strides(sin, sin.ndim == 3)
+    positions = row_strides(position_ids, position_ids is not None and position_ids.ndim == 2)
+    return (cos, sin, position_ids), (*tables, positions)
+
+
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None) -> None:
+    """q and k are heads of the same tokens."""
+    check_tensors(op, q=q, k=k)
+    if q.ndim not in (3, 4):
+        raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))
+    if k is None:
+        return
+    if k.ndim != q.ndim or sizes_of(k)[::2] != sizes_of(q)[::2] or k.shape[-1] != q.shape[-1]:
+        wanted = f"of q's shape {tuple(q.shape)} but for the number of heads"
+        raise ValueError(message(op, "k", shape_of(k), wanted))
+    if k.dtype != q.dtype:
+        raise TypeError(message(op, "k", k.dtype, f"the dtype of q, {q.dtype}"))
+
+
+def tokens_of(q: torch.Tensor) -> tuple[int | None, int]:
+    """Batch and tokens of heads; None for the batch where tokens are packed."""
+    return (q.shape[0], q.shape[2]) if q.ndim == 4 else (None, q.shape[0])
+
+
+def check_angles(
+    op: str,
+    name: str,
+    x: torch.Tensor,
+    tokens: tuple[int | None, int],
+    head_dim: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None,
+) -> None:
+    """cos, sin and position_ids fit the heads of `head_dim` that x, the argument `name`, holds of `tokens`."""
+    check_tensors(op, None, **{name: x, "cos": cos, "sin": sin})
+    B, S = tokens
+    per_token = cos.ndim == 3
+    if sin.shape != cos.shape:
+        raise ValueError(message(op, "sin", shape_of(sin), f"the shape of cos, {tuple(cos.shape)}"))
+    if cos.dtype == torch.float64 or sin.dtype != cos.dtype:
+        raise TypeError(message(op, "sin" if sin.dtype != cos.dtype else "cos", sin.dtype, "float32, both alike"))
+    if cos.ndim not in (2, 3) or (per_token and (B is None or cos.shape[0] not in (1, B) or cos.shape[1] != S)):
+        wanted = "(positions, R/2)" if B is None else f"(positions, R/2) or a row a token, ({B}, {S}, R/2)"
+        raise ValueError(message(op, "cos", shape_of(cos), wanted))
+    if not 0 < 2 * cos.shape[-1] <= head_dim:
+        fix = (
+            "Hugging Face's tables hold every angle twice: pass cos[..., : R // 2]."
+            if cos.shape[-1] == head_dim
+            else ""
+        )
+        wanted = f"at most D/2 = {head_dim // 2} angles, and at least one, in the last dimension"
+        raise ValueError(message(op, "cos", shape_of(cos), wanted, fix))
+    for table, angles in (("cos", cos), ("sin", sin)):
+        if angles.requires_grad and torch.is_grad_enabled():
+            fix = f"Pass {table}.detach(), or use llama_kernels.reference.{op} to train the angles."
+            raise ValueError(message(op, table, "a tensor that requires grad", "a constant table", fix))
+
+    if position_ids is None:
+        if not per_token and cos.shape[0] < S:
+            raise ValueError(message(op, "cos", shape_of(cos), f"a table of at least {S} positions, one a token"))
+        return
+    if per_token:
+        fix = "A row a token already says which angles each token gets."
+        raise ValueError(message(op, "position_ids", "given beside cos of a row a token", "None", fix))
+    if S and not cos.shape[0]:
+        raise ValueError(message(op, "cos", shape_of(cos), "a table of at least one position"))
+    check_rows(op, "position_ids", position_ids, name, x, tokens, cos.shape[0], "rows of the table")
+
+
+def check_rows(
+    op: str,
+    name: str,
+    rows: torch.Tensor,
+    of: str,
+    x: torch.Tensor,
+    tokens: tuple[int | None, int],
+    count: int,
+    what: str,
+) -> None:
+    """`rows`, the argument `name`, is an integer a token of x, the argument `of`; where values are checked, each is one
+    of `count` `what`."""
+    B, S = tokens
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(message(op, name, f"a {type(rows).__name__}", "a torch.Tensor"))
+    if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
+        raise TypeError(message(op, name, rows.dtype, "a tensor of integers"))
+    if rows.device != x.device:
+        raise ValueError(message(op, name, f"on {rows.device}", f"the device of {of}, {x.device}"))
+    shapes = ((S,),) if B is None else ((S,), (1, S), (B, S))
+    if tuple(rows.shape) not in shapes:
+        raise ValueError(message(op, name, shape_of(rows), " or ".join(map(str, shapes))))
+    if values_are_checked(rows) and rows.numel():
+        first, last = (int(row) for row in rows.aminmax())
+        if first < 0 or last >= count:
+            raise ValueError(message(op, name, f"from {first} to {last}", f"{what}, 0 to {count - 1}"))
