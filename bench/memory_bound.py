@@ -132,6 +132,113 @@ class Rope(Work):
             yield Piece(Call(*(tuple(x[one] for x in tensors) for tensors in call)), (one, one), (one, one))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QKNormRope(Rope):
+    """q, k as in Rope, weights (D,) each -> q, k with every head normed, then rotated."""
+
+    op: ClassVar[str] = "qk_norm_rope"
+    arguments: ClassVar[tuple[str, ...]] = ("q", "k", "q_weight", "k_weight")
+
+    def draw(self, device: str) -> Call:
+        (q, k), grads = super().draw(device)
+        weights = (torch.rand(self.D, device=device, dtype=self.dtype) + 0.5 for _ in range(2))
+        return Call((q, k, *weights), grads)
+
+    def bytes(self, direction: str) -> int:
+        heads = self.B * self.S * (self.Hq + self.Hkv) * self.D * self.dtype.itemsize
+        rest = 2 * self.S * (self.D // 2) * 4 + 2 * self.D * self.dtype.itemsize
+        forward, backward = 2 * heads + rest, 3 * heads + rest  # x, y; x, dy, dx
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+    def reference(self, q, k, q_weight, k_weight):
+        return lk.reference.qk_norm_rope(q, k, q_weight, k_weight, *self.tables(q.device), eps=EPS)
+
+    def plain(self, q, k, q_weight, k_weight):
+        return super().plain(plain_norm(q, q_weight), plain_norm(k, k_weight))
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        for (q_and_k, grads), outputs, arguments in super().pieces(Call(call.args[:2], call.grads)):
+            yield Piece(Call((*q_and_k, *call.args[2:]), grads), outputs, (*arguments, ..., ...))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeQKV(Rope):
+    """qkv (B, S, (Hq + 2 Hkv) D), a packed projection -> q, k rotated, v, each (B, H, S, D)."""
+
+    op: ClassVar[str] = "rope_qkv"
+    arguments: ClassVar[tuple[str, ...]] = ("qkv",)
+    outputs: ClassVar[tuple[str, ...]] = ("q_rotated", "k_rotated", "v")
+
+    def draw(self, device: str) -> Call:
+        _, (dq, dk) = super().draw(device)
+        qkv = torch.randn(self.B, self.S, (self.Hq + 2 * self.Hkv) * self.D, device=device, dtype=self.dtype)
+        return Call((qkv,), (dq, dk, torch.randn_like(dk)))
+
+    def bytes(self, direction: str) -> int:
+        v = self.B * self.S * self.Hkv * self.D * self.dtype.itemsize
+        forward = super().bytes("forward")  # v stays where it is
+        return {"forward": forward, "backward": forward + 2 * v, "both": 2 * forward + 2 * v}[direction]
+
+    def reference(self, qkv):
+        return lk.reference.rope_qkv(qkv, self.Hq, self.Hkv, *self.tables(qkv.device))
+
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k, v as views."""
+        heads = qkv.unflatten(-1, (-1, self.D)).transpose(1, 2)
+        return heads.split((self.Hq, self.Hkv, self.Hkv), 1)
+
+    def plain(self, qkv):
+        q, k, v = self.split(qkv)
+        return *super().plain(q, k), v
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        for b in range(self.B):
+            one = slice(b, b + 1)
+            yield Piece(Call(*(tuple(x[one] for x in tensors) for tensors in call)), (one,) * 3, (one,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeIntoCache(Rope):
+    """One new token: q (B, Hq, 1, D), k, v (B, Hkv, 1, D) -> q rotated, and what then stands in caches of S tokens.
+
+    `caches` gives a provider its own.
+    """
+
+    op: ClassVar[str] = "rope_into_cache"
+    arguments: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    outputs: ClassVar[tuple[str, ...]] = ("q_rotated", "k_cached", "v_cached")
+    directions: ClassVar[tuple[str, ...]] = ("forward",)
+
+    @property
+    def position(self) -> int:
+        return self.S // 2
+
+    def caches(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.zeros(self.B, self.Hkv, self.S, self.D, device=device, dtype=self.dtype) for _ in range(2))
+
+    def draw(self, device: str) -> Call:
+        sizes = (self.Hq, self.Hkv, self.Hkv)
+        args = tuple(torch.randn(self.B, H, 1, self.D, device=device, dtype=self.dtype) for H in sizes)
+        return Call(args, tuple(torch.zeros_like(x) for x in args))
+
+    def bytes(self, direction: str) -> int:
+        return 2 * self.B * (self.Hq + 2 * self.Hkv) * self.D * self.dtype.itemsize + 2 * (self.D // 2) * 4
+
+    def angles(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (1, D/2) of the position."""
+        return tuple(x[self.position, None] for x in self.tables(device))
+
+    def reference(self, q, k, v):
+        return *lk.reference.rope(q, k, *self.angles(q.device)), v
+
+    def plain(self, q, k, v):
+        cos, sin = (x[:, self.position, None] for x in self.wide_tables(q.device, q.dtype))
+        return *plain_rope(q, k, cos, sin), v
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        yield Piece(call, (..., ..., ...), (..., ..., ...))
+
+
 def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Transformers' LlamaRMSNorm."""
     wide = x.float()
@@ -161,8 +268,12 @@ def models(tokens: int = 16384) -> Iterator[Work]:
     for name, m in MODELS.items():
         if m.qk_norm:
             yield RMSNorm(shape=f"{name}, heads of q and k", M=tokens * (m.heads + m.kv_heads), N=m.head_dim)
+            yield QKNormRope(shape=name, B=4, S=tokens // 4, Hq=m.heads, Hkv=m.kv_heads, D=m.head_dim)
     for name, m in models_by("heads", "kv_heads", "head_dim"):
-        yield Rope(shape=name, B=4, S=tokens // 4, Hq=m.heads, Hkv=m.kv_heads, D=m.head_dim)
+        heads = {"Hq": m.heads, "Hkv": m.kv_heads, "D": m.head_dim}
+        yield Rope(shape=name, B=4, S=tokens // 4, **heads)
+        yield RopeQKV(shape=name, B=4, S=tokens // 4, **heads)
+        yield RopeIntoCache(shape=name, B=16, S=4096, **heads)
 
 
 def sweeps() -> Iterator[Work]:
@@ -178,7 +289,10 @@ def sweeps() -> Iterator[Work]:
     for M in (1, 16, 128):
         yield RMSNorm(shape=f"{M} rows", M=M, N=4096)
     for S in (512, 2048, 8192, 32768):
-        yield Rope(shape=f"32k tokens, S={S}", B=32768 // S, S=S, Hq=32, Hkv=8, D=128)
+        for kind in (Rope, QKNormRope, RopeQKV):
+            yield kind(shape=f"32k tokens, S={S}", B=32768 // S, S=S, Hq=32, Hkv=8, D=128)
+    for B in (1, 16, 128):
+        yield RopeIntoCache(shape=f"{B} sequences", B=B, S=4096, Hq=32, Hkv=8, D=128)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bench.attention import Attention, AttentionVarlen, Decode
-from bench.memory_bound import AddRMSNorm, RMSNorm, Rope
+from bench.memory_bound import AddRMSNorm, QKNormRope, RMSNorm, Rope, RopeIntoCache, RopeQKV
 from bench.work import Work
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,6 +22,9 @@ def works(dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Work]:
         RMSNorm(shape="head norm 128", M=512, N=128),
         AddRMSNorm(shape="rows of 2048", M=48, N=2048),
         Rope(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
+        QKNormRope(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
+        RopeQKV(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
+        RopeIntoCache(shape="3 sequences", B=3, S=48, Hq=8, Hkv=2, D=128),
         Attention(shape="heads 4/2", B=2, S=160, Hq=4, Hkv=2, D=64),
         Attention(shape="head width 128", B=1, S=130, Hq=2, Hkv=1, D=128),
         Attention(shape="window", B=1, S=200, Hq=4, Hkv=2, D=64, window=70),

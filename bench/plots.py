@@ -10,7 +10,7 @@ import torch
 
 from bench import roofline
 from bench.attention import Attention, AttentionVarlen, Decode
-from bench.memory_bound import AddRMSNorm, RMSNorm, Rope
+from bench.memory_bound import AddRMSNorm, QKNormRope, RMSNorm, Rope, RopeIntoCache, RopeQKV
 from bench.providers import OURS
 from bench.records import Record, Run
 from bench.work import DIRECTIONS, MODELS, UNIT, Work
@@ -26,6 +26,9 @@ AXES = {
     "rms_norm": ("N", "row length N"),
     "add_rms_norm": ("N", "row length N"),
     "rope": ("S", "tokens a sequence"),
+    "qk_norm_rope": ("S", "tokens a sequence"),
+    "rope_qkv": ("S", "tokens a sequence"),
+    "rope_into_cache": ("B", "sequences"),
     "attention": ("S", "tokens a sequence"),
     "decode": ("Sk", "tokens in the cache"),
 }
@@ -311,7 +314,8 @@ def _roofline_figure(rs: list[Record]) -> Figure:
 
 def work_of(r: Record) -> Work:
     """The work that a record of an op is about."""
-    kinds = (RMSNorm, AddRMSNorm, Rope, Attention, AttentionVarlen, Decode)
+    norms, rotations = (RMSNorm, AddRMSNorm), (Rope, QKNormRope, RopeQKV, RopeIntoCache)
+    kinds = (*norms, *rotations, Attention, AttentionVarlen, Decode)
     kind = next(kind for kind in kinds if kind.op == r.op)
     sizes = {name: tuple(n) if isinstance(n, list) else n for name, n in r.sizes.items()}
     return kind(shape=r.shape, dtype=getattr(torch, r.dtype), **sizes)

@@ -18,7 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llama_kernels as lk
 from bench.attention import PLAIN_LIMIT, Attention, AttentionVarlen, Decode, plain_attention
-from bench.memory_bound import EPS, AddRMSNorm, RMSNorm, Rope, plain_norm, plain_rope
+from bench.memory_bound import (
+    EPS,
+    AddRMSNorm,
+    QKNormRope,
+    RMSNorm,
+    Rope,
+    RopeIntoCache,
+    RopeQKV,
+    plain_norm,
+    plain_rope,
+)
 from bench.work import Function, Work
 
 OURS = "llama_kernels"
@@ -90,6 +100,25 @@ class Ours(Provider):
         cos, sin = work.tables(device)
         return lambda q, k: lk.rope(q, k, cos, sin)
 
+    def qk_norm_rope(self, work: QKNormRope, device: str) -> Function:
+        cos, sin = work.tables(device)
+        return lambda *heads_and_weights: lk.qk_norm_rope(*heads_and_weights, cos, sin, eps=EPS)
+
+    def rope_qkv(self, work: RopeQKV, device: str) -> Function:
+        cos, sin = work.tables(device)
+        return lambda qkv: lk.rope_qkv(qkv, work.Hq, work.Hkv, cos, sin)
+
+    def rope_into_cache(self, work: RopeIntoCache, device: str) -> Function:
+        cos, sin = work.tables(device)
+        slot, caches = torch.tensor([work.position], device=device), work.caches(device)
+        cached = [x[:, :, work.position, None] for x in caches]
+
+        def f(q, k, v):
+            with torch.no_grad():
+                return lk.rope_into_cache(q, k, v, *caches, slot, cos, sin), *cached
+
+        return f
+
     def attention(self, work: Attention, device: str) -> Function:
         return lambda q, k, v: lk.attention(q, k, v, window_size=(work.window, -1))
 
@@ -99,6 +128,44 @@ class Ours(Provider):
 
     def decode(self, work: Decode, device: str) -> Function:
         return lk.attention
+
+
+class Apart(Provider):
+    """Our own ops one by one: what fusing them saves."""
+
+    name = f"{OURS}, apart"
+    cpu = True
+
+    def qk_norm_rope(self, work: QKNormRope, device: str) -> Function:
+        cos, sin = work.tables(device)
+
+        def f(q, k, q_weight, k_weight):
+            return lk.rope(lk.rms_norm(q, q_weight, EPS), lk.rms_norm(k, k_weight, EPS), cos, sin)
+
+        return f
+
+    def rope_qkv(self, work: RopeQKV, device: str) -> Function:
+        cos, sin = work.tables(device)
+
+        def f(qkv):
+            q, k, v = work.split(qkv)
+            return *lk.rope(q, k, cos, sin), v
+
+        return f
+
+    def rope_into_cache(self, work: RopeIntoCache, device: str) -> Function:
+        cos, sin = work.tables(device)
+        slot, caches = torch.tensor([work.position], device=device), work.caches(device)
+        cached = [x[:, :, work.position, None] for x in caches]
+
+        def f(q, k, v):
+            with torch.no_grad():
+                q, k = lk.rope(q, k, cos, sin, slot)
+                for cache, x in zip(caches, (k, v), strict=True):
+                    cache.index_copy_(2, slot, x)
+            return q, *cached
+
+        return f
 
 
 class Eager(Provider):
@@ -116,6 +183,33 @@ class Eager(Provider):
     def rope(self, work: Rope, device: str) -> Function:
         cos, sin = work.wide_tables(device, work.dtype)
         return lambda q, k: plain_rope(q, k, cos, sin)
+
+    def qk_norm_rope(self, work: QKNormRope, device: str) -> Function:
+        rotate = self.rope(work, device)
+        return lambda q, k, q_weight, k_weight: rotate(plain_norm(q, q_weight), plain_norm(k, k_weight))
+
+    def rope_qkv(self, work: RopeQKV, device: str) -> Function:
+        rotate = self.rope(work, device)
+
+        def f(qkv):
+            q, k, v = work.split(qkv)
+            return *rotate(q, k), v
+
+        return f
+
+    def rope_into_cache(self, work: RopeIntoCache, device: str) -> Function:
+        cos, sin = (x[:, work.position, None] for x in work.wide_tables(device, work.dtype))
+        slot, caches = torch.tensor([work.position], device=device), work.caches(device)
+        cached = [x[:, :, work.position, None] for x in caches]
+
+        def f(q, k, v):
+            with torch.no_grad():
+                q, k = plain_rope(q, k, cos, sin)
+                for cache, x in zip(caches, (k, v), strict=True):
+                    cache.index_copy_(2, slot, x)
+            return q, *cached
+
+        return f
 
     def attention(self, work: Attention, device: str) -> Function:
         scores = work.B * work.Hq * work.S**2
@@ -142,7 +236,7 @@ class Compiled(Provider):
     def _compiled(self, work: Work, device: str) -> Function:
         return torch.compile(Eager().function(work, device), fullgraph=True, dynamic=False)
 
-    rms_norm = add_rms_norm = rope = _compiled
+    rms_norm = add_rms_norm = rope = qk_norm_rope = rope_qkv = rope_into_cache = _compiled
 
 
 class TorchNorm(Provider):
@@ -433,6 +527,7 @@ class TransformerEngine(Provider):
 
 PROVIDERS: tuple[Provider, ...] = (
     Ours(),
+    Apart(),
     Eager(),
     Compiled(),
     TorchNorm(),

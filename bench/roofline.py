@@ -85,6 +85,13 @@ _FLOPS: dict[str, Callable[..., int]] = {
 }
 
 
+# What writes into a tensor touches what it writes, not all of it.
+_BYTES: dict[str, Callable[..., int]] = {
+    "llama_kernels.rope_into_cache": lambda q, k, v, *_: 2 * sum(map(_size, (q, k, v))),
+    "aten.index_copy_": lambda into, dim, index, source: 2 * _size(source),
+}
+
+
 class Tally(TorchDispatchMode):
     """The ops that run inside, without those that only look at tensors."""
 
@@ -102,7 +109,8 @@ class Tally(TorchDispatchMode):
         if name in _FILLS:
             read = []
         flops = _FLOPS[name](*args) if name in _FLOPS else self._flops(func.overloadpacket, args, kwargs, out)
-        self.ops.append(Op(name, sum(map(_size, read)) + sum(map(_size, written)), flops))
+        touched = _BYTES[name](*args) if name in _BYTES else sum(map(_size, read)) + sum(map(_size, written))
+        self.ops.append(Op(name, touched, flops))
         return out
 
     @staticmethod

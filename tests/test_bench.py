@@ -39,13 +39,18 @@ from bench.records import Record, Run
 from tests.conftest import DEVICE, compiles
 
 NORM = memory_bound.RMSNorm(shape="norm", M=40, N=64, dtype=torch.float16)
+DENSE = attention.Attention(shape="dense", B=2, S=40, Hq=4, Hkv=2, D=16, dtype=torch.float16)
+PACKED = attention.AttentionVarlen(shape="packed", lengths=(12, 1, 20), Hq=4, Hkv=2, D=16, dtype=torch.float16)
 TINY = (
     NORM,
     memory_bound.AddRMSNorm(shape="add", M=10, N=32, dtype=torch.float16),
     memory_bound.Rope(shape="rope", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
-    attention.Attention(shape="dense", B=2, S=40, Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    memory_bound.QKNormRope(shape="heads", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    memory_bound.RopeQKV(shape="projection", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    memory_bound.RopeIntoCache(shape="cache", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    DENSE,
     attention.Attention(shape="window", B=1, S=40, Hq=4, Hkv=2, D=16, window=9, dtype=torch.float16),
-    attention.AttentionVarlen(shape="packed", lengths=(12, 1, 20), Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    PACKED,
     attention.Decode(shape="decode", B=2, Sk=50, Hq=4, Hkv=2, D=16, dtype=torch.float16),
 )
 ABOUT = {"torch": "2", "triton": "3", "gpu": "Fake GPU", "driver": "1", "date": "2026-01-01T00:00:00+00:00"}
@@ -260,6 +265,11 @@ def test_floors_by_hand():
     assert [add.bytes(d) for d in work_module.DIRECTIONS] == [4 * 160 + 16, 4 * 160 + 32, 8 * 160 + 48]
     rope = memory_bound.Rope(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
     assert rope.bytes("forward") == rope.bytes("backward") == 2 * (2 * 3 * 5 * 8 * 2) + 2 * 3 * 4 * 4
+    heads = memory_bound.QKNormRope(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
+    assert heads.bytes("backward") - heads.bytes("forward") == 2 * 3 * 5 * 8 * 2
+    packed = memory_bound.RopeQKV(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
+    assert packed.bytes("forward") == rope.bytes("forward")
+    assert packed.bytes("backward") == rope.bytes("backward") + 2 * (2 * 3 * 1 * 8 * 2)
     dense = attention.Attention(shape="", B=2, S=4, Hq=4, Hkv=2, D=8)
     q, k, lse = 2 * 4 * 4 * 8 * 2, 2 * 2 * 4 * 8 * 2, 2 * 4 * 4 * 4
     assert dense.bytes("forward") == 2 * q + 2 * k + lse and dense.bytes("backward") == 4 * q + 4 * k + lse
@@ -289,6 +299,9 @@ def whole_reference(work):
         "rms_norm": lambda x, w: lk.reference.rms_norm(x, w, memory_bound.EPS),
         "add_rms_norm": lambda x, r, w: lk.reference.add_rms_norm(x, r, w, memory_bound.EPS),
         "rope": lambda q, k: lk.reference.rope(q, k, *work.tables("cpu")),
+        "qk_norm_rope": lambda *args: lk.reference.qk_norm_rope(*args, *work.tables("cpu"), eps=memory_bound.EPS),
+        "rope_qkv": lambda qkv: lk.reference.rope_qkv(qkv, work.Hq, work.Hkv, *work.tables("cpu")),
+        "rope_into_cache": lambda q, k, v: (*lk.reference.rope(q, k, *work.angles("cpu")), v),
         "attention": lambda q, k, v: lk.reference.attention(q, k, v, window_size=window),
         "attention_varlen": packed,
         "decode": lk.reference.attention,
@@ -302,7 +315,7 @@ def test_the_truth_in_pieces_is_the_whole(work, monkeypatch):
     monkeypatch.setattr(memory_bound, "ROWS", 7)
     monkeypatch.setattr(attention, "QUERIES", 8)
     pieces = list(work.pieces(call))
-    assert len(pieces) > 1 or work.op == "decode"
+    assert len(pieces) > 1 or work.op in ("decode", "rope_into_cache")
     truth = work.truth(call)
     wide = work_module.Call(*(tuple(x.double() for x in xs) for xs in call))
     backward = "backward" in work.directions
@@ -387,7 +400,7 @@ def test_a_wrong_provider_is_shown_as_wrong_and_not_timed(change, reason):
 
 
 def test_attention_that_drops_its_last_key_head_is_caught():
-    work = TINY[3]
+    work = DENSE
     dropped = run(work, Wrong(lambda o, q, k, v: torch.cat((o[:, :-1], o[:, :1]), 1)))
     assert all(r.reason.startswith("wrong numbers") for r in dropped)
 
@@ -446,7 +459,7 @@ def test_rates_ceilings_and_ratios():
         assert r.unit == "GB/s" and r.ceiling == 1000 and r.method == "graph" and r.ratio == 1
         assert r.rate == pytest.approx(NORM.bytes("forward") / 1e-6 / 1e9)
         assert r.percent == pytest.approx(r.rate / 10)
-    dense, slow = TINY[3], {"copy": 1000.0, "float16": 1.0}
+    dense, slow = DENSE, {"copy": 1000.0, "float16": 1.0}
     r = run(dense, Ours(), clock=FakeClock(0.01), directions=["forward"], ceilings=slow)[0]
     assert r.unit == "TFLOP/s" and r.rate == pytest.approx(dense.flops("forward") / 1e-5 / 1e12) and r.ratio is None
 
@@ -456,7 +469,7 @@ def test_every_provider_has_a_name_of_its_own_and_an_op():
     assert len(set(names)) == len(names) and names[0] == OURS
     ops = {w.op for w in TINY}
     assert all(any(p.has(op) for op in ops) for p in PROVIDERS)
-    assert all(PROVIDERS[0].has(op) and PROVIDERS[1].has(op) for op in ops)
+    assert all(Ours().has(op) and Eager().has(op) for op in ops)
 
 
 def test_presets_name_every_op_and_no_shape_twice():
@@ -487,7 +500,7 @@ def fake_run(*rs: Record, gpu: str = "Fake GPU") -> Run:
 
 
 def test_records_come_back_as_they_were(tmp_path):
-    made = Run({"gpu": "Fake GPU"}, CEILINGS, run(TINY[5], Ours(), clock=FakeClock()), {"host": [{"op": "rope"}]})
+    made = Run({"gpu": "Fake GPU"}, CEILINGS, run(PACKED, Ours(), clock=FakeClock()), {"host": [{"op": "rope"}]})
     records.write(made, tmp_path / "a" / "run.json")
     back = records.read(tmp_path / "a" / "run.json")
     assert back.machine == made.machine and back.ceilings == CEILINGS and back.extra == made.extra
@@ -706,15 +719,18 @@ def measured() -> Run:
     )
 
 
+SWEPT = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "rope_qkv", "rope_into_cache", "attention", "decode")
+
+
 def test_a_report_of_measurements(tmp_path):
     pytest.importorskip("matplotlib")
     made = measured()
     written = {path.name for path in report.write(made, tmp_path)}
-    speeds = {f"speed-{op}.png" for op in ("rms_norm", "add_rms_norm", "rope", "attention", "decode")}
+    speeds = {f"speed-{op}.png" for op in SWEPT}
     assert written == speeds | {"models.png", "training.png", "error.png", "report.html", "records.json"}
     page = (tmp_path / "report.html").read_text()
     assert "llama_kernels on Fake GPU" in page and "ESTIMATES" not in page
-    assert page.count("data:image/png;base64,") == 8 and 'src="http' not in page  # nothing to load
+    assert page.count("data:image/png;base64,") == 11 and 'src="http' not in page  # nothing to load
     assert "not installed (pip install &lt;liger&gt; &amp; more)" in page
     assert page.count("<tr class=") >= len(made.records)
     for path in tmp_path.glob("*.png"):
@@ -741,7 +757,7 @@ def test_a_report_of_estimates_says_so(tmp_path):
 
 def test_sweeps_are_found():
     found = plots.sweeps(measured().records)
-    assert {key[0] for key in found} == {"rms_norm", "add_rms_norm", "rope", "attention", "decode"}
+    assert {key[0] for key in found} == set(SWEPT)
     norm = found["rms_norm", "forward", "bfloat16", ""]
     assert norm.keys() == {OURS, "eager", "flash-attn-2"}
     sizes = [n for n, _ in norm[OURS]]
@@ -841,5 +857,6 @@ def test_host_cost_is_measured_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "bench.host", "--json", str(tmp_path / "host.json")]
     subprocess.run(command, check=True, capture_output=True)
     rows = json.loads((tmp_path / "host.json").read_text())
-    assert [row["op"] for row in rows] == ["rms_norm", "add_rms_norm", "rope", "attention", "decode"]
+    fused = ["rope_qkv", "rope_into_cache", "qk_norm_rope"]
+    assert [row["op"] for row in rows] == ["rms_norm", "add_rms_norm", "rope", *fused, "attention", "decode"]
     assert all(1 < row["forward"] < 5000 for row in rows)
