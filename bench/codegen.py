@@ -5,7 +5,8 @@ would there, and the launch is dropped. So nothing here repeats a kernel's signa
 its kernel fails here. Triton's own cuobjdump and nvdisasm then read the machine code.
 
 Exits with 1 on a spill, on attention without tensor-core instructions or with a serialised tensor-core pipeline, on
-RoPE or RMSNorm without 128-bit accesses, or on more shared memory than a block of the target may have.
+RoPE or RMSNorm with a loop that has no 128-bit accesses or more instructions than fit beside its bytes, or on more
+shared memory than a block of the target may have.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench import traffic
 from llama_kernels import runtime
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
@@ -101,7 +103,7 @@ def _rope_cases() -> Iterator[Case]:
 
 
 def _qk_norm_rope_cases() -> Iterator[Case]:
-    for D, R, Hq, Hkv in ((64, 64, 32, 8), (80, 80, 32, 32), (128, 128, 32, 8), (128, 64, 32, 8), (256, 256, 8, 4)):
+    for D, R, Hq, Hkv in ((64, 64, 32, 8), (80, 80, 32, 32), (128, 128, 32, 8), (128, 64, 32, 8), (256, 256, 16, 8)):
         for interleaved in (False, True):
             q, k, *angles = _heads(D, R, Hq, Hkv)
             weights = (torch.empty(D, dtype=q.dtype),) * 2
@@ -228,6 +230,7 @@ class Report:
     tensor_core: int
     loads: dict[int, int]
     stores: dict[int, int]
+    moves: list[traffic.Loop] = dataclasses.field(default_factory=list)  # of RoPE and RMSNorm on NVIDIA's
     faults: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -249,9 +252,10 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
         if serialised:
             report.faults.append("tensor-core pipeline serialised")
     elif not re.search("combine|sum_partials", kernel):
-        writes_rows = case.op in ("rope", "rms_norm", "qk_norm_rope") and "weight" not in kernel
+        writes_rows = case.op not in ("attention", "decode") and "weight" not in kernel
         if 128 not in report.loads or (writes_rows and 128 not in report.stores):
             report.faults.append("no 128-bit global access")
+        report.faults += traffic.faults(report.moves, name)
     return report
 
 
@@ -260,17 +264,18 @@ def _read_nvidia(compiled: Any, report: Report) -> bool:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([_TOOLS / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True)
-        sass = subprocess.run([_TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True)
+        code = subprocess.run([_TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
     report.registers, report.spill_bytes = registers, stack
-    ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass.stdout))
+    ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code.stdout))
     report.tensor_core = sum(n for op, n in ops.items() if re.match(r"(HMMA|HGMMA|UTC\w*MMA)", op))
     for into, pattern in ((report.loads, r"LDG(?!DEPBAR)"), (report.stores, r"STG")):
         for op, n in ops.items():
             if re.match(pattern, op):
-                width = re.search(r"\.(64|128)(\.|$)", op)
-                bits = int(width[1]) if width else 16 if ".U16" in op else 8 if re.search(r"\.[US]8", op) else 32
+                bits = traffic.width(op)
                 into[bits] = into.get(bits, 0) + n
+    if report.op not in ("attention", "decode"):
+        report.moves = traffic.loops(code.stdout)
     matmuls = sum(n for op, n in ops.items() if op.startswith("HGMMA"))
     return bool(matmuls) and ops["WARPGROUP.ARRIVE"] >= matmuls
 
@@ -308,13 +313,31 @@ def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
 
 
 def show(reports: list[Report]) -> None:
-    columns = "{:8}{:30}{:38}{:>6}{:>6}{:>7}{:>9}{:>8}  {:22}{:22}{}"
-    head = ("target", "kernel", "case", "warps", "regs", "spill", "shared", "tensor", "loads", "stores", "")
+    columns = "{:8}{:30}{:38}{:>6}{:>6}{:>7}{:>9}{:>8}{:>7}{:>7}  {:22}{:22}{}"
+    head = (
+        "target",
+        "kernel",
+        "case",
+        "warps",
+        "regs",
+        "spill",
+        "shared",
+        "tensor",
+        "a byte",
+        "issue",
+        "loads",
+        "stores",
+        "",
+    )
     print(columns.format(*head))
     for r in reports:
         loads, stores = (" ".join(f"{n}x{bits}" for bits, n in sorted(w.items())) for w in (r.loads, r.stores))
+        heaviest = traffic.heaviest(r.moves)
+        a_byte = f"{heaviest.instructions_a_byte:.2f}" if heaviest else ""
+        share = heaviest and heaviest.share_of_issue(r.target)
         print(columns.format(r.target, r.kernel, r.label, r.warps, r.registers, r.spill_bytes, r.shared_bytes,
-                             r.tensor_core, loads, stores, "; ".join(r.faults)))  # fmt: skip
+                             r.tensor_core, a_byte, f"{share:.0%}" if share else "", loads, stores,
+                             "; ".join(r.faults)))  # fmt: skip
 
 
 def main() -> int:
@@ -328,6 +351,8 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     reports = collect(args.targets, args.full, args.workers)
     show(reports)
+    print("\na byte: instructions of a thread in the heaviest loop, for each byte of global memory that it moves")
+    print(f"issue: of those that fit beside a byte at the bandwidth of a copy: {traffic.assumption()}")
     faulty = [r for r in reports if r.faults]
     print(f"\n{len(reports)} kernels with triton {triton.__version__}, {len(faulty)} at fault")
     for r in faulty:

@@ -33,7 +33,45 @@ def test_attention_runs_on_tensor_cores(target):
 @pytest.mark.parametrize("op, label", [("rope", "D=128 R=128 heads=32/8"), ("rms_norm", "N=4096 +residual")])
 def test_memory_bound_kernels_move_16_bytes_at_a_time(op, label):
     for r in reports("sm_90", op, label):
-        assert max(r.loads) == max(r.stores) == 128 and not r.spill_bytes and not r.faults
+        assert max(r.loads) == 128 and not r.spill_bytes and not r.faults
+        assert max(r.stores) == 128 or r.kernel == "sum_partials_kernel"
+
+
+@pytest.mark.parametrize("op, label", [("rope", "D=128 R=128 heads=32/8"), ("rms_norm", "N=8192"),
+                                       ("qk_norm_rope", "D=128 R=128 heads=32/8")])  # fmt: skip
+def test_instructions_a_byte_are_counted(op, label):
+    """RoPE moves 32 bytes in and out for 8 pairs a thread: at least 4 products or sums for each, and 64 bytes."""
+    from bench import traffic
+
+    for r in reports("sm_90", op, label):
+        assert r.moves and all(loop.bytes for loop in r.moves)
+        if r.kernel == "rope_kernel":
+            assert {loop.bytes for loop in r.moves} == {64} and all(32 < loop.instructions < 128 for loop in r.moves)
+        if "sum_partials" not in r.kernel:
+            assert 0.1 < traffic.heaviest(r.moves).share_of_issue("sm_90") < 0.8
+
+
+def test_narrow_accesses_and_too_many_instructions_are_faults():
+    from bench.traffic import Loop, faults, loops
+
+    wide = Loop(100, {128: 2, 32: 1}, {128: 2})
+    assert faults([wide], "sm_90") == []
+    assert faults([wide, Loop(100, {64: 4}, {128: 2})], "sm_90") == ["a loop without a 128-bit load"]
+    assert faults([Loop(100, {128: 4}, {32: 8})], "sm_90") == ["a loop without a 128-bit store"]
+    assert "instructions that fit" in faults([Loop(1000, {128: 4}, {128: 4})], "sm_90")[0]
+    code = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0010*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0030*/                   FADD R4, R4, R5 ;
+        /*0040*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0050*/              @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0060*/                   BRA `(.L_x_1) ;
+"""
+    assert loops(code) == [Loop(5, {64: 1, 128: 1}, {16: 1})]
+    assert loops(code.replace("@P0 BRA `(.L_x_0)", "EXIT")) == [Loop(7, {64: 1, 128: 2}, {16: 1})]
 
 
 def test_a_tile_too_large_is_a_fault():

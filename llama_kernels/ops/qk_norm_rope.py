@@ -86,15 +86,21 @@ def _store_vectors(
 
 @triton.jit
 def _load_scales(
-    weight_ptr, offset, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    weight_ptr, offset, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """offset + weight as one vector, [1, 1, BLOCK_R] twice and [1, 1, BLOCK_D]; 1 where there is no weight."""
+    """offset + weight in the shape of a tile's vectors; 1 where there is no weight.
+
+    Every thread loads what its vector needs: loaded as one vector, which has one element a thread, the weight would
+    draw the whole tile into that layout.
+    """
     one = tl.full([1, 1, 1], 1.0, tl.float32)
     scales = Vectors(one, one, one)
     if weight_ptr is not None:
-        ptrs = weight_ptr + tl.zeros([1, 1], tl.int32)
-        w = _load_vectors(ptrs, tl.full([1, 1], True, tl.int1), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+        ptrs = weight_ptr + tl.zeros([BLOCK_T, BLOCK_H], tl.int32)
+        w = _load_vectors(
+            ptrs, tl.full([BLOCK_T, BLOCK_H], True, tl.int1), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D
+        )  # fmt: skip
         scales = Vectors(offset + w.x0, offset + w.x1, offset + w.rest)
     return scales
 
@@ -124,7 +130,8 @@ def _forward_heads(
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Every head of the tokens (b, s)."""
-    scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+    if D == 2 * HALF:
+        scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
     x_tokens = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None]  # [BLOCK_T, 1], int64
     y_tokens = y_ptr + (b * y_strides[0] + s * y_strides[2])[:, None]
     for h0 in range(0, H, BLOCK_H):
@@ -134,6 +141,8 @@ def _forward_heads(
         y_ptrs = y_tokens + h.to(tl.int64)[None, :] * y_strides[1]
         x = _load_vectors(x_ptrs, there, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
         rstd = tl.rsqrt(_sum(x, x) / D + eps)
+        if D > 2 * HALF:  # no room for two vectors of weights beside two of x
+            scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
         y = _scaled(_times(x, rstd), scales)
         y0, y1 = turn(y.x0, y.x1, cos, sin)
         _store_vectors(y_ptrs, there, Vectors(y0, y1, y.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
@@ -181,7 +190,7 @@ def _backward_heads(
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Every `programs`-th tile of BLOCK_T tokens by BLOCK_H heads, from tile `first` on."""
-    scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+    scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D)
     zeros = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_R], tl.float32)
     rest = tl.zeros([BLOCK_T, BLOCK_H, 1], tl.float32)
     if D > 2 * HALF:
