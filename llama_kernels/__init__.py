@@ -2,6 +2,7 @@
 
 from llama_kernels import nn, reference
 from llama_kernels.ops.attention import attention, attention_varlen
+from llama_kernels.ops.attention.hopper import hopper_attention
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
 from llama_kernels.rotary import rope_frequencies, rope_tables
@@ -14,6 +15,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "checked",
+    "hopper_attention",
     "nn",
     "reference",
     "rms_norm",
