@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench import hopper
 from llama_kernels.ops import rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
 
@@ -64,6 +65,7 @@ class Case:
     label: str
     launch: Callable[[], Any]
     full: bool = False  # only with --full
+    only: str | None = None  # a target; None: all
 
 
 def cases() -> Iterator[Case]:
@@ -71,6 +73,8 @@ def cases() -> Iterator[Case]:
     yield from _rope_cases()
     yield from _attention_cases()
     yield from _decode_cases()
+    for call in hopper.calls():
+        yield Case("hopper", call.label, call.launch, call.full, only="sm_90")
 
 
 def _rms_norm_cases() -> Iterator[Case]:
@@ -216,15 +220,17 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
     report = Report(name, case.op, kernel, case.label, compiled.metadata.num_warps, 0, 0, compiled.metadata.shared,
                     0, {}, {})  # fmt: skip
     serialised = reader(compiled, report)
-    if report.spill_bytes:
+    if report.spill_bytes > hopper.SPILLS.get(kernel, 0):
         report.faults.append(f"spills {report.spill_bytes} bytes")
     if report.shared_bytes > TARGETS[name].shared_limit:
         report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {TARGETS[name].shared_limit}")
-    if case.op in ("attention", "decode") and not re.search("delta|combine", kernel):
+    if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine", kernel):
         if "float32" not in case.label and not report.tensor_core:
             report.faults.append("no tensor-core instruction")
         if serialised:
             report.faults.append("tensor-core pipeline serialised")
+        if case.op == "hopper":
+            report.faults += hopper.faults(kernel, case.label, compiled)
     elif "combine" not in kernel:
         writes_rows = case.op in ("rope", "rms_norm") and "weight" not in kernel
         if 128 not in report.loads or (writes_rows and 128 not in report.stores):
@@ -279,7 +285,8 @@ def _work(job: tuple[str, int]) -> list[Report]:
 
 
 def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
-    jobs = [(name, i) for i, case in enumerate(cases()) if full or not case.full for name in targets]
+    jobs = [(name, i) for i, case in enumerate(cases()) if full or not case.full for name in targets
+            if case.only in (None, name)]  # fmt: skip
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [report for reports in pool.map(_work, jobs) for report in reports]
 
