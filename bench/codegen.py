@@ -220,16 +220,16 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
     report = Report(name, case.op, kernel, case.label, compiled.metadata.num_warps, 0, 0, compiled.metadata.shared,
                     0, {}, {})  # fmt: skip
     serialised = reader(compiled, report)
-    if report.spill_bytes > hopper.SPILLS.get(kernel, 0):
+    if report.spill_bytes:
         report.faults.append(f"spills {report.spill_bytes} bytes")
     if report.shared_bytes > TARGETS[name].shared_limit:
         report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {TARGETS[name].shared_limit}")
-    if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine", kernel):
+    if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine|round", kernel):
         if "float32" not in case.label and not report.tensor_core:
             report.faults.append("no tensor-core instruction")
         if serialised:
             report.faults.append("tensor-core pipeline serialised")
-        if case.op == "hopper":
+        if kernel.startswith("hopper"):
             report.faults += hopper.faults(kernel, case.label, compiled)
     elif "combine" not in kernel:
         writes_rows = case.op in ("rope", "rms_norm") and "weight" not in kernel

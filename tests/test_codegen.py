@@ -59,9 +59,11 @@ def test_every_row_of_the_tables_is_there():
                     assert family != "sm_100" or tile.num_stages not in (2, 3)
 
 
-def test_the_hopper_forward_hides_its_softmax():
-    (report,) = reports("sm_90", "hopper", "D=128 bfloat16 causal")
-    assert not report.faults and not report.spill_bytes and report.tensor_core
+@pytest.mark.parametrize("options", ["causal", "causal window softcap sinks packed"])
+def test_the_hopper_kernels_hide_their_softmax(options):
+    kernels = {r.kernel: r for r in reports("sm_90", "hopper", f"D=64 bfloat16 {options}")}
+    assert set(kernels) == {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_dq_kernel"}
+    assert not any(r.faults or r.spill_bytes for r in kernels.values())
 
 
 def test_what_a_loop_hides_is_read_from_its_machine_code():

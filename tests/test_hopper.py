@@ -21,6 +21,8 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.ops.attention import hopper, tiles
+from llama_kernels.ops.attention.backward import launch_backward
+from llama_kernels.ops.attention.forward import launch_forward
 from llama_kernels.ops.attention.hopper import choice, schedule
 
 # --- the kernels' own functions, on integers -------------------------------------------------------------------------
@@ -57,9 +59,13 @@ class Shape:
         see &= True if self.left is None else j >= i - self.left
         return see & (True if self.right is None else j <= i + self.right)
 
+    def row_walk(self, n: int) -> schedule.Walk:
+        mask = tiles.Mask(self.Sk - self.Sq, self.left, self.right, None, None, self.Sk)
+        return PLAIN.row_walk(mask, n, self.Sq, 64, 128)
+
     def walk(self, m: int, BLOCK_N: int) -> schedule.Walk:
         mask = tiles.Mask(self.Sk - self.Sq, self.left, self.right, None, None, self.Sk)
-        return PLAIN.walk_of(PLAIN.key_blocks(mask, m, min(m + 128, self.Sq) - 1, BLOCK_N), self.Sk, BLOCK_N)
+        return PLAIN.key_walk(PLAIN.key_blocks(mask, m, min(m + 128, self.Sq) - 1, BLOCK_N), self.Sk, BLOCK_N)
 
 
 def shapes(count: int, longest: int = 700) -> Iterator[Shape]:
@@ -89,6 +95,31 @@ def test_a_tile_visits_every_block_it_sees_once(BLOCK_N):
                 n for n in visited if not rows[:, n * BLOCK_N :][:, :BLOCK_N].all() or (n + 1) * BLOCK_N > shape.Sk
             ]
             assert walk.masked <= max(len(wanted), 1) + 1  # one block more is masked than must be, the first, at most
+
+
+def test_a_tile_of_keys_visits_every_block_of_rows_that_sees_it_once():
+    for shape in shapes(150):
+        see = shape.sees()
+        for n in range(0, shape.Sk, 128):
+            keys, walk = see[:, n : n + 128], shape.row_walk(n)
+            visited = [PLAIN.block_of(walk, step) for step in range(walk.count)]
+            seeing = [m for m in range(-(-shape.Sq // 64)) if keys[m * 64 : (m + 1) * 64].any()]
+            assert sorted(visited) == seeing, (shape, n, walk)
+            for step in range(walk.masked, walk.count):
+                assert keys.shape[1] == 128 and keys[visited[step] * 64 :][:64].all(), (shape, n, walk, step)
+            if n + 128 <= shape.Sk:  # nothing is masked that need not be
+                assert all(not keys[m * 64 :][:64].all() for m in visited[: walk.masked]), (shape, n, walk)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_every_head_of_a_group_walks_alike_masked_steps_first(group):
+    for shape in shapes(60):
+        for n in range(0, shape.Sk, 128):
+            walk = shape.row_walk(n)
+            steps = [PLAIN.head_and_block(walk, step, group) for step in range(group * walk.count)]
+            blocks = [PLAIN.block_of(walk, step) for step in range(walk.count)]
+            masked, rest = blocks[: walk.masked], blocks[walk.masked :]
+            assert steps == [(h, m) for part in (masked, rest) for h in range(group) for m in part]
 
 
 def test_the_mask_within_a_block_is_the_definition():
@@ -124,9 +155,9 @@ class Barrier:
         self.arrivals = self.missing = arrivals
         self.bytes = self.over = 0
 
-    def arrive(self, expect: int = 0, landed: int = 0) -> None:
+    def arrive(self, expect: int = 0, landed: int = 0, again: bool = False) -> None:
         self.bytes += expect - landed
-        self.missing -= not landed
+        self.missing -= not (landed or again)
         if self.missing < 0:
             raise Broken("an arrival too many")
         if self.missing == self.bytes == 0:
@@ -172,8 +203,9 @@ class Machine:
     def __init__(self, seed: int) -> None:
         self.chance, self.copies = random.Random(seed), []
 
-    def load(self, barrier: Barrier, slot: Slot, holds: Any) -> None:
-        barrier.arrive(expect=1)
+    def load(self, barrier: Barrier, slot: Slot, holds: Any, arrive: bool = True) -> None:
+        """`arrive` False: into a barrier that an earlier call has told of both."""
+        barrier.arrive(expect=1, again=not arrive)
         slot.start_write()
         self.copies.append(lambda: (slot.end_write(holds), barrier.arrive(landed=1)))
 
@@ -215,7 +247,7 @@ class Forward:
 
     def wait(self, name: str, slot: int, phase: int) -> Iterator[tuple[Barrier, int]]:
         if name != self.without:
-            yield self.bars[name][slot], phase
+            yield self.bars[name.removesuffix(" at the end")][slot], phase
 
     def produce(self) -> Iterator[tuple[Barrier, int]]:
         for c in range(2):
@@ -295,8 +327,116 @@ def test_the_forward_neither_hangs_nor_loses_a_block(STAGES):
         assert forward.issuing == [(step, C) for step in range(1, walk.count) for C in range(2)]  # in turns
 
 
-def caught(run: Callable[[schedule.Walk, int], None]) -> bool:
-    for seed, walk in enumerate(WALKS):
+# --- the backward's pipeline -----------------------------------------------------------------------------------------
+
+
+class Backward:
+    """The backward's warp groups, as `Forward`, in the order of hopper/backward.py. SHARED: each consumer multiplies
+    the score gradients of both."""
+
+    wait = Forward.wait
+
+    def __init__(self, walk: schedule.Walk, group: int, SHARED: bool, on: Any = PLAIN, without: str = "") -> None:
+        self.walk, self.SHARED, self.on, self.without, self.STAGES = walk, SHARED, on, without, 2
+        self.steps = [PLAIN.head_and_block(walk, step, group) for step in range(group * walk.count)]
+        counts = {"kv_filled": (1, 1), "q_filled": (2, 1), "do_filled": (2, 1), "freed": (2, 2), "ds_filled": (1, 2),
+                  "ds_freed": (1, 2), "dq_filled": (2, 1), "dq_freed": (2, 1), "dkdv_filled": (2, 1)}  # fmt: skip
+        self.bars = {name: [Barrier(arrivals) for _ in range(slots)] for name, (slots, arrivals) in counts.items()}
+        self.slots = {name: [Slot(), Slot()] for name in ("k", "q", "do", "ds", "dq")}
+        self.added: list[tuple[int, Any]] = []
+
+    def run(self, seed: int) -> None:
+        self.machine = Machine(seed)
+        self.machine.run(self.produce(), self.write(), self.consume(0), self.consume(1))
+
+    def produce(self) -> Iterator[tuple[Barrier, int]]:
+        for c in range(2):
+            self.machine.load(self.bars["kv_filled"][0], self.slots["k"][c], ("k", c), arrive=not c)
+        for step, at in enumerate(self.steps):
+            slot, freed = self.on.slot_of(step, self.STAGES), self.on.freed_phase(step, self.STAGES)
+            yield from self.wait("freed", slot, freed)
+            for name in ("q", "do"):
+                self.machine.load(self.bars[f"{name}_filled"][slot], self.slots[name][slot], (name, at))
+
+    def write(self) -> Iterator[tuple[Barrier, int]]:
+        dq = self.slots["dq"]
+        for step, at in enumerate(self.steps):
+            for c in range(2):
+                yield from self.wait("dq_filled", c, self.on.filled_phase(step, 1))
+                dq[c].start_read(("dq", at))
+                self.added.append((c, at))
+            for c in range(2):
+                yield DONE
+                dq[c].end_read()
+                self.bars["dq_freed"][c].arrive()
+        for c in range(2):
+            yield from self.wait("dkdv_filled", c, 0)
+            self.slots["k"][c].start_read(("dk", c))
+            self.slots["k"][c].end_read()
+
+    def consume(self, C: int) -> Iterator[tuple[Barrier, int]]:
+        on, bars, slots, STAGES = self.on, self.bars, self.slots, self.STAGES
+        keys = range(2) if self.SHARED else (C,)
+
+        def store(slot: Slot, holds: Any) -> None:
+            slot.start_write()
+            slot.end_write(holds)
+
+        yield from self.wait("kv_filled", 0, 0)
+        for step, at in enumerate(self.steps):
+            slot, freed = on.slot_of(step, STAGES), on.freed_phase(step, 1)
+            q, do = slots["q"][slot], slots["do"][slot]
+            yield from self.wait("q_filled", slot, on.filled_phase(step, STAGES))
+            q.start_read(("q", at))
+            yield from self.wait("do_filled", slot, on.filled_phase(step, STAGES))
+            do.start_read(("do", at))
+            yield DONE
+            yield from self.wait("ds_freed", 0, freed) if self.SHARED else self.wait("dq_freed", C, freed)
+            yield DONE
+            store(slots["ds"][C], ("ds", at))
+            if self.SHARED:
+                bars["ds_filled"][0].arrive()
+            yield DONE
+            if self.SHARED:
+                yield from self.wait("ds_filled", 0, on.filled_phase(step, 1))
+            for c in keys:
+                slots["ds"][c].start_read(("ds", at))
+                slots["k"][c].start_read(("k", c))
+            yield DONE
+            q.end_read()
+            do.end_read()
+            bars["freed"][slot].arrive()
+            yield DONE
+            for c in keys:
+                slots["ds"][c].end_read()
+                slots["k"][c].end_read()
+            if self.SHARED:
+                bars["ds_freed"][0].arrive()
+                yield from self.wait("dq_freed", C, freed)
+            store(slots["dq"][C], ("dq", at))
+            bars["dq_filled"][C].arrive()
+        if self.SHARED:
+            yield from self.wait("ds_freed at the end", 0, on.freed_phase(len(self.steps), 1))
+        store(slots["k"][C], ("dk", C))
+        bars["dkdv_filled"][C].arrive()
+
+
+ROW_WALKS = [(shape.row_walk(n), 1 + n // 128 % 3) for shape in shapes(40, 400) for n in range(0, shape.Sk, 128)]
+
+
+@pytest.mark.parametrize("SHARED", [False, True])
+def test_the_backward_neither_hangs_nor_loses_a_block(SHARED):
+    for seed, (walk, group) in enumerate(ROW_WALKS):
+        backward = Backward(walk, group, SHARED)
+        backward.run(seed)
+        assert backward.added == [(c, at) for at in backward.steps for c in range(2)]
+
+
+# --- mutants ---------------------------------------------------------------------------------------------------------
+
+
+def caught(run: Callable[..., None], walks: list[Any]) -> bool:
+    for seed, walk in enumerate(walks):
         try:
             run(walk, seed)
         except Broken:
@@ -325,12 +465,33 @@ def test_the_model_catches_wrong_arithmetic(mutant):
         forward.run(seed)
         in_turns &= forward.issuing == [(step, C) for step in range(1, walk.count) for C in range(2)]
 
-    assert caught(run) or not in_turns
+    assert caught(run, WALKS) or not in_turns
 
 
 @pytest.mark.parametrize("without", ["k_freed", "v_freed", "k_filled", "v_filled", "q_filled", "o_filled"])
 def test_the_model_catches_a_missing_wait(without):
-    assert caught(lambda walk, seed: Forward(walk, 2, without=without).run(seed))
+    assert caught(lambda walk, seed: Forward(walk, 2, without=without).run(seed), WALKS)
+
+
+@pytest.mark.parametrize("SHARED", [False, True])
+@pytest.mark.parametrize("mutant", ["filled_phase", "freed_phase", "slot_of"])
+def test_the_model_of_the_backward_catches_wrong_arithmetic(mutant, SHARED):
+    wrong = {"slot_of": lambda step, STAGES: (step // 2) & (STAGES - 1)}
+    wrong |= {name: lambda step, STAGES: (step // (STAGES + 1)) & 1 for name in ("filled_phase", "freed_phase")}
+    on = plain(tiles, schedule, **{mutant: wrong[mutant]})
+    assert caught(lambda walk, seed: Backward(*walk, SHARED, on).run(seed), ROW_WALKS)
+
+
+WAITS = ("kv_filled", "q_filled", "do_filled", "freed", "dq_filled", "dq_freed", "dkdv_filled")
+
+
+@pytest.mark.parametrize(
+    "without, SHARED",
+    [(name, SHARED) for name in WAITS for SHARED in (False, True)]
+    + [(name, True) for name in ("ds_filled", "ds_freed", "ds_freed at the end")],
+)
+def test_the_model_of_the_backward_catches_a_missing_wait(without, SHARED):
+    assert caught(lambda walk, seed: Backward(*walk, SHARED, without=without).run(seed), ROW_WALKS)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -349,10 +510,10 @@ def on_hopper(monkeypatch):
 
 
 def test_it_is_off_until_it_is_switched_on(on_hopper):
-    assert "opt-in" in choice.choose("forward", None, None, *tensors())
+    assert "opt-in" in choice.choose("forward", None, None, None, *tensors())
     assert not choice.wanted("forward")
     with lk.hopper_attention():
-        assert choice.wanted("forward") and choice.choose("forward", None, None, *tensors()).width == 128
+        assert choice.wanted("forward") and choice.choose("forward", None, None, None, *tensors()).width == 128
         with lk.hopper_attention(False):
             assert not choice.wanted("forward")
     assert not choice.wanted("forward")
@@ -361,7 +522,7 @@ def test_it_is_off_until_it_is_switched_on(on_hopper):
 @pytest.mark.parametrize("D, width", [(40, 64), (64, 64), (80, 128), (96, 128), (128, 128), (192, 256), (256, 256)])
 def test_narrower_heads_take_the_next_width(D, width, on_hopper):
     with lk.hopper_attention():
-        assert choice.choose("forward", None, None, *tensors(D)).width == width
+        assert choice.choose("forward", None, None, None, *tensors(D)).width == width
 
 
 def unaligned() -> list[torch.Tensor]:
@@ -393,18 +554,18 @@ def expanded() -> list[torch.Tensor]:
 )
 def test_what_the_copy_engine_cannot_take_is_told(made, why, on_hopper):
     with lk.hopper_attention():
-        assert why in choice.choose("forward", None, None, *made())
+        assert why in choice.choose("forward", None, None, None, *made())
         bound = torch.zeros(2, 64, dtype=torch.int32)
-        assert "kv_start" in choice.choose("forward", bound, None, *tensors())
+        assert "kv_start" in choice.choose("forward", bound, None, None, *tensors())
 
 
 def test_no_other_device_is_ever_asked(monkeypatch):
     with lk.hopper_attention():
-        assert "not Hopper" in choice.choose("forward", None, None, *tensors())
+        assert "not Hopper" in choice.choose("forward", None, None, None, *tensors())
         monkeypatch.setattr(choice, "arch_of", lambda _: "sm_90")
         monkeypatch.setattr(choice, "HAS_GLUON", False)
         monkeypatch.setattr(choice, "WHY_NOT", "no Gluon here")
-        assert choice.choose("forward", None, None, *tensors()) == "no Gluon here"
+        assert choice.choose("forward", None, None, None, *tensors()) == "no Gluon here"
         q, k, v = tensors(64)
         assert lk.attention(q, k, v).shape == q.shape
 
@@ -419,5 +580,58 @@ def test_a_kernel_that_fails_is_told_once_and_not_tried_again(on_hopper):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert hopper.try_forward(*call) is None
-        assert "PassManager" in choice.choose("forward", None, None, q, k, v)
+        assert "PassManager" in choice.choose("forward", None, None, None, q, k, v)
     assert failing.call_count == 1
+
+
+# --- around the kernel -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_sum_of_dq_begins_at_zero_and_is_rounded_once(packed, on_hopper):
+    """The delta kernel zeroes it and a last kernel scales and rounds it; tokens that no sequence owns get zeros."""
+    q, k, v = (torch.randn_like(x) for x in tensors(64, S=70))
+    cu_seqlens, longest = None, 70
+    if packed:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        cu_seqlens, longest = torch.tensor([3, 40, 61], dtype=torch.int32), 40
+    rest = (None, None, None, cu_seqlens, cu_seqlens, longest, longest, 0.1, None, None, 0)
+    out, lse = launch_forward(q, k, v, *rest)
+    owned = torch.zeros(q.shape[0 if packed else 2], dtype=torch.bool)
+    owned[3 if packed else 0 : 61 if packed else 70] = True
+    by_token = (lambda x: x) if packed else (lambda x: x.transpose(1, 2).transpose(0, 1))
+    total = torch.randn(q.shape)
+    padded = []
+
+    def kernel(*args: Any, **_: Any) -> None:
+        lse2, delta, dq_sum, dk, dv = args[4:9]
+        padded.append(lse2.shape[-1] % 128 or delta.data_ptr() % 16)
+        assert dq_sum.dtype == torch.float32 and not by_token(dq_sum)[owned].any()
+        dq_sum.copy_(total), dk.fill_(1.0), dv.fill_(2.0)
+
+    on_backward = hopper.backward
+    with (
+        lk.hopper_attention(),
+        mock.patch.object(on_backward, "_hopper_backward_kernel", {(n,): kernel for n in range(99)}),
+        mock.patch.object(on_backward, "describe", lambda x, *_: x),
+        mock.patch.object(on_backward, "describe_rows", lambda x, *_: x),
+        mock.patch.object(choice, "_failed", {}),
+    ):
+        grads = launch_backward(out, None, q, k, v, out, lse, *rest, True, True, True, False, False)
+        assert not choice._failed
+    assert padded == [0]
+    expected = torch.where(owned.view(-1, *[1] * (q.ndim - 1)), by_token(total) * 0.1, 0.0).to(q.dtype)
+    assert (by_token(grads[0]).float() - expected.float()).abs().max() <= 2e-3  # a rounding of the interpreter's
+    assert (grads[1] == 1).all() and (grads[2] == 2).all()
+
+
+@pytest.mark.parametrize("deterministic, taken", [(True, False), (None, False), (False, True)])
+def test_gradients_that_must_repeat_are_left_to_the_portable_kernels(deterministic, taken, on_hopper):
+    """None asks PyTorch, which every test here has told to be deterministic."""
+    q, k, v = tensors()
+    with lk.hopper_attention():
+        tile = hopper.backward_tile(q, q, k, v, None, None, None, deterministic, True, True, True)
+        assert (tile is not None) == taken
+        assert hopper.backward_tile(q, q, k, v, None, None, None, False, True, True, False) is None
+        assert hopper.backward_tile(q, q, k, v, None, None, 30.0, False, True, True, True) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,23 +16,23 @@ from llama_kernels.runtime import arch_of
 @dataclass(frozen=True)
 class HopperTile:
     width: int  # of a head in shared memory: a narrower one has zeros in the rest
-    BLOCK_M: int  # query rows a tile
+    BLOCK_M: int  # query rows a step or, of the forward, a program
     BLOCK_N: int  # keys
-    STAGES: int  # tiles under way, of each of the two tensors that pass by
+    STAGES: int  # tiles under way, of each of the two tensors that pass by; a power of two
     record: str | None = None  # of the GPU run that showed parity and speed; until there is one, opt-in
-
-    @functools.cached_property
-    def launch_options(self) -> dict[str, int]:
-        return {"BLOCK_N": self.BLOCK_N, "STAGES": self.STAGES, "num_warps": 4}
 
     def __str__(self) -> str:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.STAGES} stages"
 
 
-# Heads up to 64, 128 and 256 wide. Two groups of 64 rows, and as many keys a step as registers hold of their scores
-# beside the output: 128, or 64 where the output takes 128 registers. Shared memory bounds the stages.
+# Heads up to 64, 128 and, forward, 256 wide.
 TILES = {
+    # Two groups of 64 rows, and as many keys a step as registers hold of their scores beside the output: 128, or 64
+    # where the output takes 128 registers. Shared memory bounds the stages.
     "forward": (HopperTile(64, 128, 128, 4), HopperTile(128, 128, 128, 2), HopperTile(256, 128, 64, 2)),
+    # Two groups of 64 keys. dk and dv take 128 registers of 240, scores and their gradients 64: more rows a step spill,
+    # and at width 256 dk and dv alone would fill them.
+    "backward": (HopperTile(64, 64, 128, 2), HopperTile(128, 64, 128, 2)),
 }
 
 
@@ -99,6 +98,7 @@ def choose(
     pass_: str,
     kv_start: torch.Tensor | None,
     kv_end: torch.Tensor | None,
+    softcap: float | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -109,7 +109,9 @@ def choose(
     if isinstance(tile, str):
         return tile
     if kv_start is not None or kv_end is not None:
-        return "kv_start and kv_end"
+        return "kv_start or kv_end"
+    if pass_ == "backward" and softcap is not None and tile.width == 128:
+        return "softcap: more registers than there are at this width"
     for x in (q, k, v, *others):
         if not x.numel():
             return "an empty tensor"
@@ -123,12 +125,12 @@ def choose(
     return tile
 
 
-def attempt(pass_: str, launch: Callable[..., Any], *args: Any) -> Any:
-    """`launch(*args)`, or None where the kernel does not compile or launch here, which is said once."""
+def attempt(pass_: str, launch: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
+    """(True, launch(*args)), or (False, None) where the kernel does not compile or launch here, which is said once."""
     try:
-        return launch(*args)
+        return True, launch(*args)
     except Exception as error:
         _failed[pass_] = f"{type(error).__name__}: {error}".splitlines()[0]
         said = "takes its portable kernel from here on, since the Hopper one failed"
         warnings.warn(f"llama_kernels: attention {pass_} {said}. {_failed[pass_]}", stacklevel=2)
-        return None
+        return False, None

@@ -36,19 +36,26 @@ def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     )
 
 
+def describe_rows(x: torch.Tensor, count: int) -> TensorDescriptor:
+    """Runs of `count` numbers a row, of a dense x (..., rows); `x` is addressed by (its heads, flat; row)."""
+    x = x.view(-1, x.shape[-1])
+    block, layout = _tile(1, count, x.dtype, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
 @functools.cache
 def _tile(rows: int, width: int, dtype: torch.dtype, ndim: int):
-    block = [1] * (2 if ndim == 4 else 3) + [rows, width]
+    block = [1] * {2: 0, 3: 3, 4: 2}[ndim] + [rows, width]
     return block, gl.NVMMASharedLayout.get_default_for(block, getattr(gl, str(dtype)[6:]))
 
 
 @jit
-def coordinates(desc, b, h, start, length, row):
+def coordinates(desc, b, h, start, length, row, column=0):
     """Of the tile from `row` on, of head h of the sequence of `length` tokens from `start` on."""
     if len(desc.block_shape) == 4:
-        at = (b, h, row, 0)
+        at = (b, h, row, column)
     else:
-        at = (_ROWS, start + length, h, _ROWS - length + row, 0)
+        at = (_ROWS, start + length, h, _ROWS - length + row, column)
     return at
 
 

@@ -23,9 +23,9 @@ from llama_kernels.ops.attention.hopper.schedule import (
     block_of,
     filled_phase,
     freed_phase,
+    key_walk,
     slot_of,
     turn_phase,
-    walk_of,
 )
 from llama_kernels.ops.attention.layout import call_scoring, call_sizes, call_window, empty_outputs, lse_strides
 from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
@@ -222,7 +222,7 @@ def _hopper_forward_kernel(
     k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
     if m < Sq:
         mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
-        walk = walk_of(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), Sk, BLOCK_N)
+        walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), Sk, BLOCK_N)
         where = Where(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
         lse = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         buffers = Buffers(ring(q_desc, 2), ring(k_desc, STAGES), ring(v_desc, STAGES), lse)
@@ -263,6 +263,6 @@ def launch_hopper_forward(
                 describe(v, tile.BLOCK_N, tile.width), describe(o, 64, tile.width),
                 lse, sinks, cu_seqlens_q, cu_seqlens_k, lse_strides(lse),
                 sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
-                **tile.launch_options,
+                BLOCK_N=tile.BLOCK_N, STAGES=tile.STAGES, num_warps=4,
             )  # fmt: skip
     return o, lse

@@ -24,8 +24,21 @@ elif HAS_TRITON:
         )
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        tma_load = tma.async_copy_global_to_shared
-        tma_store = tma.async_copy_shared_to_global
+        if hasattr(tma, "async_load"):
+            tma_load, tma_store, tma_add = tma.async_load, tma.async_store, tma.async_atomic_add
+        else:  # triton 3.6 compiles the reduction, and has no name for it
+            from triton._C.libtriton import ir
+            from triton.experimental.gluon.language._core import builtin
+
+            tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+
+            @builtin
+            def tma_add(tensor_desc, coord, src, _semantic=None):
+                """Add a tile of shared memory onto global memory."""
+                at = _semantic._convert_to_ir_values(coord, require_i64=False)
+                add = ir.DESCRIPTOR_REDUCE_KIND.ADD
+                _semantic.builder.create_async_tma_reduce(add, tensor_desc.handle, at, src.handle)
+
     except (ImportError, AttributeError) as error:
         WHY_NOT = f"the Gluon of triton {triton.__version__} is not the one these kernels are written in ({error})"
     else:
@@ -42,7 +55,7 @@ if not HAS_GLUON:  # so that modules which define kernels still import
             return self
 
     gl = mbarrier = tma = _Hollow()
-    fence_async_shared = warpgroup_mma = warpgroup_mma_wait = tma_load = tma_store = TensorDescriptor = gl
+    fence_async_shared = warpgroup_mma = warpgroup_mma_wait = tma_load = tma_store = tma_add = TensorDescriptor = gl
 
     def jit(fn):
         return fn
