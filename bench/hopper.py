@@ -1,4 +1,4 @@
-"""The Hopper kernels' inner loops, read offline: `python -m bench.hopper`. No GPU needed.
+"""The Hopper kernels' inner loops, read offline: `python -m bench.hopper [D=128 causal ...]`. No GPU needed.
 
 `python -m bench.codegen` compiles the calls named here with everything else and holds the kernels against the rules
 below; this shows what one trip of each loop over blocks issues, a warp group. What the loop must not have is what makes
@@ -8,6 +8,7 @@ product computed twice.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import functools
 import re
@@ -81,7 +82,7 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
         choice.hopper_attention(),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("error")  # a kernel that does not compile is said, and stepped over
+        warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile is said, and stepped over
         forward.launch_forward(q, k, v, *rest)
         if not isinstance(choice.choose("backward", None, None, softcap, q, k, v), str):
             backward.launch_backward(q, None, q, k, v, q, lse, *rest, True, True, True, sinks is not None, False)
@@ -175,7 +176,12 @@ def faults(kernel: str, label: str, compiled: Any) -> list[str]:
 def main() -> None:
     from bench import codegen
 
-    for case in (case for case in codegen.cases() if case.op == "hopper"):
+    parser = argparse.ArgumentParser(prog="python -m bench.hopper", description=__doc__.split("\n\n")[0])
+    parser.add_argument("words", nargs="*", help="only cases with all of these in their label, D=128 or packed say")
+    words = parser.parse_args().words
+    for case in codegen.cases():
+        if case.op != "hopper" or not set(words) <= set(case.label.split()):
+            continue
         for kernel, compiled in codegen.compile_case("sm_90", case):
             if not kernel.startswith("hopper"):
                 continue

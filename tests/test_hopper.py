@@ -197,6 +197,17 @@ def test_the_kernels_are_right_on_a_machine_that_plays_the_gpu(case, device):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("D", [64, 128])
+def test_dimensions_of_one_may_have_any_stride(D, device):
+    """One token, one head, one of a batch: what it strides means nothing, and the copy engine still checks it."""
+    cases = (packed((1, 0), (170, 20), 1, 1, D, D), Case(1, 1, 1, 40, 150, D, D))
+    for case in cases:
+        with machine() as (on_forward, on_backward):
+            check(case, torch.float16, device, layout=3)
+        assert on_forward.launches == on_backward.launches == 1
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("D", [64, 128])
 def test_a_sequence_never_meets_what_lies_beside_it(D, device):
     """NaN in one sequence of a packed batch, whose rows and keys share tiles with its neighbours'."""
     q, k, v = (torch.randn(200, H, D, device=device).half() for H in (2, 1, 1))

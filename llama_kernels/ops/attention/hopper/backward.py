@@ -177,7 +177,6 @@ def _steps(
             mbarrier.arrive(bars.ds_filled.index(0))
         ds = gl.convert_layout(ds, A)
         dk = warpgroup_mma(ds, q, dk, is_async=True)
-        zeros = gl.zeros([64, 64], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
         if SHARED:
             mbarrier.wait(bars.ds_filled.index(0), filled_phase(step, 1))
             upper = tile(buffers.k, 0).slice(64 * C, 64, dim=1)
@@ -191,7 +190,6 @@ def _steps(
         dq = warpgroup_mma_wait(0, deps=(dq,))  # [64 rows, 64 columns]
         if SHARED:
             mbarrier.arrive(bars.ds_freed.index(0))
-        if SHARED:
             mbarrier.wait(bars.dq_freed.index(C), freed_phase(step, 1))
         tile(buffers.dq, C).store(dq)
         fence_async_shared()
@@ -200,9 +198,7 @@ def _steps(
 
 
 @jit
-def _consume(
-    buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def _consume(buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr):
     """Warp group C of two: 64 keys, from k and v to dk and dv in their place."""
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -214,12 +210,8 @@ def _consume(
     k, v = tile(buffers.k, C), tile(buffers.v, C)  # [64, D]
     mbarrier.wait(bars.kv_filled.index(0), 0)
     masked, steps = where.group * walk.masked, where.group * walk.count
-    dk, dv = _steps(
-        dk, dv, k, v, buffers, bars, where, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES
-    )  # fmt: skip
-    dk, dv = _steps(
-        dk, dv, k, v, buffers, bars, where, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES
-    )  # fmt: skip
+    dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES)
+    dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES)
     if SHARED:  # the other one may still multiply with these keys
         mbarrier.wait(bars.ds_freed.index(0), freed_phase(steps, 1))
     k.store((dk * scoring.scale).to(buffers.k.dtype))
@@ -266,6 +258,7 @@ def _hopper_backward_kernel(
             barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2),
             barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 1), barriers(2, 1),
         )  # fmt: skip
+        fence_async_shared()  # the copy engine is to find the barriers as they are now
         gl.warp_specialize(
             [
                 (_consume, (buffers, bars, where, walk, scoring, window, gl.constexpr(0), SHARED, STAGES)),

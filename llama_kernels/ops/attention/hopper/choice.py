@@ -119,7 +119,7 @@ def choose(
             return "an address that is not a multiple of 16 bytes"
         for size, stride in zip(x.shape[:-1], x.stride(), strict=False):
             if size > 1 and not (stride % 8 == 0 and 0 < stride < 2**38):
-                return "strides that are no multiple of 16 bytes"
+                return "strides that are 0 or no multiple of 16 bytes"
         if x.shape[0 if x.ndim == 3 else 2] > 2**30:
             return "more than 2^30 tokens"
     return tile
@@ -129,6 +129,8 @@ def attempt(pass_: str, launch: Callable[..., Any], *args: Any) -> tuple[bool, A
     """(True, launch(*args)), or (False, None) where the kernel does not compile or launch here, which is said once."""
     try:
         return True, launch(*args)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         _failed[pass_] = f"{type(error).__name__}: {error}".splitlines()[0]
         said = "takes its portable kernel from here on, since the Hopper one failed"

@@ -29,8 +29,8 @@ def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
         # A dimension of one block has no stride that matters, but the hardware checks it.
         strides = [s if n > 1 else 8 for n, s in zip(shape[:3], strides[:3], strict=True)]
         return TensorDescriptor(x, list(shape), [*strides, 1], block, layout)
-    _, H, D = shape
-    token, head = strides[0], strides[1] if H > 1 else 8
+    T, H, D = shape
+    token, head = strides[0] if T > 1 else 8, strides[1] if H > 1 else 8
     return TensorDescriptor(
         x, [_ENDLESS, _ENDLESS, H, _ROWS.value, D], [2**34 - token, token, head, token, 1], block, layout
     )

@@ -77,7 +77,8 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 def _produce(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):
-    """One warp: q, then keys and values into their rings, as fast as the consumers free them."""
+    """One warp: q, then keys and values into their rings, as fast as the consumers free them; at the end out and lse to
+    memory."""
     for c in gl.static_range(2):
         bar = bars.q_filled.index(c)
         mbarrier.expect(bar, q_desc.block_type.nbytes)
@@ -153,11 +154,8 @@ def _steps(
 
 
 @jit
-def _consume(
-    sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window,
-    C: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Warp group C of two: 64 rows, from q to the stored output."""
+def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl.constexpr, STAGES: gl.constexpr):
+    """Warp group C of two: 64 rows, from q to the output in its place."""
     BLOCK_N: gl.constexpr = buffers.k.shape[-2]
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -233,12 +231,11 @@ def _hopper_forward_kernel(
         lse_ptr += offset(lse_strides, b, h, q_start)
         if sinks_ptr is not None:
             sinks_ptr += h
+        fence_async_shared()  # the copy engine is to find the barriers as they are now
         gl.warp_specialize(
             [
-                (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window,
-                            gl.constexpr(0), STAGES)),
-                (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window,
-                            gl.constexpr(1), STAGES)),
+                (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(0), STAGES)),
+                (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(1), STAGES)),
                 (_produce, (q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N, STAGES)),
             ],
             [4, 1],
