@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bench import traffic
+from bench import hopper, traffic
 from llama_kernels import runtime
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
@@ -58,6 +58,7 @@ class Case:
     label: str
     launch: Callable[[], Any]
     full: bool = False  # only with --full
+    only: str | None = None  # a target; None: all
 
 
 def cases() -> Iterator[Case]:
@@ -66,6 +67,8 @@ def cases() -> Iterator[Case]:
     yield from _qk_norm_rope_cases()
     yield from _attention_cases()
     yield from _decode_cases()
+    for call in hopper.calls():
+        yield Case("hopper", call.label, call.launch, call.full, only="sm_90")
 
 
 def _rms_norm_cases() -> Iterator[Case]:
@@ -246,13 +249,15 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
         report.faults.append(f"spills {report.spill_bytes} bytes")
     if report.shared_bytes > 1024 * runtime.SHARED_KIB[name]:
         report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {runtime.SHARED_KIB[name]} KiB")
-    if case.op in ("attention", "decode") and not re.search("delta|combine", kernel):
+    if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine|round", kernel):
         if "float32" not in case.label and not report.tensor_core:
             report.faults.append("no tensor-core instruction")
         if serialised:
             report.faults.append("tensor-core pipeline serialised")
+        if kernel.startswith("hopper"):
+            report.faults += hopper.faults(kernel, case.label, compiled)
     elif not re.search("combine|sum_partials", kernel):
-        writes_rows = case.op not in ("attention", "decode") and "weight" not in kernel
+        writes_rows = case.op not in ("attention", "decode", "hopper") and "weight" not in kernel
         if 128 not in report.loads or (writes_rows and 128 not in report.stores):
             report.faults.append("no 128-bit global access")
         report.faults += traffic.faults(report.moves, name)
@@ -274,7 +279,7 @@ def _read_nvidia(compiled: Any, report: Report) -> bool:
             if re.match(pattern, op):
                 bits = traffic.width(op)
                 into[bits] = into.get(bits, 0) + n
-    if report.op not in ("attention", "decode"):
+    if report.op not in ("attention", "decode", "hopper"):
         report.moves = traffic.loops(code.stdout)
     matmuls = sum(n for op, n in ops.items() if op.startswith("HGMMA"))
     return bool(matmuls) and ops["WARPGROUP.ARRIVE"] >= matmuls
@@ -307,7 +312,8 @@ def _work(job: tuple[str, int]) -> list[Report]:
 
 
 def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
-    jobs = [(name, i) for i, case in enumerate(cases()) if full or not case.full for name in targets]
+    jobs = [(name, i) for i, case in enumerate(cases()) if full or not case.full for name in targets
+            if case.only in (None, name)]  # fmt: skip
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [report for reports in pool.map(_work, jobs) for report in reports]
 

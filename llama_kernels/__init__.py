@@ -2,6 +2,7 @@
 
 from llama_kernels import nn, reference
 from llama_kernels.ops.attention import attention, attention_varlen
+from llama_kernels.ops.attention.hopper import hopper_attention
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope, rope_into_cache, rope_qkv
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "checked",
+    "hopper_attention",
     "nn",
     "qk_norm_rope",
     "reference",

@@ -11,6 +11,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.language import HAS_TRITON, INTERPRETED, triton
+from llama_kernels.ops.attention.hopper.choice import TILES, row
 from llama_kernels.ops.attention.tables import FAMILIES, PASSES, WIDTHS, tile
 from llama_kernels.runtime import arch_of
 
@@ -68,8 +69,20 @@ def report(family: str | None) -> Iterator[str]:
             for pass_ in PASSES:
                 tiles = (tile(arch, pass_, width, dtype) for width in WIDTHS)
                 yield f"    {pass_:8}" + "".join(f"{t!s:24}" for t in tiles).rstrip()
+        yield from _hopper(arch)
     if not families:
         yield f"\nattention tiles: --arch shows those of {', '.join(FAMILIES)}."
+
+
+def _hopper(arch: str) -> Iterator[str]:
+    """Which passes take a Hopper kernel instead, and why not."""
+    for pass_, rows in TILES.items() if arch == "sm_90" else ():
+        choices = [row(pass_, arch, torch.bfloat16, rows[i].width, rows[i].width) for i in range(len(rows))]
+        if len(set(choices)) == 1:
+            yield f"  hopper {pass_}, half: portable, {choices[0]}"
+        else:
+            said = (f"{'portable' if isinstance(c, str) else f'{c!s}'}" for c in choices)
+            yield f"  hopper {pass_}, half: " + "".join(f"{what:24}" for what in said).rstrip()
 
 
 def main() -> None:

@@ -35,6 +35,17 @@ def compiles(test: Any) -> Any:
     return test
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hopper", action="store_true", help="attention takes the Hopper kernels, opt-in so far")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("hopper"):
+        from llama_kernels import hopper_attention
+
+        hopper_attention()
+
+
 def pytest_report_header() -> str:
     path = "compiled kernels" if DEVICE == "cuda" else "kernels, interpreted" if INTERPRETED else "reference path"
     return f"llama_kernels on {DEVICE}: {path}"

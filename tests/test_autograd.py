@@ -76,9 +76,9 @@ def _calls(device: torch.device) -> dict[str, tuple[Any, tuple]]:
         "attention, options": (ops.attention_forward, (q, k, v, *features)),
         "attention, packed": (ops.attention_forward, (pq, pk, pv, *packed)),
         "attention backward": (
-            ops.attention_backward, (out, None, q, k, v, out, lse, *dense, True, True, True, False)),
+            ops.attention_backward, (out, None, q, k, v, out, lse, *dense, True, True, True, False, None)),
         "attention backward, options": (
-            ops.attention_backward, (out, lse, q, k, v, out, lse, *features, False, True, True, True)),
+            ops.attention_backward, (out, lse, q, k, v, out, lse, *features, False, True, True, True, None)),
     }  # fmt: skip
 
 

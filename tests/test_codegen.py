@@ -95,3 +95,22 @@ def test_every_row_of_the_tables_is_there():
                     assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
                     # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
                     assert family != "sm_100" or tile.num_stages not in (2, 3)
+
+
+@pytest.mark.parametrize("options", ["causal", "causal window softcap sinks packed"])
+def test_the_hopper_kernels_hide_their_softmax(options):
+    kernels = {r.kernel: r for r in reports("sm_90", "hopper", f"D=64 bfloat16 {options}")}
+    assert set(kernels) == {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_dq_kernel"}
+    assert not any(r.faults or r.spill_bytes for r in kernels.values())
+
+
+def test_what_a_loop_hides_is_read_from_its_machine_code():
+    from bench import hopper
+
+    product, exp = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", "MUFU.EX2 R1, R2"
+    one_left, none_left = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    pipelined = hopper._loop([product, product, one_left, exp, exp, none_left])
+    assert pipelined.covered == 1 and pipelined.tensor_cycles == 2 * 64 and pipelined.mix["MUFU.EX2"] == 2
+    assert hopper._loop([product, product, one_left, exp, none_left, exp]).covered == 0.5
+    assert hopper._loop([exp, product, none_left]).covered == 0
+    assert hopper._loop([exp, none_left, product]).covered == 1  # left under way by the trip before

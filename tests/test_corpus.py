@@ -542,7 +542,7 @@ def test_registered_ops_on_strided_inputs(seed, device):
     call = (None, None, None, None, None, 9, 9, 0.25, None, None, 0)
     out, lse = torch.ops.llama_kernels.attention_forward(q, k, v, *call)
     opcheck(torch.ops.llama_kernels.attention_forward.default, (q, k, v, *call), test_utils=checks)
-    grads = (do, None, q, k, v, out, lse, *call, True, True, True, False)
+    grads = (do, None, q, k, v, out, lse, *call, True, True, True, False, None)
     opcheck(torch.ops.llama_kernels.attention_backward.default, grads, test_utils=checks)
     cos, sin = rope_tables(9, 16, device)
     opcheck(torch.ops.llama_kernels.rope.default, (q, k, cos, sin, None, False, False), test_utils=checks)

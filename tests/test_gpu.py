@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 import llama_kernels as lk
+from llama_kernels.ops.attention.hopper import choice
+from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
+from tests.judge import UNIT, relative_error
+from tests.test_attention import check
+from tests.test_hopper import ON_MACHINE
 from tests.test_rope import tables
 
 pytestmark = pytest.mark.gpu
@@ -181,3 +187,73 @@ def test_workspaces_outlive_their_launch_on_a_side_stream(device):
             torch.full((size,), torch.nan, device=device)
         stream.synchronize()
         assert equal(results, expected)
+
+
+# --- the Hopper kernels ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper():
+    """Attention takes the Hopper kernels, and nothing else: a fallback is an error."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    if not HAS_GLUON:
+        pytest.skip(WHY_NOT)
+    torch.use_deterministic_algorithms(False)
+    with lk.hopper_attention(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "llama_kernels: ")
+        yield
+
+
+def hopper_inputs(device: torch.device, D: int, S: int = 2048) -> list[torch.Tensor]:
+    return [torch.randn(2, S, H, D, device=device).bfloat16().transpose(1, 2).requires_grad_() for H in (8, 2, 2)]
+
+
+@pytest.mark.parametrize("case", ON_MACHINE, ids=str)
+def test_hopper_kernels_are_right(case, hopper, device):
+    for dtype in (torch.bfloat16, torch.float16):
+        check(case, dtype, device)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("on", [{}, {"is_causal": False}, {"window_size": (500, 0)}], ids=str)
+def test_hopper_kernels_agree_with_the_portable_ones(D, on, hopper, device):
+    """Thousands of tiles, the longest first, on every processor; the two add up in other orders."""
+    q, k, v = hopper_inputs(device, D)
+    do = torch.randn_like(q)
+    found = []
+    for enabled in (True, False):
+        with lk.hopper_attention(enabled):
+            assert enabled == (not isinstance(choice.choose("forward", None, None, None, q, k, v), str))
+            out, lse = lk.attention(q, k, v, return_lse=True, **on)
+            found.append([out, lse, *torch.autograd.grad(out, (q, k, v), do)])
+    for name, here, there in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=True):
+        assert relative_error(here, there) < UNIT[torch.bfloat16], name
+
+
+@pytest.mark.corpus(72, 76)
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_hopper_kernels_repeat_a_thousand_times(D, hopper, device):
+    """Bit for bit, but for dq, whose sum is in no order. A wrong phase or a register taken too early shows here."""
+    q, k, v = hopper_inputs(device, D, S=1000)
+    do = torch.randn_like(q)
+
+    def once() -> list[torch.Tensor]:
+        out, lse = lk.attention(q, k, v, return_lse=True)
+        return [out, lse, *torch.autograd.grad(out, (k, v, q), do)]
+
+    *expected, dq = once()
+    for _ in range(1000):
+        *results, dq_again = once()
+        assert equal(results, expected)
+        assert relative_error(dq_again, dq) < UNIT[torch.bfloat16]
+
+
+def test_deterministic_gradients_repeat_with_the_hopper_forward(hopper, device):
+    q, k, v = hopper_inputs(device, 128, S=1000)
+    expected = None
+    for _ in range(20):
+        out = lk.attention(q, k, v, deterministic=True)
+        grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        expected = expected or grads
+        assert equal(grads, expected)

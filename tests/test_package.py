@@ -81,6 +81,7 @@ def test_the_report_says_which_path_each_op_takes(interpret, path):
 def test_the_report_shows_tiles():
     out = python("-m", "llama_kernels", "--arch", "sm_90")
     assert "attention tiles on sm_90" in out and "128 x 128, 8, 2" in out
+    assert "hopper forward, half: portable, " in out and "hopper backward, half: portable, " in out
 
 
 def test_sources_are_typed_and_of_python_3_10():

@@ -43,10 +43,11 @@ _attention_forward = register(
 # -> dq, dk, dv, dsinks; empty where not needed
 _attention_backward = register(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_CALL}, "
-    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     kernel=launch_backward,
     reference=plain_backward,
-    fake=lambda do, dlse, q, k, v, out, lse, sinks, *rest: empty_grads(q, k, v, sinks, *rest[-4:]),
+    fake=lambda do, dlse, q, k, v, out, lse, sinks, *rest: empty_grads(q, k, v, sinks, *rest[-5:-1]),
 )
 
 
@@ -57,27 +58,28 @@ class _Attention(torch.autograd.Function):
     """(q, k, v, sinks or None) -> (out, lse). Saves these and recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx, op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *scalars):
+    def forward(ctx, op, deterministic, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *scalars):
         bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
         out, lse = _attention_forward(q, k, v, sinks, *bounds, *scalars)
         ctx.save_for_backward(q, k, v, out, lse, sinks, *bounds)
         ctx.set_materialize_grads(False)
-        ctx.op, ctx.scalars = op, scalars
+        ctx.op, ctx.deterministic, ctx.scalars = op, deterministic, scalars
         return out, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
         q, k, v, out, lse, sinks, *bounds = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:5]
+        needed = ctx.needs_input_grad[2:6]
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
-        grads = _attention_backward(do, dlse, q, k, v, out, lse, sinks, *bounds, *ctx.scalars, *needed)
+        rest = (*bounds, *ctx.scalars, *needed, ctx.deterministic)
+        grads = _attention_backward(do, dlse, q, k, v, out, lse, sinks, *rest)
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
-        return None, *grads, *[None] * (len(bounds) + len(ctx.scalars))
+        return None, None, *grads, *[None] * (len(bounds) + len(ctx.scalars))
 
 
 def _apply(op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-           is_causal, scale, window_size, softcap, return_lse):  # fmt: skip
+           is_causal, scale, window_size, softcap, return_lse, deterministic):  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     left, right = (None if side < 0 else min(side, _UNLIMITED) for side in window_size)
     right = 0 if is_causal else right
@@ -86,7 +88,7 @@ def _apply(op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, lon
     tensors = (q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
     scalars = (longest_q, longest_k, scale, softcap, left, right)
     if needs_grad(q, k, v, sinks):
-        out, lse = _Attention.apply(op, *distinct(*tensors), *scalars)
+        out, lse = _Attention.apply(op, deterministic, *distinct(*tensors), *scalars)
     else:
         out, lse = _attention_forward(*tensors, *scalars)
     return (out, lse) if return_lse else out
@@ -135,7 +137,8 @@ def attention(
             break; the blocks outside are skipped.
         return_lse: also return the log of the sum of exponentials of each row's scores. Differentiable.
         deterministic: True asks for gradients that repeat bit for bit, None follows
-            torch.are_deterministic_algorithms_enabled(). Every backward here is deterministic, so nothing changes.
+            torch.are_deterministic_algorithms_enabled(). Only dq of the Hopper kernels does not by itself
+            (`llama_kernels.hopper_attention`); they then leave the gradients to the portable ones.
 
     Returns:
         out, (B, Hq, Sq, Dv) in q's dtype and memory order; with return_lse also lse, (B, Hq, Sq) float32, natural
@@ -149,7 +152,7 @@ def attention(
     _check("attention", q, k, v, 4, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic)
     return _apply(
         "attention", q, k, v, sinks, kv_start, kv_end, None, None, q.shape[2], k.shape[2],
-        is_causal, scale, window_size, softcap, return_lse,
+        is_causal, scale, window_size, softcap, return_lse, deterministic,
     )  # fmt: skip
 
 
@@ -210,7 +213,7 @@ def attention_varlen(
             _check_bounds(op, name, cu.tolist(), longest, x.shape[0])
     return _apply(
         op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
-        max_seqlen_q, max_seqlen_k, is_causal, scale, window_size, softcap, return_lse,
+        max_seqlen_q, max_seqlen_k, is_causal, scale, window_size, softcap, return_lse, deterministic,
     )  # fmt: skip
 
 

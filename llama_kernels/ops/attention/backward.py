@@ -6,7 +6,10 @@ dS = P * (dP - delta), and dv = P^T @ do, dk = dS^T @ q, dq = dS @ k. P is recom
 
 from __future__ import annotations
 
+import torch
+
 from llama_kernels.language import LN2, LOG2E, cast, dot, tl, triton
+from llama_kernels.ops.attention import hopper
 from llama_kernels.ops.attention.layout import (
     Sizes,
     bound_strides,
@@ -34,7 +37,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.runtime import cdiv, on_device_of, strides_of
+from llama_kernels.runtime import cdiv, empty_in_order_of, on_device_of, strides_of
 
 # --- delta, and the gradient of the sinks ----------------------------------------------------------------------------
 
@@ -54,14 +57,14 @@ def _padded(cu_seqlens_q_ptr, b, q_start):
 
 
 def _padded_rows(sizes: Sizes, packed: bool) -> int:
-    """Rows of lse2 and delta a batch and head, or all sequences' together where they are packed."""
-    return sizes.Sq + sizes.B * PADDING.value if packed else cdiv(sizes.Sq, PADDING.value) * PADDING.value
+    """Rows of lse2 and delta a batch and head, or all sequences' together where they are packed: whole tiles."""
+    return (cdiv(sizes.Sq, PADDING.value) + (sizes.B if packed else 0)) * PADDING.value
 
 
 @triton.jit
 def _delta_kernel(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, lse2_ptr, delta_ptr, dsinks_ptr, cu_seqlens_q_ptr,
-    o_strides, do_strides, lse_strides, dlse_strides, delta_strides,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, lse2_ptr, delta_ptr, dsinks_ptr, dq_sum_ptr, cu_seqlens_q_ptr,
+    o_strides, do_strides, lse_strides, dlse_strides, delta_strides, dq_sum_strides,
     sizes,
     DV: tl.constexpr, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +72,8 @@ def _delta_kernel(
 
     o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows
     past Sq, up to the padding, get lse2 = inf and delta = 0; rows without keys lse2 = inf: their probabilities are 0.
-    dlse and sinks may be None. Bytes: o and do once. FLOPs: 2 DV a row.
+    dlse and sinks may be None, and so may dq_sum, as o in float32, which is zeroed on the way for a backward that adds
+    to it. Bytes: o and do once. FLOPs: 2 DV a row.
     """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
@@ -81,6 +85,9 @@ def _delta_kernel(
     o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     do = load_tile(matrix(do_ptr, do_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
+    if dq_sum_ptr is not None:
+        zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        store_tile(matrix(dq_sum_ptr, dq_sum_strides, b, h, start), m, Sq, zeros, DV, FAR, BLOCK_M, BLOCK_DV)
     if dlse_ptr is not None:
         dlse_rows = offset(dlse_strides, b, h, start) + i.to(tl.int64) * dlse_strides[2]
         delta -= tl.load(dlse_ptr + dlse_rows, mask=i < Sq, other=0.0)
@@ -296,7 +303,7 @@ def _dq_kernel(
 
 def launch_backward(
     do, dlse, q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks,
+    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic=None,
 ):  # fmt: skip
     """Launch; arguments and results as `llama_kernels::attention_backward`."""
     dq, dk, dv, dsinks = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)
@@ -304,7 +311,16 @@ def launch_backward(
         for grad in (dq, dk, dv):
             grad.zero_()
     sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
-    lse2, delta, dsinks = _launch_delta(o, do, lse, dlse, sinks if need_dsinks else None, dsinks, cu_seqlens_q, sizes)
+    needed = (need_dq, need_dk, need_dv)
+    tile = hopper.backward_tile(do, q, k, v, kv_start, kv_end, softcap, deterministic, *needed)
+    dq_sum = None if tile is None else empty_in_order_of(dq, dtype=torch.float32)
+    lse2, delta, dsinks = _launch_delta(
+        o, do, lse, dlse, sinks if need_dsinks else None, dsinks, dq_sum, cu_seqlens_q, sizes
+    )
+    if tile is not None:
+        call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right, PADDING.value)
+        if hopper.try_backward(tile, do, q, k, v, lse2, delta, dq_sum, dq, dk, dv, *call):
+            return dq, dk, dv, dsinks
     # What both big kernels take, in their order.
     given, given_strides = (q, k, v, do, lse2, delta), (*map(strides_of, (q, k, v, do)), lse_strides(delta))
     bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
@@ -333,7 +349,7 @@ def launch_backward(
     return dq, dk, dv, dsinks
 
 
-def _launch_delta(o, do, lse, dlse, sinks, dsinks, cu_seqlens_q, sizes):
+def _launch_delta(o, do, lse, dlse, sinks, dsinks, dq_sum, cu_seqlens_q, sizes):
     """lse2 and delta, (B, Hq, padded Sq) or packed (Hq, padded Tq), and dsinks, filled where `sinks` is given."""
     lse2, delta = lse.new_empty(2, *lse.shape[:-1], _padded_rows(sizes, cu_seqlens_q is not None))
     BLOCK_DV = width_class(o.shape[-1])
@@ -345,9 +361,9 @@ def _launch_delta(o, do, lse, dlse, sinks, dsinks, cu_seqlens_q, sizes):
     shares = None if sinks is None else lse.new_empty(programs // sizes.Hq, sizes.Hq)  # heads run fastest over programs
     with on_device_of(o):
         _delta_kernel[(programs,)](
-            o, do, lse, dlse, sinks, lse2, delta, shares, cu_seqlens_q,
+            o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
             strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
-            lse_strides(delta), sizes,
+            lse_strides(delta), None if dq_sum is None else strides_of(dq_sum), sizes,
             DV=o.shape[-1], FAR=far(o, do), BLOCK_M=BLOCK_M, BLOCK_DV=BLOCK_DV, num_warps=4,
         )  # fmt: skip
     return lse2, delta, dsinks if sinks is None else shares.sum(0).to(sinks.dtype)

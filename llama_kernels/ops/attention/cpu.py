@@ -27,7 +27,7 @@ def plain_forward(
 
 def plain_backward(
     do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks,
+    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic,
 ):  # fmt: skip
     """Arguments and results as `llama_kernels::attention_backward`."""
     grads = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from llama_kernels.language import LN2, LOG2E, tl, triton
+from llama_kernels.ops.attention import hopper
 from llama_kernels.ops.attention.decode import launch_decode, splits
 from llama_kernels.ops.attention.layout import (
     bound_strides,
@@ -94,6 +95,9 @@ def launch_forward(
     """Launch; arguments and results as `llama_kernels::attention_forward`."""
     if cu_seqlens_q is None and splits(q, k):
         return launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, left, right)
+    call = (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right)
+    if (done := hopper.try_forward(q, k, v, sinks, kv_start, kv_end, *call)) is not None:
+        return done
     o, lse = empty_outputs(q, v)
     if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
         o.zero_()

@@ -63,7 +63,7 @@ def query_tile(pid, sizes, BLOCK_M: tl.constexpr):
 @triton.jit
 def sequence(cu_seqlens_ptr, b, size, longest):
     """First token and length of sequence b: all of it, or as cu_seqlens says, but never outside of the tensor."""
-    start = tl.full([], 0, tl.int64)
+    start = tl.cast(0, tl.int64)
     length = size
     if cu_seqlens_ptr is not None:
         first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), size)

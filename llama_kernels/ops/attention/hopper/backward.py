@@ -1,0 +1,308 @@
+"""Attention backward for Hopper (FlashAttention-3, arXiv 2407.08608): one pass, five products.
+
+dk and dv stay in registers while the query rows of the whole group pass by; dq is summed up in float32 by the copy
+engine, tile of keys by tile of keys, in whatever order they come. Its last bits therefore differ from run to run:
+`deterministic=True` takes the portable kernels, which compute the scores twice instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llama_kernels.language import tl, triton
+from llama_kernels.ops.attention.hopper.choice import HopperTile
+from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
+from llama_kernels.ops.attention.hopper.forward import barriers
+from llama_kernels.ops.attention.hopper.gluon import (
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    tma,
+    tma_add,
+    tma_load,
+    tma_store,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from llama_kernels.ops.attention.hopper.schedule import (
+    filled_phase,
+    freed_phase,
+    head_and_block,
+    row_walk,
+    slot_of,
+)
+from llama_kernels.ops.attention.layout import Sizes, call_scoring, call_window, far, width_class
+from llama_kernels.ops.attention.tiles import (
+    Mask,
+    load_tile,
+    logits,
+    matrix,
+    query_tile,
+    sequence,
+    store_tile,
+    visible,
+)
+from llama_kernels.runtime import cdiv, on_device_of, strides_of
+
+
+class Where(NamedTuple):
+    """The tile of keys from n on, of key head h_kv, and the rows that see it."""
+
+    b: gl.tensor
+    h_kv: gl.tensor
+    heads: gl.tensor  # of lse2 and delta, before this batch's
+    n: gl.tensor
+    group: gl.tensor
+    q_start: gl.tensor
+    padded_start: gl.tensor  # of the rows of lse2 and delta
+    Sq: gl.tensor
+    k_start: gl.tensor
+    Sk: gl.tensor
+
+
+class Buffers(NamedTuple):
+    """Tiles in shared memory. k and v hold 64 keys a consumer, which later stages dk and dv there."""
+
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q: gl.shared_memory_descriptor
+    do: gl.shared_memory_descriptor
+    lse2: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor  # [64 keys, 64 rows] a consumer
+    dq: gl.shared_memory_descriptor  # [64 rows, 64 columns] a consumer, float32
+
+
+class Barriers(NamedTuple):
+    kv_filled: gl.shared_memory_descriptor
+    q_filled: gl.shared_memory_descriptor  # with lse2
+    do_filled: gl.shared_memory_descriptor  # with delta
+    freed: gl.shared_memory_descriptor  # of both
+    ds_filled: gl.shared_memory_descriptor
+    ds_freed: gl.shared_memory_descriptor
+    dq_filled: gl.shared_memory_descriptor
+    dq_freed: gl.shared_memory_descriptor
+    dkdv_filled: gl.shared_memory_descriptor
+
+
+@jit
+def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, where, walk, STAGES: gl.constexpr):
+    """One warp: keys and values, then the rows of every head of the group, as fast as the consumers free them."""
+    mbarrier.expect(bars.kv_filled.index(0), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+    for c in gl.static_range(2):
+        at = coordinates(k_desc, where.b, where.h_kv, where.k_start, where.Sk, where.n + 64 * c)
+        tma_load(k_desc, at, bars.kv_filled.index(0), buffers.k.index(c))
+        tma_load(v_desc, at, bars.kv_filled.index(0), buffers.v.index(c))
+    for step in range(where.group * walk.count):
+        slot, freed = slot_of(step, STAGES), freed_phase(step, STAGES)
+        head, block = head_and_block(walk, step, where.group)
+        h, m = where.h_kv * where.group + head, block * 64
+        at = coordinates(q_desc, where.b, h, where.q_start, where.Sq, m)
+        row = (where.heads + h, where.padded_start + m)
+        mbarrier.wait(bars.freed.index(slot), freed)
+        mbarrier.expect(bars.q_filled.index(slot), q_desc.block_type.nbytes + lse2_desc.block_type.nbytes)
+        tma_load(q_desc, at, bars.q_filled.index(slot), buffers.q.index(slot))
+        tma_load(lse2_desc, row, bars.q_filled.index(slot), buffers.lse2.index(slot))
+        mbarrier.expect(bars.do_filled.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+        tma_load(do_desc, at, bars.do_filled.index(slot), buffers.do.index(slot))
+        tma_load(delta_desc, row, bars.do_filled.index(slot), buffers.delta.index(slot))
+
+
+@jit
+def _write(dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED: gl.constexpr):
+    """One warp: adds what the consumers have of dq to the sum in memory, and stores dk and dv at the end."""
+    for step in range(where.group * walk.count):
+        head, block = head_and_block(walk, step, where.group)
+        for c in gl.static_range(2):
+            mbarrier.wait(bars.dq_filled.index(c), filled_phase(step, 1))
+            h, column = where.h_kv * where.group + head, 64 * c if SHARED else 0
+            at = coordinates(dq_desc, where.b, h, where.q_start, where.Sq, block * 64, column)
+            tma_add(dq_desc, at, buffers.dq.index(c))
+        for c in gl.static_range(2):
+            tma.store_wait(1 - c)
+            mbarrier.arrive(bars.dq_freed.index(c))
+    for c in gl.static_range(2):
+        mbarrier.wait(bars.dkdv_filled.index(c), 0)
+        at = coordinates(dk_desc, where.b, where.h_kv, where.k_start, where.Sk, where.n + 64 * c)
+        tma_store(dk_desc, at, buffers.k.index(c))
+        tma_store(dv_desc, at, buffers.v.index(c))
+    tma.store_wait(0)
+
+
+@jit
+def _steps(
+    dk, dv, k, v, buffers, bars, where, mask, walk, j, begin, end, scoring,
+    C: gl.constexpr, MASKED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of 64 keys after the steps from begin to end. Scores lie on their side: keys run down, rows across.
+
+    SHARED: each consumer takes half of dq's columns, for the keys of both; else all of them, for its own keys.
+    """
+    dtype: gl.constexpr = buffers.k.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S)
+    for step in tl.range(begin, end, disable_licm=True):
+        slot = slot_of(step, STAGES)
+        q, do = tile(buffers.q, slot), tile(buffers.do, slot)  # [64, D]
+        mbarrier.wait(bars.q_filled.index(slot), filled_phase(step, STAGES))
+        zeros = gl.zeros([64, 64], gl.float32, S)
+        s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(bars.do_filled.index(slot), filled_phase(step, STAGES))
+        delta = gl.expand_dims(buffers.delta.index(slot).reshape([64]).load(ROW), 0)
+        dp = warpgroup_mma(v, do.permute((1, 0)), zeros - delta, is_async=True)
+        s = logits(warpgroup_mma_wait(1, deps=(s,)), scoring)  # [64 keys, 64 rows]
+        lse2 = buffers.lse2.index(slot).reshape([64]).load(ROW)
+        p = gl.exp2(s * scoring.unit - gl.expand_dims(lse2, 0))
+        if MASKED:
+            _, block = head_and_block(walk, step, where.group)
+            i = block * 64 + gl.arange(0, 64, ROW)
+            p = gl.where(visible(mask, gl.expand_dims(i, 0), gl.expand_dims(j, 1)), p, 0.0)
+        p_half = gl.convert_layout(p.to(dtype), A)
+        if scoring.softcap is not None:
+            capped = s / scoring.softcap
+            p *= 1.0 - capped * capped
+        # Waits that are mostly over, here for their branch: without one ptxas moves the exponentials below dp's wait.
+        if SHARED:
+            mbarrier.wait(bars.ds_freed.index(0), freed_phase(step, 1))
+        else:
+            mbarrier.wait(bars.dq_freed.index(C), freed_phase(step, 1))
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        dv = warpgroup_mma(p_half, do, dv, is_async=True)
+        ds = (p * dp).to(dtype)
+        tile(buffers.ds, C).store(ds)
+        fence_async_shared()
+        if SHARED:
+            mbarrier.arrive(bars.ds_filled.index(0))
+        ds = gl.convert_layout(ds, A)
+        dk = warpgroup_mma(ds, q, dk, is_async=True)
+        if SHARED:
+            mbarrier.wait(bars.ds_filled.index(0), filled_phase(step, 1))
+            upper = tile(buffers.k, 0).slice(64 * C, 64, dim=1)
+            lower = tile(buffers.k, 1).slice(64 * C, 64, dim=1)
+            dq = warpgroup_mma(tile(buffers.ds, 0).permute((1, 0)), upper, zeros, use_acc=False, is_async=True)
+            dq = warpgroup_mma(tile(buffers.ds, 1).permute((1, 0)), lower, dq, is_async=True)
+        else:
+            dq = warpgroup_mma(tile(buffers.ds, C).permute((1, 0)), k, zeros, use_acc=False, is_async=True)
+        dv, dk, p_half, ds = warpgroup_mma_wait(2 if SHARED else 1, deps=(dv, dk, p_half, ds))
+        mbarrier.arrive(bars.freed.index(slot))
+        dq = warpgroup_mma_wait(0, deps=(dq,))  # [64 rows, 64 columns]
+        if SHARED:
+            mbarrier.arrive(bars.ds_freed.index(0))
+            mbarrier.wait(bars.dq_freed.index(C), freed_phase(step, 1))
+        tile(buffers.dq, C).store(dq)
+        fence_async_shared()
+        mbarrier.arrive(bars.dq_filled.index(C))
+    return dk, dv
+
+
+@jit
+def _consume(buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr):
+    """Warp group C of two: 64 keys, from k and v to dk and dv in their place."""
+    D: gl.constexpr = buffers.k.shape[-1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    dk = gl.zeros([64, D], gl.float32, A)
+    dv = gl.zeros([64, D], gl.float32, A)
+    mask = Mask(where.Sk - where.Sq, window.left, window.right, None, where.Sk, None)
+    j = where.n + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
+    k, v = tile(buffers.k, C), tile(buffers.v, C)  # [64, D]
+    mbarrier.wait(bars.kv_filled.index(0), 0)
+    masked, steps = where.group * walk.masked, where.group * walk.count
+    dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES)
+    dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES)
+    if SHARED:  # the other one may still multiply with these keys
+        mbarrier.wait(bars.ds_freed.index(0), freed_phase(steps, 1))
+    k.store((dk * scoring.scale).to(buffers.k.dtype))
+    v.store(dv.to(buffers.v.dtype))
+    fence_async_shared()
+    mbarrier.arrive(bars.dkdv_filled.index(C))
+
+
+@jit
+def _hopper_backward_kernel(
+    q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, dq_desc, dk_desc, dv_desc,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    sizes, scoring, window,
+    PADDING: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dk = dS^T @ q scale and dv = P^T @ do of 128 keys of one key head, summed over its query heads; dq += dS @ k.
+
+    q, do (B, Hq, Sq, D), k, v, dk, dv (B, Hkv, Sk, D), dq as q in float32, lse2 and delta float32, padded; or packed.
+    P = exp(logits - lse), dP = do @ v^T, dS = P * (dP - delta), all float32; P and dS are rounded before a product.
+    One warp loads, one writes, two groups of four multiply 64 keys each. dq, of both, goes through shared memory to the
+    copy engine, which adds it up in memory: the only sum whose order is not fixed.
+    Bytes: k, v, dk, dv once; q, do of the group once a key tile, and dq's sum, from L2. FLOPs: 10 D a visible pair.
+    """
+    pid, Hkv = gl.program_id(0), sizes.Hq // sizes.group
+    h_kv, b = pid % Hkv, pid // Hkv % sizes.B
+    n = pid // (Hkv * sizes.B) * 128  # the first keys, which under a causal mask most rows see, come first
+    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    if n < Sk:
+        walk = row_walk(Mask(Sk - Sq, window.left, window.right, None, None, Sk), n, Sq, 64, 128)
+        heads, padded_start = b * sizes.Hq, 0
+        if cu_seqlens_q_ptr is not None:
+            heads, padded_start = 0, (q_start.to(gl.int32) + b * PADDING) // PADDING * PADDING
+        where = Where(
+            b, h_kv, heads, n, sizes.group, q_start.to(gl.int32), padded_start, Sq, k_start.to(gl.int32), Sk
+        )  # fmt: skip
+        DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], k_desc.dtype)
+        buffers = Buffers(
+            ring(k_desc, 2), ring(v_desc, 2), ring(q_desc, STAGES), ring(do_desc, STAGES),
+            ring(lse2_desc, STAGES), ring(delta_desc, STAGES),
+            gl.allocate_shared_memory(k_desc.dtype, [2, 64, 64], DS), ring(dq_desc, 2),
+        )  # fmt: skip
+        bars = Barriers(
+            barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2),
+            barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 1), barriers(2, 1),
+        )  # fmt: skip
+        fence_async_shared()  # the copy engine is to find the barriers as they are now
+        gl.warp_specialize(
+            [
+                (_consume, (buffers, bars, where, walk, scoring, window, gl.constexpr(0), SHARED, STAGES)),
+                (_consume, (buffers, bars, where, walk, scoring, window, gl.constexpr(1), SHARED, STAGES)),
+                (_produce, (q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, where, walk,
+                            STAGES)),
+                (_write, (dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )  # fmt: skip
+
+
+@triton.jit
+def _round_dq_kernel(
+    sum_ptr, dq_ptr, cu_seqlens_q_ptr, sum_strides, dq_strides, sizes, scale,
+    D: tl.constexpr, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq = sum scale, rounded once: BLOCK_M rows of one head. Bytes: the float32 sum in, dq out."""
+    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
+    start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    dq = load_tile(matrix(sum_ptr, sum_strides, b, h, start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq * scale, D, FAR, BLOCK_M, BLOCK_D)
+
+
+def launch_hopper_backward(
+    tile: HopperTile, do, q, k, v, lse2, delta, dq_sum, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, sizes: Sizes,
+    scale, softcap, left, right, padding: int,
+):  # fmt: skip
+    """Fill dq, dk and dv. dq_sum: zeros, as dq in float32. lse2 and delta as the portable kernels take them, every
+    sequence of a packed batch starting at a multiple of `padding`."""
+    keys = cdiv(sizes.longest_k, 128) * sizes.B * (sizes.Hq // sizes.group)
+    D, BLOCK_D = q.shape[-1], width_class(q.shape[-1])
+    BLOCK_M = 4096 // BLOCK_D  # 32 elements a thread
+    rows = cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq
+    with on_device_of(q):
+        _hopper_backward_kernel[(keys,)](
+            *(describe(x, 64, tile.width) for x in (q, k, v, do)), describe_rows(lse2, 64), describe_rows(delta, 64),
+            describe(dq_sum, 64, 64), describe(dk, 64, tile.width), describe(dv, 64, tile.width),
+            cu_seqlens_q, cu_seqlens_k,
+            sizes, call_scoring(scale, softcap), call_window(left, right, sizes.longest_q, sizes.longest_k),
+            PADDING=padding, SHARED=tile.width == 128, STAGES=tile.STAGES, num_warps=4,
+        )  # fmt: skip
+        _round_dq_kernel[(rows,)](
+            dq_sum, dq, cu_seqlens_q, strides_of(dq_sum), strides_of(dq), sizes, scale,
+            D=D, FAR=far(dq), BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D, num_warps=4,
+        )  # fmt: skip

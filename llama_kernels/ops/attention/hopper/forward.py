@@ -1,0 +1,265 @@
+"""Attention forward for Hopper (FlashAttention-3, arXiv 2407.08608): the kernel and its launcher."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from llama_kernels.language import LN2, LOG2E
+from llama_kernels.ops.attention.hopper.choice import HopperTile
+from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
+from llama_kernels.ops.attention.hopper.gluon import (
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    tma,
+    tma_load,
+    tma_store,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from llama_kernels.ops.attention.hopper.schedule import (
+    block_of,
+    filled_phase,
+    freed_phase,
+    key_walk,
+    slot_of,
+    turn_phase,
+)
+from llama_kernels.ops.attention.layout import call_scoring, call_sizes, call_window, empty_outputs, lse_strides
+from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
+from llama_kernels.runtime import cdiv, on_device_of
+
+
+class Where(NamedTuple):
+    """The tile of query rows from m on, of head h, and the keys that they are to see."""
+
+    b: gl.tensor
+    h: gl.tensor
+    h_kv: gl.tensor
+    m: gl.tensor
+    q_start: gl.tensor
+    Sq: gl.tensor
+    k_start: gl.tensor
+    Sk: gl.tensor
+
+
+class Buffers(NamedTuple):
+    """Rings of tiles in shared memory. q holds 64 rows a consumer, which later stages its output there."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor
+
+
+class Barriers(NamedTuple):
+    q_filled: gl.shared_memory_descriptor
+    k_filled: gl.shared_memory_descriptor
+    k_freed: gl.shared_memory_descriptor
+    v_filled: gl.shared_memory_descriptor
+    v_freed: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor
+    o_filled: gl.shared_memory_descriptor
+
+
+@jit
+def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """SLOTS barriers, a phase of each being over after ARRIVALS arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@jit
+def _produce(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):
+    """One warp: q, then keys and values into their rings, as fast as the consumers free them; at the end out and lse to
+    memory."""
+    for c in gl.static_range(2):
+        bar = bars.q_filled.index(c)
+        mbarrier.expect(bar, q_desc.block_type.nbytes)
+        at = coordinates(q_desc, where.b, where.h, where.q_start, where.Sq, where.m + 64 * c)
+        tma_load(q_desc, at, bar, buffers.q.index(c))
+    for step in range(walk.count):
+        slot, freed = slot_of(step, STAGES), freed_phase(step, STAGES)
+        n = block_of(walk, step) * BLOCK_N
+        mbarrier.wait(bars.k_freed.index(slot), freed)
+        mbarrier.expect(bars.k_filled.index(slot), k_desc.block_type.nbytes)
+        at = coordinates(k_desc, where.b, where.h_kv, where.k_start, where.Sk, n)
+        tma_load(k_desc, at, bars.k_filled.index(slot), buffers.k.index(slot))
+        mbarrier.wait(bars.v_freed.index(slot), freed)
+        mbarrier.expect(bars.v_filled.index(slot), v_desc.block_type.nbytes)
+        at = coordinates(v_desc, where.b, where.h_kv, where.k_start, where.Sk, n)
+        tma_load(v_desc, at, bars.v_filled.index(slot), buffers.v.index(slot))
+    for c in gl.static_range(2):
+        mbarrier.wait(bars.o_filled.index(c), 0)
+        at = coordinates(o_desc, where.b, where.h, where.q_start, where.Sq, where.m + 64 * c)
+        tma_store(o_desc, at, buffers.q.index(c))
+        i = gl.arange(0, 64, gl.BlockedLayout([2], [32], [1], [0]))
+        lse = buffers.lse.index(c).load(i.type.layout)  # [64]
+        gl.store(lse_ptr + where.m + 64 * c + i, lse, mask=where.m + 64 * c + i < where.Sq)
+    tma.store_wait(0)
+
+
+@jit
+def _softmax(s, mass, peak, mask, i, n, scoring, MASKED: gl.constexpr):
+    """Of scores s [64, BLOCK_N] of keys from n on: p, the factor that what was summed up before shrinks by, and the new
+    mass and peak."""
+    s = logits(s, scoring)
+    if MASKED:
+        j = n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        s = gl.where(visible(mask, gl.expand_dims(i, 1), gl.expand_dims(j, 0)), s, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(s, 1) * scoring.unit)
+    base = new_peak
+    if MASKED:  # where no key was seen yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
+        base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = gl.exp2(s * scoring.unit - gl.expand_dims(base, 1))
+    shrink = gl.exp2(peak - base)
+    return p, shrink, mass * shrink + gl.sum(p, 1), new_peak
+
+
+@jit
+def _steps(
+    acc, p, mass, peak, q, buffers, bars, mask, i, walk, begin, end, scoring,
+    C: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Steps from begin to end. p is that of the step before: its product with v runs under this step's softmax, and the
+    other consumer's products under both."""
+    BLOCK_N: gl.constexpr = buffers.k.shape[-2]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    for step in range(begin, end):
+        slot, before, after = slot_of(step, STAGES), slot_of(step - 1, STAGES), slot_of(step + 1, STAGES)
+        p_half = gl.convert_layout(p.to(buffers.v.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+        mbarrier.wait(bars.turn.index(C), turn_phase(step, C))
+        k = tile(buffers.k, slot).permute((1, 0))
+        s = warpgroup_mma(q, k, gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False, is_async=True)
+        mbarrier.wait(bars.v_filled.index(before), filled_phase(step - 1, STAGES))
+        acc = warpgroup_mma(p_half, tile(buffers.v, before), acc, is_async=True)
+        mbarrier.arrive(bars.turn.index(1 - C))
+        s = warpgroup_mma_wait(1, deps=(s,))  # [64, BLOCK_N]
+        mbarrier.arrive(bars.k_freed.index(slot))
+        n = block_of(walk, step) * BLOCK_N
+        p, shrink, mass, peak = _softmax(s, mass, peak, mask, i, n, scoring, MASKED)
+        # Waiting for the next keys already here keeps the softmax above the wait for the product: without a branch
+        # between them ptxas moves it below, where nothing hides it.
+        mbarrier.wait(bars.k_filled.index(after), filled_phase(step + 1, STAGES), pred=step + 1 < walk.count)
+        acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))
+        mbarrier.arrive(bars.v_freed.index(before))
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout)), 1)
+    return acc, p, mass, peak
+
+
+@jit
+def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl.constexpr, STAGES: gl.constexpr):
+    """Warp group C of two: 64 rows, from q to the output in its place."""
+    BLOCK_N: gl.constexpr = buffers.k.shape[-2]
+    D: gl.constexpr = buffers.k.shape[-1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    i = m + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
+    # The end of the keys bounds every row: as its kv_end it takes one compare less an element.
+    mask = Mask(shift, window.left, window.right, None, Sk, None)
+    peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    mass = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
+    if sink_ptr is not None:  # a logit that takes mass and gives no value
+        peak, mass = gl.zeros_like(peak) + gl.load(sink_ptr).to(gl.float32) * LOG2E, mass + 1.0
+    acc = gl.zeros([64, D], gl.float32, O)
+
+    q = tile(buffers.q, C)  # [64, D]
+    mbarrier.wait(bars.q_filled.index(C), 0)
+    mbarrier.wait(bars.k_filled.index(0), 0)
+    s = warpgroup_mma(
+        q, tile(buffers.k, 0).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False, is_async=True
+    )
+    s = warpgroup_mma_wait(0, deps=(s,))  # [64, BLOCK_N]
+    mbarrier.arrive(bars.k_freed.index(0))
+    p, _, mass, peak = _softmax(s, mass, peak, mask, i, walk.top * BLOCK_N, scoring, True)
+    mbarrier.wait(bars.k_filled.index(slot_of(1, STAGES)), filled_phase(1, STAGES), pred=walk.count > 1)
+
+    acc, p, mass, peak = _steps(
+        acc, p, mass, peak, q, buffers, bars, mask, i, walk, 1, walk.masked, scoring, C, True, STAGES
+    )
+    acc, p, mass, peak = _steps(
+        acc, p, mass, peak, q, buffers, bars, mask, i, walk, walk.masked, walk.count, scoring, C, False, STAGES
+    )
+    last = walk.count - 1
+    p = gl.convert_layout(p.to(buffers.v.dtype), gl.DotOperandLayout(0, O, 2))  # [64, BLOCK_N]
+    mbarrier.wait(bars.v_filled.index(slot_of(last, STAGES)), filled_phase(last, STAGES))
+    acc = warpgroup_mma(p, tile(buffers.v, slot_of(last, STAGES)), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+
+    mass = gl.where(mass == 0.0, 1.0, mass)  # a row that saw no key: 0 / 1, and its peak is still -inf
+    o = acc * gl.expand_dims(gl.convert_layout(1.0 / mass, gl.SliceLayout(1, O)), 1)  # [64, D]
+    q.store(o.to(buffers.q.dtype))
+    buffers.lse.index(C).store((peak + gl.log2(mass)) * LN2)
+    fence_async_shared()
+    mbarrier.arrive(bars.o_filled.index(C))
+
+
+@jit
+def _hopper_forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, sinks_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    lse_strides,
+    sizes, scoring, window,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """o = softmax(q @ k^T scale + mask) @ v and lse = log(sum(exp(q @ k^T scale + mask))), 128 rows of one head.
+
+    q (B, Hq, Sq, D), k, v (B, Hkv, Sk, D), o as q, lse (B, Hq, Sq) float32; packed: (T, H, D) and (Hq, T). Scores,
+    softmax and sums are float32; p is rounded to v's dtype for the second product: the portable kernel's numbers.
+    One warp loads, two groups of four multiply 64 rows each, taking turns at the tensor cores; a group's next q @ k^T
+    and last p @ v run under its softmax. Masks cost only the blocks at the edge.
+    Bytes: q, o once; k, v once a row tile, from L2. FLOPs: 4 D a visible pair.
+    """
+    m, h, b = query_tile(gl.program_id(0), sizes, 128)
+    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    if m < Sq:
+        mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
+        walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), Sk, BLOCK_N)
+        where = Where(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
+        lse = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        buffers = Buffers(ring(q_desc, 2), ring(k_desc, STAGES), ring(v_desc, STAGES), lse)
+        bars = Barriers(
+            barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2),
+            barriers(2, 1), barriers(2, 1),
+        )  # fmt: skip
+        lse_ptr += offset(lse_strides, b, h, q_start)
+        if sinks_ptr is not None:
+            sinks_ptr += h
+        fence_async_shared()  # the copy engine is to find the barriers as they are now
+        gl.warp_specialize(
+            [
+                (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(0), STAGES)),
+                (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(1), STAGES)),
+                (_produce, (q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+def launch_hopper_forward(
+    tile: HopperTile, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
+):
+    """Launch; arguments and results as `launch_forward`, but for the tile that `choose` gave and what it refuses."""
+    o, lse = empty_outputs(q, v)
+    if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
+        o.zero_()
+        lse.fill_(-math.inf)
+    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
+    programs = cdiv(longest_q, 128) * sizes.B * sizes.Hq
+    if programs:
+        with on_device_of(q):
+            _hopper_forward_kernel[(programs,)](
+                describe(q, 64, tile.width), describe(k, tile.BLOCK_N, tile.width),
+                describe(v, tile.BLOCK_N, tile.width), describe(o, 64, tile.width),
+                lse, sinks, cu_seqlens_q, cu_seqlens_k, lse_strides(lse),
+                sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
+                BLOCK_N=tile.BLOCK_N, STAGES=tile.STAGES, num_warps=4,
+            )  # fmt: skip
+    return o, lse
