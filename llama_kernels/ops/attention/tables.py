@@ -23,22 +23,24 @@ class Tile:
     num_warps: int
     num_stages: int
     split: bool = False  # dk and dv in two launches, where one program cannot hold both
+    carry: bool = False  # of the forward: the softmax of a block beneath p @ v of the one before
 
     @functools.cached_property
     def launch_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
 
     def __str__(self) -> str:
-        split = ", split" if self.split else ""
-        return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{split}"
+        flags = "".join(f", {name}" for name in ("split", "carry") if getattr(self, name))
+        return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{flags}"
 
 
 # bfloat16 and float16. Of the tiles that compile without a spill under every option, each row has the one that reads
 # least from L2 for its tensor-core work: the largest, and where two tie the deeper pipeline.
 _HALF = {
-    # 128 keys a step on Hopper: with 64 the operands' shared-memory reads take as long as the product. Two stages: at
-    # three, with window and softcap on, ptxas no longer proves the pipeline safe and runs the products one by one.
-    ("sm_90", "forward"): (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
+    # Hopper's products run on their own, so a softmax should have one above it. At width 64 it is that of a second
+    # program: 128 registers leave room for two on a processor. From 128 on there is room for one, so p is carried. With
+    # 128 keys that spills under half of the options (16 to 56 bytes); with 64 and three stages under none.
+    ("sm_90", "forward"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3, carry=True), Tile(128, 32, 8, 2)),
     ("sm_90", "dq"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
     # dk and dv are the larger accumulators, so 128 keys stay and the rows pass by in small blocks; 64 rows at width 128
     # spill 80 bytes.
