@@ -89,13 +89,8 @@ def boundary_block_not_masked(mask, first, last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def delta_forgotten(qk, dp, lse2, delta, see, scoring):
-    return probs_and_score_grads(qk, dp, lse2, delta * 0.0, see, scoring)
-
-
-@triton.jit
-def tile_of_the_scores_in_half_precision(qk, dp, lse2, delta, see, scoring):
-    p, ds = probs_and_score_grads(cast(qk, tl.float16).to(tl.float32), dp, lse2, delta, see, scoring)
+def tile_of_the_scores_in_half_precision(qk, dp, lse2, see, scoring):
+    p, ds = probs_and_score_grads(cast(qk, tl.float16).to(tl.float32), dp, lse2, see, scoring)
     return p, ds
 
 
@@ -134,7 +129,12 @@ def _one_head_for_all(*call: Any) -> Any:
     return sizes._replace(group=sizes.Hq)
 
 
-_call_sizes = forward.call_sizes
+def _delta_forgotten(*call: Any) -> Any:
+    lse2, delta, dsinks = _launch_delta(*call)
+    return lse2, delta.zero_(), dsinks
+
+
+_call_sizes, _launch_delta = forward.call_sizes, backward._launch_delta
 _DENSE = test_attention.Case(1, 4, 2, 70, 90, 32, 32)
 _WINDOW = test_attention.Case(1, 2, 2, 70, 90, 32, 32, window_size=(20, 0))
 _DECODING = test_attention.Case(1, 4, 2, 2, 150, 32, 32)
@@ -179,7 +179,7 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "last keys dropped, decoding": ((decode,), "key_blocks", last_keys_dropped, decoding),
     "chunks not rescaled": ((decode,), "_add_chunks", chunks_not_rescaled, decoding),
     "one head for all": ((forward, backward), "call_sizes", _one_head_for_all, lambda: attention(_DENSE)),
-    "delta forgotten": ((backward,), "probs_and_score_grads", delta_forgotten, lambda: attention(_DENSE)),
+    "delta forgotten": ((backward,), "_launch_delta", _delta_forgotten, lambda: attention(_DENSE)),
     "scores in half precision": (
         (backward,), "probs_and_score_grads", tile_of_the_scores_in_half_precision,
         lambda: attention(_DENSE, torch.float32)),

@@ -110,7 +110,7 @@ def launch_forward(
         o.zero_()
         lse.fill_(-math.inf)
     sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
-    tile = tile_for("forward", q, v)
+    tile = tile_for("forward", q, v, any(x is not None for x in (softcap, left, kv_start, kv_end)))
     programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
     if programs:
         with on_device_of(q):

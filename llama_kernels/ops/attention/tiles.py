@@ -328,17 +328,16 @@ def last_values(
 
 
 @triton.jit
-def probs_and_score_grads(qk, dp, lse2, delta, see, scoring):
-    """p = exp(logits - lse) and ds = p (dp - delta) on the way back to q @ k^T, short of the factor scoring.scale.
-
-    Either way up: lse2 (lse in base 2), delta and see, which may be None, broadcast against qk.
+def probs_and_score_grads(qk, dp, lse2, see, scoring):
+    """p = exp(logits - lse) and ds = p dp, with delta taken off dp already, on the way back to q @ k^T, short of the
+    factor scoring.scale. Either way up: lse2 (lse in base 2) and see, which may be None, broadcast against qk.
     """
     s = logits(qk, scoring)
     p = tl.exp2(s * scoring.unit - lse2)
     if see is not None:
         p = tl.where(see, p, 0.0)
-    ds = p * (dp - delta)
+    slope = p  # made before dp is there: so p and the slope of the cap are not held beside it
     if scoring.softcap is not None:
         capped = s / scoring.softcap
-        ds *= 1.0 - capped * capped
-    return p, ds
+        slope = p * (1.0 - capped * capped)
+    return p, slope * dp
