@@ -4,8 +4,9 @@ The package's own launchers run under a driver that stands in for a GPU: Triton 
 would there, and the launch is dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit
 its kernel fails here. Triton's own cuobjdump and nvdisasm then read the machine code.
 
-Exits with 1 on a spill, on attention without tensor-core instructions or with a serialised tensor-core pipeline, on
-RoPE or RMSNorm without 128-bit accesses, or on more shared memory than a block of the target may have.
+Exits with 1 on a spill (of more than 64 bytes in dk and dv), on attention without tensor-core instructions or with a
+serialised tensor-core pipeline, on what `bench.sass` finds wrong in its loops, on RoPE or RMSNorm without 128-bit
+accesses, or on more shared memory than a block of the target may have.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench import sass
 from llama_kernels.ops import rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
 
@@ -205,7 +207,11 @@ class Report:
     tensor_core: int
     loads: dict[int, int]
     stores: dict[int, int]
+    loops: list[sass.Loop] = dataclasses.field(default_factory=list)  # of attention in half precision on NVIDIA's
     faults: list[str] = dataclasses.field(default_factory=list)
+
+
+_SPILL_LIMITS = {"dkdv_kernel": 64}  # bytes; two accumulators fill the registers
 
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -216,13 +222,15 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
     report = Report(name, case.op, kernel, case.label, compiled.metadata.num_warps, 0, 0, compiled.metadata.shared,
                     0, {}, {})  # fmt: skip
     serialised = reader(compiled, report)
-    if report.spill_bytes:
+    if report.spill_bytes > _SPILL_LIMITS.get(kernel, 0) * (TARGETS[name].gpu.backend == "cuda"):
         report.faults.append(f"spills {report.spill_bytes} bytes")
     if report.shared_bytes > TARGETS[name].shared_limit:
         report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {TARGETS[name].shared_limit}")
     if case.op in ("attention", "decode") and not re.search("delta|combine", kernel):
         if "float32" not in case.label and not report.tensor_core:
             report.faults.append("no tensor-core instruction")
+        if case.op == "attention" and "float32" not in case.label and TARGETS[name].gpu.backend == "cuda":
+            report.faults += sass.faults(report.loops, name, kernel, case.label.endswith(" causal"))
         if serialised:
             report.faults.append("tensor-core pipeline serialised")
     elif "combine" not in kernel:
@@ -237,10 +245,10 @@ def _read_nvidia(compiled: Any, report: Report) -> bool:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([_TOOLS / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True)
-        sass = subprocess.run([_TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True)
+        code = subprocess.run([_TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
     report.registers, report.spill_bytes = registers, stack
-    ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass.stdout))
+    ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code.stdout))
     report.tensor_core = sum(n for op, n in ops.items() if re.match(r"(HMMA|HGMMA|UTC\w*MMA)", op))
     for into, pattern in ((report.loads, r"LDG(?!DEPBAR)"), (report.stores, r"STG")):
         for op, n in ops.items():
@@ -248,6 +256,10 @@ def _read_nvidia(compiled: Any, report: Report) -> bool:
                 width = re.search(r"\.(64|128)(\.|$)", op)
                 bits = int(width[1]) if width else 16 if ".U16" in op else 8 if re.search(r"\.[US]8", op) else 32
                 into[bits] = into.get(bits, 0) + n
+    if report.tensor_core and report.op == "attention":
+        constants = {compiled.src.fn.arg_names[at[0]]: x for at, x in compiled.src.constants.items() if len(at) == 1}
+        report.loops = sass.loops(code.stdout, report.target, registers, report.shared_bytes, report.warps,
+                                  sass.flops(report.kernel, constants))  # fmt: skip
     matmuls = sum(n for op, n in ops.items() if op.startswith("HGMMA"))
     return bool(matmuls) and ops["WARPGROUP.ARRIVE"] >= matmuls
 
