@@ -324,7 +324,8 @@ def launch_backward(
                     *rest, **flags, **tile.launch_options,
                 )  # fmt: skip
 
-        tile = tile_for("dq", q, v, any(x is not None for x in (softcap, left, kv_start, kv_end)))
+        crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
+        tile = tile_for("dq", q, v, crowded)
         programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
         if programs and need_dq:
             _dq_kernel[(programs,)](

@@ -110,7 +110,8 @@ def launch_forward(
         o.zero_()
         lse.fill_(-math.inf)
     sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
-    tile = tile_for("forward", q, v, any(x is not None for x in (softcap, left, kv_start, kv_end)))
+    crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
+    tile = tile_for("forward", q, v, crowded)
     programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
     if programs:
         with on_device_of(q):
