@@ -109,6 +109,14 @@ def test_what_a_loop_must_not_show(body, flops, fault):
     assert not sass.faults(loops_of(PRODUCT, "MUFU.EX2 R1, R2"), "sm_90", "forward_kernel", plain=True)
 
 
+def test_options_that_hold_registers_take_another_tile(monkeypatch):
+    monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
+    q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+    row = tables.tile_for("dkdv", q, q)
+    assert row.crowded and tables.tile_for("dkdv", q, q, True) == row.crowded
+    assert tables.tile_for("decode", q, q, True) == tables.tile_for("decode", q, q)
+
+
 @pytest.mark.corpus(67, 68)
 def test_every_row_of_the_tables_is_there():
     from bench import codegen
