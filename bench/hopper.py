@@ -12,21 +12,16 @@ import argparse
 import collections
 import functools
 import re
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import triton
 
+from bench import sass
 from llama_kernels.ops.attention import backward, forward
 from llama_kernels.ops.attention.hopper import choice
-
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 SHOWN = (
     "HGMMA",
@@ -102,48 +97,19 @@ class Loop(NamedTuple):
 
 def loops(cubin: bytes) -> list[Loop]:
     """The innermost loops that multiply, in the order of the machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        sass = subprocess.run([_TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True).stdout
-    labels, code = {}, []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*\.(L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
-            code.append(instruction[1])
-    ends: dict[int, int] = {}
-    for at, instruction in enumerate(code):
-        if any("SYNCS.PHASECHK" in x for x in code[max(at - 3, 0) : at]):
-            continue  # what waits for a barrier, put elsewhere, and its way back
-        to = re.match(r"BRA.*`\(\.(L_x_\d+)\)", instruction)
-        if to and (begin := labels.get(to[1], at + 1)) <= at and any("HGMMA" in x for x in code[begin : at + 1]):
-            ends[begin] = max(at, ends.get(begin, 0))
-    spans = sorted(ends.items())
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [_loop(code[begin : end + 1]) for begin, end in inner]
+    return [_loop(body) for body in sass.innermost(*sass.instructions(sass.disassembled(cubin)), "HGMMA")]
 
 
-def _loop(code: list[str]) -> Loop:
+def _loop(body: list[str]) -> Loop:
     mix: collections.Counter[str] = collections.Counter()
-    cycles, pending, exps, covered = 0, 0, 0, 0
-    # A loop is a ring: what the end leaves under way, the beginning finds. So the code is walked twice, counted once.
-    for trip in range(2):
-        for instruction in code:
-            op = instruction.split()[0]
-            if product := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
-                pending += 1
-                m, n, k = map(int, product.groups())
-                cycles += trip * (2 * m * n * k // 4096)
-            elif "WARPGROUP.DEPBAR" in instruction:
-                left = int(re.search(r"gsb0, (0x\d+)", instruction)[1], 16)
-                pending = min(pending, left)
-            elif op == "MUFU.EX2" and trip:
-                exps, covered = exps + 1, covered + (pending > 0)
-            if trip:
-                name = next((shown for shown in SHOWN if op.startswith(shown)), op.split(".")[0])
-                mix[name] += 1
-    return Loop(len(code), dict(mix), cycles, covered / max(exps, 1))
+    cycles = 0
+    for instruction in body:
+        op = instruction.split()[0]
+        if product := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
+            m, n, k = map(int, product.groups())
+            cycles += 2 * m * n * k // sass.PROCESSORS["sm_90"].tensor_flops
+        mix[next((shown for shown in SHOWN if op.startswith(shown)), op.split(".")[0])] += 1
+    return Loop(len(body), dict(mix), cycles, sass.covered(body))
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
+from bench import sass
 from bench.roofline import GPUS
 
 
@@ -68,31 +68,9 @@ def width(op: str) -> int:
 
 def loops(text: str) -> list[Loop]:
     """Of what nvdisasm prints of one kernel."""
-    lines, labels = _instructions(text)
-    bodies = list(_innermost(lines, labels)) or [lines]
+    lines, labels = sass.instructions(text)
+    bodies = list(sass.innermost(lines, labels, "LDG|STG")) or [lines]
     return [loop for loop in map(_loop, bodies) if loop.bytes]
-
-
-def _instructions(text: str) -> tuple[list[str], dict[str, int]]:
-    """Without their guards, and which of them each label stands before."""
-    lines, labels = [], {}
-    for line in text.splitlines():
-        if label := re.match(r"\s*\.(L_x_\d+):", line):
-            labels[label[1]] = len(lines)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
-            lines.append(found[1])
-    return lines, labels
-
-
-def _innermost(lines: list[str], labels: dict[str, int]) -> Iterator[list[str]]:
-    ends: dict[int, int] = {}
-    for at, line in enumerate(lines):
-        target = re.search(r"BRA.*`\(\.(L_x_\d+)\)", line)
-        if target and labels.get(target[1], at + 1) < at:
-            ends[labels[target[1]]] = at
-    for a, b in ends.items():
-        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in ends.items()):
-            yield lines[a : b + 1]
 
 
 def _loop(body: list[str]) -> Loop:

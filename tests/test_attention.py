@@ -132,7 +132,8 @@ DECODING = (
     Case(1, 2, 1, 7, 100, 32, 32, kv_start=anywhere, kv_end=backwards),
 )
 # Tiles that make many blocks of few tokens: every edge between masked and unmasked ones.
-SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True))
+SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True), Tile(16, 32, 4, 1, carry=True),
+               Tile(32, 16, 4, 1, carry=True))  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -312,10 +313,29 @@ def test_outputs_and_gradients(case, dtype, device):
 
 
 @pytest.mark.corpus(16, 33)
-@pytest.mark.parametrize("tile", SMALL_TILES, ids=lambda t: f"{t.BLOCK_M}x{t.BLOCK_N}")
+@pytest.mark.parametrize("tile", SMALL_TILES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.D <= 64], ids=str)
 def test_every_edge_between_masked_and_whole_blocks(case, tile, device):
     check(case, torch.float16, device, tile=tile)
+
+
+@pytest.mark.parametrize("carry", [False, True], ids=["", "carry"])
+@pytest.mark.parametrize("before", range(4))
+def test_any_number_of_blocks_masked_and_whole(before, carry, device):
+    """One row tile: the blocks that kv_start cuts, those that every row sees whole, those that kv_end cuts."""
+    N = 16
+    for whole, after in itertools.product(range(4), repeat=2):
+
+        def start(i: torch.Tensor, Sk: int) -> torch.Tensor:
+            return i * N * before // (N - 1)
+
+        def end(i: torch.Tensor, Sk: int, first: int = before + whole, more: int = after) -> torch.Tensor:
+            return N * first + i * N * more // (N - 1)
+
+        Sk = N * (before + whole + after) + 5  # the last five nobody sees
+        bounds = {"kv_start": start if before else None, "kv_end": end}
+        case = Case(1, 2, 1, N, Sk, 16, 16, is_causal=False, **bounds)
+        check(case, torch.float16, device, tile=Tile(N, N, 4, 1, carry=carry))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

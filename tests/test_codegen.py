@@ -76,9 +76,83 @@ def test_narrow_accesses_and_too_many_instructions_are_faults():
 
 def test_a_tile_too_large_is_a_fault():
     faults = [f for r in reports("sm_90", "attention", "D=128 bfloat16 causal", Tile(128, 128, 4, 2)) for f in r.faults]
-    assert any("spills" in f for f in faults)
+    assert any("spills" in f for f in faults) and "local memory in a loop" in faults
     faults = [f for r in reports("sm_80", "attention", "D=256 bfloat16 causal", Tile(128, 128, 8, 3)) for f in r.faults]
     assert any("shared memory" in f for f in faults)
+
+
+def test_exponentials_with_nothing_above_them_are_a_fault():
+    """The textbook order, of which one program fills a processor."""
+    forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal", Tile(128, 128, 8, 2))[0]
+    assert forward_kernel.faults == ["0% of the exponentials beneath a product"]
+    forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal")[0]
+    assert not forward_kernel.faults and all(loop.covered == 1 for loop in forward_kernel.loops)
+
+
+def test_products_computed_twice_are_a_fault():
+    """Eight warps on 64 rows: the two warpgroups share them."""
+    dkdv = next(
+        r for r in reports("sm_90", "attention", "D=64 bfloat16 causal", Tile(64, 64, 8, 2)) if "dkdv" in r.kernel
+    )
+    (loop,) = dkdv.loops
+    assert dkdv.faults == ["products computed more than once"] and loop.cycles["tensor"] == 1.5 * loop.ideal
+
+
+PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+FLOPS = 2 * 64 * 64 * 16
+
+
+def loops_of(*body: str, flops: int = FLOPS):
+    from bench import sass
+
+    code = (".L_x_1:", *body, "@!P0 BRA `(.L_x_1)", "EXIT")
+    text = "\n".join(
+        line if line.startswith(".") else f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(code)
+    )
+    return sass.loops(text, "sm_90", registers=168, shared=1 << 16, warps=4, flops=flops)
+
+
+def test_a_loop_is_read_as_it_stands():
+    (loop,) = loops_of(WAIT, "MUFU.EX2 R1, R2", "@P1 FSEL R1, R1, -INF, P0", PRODUCT, "MUFU.EX2 R3, R4", "BAR.SYNC 0x0")
+    assert loop.instructions == 7 and loop.covered == 0.5
+    assert (loop.mix["tensor"], loop.mix["exp"], loop.mix["select"], loop.mix["barrier"]) == (1, 2, 1, 1)
+    assert loop.cycles["tensor"] == loop.ideal == 32 and loop.cycles["mufu"] == 16
+    assert loop.programs == 3 and loop.step >= 32 and 0 < loop.share <= 1
+    # A product of 32 cycles that nothing waits for, and exponentials of 16: they run beneath it. With a wait, after it.
+    (loop,) = loops_of(PRODUCT, *["MUFU.EX2 R1, R2"] * 2)
+    assert loop.covered == 1 and loop.step == 32
+    (loop,) = loops_of(PRODUCT, WAIT, *["MUFU.EX2 R1, R2"] * 2)
+    assert loop.covered == 0 and loop.step >= 48
+    assert not loops_of("MUFU.EX2 R1, R2")
+
+
+@pytest.mark.parametrize(
+    "body, flops, fault",
+    [
+        ((PRODUCT, "FSEL R1, R1, -INF, P0"), FLOPS, "a select in the unmasked loop"),
+        ((PRODUCT, "LDL R1, [R2]"), FLOPS, "local memory in a loop"),
+        ((PRODUCT, PRODUCT), FLOPS, "products computed more than once"),
+        ((PRODUCT, WAIT, "MUFU.EX2 R1, R2"), FLOPS, "0% of the exponentials beneath a product"),
+        (("MUFU.EX2 R1, R2",), FLOPS, "no loop around tensor-core instructions"),
+    ],
+)
+def test_what_a_loop_must_not_show(body, flops, fault):
+    from bench import sass
+
+    found = loops_of(*body, flops=flops)
+    assert sass.faults(found, "sm_90", "forward_kernel", plain=True) == [fault]
+    always = fault.startswith(("products", "no loop"))
+    assert sass.faults(found, "sm_90", "forward_kernel", plain=False) == [fault] * always
+    assert not sass.faults(loops_of(PRODUCT, "MUFU.EX2 R1, R2"), "sm_90", "forward_kernel", plain=True)
+
+
+def test_options_that_hold_registers_take_another_tile(monkeypatch):
+    monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
+    q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+    row = tables.tile_for("dkdv", q, q)
+    assert row.crowded and tables.tile_for("dkdv", q, q, True) == row.crowded
+    assert tables.tile_for("decode", q, q, True) == tables.tile_for("decode", q, q)
 
 
 @pytest.mark.corpus(67, 68)
@@ -90,11 +164,12 @@ def test_every_row_of_the_tables_is_there():
         for pass_ in tables.PASSES:
             for width in (1, *tables.WIDTHS):
                 for dtype in (torch.bfloat16, torch.float32):
-                    tile = tables.tile(family, pass_, width, dtype)
-                    assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
-                    assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
-                    # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
-                    assert family != "sm_100" or tile.num_stages not in (2, 3)
+                    row = tables.tile(family, pass_, width, dtype)
+                    for tile in filter(None, (row, row.crowded)):
+                        assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
+                        assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
+                        # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
+                        assert family != "sm_100" or tile.num_stages not in (2, 3)
 
 
 @pytest.mark.parametrize("options", ["causal", "causal window softcap sinks packed"])

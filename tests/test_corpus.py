@@ -256,15 +256,15 @@ def test_nan_in_padding_leaks(device):
     block too, as a cache that is not full does."""
     q, k, v = (torch.randn(2, H, S, 16, device=device) for H, S in ((4, 3), (2, 50), (2, 50)))
     filled = torch.tensor([[17] * 3, [40] * 3], dtype=torch.int32, device=device)
-    start = torch.tensor([[5] * 3, [0] * 3], dtype=torch.int32, device=device)
+    start = torch.tensor([[0] * 3, [5] * 3], dtype=torch.int32, device=device)
     dirty = [x.clone() for x in (k, v)]
     for x in dirty:
         x[0, :, 17:] = torch.nan
-        x[0, :, :5] = torch.inf
+        x[1, :, :5] = torch.inf
         x[1, :, 40:] = torch.nan
     for Sq in (1, 3):
         options = {"is_causal": False, "kv_start": start[:, :Sq], "kv_end": filled[:, :Sq]}
-        for tile in (Tile(16, 16, 4, 1), None):
+        for tile in (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1, carry=True), None):
             results = []
             for keys, values in ((k, v), dirty):
                 leaves = [x.detach().clone().requires_grad_() for x in (q[:, :, :Sq], keys, values)]

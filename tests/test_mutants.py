@@ -14,13 +14,14 @@ from llama_kernels.language import INTERPRETED, cast, tl, triton
 from llama_kernels.ops import pairs, qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tiles
 from llama_kernels.ops.attention.tables import Tile
-from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, SoftmaxState
+from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, Probs, SoftmaxState
 from llama_kernels.ops.partials import sum_partials
 from tests import test_attention, test_qk_norm_rope, test_rms_norm, test_rope
 
 pytestmark = pytest.mark.interpreter
 
-online_softmax_step, visible, key_blocks = tiles.online_softmax_step, tiles.visible, tiles.key_blocks
+online_softmax_step, add_values, first_scores = tiles.online_softmax_step, tiles.add_values, tiles.first_scores
+visible, key_blocks = tiles.visible, tiles.key_blocks
 probs_and_score_grads, load_summed, load_scale = (
     tiles.probs_and_score_grads,
     rms_norm._load_summed,
@@ -30,15 +31,37 @@ load_pairs, add_chunks = pairs.load_pairs, decode._add_chunks
 
 
 @triton.jit
-def accumulator_in_half_precision(state, s, v, unit, MASKED: tl.constexpr):
-    state = online_softmax_step(state, s, v, unit, MASKED)
+def accumulator_in_half_precision(state, probs, v):
+    state = add_values(state, probs, v)
     return SoftmaxState(cast(state.acc, v.dtype).to(tl.float32), state.mass, state.peak)
 
 
 @triton.jit
-def mass_not_rescaled(state, s, v, unit, MASKED: tl.constexpr):
-    after = online_softmax_step(state, s, v, unit, MASKED)
-    return SoftmaxState(after.acc, after.mass + state.mass * (1.0 - tl.exp2(state.peak - after.peak)), after.peak)
+def mass_not_rescaled(state, s, unit, v_dtype: tl.constexpr, MASKED: tl.constexpr):
+    after, probs = online_softmax_step(state, s, unit, v_dtype, MASKED)
+    mass = after.mass + state.mass * (1.0 - tl.exp2(state.peak - after.peak))
+    return SoftmaxState(after.acc, mass, after.peak), probs
+
+
+@triton.jit
+def last_values_dropped(
+    state, probs, V, mask, blocks, DV: tl.constexpr, FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr
+):  # fmt: skip
+    return SoftmaxState(state.acc * probs.shrink[:, None], state.mass, state.peak)
+
+
+@triton.jit
+def first_scores_twice(
+    state, q, K, V, mask, i, blocks, scoring,
+    D: tl.constexpr, FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    state, _ = first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
+    return first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def carried_without_rescaling(state, probs, v):
+    return SoftmaxState(add_values(state, Probs(probs.p, probs.shrink * 0.0 + 1.0), v).acc, state.mass, state.peak)
 
 
 @triton.jit
@@ -67,13 +90,8 @@ def boundary_block_not_masked(mask, first, last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def delta_forgotten(qk, dp, lse2, delta, see, scoring):
-    return probs_and_score_grads(qk, dp, lse2, delta * 0.0, see, scoring)
-
-
-@triton.jit
-def tile_of_the_scores_in_half_precision(qk, dp, lse2, delta, see, scoring):
-    p, ds = probs_and_score_grads(cast(qk, tl.float16).to(tl.float32), dp, lse2, delta, see, scoring)
+def tile_of_the_scores_in_half_precision(qk, dp, lse2, see, scoring):
+    p, ds = probs_and_score_grads(cast(qk, tl.float16).to(tl.float32), dp, lse2, see, scoring)
     return p, ds
 
 
@@ -121,15 +139,20 @@ def _one_head_for_all(*call: Any) -> Any:
     return sizes._replace(group=sizes.Hq)
 
 
-_call_sizes = forward.call_sizes
+def _delta_forgotten(*call: Any) -> Any:
+    lse2, delta, dsinks = _launch_delta(*call)
+    return lse2, delta.zero_(), dsinks
+
+
+_call_sizes, _launch_delta = forward.call_sizes, backward._launch_delta
 _DENSE = test_attention.Case(1, 4, 2, 70, 90, 32, 32)
 _WINDOW = test_attention.Case(1, 2, 2, 70, 90, 32, 32, window_size=(20, 0))
 _DECODING = test_attention.Case(1, 4, 2, 2, 150, 32, 32)
 _LONG = test_attention.Case(1, 2, 2, 64, 512, 32, 32, is_causal=False)
 
 
-def attention(case: test_attention.Case, dtype: torch.dtype = torch.float16) -> None:
-    test_attention.check(case, dtype, torch.device("cpu"), tile=Tile(32, 16, 4, 1))
+def attention(case: test_attention.Case, dtype: torch.dtype = torch.float16, carry: bool = False) -> None:
+    test_attention.check(case, dtype, torch.device("cpu"), tile=Tile(32, 16, 4, 1, carry=carry))
 
 
 def decoding() -> None:
@@ -159,8 +182,12 @@ def heads() -> None:
 # name: (modules, what is replaced there, by what, and the check that must fail)
 MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "accumulator in half precision": (
-        (tiles,), "online_softmax_step", accumulator_in_half_precision, lambda: attention(_LONG, torch.bfloat16)),
+        (tiles,), "add_values", accumulator_in_half_precision, lambda: attention(_LONG, torch.bfloat16)),
     "mass not rescaled": ((tiles,), "online_softmax_step", mass_not_rescaled, lambda: attention(_DENSE)),
+    "last values dropped": ((forward,), "last_values", last_values_dropped, lambda: attention(_DENSE, carry=True)),
+    "first scores twice": ((forward,), "first_scores", first_scores_twice, lambda: attention(_DENSE, carry=True)),
+    "carried without rescaling": (
+        (tiles,), "add_values", carried_without_rescaling, lambda: attention(_DENSE, carry=True)),
     "one key too many": ((tiles, backward), "visible", one_key_too_many, lambda: attention(_DENSE)),
     "one key too many, backward": ((backward,), "visible", one_key_too_many, lambda: attention(_DENSE)),
     "window one short": ((tiles, backward), "visible", window_one_short, lambda: attention(_WINDOW)),
@@ -170,7 +197,7 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "last keys dropped, decoding": ((decode,), "key_blocks", last_keys_dropped, decoding),
     "chunks not rescaled": ((decode,), "_add_chunks", chunks_not_rescaled, decoding),
     "one head for all": ((forward, backward), "call_sizes", _one_head_for_all, lambda: attention(_DENSE)),
-    "delta forgotten": ((backward,), "probs_and_score_grads", delta_forgotten, lambda: attention(_DENSE)),
+    "delta forgotten": ((backward,), "_launch_delta", _delta_forgotten, lambda: attention(_DENSE)),
     "scores in half precision": (
         (backward,), "probs_and_score_grads", tile_of_the_scores_in_half_precision,
         lambda: attention(_DENSE, torch.float32)),

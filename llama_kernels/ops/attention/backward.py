@@ -158,13 +158,14 @@ def _add_dkdv(
             do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             lse2, delta = tl.load(lse2_ptr + padded + i), tl.load(delta_ptr + padded + i)  # [BLOCK_M]
             qk = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
-            dp = dot(v, tl.trans(do))  # issued with the other product, so that the exponentials run beneath both
+            # dP - delta: the product itself takes it off, which needs fewer registers than to do it afterwards.
+            dp = dot(v, tl.trans(do), tl.zeros_like(qk) - delta[None, :])
             see = None
             if MASKED:
                 kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i[None, :], Sq)  # [1, BLOCK_M]
                 kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i[None, :], Sq)
                 see = visible(Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None), i[None, :], j)
-            p, ds = probs_and_score_grads(qk, dp, lse2[None, :], delta[None, :], see, scoring)
+            p, ds = probs_and_score_grads(qk, dp, lse2[None, :], see, scoring)
             if NEED_DV:
                 dv = dot(cast(p, do.dtype), do, dv)
             if NEED_DK:
@@ -240,11 +241,11 @@ def _add_dq(
         k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor)  # [BLOCK_N, BLOCK_D]
         v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor)  # [BLOCK_N, BLOCK_DV]
         qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-        dp = dot(do, tl.trans(v))
+        dp = dot(do, tl.trans(v), tl.zeros_like(qk) - delta)
         see = None
         if MASKED:
             see = visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :])
-        _, ds = probs_and_score_grads(qk, dp, lse2, delta, see, scoring)
+        _, ds = probs_and_score_grads(qk, dp, lse2, see, scoring)
         dq = dot(cast(ds, k.dtype), k, dq)
     return dq
 
@@ -328,7 +329,7 @@ def launch_backward(
     rest = (sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k))
     flags = {**call_widths(q, v), "FAR": far(q, k, v, do)}
     with on_device_of(q):
-        tile = tile_for("dkdv", q, v)
+        tile = tile_for("dkdv", q, v, softcap is not None or kv_end is not None)
         programs = cdiv(longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // sizes.group)
         grads = (dk if need_dk else None, dv if need_dv else None)
         for pair in ((grads[0], None), (None, grads[1])) if tile.split else (grads,):
@@ -339,7 +340,8 @@ def launch_backward(
                     *rest, **flags, **tile.launch_options,
                 )  # fmt: skip
 
-        tile = tile_for("dq", q, v)
+        crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
+        tile = tile_for("dq", q, v, crowded)
         programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
         if programs and need_dq:
             _dq_kernel[(programs,)](

@@ -20,7 +20,7 @@ from llama_kernels.ops.attention.layout import (
     lse_strides,
 )
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix
+from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix, no_probs
 from llama_kernels.runtime import cdiv, next_power_of_2, on_device_of, strides_of
 
 _COMBINED_AT_ONCE = 32  # chunks
@@ -89,8 +89,10 @@ def _decode_kernel(
         tl.full([BLOCK_M], float("-inf"), tl.float32),
     )
     K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
-    state = attend(
-        state, q, K, V, mask, i, seen, begin, end, scoring, D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV
+    # Not carried: what a step waits for here is memory.
+    state, _ = attend(
+        state, no_probs(V, BLOCK_M, BLOCK_N), q, K, V, mask, i, seen, begin, end, scoring,
+        D, DV, FAR, True, False, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that sees no key of this chunk

@@ -22,10 +22,13 @@ from llama_kernels.ops.attention.tiles import (
     Mask,
     SoftmaxState,
     attend,
+    first_scores,
     key_blocks,
+    last_values,
     load_bound,
     load_tile,
     matrix,
+    no_probs,
     offset,
     query_tile,
     sequence,
@@ -39,7 +42,7 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides, kv_end_strides,
     sizes, scoring, window,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, CARRY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q @ k^T scale + mask) @ v and lse = log(sum(exp(q @ k^T scale + mask))), BLOCK_M rows of one head.
@@ -60,26 +63,34 @@ def _forward_kernel(
     mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
     blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
+    q = load_tile(matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
+    V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
     peak, mass = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:  # a logit that takes mass and gives no value
         peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
     state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
-    q = load_tile(matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
-    V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
+    probs = no_probs(V, BLOCK_M, BLOCK_N)
+    begin, full_begin, full_end = blocks.begin, blocks.full_begin, blocks.full_end
+    if CARRY:
+        state, probs = first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
+        begin += BLOCK_N
+        full_begin, full_end = tl.maximum(full_begin, begin), tl.maximum(full_end, begin)
     if window.left is not None or kv_start_ptr is not None:
-        state = attend(
-            state, q, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
-            D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+        state, probs = attend(
+            state, probs, q, K, V, mask, i, blocks, begin, full_begin, scoring,
+            D, DV, FAR, True, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    state = attend(
-        state, q, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
-        D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+    state, probs = attend(
+        state, probs, q, K, V, mask, i, blocks, full_begin, full_end, scoring,
+        D, DV, FAR, False, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    state = attend(
-        state, q, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
-        D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+    state, probs = attend(
+        state, probs, q, K, V, mask, i, blocks, full_end, blocks.end, scoring,
+        D, DV, FAR, True, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
+    if CARRY:
+        state = last_values(state, probs, V, mask, blocks, DV, FAR, BLOCK_N, BLOCK_DV)
 
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: 0 / 1, and its peak is still -inf
     o = state.acc * (1.0 / mass)[:, None]  # [BLOCK_M, BLOCK_DV]
@@ -103,7 +114,8 @@ def launch_forward(
         o.zero_()
         lse.fill_(-math.inf)
     sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
-    tile = tile_for("forward", q, v)
+    crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
+    tile = tile_for("forward", q, v, crowded)
     programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
     if programs:
         with on_device_of(q):
@@ -111,6 +123,6 @@ def launch_forward(
                 q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k,
                 *map(strides_of, (q, k, v, o)), lse_strides(lse), *map(bound_strides, (kv_start, kv_end)),
                 sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
-                **call_widths(q, v), FAR=far(q, k, v, o), **tile.launch_options,
+                **call_widths(q, v), FAR=far(q, k, v, o), CARRY=tile.carry, **tile.launch_options,
             )  # fmt: skip
     return o, lse

@@ -23,42 +23,64 @@ class Tile:
     num_warps: int
     num_stages: int
     split: bool = False  # dk and dv in two launches, where one program cannot hold both
+    carry: bool = False  # of the forward: the softmax of a block beneath p @ v of the one before
+    crowded: Tile | None = None  # instead, with options on that hold registers; the launcher says which
 
     @functools.cached_property
     def launch_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
 
     def __str__(self) -> str:
-        split = ", split" if self.split else ""
-        return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{split}"
+        flags = "".join(f", {name}" for name in ("split", "carry") if getattr(self, name))
+        return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{flags}"
 
 
 # bfloat16 and float16. Of the tiles that compile without a spill under every option, each row has the one that reads
 # least from L2 for its tensor-core work: the largest, and where two tie the deeper pipeline.
 _HALF = {
-    # 128 keys a step on Hopper: with 64 the operands' shared-memory reads take as long as the product. Two stages: at
-    # three, with window and softcap on, ptxas no longer proves the pipeline safe and runs the products one by one.
-    ("sm_90", "forward"): (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
+    # Hopper's products run on their own, so a softmax should have one above it: p is carried. At width 64, 128
+    # registers leave room for a second program too. At width 128, 128 keys a step halve the times that 64 would rescale
+    # acc; crowded they spill 8 to 56 bytes.
+    ("sm_90", "forward"): (
+        Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 64, 8, 2)),
+        Tile(128, 128, 8, 2, carry=True, crowded=Tile(128, 64, 8, 3, carry=True)),
+        Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2)),
+    ),
     ("sm_90", "dq"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    # dk and dv are the larger accumulators, so 128 keys stay and the rows pass by in small blocks; 64 rows at width 128
-    # spill 80 bytes.
-    ("sm_90", "dkdv"): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2, split=True)),
+    # dk and dv are the larger accumulators, so 128 keys stay and the rows pass by in small blocks: with 64 keys the two
+    # warpgroups compute the scores twice. Of 64 rows: with 32, k @ q^T waits for its operands. At width 128 they spill
+    # up to 16 bytes, outside of the loop; with softcap and more, 104.
+    ("sm_90", "dkdv"): (
+        Tile(64, 128, 8, 2),
+        Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2)),
+        Tile(32, 128, 8, 2, split=True),
+    ),
     # Ampere has no asynchronous products: q stays in registers, which is what bounds the width of a step.
     ("sm_80", "forward"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
-    ("sm_80", "dq"): (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
-    ("sm_80", "dkdv"): (Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 64, 8, 3, split=True)),
+    ("sm_80", "dq"): (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2, crowded=Tile(64, 64, 8, 1))),
+    # At width 256 four warps: eight, of 16 rows each, would share 64 and compute half of the scores twice.
+    ("sm_80", "dkdv"): (
+        Tile(32, 128, 8, 3),
+        Tile(64, 64, 8, 3),
+        Tile(32, 64, 4, 2, split=True, crowded=Tile(32, 64, 4, 1, split=True)),
+    ),
     # Consumer chips: as Ampere, with 99 KiB of shared memory a block.
-    ("sm_86", "forward"): (Tile(128, 64, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
-    ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
-    ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1, split=True)),
-    # Blackwell: one stage or four. With two or three, tl.dot races in Triton 3.6 and 3.7 (triton#10590).
-    ("sm_100", "forward"): (Tile(128, 128, 8, 1), Tile(128, 64, 8, 4), Tile(128, 32, 8, 4)),
-    ("sm_100", "dq"): (Tile(128, 64, 8, 4), Tile(128, 64, 8, 4), Tile(64, 64, 8, 1)),
+    ("sm_86", "forward"): (Tile(128, 64, 8, 1), Tile(64, 32, 4, 2), Tile(32, 32, 4, 3)),
+    ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+    ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 1, split=True)),
+    # Blackwell: one stage or four. With two or three, tl.dot races in Triton 3.6 and 3.7 (triton#10590). Products run
+    # on their own here too: with p carried, p @ v is in flight while the exponentials are computed.
+    ("sm_100", "forward"): (
+        Tile(128, 64, 8, 4, carry=True, crowded=Tile(128, 128, 8, 1)),
+        Tile(128, 64, 8, 4, carry=True),
+        Tile(128, 32, 8, 4, carry=True),
+    ),
+    ("sm_100", "dq"): (Tile(128, 64, 8, 4), Tile(128, 64, 8, 4), Tile(64, 64, 4, 1, crowded=Tile(64, 32, 8, 1))),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
     # CDNA3 has 64 KiB of shared memory and 512 registers a lane.
     ("gfx942", "forward"): (Tile(128, 64, 8, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
-    ("gfx942", "dq"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
-    ("gfx942", "dkdv"): (Tile(32, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 64, 4, 1)),
+    ("gfx942", "dq"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1, crowded=Tile(64, 32, 4, 1))),
+    ("gfx942", "dkdv"): (Tile(32, 128, 8, 1), Tile(16, 128, 8, 1), Tile(32, 64, 4, 1)),
     # Decoding waits for memory, so its rows (at most 32 of them) leave room for two or more programs on a processor,
     # each with the next keys on the way. BLOCK_M is the most; a call takes the power of two that holds its rows.
     ("sm_90", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
@@ -77,7 +99,7 @@ _FLOAT32 = {
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (Tile(32, 32, 4, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
     ("sm_80", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(64, 16, 8, 1)),
-    ("sm_80", "dkdv"): (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
+    ("sm_80", "dkdv"): (Tile(64, 32, 16, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
     ("sm_86", "forward"): (Tile(32, 64, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
     ("sm_86", "dq"): (Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
     ("sm_86", "dkdv"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1, split=True)),
@@ -107,6 +129,7 @@ def tile(family: str, pass_: str, width: int, dtype: torch.dtype) -> Tile:
     return rows[family, pass_][next(i for i, widest in enumerate(WIDTHS) if width <= widest)]
 
 
-def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor) -> Tile:
+def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False) -> Tile:
     """The tile of `pass_` for heads as wide as those of `q` and `v`, where they are."""
-    return tile(arch_of(q.device), pass_, max(q.shape[-1], v.shape[-1]), q.dtype)
+    found = tile(arch_of(q.device), pass_, max(q.shape[-1], v.shape[-1]), q.dtype)
+    return found.crowded if crowded and found.crowded else found

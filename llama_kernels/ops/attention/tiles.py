@@ -48,6 +48,13 @@ class SoftmaxState(NamedTuple):
     peak: tl.tensor  # [BLOCK_M], the largest score, in base 2
 
 
+class Probs(NamedTuple):
+    """Of a block of keys that mass and peak have in them, and acc has not: it becomes acc * shrink + p @ v."""
+
+    p: tl.tensor  # [BLOCK_M, BLOCK_N], rounded to v's dtype, as bits
+    shrink: tl.tensor  # [BLOCK_M]
+
+
 # --- where things lie ------------------------------------------------------------------------------------------------
 
 
@@ -96,18 +103,18 @@ def _tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.con
 def load_tile(
     x, first, limit, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, floor=None
 ):  # fmt: skip
-    """Rows first to first + BLOCK, as [BLOCK, BLOCK_D]; zeros past D, from row `limit` on and before row `floor`
-    (None: all are there)."""
+    """Rows first to first + BLOCK, as [BLOCK, BLOCK_D]; zeros past D, from row `limit` on and before row `floor`, where
+    they are given."""
     ptrs = _tile_ptrs(x, first, FAR, BLOCK, BLOCK_D)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    if limit is None:
-        tile = tl.load(ptrs) if D == BLOCK_D else tl.load(ptrs, mask=d < D, other=0.0)
-    else:
-        there = first + tl.arange(0, BLOCK)[:, None] < limit
-        if floor is not None:
-            there = there & (first + tl.arange(0, BLOCK)[:, None] >= floor)
-        tile = tl.load(ptrs, mask=there if D == BLOCK_D else there & (d < D), other=0.0)
-    return tile
+    rows, d = first + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    there = None
+    if limit is not None:
+        there = rows < limit
+    if floor is not None:
+        there = _both(there, rows >= floor)
+    if D != BLOCK_D:
+        there = _both(there, d < D)
+    return tl.load(ptrs) if there is None else tl.load(ptrs, mask=there, other=0.0)
 
 
 @triton.jit
@@ -225,8 +232,22 @@ def logits(qk, scoring):
 
 
 @triton.jit
-def online_softmax_step(state, s, v, unit, MASKED: tl.constexpr):
-    """Take in scores s [BLOCK_M, BLOCK_N] and values v [BLOCK_N, BLOCK_DV]: rescale what is there, add what comes."""
+def as_bits(x):
+    """For what goes round a loop into a product. A half-precision tile Triton puts into shared memory there, and waits
+    for the product; a float32 one takes twice the registers."""
+    return x.to(tl.int32 if x.dtype == tl.float32 else tl.int16, bitcast=True)
+
+
+@triton.jit
+def no_probs(V, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What stands for them before the first block."""
+    p = tl.zeros([BLOCK_M, BLOCK_N], V.base.dtype.element_ty)
+    return Probs(as_bits(p), tl.zeros([BLOCK_M], tl.float32))
+
+
+@triton.jit
+def online_softmax_step(state, s, unit, v_dtype: tl.constexpr, MASKED: tl.constexpr):
+    """Take in scores s [BLOCK_M, BLOCK_N]: `state` but for acc, and the probabilities for `add_values`."""
     peak = tl.maximum(state.peak, tl.max(s, 1) * unit)
     base = peak
     if MASKED:  # where no key was seen yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
@@ -234,41 +255,89 @@ def online_softmax_step(state, s, v, unit, MASKED: tl.constexpr):
     p = tl.exp2(s * unit - base[:, None])  # [BLOCK_M, BLOCK_N]
     shrink = tl.exp2(state.peak - base)
     mass = state.mass * shrink + tl.sum(p, 1)
-    acc = dot(cast(p, v.dtype), v, state.acc * shrink[:, None])
-    return SoftmaxState(acc, mass, peak)
+    return SoftmaxState(state.acc, mass, peak), Probs(as_bits(cast(p, v_dtype)), shrink)
+
+
+@triton.jit
+def add_values(state, probs, v):
+    """Take in the values v [BLOCK_N, BLOCK_DV] of the last scores: rescale what is there, add what comes."""
+    acc = dot(probs.p.to(v.dtype, bitcast=True), v, state.acc * probs.shrink[:, None])
+    return SoftmaxState(acc, state.mass, state.peak)
+
+
+@triton.jit
+def add_scores(
+    state, qk, mask, i, n, scoring, v_dtype: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The softmax step of q @ k^T [BLOCK_M, BLOCK_N], of the keys from n on."""
+    s = logits(qk, scoring)
+    if MASKED:
+        s = tl.where(visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
+    return online_softmax_step(state, s, scoring.unit, v_dtype, MASKED)
 
 
 @triton.jit
 def attend(
-    state, q, K, V, mask, i, blocks, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
+    state, probs, q, K, V, mask, i, blocks, begin, end, scoring,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr, CARRY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """`state` after the key blocks from begin to end, of those that `blocks` names."""
+    """`state` after the key blocks from begin to end, of those that `blocks` names.
+
+    With CARRY a step issues its own q @ k^T and then p @ v of the block before, and runs its softmax beneath the second
+    product. So `probs` go round the loop: `first_scores` come before it, `last_values` after.
+    """
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
+    v_floor = floor
+    if CARRY and mask.kv_start is not None:  # the block before a whole one need not be whole
+        v_floor = blocks.first
     for n in tl.range(begin, end, BLOCK_N):
         k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor)  # [BLOCK_N, BLOCK_D]
-        s = logits(dot(q, tl.trans(k)), scoring)  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            s = tl.where(visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
-        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor)  # [BLOCK_N, BLOCK_DV]
-        state = online_softmax_step(state, s, v, scoring.unit, MASKED)
-    return state
+        qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        if CARRY:
+            v = load_tile(V, n - BLOCK_N, limit, DV, FAR, BLOCK_N, BLOCK_DV, v_floor)  # [BLOCK_N, BLOCK_DV]
+            state = add_values(state, probs, v)
+        state, probs = add_scores(state, qk, mask, i, n, scoring, V.base.dtype.element_ty, MASKED, BLOCK_N)
+        if not CARRY:
+            v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, v_floor)  # [BLOCK_N, BLOCK_DV]
+            state = add_values(state, probs, v)
+    return state, probs
 
 
 @triton.jit
-def probs_and_score_grads(qk, dp, lse2, delta, see, scoring):
-    """p = exp(logits - lse) and ds = p (dp - delta) on the way back to q @ k^T, short of the factor scoring.scale.
+def first_scores(
+    state, q, K, V, mask, i, blocks, scoring,
+    D: tl.constexpr, FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The softmax step of the first block. Where there is none, no row sees any of its keys, and p is 0."""
+    floor = blocks.first if mask.kv_start is not None else None
+    k = load_tile(K, blocks.begin, blocks.end, D, FAR, BLOCK_N, BLOCK_D, floor)  # [BLOCK_N, BLOCK_D]
+    qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+    return add_scores(state, qk, mask, i, blocks.begin, scoring, V.base.dtype.element_ty, True, BLOCK_N)
 
-    Either way up: lse2 (lse in base 2), delta and see, which may be None, broadcast against qk.
+
+@triton.jit
+def last_values(
+    state, probs, V, mask, blocks, DV: tl.constexpr, FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr
+):  # fmt: skip
+    """`state` with the values of the last block; of the first, unread, where there is none."""
+    floor = blocks.first if mask.kv_start is not None else None
+    last = tl.maximum(tl.cdiv(blocks.end, BLOCK_N) * BLOCK_N - BLOCK_N, blocks.begin)
+    return add_values(state, probs, load_tile(V, last, blocks.end, DV, FAR, BLOCK_N, BLOCK_DV, floor))
+
+
+@triton.jit
+def probs_and_score_grads(qk, dp, lse2, see, scoring):
+    """p = exp(logits - lse) and ds = p dp, with delta taken off dp already, on the way back to q @ k^T, short of the
+    factor scoring.scale. Either way up: lse2 (lse in base 2) and see, which may be None, broadcast against qk.
     """
     s = logits(qk, scoring)
     p = tl.exp2(s * scoring.unit - lse2)
     if see is not None:
         p = tl.where(see, p, 0.0)
-    ds = p * (dp - delta)
+    slope = p  # made before dp is there: so p and the slope of the cap are not held beside it
     if scoring.softcap is not None:
         capped = s / scoring.softcap
-        ds *= 1.0 - capped * capped
-    return p, ds
+        slope = p * (1.0 - capped * capped)
+    return p, slope * dp
