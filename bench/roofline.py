@@ -57,7 +57,7 @@ ASSUMPTIONS = (
     "each op reads its inputs once, writes its outputs once, and is bound by the slower of memory and tensor cores",
     "no launch costs, no gaps, nothing stays in the L2 between ops: a bound from below, not a forecast",
     "our attention's backward computes the scores twice, 7 products for 5; FlashAttention's once",
-    "rows too long for one pass (over 16,384 forward, 8,192 backward) are counted once; ours reads them again",
+    "rows too long for one pass (over 32,768 forward, 16,384 backward) are counted once; ours reads them again",
 )
 
 

@@ -158,7 +158,7 @@ def covered(body: list[str]) -> float:
                 in_flight = min(in_flight, int(wait[1], 16))
             elif line.startswith("MUFU.EX2") and trip:
                 exps, beneath = exps + 1, beneath + (in_flight > 0)
-    return beneath / exps if exps else 0.0
+    return beneath / exps if exps else 1.0
 
 
 def _step(body: list[str], turns: int, on: Processor) -> float:

@@ -731,3 +731,36 @@ def test_the_table_of_the_documentation_lists_what_is_tested():
     text = (Path(__file__).parent.parent / "docs/transformers.md").read_text()
     rows = [line.split("|")[1].strip().strip("`") for line in text.splitlines() if line.startswith("| `")]
     assert rows == list(FAMILIES)
+
+
+# --- fused heads -----------------------------------------------------------------------------------------------------
+
+
+class _Called(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@not_interpreted
+@pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_heads_are_normed_and_rotated_at_once(family, watched):
+    """One op a layer; where somebody watches a norm, it is called as before."""
+    if family == "gemma3_text" and VERSION < (5,):
+        pytest.skip("has two rotary embeddings in Transformers 4 and keeps its attention module")
+    model, ids = stock(family), tokens()
+    expected = model(ids, use_cache=False).logits
+    patch(model)
+    seen = []
+    if watched:
+        model.model.layers[0].self_attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
+    with _Called() as called, torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    same(logits, expected)
+    fused = called.ops.count("llama_kernels.qk_norm_rope.default")
+    assert fused == model.config.num_hidden_layers - watched and len(seen) == watched

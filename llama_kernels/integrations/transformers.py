@@ -39,6 +39,7 @@ except ImportError as missing:
 
 from llama_kernels import reference
 from llama_kernels.ops.attention import attention, attention_varlen
+from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
 from llama_kernels.runtime import message
@@ -351,11 +352,17 @@ class Attention(_Patched):
             projection(hidden_states).view(*tokens, -1, self.head_dim)  # (B, S, H, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        norms = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else None
+        together = norms is not None and _norm_heads_alike(*norms, self.head_dim)
+        if norms is not None and not together:
+            q, k = norms[0](q), norms[1](k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, S, D), in the same memory
         cos, sin, documents = position_embeddings
-        q, k = rope(q, k, cos, sin)
+        if together:
+            weights, options = (norm.weight for norm in norms), {"eps": _eps_of(norms[0]), "offset": norms[0].offset}
+            q, k = qk_norm_rope(q, k, *weights, cos, sin, **options)
+        else:
+            q, k = rope(q, k, cos, sin)
         if past_key_values is not None:
             where = ()
             if "cache_position" in kwargs:  # Transformers 4
@@ -405,6 +412,17 @@ class DecoderLayer(_Patched):
         if isinstance(hidden_states, tuple):  # a mixture of experts, with its router's scores
             hidden_states = hidden_states[0]
         return residual + hidden_states
+
+
+def _norm_heads_alike(q_norm: nn.Module, k_norm: nn.Module, head_dim: int) -> bool:
+    """Whether one call may do what both modules do: norms of ours that differ in their weights alone, and that nobody
+    watches (sharding and offloading bring a weight in when its module is called)."""
+    norms = (q_norm, k_norm)
+    return (
+        all(isinstance(norm, RMSNorm) and norm.weight.shape == (head_dim,) for norm in norms)
+        and (_eps_of(q_norm), q_norm.offset) == (_eps_of(k_norm), k_norm.offset)
+        and not any(norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__ for norm in norms)
+    )
 
 
 def _eps_of(norm: nn.Module) -> float:
