@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import llama_kernels as lk
 from bench import (
     attention,
     compare,
@@ -93,8 +94,11 @@ def run(args: argparse.Namespace) -> int:
     if not works and not training:
         console.print("bench: nothing to do: no work of the preset has these ops and shapes")
         return 2
+    if args.hopper:
+        lk.hopper_attention()
     if gpu:
         made = measure(args, works, training, "cuda", timing.Gpu())
+        made.machine["hopper"] = args.hopper
     else:
         made = _estimate(args, works, bool(training))
     made.extra["providers"] = {
@@ -299,6 +303,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the records there too")
     add("--save", action="store_true", help="keep the records in bench/results/<gpu>/")
     add("--workers", type=int, default=os.cpu_count(), help="processes that compile, without a GPU")
+    add("--hopper", action="store_true", help="our attention takes its Hopper kernels, which are off by default")
 
     add = command("parity", check_parity, "numbers only, at small shapes")
     add("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")

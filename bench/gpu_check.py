@@ -21,8 +21,10 @@ import torch
 
 from bench import records
 
-TESTS = ("test_gpu", "test_corpus", "test_rope", "test_rms_norm", "test_attention", "test_properties", "test_bench")
-
+TESTS = (
+    *("test_gpu", "test_corpus", "test_rope", "test_rms_norm", "test_qk_norm_rope"),
+    *("test_attention", "test_properties", "test_bench"),
+)
 
 # Under compute-sanitizer, with every allocation one of its own: what ends inside a block, and sums over programs.
 SANITIZED = ("tests/test_corpus.py", "-k", "tail_block or first_rows")

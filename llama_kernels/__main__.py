@@ -16,7 +16,8 @@ from llama_kernels.ops.attention.tables import FAMILIES, PASSES, WIDTHS, tile
 from llama_kernels.runtime import arch_of
 
 _OPS = (
-    ("rope", "ops/rope.py"),
+    ("rope and its two fusions", "ops/rope.py"),
+    ("qk_norm_rope", "ops/qk_norm_rope.py"),
     ("rms_norm, add_rms_norm", "ops/rms_norm.py"),
     ("attention, attention_varlen", "ops/attention/"),
 )
@@ -56,9 +57,9 @@ def report(family: str | None) -> Iterator[str]:
         yield f"  cuda:{i}: {properties.name}, {gib:.0f} GiB, tiles of {arch}"
 
     (cpu, why_cpu), (gpu, why_gpu) = cpu_path(), gpu_path()
-    yield f"\n  {'op':29}{'where':17}{'CPU tensors run':24}GPU tensors run"
+    yield f"\n  {'op':29}{'where':24}{'CPU tensors run':24}GPU tensors run"
     for op, where in _OPS:
-        yield f"  {op:29}{where:17}{cpu:24}{gpu}"
+        yield f"  {op:29}{where:24}{cpu:24}{gpu}"
     yield f"\n  CPU: {why_cpu}."
     yield f"  GPU: {why_gpu}."
 
