@@ -130,7 +130,7 @@ def _attention_cases() -> Iterator[Case]:
             for features in ("causal", "all"):
                 # What a class shares with a wider case of its own is left to --full.
                 full = (D, DV) not in ((64, 64), (128, 128), (192, 128), (256, 256)) or (
-                    dtype == torch.float32 and features == "all"
+                    dtype == torch.float32 and (features == "all" or D == 192)
                 )
                 label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
                 yield Case("attention", label, lambda a=(D, DV, dtype, features == "all"): _attention(*a), full)

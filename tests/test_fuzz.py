@@ -153,14 +153,14 @@ DRAWN = {
         "interleaved": st.booleans(), "inplace": st.booleans(), "layout": layouts,
     },
     heads: {
-        "B": st.integers(1, 2), "Hq": st.integers(1, 9), "Hkv": st.integers(1, 9), "S": st.integers(1, 40),
-        "half": st.integers(1, 70), "rest": st.integers(0, 20), "dtype": dtypes, "weight_dtype": dtypes,
+        "B": st.integers(1, 2), "Hq": st.integers(1, 6), "Hkv": st.integers(1, 6), "S": st.integers(1, 20),
+        "half": st.integers(1, 40), "rest": st.integers(0, 20), "dtype": dtypes, "weight_dtype": dtypes,
         "weighted": st.booleans(), "offset": st.sampled_from([0.0, 1.0]), "given_ids": st.booleans(),
         "interleaved": st.booleans(), "layout": layouts,
     },
     packed: {
-        "B": st.integers(1, 2), "Hq": st.integers(1, 9), "Hkv": st.integers(1, 9), "S": st.integers(1, 40),
-        "half": st.integers(1, 70), "rest": st.integers(0, 20), "dtype": dtypes, "interleaved": st.booleans(),
+        "B": st.integers(1, 2), "Hq": st.integers(1, 6), "Hkv": st.integers(1, 6), "S": st.integers(1, 20),
+        "half": st.integers(1, 40), "rest": st.integers(0, 20), "dtype": dtypes, "interleaved": st.booleans(),
     },
     slots: {"values": st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 7), min_size=1, max_size=9)},
     bounds: {
