@@ -86,6 +86,21 @@ def _unpacked(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
+def _then_copied(work: RopeIntoCache, device: str, rotate: Function) -> Function:
+    """q and k by `rotate`, which gets the cache position too, then k and v copied there."""
+    slot, caches = torch.tensor([work.position], device=device), work.caches(device)
+    cached = [x[:, :, work.position, None] for x in caches]
+
+    def f(q, k, v):
+        with torch.no_grad():
+            q, k = rotate(q, k, slot)
+            for cache, x in zip(caches, (k, v), strict=True):
+                cache.index_copy_(2, slot, x)
+        return q, *cached
+
+    return f
+
+
 class Ours(Provider):
     name = OURS
     cpu = True
@@ -155,17 +170,7 @@ class Apart(Provider):
 
     def rope_into_cache(self, work: RopeIntoCache, device: str) -> Function:
         cos, sin = work.tables(device)
-        slot, caches = torch.tensor([work.position], device=device), work.caches(device)
-        cached = [x[:, :, work.position, None] for x in caches]
-
-        def f(q, k, v):
-            with torch.no_grad():
-                q, k = lk.rope(q, k, cos, sin, slot)
-                for cache, x in zip(caches, (k, v), strict=True):
-                    cache.index_copy_(2, slot, x)
-            return q, *cached
-
-        return f
+        return _then_copied(work, device, lambda q, k, slot: lk.rope(q, k, cos, sin, slot))
 
 
 class Eager(Provider):
@@ -199,17 +204,7 @@ class Eager(Provider):
 
     def rope_into_cache(self, work: RopeIntoCache, device: str) -> Function:
         cos, sin = (x[:, work.position, None] for x in work.wide_tables(device, work.dtype))
-        slot, caches = torch.tensor([work.position], device=device), work.caches(device)
-        cached = [x[:, :, work.position, None] for x in caches]
-
-        def f(q, k, v):
-            with torch.no_grad():
-                q, k = plain_rope(q, k, cos, sin)
-                for cache, x in zip(caches, (k, v), strict=True):
-                    cache.index_copy_(2, slot, x)
-            return q, *cached
-
-        return f
+        return _then_copied(work, device, lambda q, k, slot: plain_rope(q, k, cos, sin))
 
     def attention(self, work: Attention, device: str) -> Function:
         scores = work.B * work.Hq * work.S**2
