@@ -132,6 +132,20 @@ def test_compiles_in_place_rotation(device):
         torch.testing.assert_close(a, b)
 
 
+def test_compiles_what_writes_into_a_cache(device):
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(2, H, 1, 32, device=device) for H in (4, 2, 2))
+    slot, angles = torch.tensor([7], device=device), tables(12, 32, device)
+
+    def step(caches):
+        return lk.rope_into_cache(q, k, v, *caches, slot, *angles) * 2
+
+    eager, compiled = ([torch.zeros(2, 2, 12, 32, device=device) for _ in range(2)] for _ in range(2))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(compiled), step(eager))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(eager, compiled, strict=True))
+
+
 def test_exports(device):
     class Block(torch.nn.Module):
         def forward(self, q, k, v, cos, sin):

@@ -99,6 +99,7 @@ def test_a_weight_of_another_dtype(x_dtype, weight_dtype, device):
 @pytest.mark.corpus(61)
 def test_a_residual_stream_wider_than_its_branches(device):
     check((70, 96), torch.bfloat16, device, residual=True, residual_dtype=torch.float32)
+    check((2, 33000), torch.bfloat16, device, residual=True, residual_dtype=torch.float32)  # read back as the sum
 
 
 @pytest.mark.corpus(30)
