@@ -23,7 +23,7 @@ from torch.library import opcheck
 
 import llama_kernels as lk
 from llama_kernels.language import INTERPRETED
-from llama_kernels.ops import rms_norm, rope
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
 from llama_kernels.ops.attention.tables import Tile
 from tests.conftest import DEVICE, compiles
@@ -131,9 +131,10 @@ def test_grid_beyond_65535():
         rope._rotated(q, q, torch.zeros(1, 8), torch.zeros(1, 8), None, False, False)
         rms_norm._forward(x, None, None, 1e-6, 0.0)
         rms_norm._backward(x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
+        qk_norm_rope._forward(q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
         few, wide = torch.zeros(2, 1, 4, 16).half(), torch.zeros(2, 1, 4096, 16).half()
         forward.launch_forward(few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
-    assert len(grids) == 9 and max(grid[0] for grid in grids) >= many
+    assert len(grids) == 11 and max(grid[0] for grid in grids) >= many
     assert all(n <= 65535 for grid in grids for n in grid[1:])
 
 
@@ -637,19 +638,17 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         yield
         inside[0] = False
 
-    for module in (forward, backward, decode, rope, rms_norm):
+    for module in (forward, backward, decode, rope, rms_norm, qk_norm_rope):
         monkeypatch.setattr(module, "on_device_of", on_device_of)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
     from bench import codegen
 
     wanted = {"attention": "D=64 bfloat16 all", "decode": "D=64 bfloat16 all", "rope": "D=64 R=64 heads=32/8",
-              "rms_norm": "N=1024"}  # fmt: skip
+              "qk_norm_rope": "D=64 R=64 heads=32/8", "rms_norm": "N=32768"}  # fmt: skip
     for case in codegen.cases():
         if wanted.get(case.op) == case.label:
             case.launch()
-    rms_norm._backward(*(torch.zeros(4, 16384),), None, torch.zeros(4, 16384), torch.zeros(16384), torch.zeros(4, 1),
-                       1e-6, 0.0, torch.float32, True, True)  # fmt: skip
-    assert len({name for name, _ in launches}) == 10 and all(where for _, where in launches), launches
+    assert len({name for name, _ in launches}) == 13 and all(where for _, where in launches), launches
 
 
 @compiles
