@@ -155,7 +155,8 @@ def _rms_norm_forward_kernel(
     """s = x (+ residual);  rstd = 1 / sqrt(mean(s^2) + eps);  y = s * rstd * (offset + weight), for BLOCK_R rows.
 
     x, residual, y, s: (M, N); weight: (N,); rstd: (M,), float32. residual, s and weight may be None. float32 inside.
-    Bytes: x, residual in, y, s out, once each; rows longer than BLOCK_N are read twice. FLOPs: 4 M N.
+    Bytes: x, residual in, y, s out, once each; of rows longer than BLOCK_N all but the last step is read again, as s
+    where there is a residual. FLOPs: 4 M N.
     """
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = rows < M
@@ -221,7 +222,8 @@ def _rms_norm_backward_kernel(
     ahead, keeps its share of dw in registers and writes it once to its own row of dw_ptr (programs, N). ds, weight and
     dw may be None. float32 inside.
     `columns` is N as a number that the compiler does not know: it would unroll a walk until the registers run out.
-    Bytes: dy, x (and ds) in, dx out, once each; rows longer than BLOCK_N are read twice. FLOPs: 10 M N.
+    Bytes: dy, x (and ds) in, dx out, once each; of rows longer than BLOCK_N all but the last step of dy and x is read
+    again. FLOPs: 10 M N.
     """
     tl.static_assert(dw_ptr is None or N <= BLOCK_N, "dw is kept only where a row fits one tile")
     first_cols = tl.arange(0, BLOCK_N)
