@@ -26,7 +26,7 @@ from triton.runtime import driver
 
 import llama_kernels as lk
 from bench.codegen import StandInDriver
-from llama_kernels import runtime
+from llama_kernels import launch, runtime
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, forward, tables
 
@@ -119,6 +119,7 @@ def measure() -> list[dict[str, Any]]:
                 rows.append(row)
     finally:
         driver._active = before
+        launch.forget()  # launches of that driver's
     return rows
 
 

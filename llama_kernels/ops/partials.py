@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from llama_kernels.language import cast, tl, triton
+from llama_kernels.launch import Launch
 from llama_kernels.runtime import cdiv, lanes_of
 
 _BLOCK_P, _BLOCK_N, _THREADS = 128, 32, 256  # 32 columns of float32 are a line of 128 bytes
@@ -25,9 +26,8 @@ def _sum_partials_kernel(partials_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLO
     tl.store(out_ptr + cols, cast(tl.sum(total, 0), out_ptr.dtype.element_ty), mask=cols < N)
 
 
-def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
-    """out (N,) = partials (P, N) float32 summed over P and rounded once. Launches: be on the device of both."""
+def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> Launch:
+    """out (N,) = partials (P, N) float32 summed over P and rounded once."""
     P, N = partials.shape
-    _sum_partials_kernel[(cdiv(N, _BLOCK_N),)](
-        partials, out, P, N, BLOCK_P=_BLOCK_P, BLOCK_N=_BLOCK_N, num_warps=_THREADS // lanes_of(out.device)
-    )
+    options = {"BLOCK_P": _BLOCK_P, "BLOCK_N": _BLOCK_N, "num_warps": _THREADS // lanes_of(out.device)}
+    return Launch(_sum_partials_kernel, (cdiv(N, _BLOCK_N),), (partials, out, P, N), options)

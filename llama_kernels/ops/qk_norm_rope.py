@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
+from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.pairs import (
     angle_arguments,
     check_angles,
@@ -30,7 +32,6 @@ from llama_kernels.runtime import (
     message,
     needs_grad,
     next_power_of_2,
-    on_device_of,
     processors_of,
     refuse_double_backward,
     register,
@@ -286,53 +287,88 @@ def _optional_strides(x: torch.Tensor | None) -> tuple[int, int, int] | None:
     return None if x is None else strides_of(x)
 
 
-def _forward(q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved):
-    q_out, k_out = _forward_fake(q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved)
+@remembered
+def _plan_forward(
+    q, k, q_weight, k_weight, q_out, k_out, cos, sin, position_ids, eps, offset, interleaved
+) -> Iterator[Launch]:
     B, Hq, S = sizes_of(q)
     Hkv = Hq if k is None else sizes_of(k)[1]
-    if B * S * max(Hq, Hkv):
-        angles, angle_strides = angle_arguments(cos, sin, position_ids)
-        blocks = _blocks(max(min(Hq, Hkv), 1), cos.shape[-1], q.device)
-        moved = (q, k), (q_out, None if k is None else k_out)
-        with on_device_of(q):
-            _qk_norm_rope_forward_kernel[(B * cdiv(S, blocks["BLOCK_T"]),)](
-                *moved[0], q_weight, k_weight, *moved[1], *angles,
-                *[_optional_strides(x) for pair in moved for x in pair], *angle_strides,
-                S, Hq, Hkv, cos.shape[0], eps, offset,
-                INTERLEAVED=interleaved, **_widths(q, cos), **blocks,
-            )  # fmt: skip
-    return q_out, k_out
+    if not B * S * max(Hq, Hkv):
+        return
+    angles, angle_strides = angle_arguments(cos, sin, position_ids)
+    blocks = _blocks(max(min(Hq, Hkv), 1), cos.shape[-1], q.device)
+    yield Launch(
+        _qk_norm_rope_forward_kernel,
+        (B * cdiv(S, blocks["BLOCK_T"]),),
+        (
+            q, k, q_weight, k_weight, q_out, k_out, *angles,
+            *map(_optional_strides, (q, k, q_out, k_out)), *angle_strides,
+            S, Hq, Hkv, cos.shape[0], eps, offset,
+        ),
+        {"INTERLEAVED": interleaved, **_widths(q, cos), **blocks},
+    )  # fmt: skip
+
+
+def _forward(q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved):
+    outs = _forward_fake(q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved)
+    k_out = None if k is None else outs[1]
+    _plan_forward(q, k, q_weight, k_weight, outs[0], k_out, cos, sin, position_ids, eps, offset, interleaved)
+    return outs
+
+
+@remembered
+def _plan_backward(
+    dq, dk, q, k, q_weight, k_weight, dq_out, dk_out, dq_weight, dk_weight, q_partials, k_partials,
+    cos, sin, position_ids, eps, offset, interleaved, programs,
+) -> Iterator[Launch]:  # fmt: skip
+    """The weights' gradients and their partial sums are None where none is needed. programs: for q, and for k."""
+    B, Hq, S = sizes_of(q)
+    Hkv = 0 if k is None else sizes_of(k)[1]
+    angles, angle_strides = angle_arguments(cos, sin, position_ids)
+    yield Launch(
+        _qk_norm_rope_backward_kernel,
+        (sum(programs),),
+        (
+            dq, dk, q, k, q_weight, k_weight, dq_out, dk_out, q_partials, k_partials, *angles,
+            *map(_optional_strides, (dq, dk, q, k, dq_out, dk_out)), *angle_strides,
+            B, S, Hq, Hkv, cos.shape[0], programs[0], eps, offset,
+        ),
+        {"INTERLEAVED": interleaved, **_widths(q, cos), **_backward_blocks(q, k, cos)},
+    )  # fmt: skip
+    for partials, dw in ((q_partials, dq_weight), (k_partials, dk_weight)):
+        if partials is not None and len(partials):
+            yield sum_partials(partials, dw)
+
+
+def _backward_blocks(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor) -> dict[str, int]:
+    Hq, Hkv = sizes_of(q)[1], 0 if k is None else sizes_of(k)[1]
+    return _blocks(max(min(Hq, Hkv or Hq), 1), cos.shape[-1], q.device)
 
 
 def _backward(dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved, need_dw):
     outs = _backward_fake(dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved, need_dw)
     B, Hq, S = sizes_of(q)
     Hkv = 0 if k is None else sizes_of(k)[1]
-    blocks = _blocks(max(min(Hq, Hkv or Hq), 1), cos.shape[-1], q.device)
+    blocks = _backward_blocks(q, k, cos)
     tiles = [B * cdiv(S, blocks["BLOCK_T"]) * cdiv(H, blocks["BLOCK_H"]) for H in (Hq, Hkv)]
     if not sum(tiles):
         for dw in outs[2:]:
             dw.zero_()
         return outs
     # Programs in proportion to the tiles of q and of k, at least one for each that there is.
-    programs = _PROGRAMS * processors_of(q.device)
-    grid = [min(n, max(1, programs * n // sum(tiles))) for n in tiles]
-    partials = [
-        x.new_empty((n, q.shape[-1]), dtype=torch.float32) if need_dw and w is not None else None
-        for x, w, n in ((q, q_weight, grid[0]), (q, k_weight, grid[1]))
-    ]
-    angles, angle_strides = angle_arguments(cos, sin, position_ids)
-    moved = (dq, dk, q, k, outs[0], None if k is None else outs[1])
-    with on_device_of(q):
-        _qk_norm_rope_backward_kernel[(sum(grid),)](
-            *moved[:4], q_weight, k_weight, *moved[4:], *partials, *angles,
-            *[_optional_strides(x) for x in moved], *angle_strides,
-            B, S, Hq, Hkv, cos.shape[0], grid[0], eps, offset,
-            INTERLEAVED=interleaved, **_widths(q, cos), **blocks,
-        )  # fmt: skip
-        for partial, dw in zip(partials, outs[2:], strict=True):
-            if partial is not None:
-                sum_partials(partial, dw) if len(partial) else dw.zero_()
+    most = _PROGRAMS * processors_of(q.device)
+    programs = tuple(min(n, max(1, most * n // sum(tiles))) for n in tiles)
+    partials, grads = [], []
+    for w, dw, n in ((q_weight, outs[2], programs[0]), (k_weight, outs[3], programs[1])):
+        wanted = need_dw and w is not None
+        partials.append(q.new_empty((n, q.shape[-1]), dtype=torch.float32) if wanted else None)
+        grads.append(dw if wanted else None)
+        if wanted and not n:
+            dw.zero_()
+    _plan_backward(
+        dq, dk, q, k, q_weight, k_weight, outs[0], None if k is None else outs[1], *grads, *partials,
+        cos, sin, position_ids, eps, offset, interleaved, programs,
+    )  # fmt: skip
     return outs
 
 

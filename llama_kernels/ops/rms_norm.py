@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
+from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.runtime import (
     cdiv,
@@ -25,7 +27,6 @@ from llama_kernels.runtime import (
     message,
     needs_grad,
     next_power_of_2,
-    on_device_of,
     processors_of,
     refuse_double_backward,
     register,
@@ -353,20 +354,86 @@ def _element_bytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.element_size() for t in tensors if t is not None)
 
 
+@remembered
+def _plan_forward(x, residual, weight, y, s, rstd, eps, offset) -> Iterator[Launch]:
+    rows = _rows_of(x, residual, y, s, rstd)
+    if not rows.count or not x.shape[-1]:
+        return
+    x_, residual_, y_, s_, rstd_ = rows.tensors
+    tile = row_tile("forward", x.shape[-1], _widest(x, residual, weight))
+    yield Launch(
+        _rms_norm_forward_kernel,
+        (cdiv(rows.count, tile.BLOCK_R),),
+        (x_, residual_, weight, y_, s_, rstd_, *rows.strides, rows.sizes, rows.count, eps, offset),
+        {
+            "N": x.shape[-1], "BLOCK_R": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_N,
+            "num_warps": tile.threads // lanes_of(x.device),
+        },
+    )  # fmt: skip
+
+
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, s, rstd = _forward_fake(x, residual, weight, eps, offset)
-    rows = _rows_of(x, residual, y, None if residual is None else s, rstd)
-    if rows.count and x.shape[-1]:
-        x_, residual_, y_, s_, rstd_ = rows.tensors
-        tile = row_tile("forward", x.shape[-1], _widest(x, residual, weight))
-        with on_device_of(x):
-            _rms_norm_forward_kernel[(cdiv(rows.count, tile.BLOCK_R),)](
-                x_, residual_, weight, y_, s_, rstd_, *rows.strides, rows.sizes, rows.count, eps, offset,
-                N=x.shape[-1], BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N, num_warps=tile.threads // lanes_of(x.device),
-            )  # fmt: skip
+    _plan_forward(x, residual, weight, y, None if residual is None else s, rstd, eps, offset)
     return y, s, rstd
+
+
+class _Backward(NamedTuple):
+    """How a backward is shared out: programs of the pass that makes dx, and rows of partial sums of dw."""
+
+    grid: int
+    partials: int
+    with_dx: bool  # dw falls out of the pass that makes dx
+
+
+@functools.lru_cache(maxsize=1024)
+def _shares(M: int, N: int, dx_itemsize: int, dw_itemsize: int, need_dx: bool, processors: int) -> _Backward:
+    tile = row_tile("backward", N, dx_itemsize)
+    grid = min(tile.programs * processors, cdiv(M, tile.BLOCK_R))
+    if need_dx and tile.BLOCK_N >= N:
+        return _Backward(grid, grid, True)
+    tile = row_tile("weight_grad", N, dw_itemsize)
+    return _Backward(grid, min(cdiv(tile.programs * processors, cdiv(N, tile.BLOCK_N)), cdiv(M, tile.BLOCK_R)), False)
+
+
+@remembered
+def _plan_backward(x, dy, ds, weight, rstd, dx, dw, partials, shares, eps, offset) -> Iterator[Launch]:
+    """dx and dw are None where not needed, dw's partial sums with it."""
+    N = x.shape[-1]
+    rows = _rows_of(x, dy, ds, rstd, dx)
+    x_, dy_, ds_, rstd_, dx_ = rows.tensors
+    x_strides, dy_strides, ds_strides, rstd_strides, dx_strides = rows.strides
+    lanes, shared = lanes_of(x.device), shared_bytes_of(x.device)
+    if dx is not None:
+        tile = row_tile("backward", N, _widest(x, dy, ds, weight))
+        ahead = (x, dy, ds) if _WEIGHT_STAYS.value >= N else (x, dy, ds, weight)
+        yield Launch(
+            _rms_norm_backward_kernel,
+            (shares.grid,),
+            (
+                dy_, ds_, x_, weight, rstd_, dx_, partials if shares.with_dx else None,
+                dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, rows.sizes, rows.count, N, eps, offset,
+            ),
+            {
+                "N": N, "BLOCK_R": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_N,
+                "STAGES": tile.stages(_element_bytes(*ahead), shared), "num_warps": tile.threads // lanes,
+            },
+        )  # fmt: skip
+    if dw is not None and not shares.with_dx:
+        tile = row_tile("weight_grad", N, _widest(x, dy))
+        yield Launch(
+            _rms_norm_weight_grad_kernel,
+            (cdiv(N, tile.BLOCK_N), shares.partials),
+            (dy_, x_, rstd_, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count),
+            {
+                "N": N, "BLOCK_R": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_N,
+                "STAGES": tile.stages(_element_bytes(x, dy), shared), "num_warps": tile.threads // lanes,
+            },
+        )  # fmt: skip
+    if dw is not None:
+        yield sum_partials(partials, dw)
 
 
 def _backward(
@@ -383,40 +450,13 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dx, dw = _backward_fake(dy, ds, x, weight, rstd, eps, offset, grad_dtype, need_dx, need_dw)
     N = x.shape[-1]
-    rows = _rows_of(x, dy, ds, rstd, dx if need_dx else None)
-    if not rows.count or not N:
+    if not x.numel():
         return dx, dw.zero_()
-    x_, dy_, ds_, rstd_, dx_ = rows.tensors
-    x_strides, dy_strides, ds_strides, rstd_strides, dx_strides = rows.strides
-    processors, lanes, shared = processors_of(x.device), lanes_of(x.device), shared_bytes_of(x.device)
-    partials = None
-    with on_device_of(x):
-        if need_dx:
-            tile = row_tile("backward", N, _widest(x, dy, ds, weight))
-            grid = min(tile.programs * processors, cdiv(rows.count, tile.BLOCK_R))
-            ahead = (x, dy, ds) if _WEIGHT_STAYS.value >= N else (x, dy, ds, weight)
-            if need_dw and N <= tile.BLOCK_N:
-                partials = x.new_empty((grid, N), dtype=torch.float32)
-            _rms_norm_backward_kernel[(grid,)](
-                dy_, ds_, x_, weight, rstd_, dx_, partials,
-                dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, rows.sizes, rows.count, N, eps, offset,
-                N=N, BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N,
-                STAGES=tile.stages(_element_bytes(*ahead), shared),
-                num_warps=tile.threads // lanes,
-            )  # fmt: skip
-        if need_dw and partials is None:
-            tile = row_tile("weight_grad", N, _widest(x, dy))
-            columns = cdiv(N, tile.BLOCK_N)
-            splits = min(cdiv(tile.programs * processors, columns), cdiv(rows.count, tile.BLOCK_R))
-            partials = x.new_empty((splits, N), dtype=torch.float32)
-            _rms_norm_weight_grad_kernel[(columns, splits)](
-                dy_, x_, rstd_, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count,
-                N=N, BLOCK_R=tile.BLOCK_R, BLOCK_N=tile.BLOCK_N,
-                STAGES=tile.stages(_element_bytes(x, dy), shared),
-                num_warps=tile.threads // lanes,
-            )  # fmt: skip
-        if need_dw:
-            sum_partials(partials, dw)
+    widths = _widest(x, dy, ds, weight), _widest(x, dy)
+    shares = _shares(x.numel() // N, N, *widths, need_dx, processors_of(x.device))
+    partials = x.new_empty((shares.partials, N), dtype=torch.float32) if need_dw else None
+    wanted = dx if need_dx else None, dw if need_dw else None
+    _plan_backward(x, dy, ds, weight, rstd, *wanted, partials, shares, eps, offset)
     return dx, dw
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from llama_kernels import reference
 from llama_kernels.language import cast, tl, triton
+from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.pairs import (
     angle_arguments,
     check_angles,
@@ -28,7 +31,6 @@ from llama_kernels.runtime import (
     last_dim_contiguous,
     message,
     needs_grad,
-    on_device_of,
     refuse_double_backward,
     register,
     shape_of,
@@ -115,20 +117,11 @@ def _rope_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
+@remembered
 def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    interleaved: bool,
-    inverse: bool,
-    v: torch.Tensor | None = None,
-    v_out: torch.Tensor | None = None,
-    slots: torch.Tensor | None = None,
-) -> None:
+    q, k, q_out, k_out, cos, sin, position_ids, interleaved, inverse, v=None, v_out=None, slots=None
+) -> Iterator[Launch]:
+    """q_out None: in place. v, v_out and slots as `_rope_kernel` takes them."""
     B, Hq, S = sizes_of(q)
     Hkv = Hq if k is None else sizes_of(k)[1]
     if not B * S * max(Hq, Hkv):
@@ -136,17 +129,23 @@ def _launch(
     half = cos.shape[-1]
     tile = head_tile(half, max(min(Hq, Hkv), 1), lanes_of(q.device))
     angles, angle_strides = angle_arguments(cos, sin, position_ids)
-    moved = (q, k, v, q_out, k_out, v_out)
-    with on_device_of(q):
-        _rope_kernel[(B * cdiv(S, tile.BLOCK_T),)](
+    outs = (q, k, v_out) if q_out is None else (q_out, k_out, v_out)
+    moved = (q, k, v, *outs)
+    yield Launch(
+        _rope_kernel,
+        (B * cdiv(S, tile.BLOCK_T),),
+        (
             *moved, *angles, slots,
             *[None if x is None else strides_of(x) for x in moved], *angle_strides,
             row_strides(slots, slots is not None and slots.ndim == 2),
             S, Hq, Hkv, cos.shape[0], None if slots is None else sizes_of(k_out)[2],
-            D=q.shape[-1], DV=None if v is None else v.shape[-1], HALF=half,
-            INTERLEAVED=interleaved, INVERSE=inverse, INPLACE=q is q_out,
-            BLOCK_T=tile.BLOCK_T, BLOCK_H=tile.BLOCK_H, BLOCK_R=tile.BLOCK_R, num_warps=tile.num_warps,
-        )  # fmt: skip
+        ),
+        {
+            "D": q.shape[-1], "DV": None if v is None else v.shape[-1], "HALF": half,
+            "INTERLEAVED": interleaved, "INVERSE": inverse, "INPLACE": q_out is None,
+            "BLOCK_T": tile.BLOCK_T, "BLOCK_H": tile.BLOCK_H, "BLOCK_R": tile.BLOCK_R, "num_warps": tile.num_warps,
+        },
+    )  # fmt: skip
 
 
 # --- registered ops --------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def _rotated_reference(q, k, cos, sin, position_ids, interleaved, inverse):
 
 
 def _rotate_in_place(q, k, cos, sin, position_ids, interleaved):
-    _launch(q, k, q, k, cos, sin, position_ids, interleaved, inverse=False)
+    _launch(q, k, None, None, cos, sin, position_ids, interleaved, False)
 
 
 def _rotate_in_place_reference(q, k, cos, sin, position_ids, interleaved):
@@ -214,7 +213,7 @@ def _packed_fake(dq, dk, dv, cos, sin, position_ids, interleaved):
 def _packed_backward(dq, dk, dv, cos, sin, position_ids, interleaved):
     dqkv = _packed_fake(dq, dk, dv, cos, sin, position_ids, interleaved)
     q_out, k_out, v_out = _parts(dqkv, sizes_of(dq)[1], sizes_of(dk)[1])
-    _launch(dq, dk, q_out, k_out, cos, sin, position_ids, interleaved, True, v=dv, v_out=v_out)
+    _launch(dq, dk, q_out, k_out, cos, sin, position_ids, interleaved, True, dv, v_out)
     return dqkv
 
 
@@ -227,9 +226,7 @@ def _packed_backward_reference(dq, dk, dv, cos, sin, position_ids, interleaved):
 
 def _into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved):
     q_out = empty_in_order_of(q)
-    _launch(
-        q, k, q_out, k_cache, cos, sin, position_ids, interleaved, False, v=v, v_out=v_cache, slots=cache_position
-    )  # fmt: skip
+    _launch(q, k, q_out, k_cache, cos, sin, position_ids, interleaved, False, v, v_cache, cache_position)
     return q_out
 
 
@@ -477,10 +474,11 @@ def rope_into_cache(
         if cache.stride(-1) != 1 and D > 1:
             wanted = "a contiguous last dimension: it is written in place"
             raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
-    for name, x in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if needs_grad(x):
-            fix = "Call it under torch.no_grad(), or use llama_kernels.rope."
-            raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))
+    tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    if needs_grad(*tensors.values()):
+        name = next(name for name, x in tensors.items() if x.requires_grad)
+        fix = "Call it under torch.no_grad(), or use llama_kernels.rope."
+        raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))
     check_rows(op, "cache_position", cache_position, "q", q, tokens_of(q), k_cache.shape[2], "positions of the cache")
     if position_ids is None and cos.ndim == 2:
         position_ids = cache_position

@@ -6,9 +6,12 @@ Here a program takes a chunk of the keys of one key head, with the rows of all i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from llama_kernels.language import LN2, LOG2E, cast, tl, triton
+from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.attention.layout import (
     bound_strides,
     call_scoring,
@@ -21,7 +24,7 @@ from llama_kernels.ops.attention.layout import (
 )
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix, no_probs
-from llama_kernels.runtime import cdiv, next_power_of_2, on_device_of, strides_of
+from llama_kernels.runtime import cdiv, next_power_of_2, strides_of
 
 _COMBINED_AT_ONCE = 32  # chunks
 MOST_ROWS = 32  # query rows times the heads of a group; more are a prefill, and fill a GPU by themselves
@@ -145,29 +148,38 @@ def _combine_kernel(
     tl.store(lse_ptr + b * lse_strides[0] + h * lse_strides[1] + i, (state.peak + tl.log2(mass)) * LN2)
 
 
+@remembered
+def _plan(q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, scale, softcap, left, right) -> Iterator[Launch]:
+    sizes = call_sizes(q, k, None, q.shape[2], k.shape[2])
+    if not sizes.B:
+        return
+    chunks = lse2.shape[-1]
+    tile, widths = tile_for("decode", q, v), call_widths(q, v)
+    options = {**tile.launch_options, "BLOCK_M": max(next_power_of_2(sizes.group * sizes.Sq), 16)}
+    yield Launch(
+        _decode_kernel,
+        (chunks * sizes.B * (sizes.Hq // sizes.group),),
+        (
+            q, k, v, part, lse2, kv_start, kv_end,
+            *map(strides_of, (q, k, v, part, lse2)), *map(bound_strides, (kv_start, kv_end)),
+            sizes, call_scoring(scale, softcap), call_window(left, right, sizes.Sq, sizes.Sk), chunk_of(sizes.Sk),
+        ),
+        {**widths, "FAR": far(k, v), **options},
+    )  # fmt: skip
+    at_once = min(next_power_of_2(chunks), _COMBINED_AT_ONCE)
+    yield Launch(
+        _combine_kernel,
+        (sizes.B * sizes.Hq * sizes.Sq,),
+        (part, lse2, o, lse, sinks, *map(strides_of, (part, lse2, o)), lse_strides(lse), sizes, chunks),
+        {"DV": widths["DV"], "BLOCK_C": at_once, "BLOCK_DV": widths["BLOCK_DV"], "num_warps": 4},
+    )
+
+
 def launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, left, right):
     """Launch, of what `splits`; arguments and results as `llama_kernels::attention_forward`."""
     o, lse = empty_outputs(q, v)
-    sizes = call_sizes(q, k, None, q.shape[2], k.shape[2])
-    chunk = chunk_of(sizes.Sk)
-    chunks = cdiv(sizes.Sk, chunk)
-    part = lse.new_empty(sizes.B, sizes.Hq, sizes.Sq, chunks * v.shape[-1])
-    lse2 = lse.new_empty(sizes.B, sizes.Hq, sizes.Sq, chunks)
-    tile = tile_for("decode", q, v)
-    options = {**tile.launch_options, "BLOCK_M": max(next_power_of_2(sizes.group * sizes.Sq), 16)}
-    widths = call_widths(q, v)
-    at_once = min(next_power_of_2(chunks), _COMBINED_AT_ONCE)
-    if not sizes.B:
-        return o, lse
-    with on_device_of(q):
-        _decode_kernel[(chunks * sizes.B * (sizes.Hq // sizes.group),)](
-            q, k, v, part, lse2, kv_start, kv_end,
-            *map(strides_of, (q, k, v, part, lse2)), *map(bound_strides, (kv_start, kv_end)),
-            sizes, call_scoring(scale, softcap), call_window(left, right, sizes.Sq, sizes.Sk), chunk,
-            **widths, FAR=far(k, v), **options,
-        )  # fmt: skip
-        _combine_kernel[(sizes.B * sizes.Hq * sizes.Sq,)](
-            part, lse2, o, lse, sinks, *map(strides_of, (part, lse2, o)), lse_strides(lse), sizes, chunks,
-            DV=widths["DV"], BLOCK_C=at_once, BLOCK_DV=widths["BLOCK_DV"], num_warps=4,
-        )  # fmt: skip
+    chunks = cdiv(k.shape[2], chunk_of(k.shape[2]))
+    part = lse.new_empty(*q.shape[:3], chunks * v.shape[-1])
+    lse2 = lse.new_empty(*q.shape[:3], chunks)
+    _plan(q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, scale, softcap, left, right)
     return o, lse

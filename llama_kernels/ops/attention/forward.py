@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from llama_kernels.language import LN2, LOG2E, tl, triton
+from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.attention import hopper
 from llama_kernels.ops.attention.decode import launch_decode, splits
 from llama_kernels.ops.attention.layout import (
@@ -34,7 +36,7 @@ from llama_kernels.ops.attention.tiles import (
     sequence,
     store_tile,
 )
-from llama_kernels.runtime import cdiv, on_device_of, strides_of
+from llama_kernels.runtime import cdiv, strides_of
 
 
 @triton.jit
@@ -100,6 +102,27 @@ def _forward_kernel(
     tl.store(lse_ptr + offset(lse_strides, b, h, q_start) + rows, lse, mask=rows < Sq)
 
 
+@remembered
+def _plan(
+    q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
+    scale, softcap, left, right,
+) -> Iterator[Launch]:  # fmt: skip
+    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
+    crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
+    tile = tile_for("forward", q, v, crowded)
+    if programs := cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq:
+        yield Launch(
+            _forward_kernel,
+            (programs,),
+            (
+                q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k,
+                *map(strides_of, (q, k, v, o)), lse_strides(lse), *map(bound_strides, (kv_start, kv_end)),
+                sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
+            ),
+            {**call_widths(q, v), "FAR": far(q, k, v, o), "CARRY": tile.carry, **tile.launch_options},
+        )  # fmt: skip
+
+
 def launch_forward(
     q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
 ):
@@ -113,16 +136,5 @@ def launch_forward(
     if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
         o.zero_()
         lse.fill_(-math.inf)
-    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
-    crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
-    tile = tile_for("forward", q, v, crowded)
-    programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
-    if programs:
-        with on_device_of(q):
-            _forward_kernel[(programs,)](
-                q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k,
-                *map(strides_of, (q, k, v, o)), lse_strides(lse), *map(bound_strides, (kv_start, kv_end)),
-                sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
-                **call_widths(q, v), FAR=far(q, k, v, o), CARRY=tile.carry, **tile.launch_options,
-            )  # fmt: skip
+    _plan(q, k, v, o, lse, sinks, kv_start, kv_end, *call)
     return o, lse

@@ -1,0 +1,106 @@
+"""Launches that remember themselves.
+
+Triton binds every argument of every launch anew, which costs the host more than the rest of a call. Here a launcher is
+a plan, a generator of `Launch`es, and what it planned for arguments of one look (shapes, strides, dtypes, values) is
+kept as Triton compiled and bound it: the next call of that look puts its tensors into place and launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from llama_kernels.language import INTERPRETED
+from llama_kernels.runtime import on_device_of
+
+# AMD's compiler also asks how large a tensor's storage is, which no look holds: there Triton binds every launch.
+_REMEMBERS = not INTERPRETED and torch.version.hip is None
+_MOST = 1024  # looks a plan; a program whose shapes never recur starts over there
+
+
+class Launch(NamedTuple):
+    kernel: Any  # triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]  # its first parameters
+    options: dict[str, Any]  # the others, by name, and num_warps and num_stages
+
+
+class _Bound(NamedTuple):
+    """A launch less its tensors."""
+
+    run: Callable[..., None]
+    args: list[Any]
+    places: tuple[tuple[int, int], ...]  # in args, and of the plan's argument that goes there
+
+
+_looks_of_plans: list[dict[Any, Any]] = []
+
+
+def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
+    """The launcher of `plan`: call it with the plan's arguments, positionally, the first of them a tensor.
+
+    All tensors among them are on one device. A plan looks at shapes, strides, dtypes, devices and what is no tensor,
+    never at addresses. One that launches with tensors of its own making, or with views, is not remembered.
+    """
+    looks: dict[tuple[Any, ...], list[_Bound]] = {}
+    _looks_of_plans.append(looks)
+
+    @functools.wraps(plan)
+    def launch(*args: Any) -> None:
+        with on_device_of(args[0]):
+            look = _look(args) if _REMEMBERS else None
+            if (found := looks.get(look)) is None:
+                launches = [_launch(each, args) for each in plan(*args)]
+                if look is not None and None not in launches:
+                    if len(looks) >= _MOST:
+                        looks.clear()
+                    looks[look] = launches
+                return
+            for run, filled, places in found:
+                filled = filled.copy()
+                for place, source in places:
+                    filled[place] = args[source]
+                run(*filled)
+
+    return launch
+
+
+def forget() -> None:
+    """Let Triton bind every launch anew: after a change of what it compiles by, a driver or a knob."""
+    for looks in _looks_of_plans:
+        looks.clear()
+
+
+def _look(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Calls of one look launch the same machine code with the same numbers, and tensors from the same places."""
+    look: list[Any] = [args[0].get_device()]
+    seen = []
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            seen.append(id(x))
+            look += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+        else:
+            look.append(x)
+    if len(set(seen)) < len(seen):  # which of them are one tensor
+        look += map(seen.index, seen)
+    return tuple(look)
+
+
+def _launch(each: Launch, args: tuple[Any, ...]) -> _Bound | None:
+    """Launch by way of Triton. None where there is nothing to remember."""
+    compiled = each.kernel[each.grid](*each.args, **each.options)
+    if not _REMEMBERS or compiled is None:
+        return None
+    filled = [*each.args, *(each.options[name] for name in each.kernel.arg_names[len(each.args) :])]
+    sources = {id(x): i for i, x in enumerate(args)}
+    places = []
+    for place, x in enumerate(filled):
+        if isinstance(x, torch.Tensor):
+            if id(x) not in sources:
+                return None
+            filled[place] = None  # not kept alive
+            places.append((place, sources[id(x)]))
+    return _Bound(compiled[(*each.grid, 1, 1)[:3]], filled, tuple(places))

@@ -1,0 +1,243 @@
+"""Remembered launches: the second call of one look launches what Triton would have bound for it, and nothing else."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from llama_kernels import launch
+from llama_kernels.language import tl, triton
+from llama_kernels.launch import Launch, remembered
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops.attention import backward, decode, forward
+from tests.conftest import COMPILES
+
+pytestmark = COMPILES
+
+
+@pytest.fixture
+def launched() -> Iterator[list[tuple[Any, ...]]]:
+    """What reaches the driver: grid, stream, function, metadata, hooks, arguments. No launch is remembered before."""
+    from triton.runtime import driver
+
+    from bench.host import LaunchingNothing
+
+    class Recording(LaunchingNothing):
+        def launcher_cls(self, *_: Any) -> Any:
+            return lambda *args: reached.append(args)
+
+    reached: list[tuple[Any, ...]] = []
+    before = driver._active
+    driver.set_active(Recording("sm_80"))
+    _forget_kernels()
+    try:
+        yield reached
+    finally:
+        driver._active = before
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    """Triton's own memory too: what it compiled launches by the driver of then."""
+    launch.forget()
+    for module in (rope, rms_norm, qk_norm_rope, forward, backward, decode):
+        for x in vars(module).values():
+            if isinstance(x, triton.JITFunction):
+                x.device_caches.clear()
+    from llama_kernels.ops import partials
+
+    partials._sum_partials_kernel.device_caches.clear()
+    _twice_kernel.device_caches.clear()
+
+
+def heads(H: int, S: int = 32, D: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(2, S, H, D).to(dtype).transpose(1, 2)
+
+
+def rotation() -> tuple[torch.Tensor, ...]:
+    return torch.randn(32, 32), torch.randn(32, 32), torch.randint(32, (2, 32))
+
+
+def _rope():
+    return rope._rotated, (heads(4), heads(2), *rotation(), False, False)
+
+
+def _rope_in_place():
+    return rope._rotate_in_place, (heads(4), heads(2), *rotation(), False)
+
+
+def _rope_qkv_backward():
+    return rope._packed_backward, (heads(4), heads(2), heads(2), *rotation(), True)
+
+
+def _rope_into_cache():
+    slots = torch.arange(32)
+    return rope._into_cache, (heads(4), heads(2), heads(2), heads(2, 48), heads(2, 48), slots, *rotation(), False)
+
+
+def _qk_norm_rope():
+    return qk_norm_rope._forward, (heads(4), heads(2), torch.ones(64), torch.ones(64), *rotation(), 1e-6, 0.0, False)
+
+
+def _qk_norm_rope_backward():
+    given = [heads(H) for H in (4, 2, 4, 2)]
+    weights = torch.ones(64), torch.ones(64)
+    return qk_norm_rope._backward, (*given, *weights, *rotation(), 1e-6, 0.0, False, True)
+
+
+def _rms_norm():
+    return rms_norm._forward, (torch.randn(6, 256), torch.randn(6, 256), torch.ones(256), 1e-6, 0.0)
+
+
+def _rms_norm_backward(N: int = 256):
+    dy, ds, x = (torch.randn(6, N) for _ in range(3))
+    return rms_norm._backward, (dy, ds, x, torch.ones(N), torch.ones(6, 1), 1e-6, 0.0, torch.float32, True, True)
+
+
+def _attention():
+    return forward.launch_forward, (heads(4), heads(2), heads(2), *_CALL)
+
+
+def _decode():
+    return forward.launch_forward, (heads(4, 1), heads(2, 600), heads(2, 600), *_CALL[:5], 1, 600, *_CALL[7:])
+
+
+def _packed():
+    cu_seqlens = torch.tensor([0, 20, 64], dtype=torch.int32)
+    q, k, v = (heads(H).flatten(0, 1).reshape(64, H, 64) for H in (4, 2, 2))
+    start = torch.zeros(64, dtype=torch.int32)
+    return forward.launch_forward, (
+        q, k, v, torch.zeros(4), start, None, cu_seqlens, cu_seqlens, 44, 44, 0.1, 30.0, 8, 0
+    )  # fmt: skip
+
+
+_CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
+LAUNCHERS = [
+    _rope, _rope_in_place, _rope_qkv_backward, _rope_into_cache, _qk_norm_rope, _qk_norm_rope_backward, _rms_norm,
+    _rms_norm_backward, _attention, _decode, _packed,
+]  # fmt: skip
+
+
+def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
+    """One argument of two launches: the same tensor of the caller's, or new ones of one look, or equal."""
+    if hasattr(a, "extras"):  # what profilers are told
+        a, b = a.data, b.data
+    if not isinstance(a, torch.Tensor):
+        return a is b or (type(a) is type(b) and a == b)
+    look = [(x.shape, x.stride(), x.dtype) for x in (a, b)]
+    return look[0] == look[1] and (a is b or not any(x is y for x in (a, b) for y in given))
+
+
+@pytest.mark.parametrize("case", LAUNCHERS, ids=lambda case: case.__name__[1:])
+def test_a_remembered_launch_is_the_one_triton_makes(case, launched):
+    launcher, _ = case()
+    launcher(*case()[1])
+    count = len(launched)
+    assert count
+    given = case()[1]  # other tensors of the same look
+    with mock.patch.object(triton.JITFunction, "run", side_effect=AssertionError("bound anew")):
+        launcher(*given)
+    launch.forget()
+    launcher(*given)
+    assert len(launched) == 3 * count
+    for ours, tritons in zip(launched[count : 2 * count], launched[2 * count :], strict=True):
+        assert len(ours) == len(tritons)
+        assert [i for i, pair in enumerate(zip(ours, tritons, strict=True)) if not _alike(*pair, given)] == []
+
+
+def test_every_launcher_is_held_against_triton():
+    covered = set()
+
+    def note(self: Any, *_: Any, **__: Any) -> None:
+        covered.add(self.__name__)
+
+    with mock.patch.object(triton.JITFunction, "run", note):
+        for case in (*LAUNCHERS, lambda: _rms_norm_backward(20000)):
+            launcher, given = case()
+            launcher(*given)
+    modules = (rope, rms_norm, qk_norm_rope, forward, decode)
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert kernels <= covered
+
+
+# --- a plan of the tests' own ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _twice_kernel(x_ptr, y_ptr, stride, scale, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i * stride, 2 * scale * tl.load(x_ptr + i * stride))
+
+
+def _twice_plan(x, y, scale):
+    yield Launch(_twice_kernel, (1,), (x, y, x.stride(0), scale), {"BLOCK": 16, "num_warps": 1})
+
+
+def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
+    return reached[9:]
+
+
+@pytest.mark.parametrize("other", ["dtype", "stride", "alignment", "scale", "size"])
+def test_another_look_is_another_launch(other, launched):
+    twice = remembered(_twice_plan)
+    bound = []
+    with mock.patch.object(launch, "_launch", side_effect=lambda each, args: bound.append(each)):
+        twice(torch.zeros(64), torch.zeros(64), 1.0)
+        assert len(bound) == 1
+    twice(torch.zeros(64), torch.zeros(64), 1.0)
+    x = {
+        "dtype": torch.zeros(64, dtype=torch.float16), "stride": torch.zeros(64, 2)[:, 0],
+        "alignment": torch.zeros(65)[1:], "size": torch.zeros(32),
+    }.get(other, torch.zeros(64))  # fmt: skip
+    with mock.patch.object(launch, "_launch", side_effect=lambda each, args: bound.append(each)):
+        twice(torch.zeros(64), torch.zeros(64), 1.0)
+        assert len(bound) == 1
+        twice(x, torch.zeros(64), 2.0 if other == "scale" else 1.0)
+        assert len(bound) == 2
+
+
+def test_one_tensor_in_two_places_is_not_two_tensors(launched):
+    twice = remembered(_twice_plan)
+    x, y = torch.zeros(16), torch.zeros(16)
+    for a, b in ((x, x), (x, y), (y, y), (y, x)):
+        twice(a, b, 1.0)
+        got = _arguments(launched[-1])
+        assert got[0] is a and got[1] is b
+
+
+def test_a_plan_that_makes_tensors_is_not_remembered(launched):
+    def into_new(x, scale):
+        yield from _twice_plan(x, torch.empty_like(x), scale)
+
+    twice = remembered(into_new)
+    twice(x := torch.zeros(16), 1.0)
+    twice(x, 1.0)
+    first, second = (_arguments(reached)[1] for reached in launched)
+    assert first is not second
+
+
+def test_tensors_are_not_kept_alive(launched):
+    twice = remembered(_twice_plan)
+    x = torch.zeros(16)
+    gone = weakref.ref(x)
+    twice(x, torch.zeros(16), 1.0)
+    launched.clear()
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_memory_is_bounded(launched):
+    looks: dict[Any, Any] = {}
+    with mock.patch.object(launch, "_MOST", 3), mock.patch.object(launch, "_looks_of_plans", [looks]):
+        twice = remembered(_twice_plan)
+        kept = launch._looks_of_plans[-1]
+        for scale in range(8):
+            twice(torch.zeros(16), torch.zeros(16), float(scale))
+            assert 1 <= len(kept) <= 3
