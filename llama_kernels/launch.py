@@ -34,6 +34,7 @@ class _Bound(NamedTuple):
     run: Callable[..., None]
     args: list[Any]
     places: tuple[tuple[int, int], ...]  # in args, and of the plan's argument that goes there
+    described: tuple[tuple[int, int], ...]  # likewise, where a descriptor in args is to lie on that argument
 
 
 _looks_of_plans: list[dict[Any, Any]] = []
@@ -43,7 +44,8 @@ def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
     """The launcher of `plan`: call it with the plan's arguments, positionally, the first of them a tensor.
 
     All tensors among them are on one device. A plan looks at shapes, strides, dtypes, devices and what is no tensor,
-    never at addresses. One that launches with tensors of its own making, or with views, is not remembered.
+    never at addresses. One that launches with tensors of its own making, or with views, is not remembered; with
+    TensorDescriptors on its arguments it is.
     """
     looks: dict[tuple[Any, ...], list[_Bound]] = {}
     _looks_of_plans.append(looks)
@@ -59,10 +61,12 @@ def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
                         looks.clear()
                     looks[look] = launches
                 return
-            for run, filled, places in found:
+            for run, filled, places, described in found:
                 filled = filled.copy()
                 for place, source in places:
                     filled[place] = args[source]
+                for place, source in described:
+                    filled[place] = _on(filled[place], args[source])
                 run(*filled)
 
     return launch
@@ -96,11 +100,20 @@ def _launch(each: Launch, args: tuple[Any, ...]) -> _Bound | None:
         return None
     filled = [*each.args, *(each.options[name] for name in each.kernel.arg_names[len(each.args) :])]
     sources = {id(x): i for i, x in enumerate(args)}
-    places = []
+    places: list[tuple[int, int]] = []
+    described: list[tuple[int, int]] = []
     for place, x in enumerate(filled):
-        if isinstance(x, torch.Tensor):
-            if id(x) not in sources:
+        tensor = getattr(x, "base", None) if hasattr(x, "block_shape") else x
+        if isinstance(tensor, torch.Tensor):
+            if id(tensor) not in sources:
                 return None
-            filled[place] = None  # not kept alive
-            places.append((place, sources[id(x)]))
-    return _Bound(compiled[(*each.grid, 1, 1)[:3]], filled, tuple(places))
+            (places if tensor is x else described).append((place, sources[id(tensor)]))
+            filled[place] = None if tensor is x else _on(x, None)  # no tensor is kept alive
+    return _Bound(compiled[(*each.grid, 1, 1)[:3]], filled, tuple(places), tuple(described))
+
+
+def _on(descriptor: Any, base: torch.Tensor | None) -> Any:
+    """The TensorDescriptor, on another tensor of the same look: what it checked when it was made holds there too."""
+    moved = object.__new__(type(descriptor))
+    moved.__dict__.update(descriptor.__dict__, base=base)
+    return moved

@@ -477,7 +477,8 @@ def functions(**replaced: Any) -> dict[types.ModuleType, dict[str, Any]]:
         space = spaces[module.__name__]
         for name, value in vars(module).items():
             function = getattr(value, "fn", value)
-            if isinstance(function, types.FunctionType) and function.__module__ in spaces:
+            on_device = isinstance(function, types.FunctionType) and not function.__closure__  # a plan has one
+            if on_device and function.__module__ in spaces:
                 inside = spaces[function.__module__]
                 value = types.FunctionType(function.__code__, inside, name, function.__defaults__)
             space[name] = getattr(value, "value", value) if type(value).__name__ == "constexpr" else value

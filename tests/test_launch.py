@@ -16,6 +16,8 @@ from llama_kernels.language import tl, triton
 from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.ops.attention.hopper import choice
+from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from tests.conftest import COMPILES
 
 pytestmark = COMPILES
@@ -34,7 +36,7 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 
     reached: list[tuple[Any, ...]] = []
     before = driver._active
-    driver.set_active(Recording("sm_80"))
+    driver.set_active(Recording("sm_90"))
     _forget_kernels()
     try:
         yield reached
@@ -46,9 +48,9 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 def _forget_kernels() -> None:
     """Triton's own memory too: what it compiled launches by the driver of then."""
     launch.forget()
-    for module in (rope, rms_norm, qk_norm_rope, forward, backward, decode):
+    for module in (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward):
         for x in vars(module).values():
-            if isinstance(x, triton.JITFunction):
+            if isinstance(x, triton.runtime.JITFunction):
                 x.device_caches.clear()
     from llama_kernels.ops import partials
 
@@ -118,9 +120,16 @@ def _packed():
 
 
 _CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
+
+
+def _hopper_attention():
+    tile = choice.TILES["forward"][0]
+    return hopper_forward.launch_hopper_forward, (tile, heads(4), heads(2), heads(2), None, None, None, *_CALL[5:])
+
+
 LAUNCHERS = [
     _rope, _rope_in_place, _rope_qkv_backward, _rope_into_cache, _qk_norm_rope, _qk_norm_rope_backward, _rms_norm,
-    _rms_norm_backward, _attention, _decode, _packed,
+    _rms_norm_backward, _attention, _decode, _packed, _hopper_attention,
 ]  # fmt: skip
 
 
@@ -128,6 +137,8 @@ def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
     """One argument of two launches: the same tensor of the caller's, or new ones of one look, or equal."""
     if hasattr(a, "extras"):  # what profilers are told
         a, b = a.data, b.data
+    if hasattr(a, "block_shape"):  # a descriptor
+        return _alike(a.base, b.base, given) and {**vars(a), "base": None} == {**vars(b), "base": None}
     if not isinstance(a, torch.Tensor):
         return a is b or (type(a) is type(b) and a == b)
     look = [(x.shape, x.stride(), x.dtype) for x in (a, b)]
@@ -141,7 +152,7 @@ def test_a_remembered_launch_is_the_one_triton_makes(case, launched):
     count = len(launched)
     assert count
     given = case()[1]  # other tensors of the same look
-    with mock.patch.object(triton.JITFunction, "run", side_effect=AssertionError("bound anew")):
+    with mock.patch.object(triton.runtime.JITFunction, "run", side_effect=AssertionError("bound anew")):
         launcher(*given)
     launch.forget()
     launcher(*given)
@@ -157,7 +168,7 @@ def test_every_launcher_is_held_against_triton():
     def note(self: Any, *_: Any, **__: Any) -> None:
         covered.add(self.__name__)
 
-    with mock.patch.object(triton.JITFunction, "run", note):
+    with mock.patch.object(triton.runtime.JITFunction, "run", note):
         for case in (*LAUNCHERS, lambda: _rms_norm_backward(20000)):
             launcher, given = case()
             launcher(*given)

@@ -38,9 +38,9 @@ def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
 
 def describe_rows(x: torch.Tensor, count: int) -> TensorDescriptor:
     """Runs of `count` numbers a row, of a dense x (..., rows); `x` is addressed by (its heads, flat; row)."""
-    x = x.view(-1, x.shape[-1])
+    rows = x.shape[-1]
     block, layout = _tile(1, count, x.dtype, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, [x.numel() // rows, rows], [rows, 1], block, layout)
 
 
 @functools.cache

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from llama_kernels.language import LN2, LOG2E
+from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.attention.hopper.choice import HopperTile
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
 from llama_kernels.ops.attention.hopper.gluon import (
@@ -29,7 +31,7 @@ from llama_kernels.ops.attention.hopper.schedule import (
 )
 from llama_kernels.ops.attention.layout import call_scoring, call_sizes, call_window, empty_outputs, lse_strides
 from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
-from llama_kernels.runtime import cdiv, on_device_of
+from llama_kernels.runtime import cdiv
 
 
 class Where(NamedTuple):
@@ -243,6 +245,25 @@ def _hopper_forward_kernel(
         )  # fmt: skip
 
 
+@remembered
+def _plan(
+    q, k, v, o, lse, sinks, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right, tile
+) -> Iterator[Launch]:
+    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
+    if programs := cdiv(longest_q, 128) * sizes.B * sizes.Hq:
+        yield Launch(
+            _hopper_forward_kernel,
+            (programs,),
+            (
+                describe(q, 64, tile.width), describe(k, tile.BLOCK_N, tile.width),
+                describe(v, tile.BLOCK_N, tile.width), describe(o, 64, tile.width),
+                lse, sinks, cu_seqlens_q, cu_seqlens_k, lse_strides(lse),
+                sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
+            ),
+            {"BLOCK_N": tile.BLOCK_N, "STAGES": tile.STAGES, "num_warps": 4},
+        )  # fmt: skip
+
+
 def launch_hopper_forward(
     tile: HopperTile, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
 ):
@@ -251,15 +272,6 @@ def launch_hopper_forward(
     if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
         o.zero_()
         lse.fill_(-math.inf)
-    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
-    programs = cdiv(longest_q, 128) * sizes.B * sizes.Hq
-    if programs:
-        with on_device_of(q):
-            _hopper_forward_kernel[(programs,)](
-                describe(q, 64, tile.width), describe(k, tile.BLOCK_N, tile.width),
-                describe(v, tile.BLOCK_N, tile.width), describe(o, 64, tile.width),
-                lse, sinks, cu_seqlens_q, cu_seqlens_k, lse_strides(lse),
-                sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
-                BLOCK_N=tile.BLOCK_N, STAGES=tile.STAGES, num_warps=4,
-            )  # fmt: skip
+    call = (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right)
+    _plan(q, k, v, o, lse, sinks, *call, tile)
     return o, lse
