@@ -80,14 +80,10 @@ def forget() -> None:
 
 def _look(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Calls of one look launch the same machine code with the same numbers, and tensors from the same places."""
-    look: list[Any] = [args[0].get_device()]
-    seen = []
-    for x in args:
-        if isinstance(x, torch.Tensor):
-            seen.append(id(x))
-            look += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
-        else:
-            look.append(x)
+    tensor = torch.Tensor
+    look = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16) if isinstance(x, tensor) else x for x in args]
+    look.append(args[0].get_device())
+    seen = [id(x) for x in args if isinstance(x, tensor)]
     if len(set(seen)) < len(seen):  # which of them are one tensor
         look += map(seen.index, seen)
     return tuple(look)
