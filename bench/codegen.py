@@ -6,8 +6,9 @@ its kernel fails here. Triton's own cuobjdump and nvdisasm then read the machine
 
 Exits with 1 on a spill (of more than 64 bytes in dk and dv), on attention without tensor-core instructions or with a
 serialised tensor-core pipeline, on what `bench.sass` and `bench.hopper` find wrong in its loops, on RoPE or RMSNorm
-with a loop that has no 128-bit accesses or more instructions than fit beside its bytes, or on more shared memory than
-a block of the target may have.
+with a loop that has no 128-bit accesses or more instructions than fit beside its bytes, on more shared memory than
+a block of the target may have, or where the plain causal kernels of attention are no longer those of
+`bench/machine_code.json`: an option that is off costs nothing, or somebody meant it to (`--record`).
 """
 
 from __future__ import annotations
@@ -230,6 +231,7 @@ class Report:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    instructions: int
     tensor_core: int
     loads: dict[int, int]
     stores: dict[int, int]
@@ -244,7 +246,7 @@ _SPILL_LIMITS = {"dkdv_kernel": 64}  # bytes; two accumulators fill the register
 def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
     reader = _read_nvidia if TARGETS[name].backend == "cuda" else _read_amd
     report = Report(name, case.op, kernel, case.label, compiled.metadata.num_warps, 0, 0, compiled.metadata.shared,
-                    0, {}, {})  # fmt: skip
+                    0, 0, {}, {})  # fmt: skip
     serialised = reader(compiled, report)
     if report.spill_bytes > _SPILL_LIMITS.get(kernel, 0) * (TARGETS[name].backend == "cuda"):
         report.faults.append(f"spills {report.spill_bytes} bytes")
@@ -271,6 +273,7 @@ def _read_nvidia(compiled: Any, report: Report) -> bool:
     usage, code = sass.usage(compiled.asm["cubin"]), sass.disassembled(compiled.asm["cubin"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     report.registers, report.spill_bytes = registers, stack
+    report.instructions = len(sass.instructions(code)[0])
     ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code))
     report.tensor_core = sum(n for op, n in ops.items() if re.match(r"(HMMA|HGMMA|UTC\w*MMA)", op))
     for into, pattern in ((report.loads, r"LDG(?!DEPBAR)"), (report.stores, r"STG")):
@@ -296,6 +299,7 @@ def _read_amd(compiled: Any, report: Report) -> bool:
 
     report.registers = number("vgpr_count")
     report.spill_bytes = number("private_segment_fixed_size")  # scalar registers spill into vector ones, for free
+    report.instructions = len(re.findall(r"^\t[a-z]\w+\b", text, re.MULTILINE))
     report.tensor_core = len(re.findall(r"\bv_mfma_", text))
     for into, verb in ((report.loads, "load"), (report.stores, "store")):
         for width in re.findall(rf"\b(?:global|buffer)_{verb}_(\w+)", text):
@@ -303,6 +307,41 @@ def _read_amd(compiled: Any, report: Report) -> bool:
             bits = 32 * int(dwords[1]) if dwords else 32 if width.startswith("dword") else 16
             into[bits] = into.get(bits, 0) + 1
     return False
+
+
+# --- what the plain kernels were -------------------------------------------------------------------------------------
+
+_RECORD = Path(__file__).with_name("machine_code.json")
+
+
+def plain(reports: list[Report]) -> dict[str, dict[str, int]]:
+    """What is kept of the kernels of causal attention without any other option, in half precision."""
+    return {
+        f"{r.target} {r.op} {r.kernel} {r.label}": {
+            "instructions": r.instructions,
+            "in loops": sum(loop.instructions for loop in r.loops),
+            "registers": r.registers,
+            "shared_bytes": r.shared_bytes,
+            "programs": r.loops[0].programs if r.loops else 0,
+        }
+        for r in reports
+        if r.op in ("attention", "decode", "hopper") and re.search(r"float16.* causal$", r.label)
+    }
+
+
+def changes(reports: list[Report], record: dict[str, Any]) -> list[str]:
+    """What differs from the record, where that is of this Triton."""
+    if record["triton"] != triton.__version__:
+        return []
+    found = []
+    for kernel, now in plain(reports).items():
+        then = record["kernels"].get(kernel)
+        if then is None:
+            found.append(f"{kernel}: not recorded")
+        elif then != now:
+            found.append(f"{kernel}: " + ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now
+                                                   if then[name] != now[name]))  # fmt: skip
+    return found
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -355,9 +394,12 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument("--full", action="store_true", help="every head width and dtype, not one of each kind")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help=f"what is found is meant: write {_RECORD.name}")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    if args.record and (args.full or set(args.targets) != set(TARGETS)):
+        parser.error("--record takes what is compiled by default")
     reports = collect(args.targets, args.full, args.workers)
     show(reports)
     print("\na byte: instructions of a thread in the heaviest loop, for each byte of global memory that it moves")
@@ -366,10 +408,15 @@ def main() -> int:
     print(f"\n{len(reports)} kernels with triton {triton.__version__}, {len(faulty)} at fault")
     for r in faulty:
         print(f"{r.target} {r.kernel}, {r.label}: {'; '.join(r.faults)}")
+    if args.record:
+        record = {"triton": triton.__version__, "kernels": plain(reports)}
+        _RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    changed = changes(reports, json.loads(_RECORD.read_text()))
+    print(*changed, sep="\n", end="\n" if changed else "")
     if args.json:
         records = [dataclasses.asdict(r) for r in reports]
         Path(args.json).write_text(json.dumps({"triton": triton.__version__, "kernels": records}, indent=1) + "\n")
-    return 1 if faulty else 0
+    return 1 if faulty or changed else 0
 
 
 if __name__ == "__main__":

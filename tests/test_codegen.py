@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+import bench
 from llama_kernels.ops.attention import backward, forward, tables
 from llama_kernels.ops.attention.tables import Tile
 from tests.conftest import COMPILES
@@ -170,6 +174,28 @@ def test_every_row_of_the_tables_is_there():
                         assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
                         # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
                         assert family != "sm_100" or tile.num_stages not in (2, 3)
+
+
+def test_a_plain_kernel_that_changes_is_told():
+    from bench import codegen
+
+    found = reports("sm_90", "attention", "D=64 bfloat16 causal")
+    now = {"triton": codegen.triton.__version__, "kernels": codegen.plain(found)}
+    assert len(now["kernels"]) == len(found) and not codegen.changes(found, now)
+    found[0].instructions += 1
+    (told,) = codegen.changes(found, now)
+    count = found[0].instructions
+    assert told == f"sm_90 attention forward_kernel D=64 bfloat16 causal: instructions {count - 1} -> {count}"
+    assert not codegen.changes(found, {**now, "triton": "0.0.0"})
+    assert len(codegen.changes(found, {**now, "kernels": {}})) == len(found)
+
+
+def test_the_record_is_whole():
+    record = json.loads(Path(bench.__file__).with_name("machine_code.json").read_text())
+    assert f"TRITON ?= {record['triton']}\n" in (Path(__file__).parents[1] / "Makefile").read_text()
+    for family in tables.FAMILIES:
+        kernels = {name.split()[2] for name in record["kernels"] if name.startswith(family)}
+        assert kernels >= {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel", "decode_kernel"}
 
 
 @pytest.mark.parametrize("options", ["causal", "causal window softcap sinks packed"])
