@@ -2,7 +2,7 @@
 
 Triton binds every argument of every launch anew, which costs the host more than the rest of a call. Here a launcher is
 a plan, a generator of `Launch`es, and what it planned for arguments of one look (shapes, strides, dtypes, values) is
-kept as Triton compiled and bound it: the next call of that look puts its tensors into place and launches.
+kept as Triton compiled and bound it, from the second call of that look on: later ones put their tensors into place.
 """
 
 from __future__ import annotations
@@ -47,27 +47,32 @@ def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
     never at addresses. One that launches with tensors of its own making, or with views, is not remembered; with
     TensorDescriptors on its arguments it is.
     """
-    looks: dict[tuple[Any, ...], list[_Bound]] = {}
+    looks: dict[tuple[Any, ...], list[_Bound] | None] = {}  # None: seen once, which many shapes are
     _looks_of_plans.append(looks)
 
     @functools.wraps(plan)
     def launch(*args: Any) -> None:
         with on_device_of(args[0]):
             look = _look(args) if _REMEMBERS else None
-            if (found := looks.get(look)) is None:
-                launches = [_launch(each, args) for each in plan(*args)]
-                if look is not None and None not in launches:
-                    if len(looks) >= _MOST:
-                        looks.clear()
-                    looks[look] = launches
+            if found := looks.get(look):
+                for run, filled, places, described in found:
+                    filled = filled.copy()
+                    for place, source in places:
+                        filled[place] = args[source]
+                    for place, source in described:
+                        filled[place] = _on(filled[place], args[source])
+                    run(*filled)
                 return
-            for run, filled, places, described in found:
-                filled = filled.copy()
-                for place, source in places:
-                    filled[place] = args[source]
-                for place, source in described:
-                    filled[place] = _on(filled[place], args[source])
-                run(*filled)
+            launched = [(each, each.kernel[each.grid](*each.args, **each.options)) for each in plan(*args)]
+            if look is None:
+                return
+            if look in looks:
+                bound = [_bind(each, compiled, args) for each, compiled in launched]
+                looks[look] = None if None in bound else bound
+            else:
+                if len(looks) >= _MOST:
+                    looks.clear()
+                looks[look] = None
 
     return launch
 
@@ -89,10 +94,9 @@ def _look(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(look)
 
 
-def _launch(each: Launch, args: tuple[Any, ...]) -> _Bound | None:
-    """Launch by way of Triton. None where there is nothing to remember."""
-    compiled = each.kernel[each.grid](*each.args, **each.options)
-    if not _REMEMBERS or compiled is None:
+def _bind(each: Launch, compiled: Any, args: tuple[Any, ...]) -> _Bound | None:
+    """The launch that Triton made of it, less the tensors. None where there is nothing to keep."""
+    if compiled is None:
         return None
     filled = [*each.args, *(each.options[name] for name in each.kernel.arg_names[len(each.args) :])]
     sources = {id(x): i for i, x in enumerate(args)}
