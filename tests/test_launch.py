@@ -16,8 +16,10 @@ from llama_kernels.language import tl, triton
 from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
+from llama_kernels.ops.attention.layout import call_sizes
 from tests.conftest import COMPILES
 
 pytestmark = COMPILES
@@ -48,7 +50,7 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 def _forget_kernels() -> None:
     """Triton's own memory too: what it compiled launches by the driver of then."""
     launch.forget()
-    for module in (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward):
+    for module in (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward):
         for x in vars(module).values():
             if isinstance(x, triton.runtime.JITFunction):
                 x.device_caches.clear()
@@ -127,9 +129,17 @@ def _hopper_attention():
     return hopper_forward.launch_hopper_forward, (tile, heads(4), heads(2), heads(2), None, None, None, *_CALL[5:])
 
 
+def _hopper_attention_backward():
+    q, k, v, do, dq, dk, dv = (heads(H) for H in (4, 2, 2, 4, 4, 2, 2))
+    rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
+    sizes = call_sizes(q, k, None, 32, 32)
+    given = (q, k, v, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, None, None, sizes, 0.125, None, None, 0, 128)
+    return hopper_backward.launch_hopper_backward, (choice.TILES["backward"][0], do, *given)
+
+
 LAUNCHERS = [
     _rope, _rope_in_place, _rope_qkv_backward, _rope_into_cache, _qk_norm_rope, _qk_norm_rope_backward, _rms_norm,
-    _rms_norm_backward, _attention, _decode, _packed, _hopper_attention,
+    _rms_norm_backward, _attention, _decode, _packed, _hopper_attention, _hopper_attention_backward,
 ]  # fmt: skip
 
 
@@ -173,7 +183,7 @@ def test_every_launcher_is_held_against_triton():
         for case in (*LAUNCHERS, lambda: _rms_norm_backward(20000)):
             launcher, given = case()
             launcher(*given)
-    modules = (rope, rms_norm, qk_norm_rope, forward, decode)
+    modules = (rope, rms_norm, qk_norm_rope, forward, decode, hopper_forward, hopper_backward)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels <= covered
 

@@ -7,9 +7,11 @@ engine, tile of keys by tile of keys, in whatever order they come. Its last bits
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from llama_kernels.language import tl, triton
+from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.attention.hopper.choice import HopperTile
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -43,7 +45,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.runtime import cdiv, on_device_of, strides_of
+from llama_kernels.runtime import cdiv, strides_of
 
 
 class Where(NamedTuple):
@@ -284,25 +286,37 @@ def _round_dq_kernel(
     store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq * scale, D, FAR, BLOCK_M, BLOCK_D)
 
 
+@remembered
+def _plan(
+    q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right,
+    padding, tile,
+) -> Iterator[Launch]:  # fmt: skip
+    yield Launch(
+        _hopper_backward_kernel,
+        (cdiv(sizes.longest_k, 128) * sizes.B * (sizes.Hq // sizes.group),),
+        (
+            *(describe(x, 64, tile.width) for x in (q, k, v, do)), describe_rows(lse2, 64), describe_rows(delta, 64),
+            describe(dq_sum, 64, 64), describe(dk, 64, tile.width), describe(dv, 64, tile.width),
+            cu_seqlens_q, cu_seqlens_k,
+            sizes, call_scoring(scale, softcap), call_window(left, right, sizes.longest_q, sizes.longest_k),
+        ),
+        {"PADDING": padding, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4},
+    )  # fmt: skip
+    D, BLOCK_D = q.shape[-1], width_class(q.shape[-1])
+    BLOCK_M = 4096 // BLOCK_D  # 32 elements a thread
+    yield Launch(
+        _round_dq_kernel,
+        (cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq,),
+        (dq_sum, dq, cu_seqlens_q, strides_of(dq_sum), strides_of(dq), sizes, scale),
+        {"D": D, "FAR": far(dq), "BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D, "num_warps": 4},
+    )
+
+
 def launch_hopper_backward(
     tile: HopperTile, do, q, k, v, lse2, delta, dq_sum, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, sizes: Sizes,
     scale, softcap, left, right, padding: int,
 ):  # fmt: skip
     """Fill dq, dk and dv. dq_sum: zeros, as dq in float32. lse2 and delta as the portable kernels take them, every
     sequence of a packed batch starting at a multiple of `padding`."""
-    keys = cdiv(sizes.longest_k, 128) * sizes.B * (sizes.Hq // sizes.group)
-    D, BLOCK_D = q.shape[-1], width_class(q.shape[-1])
-    BLOCK_M = 4096 // BLOCK_D  # 32 elements a thread
-    rows = cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq
-    with on_device_of(q):
-        _hopper_backward_kernel[(keys,)](
-            *(describe(x, 64, tile.width) for x in (q, k, v, do)), describe_rows(lse2, 64), describe_rows(delta, 64),
-            describe(dq_sum, 64, 64), describe(dk, 64, tile.width), describe(dv, 64, tile.width),
-            cu_seqlens_q, cu_seqlens_k,
-            sizes, call_scoring(scale, softcap), call_window(left, right, sizes.longest_q, sizes.longest_k),
-            PADDING=padding, SHARED=tile.width == 128, STAGES=tile.STAGES, num_warps=4,
-        )  # fmt: skip
-        _round_dq_kernel[(rows,)](
-            dq_sum, dq, cu_seqlens_q, strides_of(dq_sum), strides_of(dq), sizes, scale,
-            D=D, FAR=far(dq), BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D, num_warps=4,
-        )  # fmt: skip
+    call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right, padding)
+    _plan(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *call, tile)
