@@ -116,9 +116,9 @@ def angle_arguments(
     return (cos, sin, position_ids), (*tables, positions)
 
 
-def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None) -> None:
-    """q and k are heads of the same tokens."""
-    check_tensors(op, q=q, k=k)
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor | None) -> None:
+    """q and k are heads of the same tokens; `others` are tensors of any shape beside them."""
+    check_tensors(op, q=q, k=k, **others)
     if q.ndim not in (3, 4):
         raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))
     if k is None:

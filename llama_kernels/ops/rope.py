@@ -456,18 +456,17 @@ def rope_into_cache(
         TypeError, ValueError: as `rope`; also where a cache does not fit, or gradients are wanted.
     """
     op = "rope_into_cache"
-    check_heads(op, q, k)
-    check_tensors(op, q=q, v=v, k_cache=k_cache, v_cache=v_cache)
+    check_heads(op, q, k, v=v, k_cache=k_cache, v_cache=v_cache)
     if q.ndim != 4:
         raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D)"))
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(message(op, "v", shape_of(v), f"of k's shape {tuple(k.shape)} but for the last dimension"))
     if v.dtype != k.dtype:
         raise TypeError(message(op, "v", v.dtype, f"the dtype of k, {k.dtype}"))
+    length = k_cache.shape[2] if k_cache.ndim == 4 else None
     for name, cache, x in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
         B, H, _, D = x.shape
-        length = k_cache.shape[2] if k_cache.ndim == 4 else None
-        if cache.ndim != 4 or tuple(cache.shape) != (B, H, length, D):
+        if cache.shape != (B, H, length, D):
             raise ValueError(message(op, name, shape_of(cache), f"({B}, {H}, L, {D}), both caches of one length L"))
         if cache.dtype != x.dtype:
             raise TypeError(message(op, name, cache.dtype, f"the dtype of {name[0]}, {x.dtype}"))
@@ -479,10 +478,11 @@ def rope_into_cache(
         name = next(name for name, x in tensors.items() if x.requires_grad)
         fix = "Call it under torch.no_grad(), or use llama_kernels.rope."
         raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))
-    check_rows(op, "cache_position", cache_position, "q", q, tokens_of(q), k_cache.shape[2], "positions of the cache")
+    tokens = tokens_of(q)
+    check_rows(op, "cache_position", cache_position, "q", q, tokens, length, "positions of the cache")
     if position_ids is None and cos.ndim == 2:
         position_ids = cache_position
-    check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
+    check_angles(op, "q", q, tokens, q.shape[-1], cos, sin, position_ids)
     q, k, v, cos, sin = (last_dim_contiguous(x) for x in (q, k, v, cos, sin))
     return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved)
 
