@@ -25,27 +25,27 @@ torch.set_num_threads(1)  # tests run side by side, on tensors too small to shar
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
-def _search_the_language_once() -> None:
-    """Triton's interpreter searches the modules of its language at every call of a device function, for builtins that
-    the launch has replaced long before: a third of the suite's time. The same search, made once a module."""
+_BUILTINS: dict[Any, list[str]] = {}  # by module of the language, or class
+
+
+def _patch_builtin(pkg: Any, builder: Any, scope: Any) -> None:
+    """For Triton's interpreter, which at every call of a device function searches its language for builtins to replace,
+    that the launch has replaced long before: a third of the suite's time. The same, with one search a module."""
     from triton.runtime import interpreter
 
-    builtins: dict[Any, list[str]] = {}
-
-    def patch_builtin(pkg: Any, builder: Any, scope: Any) -> None:
-        is_builtin = interpreter.tl.core.is_builtin
-        if pkg not in builtins:
-            builtins[pkg] = [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
-        for name in builtins[pkg]:
-            if is_builtin(member := getattr(pkg, name)):
-                interpreter._patch_attr(pkg, name, member, builder, scope)
-
-    if list(inspect.signature(interpreter._patch_builtin).parameters) == ["pkg", "builder", "scope"]:
-        interpreter._patch_builtin = patch_builtin
+    is_builtin = interpreter.tl.core.is_builtin
+    if pkg not in _BUILTINS:
+        _BUILTINS[pkg] = [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
+    for name in _BUILTINS[pkg]:
+        if is_builtin(member := getattr(pkg, name)):
+            interpreter._patch_attr(pkg, name, member, builder, scope)
 
 
 if INTERPRETED:
-    _search_the_language_once()
+    from triton.runtime import interpreter
+
+    if inspect.signature(interpreter._patch_builtin).parameters.keys() == {"pkg", "builder", "scope"}:
+        interpreter._patch_builtin = _patch_builtin
 
 # Of what compiles kernels, or launches them into nothing, under a driver that stands in for a GPU's.
 COMPILES = [
