@@ -18,6 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first 
 
 import pytest
 
+from llama_kernels import launch
 from llama_kernels.language import HAS_TRITON, INTERPRETED
 
 torch.set_num_threads(1)  # tests run side by side, on tensors too small to share
@@ -87,8 +88,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _reproducible_and_poisoned():
-    """A seed, and uninitialised memory filled with NaN: what a kernel does not write shows."""
+    """A seed, and uninitialised memory filled with NaN: what a kernel does not write shows. No launch is remembered of
+    another test, which may have replaced a tile."""
     torch.manual_seed(0)
+    launch.forget()
     torch.use_deterministic_algorithms(True, warn_only=True)  # of the references, some have no such algorithm on a GPU
     yield
     torch.use_deterministic_algorithms(False)

@@ -22,6 +22,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.library import opcheck
 
 import llama_kernels as lk
+from llama_kernels import launch
 from llama_kernels.language import INTERPRETED
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tables
@@ -38,7 +39,7 @@ from tests.judge import (
     relaid,
     relative_error,
 )
-from tests.test_attention import Case, check, packed
+from tests.test_attention import Case, check, packed, tiles
 from tests.test_rms_norm import check as check_norm
 from tests.test_rope import qk
 from tests.test_rope import tables as rope_tables
@@ -269,18 +270,10 @@ def test_nan_in_padding_leaks(device):
             results = []
             for keys, values in ((k, v), dirty):
                 leaves = [x.detach().clone().requires_grad_() for x in (q[:, :, :Sq], keys, values)]
-                with _tiles(tile):
+                with tiles(tile):
                     out = lk.attention(*leaves, **options)
                     results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
             assert same(*results)
-
-
-@contextlib.contextmanager
-def _tiles(tile: Tile | None):
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward, decode) if tile else ():
-            patch.setattr(module, "tile_for", lambda *_: tile)
-        yield
 
 
 @corpus(28)
@@ -638,7 +631,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         yield
         inside[0] = False
 
-    for module in (forward, backward, decode, rope, rms_norm, qk_norm_rope):
+    for module in (launch, backward):
         monkeypatch.setattr(module, "on_device_of", on_device_of)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
     from bench import codegen
