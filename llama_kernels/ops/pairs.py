@@ -95,6 +95,38 @@ def turn(x0, x1, cos, sin):
     return x0 * cos - x1 * sin, x1 * cos + x0 * sin
 
 
+@triton.jit
+def turn_back(
+    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """float32 x [BLOCK, BLOCK_D], a head of the tokens (b, s), rotated by their negative angles; what lies past the
+    rotated width stays.
+
+    For the end of a kernel whose x is a sum of products. The pairs are told apart by reshaping, which leaves every
+    element where it is: the thread that has one of a pair has the other too, however tensor cores lay x out.
+    `turns_in_registers` says which pairs can be told apart so.
+    """
+    PAIRS: tl.constexpr = BLOCK_D // 2
+    cos, sin = load_angles(
+        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+        tl.cast(b, tl.int64), s, live, positions, HALF, True, PAIRS,
+    )  # fmt: skip
+    cos, sin = cos.reshape(BLOCK, PAIRS), sin.reshape(BLOCK, PAIRS)
+    if HALF != PAIRS:  # pairs past the rotated width, whose sine is 0 already
+        cos = tl.where((tl.arange(0, PAIRS) < HALF)[None, :], cos, 1.0)
+    if INTERLEAVED:
+        x0, x1 = tl.split(x.reshape(BLOCK, PAIRS, 2))
+        y0, y1 = turn(x0, x1, cos, sin)
+        y = tl.join(y0, y1)
+    else:  # runs of 2 HALF, of which the first is rotated
+        RUNS: tl.constexpr = PAIRS // HALF
+        x0, x1 = tl.split(x.reshape(BLOCK, RUNS, 2, HALF).permute(0, 1, 3, 2))
+        y0, y1 = turn(x0.reshape(BLOCK, PAIRS), x1.reshape(BLOCK, PAIRS), cos, sin)
+        y = tl.join(y0.reshape(BLOCK, RUNS, HALF), y1.reshape(BLOCK, RUNS, HALF)).permute(0, 1, 3, 2)
+    return y.reshape(BLOCK, BLOCK_D)
+
+
 # --- on the host -----------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +146,25 @@ def angle_arguments(
     tables = row_strides(cos, cos.ndim == 3), row_strides(sin, sin.ndim == 3)
     positions = row_strides(position_ids, position_ids is not None and position_ids.ndim == 2)
     return (cos, sin, position_ids), (*tables, positions)
+
+
+class Rotation(NamedTuple):
+    """What a kernel that ends with `turn_back` is launched with."""
+
+    tensors: tuple[torch.Tensor | None, ...] = (None, None, None)  # cos, sin, position_ids
+    strides: tuple[tuple[int, int] | None, ...] = (None, None, None)
+    positions: int | None = None
+    half: int = 0
+    interleaved: bool = False
+
+
+def rotation_of(cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None, interleaved: bool) -> Rotation:
+    return Rotation(*angle_arguments(cos, sin, position_ids), cos.shape[-2], cos.shape[-1], interleaved)
+
+
+def turns_in_registers(half: int, interleaved: bool) -> bool:
+    """Whether `turn_back` takes such pairs: halves only of a power of two."""
+    return interleaved or half & (half - 1) == 0
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None) -> None:

@@ -37,6 +37,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
+from llama_kernels.ops.pairs import Rotation, turn_back
 from llama_kernels.runtime import cdiv, empty_in_order_of, on_device_of, strides_of
 
 # --- delta, and the gradient of the sinks ----------------------------------------------------------------------------
@@ -176,17 +177,18 @@ def _add_dkdv(
 @triton.jit
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dk_strides, dv_strides,
-    kv_start_strides, kv_end_strides,
-    sizes, scoring, window,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
+    sizes, scoring, window, positions,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
 
     The sum over the group happens here, in one program and one order: no atomics, no second pass, same bits every run.
-    Either of dk and dv may be None. Row blocks that see none of the keys are not visited. float32 sums.
+    Either of dk and dv may be None. Row blocks that see none of the keys are not visited. float32 sums. With HALF, k was
+    rotated by the tables, and dk is turned back by them.
     Bytes: k, v, dk, dv once; q, do, lse, delta of the group once a key tile, from L2. FLOPs: 4 (D + DV) a visible pair.
     """
     pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
@@ -219,8 +221,14 @@ def _dkdv_kernel(
         D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if dk_ptr is not None:
-        DK = matrix(dk_ptr, dk_strides, b, h_kv, k_start)
-        store_tile(DK, n, Sk, dk * scoring.scale, D, FAR, BLOCK_N, BLOCK_D)
+        dk = dk * scoring.scale
+        if HALF:
+            s = n + tl.arange(0, BLOCK_N)
+            dk = turn_back(
+                dk, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+                b, k_start + s, s < Sk, positions, HALF, INTERLEAVED, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        store_tile(matrix(dk_ptr, dk_strides, b, h_kv, k_start), n, Sk, dk, D, FAR, BLOCK_N, BLOCK_D)
     if dv_ptr is not None:
         store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)
 
@@ -253,14 +261,15 @@ def _add_dq(
 @triton.jit
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dq_strides,
-    kv_start_strides, kv_end_strides,
-    sizes, scoring, window,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
+    sizes, scoring, window, positions,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dq = dS @ k scale, for BLOCK_M rows of one head; it walks the same key blocks as the forward. float32 sums.
+    """dq = dS @ k scale, for BLOCK_M rows of one head; it walks the same key blocks as the forward. float32 sums. With
+    HALF, q was rotated by the tables, and dq is turned back by them.
 
     Bytes: q, do, dq once; k, v once a row tile, from L2. FLOPs: 2 (2 D + DV) a visible pair.
     """
@@ -295,8 +304,14 @@ def _dq_kernel(
         dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
         D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    DQ = matrix(dq_ptr, dq_strides, b, h, q_start)
-    store_tile(DQ, m, Sq, dq * scoring.scale, D, FAR, BLOCK_M, BLOCK_D)
+    dq = dq * scoring.scale
+    if HALF:
+        s = m + tl.arange(0, BLOCK_M)
+        dq = turn_back(
+            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+            b, q_start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
@@ -304,16 +319,18 @@ def _dq_kernel(
 
 def launch_backward(
     do, dlse, q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic=None,
+    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic=None, rotation=Rotation(),
 ):  # fmt: skip
-    """Launch; arguments and results as `llama_kernels::attention_backward`."""
+    """Launch; arguments and results as `llama_kernels::attention_backward`. dq and dk are turned back by `rotation`,
+    where it is given, before they are rounded."""
     dq, dk, dv, dsinks = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)
-    if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
+    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
+    if cu_seqlens_q is not None or not sizes.Hq:  # no program visits a token that no sequence owns, or no head reads
         for grad in (dq, dk, dv):
             grad.zero_()
-    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
     needed = (need_dq, need_dk, need_dv)
     tile = hopper.backward_tile(do, q, k, v, kv_start, kv_end, softcap, deterministic, *needed)
+    tile = None if rotation.half else tile
     dq_sum = None if tile is None else empty_in_order_of(dq, dtype=torch.float32)
     lse2, delta, dsinks = _launch_delta(
         o, do, lse, dlse, sinks if need_dsinks else None, dsinks, dq_sum, cu_seqlens_q, sizes
@@ -324,10 +341,11 @@ def launch_backward(
             return dq, dk, dv, dsinks
     # What both big kernels take, in their order.
     given, given_strides = (q, k, v, do, lse2, delta), (*map(strides_of, (q, k, v, do)), lse_strides(delta))
-    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
-    bounds_strides = (bound_strides(kv_start), bound_strides(kv_end))
-    rest = (sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k))
+    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *rotation.tensors)
+    bounds_strides = (bound_strides(kv_start), bound_strides(kv_end), *rotation.strides)
+    rest = (sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k), rotation.positions)
     flags = {**call_widths(q, v), "FAR": far(q, k, v, do)}
+    flags |= {"HALF": rotation.half, "INTERLEAVED": rotation.interleaved}
     with on_device_of(q):
         tile = tile_for("dkdv", q, v, softcap is not None or kv_end is not None)
         programs = cdiv(longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // sizes.group)
