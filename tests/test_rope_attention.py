@@ -74,8 +74,9 @@ def ideal(case: Case, x: Inputs, cos, sin, position_ids, interleaved: bool) -> l
 
 def check(
     case: Case, dtype: torch.dtype, device: torch.device, R: int | None = None,
-    position_ids: torch.Tensor | None = None, *, interleaved: bool = False, angles: tuple[torch.Tensor, torch.Tensor] | None = None, family: str = "randn",
-    tile: Tile | None = None, layout: int | None = None,
+    position_ids: torch.Tensor | None = None, *, interleaved: bool = False,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None, family: str = "randn", tile: Tile | None = None,
+    layout: int | None = None,
 ) -> None:  # fmt: skip
     x = make(case, dtype, device, family)
     if layout is not None:

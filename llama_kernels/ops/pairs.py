@@ -96,6 +96,40 @@ def turn(x0, x1, cos, sin):
 
 
 @triton.jit
+def _turn_pairs(
+    x0, x1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The pairs x0, x1 [BLOCK, PAIRS] of the tokens (b, s) rotated by their negative angles, from HALF on as they are.
+    32 of a token at once: beside x there are registers for so many angles."""
+    if PAIRS > 32:
+        SOME: tl.constexpr = PAIRS // 2
+        y0, z0 = tl.split(x0.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
+        y1, z1 = tl.split(x1.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
+        y0, y1 = _turn_pairs(
+            y0, y1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+            b, s, live, positions, HALF, BLOCK, SOME,
+        )  # fmt: skip
+        if HALF > SOME:
+            z0, z1 = _turn_pairs(
+                z0, z1, cos_ptr + SOME, sin_ptr + SOME, position_ids_ptr, cos_strides, sin_strides, position_strides,
+                b, s, live, positions, HALF - SOME, BLOCK, SOME,
+            )  # fmt: skip
+        y0 = tl.join(y0, z0).permute(0, 2, 1).reshape(BLOCK, PAIRS)
+        y1 = tl.join(y1, z1).permute(0, 2, 1).reshape(BLOCK, PAIRS)
+    else:
+        cos, sin = load_angles(
+            cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+            HALF, True, PAIRS,
+        )  # fmt: skip
+        cos, sin = cos.reshape(BLOCK, PAIRS), sin.reshape(BLOCK, PAIRS)
+        if HALF < PAIRS:  # there the sine is 0 already
+            cos = tl.where((tl.arange(0, PAIRS) < HALF)[None, :], cos, 1.0)
+        y0, y1 = turn(x0, x1, cos, sin)
+    return y0, y1
+
+
+@triton.jit
 def turn_back(
     x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -108,21 +142,19 @@ def turn_back(
     `turns_in_registers` says which pairs can be told apart so.
     """
     PAIRS: tl.constexpr = BLOCK_D // 2
-    cos, sin = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-        tl.cast(b, tl.int64), s, live, positions, HALF, True, PAIRS,
-    )  # fmt: skip
-    cos, sin = cos.reshape(BLOCK, PAIRS), sin.reshape(BLOCK, PAIRS)
-    if HALF != PAIRS:  # pairs past the rotated width, whose sine is 0 already
-        cos = tl.where((tl.arange(0, PAIRS) < HALF)[None, :], cos, 1.0)
+    RUNS: tl.constexpr = PAIRS // HALF  # of 2 HALF elements, where pairs are halves: the first is rotated
     if INTERLEAVED:
         x0, x1 = tl.split(x.reshape(BLOCK, PAIRS, 2))
-        y0, y1 = turn(x0, x1, cos, sin)
-        y = tl.join(y0, y1)
-    else:  # runs of 2 HALF, of which the first is rotated
-        RUNS: tl.constexpr = PAIRS // HALF
+    else:
         x0, x1 = tl.split(x.reshape(BLOCK, RUNS, 2, HALF).permute(0, 1, 3, 2))
-        y0, y1 = turn(x0.reshape(BLOCK, PAIRS), x1.reshape(BLOCK, PAIRS), cos, sin)
+        x0, x1 = x0.reshape(BLOCK, PAIRS), x1.reshape(BLOCK, PAIRS)
+    y0, y1 = _turn_pairs(
+        x0, x1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+        tl.cast(b, tl.int64), s, live, positions, HALF, BLOCK, PAIRS,
+    )  # fmt: skip
+    if INTERLEAVED:
+        y = tl.join(y0, y1)
+    else:
         y = tl.join(y0.reshape(BLOCK, RUNS, HALF), y1.reshape(BLOCK, RUNS, HALF)).permute(0, 1, 3, 2)
     return y.reshape(BLOCK, BLOCK_D)
 
@@ -163,8 +195,9 @@ def rotation_of(cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor
 
 
 def turns_in_registers(half: int, interleaved: bool) -> bool:
-    """Whether `turn_back` takes such pairs: halves only of a power of two."""
-    return interleaved or half & (half - 1) == 0
+    """Whether `turn_back` is to take such pairs: halves only of a power of two, and no more of either kind than 64, for
+    whose angles there are registers beside the widest x."""
+    return half <= 64 and (interleaved or half & (half - 1) == 0)
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None) -> None:

@@ -53,6 +53,8 @@ def _backward_by(attention_backward: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
+backward_kernels = _backward_by(launch_backward)
+
 # q and k as the forward rotated them -> dq, dk, of what it was given, dv, dsinks; empty where not needed
 _rope_attention_backward = register(
     "rope_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -60,7 +62,7 @@ _rope_attention_backward = register(
     "float scale, float? softcap, SymInt? left, SymInt? right, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=_backward_by(launch_backward),
+    kernel=backward_kernels,
     reference=_backward_by(plain_backward),
     fake=lambda do, dlse, q, k, v, out, lse, sinks, *rest: empty_grads(q, k, v, sinks, *rest[-5:-1]),
 )
@@ -122,8 +124,8 @@ def rope_attention(
     back inside of the kernels that make them.
 
     The forward is bit for bit that of the two calls. Their backward writes dq and dk, then reads and writes them once
-    more; here each is turned in float32, where its sum lies, and rounded once instead of twice. Halves whose width R/2
-    is no power of two cannot be paired there: their gradients are turned afterwards, as separate calls do.
+    more; here each is turned in float32, where its sum lies, and rounded once instead of twice. That is so up to R = 128,
+    where pairs are halves for R a power of two; else dq and dk are turned afterwards, as in separate calls.
     RoPE: Su et al., RoFormer, arXiv 2104.09864; attention as in `attention`.
 
     Args:

@@ -187,8 +187,8 @@ def _dkdv_kernel(
     """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
 
     The sum over the group happens here, in one program and one order: no atomics, no second pass, same bits every run.
-    Either of dk and dv may be None. Row blocks that see none of the keys are not visited. float32 sums. With HALF, k was
-    rotated by the tables, and dk is turned back by them.
+    Either of dk and dv may be None. Row blocks that see none of the keys are not visited. float32 sums. With HALF,
+    k was rotated by the tables, and dk is turned back by them.
     Bytes: k, v, dk, dv once; q, do, lse, delta of the group once a key tile, from L2. FLOPs: 4 (D + DV) a visible pair.
     """
     pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
