@@ -278,9 +278,8 @@ def test_floors_by_hand():
     assert dense.flops("backward") == 2.5 * dense.flops("forward")
     assert dense.flops("both") == 3.5 * dense.flops("forward")
     rotated = attention.RopeAttention(shape="", B=2, S=4, Hq=4, Hkv=2, D=8)
-    assert rotated.bytes("both") == dense.bytes("both") + 2 * 2 * 4 * 4 * 4 and rotated.flops("both") == dense.flops(
-        "both"
-    )
+    assert rotated.bytes("both") == dense.bytes("both") + 2 * 2 * 4 * 4 * 4
+    assert rotated.flops("both") == dense.flops("both")
     packed = attention.AttentionVarlen(shape="", lengths=(3, 5), Hq=4, Hkv=2, D=8)
     assert packed.flops("forward") == 4 * 4 * 8 * (6 + 15)
 
@@ -633,10 +632,11 @@ def test_bytes_and_flops_of_ops_are_counted():
 def test_our_ops_move_the_floor_and_little_else(work):
     made = roofline.estimates([work], [Ours()], ABOUT)
     assert {r.gpu for r in made} == set(roofline.GPUS) and all(r.estimate and r.method == "model" for r in made)
+    most = 2.0 if work.op == "rope_attention" else 1.4  # rotated q and k are written, and read again
     for r in made:
         floor = max(work.bytes(r.direction) / roofline.GPUS[r.gpu].ceilings["copy"] / 1e6,
                     work.flops(r.direction) / roofline.GPUS[r.gpu].ceilings["bfloat16"] / 1e9)  # fmt: skip
-        assert 0.9 * floor <= r.ms <= 1.4 * floor, r  # rstd, delta; scores twice in a backward
+        assert 0.9 * floor <= r.ms <= most * floor, r  # rstd, delta; scores twice in a backward
 
 
 def test_plain_pytorch_moves_more():
@@ -867,13 +867,6 @@ def test_host_cost_is_measured_without_a_gpu(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     rows = json.loads((tmp_path / "host.json").read_text())
     fused = ["rope_qkv", "rope_into_cache", "qk_norm_rope"]
-    assert [row["op"] for row in rows] == [
-        "rms_norm",
-        "add_rms_norm",
-        "rope",
-        *fused,
-        "attention",
-        "rope_attention",
-        "decode",
-    ]
+    attended = ["attention", "rope_attention", "decode"]
+    assert [row["op"] for row in rows] == ["rms_norm", "add_rms_norm", "rope", *fused, *attended]
     assert all(1 < row["forward"] < 5000 for row in rows)

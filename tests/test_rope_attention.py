@@ -37,6 +37,7 @@ from tests.test_attention import (
     so_far,
     tiles,
 )
+from tests.test_hopper import machine
 from tests.test_rope import POSITIONS, rows, tables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -238,3 +239,12 @@ def test_nothing_in_nothing_out(shapes, device):
     grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
     assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.interpreter
+def test_the_hopper_backward_is_taken_and_its_gradients_are_turned_afterwards(device, monkeypatch):
+    case = square(150, 64)
+    monkeypatch.setitem(globals(), "turns_in_registers", lambda *_: False)  # of the ideal, which rounds twice too
+    with machine() as (on_forward, on_backward):
+        check(case, torch.float16, device)
+    assert on_forward.launches == on_backward.launches == 1

@@ -329,8 +329,9 @@ def launch_backward(
         for grad in (dq, dk, dv):
             grad.zero_()
     needed = (need_dq, need_dk, need_dv)
-    tile = hopper.backward_tile(do, q, k, v, kv_start, kv_end, softcap, deterministic, *needed)
-    tile = None if rotation.half else tile
+    tile = None  # the Hopper kernels hand dq and dk out as they are
+    if not rotation.half:
+        tile = hopper.backward_tile(do, q, k, v, kv_start, kv_end, softcap, deterministic, *needed)
     dq_sum = None if tile is None else empty_in_order_of(dq, dtype=torch.float32)
     lse2, delta, dsinks = _launch_delta(
         o, do, lse, dlse, sinks if need_dsinks else None, dsinks, dq_sum, cu_seqlens_q, sizes
@@ -359,7 +360,7 @@ def launch_backward(
                 )  # fmt: skip
 
         crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
-        tile = tile_for("dq", q, v, crowded)
+        tile = tile_for("dq", q, v, crowded or rotation.half > 0)
         programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
         if programs and need_dq:
             _dq_kernel[(programs,)](
