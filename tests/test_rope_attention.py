@@ -242,9 +242,10 @@ def test_nothing_in_nothing_out(shapes, device):
 
 
 @pytest.mark.interpreter
-def test_the_hopper_backward_is_taken_and_its_gradients_are_turned_afterwards(device, monkeypatch):
-    case = square(150, 64)
-    monkeypatch.setitem(globals(), "turns_in_registers", lambda *_: False)  # of the ideal, which rounds twice too
+@pytest.mark.parametrize("D, R, interleaved", [(64, 64, False), (128, 64, True), (80, 80, False)])
+def test_the_hopper_backward_turns_its_gradients(D, R, interleaved, device, monkeypatch):
+    """dk is rounded before it is turned, so the ideal does that too."""
+    monkeypatch.setitem(globals(), "turns_in_registers", lambda *_: False)
     with machine() as (on_forward, on_backward):
-        check(case, torch.float16, device)
+        check(square(150, D, B=2), torch.float16, device, R, interleaved=interleaved)
     assert on_forward.launches == on_backward.launches == 1

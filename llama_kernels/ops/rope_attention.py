@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama_kernels.ops.attention import attention_forward, check_call, hopper, numbers_of, to_autocast
+from llama_kernels.ops.attention import attention_forward, check_call, numbers_of, to_autocast
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.layout import empty_grads
@@ -39,9 +39,7 @@ def _backward_by(attention_backward: Callable[..., Any]) -> Callable[..., Any]:
     ):  # fmt: skip
         S, needed = q.shape[2], (need_dq, need_dk, need_dv, need_dsinks)
         call = (do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, None, None, S, S, scale, softcap, left, right)
-        # The Hopper kernels are worth more than what turning dq and dk on the way saves: they have no registers for it.
-        on_hopper = hopper.backward_tile(do, q, k, v, kv_start, kv_end, softcap, deterministic, *needed[:3]) is not None
-        if turns_in_registers(cos.shape[-1], interleaved) and not on_hopper:
+        if turns_in_registers(cos.shape[-1], interleaved):
             rotation = rotation_of(cos, sin, position_ids, interleaved)
             return attention_backward(*call, *needed, deterministic, rotation)
         dq, dk, *others = attention_backward(*call, *needed, deterministic)
@@ -127,8 +125,9 @@ def rope_attention(
 
     The forward is bit for bit that of the two calls. Their backward writes dq and dk, then reads and writes them once
     more; here each is turned in float32, where its sum lies, and rounded once instead of twice. That is so up to
-    R = 128, where pairs are halves for R a power of two. Otherwise, and where the backward is the one in Gluon
-    (`llama_kernels.hopper_attention`), dq and dk are turned afterwards, as in separate calls.
+    R = 128, where pairs are halves for R a power of two; else dq and dk are turned afterwards, as in separate calls.
+    The backward in Gluon (`llama_kernels.hopper_attention`) turns dq where it rounds its sum, and dk afterwards: its
+    consumers hold dk beside dv, and hand it out rounded.
     RoPE: Su et al., RoFormer, arXiv 2104.09864; attention as in `attention`.
 
     Args:

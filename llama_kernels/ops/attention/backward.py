@@ -329,15 +329,13 @@ def launch_backward(
         for grad in (dq, dk, dv):
             grad.zero_()
     needed = (need_dq, need_dk, need_dv)
-    tile = None  # the Hopper kernels hand dq and dk out as they are
-    if not rotation.half:
-        tile = hopper.backward_tile(do, q, k, v, kv_start, kv_end, softcap, deterministic, *needed)
+    tile = hopper.backward_tile(do, q, k, v, kv_start, kv_end, softcap, deterministic, *needed)
     dq_sum = None if tile is None else empty_in_order_of(dq, dtype=torch.float32)
     lse2, delta, dsinks = _launch_delta(
         o, do, lse, dlse, sinks if need_dsinks else None, dsinks, dq_sum, cu_seqlens_q, sizes
     )
     if tile is not None:
-        call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right, PADDING.value)
+        call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right, PADDING.value, rotation)
         if hopper.try_backward(tile, do, q, k, v, lse2, delta, dq_sum, dq, dk, dv, *call):
             return dq, dk, dv, dsinks
     # What both big kernels take, in their order.
