@@ -49,7 +49,7 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 
 OPS = (
     *("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "rope_qkv", "rope_into_cache"),
-    *("attention", "attention_varlen", "decode"),
+    *("attention", "rope_attention", "attention_varlen", "decode"),
 )
 PRESETS = ("models", "sweeps", "attention", "memory_bound", "training", "smoke", "all")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

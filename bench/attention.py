@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 import llama_kernels as lk
+from bench.memory_bound import Rope, plain_rotation
 from bench.work import Call, Piece, Work, models_by
 
 QUERIES = 1024  # of a piece
@@ -97,6 +98,31 @@ class Attention(_Attention):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeAttention(Attention):
+    """Attention of q and k that come unrotated, at positions 0 to S - 1: both are rotated, dq and dk turned back."""
+
+    op: ClassVar[str] = "rope_attention"
+
+    tables, wide_tables = Rope.tables, Rope.wide_tables
+
+    def bytes(self, direction: str) -> int:
+        return super().bytes(direction) + 2 * self.S * (self.D // 2) * 4 * (2 if direction == "both" else 1)
+
+    # Of a piece the last query stands at the last key, and only distances count.
+
+    def reference(self, q, k, v):
+        cos, sin = self.tables(q.device)
+        stands = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        q, k = lk.reference.rope(q, None, cos, sin, stands)[0], lk.reference.rope(k, None, cos, sin)[0]
+        return super().reference(q, k, v)
+
+    def plain(self, q, k, v):
+        tables, (Sq, Sk) = self.wide_tables(q.device, q.dtype), (q.shape[2], k.shape[2])
+        q = plain_rotation(q, *(table[:, Sk - Sq : Sk] for table in tables))
+        return super().plain(q, plain_rotation(k, *(table[:, :Sk] for table in tables)), v)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionVarlen(_Attention):
     """Causal within each of packed documents. q (1, Hq, T, D), k, v (1, Hkv, T, D), views of (T, H, D) -> o."""
 
@@ -181,6 +207,7 @@ def models(tokens: int = 16384) -> Iterator[Work]:
         heads = {"Hq": m.heads, "Hkv": m.kv_heads, "D": m.head_dim}
         S = min(4096, tokens)
         yield Attention(shape=name, B=tokens // S, S=S, **heads)
+        yield RopeAttention(shape=name, B=tokens // S, S=S, **heads)
         if m.window > 0:
             yield Attention(shape=f"{name}, window", B=tokens // S, S=S, window=m.window - 1, **heads)
         yield Decode(shape=name, B=16, Sk=4096, **heads)
@@ -192,6 +219,8 @@ def sweeps(tokens: int = 32768) -> Iterator[Work]:
         Hq, Hkv, D = heads
         for S in (512, 1024, 2048, 4096, 8192, 16384, 32768):
             yield Attention(shape=f"32k tokens, S={S}", B=tokens // S, S=S, Hq=Hq, Hkv=Hkv, D=D)
+            if S in (512, 2048, 8192, 32768):
+                yield RopeAttention(shape=f"32k tokens, S={S}", B=tokens // S, S=S, Hq=Hq, Hkv=Hkv, D=D)
     for Hq, Hkv in ((16, 16), (64, 8)):
         yield Attention(shape=f"heads {Hq}/{Hkv}", B=tokens // 8192, S=8192, Hq=Hq, Hkv=Hkv, D=128)
     yield Attention(shape="window 1024", B=tokens // 8192, S=8192, window=1023, Hq=32, Hkv=8, D=128)

@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import hopper, sass, traffic
 from llama_kernels import runtime
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
 from llama_kernels.ops.attention import backward, decode, forward, tables
 
 TARGETS = {
@@ -66,6 +66,7 @@ def cases() -> Iterator[Case]:
     yield from _rope_cases()
     yield from _qk_norm_rope_cases()
     yield from _attention_cases()
+    yield from _rope_attention_cases()
     yield from _decode_cases()
     for call in hopper.calls():
         yield Case("hopper", call.label, call.launch, call.full, only="sm_90")
@@ -137,6 +138,24 @@ def _attention_cases() -> Iterator[Case]:
                 yield Case("attention", label, lambda a=(D, DV, dtype, features == "all"): _attention(*a), full)
 
 
+def _rope_attention_cases() -> Iterator[Case]:
+    """The backward's big kernels, which end with a rotation; the rest is compiled above. Whole heads and parts of them,
+    halves and neighbours, the options that hold registers."""
+    for D, R, interleaved, dtype, features in (
+        (64, 64, False, torch.bfloat16, "causal"), (128, 128, False, torch.bfloat16, "causal"),
+        (128, 128, True, torch.bfloat16, "causal"), (128, 64, False, torch.bfloat16, "causal"),
+        (256, 128, False, torch.bfloat16, "causal"), (192, 64, True, torch.bfloat16, "causal"),
+        (128, 128, False, torch.bfloat16, "all"), (256, 128, True, torch.bfloat16, "all"),
+        (128, 128, False, torch.float32, "causal"), (80, 80, True, torch.bfloat16, "causal"),
+        (64, 64, True, torch.bfloat16, "all"), (64, 64, False, torch.float32, "causal"),
+        (256, 128, False, torch.float32, "causal"), (128, 128, True, torch.bfloat16, "all"),
+    ):  # fmt: skip
+        label = f"rotated D={D} R={R}" + " interleaved" * interleaved + f" {str(dtype)[6:]} {features}"
+        full = D == 80 or (dtype == torch.float32 and D != 128) or (features == "all" and D != 256)
+        call = (D, R, interleaved, dtype, features == "all")
+        yield Case("attention", label, lambda a=call: _rope_attention(*a), full)
+
+
 def _decode_cases() -> Iterator[Case]:
     for D in (64, 128, 256):
         for dtype, features in ((torch.bfloat16, "causal"), (torch.bfloat16, "all"), (torch.float32, "all")):
@@ -174,6 +193,16 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
         sinks = dlse = None
     forward.launch_forward(q, k, v, sinks, *rest)
     backward.launch_backward(do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything)
+
+
+def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, everything: bool) -> None:
+    B, Hq, Hkv, S = 2, 8, 2, 512
+    q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for H in (Hq, Hkv, Hkv))
+    lse, bound = torch.empty(B, Hq, S), torch.zeros(B, S, dtype=torch.int32)
+    angles = (torch.empty(S, R // 2), torch.empty(S, R // 2), torch.zeros(1, S, dtype=torch.int64), interleaved)
+    bounds, numbers = ((bound, bound), (0.1, 30.0, 64, 0)) if everything else ((None, None), (0.1, None, None, 0))
+    needed = (True, True, True, False)
+    rope_attention.backward_kernels(q, None, q, k, v, q, lse, None, *bounds, *angles, *numbers, *needed, None)
 
 
 # --- compiling under a stand-in driver -------------------------------------------------------------------------------

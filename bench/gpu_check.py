@@ -22,7 +22,7 @@ import torch
 from bench import records
 
 TESTS = (
-    *("test_gpu", "test_corpus", "test_rope", "test_rms_norm", "test_qk_norm_rope"),
+    *("test_gpu", "test_corpus", "test_rope", "test_rms_norm", "test_qk_norm_rope", "test_rope_attention"),
     *("test_attention", "test_properties", "test_bench"),
 )
 

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 
 from bench import sass
+from llama_kernels.ops import rope_attention
 from llama_kernels.ops.attention import backward, forward
 from llama_kernels.ops.attention.hopper import choice
 
@@ -57,6 +58,7 @@ def calls() -> Iterator[Call]:
             plain = options == ("causal",) or len(options) > 2
             label = " ".join((f"D={D} bfloat16", *options))
             yield Call(label, functools.partial(_attention, D, options), not plain or D not in (64, 128, 256))
+    yield Call("D=128 bfloat16 causal rotated", functools.partial(_attention, 128, ("causal", "rotated")), False)
 
 
 def _attention(D: int, options: tuple[str, ...]) -> None:
@@ -79,7 +81,12 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
     ):
         warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile is said, and stepped over
         forward.launch_forward(q, k, v, *rest)
-        if not isinstance(choice.choose("backward", None, None, softcap, q, k, v), str):
+        if "rotated" in options:
+            tables = (torch.empty(S, D // 2), torch.empty(S, D // 2), None)
+            gradients = (True, True, True, False, False)
+            call = (q, None, q, k, v, q, lse, None, None, None, *tables, False, *rest[-4:])
+            rope_attention.backward_kernels(*call, *gradients)
+        elif not isinstance(choice.choose("backward", None, None, softcap, q, k, v), str):
             backward.launch_backward(q, None, q, k, v, q, lse, *rest, True, True, True, sinks is not None, False)
 
 

@@ -27,7 +27,7 @@ from triton.runtime import driver
 import llama_kernels as lk
 from bench.codegen import StandInDriver
 from llama_kernels import launch, runtime
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
 from llama_kernels.ops.attention import backward, forward, tables
 
 GOAL = 25.0  # microseconds of a forward call
@@ -43,6 +43,7 @@ _LAUNCHERS = {
     "qk_norm_rope_backward": qk_norm_rope._backward,
     "attention_forward": forward.launch_forward,
     "attention_backward": backward.launch_backward,
+    "rope_attention_backward": rope_attention.backward_kernels,
 }
 
 
@@ -79,6 +80,7 @@ def calls() -> Iterator[tuple[str, Callable[[], torch.Tensor], tuple[torch.Tenso
     yield "rope_into_cache", lambda: lk.rope_into_cache(*new, keys, values, slot, cos, sin), ()
     yield "qk_norm_rope", lambda: lk.qk_norm_rope(q, k, head, head, cos, sin)[0], (q, k)
     yield "attention", lambda: lk.attention(q, k, v), (q, k, v)
+    yield "rope_attention", lambda: lk.rope_attention(q, k, v, cos, sin), (q, k, v)
     yield "decode", lambda: lk.attention(token, keys, values), ()
 
 

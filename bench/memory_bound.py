@@ -248,13 +248,12 @@ def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def plain_rope(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
     """Transformers' apply_rotary_pos_emb; cos, sin (1, S, D)."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return tuple(plain_rotation(x, cos, sin) for x in (q, k))
 
-    def half_turned(x: torch.Tensor) -> torch.Tensor:
-        x0, x1 = x.chunk(2, dim=-1)
-        return torch.cat((-x1, x0), dim=-1)
 
-    return tuple(x * cos + half_turned(x) * sin for x in (q, k))
+def plain_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x0, x1 = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-x1, x0), dim=-1) * sin.unsqueeze(1)
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench.attention import Attention, AttentionVarlen, Decode
+from bench.attention import Attention, AttentionVarlen, Decode, RopeAttention
 from bench.memory_bound import AddRMSNorm, QKNormRope, RMSNorm, Rope, RopeIntoCache, RopeQKV
 from bench.work import Work
 
@@ -26,6 +26,7 @@ def works(dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Work]:
         RopeQKV(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
         RopeIntoCache(shape="3 sequences", B=3, S=48, Hq=8, Hkv=2, D=128),
         Attention(shape="heads 4/2", B=2, S=160, Hq=4, Hkv=2, D=64),
+        RopeAttention(shape="heads 4/2", B=2, S=160, Hq=4, Hkv=2, D=64),
         Attention(shape="head width 128", B=1, S=130, Hq=2, Hkv=1, D=128),
         Attention(shape="window", B=1, S=200, Hq=4, Hkv=2, D=64, window=70),
         AttentionVarlen(shape="packed", lengths=(70, 5, 120, 1), Hq=4, Hkv=2, D=64),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import roofline
-from bench.attention import Attention, AttentionVarlen, Decode
+from bench.attention import Attention, AttentionVarlen, Decode, RopeAttention
 from bench.memory_bound import AddRMSNorm, QKNormRope, RMSNorm, Rope, RopeIntoCache, RopeQKV
 from bench.providers import OURS
 from bench.records import Record, Run
@@ -30,6 +30,7 @@ AXES = {
     "rope_qkv": ("S", "tokens a sequence"),
     "rope_into_cache": ("B", "sequences"),
     "attention": ("S", "tokens a sequence"),
+    "rope_attention": ("S", "tokens a sequence"),
     "decode": ("Sk", "tokens in the cache"),
 }
 OUR_COLOR = "#1b3a5c"
@@ -315,7 +316,7 @@ def _roofline_figure(rs: list[Record]) -> Figure:
 def work_of(r: Record) -> Work:
     """The work that a record of an op is about."""
     norms, rotations = (RMSNorm, AddRMSNorm), (Rope, QKNormRope, RopeQKV, RopeIntoCache)
-    kinds = (*norms, *rotations, Attention, AttentionVarlen, Decode)
+    kinds = (*norms, *rotations, Attention, RopeAttention, AttentionVarlen, Decode)
     kind = next(kind for kind in kinds if kind.op == r.op)
     sizes = {name: tuple(n) if isinstance(n, list) else n for name, n in r.sizes.items()}
     return kind(shape=r.shape, dtype=getattr(torch, r.dtype), **sizes)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llama_kernels as lk
-from bench.attention import PLAIN_LIMIT, Attention, AttentionVarlen, Decode, plain_attention
+from bench.attention import PLAIN_LIMIT, Attention, AttentionVarlen, Decode, RopeAttention, plain_attention
 from bench.memory_bound import (
     EPS,
     AddRMSNorm,
@@ -137,6 +137,10 @@ class Ours(Provider):
     def attention(self, work: Attention, device: str) -> Function:
         return lambda q, k, v: lk.attention(q, k, v, window_size=(work.window, -1))
 
+    def rope_attention(self, work: RopeAttention, device: str) -> Function:
+        cos, sin = work.tables(device)
+        return lambda q, k, v: lk.rope_attention(q, k, v, cos, sin, window_size=(work.window, -1))
+
     def attention_varlen(self, work: AttentionVarlen, device: str) -> Function:
         cu, longest = work.cu_seqlens(device), max(work.lengths)
         return lambda q, k, v: _unpacked(lk.attention_varlen(*map(_packed, (q, k, v)), cu, cu, longest, longest))
@@ -171,6 +175,10 @@ class Apart(Provider):
     def rope_into_cache(self, work: RopeIntoCache, device: str) -> Function:
         cos, sin = work.tables(device)
         return _then_copied(work, device, lambda q, k, slot: lk.rope(q, k, cos, sin, slot))
+
+    def rope_attention(self, work: RopeAttention, device: str) -> Function:
+        cos, sin = work.tables(device)
+        return lambda q, k, v: lk.attention(*lk.rope(q, k, cos, sin), v, window_size=(work.window, -1))
 
 
 class Eager(Provider):
@@ -211,6 +219,8 @@ class Eager(Provider):
         if scores > PLAIN_LIMIT:
             raise Unsupported(f"would write {scores * work.dtype.itemsize / 2**30:.0f} GiB of scores")
         return work.plain
+
+    rope_attention = attention
 
     def attention_varlen(self, work: AttentionVarlen, device: str) -> Function:
         if work.Hq * max(work.lengths) ** 2 > PLAIN_LIMIT:
@@ -272,6 +282,10 @@ class Sdpa(Provider):
         if work.window >= 0:
             raise Unsupported("has no window but a mask written out")
         return self._attend(True)
+
+    def rope_attention(self, work: RopeAttention, device: str) -> Function:
+        attend, tables = self.attention(work, device), work.wide_tables(device, work.dtype)
+        return lambda q, k, v: attend(*plain_rope(q, k, *tables), v)
 
     def decode(self, work: Decode, device: str) -> Function:
         return self._attend(False)

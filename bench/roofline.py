@@ -80,6 +80,7 @@ def _attention_flops(q: torch.Tensor, k: torch.Tensor, products: int) -> int:
 _FLOPS: dict[str, Callable[..., int]] = {
     "llama_kernels.attention_forward": lambda q, k, *_: _attention_flops(q, k, 2),
     "llama_kernels.attention_backward": lambda do, dlse, q, k, *_: _attention_flops(q, k, 7),
+    "llama_kernels.rope_attention_backward": lambda do, dlse, q, k, *_: _attention_flops(q, k, 7),
     "aten._scaled_dot_product_flash_attention": lambda q, k, *_: _attention_flops(q, k, 2),
     "aten._scaled_dot_product_flash_attention_backward": lambda do, q, k, *_: _attention_flops(q, k, 5),
 }
@@ -206,7 +207,7 @@ def _tallies(work: Work, f: Function, call: Any) -> dict[str, Tally]:
         tallies["backward"] = count(step.backward)
         tallies["both"] = Tally()
         tallies["both"].ops = tallies["forward"].ops + tallies["backward"].ops
-    if work.op.startswith(("attention", "decode")):
+    if work.op.startswith(("attention", "rope_attention", "decode")):
         for direction, tally in tallies.items():
             tally.ops = [_with_mask(op, work, direction) for op in tally.ops]
     return tallies

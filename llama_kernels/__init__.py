@@ -6,6 +6,7 @@ from llama_kernels.ops.attention.hopper import hopper_attention
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope, rope_into_cache, rope_qkv
+from llama_kernels.ops.rope_attention import rope_attention
 from llama_kernels.rotary import rope_frequencies, rope_tables
 from llama_kernels.runtime import checked
 
@@ -22,6 +23,7 @@ __all__ = [
     "reference",
     "rms_norm",
     "rope",
+    "rope_attention",
     "rope_frequencies",
     "rope_into_cache",
     "rope_qkv",

@@ -20,6 +20,7 @@ _OPS = (
     ("qk_norm_rope", "ops/qk_norm_rope.py"),
     ("rms_norm, add_rms_norm", "ops/rms_norm.py"),
     ("attention, attention_varlen", "ops/attention/"),
+    ("rope_attention", "ops/rope_attention.py"),
 )
 
 

@@ -8,6 +8,7 @@ from .attention import attention, attention_varlen
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_into_cache, rope_qkv
+from .rope_attention import rope_attention
 
 __all__ = [
     "add_rms_norm",
@@ -16,6 +17,7 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "rope",
+    "rope_attention",
     "rope_into_cache",
     "rope_qkv",
 ]

@@ -39,6 +39,7 @@ SHARES = {
     "rope": 2,
     "heads": 3,
     "packed": 1,
+    "rotated": 2,
     "slots": 1,
     "bounds": 1,
     "positions": 1,

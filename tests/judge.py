@@ -147,8 +147,9 @@ def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy):
     return y.to(x.dtype), dx.to(x.dtype), dweight
 
 
-def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse):
-    """(out, lse, dq, dk, dv, dsinks or None) of dense attention. `see` broadcasts to (B, Hq, Sq, Sk)."""
+def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse, closing=lambda grad: grad):
+    """(out, lse, dq, dk, dv, dsinks or None) of dense attention. `see` broadcasts to (B, Hq, Sq, Sk). `closing` is done
+    to dq and dk before they are rounded."""
     dtype, Hkv = q.dtype, k.shape[1]
     G = q.shape[1] // Hkv
     q_, do_ = q.float(), do.float()
@@ -178,8 +179,8 @@ def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse):
     if softcap is not None:
         ds = ds * (1 - s.masked_fill(~see, 0).div(softcap).square())
     ds, p = rounded(ds, dtype), rounded(p, dtype)
-    dq = (ds @ k_ * scale).to(dtype)
-    dk = (ds.mT @ q_ * scale).unflatten(1, (Hkv, G)).sum(2).to(dtype)
+    dq = closing(ds @ k_ * scale).to(dtype)
+    dk = closing((ds.mT @ q_ * scale).unflatten(1, (Hkv, G)).sum(2)).to(dtype)
     dv = (p.mT @ do_).unflatten(1, (Hkv, G)).sum(2).to(dtype)
     if sinks is None:
         return out, lse.squeeze(-1), dq, dk, dv, None

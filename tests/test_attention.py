@@ -383,3 +383,10 @@ def test_never_worse_than_eager(dtype, device):
     )  # fmt: skip
     for i, name in ((0, "out"), (2, "dq"), (3, "dk"), (4, "dv")):
         judge(name, results[i], truth[i], ideal[i], theirs[i])
+
+
+@pytest.mark.parametrize("Hq, Hkv", [(0, 0), (0, 2)])
+def test_keys_that_no_head_reads_have_no_gradient(Hq, Hkv, device):
+    q, k, v = (torch.randn(2, H, 7, 8, device=device).requires_grad_() for H in (Hq, Hkv, Hkv))
+    out = lk.attention(q, k, v)
+    assert not any(grad.any() for grad in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))

@@ -33,6 +33,7 @@ def block(t: dict[str, torch.Tensor], cos, sin, **options: Any) -> torch.Tensor:
     q, k = lk.qk_norm_rope(q, k, t["weight"][:32], t["weight"][32:64], cos, sin)
     q_, k_, v = lk.rope_qkv(t["x"].repeat(1, 1, 3)[..., : 8 * 32], 4, 2, cos, sin)
     o, lse = lk.attention(q + q_, k + k_, t["v"] + v, return_lse=True, **options)
+    o = o + lk.rope_attention(t["q"], t["k"], t["v"], cos, sin)
     return z.square().mean() + o.square().mean() + lse.mean()
 
 
@@ -79,6 +80,12 @@ def _calls(device: torch.device) -> dict[str, tuple[Any, tuple]]:
             ops.attention_backward, (out, None, q, k, v, out, lse, *dense, True, True, True, False, None)),
         "attention backward, options": (
             ops.attention_backward, (out, lse, q, k, v, out, lse, *features, False, True, True, True, None)),
+        "rotated attention backward": (ops.rope_attention_backward, (
+            out, lse, q, k, v, out, lse, sinks, kv_start, None, cos, sin, positions, True, 0.2, 5.0, 7, 0,
+            True, True, True, True, None)),
+        "rotated attention backward, turned afterwards": (ops.rope_attention_backward, (
+            out, None, q, k, v, out, lse, None, None, None, *tables(12, 24, device), None, False, 0.2, None, None, 0,
+            False, True, True, False, None)),
     }  # fmt: skip
 
 
@@ -177,6 +184,16 @@ def test_attention_follows_autocast(device):
 
 
 @pytest.mark.corpus(60)
+def test_rotated_attention_follows_autocast(device):
+    q, k, v = (torch.randn(1, H, 12, 32, device=device).requires_grad_() for H in (4, 2, 2))
+    angles = tables(12, 32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = lk.rope_attention(q, k, v.bfloat16(), *angles)
+    assert torch.equal(out, lk.rope_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), *angles))
+    assert [g.dtype for g in torch.autograd.grad(out.float().sum(), (q, k, v))] == [torch.float32] * 3
+
+
+@pytest.mark.corpus(60)
 def test_norm_and_rope_keep_their_dtype_under_autocast(device):
     x, q = torch.randn(4, 96, device=device), torch.randn(1, 2, 12, 32, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -241,6 +258,7 @@ DOUBLE = {
     "rope_qkv": lambda x, w: lk.rope_qkv(x.repeat(1, 3), 1, 1, *tables(8, 32, x.device))[0],
     "qk_norm_rope": lambda x, w: lk.qk_norm_rope(x[None, None], None, w, None, *tables(8, 32, x.device))[0],
     "attention": lambda x, w: lk.attention(*(x[None, None],) * 3),
+    "rope_attention": lambda x, w: lk.rope_attention(*(x[None, None],) * 3, *tables(8, 32, x.device)),
     "rope": lambda x, w: lk.rope(x[None, None], None, *(table.to(x.device) for table in tables(8, 32, x.device)))[0],
 }
 
@@ -322,7 +340,7 @@ def test_shapes_are_known_without_data():
     cos, sin = (torch.empty(5, 8, device="meta") for _ in range(2))
     q_, k_ = lk.rope(*lk.qk_norm_rope(q, k, None, None, cos, sin), cos, sin)
     o, lse = lk.attention(q_, k_, v, return_lse=True)
-    y = lk.rms_norm(o)
+    y = lk.rms_norm(o + lk.rope_attention(q, k, v, cos, sin))
     assert [x.shape for x in lk.rope_qkv(torch.empty(2, 5, 128, device="meta"), 4, 2, cos, sin)] == [
         x.shape for x in (q, k, v)
     ]

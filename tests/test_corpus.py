@@ -64,12 +64,14 @@ def every_op(device: torch.device, dtype: torch.dtype = torch.float32, B: int = 
         "add_rms_norm": (lambda x, r, w: lk.add_rms_norm(x, r, w)[0], [x, residual, weight]),
         "attention": (lk.attention, [q, k, v]),
         "attention_varlen": (lambda q, k, v: lk.attention_varlen(q, k, v, cu, cu, S, S), flat),
+        "rope_attention": (lambda q, k, v: lk.rope_attention(q, k, v, cos, sin), [q, k, v]),
     }
     return {name: (f, [t.detach().requires_grad_() for t in tensors]) for name, (f, tensors) in ops.items()}
 
 
 def every(test: Callable[..., None]) -> Any:
-    return pytest.mark.parametrize("op", ["rope", "rms_norm", "add_rms_norm", "attention", "attention_varlen"])(test)
+    names = ["rope", "rms_norm", "add_rms_norm", "attention", "attention_varlen", "rope_attention"]
+    return pytest.mark.parametrize("op", names)(test)
 
 
 def outcome(f: Callable[..., torch.Tensor], tensors: list[torch.Tensor], upstream: Any = None) -> list[torch.Tensor]:
@@ -631,8 +633,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         yield
         inside[0] = False
 
-    for module in (launch, backward):
-        monkeypatch.setattr(module, "on_device_of", on_device_of)
+    monkeypatch.setattr(launch, "on_device_of", on_device_of)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
     from bench import codegen
 

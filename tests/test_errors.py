@@ -62,6 +62,10 @@ def attention_args() -> dict[str, Any]:
     return {"q": torch.randn(2, 4, 6, 8), "k": torch.randn(2, 2, 7, 8), "v": torch.randn(2, 2, 7, 8)}
 
 
+def rope_attention_args() -> dict[str, Any]:
+    return {**rope_args(), "v": torch.randn(2, 2, 6, 7)}
+
+
 def varlen_args() -> dict[str, Any]:
     cu = torch.tensor([0, 2, 6], dtype=torch.int32)
     return {"q": torch.randn(6, 4, 8), "k": torch.randn(6, 2, 8), "v": torch.randn(6, 2, 8), "cu_seqlens_q": cu,
@@ -71,11 +75,12 @@ def varlen_args() -> dict[str, Any]:
 ARGS: dict[str, Callable[[], dict[str, Any]]] = {
     "rope": rope_args, "rms_norm": norm_args, "add_rms_norm": add_args, "attention": attention_args,
     "attention_varlen": varlen_args, "rope_qkv": qkv_args, "rope_into_cache": cache_args, "qk_norm_rope": qk_args,
+    "rope_attention": rope_attention_args,
 }  # fmt: skip
 MAIN = [(op, name) for op, names in {
     "rope": ["q", "k"], "rms_norm": ["x", "weight"], "add_rms_norm": ["x", "residual"], "attention": ["q", "k", "v"],
     "attention_varlen": ["q", "k", "v"], "rope_qkv": ["qkv"], "rope_into_cache": ["q", "k", "v", "k_cache", "v_cache"],
-    "qk_norm_rope": ["q", "k", "q_weight", "k_weight"],
+    "qk_norm_rope": ["q", "k", "q_weight", "k_weight"], "rope_attention": ["q", "k", "v"],
 }.items() for name in names]  # fmt: skip
 
 
@@ -104,7 +109,8 @@ def test_float64_is_told_where_to_go():
 
 
 SECOND = [(op, name) for op, name in MAIN if name not in ("q", "x", "qkv")]
-SECOND += [(op, name) for op in ("rope", "rope_qkv", "rope_into_cache", "qk_norm_rope") for name in ("cos", "sin")]
+SECOND += [(op, name) for op in ("rope", "rope_qkv", "rope_into_cache", "qk_norm_rope", "rope_attention")
+           for name in ("cos", "sin")]  # fmt: skip
 
 
 @pytest.mark.parametrize("op, argument", SECOND)
@@ -121,6 +127,8 @@ def test_devices(op, argument):
         ("attention", "v"),
         ("attention_varlen", "v"),
         ("qk_norm_rope", "k"),
+        ("rope_attention", "k"),
+        ("rope_attention", "v"),
         ("rope_into_cache", "k"),
         ("rope_into_cache", "v"),
         ("rope_into_cache", "v_cache"),
@@ -219,6 +227,15 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention", "kv_start", r"of shape \(6,\)", {"kv_start": I(6, dtype=int32)}),
     ("attention", "kv_end", r"of shape \(2, 5\)", {"kv_end": I(2, 5, dtype=int32)}),
     ("attention", "kv_start", "on meta", {"kv_start": I(2, 6, dtype=int32, device="meta")}),
+    ("rope_attention", "q", r"of shape \(4, 6, 8\)", {"q": F(4, 6, 8)}),
+    ("rope_attention", "k", r"of shape \(2, 2, 7, 8\)", {"k": F(2, 2, 7, 8), "v": F(2, 2, 7, 8)}),
+    ("rope_attention", "k", "of 3 heads", {"k": F(2, 3, 6, 8), "v": F(2, 3, 6, 8)}),
+    ("rope_attention", "v", r"of shape \(2, 2, 5, 8\)", {"v": F(2, 2, 5, 8)}),
+    ("rope_attention", "cos", r"of shape \(9, 5\)", {"cos": F(9, 5), "sin": F(9, 5)}),
+    ("rope_attention", "cos", r"of shape \(5, 4\)", {"cos": F(5, 4), "sin": F(5, 4)}),
+    ("rope_attention", "position_ids", r"of shape \(3, 6\)", {"position_ids": I(3, 6, dtype=int32)}),
+    ("rope_attention", "window_size", r"\(-2, 0\)", {"window_size": (-2, 0)}),
+    ("rope_attention", "kv_start", r"of shape \(6,\)", {"kv_start": I(6, dtype=int32)}),
     ("attention_varlen", "q", r"of shape \(1, 4, 6, 8\)", {"q": F(1, 4, 6, 8)}),
     ("attention_varlen", "v", r"of shape \(5, 2, 8\)", {"v": F(5, 2, 8)}),
     ("attention_varlen", "cu_seqlens_q", r"of shape \(1, 3\)", {"cu_seqlens_q": I(1, 3, dtype=int32)}),
@@ -291,6 +308,7 @@ def test_what_autograd_refuses_is_refused_before_anything_is_written():
     ("rope_qkv", "position_ids", "from 0 to 9", "0 to 8", {"position_ids": ints(0, 1, 2, 3, 4, 9)}),
     ("rope_into_cache", "cache_position", "from 5 to 5", "positions of the cache, 0 to 4", {"cache_position": ints(5)}),
     ("qk_norm_rope", "position_ids", "from -3 to 5", "0 to 8", {"position_ids": ints(0, 1, 2, -3, 4, 5)}),
+    ("rope_attention", "position_ids", "from -3 to 5", "0 to 8", {"position_ids": ints(0, 1, 2, -3, 4, 5)}),
     ("attention_varlen", "cu_seqlens_q", "-1 at its start", "0 or more", {"cu_seqlens_q": ints(-1, 2, 6)}),
     ("attention_varlen", "cu_seqlens_k", "1 at index 2, after 2", "never decrease", {"cu_seqlens_k": ints(0, 2, 1)}),
     ("attention_varlen", "cu_seqlens_k", "7 at its end", "the 6 tokens of k",

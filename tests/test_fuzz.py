@@ -22,6 +22,7 @@ from tests.test_qk_norm_rope import weights
 from tests.test_rms_norm import check as check_norm
 from tests.test_rope import check as check_rope
 from tests.test_rope import qk, split, tables
+from tests.test_rope_attention import check as check_rope_attention
 
 # Derandomised: a failure that comes and goes teaches people to press the button again. Grow max_examples to hunt.
 few = settings(
@@ -139,6 +140,14 @@ def positions(values, device):
     assert torch.equal(out, lk.rope(q, None, cos, sin, inside)[0])
 
 
+def rotated(case, half, dtype, given_ids, interleaved, tile, layout, device):
+    """`case` with as many keys as queries, `half` pairs of its heads rotated, as many as they have at most."""
+    case = dataclasses.replace(case, Sk=case.Sq, D=max(case.D, 2), packed=None)
+    position_ids = torch.randint(0, 60, (case.B, case.Sq), device=device) if given_ids else None
+    check_rope_attention(case, dtype, device, 2 * min(half, case.D // 2), position_ids, interleaved=interleaved,
+                         tile=tile, layout=layout)  # fmt: skip
+
+
 # What is drawn for each, every public option at once. tests/fuzz.py draws from these for as long as it is let.
 DRAWN = {
     attention: {"case": attention_cases(), "dtype": dtypes, "tile": small_tiles, "layout": layouts},
@@ -161,6 +170,10 @@ DRAWN = {
     packed: {
         "B": st.integers(1, 2), "Hq": st.integers(1, 6), "Hkv": st.integers(1, 6), "S": st.integers(1, 20),
         "half": st.integers(1, 40), "rest": st.integers(0, 20), "dtype": dtypes, "interleaved": st.booleans(),
+    },
+    rotated: {
+        "case": attention_cases(), "half": st.integers(1, 24), "dtype": dtypes, "given_ids": st.booleans(),
+        "interleaved": st.booleans(), "tile": small_tiles, "layout": layouts,
     },
     slots: {"values": st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 7), min_size=1, max_size=9)},
     bounds: {

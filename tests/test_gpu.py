@@ -28,7 +28,7 @@ def layer(
 ) -> list[torch.Tensor]:
     """Outputs and gradients of all three ops."""
     q_, k_ = lk.rope(*lk.qk_norm_rope(q, k, cos[0].repeat(2), None, cos, sin), cos, sin)
-    out = lk.rms_norm(lk.attention(q_, k_, v))
+    out = lk.rms_norm(lk.attention(q_, k_, v) + lk.rope_attention(q, k, v, cos, sin))
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
 
 
@@ -98,6 +98,7 @@ def _ops(device: torch.device) -> dict[str, Callable[[], Sequence[torch.Tensor]]
             lk.rope_into_cache(q[:, :, :1], k[:, :, :1], v[:, :, :1], *caches, slot, *angles), *caches),
         "qk_norm_rope": lambda: lk.qk_norm_rope(q, k, head, head, *angles),
         "attention": lambda: lk.attention(q, k, v, return_lse=True),
+        "rope_attention": lambda: lk.rope_attention(q, k, v, *angles, return_lse=True),
         "attention_varlen": lambda: (
             lk.attention_varlen(*(t[0].transpose(0, 1) for t in (q, k, v)), cu, cu, 200, 200),),
     }  # fmt: skip

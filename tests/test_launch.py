@@ -14,12 +14,13 @@ import torch
 from llama_kernels import launch
 from llama_kernels.language import tl, triton
 from llama_kernels.launch import Launch, remembered
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
 from llama_kernels.ops.attention import backward, decode, forward
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from llama_kernels.ops.attention.layout import call_sizes
+from llama_kernels.ops.pairs import rotation_of
 from tests.conftest import COMPILES
 
 pytestmark = COMPILES
@@ -121,6 +122,18 @@ def _packed():
     )  # fmt: skip
 
 
+def _attention_backward():
+    q, k, v, o = heads(4), heads(2), heads(2), heads(4)
+    lse, needs = torch.zeros(2, 4, 32), (True, True, True, False)
+    return backward.launch_backward, (heads(4), None, q, k, v, o, lse, *_CALL, *needs, False)
+
+
+def _rope_attention_backward():
+    q, k, v, o = heads(4), heads(2), heads(2), heads(4)
+    rest = (torch.zeros(2, 4, 32), torch.zeros(4), None, None, *rotation(), True, 0.125, None, None, 0)
+    return rope_attention.backward_kernels, (heads(4), None, q, k, v, o, *rest, True, True, True, True, False)
+
+
 _CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
 
 
@@ -132,14 +145,15 @@ def _hopper_attention():
 def _hopper_attention_backward():
     q, k, v, do, dq, dk, dv = (heads(H) for H in (4, 2, 2, 4, 4, 2, 2))
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
-    sizes = call_sizes(q, k, None, 32, 32)
+    sizes, turned = call_sizes(q, k, None, 32, 32), rotation_of(*rotation(), False)
     given = (q, k, v, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, None, None, sizes, 0.125, None, None, 0, 128)
-    return hopper_backward.launch_hopper_backward, (choice.TILES["backward"][0], do, *given)
+    return hopper_backward.launch_hopper_backward, (choice.TILES["backward"][0], do, *given, turned)
 
 
 LAUNCHERS = [
     _rope, _rope_in_place, _rope_qkv_backward, _rope_into_cache, _qk_norm_rope, _qk_norm_rope_backward, _rms_norm,
-    _rms_norm_backward, _attention, _decode, _packed, _hopper_attention, _hopper_attention_backward,
+    _rms_norm_backward, _attention, _attention_backward, _rope_attention_backward, _decode, _packed,
+    _hopper_attention, _hopper_attention_backward,
 ]  # fmt: skip
 
 
@@ -183,7 +197,7 @@ def test_every_launcher_is_held_against_triton():
         for case in (*LAUNCHERS, lambda: _rms_norm_backward(20000)):
             launcher, given = case()
             launcher(*given)
-    modules = (rope, rms_norm, qk_norm_rope, forward, decode, hopper_forward, hopper_backward)
+    modules = (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels <= covered
 

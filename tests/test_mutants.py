@@ -17,7 +17,7 @@ from llama_kernels.ops.attention import backward, decode, forward, tiles
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, Probs, SoftmaxState
 from llama_kernels.ops.partials import sum_partials
-from tests import test_attention, test_qk_norm_rope, test_rms_norm, test_rope
+from tests import test_attention, test_qk_norm_rope, test_rms_norm, test_rope, test_rope_attention
 
 pytestmark = pytest.mark.interpreter
 
@@ -28,7 +28,7 @@ probs_and_score_grads, load_summed, load_scale = (
     rms_norm._load_summed,
     rms_norm._load_scale,
 )
-load_pairs, add_chunks = pairs.load_pairs, decode._add_chunks
+load_pairs, add_chunks, turn_back = pairs.load_pairs, decode._add_chunks, pairs.turn_back
 
 
 @triton.jit
@@ -131,6 +131,45 @@ def sum_over_the_rotated_dims(a, b):
     return tl.sum(a.x0 * b.x0 + a.x1 * b.x1, 2)[:, :, None]
 
 
+@triton.jit
+def turned_on_instead_of_back(
+    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """By the transpose of what turns back: the same angles, the other way."""
+    x0, x1 = tl.split(x.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
+    swapped = tl.join(x1, x0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
+    y = turn_back(
+        swapped, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        HALF, INTERLEAVED, BLOCK, BLOCK_D,
+    )  # fmt: skip
+    y0, y1 = tl.split(y.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
+    return tl.join(y1, y0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
+
+
+@triton.jit
+def turned_back_by_the_next_row(
+    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    return turn_back(
+        x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s + 1, live, positions,
+        HALF, INTERLEAVED, BLOCK, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def turned_back_after_rounding(
+    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    x = cast(x, tl.bfloat16).to(tl.float32)
+    return turn_back(
+        x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        HALF, INTERLEAVED, BLOCK, BLOCK_D,
+    )  # fmt: skip
+
+
 def last_partial_dropped(partials: torch.Tensor, out: torch.Tensor) -> Launch:
     return sum_partials(partials[:-1], out)
 
@@ -180,6 +219,11 @@ def heads() -> None:
     )  # fmt: skip
 
 
+def rotated() -> None:
+    case = test_attention.Case(2, 4, 2, 70, 70, 32, 32)
+    test_rope_attention.check(case, torch.float16, torch.device("cpu"), tile=Tile(32, 16, 4, 1))
+
+
 # name: (modules, what is replaced there, by what, and the check that must fail)
 MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "accumulator in half precision": (
@@ -211,6 +255,9 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "normed over the rotated dims alone": ((qk_norm_rope,), "_sum", sum_over_the_rotated_dims, heads),
     "weight of other pairs": ((qk_norm_rope,), "load_pairs", pairs_swapped, heads),
     "pairs swapped": ((rope,), "load_pairs", pairs_swapped, rotation),
+    "gradients turned on, not back": ((backward,), "turn_back", turned_on_instead_of_back, rotated),
+    "gradients turned back by the next row": ((backward,), "turn_back", turned_back_by_the_next_row, rotated),
+    "gradients turned back after rounding": ((backward,), "turn_back", turned_back_after_rounding, rotated),
 }  # fmt: skip
 
 

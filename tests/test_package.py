@@ -27,7 +27,7 @@ def python(*args: str, **env: str) -> str:
 
 def test_every_public_name_is_there():
     assert set(lk.__all__) <= set(dir(lk))
-    ops = "add_rms_norm attention attention_varlen qk_norm_rope rms_norm rope rope_into_cache rope_qkv"
+    ops = "add_rms_norm attention attention_varlen qk_norm_rope rms_norm rope rope_attention rope_into_cache rope_qkv"
     assert lk.reference.__all__ == ops.split()
 
 

@@ -95,6 +95,70 @@ def turn(x0, x1, cos, sin):
     return x0 * cos - x1 * sin, x1 * cos + x0 * sin
 
 
+@triton.jit
+def _turn_pairs(
+    x0, x1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The pairs x0, x1 [BLOCK, PAIRS] of the tokens (b, s) rotated by their negative angles, from HALF on as they are.
+    32 of a token at once: beside x there are registers for so many angles."""
+    if PAIRS > 32:
+        SOME: tl.constexpr = PAIRS // 2
+        y0, z0 = tl.split(x0.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
+        y1, z1 = tl.split(x1.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
+        y0, y1 = _turn_pairs(
+            y0, y1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+            b, s, live, positions, HALF, BLOCK, SOME,
+        )  # fmt: skip
+        if HALF > SOME:
+            z0, z1 = _turn_pairs(
+                z0, z1, cos_ptr + SOME, sin_ptr + SOME, position_ids_ptr, cos_strides, sin_strides, position_strides,
+                b, s, live, positions, HALF - SOME, BLOCK, SOME,
+            )  # fmt: skip
+        y0 = tl.join(y0, z0).permute(0, 2, 1).reshape(BLOCK, PAIRS)
+        y1 = tl.join(y1, z1).permute(0, 2, 1).reshape(BLOCK, PAIRS)
+    else:
+        cos, sin = load_angles(
+            cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+            HALF, True, PAIRS,
+        )  # fmt: skip
+        cos, sin = cos.reshape(BLOCK, PAIRS), sin.reshape(BLOCK, PAIRS)
+        if HALF < PAIRS:  # there the sine is 0 already
+            cos = tl.where((tl.arange(0, PAIRS) < HALF)[None, :], cos, 1.0)
+        y0, y1 = turn(x0, x1, cos, sin)
+    return y0, y1
+
+
+@triton.jit
+def turn_back(
+    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """float32 x [BLOCK, BLOCK_D], a head of the tokens (b, s), rotated by their negative angles; what lies past the
+    rotated width stays.
+
+    For the end of a kernel whose x is a sum of products. The pairs are told apart by reshaping, which leaves every
+    element where it is: the thread that has one of a pair has the other too, however tensor cores lay x out.
+    `turns_in_registers` says which pairs can be told apart so.
+    """
+    PAIRS: tl.constexpr = BLOCK_D // 2
+    RUNS: tl.constexpr = PAIRS // HALF  # of 2 HALF elements, where pairs are halves: the first is rotated
+    if INTERLEAVED:
+        x0, x1 = tl.split(x.reshape(BLOCK, PAIRS, 2))
+    else:
+        x0, x1 = tl.split(x.reshape(BLOCK, RUNS, 2, HALF).permute(0, 1, 3, 2))
+        x0, x1 = x0.reshape(BLOCK, PAIRS), x1.reshape(BLOCK, PAIRS)
+    y0, y1 = _turn_pairs(
+        x0, x1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+        tl.cast(b, tl.int64), s, live, positions, HALF, BLOCK, PAIRS,
+    )  # fmt: skip
+    if INTERLEAVED:
+        y = tl.join(y0, y1)
+    else:
+        y = tl.join(y0.reshape(BLOCK, RUNS, HALF), y1.reshape(BLOCK, RUNS, HALF)).permute(0, 1, 3, 2)
+    return y.reshape(BLOCK, BLOCK_D)
+
+
 # --- on the host -----------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +178,26 @@ def angle_arguments(
     tables = row_strides(cos, cos.ndim == 3), row_strides(sin, sin.ndim == 3)
     positions = row_strides(position_ids, position_ids is not None and position_ids.ndim == 2)
     return (cos, sin, position_ids), (*tables, positions)
+
+
+class Rotation(NamedTuple):
+    """What a kernel that ends with `turn_back` is launched with."""
+
+    tensors: tuple[torch.Tensor | None, ...] = (None, None, None)  # cos, sin, position_ids
+    strides: tuple[tuple[int, int] | None, ...] = (None, None, None)
+    positions: int | None = None
+    half: int = 0
+    interleaved: bool = False
+
+
+def rotation_of(cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None, interleaved: bool) -> Rotation:
+    return Rotation(*angle_arguments(cos, sin, position_ids), cos.shape[-2], cos.shape[-1], interleaved)
+
+
+def turns_in_registers(half: int, interleaved: bool) -> bool:
+    """Whether `turn_back` is to take such pairs: halves only of a power of two, and no more of either kind than 64, for
+    whose angles there are registers beside the widest x."""
+    return half <= 64 and (interleaved or half & (half - 1) == 0)
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor | None) -> None:

@@ -34,7 +34,7 @@ _CALL = (
     "SymInt longest_q, SymInt longest_k, float scale, float? softcap, SymInt? left, SymInt? right"
 )
 # -> out, lse (float32). Dense without cu_seqlens, when longest is Sq and Sk; left and right None: unlimited.
-_attention_forward = register(
+attention_forward = register(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
     kernel=launch_forward,
     reference=plain_forward,
@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, deterministic, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *scalars):
         bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
-        out, lse = _attention_forward(q, k, v, sinks, *bounds, *scalars)
+        out, lse = attention_forward(q, k, v, sinks, *bounds, *scalars)
         ctx.save_for_backward(q, k, v, out, lse, sinks, *bounds)
         ctx.set_materialize_grads(False)
         ctx.op, ctx.deterministic, ctx.scalars = op, deterministic, scalars
@@ -80,17 +80,14 @@ class _Attention(torch.autograd.Function):
 
 def _apply(op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
            is_causal, scale, window_size, softcap, return_lse, deterministic):  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    left, right = (None if side < 0 else min(side, _UNLIMITED) for side in window_size)
-    right = 0 if is_causal else right
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
     tensors = (q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
-    scalars = (longest_q, longest_k, scale, softcap, left, right)
+    scalars = (longest_q, longest_k, *numbers_of(q, is_causal, scale, window_size, softcap))
     if needs_grad(q, k, v, sinks):
         out, lse = _Attention.apply(op, deterministic, *distinct(*tensors), *scalars)
     else:
-        out, lse = _attention_forward(*tensors, *scalars)
+        out, lse = attention_forward(*tensors, *scalars)
     return (out, lse) if return_lse else out
 
 
@@ -148,8 +145,8 @@ def attention(
         TypeError: an argument is no tensor, or of another dtype, or the dtypes of q, k and v differ.
         ValueError: shapes, head counts, devices, window_size or softcap do not fit.
     """
-    q, k, v = _to_autocast(q, k, v)
-    _check("attention", q, k, v, 4, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic)
+    q, k, v = to_autocast(q, k, v)
+    check_call("attention", q, k, v, 4, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic)
     return _apply(
         "attention", q, k, v, sinks, kv_start, kv_end, None, None, q.shape[2], k.shape[2],
         is_causal, scale, window_size, softcap, return_lse, deterministic,
@@ -194,8 +191,8 @@ def attention_varlen(
         TypeError, ValueError: as `attention`; also for cu_seqlens and max_seqlen of another kind or shape.
     """
     op = "attention_varlen"
-    q, k, v = _to_autocast(q, k, v)
-    _check(op, q, k, v, 3, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic)
+    q, k, v = to_autocast(q, k, v)
+    check_call(op, q, k, v, 3, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic)
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_tensors(op, (torch.int32,), **{name: x})
         if x.ndim != 1 or not x.shape[0] or x.shape != cu_seqlens_q.shape:
@@ -217,11 +214,19 @@ def attention_varlen(
     )  # fmt: skip
 
 
+def numbers_of(
+    q: torch.Tensor, is_causal: bool, scale: float | None, window_size: tuple[int, int], softcap: float | None
+) -> tuple[float, float | None, int | None, int | None]:
+    """scale, softcap, left and right as the registered ops take them."""
+    left, right = (None if side < 0 else min(side, _UNLIMITED) for side in window_size)
+    return q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, left, 0 if is_causal else right
+
+
 # A window this wide sees everything; wider ones would overflow where positions are added to it.
 _UNLIMITED = 2**30
 
 
-def _to_autocast(*tensors):
+def to_autocast(*tensors):
     """q, k and v in the dtype of autocast, where it is on: as PyTorch's own attention has it."""
     if not isinstance(tensors[0], torch.Tensor):
         return tensors
@@ -247,7 +252,7 @@ def _check_bounds(op: str, name: str, bounds: list[int], longest: int, tokens: i
         raise ValueError(message(op, f"cu_seqlens_{name}", got, wanted))
 
 
-def _check(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic):
+def check_call(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic):
     check_tensors(op, q=q, k=k, v=v)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:

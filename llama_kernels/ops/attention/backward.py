@@ -6,9 +6,12 @@ dS = P * (dP - delta), and dv = P^T @ do, dk = dS^T @ q, dq = dS @ k. P is recom
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from llama_kernels.language import LN2, LOG2E, cast, dot, tl, triton
+from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.attention import hopper
 from llama_kernels.ops.attention.layout import (
     Sizes,
@@ -37,7 +40,8 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.runtime import cdiv, empty_in_order_of, on_device_of, strides_of
+from llama_kernels.ops.pairs import Rotation, turn_back
+from llama_kernels.runtime import cdiv, empty_in_order_of, strides_of
 
 # --- delta, and the gradient of the sinks ----------------------------------------------------------------------------
 
@@ -176,17 +180,18 @@ def _add_dkdv(
 @triton.jit
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dk_strides, dv_strides,
-    kv_start_strides, kv_end_strides,
-    sizes, scoring, window,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
+    sizes, scoring, window, positions,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
 
     The sum over the group happens here, in one program and one order: no atomics, no second pass, same bits every run.
-    Either of dk and dv may be None. Row blocks that see none of the keys are not visited. float32 sums.
+    Either of dk and dv may be None. Row blocks that see none of the keys are not visited. float32 sums. With HALF,
+    k was rotated by the tables, and dk is turned back by them.
     Bytes: k, v, dk, dv once; q, do, lse, delta of the group once a key tile, from L2. FLOPs: 4 (D + DV) a visible pair.
     """
     pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
@@ -219,8 +224,14 @@ def _dkdv_kernel(
         D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if dk_ptr is not None:
-        DK = matrix(dk_ptr, dk_strides, b, h_kv, k_start)
-        store_tile(DK, n, Sk, dk * scoring.scale, D, FAR, BLOCK_N, BLOCK_D)
+        dk = dk * scoring.scale
+        if HALF:
+            s = n + tl.arange(0, BLOCK_N)
+            dk = turn_back(
+                dk, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+                b, k_start + s, s < Sk, positions, HALF, INTERLEAVED, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        store_tile(matrix(dk_ptr, dk_strides, b, h_kv, k_start), n, Sk, dk, D, FAR, BLOCK_N, BLOCK_D)
     if dv_ptr is not None:
         store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)
 
@@ -253,14 +264,15 @@ def _add_dq(
 @triton.jit
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dq_strides,
-    kv_start_strides, kv_end_strides,
-    sizes, scoring, window,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
+    sizes, scoring, window, positions,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dq = dS @ k scale, for BLOCK_M rows of one head; it walks the same key blocks as the forward. float32 sums.
+    """dq = dS @ k scale, for BLOCK_M rows of one head; it walks the same key blocks as the forward. float32 sums. With
+    HALF, q was rotated by the tables, and dq is turned back by them.
 
     Bytes: q, do, dq once; k, v once a row tile, from L2. FLOPs: 2 (2 D + DV) a visible pair.
     """
@@ -295,77 +307,117 @@ def _dq_kernel(
         dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
         D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    DQ = matrix(dq_ptr, dq_strides, b, h, q_start)
-    store_tile(DQ, m, Sq, dq * scoring.scale, D, FAR, BLOCK_M, BLOCK_D)
+    dq = dq * scoring.scale
+    if HALF:
+        s = m + tl.arange(0, BLOCK_M)
+        dq = turn_back(
+            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+            b, q_start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
+@remembered
+def _plan_delta(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes) -> Iterator[Launch]:
+    BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _delta_rows(o)
+    yield Launch(
+        _delta_kernel,
+        (_delta_tiles(sizes, BLOCK_M) * sizes.B * sizes.Hq,),
+        (
+            o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
+            strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
+            lse_strides(delta), None if dq_sum is None else strides_of(dq_sum), sizes,
+        ),
+        {"DV": o.shape[-1], "FAR": far(o, do), "BLOCK_M": BLOCK_M, "BLOCK_DV": BLOCK_DV, "num_warps": 4},
+    )  # fmt: skip
+
+
+def _delta_rows(o: torch.Tensor) -> int:
+    """A program's: 32 elements a thread, and a divisor of PADDING."""
+    return min(max(4096 // width_class(o.shape[-1]), 16), PADDING.value)
+
+
+def _delta_tiles(sizes: Sizes, BLOCK_M: int) -> int:
+    return cdiv(sizes.longest_q, PADDING.value) * (PADDING.value // BLOCK_M)
+
+
+def _launch_delta(o, do, lse, dlse, sinks, dsinks, dq_sum, cu_seqlens_q, sizes):
+    """lse2 and delta, (B, Hq, padded Sq) or packed (Hq, padded Tq), and dsinks, filled where `sinks` is given."""
+    lse2, delta = lse.new_empty(2, *lse.shape[:-1], _padded_rows(sizes, cu_seqlens_q is not None))
+    tiles = _delta_tiles(sizes, _delta_rows(o)) * sizes.B
+    if not tiles * sizes.Hq:
+        return lse2, delta, dsinks.zero_()
+    shares = None if sinks is None else lse.new_empty(tiles, sizes.Hq)  # heads run fastest over programs
+    _plan_delta(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes)
+    return lse2, delta, dsinks if sinks is None else shares.sum(0).to(sinks.dtype)
+
+
+@remembered
+def _plan(
+    q, k, v, do, lse2, delta, dq, dk, dv, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, sizes,
+    scale, softcap, left, right, cos, sin, position_ids, *rotation,
+) -> Iterator[Launch]:  # fmt: skip
+    """dq, dk and dv are None where not needed."""
+    turned = Rotation((cos, sin, position_ids), *rotation)
+    # What both kernels take, in their order.
+    given, given_strides = (q, k, v, do, lse2, delta), (*map(strides_of, (q, k, v, do)), lse_strides(delta))
+    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *turned.tensors)
+    bounds_strides = (bound_strides(kv_start), bound_strides(kv_end), *turned.strides)
+    window = call_window(left, right, sizes.longest_q, sizes.longest_k)
+    rest = (sizes, call_scoring(scale, softcap), window, turned.positions)
+    flags = {**call_widths(q, v), "FAR": far(q, k, v, do), "HALF": turned.half, "INTERLEAVED": turned.interleaved}
+
+    tile = tile_for("dkdv", q, v, softcap is not None or kv_end is not None)
+    programs = cdiv(sizes.longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // sizes.group)
+    for pair in ((dk, None), (None, dv)) if tile.split else ((dk, dv),):
+        if programs and pair != (None, None):
+            yield Launch(
+                _dkdv_kernel,
+                (programs,),
+                (
+                    *given, *pair, *bounds,
+                    *given_strides, *(None if x is None else strides_of(x) for x in pair), *bounds_strides, *rest,
+                ),
+                {**flags, **tile.launch_options},
+            )  # fmt: skip
+
+    crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
+    tile = tile_for("dq", q, v, crowded or turned.half > 0)
+    programs = cdiv(sizes.longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
+    if programs and dq is not None:
+        yield Launch(
+            _dq_kernel,
+            (programs,),
+            (*given, dq, *bounds, *given_strides, strides_of(dq), *bounds_strides, *rest),
+            {**flags, **tile.launch_options},
+        )
+
+
 def launch_backward(
     do, dlse, q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic=None,
+    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic=None, rotation=Rotation(),
 ):  # fmt: skip
-    """Launch; arguments and results as `llama_kernels::attention_backward`."""
+    """Launch; arguments and results as `llama_kernels::attention_backward`. dq and dk are turned back by `rotation`,
+    where it is given, before they are rounded."""
     dq, dk, dv, dsinks = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)
-    if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
+    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
+    if cu_seqlens_q is not None or not sizes.Hq:  # no program visits a token that no sequence owns, or no head reads
         for grad in (dq, dk, dv):
             grad.zero_()
-    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
     needed = (need_dq, need_dk, need_dv)
     tile = hopper.backward_tile(do, q, k, v, kv_start, kv_end, softcap, deterministic, *needed)
     dq_sum = None if tile is None else empty_in_order_of(dq, dtype=torch.float32)
     lse2, delta, dsinks = _launch_delta(
         o, do, lse, dlse, sinks if need_dsinks else None, dsinks, dq_sum, cu_seqlens_q, sizes
     )
+    call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right)
     if tile is not None:
-        call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right, PADDING.value)
-        if hopper.try_backward(tile, do, q, k, v, lse2, delta, dq_sum, dq, dk, dv, *call):
+        given = (do, q, k, v, lse2, delta, dq_sum, dq, dk, dv, *call, PADDING.value, rotation)
+        if hopper.try_backward(tile, *given):
             return dq, dk, dv, dsinks
-    # What both big kernels take, in their order.
-    given, given_strides = (q, k, v, do, lse2, delta), (*map(strides_of, (q, k, v, do)), lse_strides(delta))
-    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
-    bounds_strides = (bound_strides(kv_start), bound_strides(kv_end))
-    rest = (sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k))
-    flags = {**call_widths(q, v), "FAR": far(q, k, v, do)}
-    with on_device_of(q):
-        tile = tile_for("dkdv", q, v, softcap is not None or kv_end is not None)
-        programs = cdiv(longest_k, tile.BLOCK_N) * sizes.B * (sizes.Hq // sizes.group)
-        grads = (dk if need_dk else None, dv if need_dv else None)
-        for pair in ((grads[0], None), (None, grads[1])) if tile.split else (grads,):
-            if programs and pair != (None, None):
-                _dkdv_kernel[(programs,)](
-                    *given, *pair, *bounds,
-                    *given_strides, *(None if x is None else strides_of(x) for x in pair), *bounds_strides,
-                    *rest, **flags, **tile.launch_options,
-                )  # fmt: skip
-
-        crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
-        tile = tile_for("dq", q, v, crowded)
-        programs = cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
-        if programs and need_dq:
-            _dq_kernel[(programs,)](
-                *given, dq, *bounds, *given_strides, strides_of(dq), *bounds_strides,
-                *rest, **flags, **tile.launch_options,
-            )  # fmt: skip
+    grads = (grad if need else None for grad, need in zip((dq, dk, dv), needed, strict=True))
+    _plan(q, k, v, do, lse2, delta, *grads, kv_start, kv_end, *call, *rotation.tensors, *rotation[1:])
     return dq, dk, dv, dsinks
-
-
-def _launch_delta(o, do, lse, dlse, sinks, dsinks, dq_sum, cu_seqlens_q, sizes):
-    """lse2 and delta, (B, Hq, padded Sq) or packed (Hq, padded Tq), and dsinks, filled where `sinks` is given."""
-    lse2, delta = lse.new_empty(2, *lse.shape[:-1], _padded_rows(sizes, cu_seqlens_q is not None))
-    BLOCK_DV = width_class(o.shape[-1])
-    BLOCK_M = min(max(4096 // BLOCK_DV, 16), PADDING.value)  # 32 elements a thread, and a divisor of PADDING
-    tiles = cdiv(sizes.longest_q, PADDING.value) * (PADDING.value // BLOCK_M)
-    programs = tiles * sizes.B * sizes.Hq
-    if not programs:
-        return lse2, delta, dsinks.zero_()
-    shares = None if sinks is None else lse.new_empty(programs // sizes.Hq, sizes.Hq)  # heads run fastest over programs
-    with on_device_of(o):
-        _delta_kernel[(programs,)](
-            o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
-            strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
-            lse_strides(delta), None if dq_sum is None else strides_of(dq_sum), sizes,
-            DV=o.shape[-1], FAR=far(o, do), BLOCK_M=BLOCK_M, BLOCK_DV=BLOCK_DV, num_warps=4,
-        )  # fmt: skip
-    return lse2, delta, dsinks if sinks is None else shares.sum(0).to(sinks.dtype)

@@ -9,6 +9,7 @@ import torch
 
 from llama_kernels import reference
 from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
+from llama_kernels.ops.pairs import Rotation
 from llama_kernels.reference.attention import spans, unseen, visible
 
 
@@ -27,9 +28,9 @@ def plain_forward(
 
 def plain_backward(
     do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic,
+    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, rotation=Rotation(),
 ):  # fmt: skip
-    """Arguments and results as `llama_kernels::attention_backward`."""
+    """Arguments and results as `launch_backward`."""
     grads = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)
     options = (scale, softcap, _window(left, right))
     if cu_seqlens_q is None:
@@ -46,6 +47,10 @@ def plain_backward(
             for result, part, s in zip(results, parts[:3], (rows, keys, keys), strict=False):
                 result[s] += part[0].transpose(0, 1)
             results[3] += parts[3]
+    if rotation.half:
+        cos, sin, position_ids = rotation.tensors
+        turned = reference.rope(*results[:2], cos, -sin, position_ids, interleaved=rotation.interleaved)
+        results = (*turned, *results[2:])
     for grad, result in zip(grads, results, strict=True):
         if grad.numel():
             grad.copy_(result)

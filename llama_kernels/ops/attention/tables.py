@@ -55,7 +55,8 @@ _HALF = {
         Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2)),
         Tile(32, 128, 8, 2, split=True),
     ),
-    # Ampere has no asynchronous products: q stays in registers, which is what bounds the width of a step.
+    # Ampere has no asynchronous products: q stays in registers, which is what bounds the width of a step. dq of width
+    # 128 that ends with a rotation spills 8 bytes with all options at once, outside of the loop.
     ("sm_80", "forward"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
     ("sm_80", "dq"): (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2, crowded=Tile(64, 64, 8, 1))),
     # At width 256 four warps: eight, of 16 rows each, would share 64 and compute half of the scores twice.

@@ -45,7 +45,8 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.runtime import cdiv, strides_of
+from llama_kernels.ops.pairs import Rotation, turn_back
+from llama_kernels.runtime import cdiv, empty_in_order_of, strides_of
 
 
 class Where(NamedTuple):
@@ -276,47 +277,78 @@ def _hopper_backward_kernel(
 
 @triton.jit
 def _round_dq_kernel(
-    sum_ptr, dq_ptr, cu_seqlens_q_ptr, sum_strides, dq_strides, sizes, scale,
-    D: tl.constexpr, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    sum_ptr, dq_ptr, cu_seqlens_q_ptr, cos_ptr, sin_ptr, position_ids_ptr,
+    sum_strides, dq_strides, cos_strides, sin_strides, position_strides,
+    sizes, scale, positions,
+    D: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq = sum scale, rounded once: BLOCK_M rows of one head. Bytes: the float32 sum in, dq out."""
+    """dq = sum scale, rounded once: BLOCK_M rows of one head. Bytes: the float32 sum in, dq out. With HALF, q was
+    rotated by the tables, and dq is turned back by them; for that dk comes by here too."""
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
     dq = load_tile(matrix(sum_ptr, sum_strides, b, h, start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq * scale, D, FAR, BLOCK_M, BLOCK_D)
+    dq = dq.to(tl.float32) * scale
+    if HALF:
+        s = m + tl.arange(0, BLOCK_M)
+        dq = turn_back(
+            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
+            b, start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 
 @remembered
 def _plan(
-    q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right,
-    padding, tile,
+    q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, unturned, cu_seqlens_q, cu_seqlens_k, sizes,
+    scale, softcap, left, right, padding, tile, cos, sin, position_ids, *rotation,
 ) -> Iterator[Launch]:  # fmt: skip
+    """unturned: where there is a rotation, dk before it."""
+    made = dk if unturned is None else unturned
     yield Launch(
         _hopper_backward_kernel,
         (cdiv(sizes.longest_k, 128) * sizes.B * (sizes.Hq // sizes.group),),
         (
             *(describe(x, 64, tile.width) for x in (q, k, v, do)), describe_rows(lse2, 64), describe_rows(delta, 64),
-            describe(dq_sum, 64, 64), describe(dk, 64, tile.width), describe(dv, 64, tile.width),
+            describe(dq_sum, 64, 64), describe(made, 64, tile.width), describe(dv, 64, tile.width),
             cu_seqlens_q, cu_seqlens_k,
             sizes, call_scoring(scale, softcap), call_window(left, right, sizes.longest_q, sizes.longest_k),
         ),
         {"PADDING": padding, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4},
     )  # fmt: skip
-    D, BLOCK_D = q.shape[-1], width_class(q.shape[-1])
+    by = Rotation((cos, sin, position_ids), *rotation)
+    yield _round(dq_sum, dq, cu_seqlens_q, sizes, scale, by)
+    if unturned is not None:
+        keys_as_rows = sizes._replace(Hq=sizes.Hq // sizes.group, Sq=sizes.Sk, longest_q=sizes.longest_k)
+        yield _round(unturned, dk, cu_seqlens_k, keys_as_rows, 1.0, by)
+
+
+def _round(made, grad, cu_seqlens, sizes: Sizes, scale: float, rotation: Rotation) -> Launch:
+    D, BLOCK_D = grad.shape[-1], width_class(grad.shape[-1])
     BLOCK_M = 4096 // BLOCK_D  # 32 elements a thread
-    yield Launch(
+    return Launch(
         _round_dq_kernel,
         (cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq,),
-        (dq_sum, dq, cu_seqlens_q, strides_of(dq_sum), strides_of(dq), sizes, scale),
-        {"D": D, "FAR": far(dq), "BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D, "num_warps": 4},
-    )
+        (
+            made, grad, cu_seqlens, *rotation.tensors, strides_of(made), strides_of(grad), *rotation.strides,
+            sizes, scale, rotation.positions,
+        ),
+        {
+            "D": D, "FAR": far(grad), "HALF": rotation.half, "INTERLEAVED": rotation.interleaved,
+            "BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D, "num_warps": 4,
+        },
+    )  # fmt: skip
 
 
 def launch_hopper_backward(
     tile: HopperTile, do, q, k, v, lse2, delta, dq_sum, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, sizes: Sizes,
-    scale, softcap, left, right, padding: int,
+    scale, softcap, left, right, padding: int, rotation: Rotation,
 ):  # fmt: skip
     """Fill dq, dk and dv. dq_sum: zeros, as dq in float32. lse2 and delta as the portable kernels take them, every
-    sequence of a packed batch starting at a multiple of `padding`."""
+    sequence of a packed batch starting at a multiple of `padding`.
+
+    dq is turned back by `rotation` where its sum is rounded; dk, which comes rounded, in a pass of its own.
+    """
+    unturned = empty_in_order_of(dk) if rotation.half else None
     call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right, padding)
-    _plan(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *call, tile)
+    _plan(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, unturned, *call, tile, *rotation.tensors, *rotation[1:])
