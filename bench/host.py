@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = measure()
     for row in rows:
         training = f"{row['training']:7.1f} us forward and backward" if "training" in row else ""
-        print(f"{row['op']:14}{row['forward']:7.1f} us forward {training}")
+        print(f"{row['op']:16}{row['forward']:7.1f} us forward {training}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
