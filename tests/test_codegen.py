@@ -164,8 +164,9 @@ def test_every_row_of_the_tables_is_there():
         for pass_ in tables.PASSES:
             for width in (1, *tables.WIDTHS):
                 for dtype in (torch.bfloat16, torch.float32):
-                    row = tables.tile(family, pass_, width, dtype)
-                    for tile in filter(None, (row, row.crowded)):
+                    rows = [tables.tile(family, pass_, width, dtype, triton) for triton in ((3, 6), (3, 9))]
+                    rows += [row.narrow_v for row in rows if row.narrow_v]
+                    for tile in filter(None, (*rows, *(row.crowded for row in rows))):
                         assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
                         assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
                         # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
