@@ -38,28 +38,22 @@ class Tile:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{flags}"
 
 
+# Of the forward on sm_90, at width 256: a v of 128 leaves registers for twice the keys.
+_NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
+
 # bfloat16 and float16. Of the tiles that compile without a spill under every option, each row has the one that reads
 # least from L2 for its tensor-core work: the largest, and where two tie the deeper pipeline.
 _HALF = {
     # Hopper's products run on their own, so a softmax should have one above it: p is carried. At width 64, 128
     # registers leave room for a second program too. At width 128, 128 keys a step halve the times that 64 would rescale
-    # acc; crowded they spill 8 to 56 bytes, and under Triton 3.9, which carries p in twice the registers, 152. At width
-    # 256 a v of 128 leaves room for twice the keys.
+    # acc; crowded they spill 8 to 56 bytes, and under Triton 3.9, which carries p in twice the registers, 152.
     ("sm_90", "forward"): (
         Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(
             128, 128, 8, 2, carry=True, crowded=Tile(128, 64, 8, 3, carry=True), newer=Tile(128, 64, 8, 3, carry=True)
         ),
-        Tile(
-            128,
-            32,
-            8,
-            2,
-            carry=True,
-            crowded=Tile(128, 32, 8, 2),
-            narrow_v=Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2)),
-        ),
-    ),  # fmt: skip
+        Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V),
+    ),
     # Under Triton 3.9 the addresses of a second stage are 40 bytes too many beside all options.
     ("sm_90", "dq"): (
         Tile(128, 64, 8, 2),
