@@ -29,6 +29,9 @@ else:
     # Triton decides at decoration whether a kernel is compiled or interpreted, so this is fixed once imported.
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+# (3, 6), say: each release has a compiler of its own, and a tile that fits one's registers may spill in the next's.
+TRITON_VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2]) if HAS_TRITON else (0, 0)
+
 # The interpreter keeps bfloat16 as bare 16-bit integers: its loads and casts to float32 are right, its arithmetic, its
 # dot and its rounding are not. The two functions below are the only places that know.
 _BF16_IS_BITS: tl.constexpr = tl.constexpr(INTERPRETED)

@@ -153,10 +153,19 @@ def test_what_a_loop_must_not_show(body, flops, fault):
 
 def test_options_that_hold_registers_take_another_tile(monkeypatch):
     monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
-    q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
-    row = tables.tile_for("dkdv", q, q)
-    assert row.crowded and tables.tile_for("dkdv", q, q, True) == row.crowded
+    q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
+    row = tables.tile_for("forward", q, q)
+    assert row.crowded and tables.tile_for("forward", q, q, True) == row.crowded
     assert tables.tile_for("decode", q, q, True) == tables.tile_for("decode", q, q)
+
+
+def test_a_row_may_differ_by_compiler_and_by_the_width_of_v(monkeypatch):
+    monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
+    older, newer = (tables.tile("sm_90", "forward", 128, torch.bfloat16, triton) for triton in ((3, 8), (3, 10)))
+    assert older.newer == newer and not newer.newer
+    q, v = (torch.empty(1, 1, 1, D, dtype=torch.bfloat16) for D in (192, 128))
+    assert tables.tile_for("forward", q, v) == tables.tile_for("forward", q, q).narrow_v
+    assert tables.tile_for("forward", v, v).narrow_v is None
 
 
 @pytest.mark.corpus(67, 68)
@@ -168,8 +177,9 @@ def test_every_row_of_the_tables_is_there():
         for pass_ in tables.PASSES:
             for width in (1, *tables.WIDTHS):
                 for dtype in (torch.bfloat16, torch.float32):
-                    row = tables.tile(family, pass_, width, dtype)
-                    for tile in filter(None, (row, row.crowded)):
+                    rows = [tables.tile(family, pass_, width, dtype, triton) for triton in ((3, 6), (3, 9))]
+                    rows += [row.narrow_v for row in rows if row.narrow_v]
+                    for tile in filter(None, (*rows, *(row.crowded for row in rows))):
                         assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
                         assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
                         # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages

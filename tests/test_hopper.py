@@ -69,7 +69,8 @@ class Shape:
 
     def walk(self, m: int, BLOCK_N: int) -> schedule.Walk:
         mask = tiles.Mask(self.Sk - self.Sq, self.left, self.right, None, None, self.Sk)
-        return PLAIN.key_walk(PLAIN.key_blocks(mask, m, min(m + 128, self.Sq) - 1, BLOCK_N), self.Sk, BLOCK_N)
+        blocks = PLAIN.key_blocks(mask, m, min(m + 128, self.Sq) - 1, BLOCK_N)
+        return PLAIN.key_walk(blocks, self.left, self.Sk, BLOCK_N)
 
 
 def shapes(count: int, longest: int = 700) -> Iterator[Shape]:

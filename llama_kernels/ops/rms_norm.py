@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from llama_kernels import reference
-from llama_kernels.language import cast, tl, triton
+from llama_kernels.language import TRITON_VERSION, cast, tl, triton
 from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.runtime import (
@@ -98,6 +98,8 @@ _ROW_TILES = {
 
 # Up to this width the weight stays in registers while the rows pass.
 _WEIGHT_STAYS: tl.constexpr = tl.constexpr(8192)
+# Whether the compiler is one for whose code 64 registers a thread are a few too little, in the backward of longer rows.
+_TIGHT: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 9))
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -197,12 +199,17 @@ def _rms_norm_forward_kernel(
 
 
 @triton.jit
-def _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, n, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dx of the columns from n on, g and xhat being theirs."""
+def _store_dx(
+    dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, n, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    TIGHT: tl.constexpr = False,
+):  # fmt: skip
+    """dx of the columns from n on, g and xhat being theirs; if TIGHT, rstd g and x."""
     cols = n + tl.arange(0, BLOCK_N)
     mask = live[:, None] & (cols < N)[None, :]
     if N == 1:
         dx = g * rstd * (eps * rstd * rstd)  # 1 - xhat^2, which the difference below would cancel away
+    elif TIGHT:
+        dx = g - xhat * rstd * (rstd * mean)
     else:
         dx = rstd * (g - xhat * mean)
     if ds_rows is not None:
@@ -227,6 +234,9 @@ def _rms_norm_backward_kernel(
     again. FLOPs: 10 M N.
     """
     tl.static_assert(dw_ptr is None or N <= BLOCK_N, "dw is kept only where a row fits one tile")
+    # Then what stays in registers while a row is summed is x, two to a register, and no address of the weight.
+    LONG: tl.constexpr = N <= BLOCK_N and N > _WEIGHT_STAYS
+    TIGHT: tl.constexpr = _TIGHT and LONG and ds_ptr is not None and weight_ptr is not None
     first_cols = tl.arange(0, BLOCK_N)
     scale = None
     if N <= BLOCK_N and N <= _WEIGHT_STAYS:
@@ -250,15 +260,21 @@ def _rms_norm_backward_kernel(
         for n in range(0, N if N <= BLOCK_N else columns, BLOCK_N):
             cols = n + first_cols
             mask = live[:, None] & (cols < N)[None, :]
-            xhat = _load(x_rows, cols, mask) * rstd  # [BLOCK_R, BLOCK_N]
+            xhat = _load(x_rows, cols, mask)  # [BLOCK_R, BLOCK_N]
+            if not TIGHT:
+                xhat *= rstd
             g = _load(dy_rows, cols, mask)
+            weight_here = weight_ptr
+            if TIGHT:
+                g *= rstd
+                weight_here += tl.multiple_of(tl.minimum(start, 0), 16)  # 0, which the compiler cannot know
             if dw_ptr is not None:
                 dw += g * xhat
-            g *= _load_scale(weight_ptr, cols, offset, N) if scale is None else scale
+            g *= _load_scale(weight_here, cols, offset, N) if scale is None else scale
             mean += tl.sum(g * xhat, 1)
         mean = mean[:, None] / N
 
-        _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, last, N, BLOCK_N)
+        _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, last, N, BLOCK_N, TIGHT)
         for step in range(
             1, 1 if N <= BLOCK_N else tl.cdiv(columns, BLOCK_N)
         ):  # the last step is still in registers, the latest in the L2

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llama_kernels.language import TRITON_VERSION
 from llama_kernels.runtime import arch_of
 
 
@@ -25,6 +26,8 @@ class Tile:
     split: bool = False  # dk and dv in two launches, where one program cannot hold both
     carry: bool = False  # of the forward: the softmax of a block beneath p @ v of the one before
     crowded: Tile | None = None  # instead, with options on that hold registers; the launcher says which
+    narrow_v: Tile | None = None  # instead, where v is half as wide as q, as multi-head latent attention has it
+    newer: Tile | None = None  # instead, from Triton 3.9 on, whose code for this one spills or waits
 
     @functools.cached_property
     def launch_options(self) -> dict[str, Any]:
@@ -35,24 +38,34 @@ class Tile:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{flags}"
 
 
+# Of the forward on sm_90, at width 256: a v of 128 leaves registers for twice the keys.
+_NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
+
 # bfloat16 and float16. Of the tiles that compile without a spill under every option, each row has the one that reads
 # least from L2 for its tensor-core work: the largest, and where two tie the deeper pipeline.
 _HALF = {
     # Hopper's products run on their own, so a softmax should have one above it: p is carried. At width 64, 128
     # registers leave room for a second program too. At width 128, 128 keys a step halve the times that 64 would rescale
-    # acc; crowded they spill 8 to 56 bytes.
+    # acc; crowded they spill 8 to 56 bytes, and under Triton 3.9, which carries p in twice the registers, 152.
     ("sm_90", "forward"): (
         Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 64, 8, 2)),
-        Tile(128, 128, 8, 2, carry=True, crowded=Tile(128, 64, 8, 3, carry=True)),
-        Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2)),
+        Tile(
+            128, 128, 8, 2, carry=True, crowded=Tile(128, 64, 8, 3, carry=True), newer=Tile(128, 64, 8, 3, carry=True)
+        ),
+        Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V),
     ),
-    ("sm_90", "dq"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    # Under Triton 3.9 the addresses of a second stage are 40 bytes too many beside all options.
+    ("sm_90", "dq"): (
+        Tile(128, 64, 8, 2),
+        Tile(128, 64, 8, 2),
+        Tile(128, 32, 8, 2, newer=Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))),
+    ),
     # dk and dv are the larger accumulators, so 128 keys stay and the rows pass by in small blocks: with 64 keys the two
     # warpgroups compute the scores twice. Of 64 rows: with 32, k @ q^T waits for its operands. At width 128 they spill
-    # up to 16 bytes, outside of the loop; with softcap and more, 104.
+    # up to 16 bytes, outside of the loop; with softcap and more, 104; under Triton 3.9 within the loop.
     ("sm_90", "dkdv"): (
         Tile(64, 128, 8, 2),
-        Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2)),
+        Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2), newer=Tile(32, 128, 8, 2)),
         Tile(32, 128, 8, 2, split=True),
     ),
     # Ampere has no asynchronous products: q stays in registers, which is what bounds the width of a step. dq of width
@@ -110,7 +123,11 @@ _FLOAT32 = {
     ("gfx942", "forward"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)),
     ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
-    ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
+    ("sm_90", "decode"): (
+        Tile(32, 32, 8, 1),
+        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1)),
+        Tile(32, 32, 16, 1),
+    ),
     ("sm_80", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("sm_86", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
     ("sm_100", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
@@ -124,13 +141,17 @@ FAMILIES = tuple(dict.fromkeys(family for family, _ in _HALF))
 
 
 @functools.cache
-def tile(family: str, pass_: str, width: int, dtype: torch.dtype) -> Tile:
-    """The row of `family` for `pass_`, its column for heads of `width`."""
+def tile(family: str, pass_: str, width: int, dtype: torch.dtype, triton: tuple[int, int] = TRITON_VERSION) -> Tile:
+    """The row of `family` for `pass_`, its column for heads of `width`, under this Triton."""
     rows = _FLOAT32 if dtype == torch.float32 else _HALF
-    return rows[family, pass_][next(i for i, widest in enumerate(WIDTHS) if width <= widest)]
+    found = rows[family, pass_][next(i for i, widest in enumerate(WIDTHS) if width <= widest)]
+    return found.newer if found.newer and triton >= (3, 9) else found
 
 
 def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False) -> Tile:
     """The tile of `pass_` for heads as wide as those of `q` and `v`, where they are."""
-    found = tile(arch_of(q.device), pass_, max(q.shape[-1], v.shape[-1]), q.dtype)
+    D, DV = q.shape[-1], v.shape[-1]
+    found = tile(arch_of(q.device), pass_, max(D, DV), q.dtype)
+    if found.narrow_v and D > 128 >= DV:
+        found = found.narrow_v
     return found.crowded if crowded and found.crowded else found

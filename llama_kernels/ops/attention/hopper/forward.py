@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llama_kernels.language import LN2, LOG2E
+from llama_kernels.language import LN2, LOG2E, TRITON_VERSION
 from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.attention.hopper.choice import HopperTile
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
@@ -32,6 +32,9 @@ from llama_kernels.ops.attention.hopper.schedule import (
 from llama_kernels.ops.attention.layout import call_scoring, call_sizes, call_window, empty_outputs, lse_strides
 from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
 from llama_kernels.runtime import cdiv
+
+# Two registers beside a window, at width 256, are more than there are in the code of Triton 3.9.
+_ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
 
 
 class Where(NamedTuple):
@@ -163,8 +166,11 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     i = m + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
-    # The end of the keys bounds every row: as its kv_end it takes one compare less an element.
-    mask = Mask(shift, window.left, window.right, None, Sk, None)
+    # The end of the keys bounds every row: as its kv_end it takes one compare less an element, and a register a row.
+    if _ROOM or D < 256 or window.left is None:
+        mask = Mask(shift, window.left, window.right, None, Sk, None)
+    else:
+        mask = Mask(shift, window.left, window.right, None, None, Sk)
     peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     mass = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
     if sink_ptr is not None:  # a logit that takes mass and gives no value
@@ -222,7 +228,7 @@ def _hopper_forward_kernel(
     k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
     if m < Sq:
         mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
-        walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), Sk, BLOCK_N)
+        walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), window.left, Sk, BLOCK_N)
         where = Where(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
         lse = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         buffers = Buffers(ring(q_desc, 2), ring(k_desc, STAGES), ring(v_desc, STAGES), lse)

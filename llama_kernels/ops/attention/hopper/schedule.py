@@ -13,11 +13,13 @@ from llama_kernels.ops.attention.hopper.gluon import jit
 
 
 class Walk(NamedTuple):
-    """The blocks that a tile visits, by step: first those that need a mask, from both ends, then the rest, downwards.
-    So each kernel has two loops, one with a mask and one without."""
+    """The blocks that a tile visits, by step, each time downwards: those at the top that need a mask, those at the
+    bottom that do, the rest. So each kernel has two loops, one with a mask and one without.
+
+    In few numbers: a consumer keeps them all, in a loop that has no register to spare.
+    """
 
     top: Any  # the last block of all, where the walk starts
-    bottom: Any  # the first
     upper: Any  # masked blocks at the top
     masked: Any  # with those at the bottom, which follow
     count: Any
@@ -27,16 +29,17 @@ class Walk(NamedTuple):
 def block_of(walk, step):
     """Which block step visits."""
     block = walk.top - step
-    if step >= walk.upper:
-        block = walk.bottom + step - walk.upper
+    if step >= walk.upper:  # past the blocks without a mask
+        block -= walk.count - walk.masked
     if step >= walk.masked:
         block = walk.top + walk.masked - walk.upper - step
     return block
 
 
 @jit
-def key_walk(blocks, Sk, BLOCK_N):
-    """Of a tile of query rows over its keys, from `key_blocks`. Its first step is always masked, and there is one:
+def key_walk(blocks, left, Sk, BLOCK_N):
+    """Of a tile of query rows over its keys, from `key_blocks` of a mask with this `left`. Its first step is always
+    masked, and there is one:
 
     rows that see no key visit the first block past the end all the same, which reads as zeros, whatever the keys hold.
     """
@@ -46,8 +49,10 @@ def key_walk(blocks, Sk, BLOCK_N):
         end = bottom + 1
     count = end - bottom
     upper = min(max(end - blocks.full_end // BLOCK_N, 1), count)
-    lower = min(blocks.full_begin // BLOCK_N - bottom, count - upper)
-    return Walk(end - 1, bottom, upper, upper + max(lower, 0), count)
+    masked = upper
+    if left is not None:
+        masked = upper + max(min(blocks.full_begin // BLOCK_N - bottom, count - upper), 0)
+    return Walk(end - 1, upper, masked, count)
 
 
 @jit
@@ -73,7 +78,7 @@ def row_walk(mask, n, Sq, BLOCK_M, BLOCK_N):
     if n + BLOCK_N > mask.Sk:
         lower = count
     upper = min(upper, count - lower)
-    return Walk(top - 1, bottom, upper, upper + lower, count)
+    return Walk(top - 1, upper, upper + lower, count)
 
 
 @jit
