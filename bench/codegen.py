@@ -151,7 +151,8 @@ def _rope_attention_cases() -> Iterator[Case]:
         (256, 128, False, torch.float32, "causal"), (128, 128, True, torch.bfloat16, "all"),
     ):  # fmt: skip
         label = f"rotated D={D} R={R}" + " interleaved" * interleaved + f" {str(dtype)[6:]} {features}"
-        full = D == 80 or (dtype == torch.float32 and D != 128) or (features == "all" and D != 256)
+        full = D in (80, 192) or R < min(D, 128) or (dtype == torch.float32 and D != 128)
+        full |= features == "all" and D != 256
         call = (D, R, interleaved, dtype, features == "all")
         yield Case("attention", label, lambda a=call: _rope_attention(*a), full)
 
@@ -354,7 +355,7 @@ def plain(reports: list[Report]) -> dict[str, dict[str, int]]:
             "programs": r.loops[0].programs if r.loops else 0,
         }
         for r in reports
-        if r.op in ("attention", "decode", "hopper") and re.search(r"float16.* causal$", r.label)
+        if r.op in ("attention", "decode", "hopper") and re.match(r"D=\S+ \w*float16 causal$", r.label)
     }
 
 
