@@ -151,7 +151,7 @@ def _rope_attention_cases() -> Iterator[Case]:
         (256, 128, False, torch.float32, "causal"), (128, 128, True, torch.bfloat16, "all"),
     ):  # fmt: skip
         label = f"rotated D={D} R={R}" + " interleaved" * interleaved + f" {str(dtype)[6:]} {features}"
-        full = D in (80, 192) or R < min(D, 128) or (dtype == torch.float32 and D != 128)
+        full = D in (80, 192) or min(D, 128) > R or (dtype == torch.float32 and D != 128)
         full |= features == "all" and D != 256
         call = (D, R, interleaved, dtype, features == "all")
         yield Case("attention", label, lambda a=call: _rope_attention(*a), full)
