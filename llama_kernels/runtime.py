@@ -65,7 +65,12 @@ def register(
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch inside this: Triton launches on the current device, which need not be the one that holds `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE  # nearly always, and every launch asks
+    return torch.cuda.device(x.device)
+
+
+_HERE = contextlib.nullcontext()
 
 
 @functools.cache
