@@ -55,6 +55,15 @@ def test_attention_keeps_its_inputs_its_output_and_lse(device):
     assert storages(*saved) == storages(q, k, v, *results)
 
 
+def test_rope_attention_keeps_q_and_k_as_rotated_only(device):
+    q, k, v = (heads(H, device, 40).requires_grad_() for H in (Hq, Hkv, Hkv))
+    cos, sin = tables(40, D, device)
+    results: list[torch.Tensor] = []
+    saved = kept(lambda: results.extend(lk.rope_attention(q, k, v, cos, sin, return_lse=True)))
+    made = storages(*saved) - storages(v, cos, sin, *results)
+    assert len(made) == 2 and not made & storages(q, k)
+
+
 def test_rms_norm_keeps_what_it_normed_and_a_number_a_row(device):
     x, residual, weight = (torch.randn(n, 256, device=device).requires_grad_() for n in (6, 6, 1))
     saved = kept(lambda: lk.rms_norm(x, weight[0]))
