@@ -18,6 +18,8 @@ from llama_kernels.runtime import on_device_of
 
 # AMD's compiler also asks how large a tensor's storage is, which no look holds: there Triton binds every launch.
 _REMEMBERS = not INTERPRETED and torch.version.hip is None
+# Multiply and add in one rounding, and one instruction: said, because from Triton 3.10 on silence means two.
+_ALWAYS = {"enable_fp_fusion": True}
 _MOST = 1024  # looks a plan; a program whose shapes never recur starts over there
 
 
@@ -63,7 +65,7 @@ def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
                         filled[place] = _on(filled[place], args[source])
                     run(*filled)
                 return
-            launched = [(each, each.kernel[each.grid](*each.args, **each.options)) for each in plan(*args)]
+            launched = [(each, each.kernel[each.grid](*each.args, **each.options, **_ALWAYS)) for each in plan(*args)]
             if look is None:
                 return
             if look in looks:

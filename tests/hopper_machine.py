@@ -496,7 +496,7 @@ class Launcher:
         self.kernel, self.seed, self.without, self.launches = space[name], seed, without, 0
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
             global _machine
             assert num_warps == 4
             self.launches += 1
