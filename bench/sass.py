@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 import subprocess
@@ -75,7 +76,7 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def disassembled(cubin: bytes) -> str:
-    return _tool(cubin, "nvdisasm", "-c")
+    return _tool(cubin, "nvdisasm", "-c", "-ndf")  # no dataflow analysis: a third sooner, and but for notes the same
 
 
 def usage(cubin: bytes) -> str:
@@ -83,11 +84,12 @@ def usage(cubin: bytes) -> str:
     return _tool(cubin, "cuobjdump", "--dump-resource-usage")
 
 
-def _tool(cubin: bytes, name: str, option: str) -> str:
+@functools.lru_cache(maxsize=32)  # the same small kernels come again and again
+def _tool(cubin: bytes, name: str, *options: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        return subprocess.run([_TOOLS / name, option, path], capture_output=True, text=True).stdout
+        return subprocess.run([_TOOLS / name, *options, path], capture_output=True, text=True).stdout
 
 
 def instructions(text: str) -> tuple[list[str], dict[str, int]]:
