@@ -83,7 +83,11 @@ _HALF = {
         Tile(32, 64, 4, 2, split=True, crowded=Tile(32, 64, 4, 1, split=True)),
     ),
     # Consumer chips: as Ampere, with 99 KiB of shared memory a block.
-    ("sm_86", "forward"): (Tile(128, 64, 8, 1), Tile(64, 32, 4, 2), Tile(32, 32, 4, 3)),
+    ("sm_86", "forward"): (
+        Tile(128, 64, 8, 1),
+        Tile(64, 32, 4, 2),
+        Tile(32, 32, 4, 3, newer=Tile(32, 32, 4, 3, crowded=Tile(32, 32, 4, 2))),
+    ),
     ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 1, split=True)),
     # Blackwell: one stage or four. With two or three, tl.dot races in Triton 3.6 and 3.7 (triton#10590). Products run
@@ -93,12 +97,24 @@ _HALF = {
         Tile(128, 64, 8, 4, carry=True),
         Tile(128, 32, 8, 4, carry=True),
     ),
-    ("sm_100", "dq"): (Tile(128, 64, 8, 4), Tile(128, 64, 8, 4), Tile(64, 64, 4, 1, crowded=Tile(64, 32, 8, 1))),
+    ("sm_100", "dq"): (
+        Tile(128, 64, 8, 4),
+        Tile(128, 64, 8, 4),
+        Tile(64, 64, 4, 1, crowded=Tile(64, 32, 8, 1), newer=Tile(64, 64, 8, 1, crowded=Tile(64, 32, 8, 1))),
+    ),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
     # CDNA3 has 64 KiB of shared memory and 512 registers a lane.
     ("gfx942", "forward"): (Tile(128, 64, 8, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
-    ("gfx942", "dq"): (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1, crowded=Tile(64, 32, 4, 1))),
-    ("gfx942", "dkdv"): (Tile(32, 128, 8, 1), Tile(16, 128, 8, 1), Tile(32, 64, 4, 1)),
+    ("gfx942", "dq"): (
+        Tile(64, 64, 4, 1),
+        Tile(64, 64, 4, 1),
+        Tile(64, 64, 4, 1, crowded=Tile(64, 32, 4, 1), newer=Tile(64, 32, 4, 1, crowded=Tile(32, 32, 4, 1))),
+    ),
+    ("gfx942", "dkdv"): (
+        Tile(32, 128, 8, 1),
+        Tile(16, 128, 8, 1),
+        Tile(32, 64, 4, 1, newer=Tile(16, 64, 4, 1)),
+    ),
     # Decoding waits for memory, so its rows (at most 32 of them) leave room for two or more programs on a processor,
     # each with the next keys on the way. BLOCK_M is the most; a call takes the power of two that holds its rows.
     ("sm_90", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
@@ -125,10 +141,18 @@ _FLOAT32 = {
     ("sm_80", "dkdv"): (Tile(64, 32, 16, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
     ("sm_86", "forward"): (Tile(32, 64, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
     ("sm_86", "dq"): (Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
-    ("sm_86", "dkdv"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1, split=True)),
+    ("sm_86", "dkdv"): (
+        Tile(64, 32, 8, 1),
+        Tile(64, 16, 8, 1, newer=Tile(32, 16, 8, 1)),
+        Tile(32, 16, 8, 1, split=True),
+    ),
     ("sm_100", "forward"): (Tile(16, 32, 4, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
     ("sm_100", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(32, 16, 8, 1)),
-    ("sm_100", "dkdv"): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
+    ("sm_100", "dkdv"): (
+        Tile(32, 64, 8, 1),
+        Tile(64, 32, 8, 1, newer=Tile(16, 32, 8, 1)),
+        Tile(32, 16, 8, 1, split=True),
+    ),
     ("gfx942", "forward"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)),
     ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
@@ -139,7 +163,11 @@ _FLOAT32 = {
     ),
     ("sm_80", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("sm_86", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
-    ("sm_100", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
+    ("sm_100", "decode"): (
+        Tile(32, 32, 8, 1),
+        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1)),
+        Tile(32, 32, 16, 1),
+    ),
     ("gfx942", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
 
