@@ -132,7 +132,7 @@ def _attention_cases() -> Iterator[Case]:
             for features in ("causal", "all"):
                 # What a class shares with a wider case of its own is left to --full.
                 full = (D, DV) not in ((64, 64), (128, 128), (192, 128), (256, 256)) or (
-                    dtype == torch.float32 and (features == "all" or D == 192)
+                    dtype == torch.float32 and (features == "all" or D != 128)
                 )
                 label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
                 yield Case("attention", label, lambda a=(D, DV, dtype, features == "all"): _attention(*a), full)
@@ -151,8 +151,9 @@ def _rope_attention_cases() -> Iterator[Case]:
         (256, 128, False, torch.float32, "causal"), (128, 128, True, torch.bfloat16, "all"),
     ):  # fmt: skip
         label = f"rotated D={D} R={R}" + " interleaved" * interleaved + f" {str(dtype)[6:]} {features}"
-        full = D in (80, 192) or min(D, 128) > R or (dtype == torch.float32 and D != 128)
-        full |= features == "all" and D != 256
+        full = (D, R, interleaved, dtype, features) not in (
+            (128, 128, False, torch.bfloat16, "causal"), (256, 128, True, torch.bfloat16, "all"),
+        )  # fmt: skip
         call = (D, R, interleaved, dtype, features == "all")
         yield Case("attention", label, lambda a=call: _rope_attention(*a), full)
 
@@ -383,9 +384,15 @@ def _work(job: tuple[str, int]) -> list[Report]:
     return [read(name, case, kernel, compiled) for kernel, compiled in compile_case(name, case)]
 
 
+def chosen(name: str, case: Case, full: bool) -> bool:
+    """Whether `case` is compiled for target `name`. Row tiles of sm_86 are those of sm_80."""
+    if full or case.only:
+        return case.only in (None, name) and (full or not case.full)
+    return not case.full and (name != "sm_86" or case.op in ("attention", "decode"))
+
+
 def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
-    jobs = [(name, i) for i, case in enumerate(cases()) if full or not case.full for name in targets
-            if case.only in (None, name)]  # fmt: skip
+    jobs = [(name, i) for i, case in enumerate(cases()) for name in targets if chosen(name, case, full)]
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [report for reports in pool.map(_work, jobs) for report in reports]
 
@@ -422,7 +429,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write the reports there too")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
-    parser.add_argument("--full", action="store_true", help="every head width and dtype, not one of each kind")
+    parser.add_argument("--full", action="store_true", help="every case for every target, not one of each kind")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help=f"what is found is meant: write {_RECORD.name}")
     args = parser.parse_args()

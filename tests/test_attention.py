@@ -133,8 +133,7 @@ DECODING = (
     Case(1, 2, 1, 7, 100, 32, 32, kv_start=anywhere, kv_end=backwards),
 )
 # Tiles that make many blocks of few tokens: every edge between masked and unmasked ones.
-SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True), Tile(16, 32, 4, 1, carry=True),
-               Tile(32, 16, 4, 1, carry=True))  # fmt: skip
+SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True), Tile(32, 16, 4, 1, carry=True))
 
 
 @dataclasses.dataclass
@@ -325,11 +324,11 @@ def test_every_edge_between_masked_and_whole_blocks(case, tile, device):
 
 
 @pytest.mark.parametrize("carry", [False, True], ids=["", "carry"])
-@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("before", range(3))
 def test_any_number_of_blocks_masked_and_whole(before, carry, device):
     """One row tile: the blocks that kv_start cuts, those that every row sees whole, those that kv_end cuts."""
     N = 16
-    for whole, after in itertools.product(range(4), repeat=2):
+    for whole, after in itertools.product(range(4), range(3)):
 
         def start(i: torch.Tensor, Sk: int) -> torch.Tensor:
             return i * N * before // (N - 1)
