@@ -386,9 +386,8 @@ def _work(job: tuple[str, int]) -> list[Report]:
 
 def chosen(name: str, case: Case, full: bool) -> bool:
     """Whether `case` is compiled for target `name`. Row tiles of sm_86 are those of sm_80."""
-    if full or case.only:
-        return case.only in (None, name) and (full or not case.full)
-    return not case.full and (name != "sm_86" or case.op in ("attention", "decode"))
+    elsewhere = name == "sm_86" and case.op not in ("attention", "decode")
+    return case.only in (None, name) and (full or not (case.full or elsewhere))
 
 
 def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
