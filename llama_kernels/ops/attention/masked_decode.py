@@ -1,6 +1,6 @@
-"""Attention of few queries whose keys a boolean mask hides one by one, for decoding with a padding mask: op and function.
+"""Attention of few queries with a boolean mask over the keys, for decoding a padded batch: registered op and function.
 
-Inference only, and of the package's own use: `llama_kernels.attention` has no such mask.
+For inference, inside the package only: the public `llama_kernels.attention` takes no such mask.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _launch(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap):
 
 
 def _plain(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap):
-    """The reference without the hidden keys, one sequence at a time: kv_start and kv_end count the keys that are left."""
+    """The reference on the visible keys, one sequence at a time. kv_start and kv_end become counts of visible keys."""
     out, _ = empty_outputs(q, v)
     for b, visible in enumerate(key_mask):
         kept_before = torch.cat((visible.new_zeros(1, dtype=torch.int32), visible.cumsum(0, dtype=torch.int32)))
@@ -58,15 +58,16 @@ def decode_attention(
     kv_start: torch.Tensor | None = None,
     kv_end: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`llama_kernels.attention` with is_causal=False of few queries, which also see no key where key_mask is False.
+    """`llama_kernels.attention` of few queries with is_causal=False, where key_mask hides single keys.
 
-    Without host sync and without a copy of k and v. For inference: there are no gradients.
+    There is no host sync and no copy of k or v. For inference: there are no gradients.
 
     Args:
-        q, k, v, scale, sinks, kv_start, kv_end: as in `llama_kernels.attention`. `fits_decode(q, k)` tells whether the
-            rows are few enough: Hq // Hkv * Sq of them, 32 at most. Hidden keys and their values may be anything
-            finite.
-        key_mask: (B, Sk) bool, any strides; a last dimension that is not contiguous is copied.
+        q, k, v, scale, sinks, kv_start, kv_end: as in `llama_kernels.attention`. There may be 1 to 32 query
+            rows a key head, Hq // Hkv * Sq; `fits_decode(q, k)` tells. What a hidden key and its value hold changes
+            nothing, as long as it is finite.
+        key_mask: (B, Sk) bool, False for a key of its sequence that no query sees. A last dimension that is not
+            contiguous is copied.
         softcap: as in `llama_kernels.attention`; 0.0 is None.
 
     Returns:
