@@ -47,6 +47,8 @@ CASES = (
     Case(2, 4, 1, 1, 1000, 64, 64, softcap=5.0, sinks=True),
     Case(2, 2, 1, 4, 600, 32, 16, scale=-0.3, bounds=True),
 )
+SMALL = Case(2, 4, 2, 2, 70, 16, 16, sinks=True, bounds=True)
+TWO_CHUNKS = Case(3, 4, 1, 2, 300, 16, 16, sinks=True, bounds=True)
 
 
 @dataclasses.dataclass
@@ -137,9 +139,9 @@ def test_softcap_zero_is_off(device):
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_what_a_hidden_key_holds_changes_no_bit(dtype, device):
-    x = make(CASES[4], dtype, device)
+    x = make(TWO_CHUNKS, dtype, device)
     before = decode_attention(x.q, x.k, x.v, x.key_mask, **x.options)
     largest = torch.finfo(dtype).max
     for cache in (x.k, x.v):
@@ -157,28 +159,27 @@ def test_a_mask_that_hides_nothing_changes_no_bit(device):
 
 
 def test_the_result_does_not_depend_on_the_batch(device):
-    x = make(dataclasses.replace(CASES[4], B=4), torch.bfloat16, device)
+    x = make(TWO_CHUNKS, torch.bfloat16, device)
     whole = decode_attention(x.q, x.k, x.v, x.key_mask, **x.options)
-    assert whole[:3].any()
-    for b in range(4):
+    assert whole[0].any() and whole[1].any()
+    for b in range(3):
         one = slice(b, b + 1)
         options = {name: bound[one] if name.startswith("kv_") else bound for name, bound in x.options.items()}
         assert torch.equal(decode_attention(x.q[one], x.k[one], x.v[one], x.key_mask[one], **options), whole[one])
 
 
 def test_a_mask_of_any_strides(device):
-    x = make(CASES[5], torch.float16, device)
+    x = make(SMALL, torch.float16, device)
     expected = decode_attention(x.q, x.k, x.v, x.key_mask, **x.options)
     transposed = x.key_mask.T.contiguous().T
     assert transposed.stride() != x.key_mask.stride()
     assert torch.equal(decode_attention(x.q, x.k, x.v, transposed, **x.options), expected)
-    shared = x.key_mask[:1].expand(2, -1)
-    rows = decode_attention(x.q, x.k, x.v, shared, **x.options)
+    rows = decode_attention(x.q, x.k, x.v, x.key_mask[:1].expand(2, -1), **x.options)
     assert torch.equal(rows[:1], expected[:1]) and rows[1].any()
 
 
 def test_under_autocast(device):
-    x = make(CASES[2], torch.float32, device)
+    x = make(SMALL, torch.float32, device)
     with torch.autocast(device.type, torch.bfloat16):
         out = decode_attention(x.q, x.k, x.v, x.key_mask)
     assert torch.equal(out, decode_attention(*(t.bfloat16() for t in (x.q, x.k, x.v)), x.key_mask))
@@ -188,13 +189,13 @@ def test_under_autocast(device):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_a_graph_break(dynamic, device):
     compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for Sk in (300, 301):
-        x = make(dataclasses.replace(CASES[4], Sk=Sk), torch.float32, device)
+    for Sk in (40, 41):
+        x = make(dataclasses.replace(SMALL, Sk=Sk), torch.float32, device)
         expected = decode_attention(x.q, x.k, x.v, x.key_mask, **x.options)
         assert torch.equal(compiled(x.q, x.k, x.v, x.key_mask, **x.options), expected)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], SMALL], ids=str)
 def test_opcheck(case, device):
     x = make(case, torch.float32, device)
     tensors = (x.options.get(name) for name in ("sinks", "kv_start", "kv_end"))

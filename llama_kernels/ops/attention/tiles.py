@@ -162,12 +162,12 @@ def visible(mask, i, j):
     see = None
     if mask.Sk is not None:
         see = j < mask.Sk
+    if mask.keys is not None:
+        see = tl.load(mask.keys + j, mask=see, other=False)
     if end is not None:
         see = _both(see, j < end)
     if begin is not None:
         see = _both(see, j >= begin)
-    if mask.keys is not None:
-        see = _both(see, tl.load(mask.keys + j, mask=j < mask.Sk, other=False))
     return see
 
 
