@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import llama_kernels as lk
+from llama_kernels.ops.attention.tables import WIDTHS, tile
 from llama_kernels.runtime import untested
 
 ROOT = Path(lk.__file__).parent.parent
@@ -72,7 +74,12 @@ def test_the_report_says_which_path_each_op_takes(interpret, path):
 
 def test_the_report_shows_tiles():
     out = python("-m", "llama_kernels", "--arch", "sm_90")
-    assert "attention tiles on sm_90" in out and "128 x 128, 8, 2" in out
+    forward = next(line for line in out.splitlines() if line.strip().startswith("forward"))
+    tiles = [str(tile("sm_90", "forward", width, torch.bfloat16)) for width in WIDTHS]
+    assert "attention tiles on sm_90" in out and re.split(r"\s{2,}", forward.strip()) == [
+        f"forward {tiles[0]}",
+        *tiles[1:],
+    ]
     assert "hopper forward, half: portable, " in out and "hopper backward, half: portable, " in out
 
 
