@@ -1,0 +1,192 @@
+"""What a patched model must do as the stock model does: each check runs both on the same inputs and compares them.
+
+The truth is the stock model in float64 on those inputs. A number of the patched model may be off by what the stock model,
+eager, in float32, is off by, twice, since two orders of computation differ: see `close`. Generated tokens and the state
+of the random number generator are equal.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from tests.integrations.families import Batch
+from tests.judge import UNIT
+
+PADDED = 6  # tokens of padding of the first sequence
+FAR = 1000  # beyond every length in a config
+_OF_IMAGES = {"mm_token_type_ids"}  # given with the images alone
+
+
+class CannotRun(Exception):
+    """The stock model does not run this: why."""
+
+
+class Result(NamedTuple):
+    close: dict[str, torch.Tensor]  # numbers, within rounding
+    equal: dict[str, torch.Tensor]  # bit for bit
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+def mask_of(ids: torch.Tensor, side: str) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    if side == "left":
+        mask[0, :PADDED] = 0
+    elif side == "right":
+        mask[0, -PADDED:] = 0
+    return mask
+
+
+def with_gradients(model: torch.nn.Module, batch: Batch, mask: torch.Tensor) -> Result:
+    """Logits of the tokens that are no padding; the gradients of their loss, parameter by parameter."""
+    model.zero_grad()
+    logits = model(**batch.everything, attention_mask=mask, use_cache=False).logits
+    there = mask[:, 1:].bool() & mask[:, :-1].bool()
+    F.cross_entropy(logits[:, :-1][there], batch.ids[:, 1:][there]).backward()
+    gradients = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return Result({"logits": logits.detach()[mask.bool()], **gradients}, {})
+
+
+def logits_and_gradients(model: torch.nn.Module, batch: Batch, side: str) -> Result:
+    return with_gradients(model, batch, mask_of(batch.ids, side))
+
+
+def in_training(model: torch.nn.Module, batch: Batch) -> Result:
+    """With the dropouts of its config: from one seed the same masks, and as many numbers drawn."""
+    model.train()
+    try:
+        torch.manual_seed(3)
+        close, _ = with_gradients(model, batch, mask_of(batch.ids, "none"))
+        return Result(close, {"random state": torch.random.get_rng_state()})
+    finally:
+        model.eval()
+
+
+def far_positions(model: torch.nn.Module, batch: Batch) -> Result:
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise CannotRun("it takes no position_ids")
+    positions = torch.arange(FAR, FAR + batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
+    with torch.no_grad():
+        return Result({"logits": model(**batch.everything, position_ids=positions, use_cache=False).logits}, {})
+
+
+def cached(model: torch.nn.Module, batch: Batch) -> Result:
+    """A prefill in two pieces, then single tokens, with padding on the left. (Qwen's positions of images go by the mask of
+    the whole sequence, which it takes in one piece only: there without padding.)"""
+    mask = mask_of(batch.ids, "none" if "image_grid_thw" in batch.images else "left")
+    argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache, logits = None, []
+    with torch.no_grad():
+        for a, b in ((0, 12), (12, 17), (17, 18), (18, 19), (19, 20)):
+            by_token = {name: x[:, a:b] for name, x in batch.by_token.items() if a == 0 or name not in _OF_IMAGES}
+            out = model(
+                input_ids=batch.ids[:, a:b], attention_mask=None if mask.all() else mask[:, :b], use_cache=True,
+                **{argument: cache}, **by_token, **(batch.images if a == 0 else {}),
+            )  # fmt: skip
+            cache = getattr(out, argument, None)
+            if cache is None:
+                raise CannotRun("it has no cache")
+            logits.append(out.logits[mask[:, a:b].bool()])
+    return Result({"logits": torch.cat(logits)}, {})
+
+
+def generated(model: torch.nn.Module, batch: Batch) -> Result:
+    """Greedy, past the sliding window, from a left-padded prompt."""
+    how = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
+    return Result({}, {"tokens": model.generate(**batch.everything, attention_mask=mask_of(batch.ids, "left"), **how)})
+
+
+CHECKS: dict[str, Callable[[torch.nn.Module, Batch], Result]] = {
+    "no padding": functools.partial(logits_and_gradients, side="none"),
+    "left": functools.partial(logits_and_gradients, side="left"),
+    "right": functools.partial(logits_and_gradients, side="right"),
+    "training": in_training,
+    "far positions": far_positions,
+    "cache": cached,
+    "generate": generated,
+}
+
+
+class DoubleSoftmax(TorchFunctionMode):
+    """Stock takes each softmax in float32: of the lowest number of float64, which its masks have, that makes NaN."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func.__name__ == "softmax" and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+# --- how it is compared ----------------------------------------------------------------------------------------------
+
+
+def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> None:
+    """Two float32 computations in unlike orders. |ours - truth| <= 2 |theirs - truth| + u |truth|, in the norm of logits and
+    of all gradients together; of one parameter's gradient 4 times, of one element 3 times, which are matters of luck. A
+    gradient is a sum of terms that may cancel, to zero for the bias of keys: its u is that of the norm of all gradients."""
+    assert ours.keys() == theirs.keys() == truth.keys(), f"gradients of {sorted(ours.keys() ^ theirs.keys())}"
+    u, ulp = UNIT[torch.float32], torch.finfo(torch.float32).eps
+    for name, exact in truth.items():
+        assert ours[name].shape == exact.shape and ours[name].dtype == theirs[name].dtype, name
+    parameters = [name for name in truth if name != "logits"]
+    terms = torch.stack([truth[name].norm() for name in parameters]).norm().item() if parameters else 0.0
+
+    def judge(name: str, K: torch.Tensor, E: torch.Tensor, R: torch.Tensor, factor: int) -> None:
+        error, stock_error = K.double() - R, E.double() - R
+        assert error.isfinite().all(), f"{name}: not finite"
+        size = terms if name in parameters else R.norm().item()
+        off, allowed = error.norm().item(), factor * stock_error.norm().item() + u * size
+        assert off <= allowed, f"{name}: off by {off / size:.3g} of its norm, allowed {allowed / size:.3g}"
+        largest = terms if name in parameters else R.abs().max().item()
+        off, allowed = error.abs().max().item(), 3 * stock_error.abs().max().item() + 2 * ulp * largest
+        assert off <= allowed, f"{name}: largest error {off:.3g}, allowed {allowed:.3g}"
+
+    for name, exact in truth.items():
+        judge(name, ours[name], theirs[name], exact, 4 if name in parameters else 2)
+    if parameters:
+        judge(
+            "all gradients", *(torch.cat([x[name].flatten() for name in parameters]) for x in (ours, theirs, truth)), 2
+        )
+
+
+class Baseline:
+    """The stock model on one batch: its results, and those of its copy in float64, computed once a check."""
+
+    def __init__(self, model: torch.nn.Module, batch: Batch) -> None:
+        self.batch = batch
+        self.models = (model, copy.deepcopy(model).double())
+        self.results: dict[str, tuple[Result, Result] | CannotRun] = {}
+
+    def of(self, name: str) -> tuple[Result, Result]:
+        if name not in self.results:
+            try:
+                exact = self.batch._replace(images={k: x.double() if x.is_floating_point() else x
+                                                    for k, x in self.batch.images.items()})  # fmt: skip
+                theirs = CHECKS[name](self.models[0], self.batch)
+                with DoubleSoftmax():
+                    self.results[name] = theirs, CHECKS[name](self.models[1], exact) if theirs.close else theirs
+            except CannotRun as why:
+                self.results[name] = why
+        if isinstance(self.results[name], CannotRun):
+            raise self.results[name]
+        return self.results[name]
+
+    def check(self, name: str, patched: torch.nn.Module) -> None:
+        """AssertionError where the patched model differs; CannotRun where the stock model does not run it."""
+        theirs, truth = self.of(name)
+        ours = CHECKS[name](patched, self.batch)
+        if theirs.close:
+            close(ours.close, theirs.close, truth.close)
+        assert ours.equal.keys() == theirs.equal.keys()
+        for what, expected in theirs.equal.items():
+            assert torch.equal(ours.equal[what], expected), f"{what} differ"
