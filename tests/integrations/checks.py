@@ -1,8 +1,7 @@
 """What a patched model must do as the stock model does: each check runs both on the same inputs and compares them.
 
-The truth is the stock model in float64 on those inputs. A number of the patched model may be off by what the stock model,
-eager, in float32, is off by, twice, since two orders of computation differ: see `close`. Generated tokens and the state
-of the random number generator are equal.
+The truth is the stock model in float64. The patched model may be off from it by twice what the stock model in float32,
+with eager attention, is off by: see `close`. Generated tokens and the random number generator's state are equal.
 """
 
 from __future__ import annotations
@@ -81,8 +80,8 @@ def far_positions(model: torch.nn.Module, batch: Batch) -> Result:
 
 
 def cached(model: torch.nn.Module, batch: Batch) -> Result:
-    """A prefill in two pieces, then single tokens, with padding on the left. (Qwen's positions of images go by the mask of
-    the whole sequence, which it takes in one piece only: there without padding.)"""
+    """A prefill in two pieces, then single tokens. With padding on the left, but for Qwen's images: with a mask, its
+    forward takes a prefill in one piece only."""
     mask = mask_of(batch.ids, "none" if "image_grid_thw" in batch.images else "left")
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache, logits = None, []
@@ -131,9 +130,10 @@ class DoubleSoftmax(TorchFunctionMode):
 
 
 def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> None:
-    """Two float32 computations in unlike orders. |ours - truth| <= 2 |theirs - truth| + u |truth|, in the norm of logits and
-    of all gradients together; of one parameter's gradient 4 times, of one element 3 times, which are matters of luck. A
-    gradient is a sum of terms that may cancel, to zero for the bias of keys: its u is that of the norm of all gradients."""
+    """|ours - truth| <= 2 |theirs - truth| + u |truth|, in the norm of the logits and in that of all gradients: two
+    float32 computations in different orders. One parameter's gradient may be off by 4 times, one element by 3 times
+    what it is in stock, since of few numbers the error is luck, as in tests/judge.py. Terms that cancel may add up to a
+    gradient, exactly for the bias of keys: u counts in the norm of all gradients."""
     assert ours.keys() == theirs.keys() == truth.keys(), f"gradients of {sorted(ours.keys() ^ theirs.keys())}"
     u, ulp = UNIT[torch.float32], torch.finfo(torch.float32).eps
     for name, exact in truth.items():

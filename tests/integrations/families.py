@@ -1,7 +1,7 @@
 """Decoder families of Transformers as tiny models of random weights: one table, a row each.
 
-A row gives what its config needs beyond SIZES. Windows, chunks and the lengths that rotary scaling goes by are shorter than
-the sequences of the checks, and every kind of layer that a family has occurs.
+A row gives what its config needs beyond SIZES. Windows, chunks and the lengths that rotary scaling goes by are shorter
+than the sequences of the checks, and every kind of layer that a family has occurs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from tests.conftest import DEVICE
 
-# A config gets those that it has a field for. All experts are chosen, so that rounding changes no routing.
+# A config gets those that it has a field for. All experts are chosen, so that rounding changes no routing. The epsilon
+# of norms is large enough to be seen.
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99, "max_position_embeddings": 128, "sliding_window": 7,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 24,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-2, "norm_eps": 1e-2,
+    "layer_norm_eps": 1e-2, "norm_epsilon": 1e-2, "query_pre_attn_scalar": 24,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
     "n_routed_experts": 4, "num_experts_per_tok": 4, "num_experts_per_token": 4, "n_group": 1, "topk_group": 1,
     "n_shared_experts": 1, "num_shared_experts": 1, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
@@ -39,7 +41,7 @@ def rope(rule: str = "default", theta: float = 10000.0, **more: Any) -> dict[str
 
 LENGTH = {"original_max_position_embeddings": 16}
 LINEAR = rope("linear", factor=4.0)
-DYNAMIC = rope("dynamic", factor=4.0) | LENGTH
+DYNAMIC = {"rope_parameters": rope("dynamic", factor=4.0), "max_position_embeddings": 16}
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0) | LENGTH
 YARN = rope("yarn", factor=4.0) | LENGTH
 LONGROPE = rope("longrope", factor=8.0, short_factor=[1.0 + i / 8 for i in range(8)],
@@ -117,8 +119,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
                         "sliding_attention": rope(),
                         "full_attention": rope("proportional", partial_rotary_factor=0.25),
                     }},
-    "gemma4_unified_text": {"num_hidden_layers": 4, "global_head_dim": 32, "layer_types": SLIDING_FULL * 2, "num_kv_shared_layers": 2,
-                            "rope_parameters": {
+    "gemma4_unified_text": {"num_hidden_layers": 4, "global_head_dim": 32, "layer_types": SLIDING_FULL * 2,
+                            "num_kv_shared_layers": 2, "rope_parameters": {
                                 "sliding_attention": rope(),
                                 "full_attention": rope("proportional", partial_rotary_factor=0.25),
                             }},
@@ -137,7 +139,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {**SCALED, "shared_intermediate_size": 32},
     "helium": {},
     "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1]},
-    "hunyuan_v1_dense": {"rope_parameters": {**DYNAMIC, "alpha": 1000.0}},
+    "hunyuan_v1_dense": DYNAMIC,
     "hunyuan_v1_moe": {"moe_topk": 4},
     "hy_v3": {"mlp_layer_types": DENSE_SPARSE},
     "hy_v4": {**INDEXED, "layer_types": ["indexed_attention"] * 2, "indexer_types": ["full", "shared"], "hc_mult": 2},
@@ -181,7 +183,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nanochat": {},
     "nemotron": {"rope_parameters": rope(partial_rotary_factor=0.5)},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "ssm_state_size": 8,
-                   "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "moe_shared_expert_intermediate_size": 32},
+                   "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2,
+                   "moe_shared_expert_intermediate_size": 32},
     "olmo": {"clip_qkv": 0.5},
     "olmo2": {},
     "olmo3": {"layer_types": SLIDING_FULL, "rope_parameters": {"sliding_attention": rope(), "full_attention": YARN}},
@@ -203,7 +206,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                        "split_ngram_parts": 1, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
                        "indexer_budget": 8, "indexer_compress_ratio": 4},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 7},
-    "seed_oss": {"rope_parameters": DYNAMIC},
+    "seed_oss": DYNAMIC,
     "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": True, "layer_types": SLIDING_FULL},
     "solar_open": {"rope_parameters": rope(partial_rotary_factor=1.0)},
     "stablelm": {"rope_parameters": rope(partial_rotary_factor=0.25), "use_qkv_bias": True, "qk_layernorm": True},
@@ -335,8 +338,8 @@ def batch(family: str) -> Batch:
 
 
 def decoder_families() -> set[str]:
-    """The installed causal language models with rotary embeddings and RMSNorm, or rotary embeddings and grouped queries:
-    the type of each class. Of multimodal models, those whose text has no class of its own."""
+    """The installed causal language models with rotary embeddings and RMSNorm, or rotary embeddings and grouped
+    queries: the type of each class. Of multimodal models, those whose text has no class of its own."""
     found = set()
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if family not in CONFIG_MAPPING or "text_config" in CONFIG_MAPPING[family].sub_configs:
