@@ -60,15 +60,30 @@ def logits_and_gradients(model: torch.nn.Module, batch: Batch, side: str) -> Res
     return with_gradients(model, batch, mask_of(batch.ids, side))
 
 
+class DropoutInFloat32(TorchFunctionMode):
+    """Draws the mask of each dropout in float32, whatever is dropped: on a GPU, masks depend on the dtype."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.dropout:
+            return func(*args, **(kwargs or {}))
+        call = inspect.signature(F.dropout).bind(*args, **(kwargs or {}))
+        call.apply_defaults()
+        x, p, training, _ = call.args
+        return x * F.dropout(torch.ones_like(x, dtype=torch.float32), p, training).to(x.dtype)
+
+
 def in_training(model: torch.nn.Module, batch: Batch) -> Result:
     """With the dropouts of its config: from one seed the same masks, and as many numbers drawn."""
+    device = batch.ids.device
     model.train()
     try:
         torch.manual_seed(3)
-        close, _ = with_gradients(model, batch, mask_of(batch.ids, "none"))
-        return Result(close, {"random state": torch.random.get_rng_state()})
+        with DropoutInFloat32():
+            close, _ = with_gradients(model, batch, mask_of(batch.ids, "none"))
     finally:
         model.eval()
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.random.get_rng_state()
+    return Result(close, {"random state": state})
 
 
 def far_positions(model: torch.nn.Module, batch: Batch) -> Result:

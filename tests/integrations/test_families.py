@@ -1,4 +1,4 @@
-"""Every decoder family of Transformers, patched, does as stock does; the documentation has the table of what each has."""
+"""Every decoder family of Transformers, patched, does as stock does; docs/transformers.md has the table."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def test_the_table_has_a_row_for_each_family():
 
 
 def test_every_installed_family_has_a_row():
+    if families_table.committed()[0] != transformers.__version__:
+        pytest.skip("other versions have other families")
     assert decoder_families() <= FAMILIES.keys() | NO_ROW.keys()
     assert not FAMILIES.keys() & NO_ROW.keys()
 
