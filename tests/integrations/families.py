@@ -51,7 +51,7 @@ LINEAR_FULL = ["linear_attention", "full_attention"]
 DENSE_SPARSE = ["dense", "sparse"]
 BY_LAYER = {"sliding_attention": rope(), "full_attention": rope(theta=1e6)}
 LATENT = {"num_key_value_heads": 4, "head_dim": 8}  # multi-head latent attention: keys of 24, values of 12
-INDEXED = {**LATENT, "index_topk": 64, "index_head_dim": 16, "index_n_heads": 2, "mlp_layer_types": DENSE_SPARSE}
+INDEXED = {**LATENT, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "mlp_layer_types": DENSE_SPARSE}
 SCALED = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 GATED_DELTA = {"num_hidden_layers": 2, "layer_types": LINEAR_FULL}
 
@@ -172,7 +172,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rope_parameters": rope(partial_rotary_factor=0.5)},
     "minimax_m3_vl_text": {"mlp_layer_types": DENSE_SPARSE, "dense_intermediate_size": 96,
                            "shared_intermediate_size": 32, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16,
-                           "index_block_size": 4},
+                           "index_block_size": 4, "index_topk_blocks": 2,
+                           "layer_types": ["full_attention", "minimax_m3_sparse"]},
     "ministral": {"layer_types": SLIDING_FULL},
     "ministral3": {"rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
                                        "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
