@@ -16,16 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from tests.integrations.families import Batch
+from tests.integrations.families import UNDEFINED, Batch, batch, stock
 from tests.judge import UNIT
 
 PADDED = 6  # tokens of padding of the first sequence
 FAR = 1000  # beyond every length in a config
 _OF_IMAGES = {"mm_token_type_ids"}  # given with the images alone
-
-
-class CannotRun(Exception):
-    """The stock model does not run this: why."""
 
 
 class Result(NamedTuple):
@@ -87,8 +83,6 @@ def in_training(model: torch.nn.Module, batch: Batch) -> Result:
 
 
 def far_positions(model: torch.nn.Module, batch: Batch) -> Result:
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise CannotRun("it takes no position_ids")
     positions = torch.arange(FAR, FAR + batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
     with torch.no_grad():
         return Result({"logits": model(**batch.everything, position_ids=positions, use_cache=False).logits}, {})
@@ -107,9 +101,7 @@ def cached(model: torch.nn.Module, batch: Batch) -> Result:
                 input_ids=batch.ids[:, a:b], attention_mask=None if mask.all() else mask[:, :b], use_cache=True,
                 **{argument: cache}, **by_token, **(batch.images if a == 0 else {}),
             )  # fmt: skip
-            cache = getattr(out, argument, None)
-            if cache is None:
-                raise CannotRun("it has no cache")
+            cache = getattr(out, argument)
             logits.append(out.logits[mask[:, a:b].bool()])
     return Result({"logits": torch.cat(logits)}, {})
 
@@ -175,30 +167,23 @@ def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], truth:
 
 
 class Baseline:
-    """The stock model on one batch: its results, and those of its copy in float64, computed once a check."""
+    """A family's stock model and its copy in float64, on one batch."""
 
-    def __init__(self, model: torch.nn.Module, batch: Batch) -> None:
-        self.batch = batch
-        self.models = (model, copy.deepcopy(model).double())
-        self.results: dict[str, tuple[Result, Result] | CannotRun] = {}
+    def __init__(self, family: str) -> None:
+        self.model, self.batch = stock(family), batch(family)
+        self.exact_model = copy.deepcopy(self.model).double()
+        images = {name: x.double() if x.is_floating_point() else x for name, x in self.batch.images.items()}
+        self.exact_batch = self.batch._replace(images=images)
+        self.checks = [name for name in CHECKS if (family, name) not in UNDEFINED]
 
-    def of(self, name: str) -> tuple[Result, Result]:
-        if name not in self.results:
-            try:
-                exact = self.batch._replace(images={k: x.double() if x.is_floating_point() else x
-                                                    for k, x in self.batch.images.items()})  # fmt: skip
-                theirs = CHECKS[name](self.models[0], self.batch)
-                with DoubleSoftmax():
-                    self.results[name] = theirs, CHECKS[name](self.models[1], exact) if theirs.close else theirs
-            except CannotRun as why:
-                self.results[name] = why
-        if isinstance(self.results[name], CannotRun):
-            raise self.results[name]
-        return self.results[name]
+    def results(self, name: str) -> tuple[Result, Result]:
+        theirs = CHECKS[name](self.model, self.batch)
+        with DoubleSoftmax():
+            return theirs, CHECKS[name](self.exact_model, self.exact_batch) if theirs.close else theirs
 
     def check(self, name: str, patched: torch.nn.Module) -> None:
-        """AssertionError where the patched model differs; CannotRun where the stock model does not run it."""
-        theirs, truth = self.of(name)
+        """AssertionError where the patched model differs."""
+        theirs, truth = self.results(name)
         ours = CHECKS[name](patched, self.batch)
         if theirs.close:
             close(ours.close, theirs.close, truth.close)

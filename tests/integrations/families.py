@@ -229,6 +229,16 @@ NO_ROW = {
     "phi4_multimodal": "its text is phi3; images and audio need weights of their own",
 }
 
+# Checks that say nothing, since the stock model does not run them, or its numbers are those of its padding: why.
+_SCORES_PADDING = "its sparse layers score blocks of keys with the padding among them"
+UNDEFINED: dict[tuple[str, str], str] = {
+    ("minimax_m3_vl_text", "left"): _SCORES_PADDING,
+    ("minimax_m3_vl_text", "cache"): _SCORES_PADDING,
+    ("minimax_m3_vl_text", "generate"): _SCORES_PADDING,
+    ("minimax_m3_vl_text", "far positions"): "its sparse layers take a position for the index of a key",
+    ("recurrent_gemma", "cache"): "its output has no cache",
+}
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 IMAGE, S = 98, 20  # the token that stands for a part of an image; tokens in a sequence

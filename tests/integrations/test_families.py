@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.conftest import INTERPRETED
 from tests.integrations import families_table
-from tests.integrations.checks import CHECKS, Baseline
-from tests.integrations.families import EVERY_FAMILY, FAMILIES, MULTIMODAL, NO_ROW, batch, decoder_families, stock
+from tests.integrations.checks import Baseline
+from tests.integrations.families import EVERY_FAMILY, FAMILIES, MULTIMODAL, NO_ROW, decoder_families
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED, reason="runs on the reference path, or on a GPU, with compiled kernels, whose tests are others"
@@ -116,12 +116,11 @@ def no_gradient(model):
 )
 def test_the_checks_can_fail(family, change, caught):
     """A model that differs in one respect from stock is found by the checks that are about it."""
-    model = stock(family)
-    baseline = Baseline(model, batch(family))
-    other = copy.deepcopy(model)
+    baseline = Baseline(family)
+    other = copy.deepcopy(baseline.model)
     change(other)
     found = set()
-    for name in CHECKS:
+    for name in baseline.checks:
         try:
             baseline.check(name, other)
         except AssertionError:
@@ -132,9 +131,8 @@ def test_the_checks_can_fail(family, change, caught):
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "llama4_text", "qwen2_5_vl"])
 def test_the_checks_can_pass(family):
     """Stock with another attention, which adds up in another order."""
-    model = stock(family)
-    baseline = Baseline(model, batch(family))
-    other = copy.deepcopy(model)
+    baseline = Baseline(family)
+    other = copy.deepcopy(baseline.model)
     other.set_attn_implementation("sdpa")
-    for name in CHECKS:
+    for name in baseline.checks:
         baseline.check(name, other)
