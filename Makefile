@@ -2,6 +2,7 @@
 #   PYTHON=python3.12   which Python .venv is made with
 #   TORCH=2.13.0        which torch; `present` takes the one that PYTHON has
 #   TRITON=3.6.0        which Triton, or `newest`; `present` takes what came with torch
+# All other packages are of constraints.txt's versions, which were tested with torch 2.13.0; any other TORCH ignores them.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TRITON ?= 3.6.0
@@ -12,25 +13,27 @@ BIN := $(VENV)/bin
 # A stamp for each choice of versions: another choice installs anew.
 ENVIRONMENT := $(VENV)/made-with-$(subst /,_,$(PYTHON))-$(TORCH)
 INSTALLED := $(ENVIRONMENT)-$(TRITON)
+CONSTRAINTS := $(if $(filter 2.13.0,$(TORCH)),constraints.txt)
+PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
-.PHONY: install demo examples test bench gpu-check test-all fuzz witness matrix codegen lint clean
+.PHONY: install demo examples test bench newest gpu-check test-all fuzz witness matrix codegen lint clean
 
 install: $(INSTALLED)
 
 $(ENVIRONMENT):
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(if $(filter present,$(TORCH)),--system-site-packages) $(VENV)
-	$(if $(filter present,$(TORCH)),,$(BIN)/python -m pip install -q torch==$(TORCH))
+	$(if $(filter present,$(TORCH)),,$(PIP_INSTALL) torch==$(TORCH))
 	touch $@
 
-$(INSTALLED): $(ENVIRONMENT) pyproject.toml
+$(INSTALLED): $(ENVIRONMENT) pyproject.toml $(CONSTRAINTS)
 	rm -f $(ENVIRONMENT)-*
-	$(BIN)/python -m pip install -q -e '.[test,bench,examples]'
+	$(PIP_INSTALL) -e '.[test,bench,examples]'
 ifeq ($(TRITON),newest)
-	$(BIN)/python -m pip install -q --upgrade triton
+	$(PIP_INSTALL) --upgrade triton
 else ifneq ($(TRITON),present)
-	$(BIN)/python -m pip install -q triton==$(TRITON)
+	$(PIP_INSTALL) triton==$(TRITON)
 endif
 	touch $@
 
@@ -43,12 +46,27 @@ EXAMPLES := finetune_sequence_classification finetune_token_classification quest
 examples: $(INSTALLED)
 	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --compare --steps 120 || exit 1; done
 
-# The suite runs twice: the kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run. The
-# compile gate holds under Triton 3.6.0, whose code most tiles were chosen by, for all families; under the newest release
+# The suite runs twice: the kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run.
+define SUITE_TWICE
+$(BIN)/python -m pytest -n $(JOBS)
+CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS)
+endef
+
+# The compile gate holds under Triton 3.6.0, whose code most tiles were chosen by, for all families; under the newest release
 # for sm_90. Other versions have none.
 test: lint $(if $(filter 3.6.0 newest,$(TRITON)),codegen)
-	$(BIN)/python -m pytest -n $(JOBS)
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS)
+	$(SUITE_TWICE)
+
+# The suite with the newest release of every package, in an environment of its own; each run upgrades it.
+# TRANSFORMERS=git+https://github.com/huggingface/transformers tests the main branch of Transformers.
+TRANSFORMERS ?= transformers
+newest: BIN := .venv-newest/bin
+newest:
+	$(PYTHON) -m venv .venv-newest
+	$(BIN)/python -m pip install -q --upgrade --upgrade-strategy eager torch $(TRANSFORMERS) -e '.[test,bench,examples]'
+	$(BIN)/python -m pip install -q --upgrade triton
+	$(BIN)/python -m pip freeze
+	$(SUITE_TWICE)
 
 # On a GPU everyone is measured; without one, what is true without: bounds, parity, machine code, the host's cost.
 # BENCH='--preset sweeps --ops rope' and the like; `python -m bench --help` has all of it.
@@ -92,5 +110,5 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,17 +16,17 @@ from torch._subclasses.fake_tensor import is_fake
 
 from llama_kernels.language import HAS_TRITON, INTERPRETED, triton
 
-# The newest that the suite has passed with.
-_TESTED = {"torch": (2, 13), "triton": (3, 9)}
+# The newest releases that the test suite passed with.
+_TESTED = {"torch": (2, 13), "triton": (3, 9), "transformers": (5, 24)}
 
 
 def untested(name: str, version: str) -> str | None:
-    """What to say of a `version` of torch or Triton that is newer than any the suite has passed with."""
+    """The warning for a `version` of package `name` that is newer than the tested ones, or None."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) <= _TESTED[name]:
         return None
     newest = ".".join(map(str, _TESTED[name]))
-    return f"llama_kernels is tested with {name} up to {newest}; this is {version}. `make test` tells whether it holds."
+    return f"llama_kernels was tested with {name} up to {newest}; this is {version}. Run `make test` to check."
 
 
 for _name, _version in (("torch", torch.__version__), ("triton", triton.__version__ if HAS_TRITON else "")):
