@@ -1,0 +1,199 @@
+"""The function that Transformers' AttentionInterface calls as "llama_kernels", in patched models and by name.
+
+What the kernels do not compute, a mask that is no range of keys, dropout, heads wider than 256, runs in PyTorch's SDPA
+or in the model's own eager function, as it would without us, and one warning says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_kernels.integrations.transformers.intervals import Window
+from llama_kernels.integrations.transformers.masks import KeyRanges, document_starts, key_ranges, unpack, written_out
+from llama_kernels.integrations.transformers.modules import is_plain
+from llama_kernels.integrations.transformers.source import decorated, mask_is_only_handed_on
+from llama_kernels.ops.attention import attention, attention_varlen
+from llama_kernels.runtime import KERNEL_DTYPES, message
+
+NAME = "llama_kernels"  # a name with "flash" or "/" in it would be looked up elsewhere
+FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules of a patched model: its masks know its documents
+logger = logging.getLogger(__name__)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Transformers' attention contract: q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D) -> (out (B, Sq, Hq, D), weights).
+
+    attention_mask: what `key_ranges` made, or any mask of the caller's own, (B, H or 1, Sq, Sk). It alone decides what a
+    query sees, as for Transformers' "sdpa": sliding_window is used with cu_seq_lens_q only. None is causal where
+    is_causal, or else the module's, says so.
+    cu_seq_lens_q, cu_seq_lens_k: where the caller of the model gave them, the batch is packed, whatever the mask.
+    dropout, position_bias and heads wider than 256 run stock code. The weights are None where the kernels ran.
+    """
+    _refuse_what_needs_more(module)
+    options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    Sq, Sk = query.shape[2], key.shape[2]
+    reason = _why_stock(query, key, value, attention_mask, dropout, others)
+    if reason is None and cu_seq_lens_q is not None:
+        window = (-1 if sliding_window is None else sliding_window - 1, -1)
+        longest = (max_length_q, max_length_k)
+        return _packed(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), longest, causal, window, options), None
+    if reason is None and attention_mask is None and causal and 1 < Sq != Sk:
+        reason = "queries and keys of unlike number without a mask"
+    if reason is not None:
+        return _stock(reason, module, query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux, others)
+
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if attention_mask is None:
+        starts = None
+        if causal and not hasattr(module, FOLLOWS_MASK):
+            starts = document_starts(position_ids, Sq)
+        if starts is not None:
+            starts = starts.int().expand(query.shape[0], -1)
+        out = attention(query, key, value, is_causal=causal and Sq > 1, kv_start=starts, **options)
+        return out.transpose(1, 2), None
+    ranges = unpack(attention_mask, Sq, Sk)
+    if isinstance(ranges, Window):
+        out = attention(query, key, value, is_causal=False, window_size=tuple(ranges), **options)
+    else:
+        out = _of_ranges(query, key, value, ranges, options)
+    return out.transpose(1, 2), None
+
+
+def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) -> torch.Tensor:
+    """(B, Hq, Sq, Dv): attention of each row to its range of keys."""
+    start, end, order, inverse, valid, sound = (
+        x if x is None or x.shape[0] == query.shape[0] else x.expand(query.shape[0], -1) for x in ranges
+    )
+    if order is None and valid is not None:  # few queries, but more than the decode kernel takes
+        raise NotImplementedError
+    if order is not None:
+        key, value = (_Rearranged.apply(x, order, inverse) for x in (key, value))
+    out = attention(query, key, value, is_causal=False, kv_start=start.contiguous(), kv_end=end.contiguous(), **options)
+    if sound is not None:
+        out = out.masked_fill((sound[:, :1] == 0)[:, :, None, None], float("nan"))
+    return out
+
+
+class _Rearranged(torch.autograd.Function):
+    """x (B, H, S, D) with its tokens in the order (B, S) that `KeyRanges` describes. The gradient goes back by the
+    inverse order, each element once, so nothing is summed in random order."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return _take(x, order)
+
+    @staticmethod
+    def backward(ctx, dx):
+        order, inverse = ctx.saved_tensors
+        return _Rearranged.apply(dx, inverse, order), None, None
+
+
+def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    order = torch.where(order < 0, -1 - order, order).long()
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _packed(query, key, value, bounds, longest, causal, window, options) -> torch.Tensor:
+    """(B, Sq, Hq, Dv) of a batch whose rows lie one after another, cut into sequences by cu_seqlens."""
+    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # (B * S, H, D)
+    tokens = [x.to(value.dtype) for x in tokens]
+    bounds = [bounds[0] if bound is None else bound for bound in bounds]
+    longest = [most if isinstance(most, int) else x.shape[0] for most, x in zip(longest, tokens, strict=False)]
+    out = attention_varlen(*tokens, *bounds, *longest, is_causal=causal, window_size=window, **options)
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+# --- what stock code computes ----------------------------------------------------------------------------------------
+
+
+def _why_stock(query, key, value, attention_mask, dropout, others) -> str | None:
+    """What of this call the kernels do not compute. None where they compute it all."""
+    if dropout:
+        return "dropout of attention probabilities"
+    if others.get("position_bias") is not None:
+        return "position_bias"
+    if attention_mask is not None and attention_mask.dtype != torch.int32:
+        return "attention_mask is 4-D and no range of keys for each row"
+    if not all(is_plain(x) for x in (query, key, value)):
+        return f"a {type(query).__name__}"
+    if value.dtype not in KERNEL_DTYPES:
+        return str(value.dtype)
+    if max(query.shape[-1], value.shape[-1]) > 256:
+        return "heads wider than 256"
+    return None
+
+
+def _stock(
+    reason, module, query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux, others
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The call in SDPA, or, since SDPA has no softcap and no sinks, in the eager function of the module's file."""
+    if not torch.compiler.is_compiling():
+        _warn_of_stock(reason)
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        attention_mask = written_out(attention_mask, query.shape[2], key.shape[2])
+    if softcap is None and s_aux is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **others
+        )
+    if attention_mask is None and causal and query.shape[2] > 1:
+        attention_mask = written_out(torch.empty(1, 1, 0, 2, dtype=torch.int32), query.shape[2], key.shape[2])
+        attention_mask = attention_mask.to(query.device)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+    if eager is None:
+        fix = "attn_implementation='eager' has it."
+        raise ValueError(message("attention_forward", "attention_mask", reason, "a range of keys for each row", fix))
+    return eager(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **others
+    )
+
+
+@functools.cache
+def _warn_of_stock(reason: str) -> None:
+    logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs in place of the kernels", reason)
+
+
+def _refuse_what_needs_more(module: nn.Module) -> None:
+    """An error where the module does more with the mask than hand it on, which a packed mask does not allow."""
+    if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
+        return
+    if mask_is_only_handed_on(decorated(type(module).forward)[-1]):
+        return
+    fix = "Use attn_implementation='eager' or 'sdpa' for this model."
+    wanted = "an attention layer that hands its attention_mask on as it is"
+    raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}", wanted, fix))
+
+
+def register() -> None:
+    """Make attn_implementation="llama_kernels" known to Transformers."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, key_ranges)

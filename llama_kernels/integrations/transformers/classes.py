@@ -1,0 +1,112 @@
+"""What one class of modules has that we could run, and the class that a patched module of it becomes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from llama_kernels.integrations.transformers import fusions, known_code, modules, source
+
+KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE)
+
+
+class Found(NamedTuple):
+    """For one kind of operation: what a class has that ours would replace, or None, and why."""
+
+    value: Any
+    why: str
+
+
+def found_in(cls: type) -> dict[str, Found]:
+    """By kind, what modules of this class have. A class that was edited since the last call is read again."""
+    return _found_in(cls, _functions_of(cls))
+
+
+def class_of(stock: type[nn.Module], kinds: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of `stock` that runs our operations of these kinds, all of which `found_in` knows."""
+    return _class_of(stock, kinds, _functions_of(stock))
+
+
+def new_module(stock: type[nn.Module], kinds: tuple[str, ...]) -> nn.Module:
+    """An empty module for pickle: patched, as far as this process knows the code of `stock`."""
+    found = found_in(stock)
+    kinds = tuple(kind for kind in kinds if kind in found and found[kind].value)
+    cls = class_of(stock, kinds) if kinds else stock
+    return cls.__new__(cls)
+
+
+def _functions_of(cls: type) -> tuple[Any, ...]:
+    """Every function that decides what modules of `cls` compute, as far as we would replace it."""
+    forward = getattr(cls, "forward", None)
+    inner = source.decorated(forward)[-1]
+    rotaries = [inner.__globals__[name] for name in _rotary_names(inner)]
+    helpers = [
+        rotary.__globals__.get(name)
+        for rotary in rotaries
+        for name in sorted(source.global_names(rotary))
+    ]
+    return (forward, inner, getattr(cls, "_norm", None), *rotaries, *helpers)
+
+
+def _rotary_names(inner: Any) -> list[str]:
+    names = source.global_names(inner)
+    return sorted(name for name in names if name.startswith("apply_") and "rotary" in name and name in inner.__globals__)
+
+
+@functools.lru_cache(maxsize=1024)
+def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
+    forward, inner = functions[:2]
+    found: dict[str, Found] = {}
+    if (norm := known_code.norm_of(cls)) is not None:
+        found["rms_norm"] = Found(norm, "known code")
+    elif cls.__name__.endswith("RMSNorm"):
+        found["rms_norm"] = Found(None, "its forward is not known code")
+    if names := _rotary_names(inner):
+        found["rope"] = _rotary_in(forward, inner, names)
+    if "ALL_ATTENTION_FUNCTIONS" in source.global_names(inner):
+        handed_on = source.mask_is_only_handed_on(inner)
+        why = "through AttentionInterface" if handed_on else "it computes with attention_mask before it hands it on"
+        found["attention"] = Found(handed_on, why)
+    text = source.text_of(inner)
+    for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
+        if (fusion := fusions.fusion_of(kind, text)) is not None:
+            known = fusions.digest(text) in fusions.KNOWN
+            found[kind] = Found(fusion if known else None, "known code" if known else "its forward is not known code")
+    return found
+
+
+def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
+    known = {}
+    for name in names:
+        stock = inner.__globals__[name]
+        if (code := known_code.rotary_of(stock)) is None:
+            return Found(None, f"{name} is not known code")
+        known[name] = (stock, *code)
+    if source.with_globals(forward, {}) is None:
+        return Found(None, "a decorator of its forward hides what it wraps")
+    return Found(known, "known code")
+
+
+@functools.lru_cache(maxsize=1024)
+def _class_of(stock: type[nn.Module], kinds: tuple[str, ...], functions: tuple[Any, ...]) -> type[nn.Module]:
+    forward, found = functions[0], _found_in(stock, functions)
+    parts: dict[str, Any] = {
+        "_kinds": kinds,
+        "_stock_forward": forward,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+    }
+    if "rms_norm" in kinds:
+        return type(stock.__name__, (modules.RMSNorm, stock), {**parts, "known": found["rms_norm"].value})
+    rotaries = found["rope"].value if "rope" in kinds else {}
+    names: dict[str, Any] = {name: modules.rotary_like(*known) for name, known in rotaries.items()}
+    ours: Any = source.with_globals(forward, names)
+    if fusions.ADD_NORM in kinds:
+        names["add_and_norm"] = modules.add_and_norm
+        ours = fusions.fused_forward(forward, ours, found[fusions.ADD_NORM].value, names)
+    if fusions.QK_NORM_ROPE in kinds:
+        names["norm_and_rotate"] = modules.norm_and_rotary(*rotaries["apply_rotary_pos_emb"])
+        ours = fusions.fused_forward(forward, ours, found[fusions.QK_NORM_ROPE].value, names)
+    return type(stock.__name__, (modules.Patched, stock), {**parts, "forward": ours})

@@ -1,0 +1,184 @@
+"""Transformers' mask functions read as intervals: which keys each query sees, first to last, without an (S, S) matrix.
+
+Transformers composes a mask, with `and_masks` and `or_masks`, from closures of a few functions of its own. Each of
+those lets a query see one interval of keys, so the composition does, and its bounds are a few operations on (B, Sq).
+A function that is not among them is unknown, and so is every composition with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import masking_utils
+from transformers.masking_utils import and_masks, causal_mask_function, or_masks
+
+MaskFunction = Callable[..., torch.Tensor]
+
+FULL_MASK = getattr(masking_utils, "bidirectional_mask_function", None)  # Transformers 4 has none
+_AND, _OR = and_masks(causal_mask_function).__code__, or_masks(causal_mask_function).__code__
+
+
+class Interval(NamedTuple):
+    """The keys from start to end - 1 that each query sees, (1 or B, Sq). None: no bound on that side."""
+
+    start: torch.Tensor | None = None
+    end: torch.Tensor | None = None
+    has_own: bool = True  # every query sees the key at its own position
+    sound: torch.Tensor | None = None  # (1 or B, 1) bool: False where a sequence's mask is no interval after all
+
+
+class Window(NamedTuple):
+    """A mask that depends on positions alone: query i sees keys i + Sk - Sq - left to i + Sk - Sq + right. -1: all."""
+
+    left: int
+    right: int
+
+
+class Rows(NamedTuple):
+    """The queries of a mask, by their positions, which count the keys too."""
+
+    own: torch.Tensor  # (Sq,) int64
+    at: torch.Tensor  # (1 or B, Sq): where the mask function takes them to be, other than own in packed documents
+    keys: int  # one past the position of the last key
+
+
+def window_of(mask_function: MaskFunction) -> Window | None:
+    """The mask where it depends on relative positions alone, which the host can tell. None where it does not."""
+    if mask_function is FULL_MASK:
+        return Window(-1, -1)
+    if mask_function is causal_mask_function:
+        return Window(-1, 0)
+    if torch.compiler.is_compiling():
+        return None  # a traced closure cannot be read
+    name, parts = _parts_of(mask_function)
+    if name == "sliding_window_overlay":
+        return Window(parts["sliding_window"] - 1, -1)
+    if name == "sliding_window_bidirectional_overlay":
+        return Window(parts["sliding_window"], parts["sliding_window"])
+    if name != "and_masks":
+        return None
+    windows = [window_of(part) for part in parts["mask_functions"]]
+    if any(window is None for window in windows):
+        return None
+    left, right = ([side for side in sides if side >= 0] for sides in zip(*windows, strict=True))
+    return Window(min(left, default=-1), min(right, default=-1))
+
+
+def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -> Interval | None:
+    """The interval of every row, or None where the mask is, or may be, something else.
+
+    made_by_caller: the model or its user added functions of their own to Transformers' composition.
+    """
+    name, parts = _parts_of(mask_function)
+    at = rows.at
+    if mask_function is causal_mask_function:
+        return Interval(end=at + 1)
+    if mask_function is FULL_MASK:
+        return Interval()
+    if name == "sliding_window_overlay":
+        return Interval(start=at - parts["sliding_window"] + 1)
+    if name == "sliding_window_bidirectional_overlay":
+        return Interval(at - parts["sliding_window"], at + parts["sliding_window"] + 1)
+    if name == "chunked_overlay":
+        padding, size = parts["left_padding"][:, None], parts["chunk_size"]
+        start = padding + (at - padding) // size * size
+        return Interval(start, start + size)
+    if name == "packed_sequence_mask_function" and not made_by_caller:  # Transformers' own numbers never decrease
+        first, end = _runs(parts["packed_sequence_mask"])
+        return Interval(first, end)
+    if name == "remap_positions_for_packed_sequence":
+        # Inside a document positions go up by one, so what is so far from a query's position is as far from its key.
+        positions = parts["position_ids"]
+        inner = interval_of(parts["mask_function"], rows._replace(at=positions), made_by_caller)
+        if inner is None:
+            return None
+        bounds = (None if b is None else (rows.own + (b - positions)).ceil_() if b.is_floating_point()
+                  else rows.own + (b - positions) for b in inner[:2])  # fmt: skip
+        return Interval(*bounds, *inner[2:])
+    if name == "blockwise_overlay":
+        return _block_of(parts["block_sequence_ids"], rows)
+    if name in ("and_masks", "or_masks"):
+        return _combined(name, [interval_of(part, rows, made_by_caller) for part in parts["mask_functions"]])
+    return None
+
+
+def traced_interval(mask_function: MaskFunction, rows: Rows, made_by_caller: bool, batch_size: int) -> Interval | None:
+    """`interval_of` under torch.compile, which does not let a closure be read: both ends by bisection.
+
+    Every query of such a mask sees its own key, and each end is found by asking whether a key nearer or farther is
+    seen: 2 log2(keys) questions, which the compiler fuses.
+    """
+    composed = getattr(mask_function, "__code__", None) in (_AND, _OR)
+    if made_by_caller or not (composed or mask_function in (causal_mask_function, FULL_MASK)):
+        return None
+    own = rows.own[None].expand(batch_size, -1)
+    batch = torch.arange(batch_size, device=own.device)[:, None]
+    head = torch.zeros((), dtype=torch.int64, device=own.device)
+    nearest_unseen, first = torch.full_like(own, -1), own
+    nearest_hidden, last = torch.full_like(own, rows.keys), own
+    for _ in range(max(int(rows.keys), 1).bit_length()):
+        middle = (nearest_unseen + first + 1) // 2
+        seen = mask_function(batch, head, own, middle)
+        first, nearest_unseen = torch.where(seen, middle, first), torch.where(seen, nearest_unseen, middle)
+        middle = (nearest_hidden + last) // 2
+        seen = mask_function(batch, head, own, middle)
+        last, nearest_hidden = torch.where(seen, middle, last), torch.where(seen, nearest_hidden, middle)
+    return Interval(first, last + 1)
+
+
+def _parts_of(mask_function: MaskFunction) -> tuple[str, dict[str, Any]]:
+    """Which function of masking_utils made this closure, and what it was given. An empty name: none of them."""
+    name, _, inner = getattr(mask_function, "__qualname__", "").partition(".<locals>.")
+    if getattr(mask_function, "__module__", None) != masking_utils.__name__ or not inner:
+        return "", {}
+    cells = mask_function.__closure__ or ()
+    return name, dict(zip(mask_function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+def _combined(name: str, parts: list[Interval | None]) -> Interval | None:
+    """The intersection of intervals, and the union of those that all hold the query's own key."""
+    known = [part for part in parts if part is not None]
+    union = name == "or_masks"
+    if len(known) < len(parts) or (union and not all(part.has_own for part in known)):
+        return None
+    bounds = []
+    for side, inner, outer in ((0, torch.maximum, torch.minimum), (1, torch.minimum, torch.maximum)):
+        given = [part[side] for part in known if part[side] is not None]
+        if union and len(given) < len(known):
+            given = []
+        bound = given[0] if given else None
+        for other in given[1:]:
+            bound = (outer if union else inner)(bound, other)
+        bounds.append(bound)
+    sound = [part.sound for part in known if part.sound is not None]
+    return Interval(*bounds, all(part.has_own for part in known), torch.stack(sound).all(0) if sound else None)
+
+
+def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each element of each row, where its run of equal numbers begins and one past its end."""
+    S = numbers.shape[1]
+    places = torch.arange(S, device=numbers.device)
+    changes = numbers[:, 1:] != numbers[:, :-1]
+    first = torch.where(F.pad(changes, (1, 0)), places, 0).cummax(1).values
+    end = torch.where(F.pad(changes, (0, 1), value=True), places + 1, S).flip(1).cummin(1).values.flip(1)
+    return first, end
+
+
+def _block_of(numbers: torch.Tensor, rows: Rows) -> Interval:
+    """The block of mutually visible tokens that each query is in, or its own key where it is in none (number -1).
+
+    Blocks are taken to be contiguous. Where a number returns after another one, `sound` is False.
+    """
+    first, end = _runs(numbers)
+    inside = numbers >= 0
+    places = torch.arange(numbers.shape[1], device=numbers.device)
+    begins = inside & (first == places)
+    count = torch.zeros_like(numbers).scatter_add_(
+        1, numbers.clamp(0, numbers.shape[1] - 1), begins.to(numbers.dtype)
+    )  # blocks of each number
+    at = rows.own.clamp(0, numbers.shape[1] - 1)
+    first, end = (torch.where(inside, a, b)[:, at] for a, b in ((first, places), (end, places + 1)))
+    return Interval(first, end, sound=(count <= 1).all(1, keepdim=True))

@@ -1,0 +1,212 @@
+"""Transformers' attention masks as ranges of keys, without an (S, S) matrix and without waiting for the GPU.
+
+`key_ranges` is registered with Transformers' AttentionMaskInterface: each forward calls it once for each kind of mask,
+and every attention layer gets what it returns. Transformers composes a mask from a few functions of its own, causal,
+sliding window, packed documents and so on, each of which lets a query see one interval of keys. `interval_of` reads
+that composition and computes the interval of every row. A composition with any other function is written out.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from llama_kernels.integrations.transformers.intervals import (
+    FULL_MASK,
+    MaskFunction,
+    Rows,
+    Window,
+    interval_of,
+    traced_interval,
+    window_of,
+)
+
+# Models whose blocks of mutually visible tokens need not be contiguous: all images of a sequence are one block.
+_SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
+# Up to so many queries in inference, as in a decoding step, hidden keys are skipped by the kernel and not sorted out.
+FEW_QUERIES = 8
+
+
+class KeyRanges(NamedTuple):
+    """What one mask hands to every layer. Row i sees the keys from start[i] to end[i] - 1.
+
+    With `order`, these count positions in the keys rearranged as k[order]: keys that hold a token first, hidden ones
+    (padding) last, both in their old order, so that any padding leaves each row one interval. With `valid`, they count
+    keys as they lie, and hidden keys are those where `valid` is 0.
+    """
+
+    start: torch.Tensor  # (B, Sq) int32
+    end: torch.Tensor  # (B, Sq) int32
+    order: torch.Tensor | None = None  # (B, Sk) int32; hidden keys as -1 - key
+    inverse: torch.Tensor | None = None  # (B, Sk) int32, where each key went; hidden keys as -1 - position
+    valid: torch.Tensor | None = None  # (B, Sk) int32
+    sound: torch.Tensor | None = None  # (B, Sk) int32, 0 where the result is to be NaN
+
+
+# --- one 4-D tensor, since Transformers hands on what is 4-D as a finished mask --------------------------------------
+
+
+def pack(ranges: KeyRanges) -> torch.Tensor:
+    """(B, 1, n, max(Sq, Sk)) int32, a line each for start, end and the fields that are there."""
+    lines = [line for line in ranges if line is not None]
+    length = max(line.shape[-1] for line in lines)
+    return torch.stack([F.pad(line, (0, length - line.shape[-1])) for line in lines], 1)[:, None]
+
+
+def pack_window(window: Window, Sk: int) -> torch.Tensor:
+    """An int32 tensor without elements whose sizes are the window, so that the host knows it without reading memory."""
+    left, right = (-1 if side >= Sk - 1 else side for side in window)
+    return torch.empty(1, left + 2, 0, right + 2, dtype=torch.int32)
+
+
+def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
+    """The inverse of `pack` and `pack_window`, for Sq queries and Sk keys."""
+    if mask.shape[2] == 0:
+        return Window(mask.shape[1] - 2, mask.shape[3] - 2)
+    lines = mask[:, 0].unbind(1)
+    start, end = lines[0][:, :Sq], lines[1][:, :Sq]
+    names = {2: (), 3: ("valid",), 4: ("order", "inverse"), 5: ("order", "inverse", "sound")}[len(lines)]
+    return KeyRanges(start, end, **{name: line[:, :Sk] for name, line in zip(names, lines[2:], strict=True)})
+
+
+def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
+    """(1 or B, 1, Sq, Sk) bool: what a packed mask says, for code that takes a mask of every pair."""
+    ranges = unpack(mask, Sq, Sk)
+    keys = torch.arange(Sk, device=mask.device)
+    if isinstance(ranges, Window):
+        own = torch.arange(Sq, device=mask.device)[:, None] + (Sk - Sq)
+        see = torch.ones(Sq, Sk, dtype=torch.bool, device=mask.device)
+        if ranges.left >= 0:
+            see &= keys >= own - ranges.left
+        if ranges.right >= 0:
+            see &= keys <= own + ranges.right
+        return see[None, None]
+    place = keys[None] if ranges.inverse is None else ranges.inverse  # a hidden key's is negative
+    see = (place[:, None] >= ranges.start[..., None]) & (place[:, None] < ranges.end[..., None])
+    if ranges.valid is not None:
+        see &= ranges.valid.bool()[:, None]
+    return see[:, None]
+
+
+# --- documents in position_ids ---------------------------------------------------------------------------------------
+
+
+class _Call(threading.local):
+    """The position_ids that the caller gave to the patched model now running, and the config that its masks name."""
+
+    config: Any = None
+    position_ids: torch.Tensor | None = None
+
+
+_call = _Call()
+
+
+def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of patched models: remember position_ids for the masks that this forward will make.
+
+    Only the host can tell positions that the caller gave, which may start documents, from those that the model counts
+    itself, which do not: without it, every unpacked batch would be searched for documents.
+    """
+    _call.config, _call.position_ids = module.config, kwargs.get("position_ids")
+
+
+def document_starts(position_ids: torch.Tensor | None, Sq: int) -> torch.Tensor | None:
+    """(1 or B, Sq): the query at which the document of each query begins, which is where positions fall."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != Sq or Sq == 1:
+        return None
+    falls = F.pad(position_ids[:, 1:] < position_ids[:, :-1], (1, 0))
+    return torch.where(falls, torch.arange(Sq, device=position_ids.device), 0).cummax(1).values
+
+
+# --- the mask function of Transformers' AttentionMaskInterface -------------------------------------------------------
+
+
+def key_ranges(
+    batch_size: int,
+    kv_length: int,
+    q_length: int | None = None,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    cache_position: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | None = None,
+    config: Any = None,
+    local_size: int | None = None,
+    **others: Any,
+) -> torch.Tensor | None:
+    """One mask of a forward, as Transformers asks for it, for `attention_forward`.
+
+    mask_function(b, h, i, j) says whether query i sees key j; attention_mask (B, keys) whether key j holds a token.
+
+    Returns:
+        None: plain causal, or all keys where the layer is not causal. Otherwise 4-D: int32 as `pack` and `pack_window`
+        write it, or the mask written out, (B, 1, Sq, Sk) bool.
+    """
+    if cache_position is not None:  # Transformers 4
+        device, q_length, q_offset = cache_position.device, cache_position.shape[0], cache_position[0]
+    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    documents = None
+    if attention_mask is None and _call.config is config and config is not None:
+        documents = document_starts(_call.position_ids, q_length)
+    if attention_mask is None and documents is None:
+        if mask_function is FULL_MASK:
+            return None
+        window = window_of(mask_function)
+        asked_for = not allow_is_causal_skip and window == Window(-1, 0) and aligned  # it is to be combined with others
+        if window is not None and aligned and not asked_for:
+            plain = window == Window(-1, 0) and (q_length in (1, kv_length))
+            return None if plain else pack_window(window, kv_length).to(device)
+
+    own = torch.arange(q_length, device=device) + q_offset
+    rows = Rows(own, own[None], kv_offset + kv_length)
+    interval = None
+    if getattr(config, "model_type", None) not in _SCATTERED_BLOCKS:
+        if torch.compiler.is_compiling():
+            interval = traced_interval(mask_function, rows, use_vmap, batch_size)
+        else:
+            interval = interval_of(mask_function, rows, use_vmap)
+    if interval is None:
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
+        )  # fmt: skip
+    start = torch.zeros_like(own)[None] if interval.start is None else interval.start
+    end = torch.full_like(own, rows.keys)[None] if interval.end is None else interval.end
+    if documents is not None:  # the first document of this call goes on from what is in the cache
+        start = torch.maximum(start, torch.where(documents > 0, documents + q_offset, 0))
+    # From here on relative to the first key that is there.
+    start, end = (bound.clamp(kv_offset, kv_offset + kv_length) - kv_offset for bound in (start, end))
+    if attention_mask is not None:
+        missing = max(kv_offset + kv_length - attention_mask.shape[-1], 0)  # a static cache has room for more
+        attention_mask = F.pad(attention_mask.bool(), (0, missing))[:, kv_offset : kv_offset + kv_length]
+    elif interval.sound is not None:
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    start, end = (bound.expand(batch_size, -1) for bound in (start, end))
+    if attention_mask is None:
+        return pack(KeyRanges(start.int(), end.int()))
+    if q_length <= FEW_QUERIES and not torch.is_grad_enabled() and interval.sound is None:
+        return pack(KeyRanges(start.int(), end.int(), valid=attention_mask.int()))
+    return pack(_without_hidden_keys(start, end, attention_mask, interval.sound))
+
+
+def _without_hidden_keys(
+    start: torch.Tensor, end: torch.Tensor, attention_mask: torch.Tensor, sound: torch.Tensor | None
+) -> KeyRanges:
+    """The intervals [start, end) counted among the keys that attention_mask (B, Sk) shows, and the order to put them in."""
+    B, Sk = attention_mask.shape
+    shown = attention_mask.long().cumsum(1)  # (B, Sk)
+    before = F.pad(shown, (1, 0))  # (B, Sk + 1): keys shown before key j
+    keys = torch.arange(Sk, device=attention_mask.device).expand(B, -1)
+    place = torch.where(attention_mask, shown - 1, shown[:, -1:] + keys - shown)
+    order = torch.empty_like(place).scatter_(1, place, torch.where(attention_mask, keys, -1 - keys))
+    inverse = torch.where(attention_mask, place, -1 - place)
+    flag = None if sound is None else sound.expand(B, Sk).int()
+    return KeyRanges(before.gather(1, start).int(), before.gather(1, end).int(), order.int(), inverse.int(), sound=flag)

@@ -1,0 +1,230 @@
+"""What patched modules run in place of stock code: RMSNorm, apply_rotary_pos_emb, and fusions of the two.
+
+A patched module is the same object with the same parameters; its class becomes a subclass of its stock class. Each
+operation here runs stock code for a call that it does not know: a tensor subclass (DTensor), a weight that is not there
+(ZeRO-3, offloading), dtypes that stock promotes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as torch_module
+
+from llama_kernels.integrations.transformers.known_code import Norm, Rotary
+from llama_kernels.ops.qk_norm_rope import qk_norm_rope
+from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
+from llama_kernels.ops.rope import rope
+from llama_kernels.runtime import KERNEL_DTYPES
+
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_DEVICES = ("cuda", "cpu", "meta")
+
+
+def is_plain(x: Any) -> bool:
+    """Whether x is a tensor of dtype and device that the ops take, and no subclass with behaviour of its own."""
+    return type(x) in _PLAIN_TYPES and x.device.type in _DEVICES
+
+
+def _takes(x: Any) -> bool:
+    return is_plain(x) and x.dtype in KERNEL_DTYPES
+
+
+def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether stock's product of the two has x's dtype. Under autocast it may be wider, and is cast where it is used."""
+    return torch.promote_types(x.dtype, other.dtype) == x.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+class Patched:
+    """Base of the classes of patched modules. They are made on the fly: pickling names what they are made from."""
+
+    _stock_forward: Callable[..., Any]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        from llama_kernels.integrations.transformers.classes import new_module
+
+        kinds, stock = parts_of(self)
+        return (new_module, (stock, kinds), *super().__reduce_ex__(2)[2:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = module = type(self).__new__(type(self))
+        module.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return module
+
+
+def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
+    """What was patched in `module`, and the class that it had. It is patched."""
+    return type(module)._kinds, type(module).__bases__[-1]
+
+
+# --- RMSNorm ---------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(Patched):
+    """`rms_norm` in the place of a forward that `known` describes."""
+
+    known: Norm
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        (x,) = (*args, *kwargs.values())
+        weight = self.known_weight()
+        if not norm_takes(self.known, x, weight):
+            return self._stock_forward(*args, **kwargs)
+        return rms_norm(x, weight, getattr(self, self.known.eps), offset=self.known.offset)
+
+    def known_weight(self) -> torch.Tensor | None:
+        return self.weight if self.known.weighted and getattr(self, "with_scale", True) else None
+
+
+def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
+    """Whether `rms_norm` computes what stock does with x: both as the ops take them, and the same dtype comes out."""
+    if not _takes(x) or x.ndim == 0:
+        return False
+    if weight is None:
+        return True
+    return (
+        _takes(weight)
+        and weight.device == x.device
+        and weight.shape == x.shape[-1:]
+        and (not known.promotes or _keeps_dtype(x, weight))
+    )
+
+
+def is_unwatched(norm: Any) -> bool:
+    """Whether skipping the call of this module goes unnoticed: a patched norm without hooks, wrappers or compilation."""
+    return (
+        isinstance(norm, RMSNorm)
+        and "forward" not in norm.__dict__
+        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        and not torch_module._has_any_global_hook()
+        and norm._compiled_call_impl is None
+    )
+
+
+def add_and_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm(residual + x) and the sum, in one pass over the rows where the norm can be skipped as a module."""
+    if is_unwatched(norm) and _takes(residual) and is_plain(x) and x.dtype == residual.dtype and x.shape == residual.shape:
+        weight = norm.known_weight()
+        if norm_takes(norm.known, x, weight):
+            return add_rms_norm(x, residual, weight, getattr(norm, norm.known.eps), offset=norm.known.offset)
+    total = residual + x
+    return norm(total), total
+
+
+# --- RoPE ------------------------------------------------------------------------------------------------------------
+
+
+def rotary_like(stock: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
+    """`rope` in the place of the function `stock`, which `known` describes. It takes the arguments of `stock`."""
+    if known.tables == "complex":
+
+        def apply(xq: Any, xk: Any, freqs_cis: Any) -> tuple[Any, Any]:
+            tables = (freqs_cis.real, freqs_cis.imag)
+            if not _can_rotate(known, xq, xk, *tables, known.heads):
+                return stock(xq, xk, freqs_cis)
+            return _rotate(known, True, xq, xk, *tables, known.heads)
+
+    elif known.tables == "sections":
+
+        def apply(q: Any, k: Any, cos: Any, sin: Any, mrope_section: Any, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
+            merged = [torch.cat([m[i % 3] for i, m in enumerate(x.split(mrope_section * 2, dim=-1))], dim=-1)
+                      for x in (cos, sin)]  # fmt: skip
+            if not _can_rotate(known, q, k, *merged, unsqueeze_dim):
+                return stock(q, k, cos, sin, mrope_section, unsqueeze_dim)
+            return _rotate(known, interleaved, q, k, *merged, unsqueeze_dim)
+
+    else:
+
+        def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            heads = kwargs.get("unsqueeze_dim", 1) if known.heads is None else known.heads
+            if args or not _can_rotate(known, q, k, cos, sin, heads):
+                return stock(q, k, cos, sin, *args, **kwargs)
+            return _rotate(known, interleaved, q, k, cos, sin, heads)
+
+    return functools.wraps(stock)(apply)
+
+
+def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: int) -> bool:
+    """Whether `rope` computes what stock does: q and k (B, H, S, D), or (B, S, H, D) with heads 2, and a row of cos for
+    each token; (S, H, D) with heads -2, as in vision towers."""
+    if not (_takes(q) and _takes(k) and is_plain(cos) and is_plain(sin)):
+        return False
+    packed = q.ndim == 3 and heads == -2
+    if not packed and (q.ndim != 4 or heads not in (1, 2)):
+        return False
+    tokens, H = ((q.shape[0],), 1) if packed else ((q.shape[0], q.shape[3 - heads]), heads)
+    R = cos.shape[-1] * (2 if known.tables in ("pairs", "complex") else 1)
+    return (
+        k.ndim == q.ndim
+        and k.dtype == q.dtype
+        and [n for d, n in enumerate(k.shape) if d != H] == [n for d, n in enumerate(q.shape) if d != H]
+        and cos.ndim == q.ndim - 1
+        and sin.shape == cos.shape
+        and sin.dtype == cos.dtype
+        and cos.dtype.is_floating_point
+        and q.device == k.device == cos.device == sin.device
+        and (cos.shape[:-1] == tokens or (not packed and cos.shape[:-1] == (1, tokens[1])))
+        and R % 2 == 0
+        and 0 < R <= q.shape[-1]
+        and not (known.sorted_first and q.shape[-1] != R)
+        and not (cos.requires_grad or sin.requires_grad)
+        and (not known.promotes or _keeps_dtype(q, cos))
+    )
+
+
+def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any, heads: int) -> tuple[Any, Any]:
+    cos, sin, R = _tables(known, cos, sin)
+    if heads == 2:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    if known.sorted_first:
+        q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
+        interleaved = False
+    D = q.shape[-1]
+    if cos.shape[-1] == R and 2 * R <= D:  # `rope` would take so narrow a table to hold an angle for each pair
+        turned = rope(q[..., :R], k[..., :R], cos, sin, interleaved=interleaved)
+        q, k = (torch.cat((x, rest[..., R:]), -1) for x, rest in zip(turned, (q, k), strict=True))
+    else:
+        q, k = rope(q, k, cos, sin, interleaved=interleaved)
+    return (q.transpose(1, 2), k.transpose(1, 2)) if heads == 2 else (q, k)
+
+
+def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """cos and sin as `rope` takes them, and R, how much of a head is rotated."""
+    if known.tables == "first half":
+        R = cos.shape[-1]
+        return cos[..., : R // 2], sin[..., : R // 2], R
+    return cos, sin, cos.shape[-1] * (2 if known.tables in ("pairs", "complex") else 1)
+
+
+def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
+    """The fusion of q_norm, k_norm and `apply_rotary_pos_emb`: q, k (B, H, S, D) before their norms."""
+    rotary = rotary_like(stock, known, interleaved)
+
+    def apply(q_norm: Any, k_norm: Any, q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
+        weights = (q_norm.known_weight(), k_norm.known_weight())
+        if (
+            _norms_agree(q_norm, k_norm, weights)
+            and all(norm_takes(q_norm.known, x, w) for x, w in zip((q, k), weights, strict=True))
+            and _can_rotate(known, q, k, cos, sin, 1)
+        ):
+            tables = _tables(known, cos, sin)
+            if not (tables[0].shape[-1] == tables[2] and 2 * tables[2] <= q.shape[-1]):
+                eps, offset = getattr(q_norm, q_norm.known.eps), q_norm.known.offset
+                return qk_norm_rope(q, k, *weights, *tables[:2], eps=eps, offset=offset, interleaved=interleaved)
+        return rotary(q_norm(q), k_norm(k), cos, sin)
+
+    return apply
+
+
+def _norms_agree(q_norm: Any, k_norm: Any, weights: tuple[Any, Any]) -> bool:
+    """Whether one call may do what both norms do: they differ in their weights alone."""
+    known, other = q_norm.known, k_norm.known
+    same_eps = getattr(q_norm, known.eps) == getattr(k_norm, other.eps)
+    return known == other and same_eps and (weights[0] is None) == (weights[1] is None)

@@ -1,0 +1,236 @@
+"""`patch`, `unpatch` and `report`: which modules of a model run our operations, and why the others do not."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llama_kernels.integrations.transformers.attention import FOLLOWS_MASK, NAME
+from llama_kernels.integrations.transformers.classes import KINDS, class_of, found_in
+from llama_kernels.integrations.transformers.fusions import ADD_NORM, QK_NORM_ROPE
+from llama_kernels.integrations.transformers.masks import note_position_ids
+from llama_kernels.integrations.transformers.modules import Patched, parts_of
+from llama_kernels.runtime import message
+
+logger = logging.getLogger(__name__)
+
+_STOCK_CONFIG = "_config_before_llama_kernels"
+_NEEDS = {ADD_NORM: ("rms_norm",), QK_NORM_ROPE: ("rms_norm", "rope")}  # kinds that a fusion is made of
+
+
+class Row(NamedTuple):
+    """`count` modules of class `cls` that have an operation of this kind: ours or stock, and why."""
+
+    kind: str  # attention, rms_norm, rope; add_rms_norm and qk_norm_rope: fusions of these
+    cls: str
+    count: int
+    ours: bool
+    why: str
+
+
+class Report(NamedTuple):
+    """What `report` returns: rows as data, and, printed, a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        table = [("operation", "module", "count", "runs", "why")]
+        table += [(r.kind, r.cls, str(r.count), "ours" if r.ours else "stock", r.why) for r in self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+class Place(NamedTuple):
+    """One module, and whether the operation of one kind in it can be ours."""
+
+    module: nn.Module
+    kind: str
+    ours: bool
+    why: str
+
+
+def patch(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    rms_norm: bool = True,
+    rope: bool = True,
+    fuse: bool = True,
+    strict: bool = False,
+) -> nn.Module:
+    """Run our operations in this one model: attention, RMSNorm, RoPE, and fusions of these.
+
+    The forwards of the model's classes stay in use. Inside them the attention function, RMSNorm modules and
+    `apply_rotary_pos_emb` are replaced, each only where its code is known to compute what ours does; everything else
+    stays stock, and a warning names it. Parameters, state_dict, hooks, and the classes and configs that other models
+    use stay as they are. Patch before `fully_shard` and before `torch.compile`. Patching a patched model changes
+    nothing.
+
+    Args:
+        model: a Transformers model with any head, multimodal or wrapped (by PEFT, say), on any device, also meta.
+        attention: set attn_implementation="llama_kernels", in every part of the model that takes it.
+        rms_norm: RMSNorm modules.
+        rope: `apply_rotary_pos_emb`, in text decoders and vision towers.
+        fuse: residual add and RMSNorm in one pass, and the norms of q and k with RoPE, where both parts are ours.
+        strict: raise where anything asked for stays stock.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is no torch.nn.Module.
+        ValueError: nothing in it can be ours, or, with strict, not everything.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(message("patch", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
+    if _is_patched(model):
+        return model
+    wanted = {kind for kind, on in zip(KINDS, (attention, rms_norm, rope, fuse, fuse), strict=True) if on}
+    places = [place for place in _places(model, wanted) if place.kind in wanted]
+    stock = Report(_rows(place for place in places if not place.ours))
+    if not any(place.ours for place in places):
+        got = f"a {type(model).__name__}, in which nothing can be replaced" + (f":\n{stock}" if stock.rows else "")
+        raise ValueError(message("patch", "model", got, "a Transformers model with attention, RMSNorm or RoPE"))
+    if strict and stock.rows:
+        fix = "strict=False leaves that as it is."
+        raise ValueError(message("patch", "model", f"a {type(model).__name__} in part:\n{stock}\n", "all ours", fix))
+    expected = [row for row in stock.rows if row.kind not in _NEEDS]
+    if expected:
+        logger.warning("llama_kernels.patch: some of this %s stays stock:\n%s", type(model).__name__, Report((*expected,)))
+    _apply(model, [place for place in places if place.ours])
+    logger.info("llama_kernels.patch: %s\n%s", type(model).__name__, report(model))
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Take our operations out of `model` again, or of a copy of one that was patched. Returns `model`.
+
+    Raises:
+        TypeError: `model` is no torch.nn.Module.
+        ValueError: a patched module has been wrapped in a class of its own since, as `fully_shard` does it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(message("unpatch", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
+    for module in model.modules():
+        if isinstance(module, Patched) and "_kinds" not in vars(type(module)):
+            got = f"with a {type(module).__name__} of classes {type(module).__bases__}"
+            raise ValueError(message("unpatch", "model", got, "as patch left it", "Unpatch before fully_shard."))
+    for module in model.modules():
+        if isinstance(module, Patched):
+            module.__class__ = parts_of(module)[1]
+        if _STOCK_CONFIG in module.__dict__:
+            module.config = module.__dict__.pop(_STOCK_CONFIG)
+        module.__dict__.pop(FOLLOWS_MASK, None)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is note_position_ids]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What runs in each kind of module of `model`, ours or stock, and why: a table to print, and its rows.
+
+    Raises:
+        TypeError: `model` is no torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(message("report", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
+    now = []
+    for place in _places(model, set(KINDS)):
+        if place.kind == "attention":
+            runs = place.module.config._attn_implementation == NAME if hasattr(place.module, "config") else False
+        else:
+            runs = isinstance(place.module, Patched) and place.kind in parts_of(place.module)[0]
+        why = "patch has not put it in" if place.ours and not runs else place.why
+        now.append(place._replace(ours=runs, why=why))
+    return Report(_rows(now))
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
+    """Every module that has an operation of ours, in the order of the model. `wanted`: kinds that fusions may use."""
+    norms = {id(m) for m in model.modules() if _own_forward(m) is None and _found(m).get("rms_norm", (None,))[0]}
+    by_config: dict[int, bool] = {}  # one config serves all attention modules that hold it, or none
+    for module in model.modules():
+        if "attention" in (found := _found(module)) and hasattr(module, "config"):
+            key = id(module.config)
+            by_config[key] = by_config.get(key, True) and bool(found["attention"].value)
+    for module in model.modules():
+        found = _found(module)
+        for kind in KINDS:
+            if kind not in found:
+                continue
+            value, why = found[kind]
+            ours = bool(value)
+            if kind == "attention":
+                if ours and not by_config.get(id(getattr(module, "config", None)), False):
+                    ours, why = False, "another attention module of its config stays stock"
+            elif ours and (own := _own_forward(module)) is not None:
+                ours, why = False, own
+            elif ours and kind in _NEEDS:
+                parts = [getattr(module, name, None) for name in value.norms]
+                if not wanted.issuperset(_NEEDS[kind]) or (kind == QK_NORM_ROPE and not found["rope"].value):
+                    ours, why = False, "the operations that it is made of are not ours"
+                elif not all(id(part) in norms for part in parts):
+                    ours, why = False, f"{' or '.join(value.norms)} is not a known RMSNorm"
+            yield Place(module, kind, ours, why)
+
+
+def _found(module: nn.Module) -> dict[str, Any]:
+    return found_in(parts_of(module)[1] if isinstance(module, Patched) else type(module))
+
+
+def _own_forward(module: nn.Module) -> str | None:
+    """Why a module whose class is known does not run its forward. None where it does."""
+    if "forward" not in module.__dict__:
+        return None
+    return "a forward is set on the instance, by accelerate's hooks or kernelize perhaps: patch before"
+
+
+def _rows(places: Any) -> tuple[Row, ...]:
+    counts = Counter((KINDS.index(p.kind), type(p.module).__name__, p.ours, p.why) for p in places)
+    return tuple(Row(KINDS[kind], cls, n, ours, why) for (kind, cls, ours, why), n in sorted(counts.items()))
+
+
+# --- applying it -----------------------------------------------------------------------------------------------------
+
+
+def _is_patched(model: nn.Module) -> bool:
+    return any(isinstance(module, Patched) or _STOCK_CONFIG in module.__dict__ for module in model.modules())
+
+
+def _apply(model: nn.Module, places: list[Place]) -> None:
+    kinds: dict[nn.Module, list[str]] = {}
+    for place in places:
+        kinds.setdefault(place.module, []).append(place.kind)
+    attentions = [module for module, names in kinds.items() if "attention" in names]
+    if attentions:
+        _name_attention(model, attentions)
+    for module, names in kinds.items():
+        if swapped := tuple(name for name in names if name != "attention"):
+            module.__class__ = class_of(type(module), swapped)
+
+
+def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:
+    """Give the model configs of its own, of which those of `attentions` name ours; `unpatch` brings the old ones back."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PretrainedConfig):
+            module.__dict__[_STOCK_CONFIG] = config
+            module.config = copy.deepcopy(config, memo)
+    ours = {id(module.config) for module in attentions}
+    for module in attentions:
+        module.config._attn_implementation_internal = NAME  # the property would set it in sub-configs too
+        module.__dict__[FOLLOWS_MASK] = True
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and id(module.config) in ours:
+            module.register_forward_pre_hook(note_position_ids, with_kwargs=True)

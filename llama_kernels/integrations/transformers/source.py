@@ -1,0 +1,204 @@
+"""Functions as text: read one, compare it, and copy it with some of its global names bound to other objects.
+
+A text is normalised: the syntax tree without docstrings, comments, annotations and the function's name, printed.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from typing import Any
+
+Function = types.FunctionType
+
+
+def normalised(source: str) -> str:
+    """The text of the one function that `source` defines. Arguments that it never uses are left out too."""
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    if not isinstance(function, ast.FunctionDef):
+        raise ValueError("source is not one function definition")
+    function.name, function.decorator_list, function.returns = "function", [], None
+    function = _Plain().visit(function)
+    used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    _drop_unused_defaults(function.args, used)
+    return ast.unparse(ast.fix_missing_locations(function))
+
+
+def text_of(function: Any) -> str:
+    """The normalised text of a plain Python function. "" where it has none: a wrapper, a builtin, code of exec."""
+    if not isinstance(function, Function) or hasattr(function, "__wrapped__"):
+        return ""
+    return _text_of_code(_Identity(function.__code__))
+
+
+def decorated(function: Any) -> list[Function]:
+    """The function that decorators wrap, last, and each wrapper before it, outermost first, as functools.wraps tells."""
+    chain = [function]
+    while hasattr(chain[-1], "__wrapped__"):
+        chain.append(chain[-1].__wrapped__)
+    return chain
+
+
+def global_names(function: Any) -> set[str]:
+    """The names that a plain function, and functions defined in it, look up in their module."""
+    if not isinstance(function, Function):
+        return set()
+    return {name for code in _codes(function.__code__) for name in code.co_names}
+
+
+def with_globals(function: Function, names: dict[str, Any], text: str | None = None) -> Function | None:
+    """A copy of `function` in which the global `names` are other objects, and with another `text`, if one is given.
+
+    Decorators stay around it: each wrapper is copied with the copy in the place of what it wrapped. None where a
+    wrapper does not hold what it wraps in its closure. The other globals are those of the moment of the copy.
+    """
+    *wrappers, inner = decorated(function)
+    if not isinstance(inner, Function):
+        return None
+    globals_ = {**inner.__globals__, **names}
+    code = inner.__code__
+    if text is not None:
+        scope: dict[str, Any] = {}
+        exec(compile(text, inner.__code__.co_filename, "exec"), {}, scope)
+        code = scope["function"].__code__
+    copy = _copied(inner, code, globals_, inner.__closure__)
+    for wrapper in reversed(wrappers):
+        held = [cell.cell_contents is inner for cell in wrapper.__closure__ or ()]
+        if not isinstance(wrapper, Function) or sum(held) != 1:
+            return None
+        cells = (types.CellType(copy) if here else cell for here, cell in zip(held, wrapper.__closure__, strict=True))
+        inner, copy = wrapper, _copied(wrapper, wrapper.__code__, wrapper.__globals__, tuple(cells), wraps=copy)
+    return copy
+
+
+@functools.cache
+def mask_is_only_handed_on(function: Function) -> bool:
+    """Whether an attention forward does no more with its attention_mask than give it to the attention function.
+
+    It may also choose between masks, compare one with None, and cut its last dimension to the keys there are. The mask
+    handed over must be that one: what is computed from a mask is not. A forward that calls no attention function by
+    itself is not judged.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    if not any(isinstance(node, ast.Call) and _is_attention(node.func) for node in ast.walk(tree)):
+        return True
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    masks = {name for name in ("attention_mask", "encoder_attention_mask") if name in ast.unparse(tree)}
+    masks |= {
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and any(isinstance(part, ast.Name) and part.id in masks for part in _choices(node.value))
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load):
+            if not _hands_on(node, parents):
+                return False
+        if isinstance(node, ast.Call) and _is_attention(node.func):
+            given = [k.value for k in node.keywords if k.arg == "attention_mask"] or node.args[4:5]
+            if any(not (isinstance(x, ast.Name) and x.id in masks) and not _is_none(x) for x in given):
+                return False
+    return True
+
+
+def _hands_on(name: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
+    node: ast.AST = parents[name]
+    if isinstance(node, ast.keyword):
+        node = parents[node]
+    if isinstance(node, ast.Call):
+        return _is_attention(node.func)
+    if isinstance(node, ast.Compare):
+        return all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+    if isinstance(node, ast.Subscript):
+        sides = node.slice.elts if isinstance(node.slice, ast.Tuple) else []
+        return len(sides) == 4 and all(isinstance(side, ast.Slice) and not side.lower for side in sides)
+    return isinstance(node, (ast.Assign, ast.IfExp))
+
+
+def _choices(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.IfExp):
+        return [*_choices(node.body), *_choices(node.orelse)]
+    return [node.value] if isinstance(node, ast.Subscript) else [node]
+
+
+def _is_attention(function: ast.expr) -> bool:
+    return isinstance(function, (ast.Name, ast.Attribute)) and ast.unparse(function).split(".")[-1] in (
+        "attention_interface", "attention_function", "attn_fn", "eager_attention_forward",
+    )  # fmt: skip
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+class _Plain(ast.NodeTransformer):
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self.generic_visit(node)
+        node.returns = None
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        for argument in ast.walk(node.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
+        return ast.Assign([node.target], node.value, lineno=node.lineno) if node.value else ast.Pass()
+
+
+def _drop_unused_defaults(arguments: ast.arguments, used: set[str]) -> None:
+    first = len(arguments.args) - len(arguments.defaults)
+    kept = [
+        (argument, default)
+        for argument, default in zip(arguments.args[first:], arguments.defaults, strict=True)
+        if argument.arg in used
+    ]
+    arguments.args = [*arguments.args[:first], *(argument for argument, _ in kept)]
+    arguments.defaults = [default for _, default in kept]
+
+
+class _Identity:
+    """A key of a cache that compares by identity: two code objects may be equal and come from unlike files."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.code = code
+
+    def __hash__(self) -> int:
+        return id(self.code)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.code is other.code
+
+
+@functools.cache
+def _text_of_code(key: _Identity) -> str:
+    try:
+        return normalised(inspect.getsource(key.code))
+    except (OSError, TypeError, SyntaxError, ValueError, IndexError):
+        return ""
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _copied(function: Function, code: types.CodeType, globals_: dict[str, Any], closure: Any, wraps: Any = None) -> Any:
+    copy = types.FunctionType(code, globals_, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
+    copy.__dict__.update(function.__dict__)
+    copy.__module__, copy.__doc__, copy.__annotations__ = function.__module__, function.__doc__, function.__annotations__
+    if wraps is not None:
+        copy.__wrapped__ = wraps
+    return copy
