@@ -37,6 +37,7 @@ def test_a_patched_family(family):
     line, failed, rows = families_table.families_row(family)
     assert not failed, "; ".join(f"{name}: {why}" for name, why in failed.items())
     if family in SERVED_FULLY:
+        assert rows
         theirs = [row for row in rows if row.kind in families_table.KINDS and not row.ours]
         assert not theirs, f"stock: {theirs}"
     if family in MULTIMODAL:
