@@ -89,8 +89,8 @@ def far_positions(model: torch.nn.Module, batch: Batch) -> Result:
 
 
 def cached(model: torch.nn.Module, batch: Batch) -> Result:
-    """A prefill in two pieces, then single tokens. With padding on the left, but for Qwen's images: with a mask, its
-    forward takes a prefill in one piece only."""
+    """A prefill in two pieces, then single tokens; a prefill with the logits of its last tokens alone. Padding on the
+    left, but for Qwen's images: with a mask, its forward takes a prefill in one piece only."""
     mask = mask_of(batch.ids, "none" if "image_grid_thw" in batch.images else "left")
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache, logits = None, []
@@ -103,7 +103,9 @@ def cached(model: torch.nn.Module, batch: Batch) -> Result:
             )  # fmt: skip
             cache = getattr(out, argument)
             logits.append(out.logits[mask[:, a:b].bool()])
-    return Result({"logits": torch.cat(logits)}, {})
+        how = {"attention_mask": None if mask.all() else mask, "use_cache": True, "logits_to_keep": 3}
+        last = model(**batch.everything, **how).logits
+    return Result({"logits": torch.cat(logits), "last logits": last}, {})
 
 
 def generated(model: torch.nn.Module, batch: Batch) -> Result:
@@ -138,14 +140,14 @@ class DoubleSoftmax(TorchFunctionMode):
 
 def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> None:
     """|ours - truth| <= 2 |theirs - truth| + u |truth|, in the norm of the logits and in that of all gradients: two
-    float32 computations in different orders. One parameter's gradient may be off by 4 times, one element by 3 times
-    what it is in stock, since of few numbers the error is luck, as in tests/judge.py. Terms that cancel may add up to a
-    gradient, exactly for the bias of keys: u counts in the norm of all gradients."""
+    float32 computations in different orders. One parameter's gradient and the last logits may be off by 4 times, one
+    element by 3 times what it is in stock, since of few numbers the error is luck, as in tests/judge.py. Terms that
+    cancel add up to a gradient, to zero for the bias of keys: u counts in the norm of all gradients."""
     assert ours.keys() == theirs.keys() == truth.keys(), f"gradients of {sorted(ours.keys() ^ theirs.keys())}"
     u, ulp = UNIT[torch.float32], torch.finfo(torch.float32).eps
     for name, exact in truth.items():
         assert ours[name].shape == exact.shape and ours[name].dtype == theirs[name].dtype, name
-    parameters = [name for name in truth if name != "logits"]
+    parameters = [name for name in truth if not name.endswith("logits")]
     terms = torch.stack([truth[name].norm() for name in parameters]).norm().item() if parameters else 0.0
 
     def judge(name: str, K: torch.Tensor, E: torch.Tensor, R: torch.Tensor, factor: int) -> None:
@@ -159,7 +161,7 @@ def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], truth:
         assert off <= allowed, f"{name}: largest error {off:.3g}, allowed {allowed:.3g}"
 
     for name, exact in truth.items():
-        judge(name, ours[name], theirs[name], exact, 4 if name in parameters else 2)
+        judge(name, ours[name], theirs[name], exact, 2 if name == "logits" else 4)
     if parameters:
         judge(
             "all gradients", *(torch.cat([x[name].flatten() for name in parameters]) for x in (ours, theirs, truth)), 2
