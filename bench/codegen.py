@@ -163,10 +163,14 @@ def _decode_cases() -> Iterator[Case]:
         for dtype, features in ((torch.bfloat16, "causal"), (torch.bfloat16, "all"), (torch.float32, "all")):
             label = f"D={D} {str(dtype)[6:]} {features}"
             yield Case("decode", label, lambda a=(D, dtype, features == "all"): _decode(*a))
+        for dtype in (torch.bfloat16, torch.float32):
+            call, full = (D, dtype, True, True), (D, dtype) != (128, torch.bfloat16)
+            yield Case("decode", f"D={D} {str(dtype)[6:]} key mask", lambda a=call: _decode(*a), full)
 
 
-def _decode(D: int, dtype: torch.dtype, everything: bool) -> None:
-    """One token for four heads a key head, or the most rows that are split, with all options."""
+def _decode(D: int, dtype: torch.dtype, everything: bool, masked: bool = False) -> None:
+    """One token for four heads a key head, or the most rows that are split, with all options. No call has a window and
+    a mask of keys."""
     B, Hkv, Sk = 2, 2, 2048
     Hq, Sq = (8 * Hkv, decode.MOST_ROWS // 8) if everything else (4 * Hkv, 1)
     q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for S, H in ((Sq, Hq), (Sk, Hkv), (Sk, Hkv)))
@@ -174,6 +178,8 @@ def _decode(D: int, dtype: torch.dtype, everything: bool) -> None:
     options = (
         (torch.empty(Hq), bound, bound, 0.1, 30.0, 64, 0) if everything else (None, None, None, 0.1, None, None, 0)
     )
+    if masked:
+        options = (*options[:-2], None, None, torch.empty(B, Sk, dtype=torch.bool))
     decode.launch_decode(q, k, v, *options)
 
 

@@ -113,6 +113,14 @@ def _decode():
     return forward.launch_forward, (heads(4, 1), heads(2, 600), heads(2, 600), *_CALL[:5], 1, 600, *_CALL[7:])
 
 
+def _masked_decode():
+    key_mask, sinks, kv_end = torch.ones(2, 600, dtype=torch.bool), torch.zeros(4), torch.zeros(2, 1, dtype=torch.int32)
+    numbers = (0.125, 5.0, None, None)
+    return decode.launch_decode, (
+        heads(4, 1), heads(2, 600), heads(2, 600), sinks, None, kv_end, *numbers, key_mask
+    )  # fmt: skip
+
+
 def _packed():
     cu_seqlens = torch.tensor([0, 20, 64], dtype=torch.int32)
     q, k, v = (heads(H).flatten(0, 1).reshape(64, H, 64) for H in (4, 2, 2))
@@ -152,8 +160,8 @@ def _hopper_attention_backward():
 
 LAUNCHERS = [
     _rope, _rope_in_place, _rope_qkv_backward, _rope_into_cache, _qk_norm_rope, _qk_norm_rope_backward, _rms_norm,
-    _rms_norm_backward, _attention, _attention_backward, _rope_attention_backward, _decode, _packed,
-    _hopper_attention, _hopper_attention_backward,
+    _rms_norm_backward, _attention, _attention_backward, _rope_attention_backward, _decode, _masked_decode,
+    _packed, _hopper_attention, _hopper_attention_backward,
 ]  # fmt: skip
 
 

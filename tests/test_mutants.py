@@ -17,7 +17,7 @@ from llama_kernels.ops.attention import backward, decode, forward, tiles
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, Probs, SoftmaxState
 from llama_kernels.ops.partials import sum_partials
-from tests import test_attention, test_qk_norm_rope, test_rms_norm, test_rope, test_rope_attention
+from tests import test_attention, test_decode, test_qk_norm_rope, test_rms_norm, test_rope, test_rope_attention
 
 pytestmark = pytest.mark.interpreter
 
@@ -75,6 +75,18 @@ def one_key_too_many(mask, i, j):
 def window_one_short(mask, i, j):
     left = None if mask.left is None else mask.left - 1
     return visible(Mask(mask.shift, left, mask.right, mask.kv_start, mask.kv_end, mask.Sk), i, j)
+
+
+@triton.jit
+def key_mask_forgotten(mask, i, j):
+    return visible(Mask(mask.shift, mask.left, mask.right, mask.kv_start, mask.kv_end, mask.Sk), i, j)
+
+
+@triton.jit
+def key_mask_of_the_block(mask, i, j):
+    """One answer for all keys of a block, that of its first key."""
+    see = visible(Mask(mask.shift, mask.left, mask.right, mask.kv_start, mask.kv_end, mask.Sk), i, j)
+    return see & tl.load(mask.keys + j - tl.arange(0, j.shape[1])[None, :])
 
 
 @triton.jit
@@ -202,6 +214,10 @@ def decoding() -> None:
         attention(_DECODING)
 
 
+def masked_decoding() -> None:
+    test_decode.check(test_decode.Case(2, 4, 2, 2, 100, 16, 16), torch.float16, torch.device("cpu"))
+
+
 def norm(**options: Any) -> None:
     test_rms_norm.check((70, 96), torch.bfloat16, torch.device("cpu"), **options)
 
@@ -241,6 +257,8 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "boundary block not masked": ((forward,), "key_blocks", boundary_block_not_masked, lambda: attention(_DENSE)),
     "last keys dropped, decoding": ((decode,), "key_blocks", last_keys_dropped, decoding),
     "chunks not rescaled": ((decode,), "_add_chunks", chunks_not_rescaled, decoding),
+    "key mask forgotten": ((tiles,), "visible", key_mask_forgotten, masked_decoding),
+    "key mask of a whole block": ((tiles,), "visible", key_mask_of_the_block, masked_decoding),
     "one head for all": ((forward, backward), "call_sizes", _one_head_for_all, lambda: attention(_DENSE)),
     "delta forgotten": ((backward,), "_launch_delta", _delta_forgotten, lambda: attention(_DENSE)),
     "scores in half precision": (

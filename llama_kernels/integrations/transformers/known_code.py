@@ -233,7 +233,7 @@ def norm_of(cls: type) -> Norm | None:
 
 def rotary_of(function: Any) -> tuple[Rotary, bool] | None:
     """What a function apply_rotary_pos_emb computes, and whether pairs are interleaved, if it is known."""
-    text, helpers = source.text_of(function), {}
+    text, helpers = source.without_unused_defaults(source.text_of(function)), {}
     for name in source.global_names(function):
         if name.startswith("rotate_half"):  # rotate_half_text, rotate_half_llm
             text, helpers["rotate_half"] = text.replace(f"{name}(", "rotate_half("), function.__globals__.get(name)
@@ -259,7 +259,7 @@ def _norms() -> dict[str, Norm]:
 
 @functools.cache
 def _rotaries() -> dict[str, Rotary]:
-    return {source.normalised(rotary.text): rotary for rotary in ROTARIES}
+    return {source.without_unused_defaults(source.normalised(rotary.text)): rotary for rotary in ROTARIES}
 
 
 @functools.cache

@@ -17,15 +17,23 @@ Function = types.FunctionType
 
 
 def normalised(source: str) -> str:
-    """The text of the one function that `source` defines. Arguments that it never uses are left out too."""
+    """The text of the one function that `source` defines."""
     function = ast.parse(textwrap.dedent(source)).body[0]
     if not isinstance(function, ast.FunctionDef):
         raise ValueError("source is not one function definition")
     function.name, function.decorator_list, function.returns = "function", [], None
-    function = _Plain().visit(function)
+    return ast.unparse(ast.fix_missing_locations(_Plain().visit(function)))
+
+
+def without_unused_defaults(text: str) -> str:
+    """A normalised text without the optional arguments that the function never uses, which differ between releases."""
+    if not text:
+        return text
+    tree = ast.parse(text)
+    function = tree.body[0]
     used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
     _drop_unused_defaults(function.args, used)
-    return ast.unparse(ast.fix_missing_locations(function))
+    return ast.unparse(tree)
 
 
 def text_of(function: Any) -> str:

@@ -40,10 +40,15 @@ def chunk_of(Sk: int) -> int:
     return min(max(next_power_of_2(cdiv(Sk, 64)), 256), 1024)
 
 
+def fits_decode(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether one tile holds all query rows of a key head: 1 to MOST_ROWS of them."""
+    return 0 < q.shape[1] // max(k.shape[1], 1) * q.shape[2] <= MOST_ROWS
+
+
 def splits(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether a dense call is split over its keys: few rows a key head, and more than one chunk of keys."""
-    Hkv, Sk = k.shape[1], k.shape[2]
-    return 0 < q.shape[1] // max(Hkv, 1) * q.shape[2] <= MOST_ROWS and Sk > chunk_of(Sk)
+    Sk = k.shape[2]
+    return fits_decode(q, k) and Sk > chunk_of(Sk)
 
 
 @triton.jit
@@ -55,8 +60,8 @@ def _row_offsets(strides, b, h_kv, group, Sq, r):
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, lse2_ptr, kv_start_ptr, kv_end_ptr,
-    q_strides, k_strides, v_strides, part_strides, lse2_strides, kv_start_strides, kv_end_strides,
+    q_ptr, k_ptr, v_ptr, part_ptr, lse2_ptr, kv_start_ptr, kv_end_ptr, key_mask_ptr,
+    q_strides, k_strides, v_strides, part_strides, lse2_strides, kv_start_strides, kv_end_strides, key_mask_stride,
     sizes, scoring, window, chunk,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -64,8 +69,9 @@ def _decode_kernel(
     """part = softmax(q @ k^T scale + mask) @ v over one chunk of the keys of one key head, and its lse2, in base 2.
 
     q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, DV), part (B, Hq, Sq, chunks, DV) and lse2 (B, Hq, Sq, chunks)
-    float32. The tile holds all group * Sq rows that read this key head. A chunk that none of them sees is not read: its
-    lse2 is -inf, its part stays as it was, and the sum over the chunks passes it by.
+    float32. The tile holds all group * Sq rows that read this key head. A chunk outside of the range of all of them is
+    not read: its lse2 is -inf, its part stays as it was, and the sum over the chunks passes it by. key_mask (B, Sk)
+    bool, of contiguous rows, hides keys inside of the range. They are read all the same.
     Bytes: k and v once, part. FLOPs: 2 (D + DV) a visible pair, and what is padded up to BLOCK_M rows.
     """
     pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
@@ -75,7 +81,10 @@ def _decode_kernel(
     i = (r % sizes.Sq)[:, None]
     kv_start = load_bound(kv_start_ptr, kv_start_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
     kv_end = load_bound(kv_end_ptr, kv_end_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
-    mask = Mask(sizes.Sk - sizes.Sq, window.left, window.right, kv_start, kv_end, sizes.Sk)
+    keys = None
+    if key_mask_ptr is not None:
+        keys = key_mask_ptr + tl.cast(b, tl.int64) * key_mask_stride
+    mask = Mask(sizes.Sk - sizes.Sq, window.left, window.right, kv_start, kv_end, sizes.Sk, keys)
     seen = key_blocks(mask, 0, sizes.Sq - 1, BLOCK_N)
     begin, end = tl.maximum(c * chunk, seen.begin), tl.minimum(c * chunk + chunk, seen.end)
     lse2_rows = lse2_ptr + _row_offsets(lse2_strides, b, h_kv, sizes.group, sizes.Sq, r) + c
@@ -149,7 +158,9 @@ def _combine_kernel(
 
 
 @remembered
-def _plan(q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, scale, softcap, left, right) -> Iterator[Launch]:
+def _plan(
+    q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, key_mask, scale, softcap, left, right
+) -> Iterator[Launch]:
     sizes = call_sizes(q, k, None, q.shape[2], k.shape[2])
     if not sizes.B:
         return
@@ -160,8 +171,9 @@ def _plan(q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, scale, softcap, 
         _decode_kernel,
         (chunks * sizes.B * (sizes.Hq // sizes.group),),
         (
-            q, k, v, part, lse2, kv_start, kv_end,
+            q, k, v, part, lse2, kv_start, kv_end, key_mask,
             *map(strides_of, (q, k, v, part, lse2)), *map(bound_strides, (kv_start, kv_end)),
+            None if key_mask is None else key_mask.stride(0),
             sizes, call_scoring(scale, softcap), call_window(left, right, sizes.Sq, sizes.Sk), chunk_of(sizes.Sk),
         ),
         {**widths, "FAR": far(k, v), **options},
@@ -175,11 +187,12 @@ def _plan(q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, scale, softcap, 
     )
 
 
-def launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, left, right):
-    """Launch, of what `splits`; arguments and results as `llama_kernels::attention_forward`."""
+def launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, left, right, key_mask=None):
+    """Launch, of what `fits_decode`; arguments and results as `llama_kernels::attention_forward`. key_mask: (B, Sk)
+    bool, its last dimension contiguous."""
     o, lse = empty_outputs(q, v)
-    chunks = cdiv(k.shape[2], chunk_of(k.shape[2]))
+    chunks = max(cdiv(k.shape[2], chunk_of(k.shape[2])), 1)
     part = lse.new_empty(*q.shape[:3], chunks * v.shape[-1])
     lse2 = lse.new_empty(*q.shape[:3], chunks)
-    _plan(q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, scale, softcap, left, right)
+    _plan(q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, key_mask, scale, softcap, left, right)
     return o, lse

@@ -28,6 +28,7 @@ class Mask(NamedTuple):
     kv_start: tl.tensor  # the first key each row of a tile sees, in the shape of i
     kv_end: tl.tensor  # past the last one, likewise
     Sk: tl.tensor  # keys; None where keys past the end may get anything
+    keys: tl.tensor = None  # pointer to one bool a key, False for a key that no query sees; needs Sk
 
 
 class KeyBlocks(NamedTuple):
@@ -161,6 +162,8 @@ def visible(mask, i, j):
     see = None
     if mask.Sk is not None:
         see = j < mask.Sk
+    if mask.keys is not None:
+        see = tl.load(mask.keys + j, mask=see, other=False)
     if end is not None:
         see = _both(see, j < end)
     if begin is not None:

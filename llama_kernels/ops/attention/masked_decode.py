@@ -1,0 +1,101 @@
+"""Attention of few queries with a boolean mask over the keys, for decoding a padded batch: registered op and function.
+
+For inference, inside the package only: the public `llama_kernels.attention` takes no such mask.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llama_kernels import reference
+from llama_kernels.ops.attention import check_call, numbers_of, to_autocast
+from llama_kernels.ops.attention.decode import MOST_ROWS, fits_decode, launch_decode
+from llama_kernels.ops.attention.layout import empty_outputs
+from llama_kernels.runtime import check_tensors, last_dim_contiguous, message, needs_grad, register, shape_of
+
+__all__ = ["decode_attention", "fits_decode"]
+
+
+def _launch(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap):
+    out, _ = launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, None, None, key_mask)
+    return out
+
+
+def _plain(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap):
+    """The reference on the visible keys, one sequence at a time. kv_start and kv_end become counts of visible keys."""
+    out, _ = empty_outputs(q, v)
+    for b, visible in enumerate(key_mask):
+        kept_before = torch.cat((visible.new_zeros(1, dtype=torch.int32), visible.cumsum(0, dtype=torch.int32)))
+        bounds = (
+            None if bound is None else kept_before[bound[b, None].clamp(0, visible.numel())]
+            for bound in (kv_start, kv_end)
+        )
+        out[b] = reference.attention(
+            q[b, None], k[b, None, :, visible], v[b, None, :, visible], is_causal=False, scale=scale, softcap=softcap,
+            sinks=sinks, **dict(zip(("kv_start", "kv_end"), bounds, strict=True)),
+        )[0]  # fmt: skip
+    return out
+
+
+_decode_attention = register(
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor key_mask, Tensor? sinks, Tensor? kv_start, Tensor? kv_end, "
+    "float scale, float? softcap) -> Tensor",
+    kernel=_launch,
+    reference=_plain,
+    fake=lambda q, k, v, *_: empty_outputs(q, v)[0],
+)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`llama_kernels.attention` of few queries with is_causal=False, where key_mask hides single keys.
+
+    There is no host sync and no copy of k or v. For inference: there are no gradients.
+
+    Args:
+        q, k, v, scale, sinks, kv_start, kv_end: as in `llama_kernels.attention`. There may be 1 to 32 query
+            rows a key head, Hq // Hkv * Sq; `fits_decode(q, k)` tells. What a hidden key and its value hold changes
+            nothing, as long as it is finite.
+        key_mask: (B, Sk) bool, False for a key of its sequence that no query sees. A last dimension that is not
+            contiguous is copied.
+        softcap: as in `llama_kernels.attention`; 0.0 is None.
+
+    Returns:
+        out, (B, Hq, Sq, Dv) in q's dtype and memory order. A row that sees no key gives 0.
+
+    Raises:
+        TypeError, ValueError: as `llama_kernels.attention`; also where key_mask does not fit, there are too many rows
+            or gradients are wanted.
+    """
+    op = "decode_attention"
+    softcap = softcap or None
+    q, k, v = to_autocast(q, k, v)
+    check_call(op, q, k, v, 4, (-1, -1), softcap, scale, sinks, kv_start, kv_end, None)
+    check_tensors(op, (torch.bool,), key_mask=key_mask)
+    if key_mask.shape != (k.shape[0], k.shape[2]):
+        wanted = f"{(k.shape[0], k.shape[2])}, one a key of each batch"
+        raise ValueError(message(op, "key_mask", shape_of(key_mask), wanted))
+    if key_mask.device != q.device:
+        raise ValueError(message(op, "key_mask", f"on {key_mask.device}", f"the device of q, {q.device}"))
+    if not fits_decode(q, k):
+        wanted = f"1 to {MOST_ROWS} query rows a key head, Hq // Hkv * Sq"
+        raise ValueError(message(op, "q", f"{shape_of(q)} for {k.shape[1]} key heads", wanted))
+    tensors = {"q": q, "k": k, "v": v, "sinks": sinks}
+    if needs_grad(*tensors.values()):
+        name = next(name for name, x in tensors.items() if x is not None and x.requires_grad)
+        fix = "Call it under torch.no_grad(), or use llama_kernels.attention."
+        raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))
+    q, k, v, key_mask = (last_dim_contiguous(x) for x in (q, k, v, key_mask))
+    sinks = None if sinks is None else sinks.contiguous()
+    scale, softcap, _, _ = numbers_of(q, False, scale, (-1, -1), softcap)
+    return _decode_attention(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap)
