@@ -17,11 +17,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_kernels.integrations.transformers.intervals import Window
-from llama_kernels.integrations.transformers.masks import KeyRanges, document_starts, key_ranges, unpack, written_out
+from llama_kernels.integrations.transformers.masks import (
+    KeyRanges,
+    document_starts,
+    key_ranges,
+    unpack,
+    without_hidden_keys,
+    written_out,
+)
 from llama_kernels.integrations.transformers.modules import is_plain
 from llama_kernels.integrations.transformers.source import decorated, mask_is_only_handed_on
 from llama_kernels.ops.attention import attention, attention_varlen
-from llama_kernels.runtime import KERNEL_DTYPES, message
+from llama_kernels.ops.attention.decode import fits_decode
+from llama_kernels.ops.attention.masked_decode import decode_attention
+from llama_kernels.runtime import KERNEL_DTYPES, message, needs_grad
 
 NAME = "llama_kernels"  # a name with "flash" or "/" in it would be looked up elsewhere
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules of a patched model: its masks know its documents
@@ -88,16 +97,20 @@ def attention_forward(
 
 def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) -> torch.Tensor:
     """(B, Hq, Sq, Dv): attention of each row to its range of keys."""
-    start, end, order, inverse, valid, sound = (
-        x if x is None or x.shape[0] == query.shape[0] else x.expand(query.shape[0], -1) for x in ranges
-    )
-    if order is None and valid is not None:  # few queries, but more than the decode kernel takes
-        raise NotImplementedError
-    if order is not None:
-        key, value = (_Rearranged.apply(x, order, inverse) for x in (key, value))
-    out = attention(query, key, value, is_causal=False, kv_start=start.contiguous(), kv_end=end.contiguous(), **options)
-    if sound is not None:
-        out = out.masked_fill((sound[:, :1] == 0)[:, :, None, None], float("nan"))
+    B = query.shape[0]
+    ranges = KeyRanges(*(x if x is None or x.shape[0] == B else x.expand(B, -1) for x in ranges))
+    if ranges.valid is not None:
+        valid = ranges.valid.bool()
+        if fits_decode(query, key) and not needs_grad(query, key, value, options["sinks"]):
+            bounds = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous()}
+            return decode_attention(query, key, value, valid, **bounds, **options)
+        ranges = without_hidden_keys(ranges.start.long(), ranges.end.long(), valid, None)
+    if ranges.order is not None:
+        key, value = (_Rearranged.apply(x, ranges.order, ranges.inverse) for x in (key, value))
+    bounds = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous()}
+    out = attention(query, key, value, is_causal=False, **bounds, **options)
+    if ranges.sound is not None:
+        out = out.masked_fill((ranges.sound[:, :1] == 0)[:, :, None, None], float("nan"))
     return out
 
 

@@ -194,10 +194,10 @@ def key_ranges(
         return pack(KeyRanges(start.int(), end.int()))
     if q_length <= FEW_QUERIES and not torch.is_grad_enabled() and interval.sound is None:
         return pack(KeyRanges(start.int(), end.int(), valid=attention_mask.int()))
-    return pack(_without_hidden_keys(start, end, attention_mask, interval.sound))
+    return pack(without_hidden_keys(start, end, attention_mask, interval.sound))
 
 
-def _without_hidden_keys(
+def without_hidden_keys(
     start: torch.Tensor, end: torch.Tensor, attention_mask: torch.Tensor, sound: torch.Tensor | None
 ) -> KeyRanges:
     """The intervals [start, end) counted among the keys that attention_mask (B, Sk) shows, and the order to put them in."""

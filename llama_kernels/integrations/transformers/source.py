@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import textwrap
 import types
 from collections.abc import Iterator
@@ -70,9 +71,7 @@ def with_globals(function: Function, names: dict[str, Any], text: str | None = N
     globals_ = {**inner.__globals__, **names}
     code = inner.__code__
     if text is not None:
-        scope: dict[str, Any] = {}
-        exec(compile(text, inner.__code__.co_filename, "exec"), {}, scope)
-        code = scope["function"].__code__
+        code = _compiled(text, f"<llama_kernels: {inner.__module__}.{inner.__qualname__}>")
     copy = _copied(inner, code, globals_, inner.__closure__)
     for wrapper in reversed(wrappers):
         held = [cell.cell_contents is inner for cell in wrapper.__closure__ or ()]
@@ -193,6 +192,15 @@ def _text_of_code(key: _Identity) -> str:
         return normalised(inspect.getsource(key.code))
     except (OSError, TypeError, SyntaxError, ValueError, IndexError):
         return ""
+
+
+@functools.cache
+def _compiled(text: str, filename: str) -> types.CodeType:
+    """The code of the function that a text defines. Tracebacks show the text under `filename`."""
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    scope: dict[str, Any] = {}
+    exec(compile(text, filename, "exec"), {}, scope)
+    return scope["function"].__code__
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
