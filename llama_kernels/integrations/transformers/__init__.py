@@ -24,7 +24,9 @@ if importlib.util.find_spec("transformers") is None:
 import transformers
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):
-    raise ImportError(f"llama_kernels.integrations.transformers needs transformers 4.57; this is {transformers.__version__}")
+    raise ImportError(
+        f"llama_kernels.integrations.transformers needs transformers 4.57; this is {transformers.__version__}"
+    )
 if _said := untested("transformers", transformers.__version__):
     warnings.warn(_said, stacklevel=2)
 

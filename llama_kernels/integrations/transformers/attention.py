@@ -21,6 +21,7 @@ from llama_kernels.integrations.transformers.masks import (
     KeyRanges,
     document_starts,
     key_ranges,
+    pack_window,
     unpack,
     without_hidden_keys,
     written_out,
@@ -76,23 +77,22 @@ def attention_forward(
     if reason is None and attention_mask is None and causal and 1 < Sq != Sk:
         reason = "queries and keys of unlike number without a mask"
     if reason is not None:
-        return _stock(reason, module, query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux, others)
+        return _stock(
+            reason, module, query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux, others
+        )
 
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if attention_mask is None:
+    ranges = Window(-1, 0 if causal else -1) if attention_mask is None else unpack(attention_mask, Sq, Sk)
+    if isinstance(ranges, Window):
         starts = None
-        if causal and not hasattr(module, FOLLOWS_MASK):
+        if ranges.right == 0 and Sq == Sk and not hasattr(module, FOLLOWS_MASK):
             starts = document_starts(position_ids, Sq)
         if starts is not None:
             starts = starts.int().expand(query.shape[0], -1)
-        out = attention(query, key, value, is_causal=causal and Sq > 1, kv_start=starts, **options)
-        return out.transpose(1, 2), None
-    ranges = unpack(attention_mask, Sq, Sk)
-    if isinstance(ranges, Window):
-        out = attention(query, key, value, is_causal=False, window_size=tuple(ranges), **options)
+        out = attention(query, key, value, is_causal=False, window_size=tuple(ranges), kv_start=starts, **options)
     else:
         out = _of_ranges(query, key, value, ranges, options)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) -> torch.Tensor:
@@ -177,8 +177,7 @@ def _stock(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **others
         )
     if attention_mask is None and causal and query.shape[2] > 1:
-        attention_mask = written_out(torch.empty(1, 1, 0, 2, dtype=torch.int32), query.shape[2], key.shape[2])
-        attention_mask = attention_mask.to(query.device)
+        attention_mask = written_out(pack_window(Window(-1, 0), query.device), query.shape[2], key.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
@@ -186,7 +185,16 @@ def _stock(
         fix = "attn_implementation='eager' has it."
         raise ValueError(message("attention_forward", "attention_mask", reason, "a range of keys for each row", fix))
     return eager(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **others
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        softcap=softcap,
+        s_aux=s_aux,
+        **others,
     )
 
 

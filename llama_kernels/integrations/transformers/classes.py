@@ -42,17 +42,15 @@ def _functions_of(cls: type) -> tuple[Any, ...]:
     forward = getattr(cls, "forward", None)
     inner = source.decorated(forward)[-1]
     rotaries = [inner.__globals__[name] for name in _rotary_names(inner)]
-    helpers = [
-        rotary.__globals__.get(name)
-        for rotary in rotaries
-        for name in sorted(source.global_names(rotary))
-    ]
+    helpers = [rotary.__globals__.get(name) for rotary in rotaries for name in sorted(source.global_names(rotary))]
     return (forward, inner, getattr(cls, "_norm", None), *rotaries, *helpers)
 
 
 def _rotary_names(inner: Any) -> list[str]:
     names = source.global_names(inner)
-    return sorted(name for name in names if name.startswith("apply_") and "rotary" in name and name in inner.__globals__)
+    return sorted(
+        name for name in names if name.startswith("apply_") and "rotary" in name and name in inner.__globals__
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,7 +28,9 @@ _HEAD_NORMS_AFTER = re.compile(
     r"(?=    cos, sin = position_embeddings$)",
     re.M,
 )
-_ROTARY = re.compile(r"^(    query_states, key_states = )apply_rotary_pos_emb\((query_states, key_states, cos, sin)\)$", re.M)
+_ROTARY = re.compile(
+    r"^(    query_states, key_states = )apply_rotary_pos_emb\((query_states, key_states, cos, sin)\)$", re.M
+)
 
 _CACHE = re.compile(r"\bpast_key_values?\b")
 

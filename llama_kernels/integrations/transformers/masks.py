@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from llama_kernels.integrations.transformers.intervals import (
-    FULL_MASK,
     MaskFunction,
     Rows,
     Window,
@@ -48,27 +47,30 @@ class KeyRanges(NamedTuple):
 
 
 # --- one 4-D tensor, since Transformers hands on what is 4-D as a finished mask --------------------------------------
+#
+# Model code may cut such a mask to the last queries, [:, :, -n:], or to the first keys, [..., :n]. Neither may change
+# what it says: the size of queries is 1 or 0, and lines of queries are aligned at the right, lines of keys at the left.
 
 
 def pack(ranges: KeyRanges) -> torch.Tensor:
-    """(B, 1, n, max(Sq, Sk)) int32, a line each for start, end and the fields that are there."""
-    lines = [line for line in ranges if line is not None]
-    length = max(line.shape[-1] for line in lines)
-    return torch.stack([F.pad(line, (0, length - line.shape[-1])) for line in lines], 1)[:, None]
+    """(B, n, 1, max(Sq, Sk)) int32, a line each for start, end and the fields that are there."""
+    queries, keys = ranges[:2], [line for line in ranges[2:] if line is not None]
+    length = max(line.shape[-1] for line in (*queries, *keys))
+    lines = [F.pad(line, (length - line.shape[-1], 0)) for line in queries]
+    return torch.stack([*lines, *(F.pad(line, (0, length - line.shape[-1])) for line in keys)], 1)[:, :, None]
 
 
-def pack_window(window: Window, Sk: int) -> torch.Tensor:
-    """An int32 tensor without elements whose sizes are the window, so that the host knows it without reading memory."""
-    left, right = (-1 if side >= Sk - 1 else side for side in window)
-    return torch.empty(1, left + 2, 0, right + 2, dtype=torch.int32)
+def pack_window(window: Window, device: torch.device | None) -> torch.Tensor:
+    """An int32 tensor without elements, whose sizes are the window: the host knows it without reading memory."""
+    return torch.empty(window.right + 2, window.left + 2, 0, 0, dtype=torch.int32, device=device)
 
 
 def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
-    """The inverse of `pack` and `pack_window`, for Sq queries and Sk keys."""
+    """What `pack` or `pack_window` wrote, for the last Sq of its queries and its Sk keys."""
     if mask.shape[2] == 0:
-        return Window(mask.shape[1] - 2, mask.shape[3] - 2)
-    lines = mask[:, 0].unbind(1)
-    start, end = lines[0][:, :Sq], lines[1][:, :Sq]
+        return Window(mask.shape[1] - 2, mask.shape[0] - 2)
+    lines = mask[:, :, 0].unbind(1)
+    start, end = (line[:, line.shape[1] - Sq :] for line in lines[:2])
     names = {2: (), 3: ("valid",), 4: ("order", "inverse"), 5: ("order", "inverse", "sound")}[len(lines)]
     return KeyRanges(start, end, **{name: line[:, :Sk] for name, line in zip(names, lines[2:], strict=True)})
 
@@ -146,8 +148,7 @@ def key_ranges(
     mask_function(b, h, i, j) says whether query i sees key j; attention_mask (B, keys) whether key j holds a token.
 
     Returns:
-        None: plain causal, or all keys where the layer is not causal. Otherwise 4-D: int32 as `pack` and `pack_window`
-        write it, or the mask written out, (B, 1, Sq, Sk) bool.
+        4-D: int32 as `pack` and `pack_window` write it, or the mask written out, (B, 1, Sq, Sk) bool.
     """
     if cache_position is not None:  # Transformers 4
         device, q_length, q_offset = cache_position.device, cache_position.shape[0], cache_position[0]
@@ -156,13 +157,10 @@ def key_ranges(
     if attention_mask is None and _call.config is config and config is not None:
         documents = document_starts(_call.position_ids, q_length)
     if attention_mask is None and documents is None:
-        if mask_function is FULL_MASK:
-            return None
         window = window_of(mask_function)
-        asked_for = not allow_is_causal_skip and window == Window(-1, 0) and aligned  # it is to be combined with others
-        if window is not None and aligned and not asked_for:
-            plain = window == Window(-1, 0) and (q_length in (1, kv_length))
-            return None if plain else pack_window(window, kv_length).to(device)
+        to_be_combined = window == Window(-1, 0) and aligned and not allow_is_causal_skip
+        if window is not None and (aligned or window == Window(-1, -1)) and not to_be_combined:
+            return pack_window(window, device)
 
     own = torch.arange(q_length, device=device) + q_offset
     rows = Rows(own, own[None], kv_offset + kv_length)

@@ -110,7 +110,13 @@ def is_unwatched(norm: Any) -> bool:
 
 def add_and_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """norm(residual + x) and the sum, in one pass over the rows where the norm can be skipped as a module."""
-    if is_unwatched(norm) and _takes(residual) and is_plain(x) and x.dtype == residual.dtype and x.shape == residual.shape:
+    if (
+        is_unwatched(norm)
+        and _takes(residual)
+        and is_plain(x)
+        and x.dtype == residual.dtype
+        and x.shape == residual.shape
+    ):
         weight = norm.known_weight()
         if norm_takes(norm.known, x, weight):
             return add_rms_norm(x, residual, weight, getattr(norm, norm.known.eps), offset=norm.known.offset)

@@ -102,7 +102,9 @@ def patch(
         raise ValueError(message("patch", "model", f"a {type(model).__name__} in part:\n{stock}\n", "all ours", fix))
     expected = [row for row in stock.rows if row.kind not in _NEEDS]
     if expected:
-        logger.warning("llama_kernels.patch: some of this %s stays stock:\n%s", type(model).__name__, Report((*expected,)))
+        logger.warning(
+            "llama_kernels.patch: some of this %s stays stock:\n%s", type(model).__name__, Report((*expected,))
+        )
     _apply(model, [place for place in places if place.ours])
     logger.info("llama_kernels.patch: %s\n%s", type(model).__name__, report(model))
     return model
@@ -177,6 +179,8 @@ def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                 ours, why = False, own
             elif ours and kind in _NEEDS:
                 parts = [getattr(module, name, None) for name in value.norms]
+                if not any("rms_norm" in _found(part) for part in parts):
+                    continue  # norms of another kind: there is nothing to fuse
                 if not wanted.issuperset(_NEEDS[kind]) or (kind == QK_NORM_ROPE and not found["rope"].value):
                     ours, why = False, "the operations that it is made of are not ours"
                 elif not all(id(part) in norms for part in parts):

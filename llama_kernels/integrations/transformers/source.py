@@ -214,7 +214,11 @@ def _copied(function: Function, code: types.CodeType, globals_: dict[str, Any], 
     copy = types.FunctionType(code, globals_, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
     copy.__dict__.update(function.__dict__)
-    copy.__module__, copy.__doc__, copy.__annotations__ = function.__module__, function.__doc__, function.__annotations__
+    copy.__module__, copy.__doc__, copy.__annotations__ = (
+        function.__module__,
+        function.__doc__,
+        function.__annotations__,
+    )
     if wraps is not None:
         copy.__wrapped__ = wraps
     return copy
