@@ -18,6 +18,7 @@ from llama_kernels.language import TRITON_VERSION, cast, tl, triton
 from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.runtime import (
+    Differentiable,
     cdiv,
     check_tensors,
     distinct,
@@ -569,23 +570,28 @@ _rms_norm_backward = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Differentiable):
     """(x, residual or None, weight or None) -> y, or (y, residual_out). Saves what it normalised, weight and rstd."""
 
+    KEPT = 1
+
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset):
+    def forward(op, x, residual, weight, eps, offset):
         y, s, rstd = _rms_norm_forward(x, residual, weight, eps, offset)
-        ctx.save_for_backward(x if residual is None else s, weight, rstd)
+        return (y, rstd) if residual is None else (y, s, rstd)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, x, residual, weight, ctx.eps, ctx.offset = inputs
+        ctx.save_for_backward(x if residual is None else output[1], weight, output[-1])
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.offset = eps, offset
         ctx.grad_dtypes = (x.dtype, None if residual is None else residual.dtype)
-        return y if residual is None else (y, s)
 
     @staticmethod
     def backward(ctx, dy, ds=None):
         x, weight, rstd = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.grad_dtypes
-        need_x, need_residual, need_dw = ctx.needs_input_grad[:3]
+        need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
         need_dx = need_x or need_residual
         if dy is None:  # only residual_out was used
             dx, dw = ds, None
@@ -600,8 +606,7 @@ class _RMSNorm(torch.autograd.Function):
             dx.to(residual_dtype) if need_residual and dx is not None else None,
             dw if need_dw else None,
         )
-        op = "rms_norm" if residual_dtype is None else "add_rms_norm"
-        return *refuse_double_backward(op, grads, (dy, ds, x, weight)), None, None
+        return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -629,7 +634,7 @@ def rms_norm(
         ValueError: weight is not (N,), eps is negative, or devices differ.
     """
     _check("rms_norm", x, None, weight, eps)
-    return _apply(x, None, weight, eps, offset)[0]
+    return _apply("rms_norm", x, None, weight, eps, offset)[0]
 
 
 def add_rms_norm(
@@ -657,17 +662,16 @@ def add_rms_norm(
         TypeError, ValueError: as `rms_norm`; also where residual's shape is not x's.
     """
     _check("add_rms_norm", x, residual, weight, eps)
-    return _apply(x, residual, weight, eps, offset)
+    return _apply("add_rms_norm", x, residual, weight, eps, offset)
 
 
-def _apply(x, residual, weight, eps, offset):
-    """(y, residual_out or None), through autograd where a gradient is wanted."""
+def _apply(op, x, residual, weight, eps, offset):
+    """y and, with a residual, residual_out; through autograd where a gradient is wanted."""
     x = last_dim_contiguous(x)
     residual = None if residual is None else last_dim_contiguous(residual)
     weight = None if weight is None else last_dim_contiguous(weight)
     if needs_grad(x, residual, weight):
-        out = _RMSNorm.apply(*distinct(x, residual, weight), eps, offset)
-        return (out, None) if residual is None else out
+        return _RMSNorm.call(op, *distinct(x, residual, weight), eps, offset)
     return _rms_norm_forward(x, residual, weight, eps, offset)[:2]
 
 

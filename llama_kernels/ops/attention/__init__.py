@@ -15,6 +15,7 @@ from llama_kernels.ops.attention.cpu import plain_backward, plain_forward
 from llama_kernels.ops.attention.forward import launch_forward
 from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
 from llama_kernels.runtime import (
+    Differentiable,
     autocast_dtype,
     check_tensors,
     distinct,
@@ -54,17 +55,18 @@ _attention_backward = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Differentiable):
     """(q, k, v, sinks or None) -> (out, lse). Saves these and recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx, op, deterministic, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *scalars):
-        bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
-        out, lse = attention_forward(q, k, v, sinks, *bounds, *scalars)
-        ctx.save_for_backward(q, k, v, out, lse, sinks, *bounds)
+    def forward(op, deterministic, *call):
+        return attention_forward(*call)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, ctx.deterministic, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *ctx.scalars = inputs
+        ctx.save_for_backward(q, k, v, *output, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
         ctx.set_materialize_grads(False)
-        ctx.op, ctx.deterministic, ctx.scalars = op, deterministic, scalars
-        return out, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
@@ -85,7 +87,7 @@ def _apply(op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, lon
     tensors = (q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
     scalars = (longest_q, longest_k, *numbers_of(q, is_causal, scale, window_size, softcap))
     if needs_grad(q, k, v, sinks):
-        out, lse = _Attention.apply(op, deterministic, *distinct(*tensors), *scalars)
+        out, lse = _Attention.call(op, deterministic, *distinct(*tensors), *scalars)
     else:
         out, lse = attention_forward(*tensors, *scalars)
     return (out, lse) if return_lse else out
