@@ -335,6 +335,18 @@ def values_are_checked(x: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and _checked.get() and not (x.is_meta or is_fake(x))
 
 
+def check_eps(op: str, eps: float | None) -> float:
+    """`eps` as a number: None is F.rms_norm's own, that of the float32 in which it computes."""
+    if eps is None:
+        return _FLOAT32_EPS
+    if not eps >= 0:
+        raise ValueError(message(op, "eps", eps, "a number that is not negative, or None"))
+    return eps
+
+
+_FLOAT32_EPS = torch.finfo(torch.float32).eps
+
+
 def shape_of(x: torch.Tensor) -> str:
     return f"of shape {tuple(x.shape)}"
 

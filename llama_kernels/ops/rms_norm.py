@@ -20,6 +20,7 @@ from llama_kernels.ops.partials import sum_partials
 from llama_kernels.runtime import (
     Differentiable,
     cdiv,
+    check_eps,
     check_tensors,
     distinct,
     empty_in_order_of,
@@ -613,7 +614,7 @@ class _RMSNorm(Differentiable):
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = 1e-6, *, offset: float = 0.0
 ) -> torch.Tensor:
     """Root-mean-square norm over the last dimension: y = x / sqrt(mean(x²) + eps) · (offset + weight).
 
@@ -623,7 +624,8 @@ def rms_norm(
         x: (..., N), bfloat16, float16 or float32, N from 1 on. Any strides; a last dimension that is not contiguous is
             copied.
         weight: (N,) in any of these dtypes, or None for no scaling.
-        eps: added to the mean square; not negative.
+        eps: added to the mean square; not negative. None is the default of torch.nn.functional.rms_norm: float32's eps,
+            1.2e-7, for each of these dtypes.
         offset: added to the weight in float32; 1.0 for Gemma, whose weights are stored around zero.
 
     Returns:
@@ -633,7 +635,8 @@ def rms_norm(
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: weight is not (N,), eps is negative, or devices differ.
     """
-    _check("rms_norm", x, None, weight, eps)
+    _check("rms_norm", x, None, weight)
+    eps = check_eps("rms_norm", eps)
     return _apply("rms_norm", x, None, weight, eps, offset)[0]
 
 
@@ -641,7 +644,7 @@ def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     *,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -661,7 +664,8 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: as `rms_norm`; also where residual's shape is not x's.
     """
-    _check("add_rms_norm", x, residual, weight, eps)
+    _check("add_rms_norm", x, residual, weight)
+    eps = check_eps("add_rms_norm", eps)
     return _apply("add_rms_norm", x, residual, weight, eps, offset)
 
 
@@ -675,7 +679,7 @@ def _apply(op, x, residual, weight, eps, offset):
     return _rms_norm_forward(x, residual, weight, eps, offset)[:2]
 
 
-def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float) -> None:
+def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
     check_tensors(op, x=x, residual=residual, weight=weight)
     if x.ndim == 0:
         raise ValueError(message(op, "x", "a scalar", "a tensor of at least one dimension"))
@@ -683,5 +687,3 @@ def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torc
         raise ValueError(message(op, "residual", shape_of(residual), f"the shape of x, {tuple(x.shape)}"))
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(message(op, "weight", shape_of(weight), f"({x.shape[-1]},), one element a column of x"))
-    if not eps >= 0:
-        raise ValueError(message(op, "eps", eps, "a number that is not negative"))

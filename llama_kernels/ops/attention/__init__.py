@@ -128,7 +128,7 @@ def attention(
         scale: of the scores; None is D ** -0.5.
         window_size: (left, right), -1 for no limit: query i also sees only keys from i + Sk - Sq - left to
             i + Sk - Sq + right, both included, as in flash-attn.
-        softcap: scores s become softcap · tanh(s / softcap).
+        softcap: scores s become softcap · tanh(s / softcap). None or 0.0: they stay as they are.
         sinks: (Hq,), one more logit a head, which takes its share of the softmax (and of lse) and gives no value.
             Differentiable.
         kv_start, kv_end: (B, Sq) int32: row i also sees no key before kv_start[b, i], nor kv_end[b, i] or any after it.
@@ -221,7 +221,7 @@ def numbers_of(
 ) -> tuple[float, float | None, int | None, int | None]:
     """scale, softcap, left and right as the registered ops take them."""
     left, right = (None if side < 0 else min(side, _UNLIMITED) for side in window_size)
-    return q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, left, 0 if is_causal else right
+    return q.shape[-1] ** -0.5 if scale is None else float(scale), softcap or None, left, 0 if is_causal else right
 
 
 # A window this wide sees everything; wider ones would overflow where positions are added to it.
@@ -285,8 +285,8 @@ def check_call(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, 
     for side in window_size:
         if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
             raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
-    if softcap is not None and not softcap > 0:
-        raise ValueError(message(op, "softcap", softcap, "a positive number, or None"))
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(message(op, "softcap", softcap, "a positive number, or 0 or None for none"))
     if scale is not None and not abs(scale) < float("inf"):
         raise ValueError(message(op, "scale", scale, "a finite number, or None"))
     if deterministic not in (None, True, False):
