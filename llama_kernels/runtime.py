@@ -74,6 +74,8 @@ def _example_by_example(op: torch._ops.OpOverload) -> Callable[..., Any]:
             pairs = zip(args, in_dims, strict=True)
             return [x if dim is None else last_dim_contiguous(x.select(dim, i)) for x, dim in pairs]
 
+        if not info.batch_size:
+            raise ValueError(f"{op}: vmap over a dimension of size 0 has no result; wanted at least one example.")
         results = [op(*example(i)) for i in range(info.batch_size)]
         if isinstance(results[0], torch.Tensor):
             return torch.stack(results), 0
@@ -209,9 +211,9 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def transforms_are_active() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is active, and no compiler sees to it."""
-    active = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    return active and not torch.compiler.is_compiling()
+    """Whether a transform of torch.func or forward-mode differentiation is: tensors that carry a gradient or a tangent
+    for it need not require grad."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -249,6 +251,8 @@ class Differentiable(torch.autograd.Function):
 
         def call(op: str, *args: Any) -> tuple[torch.Tensor, ...]:
             if transforms_are_active():
+                if torch.compiler.is_dynamo_compiling():  # it would trace forward, and lose the gradient
+                    torch._dynamo.graph_break()
                 refuse_forward_mode(op, *args)
                 return cls.apply(op, *args)[:returned]
             return older_form.apply(op, *args)
@@ -298,7 +302,7 @@ def refuse_double_backward(
 
 def refuse_forward_mode(op: str, *args: Any) -> None:
     """Raise where one of the tensors among `args` has a tangent, which no op would carry on to its result."""
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+    if forward_ad._current_level >= 0:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         _RefuseDerivatives.apply(op, len(tensors), *tensors)
 

@@ -484,7 +484,7 @@ def rope_into_cache(
         if torch._C._are_functorch_transforms_active():
             wanted, fix = "a tensor outside of them: caches are written in place", "Use llama_kernels.rope."
             raise ValueError(message(op, "q", "inside of a torch.func transform", wanted, fix))
-    elif needs_grad(*tensors.values()):
+    if needs_grad(*tensors.values()) and any(x.requires_grad for x in tensors.values()):
         name = next(name for name, x in tensors.items() if x.requires_grad)
         fix = "Call it under torch.no_grad(), or use llama_kernels.rope."
         raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))
