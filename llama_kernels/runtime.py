@@ -216,6 +216,14 @@ def transforms_are_active() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def is_differentiated(x: torch.Tensor) -> bool:
+    """Whether `x` requires grad, or is an example of a torch.func.vmap of what does."""
+    if x.requires_grad or not torch._C._are_functorch_transforms_active():
+        return x.requires_grad
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) and is_differentiated(functorch.get_unwrapped(x))
+
+
 def distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """`tensors`, no two of them the same object: torch.compile does not trace a Function that is given one twice."""
     if not torch.compiler.is_compiling():

@@ -15,24 +15,32 @@ def rope(
     interleaved: bool = False,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rotate the pairs (x_i, x_j) of every head by its token's angles: x_i cos - x_j sin, x_j cos + x_i sin.
+    """Rotate the pairs (x_i, x_j) of every head by its token's angles: x_i cos_i - x_j sin_i, x_j cos_j + x_i sin_j.
 
     q (B, Hq, S, D) or packed (T, Hq, D); k likewise or None. cos, sin: tables (positions, R/2), or one row a token,
-    (B, S, R/2). Position ids outside the table are clamped into it.
+    (B, S, R/2), with one angle for i and j; or R in place of R/2, where R > D/2, with one for each. Position ids
+    outside the table are clamped into it.
     """
-    tokens = q.shape[-2] if q.ndim == 4 else q.shape[0]
-    if cos.ndim == 2:
-        if position_ids is None:
-            position_ids = torch.arange(tokens, device=q.device)
-        rows = position_ids.long().clamp(0, max(cos.shape[0] - 1, 0))
-        cos, sin = cos[rows], sin[rows]  # (S, R/2), (B, S, R/2) or (T, R/2)
-    heads = -2 if q.ndim == 3 else -3
-    cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)  # broadcast over the heads
-
+    cos, sin = _rows(q, cos, sin, position_ids)
     out = tuple(None if x is None else _rotate(x, cos, sin, interleaved) for x in (q, k))
     if inplace:
         out = tuple(None if x is None else x.copy_(y) for x, y in zip((q, k), out, strict=True))
     return out
+
+
+def rope_transpose(
+    dq: torch.Tensor,
+    dk: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The transpose of `rope`, which is its backward: dy_i cos_i + dy_j sin_j, dy_j cos_j - dy_i sin_i. Where i and j
+    have one angle, this is the inverse rotation."""
+    cos, sin = _rows(dq, cos, sin, position_ids)
+    return tuple(None if dy is None else _rotate(dy, cos, sin, interleaved, transpose=True) for dy in (dq, dk))
 
 
 def rope_qkv(
@@ -79,11 +87,34 @@ def rope_into_cache(
     return q
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def _rows(
+    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables' row of each token of q, with a dimension of 1 for the heads."""
+    tokens = q.shape[-2] if q.ndim == 4 else q.shape[0]
+    if cos.ndim == 2:
+        if position_ids is None:
+            position_ids = torch.arange(tokens, device=q.device)
+        rows = position_ids.long().clamp(0, max(cos.shape[0] - 1, 0))
+        cos, sin = cos[rows], sin[rows]  # (S, R/2), (B, S, R/2) or (T, R/2)
+    heads = -2 if q.ndim == 3 else -3
+    return cos.unsqueeze(heads), sin.unsqueeze(heads)
+
+
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, transpose: bool = False
+) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
-    rotated, rest = x.to(wide).tensor_split([2 * cos.shape[-1]], dim=-1)  # (..., R), (..., D - R)
-    pairs = rotated.unflatten(-1, (-1, 2) if interleaved else (2, -1))
-    x0, x1 = pairs.unbind(-1 if interleaved else -2)  # (..., R/2) each
-    y = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1 if interleaved else -2)
+    full = 2 * cos.shape[-1] > x.shape[-1]
+    rotated, rest = x.to(wide).tensor_split([(1 if full else 2) * cos.shape[-1]], dim=-1)  # (..., R), (..., D - R)
+
+    def pairs(table: torch.Tensor) -> tuple[torch.Tensor, ...]:  # (..., R) -> (..., R/2) of the first, of the second
+        return table.unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
+
+    x0, x1 = pairs(rotated)
+    (cos0, cos1), (sin0, sin1) = (pairs(table) if full else (table, table) for table in (cos, sin))
+    if transpose:
+        sin0, sin1 = -sin1, -sin0
+    y = torch.stack((x0 * cos0 - x1 * sin0, x1 * cos1 + x0 * sin1), -1 if interleaved else -2)
     return torch.cat((y.flatten(-2), rest), -1).to(x.dtype)

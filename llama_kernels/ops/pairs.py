@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from llama_kernels.language import tl, triton
-from llama_kernels.runtime import check_tensors, message, next_power_of_2, shape_of, sizes_of, values_are_checked
+from llama_kernels.runtime import (
+    KERNEL_DTYPES,
+    check_tensors,
+    is_differentiated,
+    message,
+    next_power_of_2,
+    shape_of,
+    sizes_of,
+    values_are_checked,
+)
+
+TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
@@ -68,31 +79,56 @@ def store_pairs(vectors, there, y0, y1, HALF: tl.constexpr, INTERLEAVED: tl.cons
         tl.store(vectors[:, :, None] + (pair + HALF)[None, None, :], y1, mask=mask)
 
 
+class Angles(NamedTuple):
+    """cos and sin of the first and of the second element of each pair, float32 [BLOCK_T, 1, BLOCK_R]. A table of half
+    width has one entry for both."""
+
+    cos0: tl.tensor
+    cos1: tl.tensor
+    sin0: tl.tensor
+    sin1: tl.tensor
+
+
+@triton.jit
+def _load_entries(ptr, rows, columns, stride, mask, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of rows of a table, the entries of the first and of the second element of each pair, as float32."""
+    first = tl.load(ptr + rows[:, None] + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
+    second = first
+    if FULL and INTERLEAVED:
+        first, second = tl.split(first.reshape(first.shape[0], first.shape[1] // 2, 2))
+    elif FULL:
+        columns += HALF
+        second = tl.load(ptr + rows[:, None] + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
 @triton.jit
 def load_angles(
     cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
-    HALF: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+    HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """cos and sin of the tokens (b, s), as float32 [BLOCK_T, 1, BLOCK_R]: of row position_ids[b, s], kept inside the
-    table, or s. INVERSE: of the negative angle."""
+    """Angles of the tokens (b, s): of row position_ids[b, s], kept inside the table, or s. Strides of tables are of
+    batch, row and entry. FULL: tables of full width. INVERSE: of the transpose, which turns by the negative angle where
+    the entries of a pair agree."""
     row = s
     if position_ids_ptr is not None:
         row = tl.load(position_ids_ptr + b * position_strides[0] + s * position_strides[1], mask=live, other=0)
         row = tl.minimum(tl.maximum(row.to(tl.int64), 0), positions - 1)
-    pairs = tl.arange(0, BLOCK_R)
-    mask = live[:, None] & (pairs < HALF)[None, :]
+    SPAN: tl.constexpr = 2 if FULL and INTERLEAVED else 1  # entries of a pair that are loaded side by side
+    columns = tl.arange(0, SPAN * BLOCK_R).to(tl.int64)
+    mask = live[:, None] & (columns < SPAN * HALF)[None, :]
     cos_rows, sin_rows = b * cos_strides[0] + row * cos_strides[1], b * sin_strides[0] + row * sin_strides[1]
-    cos = tl.load(cos_ptr + cos_rows[:, None] + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + sin_rows[:, None] + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
+    cos0, cos1 = _load_entries(cos_ptr, cos_rows, columns, cos_strides[2], mask, HALF, FULL, INTERLEAVED)
+    sin0, sin1 = _load_entries(sin_ptr, sin_rows, columns, sin_strides[2], mask, HALF, FULL, INTERLEAVED)
     if INVERSE:
-        sin = -sin
-    return cos[:, None, :], sin[:, None, :]
+        sin0, sin1 = -sin1, -sin0
+    return Angles(cos0[:, None, :], cos1[:, None, :], sin0[:, None, :], sin1[:, None, :])
 
 
 @triton.jit
-def turn(x0, x1, cos, sin):
+def rotate(x0, x1, angles):
     """Each pair rotated by its angle."""
-    return x0 * cos - x1 * sin, x1 * cos + x0 * sin
+    return x0 * angles.cos0 - x1 * angles.sin0, x1 * angles.cos1 + x0 * angles.sin1
 
 
 @triton.jit
@@ -112,20 +148,21 @@ def _turn_pairs(
         )  # fmt: skip
         if HALF > SOME:
             z0, z1 = _turn_pairs(
-                z0, z1, cos_ptr + SOME, sin_ptr + SOME, position_ids_ptr, cos_strides, sin_strides, position_strides,
-                b, s, live, positions, HALF - SOME, BLOCK, SOME,
+                z0, z1, cos_ptr + SOME * tl.cast(cos_strides[2], tl.int64),
+                sin_ptr + SOME * tl.cast(sin_strides[2], tl.int64), position_ids_ptr, cos_strides, sin_strides,
+                position_strides, b, s, live, positions, HALF - SOME, BLOCK, SOME,
             )  # fmt: skip
         y0 = tl.join(y0, z0).permute(0, 2, 1).reshape(BLOCK, PAIRS)
         y1 = tl.join(y1, z1).permute(0, 2, 1).reshape(BLOCK, PAIRS)
     else:
-        cos, sin = load_angles(
+        angles = load_angles(
             cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
-            HALF, True, PAIRS,
+            HALF, False, False, True, PAIRS,
         )  # fmt: skip
-        cos, sin = cos.reshape(BLOCK, PAIRS), sin.reshape(BLOCK, PAIRS)
+        cos, sin = angles.cos0.reshape(BLOCK, PAIRS), angles.sin0.reshape(BLOCK, PAIRS)
         if HALF < PAIRS:  # there the sine is 0 already
             cos = tl.where((tl.arange(0, PAIRS) < HALF)[None, :], cos, 1.0)
-        y0, y1 = turn(x0, x1, cos, sin)
+        y0, y1 = rotate(x0, x1, Angles(cos, cos, sin, sin))
     return y0, y1
 
 
@@ -134,8 +171,8 @@ def turn_back(
     x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """float32 x [BLOCK, BLOCK_D], a head of the tokens (b, s), rotated by their negative angles; what lies past the
-    rotated width stays.
+    """float32 x [BLOCK, BLOCK_D], a head of the tokens (b, s), rotated by their negative angles, of tables of half
+    width; what lies past the rotated width stays.
 
     For the end of a kernel whose x is a sum of products. The pairs are told apart by reshaping, which leaves every
     element where it is: the thread that has one of a pair has the other too, however tensor cores lay x out.
@@ -171,20 +208,32 @@ def row_strides(x: torch.Tensor | None, batched: bool) -> tuple[int, int] | None
     return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
 
 
+def full_width(cos: torch.Tensor, head_dim: int) -> bool:
+    """Whether tables hold an entry for each element of a head, not for each pair: wherever they are too wide for the
+    latter."""
+    return 2 * cos.shape[-1] > head_dim
+
+
+def pairs_of(cos: torch.Tensor, head_dim: int) -> dict[str, Any]:
+    """HALF, the pairs of a head that are rotated, and FULL, whether the tables are of full width."""
+    full = full_width(cos, head_dim)
+    return {"HALF": cos.shape[-1] // 2 if full else cos.shape[-1], "FULL": full}
+
+
 def angle_arguments(
     cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None
-) -> tuple[tuple[torch.Tensor | None, ...], tuple[tuple[int, int] | None, ...]]:
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[tuple[int, ...] | None, ...]]:
     """What `load_angles` takes: the three tensors, and the strides of each."""
-    tables = row_strides(cos, cos.ndim == 3), row_strides(sin, sin.ndim == 3)
+    tables = ((*row_strides(table, table.ndim == 3), table.stride(-1)) for table in (cos, sin))
     positions = row_strides(position_ids, position_ids is not None and position_ids.ndim == 2)
     return (cos, sin, position_ids), (*tables, positions)
 
 
 class Rotation(NamedTuple):
-    """What a kernel that ends with `turn_back` is launched with."""
+    """What a kernel that ends with `turn_back` is launched with: tables of half width."""
 
     tensors: tuple[torch.Tensor | None, ...] = (None, None, None)  # cos, sin, position_ids
-    strides: tuple[tuple[int, int] | None, ...] = (None, None, None)
+    strides: tuple[tuple[int, ...] | None, ...] = (None, None, None)
     positions: int | None = None
     half: int = 0
     interleaved: bool = False
@@ -235,21 +284,20 @@ def check_angles(
     per_token = cos.ndim == 3
     if sin.shape != cos.shape:
         raise ValueError(message(op, "sin", shape_of(sin), f"the shape of cos, {tuple(cos.shape)}"))
-    if cos.dtype == torch.float64 or sin.dtype != cos.dtype:
-        raise TypeError(message(op, "sin" if sin.dtype != cos.dtype else "cos", sin.dtype, "float32, both alike"))
+    if cos.dtype not in TABLE_DTYPES:
+        raise TypeError(message(op, "cos", cos.dtype, " or ".join(map(str, TABLE_DTYPES))))
+    if sin.dtype != cos.dtype:
+        raise TypeError(message(op, "sin", sin.dtype, f"the dtype of cos, {cos.dtype}"))
     if cos.ndim not in (2, 3) or (per_token and (B is None or cos.shape[0] not in (1, B) or cos.shape[1] != S)):
-        wanted = "(positions, R/2)" if B is None else f"(positions, R/2) or a row a token, ({B}, {S}, R/2)"
+        rows = "(positions, R/2)" if B is None else f"(positions, R/2) or a row a token, ({B}, {S}, R/2)"
+        raise ValueError(message(op, "cos", shape_of(cos), f"{rows}; R in place of R/2 for an angle an element"))
+    width = cos.shape[-1]
+    if not 0 < width <= head_dim or (full_width(cos, head_dim) and width % 2):
+        wanted = f"an angle a pair, 1 to D/2 = {head_dim // 2} of them in the last dimension, or an angle an element, "
+        wanted += f"an even number of them up to D = {head_dim}"
         raise ValueError(message(op, "cos", shape_of(cos), wanted))
-    if not 0 < 2 * cos.shape[-1] <= head_dim:
-        fix = (
-            "Hugging Face's tables hold every angle twice: pass cos[..., : R // 2]."
-            if cos.shape[-1] == head_dim
-            else ""
-        )
-        wanted = f"at most D/2 = {head_dim // 2} angles, and at least one, in the last dimension"
-        raise ValueError(message(op, "cos", shape_of(cos), wanted, fix))
     for table, angles in (("cos", cos), ("sin", sin)):
-        if angles.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and is_differentiated(angles):
             fix = f"Pass {table}.detach(), or use llama_kernels.reference.{op} to train the angles."
             raise ValueError(message(op, table, "a tensor that requires grad", "a constant table", fix))
 

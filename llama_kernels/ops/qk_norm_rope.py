@@ -17,11 +17,13 @@ from llama_kernels.ops.pairs import (
     head_tile,
     load_angles,
     load_pairs,
+    pairs_of,
+    rotate,
     store_pairs,
     tokens_of,
-    turn,
 )
 from llama_kernels.ops.partials import sum_partials
+from llama_kernels.reference.rope import rope_transpose
 from llama_kernels.runtime import (
     Differentiable,
     cdiv,
@@ -128,7 +130,7 @@ def _times(x, number):
 
 @triton.jit
 def _forward_heads(
-    x_ptr, weight_ptr, y_ptr, x_strides, y_strides, b, s, live, cos, sin, H, eps, offset,
+    x_ptr, weight_ptr, y_ptr, x_strides, y_strides, b, s, live, angles, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +149,7 @@ def _forward_heads(
         if D > 2 * HALF:  # no room for two vectors of weights beside two of x
             scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
         y = _scaled(_times(x, rstd), scales)
-        y0, y1 = turn(y.x0, y.x1, cos, sin)
+        y0, y1 = rotate(y.x0, y.x1, angles)
         _store_vectors(y_ptrs, there, Vectors(y0, y1, y.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
@@ -156,30 +158,30 @@ def _qk_norm_rope_forward_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides, position_strides,
     S, Hq, Hkv, positions, eps, offset,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = rotated(x * rstd * (offset + weight)), rstd = 1 / sqrt(mean(x^2) + eps), for every head x of BLOCK_T tokens.
 
-    q, k: (B, H, S, D) by strides; weights (D,) or None; cos, sin: rows of HALF float32, of row position_ids[b, s] or s.
-    k may be None. float32 inside, rounded once.
+    q, k: (B, H, S, D) by strides; weights (D,) or None; cos, sin: rows of HALF entries, or with FULL of 2 HALF, of row
+    position_ids[b, s] or s. k may be None. float32 inside, rounded once.
     Bytes: q and k in and out, each table row once for all heads. FLOPs: 7 a element.
     """
     blocks = tl.cdiv(S, BLOCK_T)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     live = s < S
-    cos, sin = load_angles(
+    angles = load_angles(
         cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
-        HALF, False, BLOCK_R,
+        HALF, FULL, INTERLEAVED, False, BLOCK_R,
     )  # fmt: skip
     _forward_heads(
-        q_ptr, q_weight_ptr, q_out_ptr, q_strides, q_out_strides, b, s, live, cos, sin, Hq, eps, offset,
+        q_ptr, q_weight_ptr, q_out_ptr, q_strides, q_out_strides, b, s, live, angles, Hq, eps, offset,
         D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
     )  # fmt: skip
     if k_ptr is not None:
         _forward_heads(
-            k_ptr, k_weight_ptr, k_out_ptr, k_strides, k_out_strides, b, s, live, cos, sin, Hkv, eps, offset,
+            k_ptr, k_weight_ptr, k_out_ptr, k_strides, k_out_strides, b, s, live, angles, Hkv, eps, offset,
             D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
@@ -189,7 +191,7 @@ def _backward_heads(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     dy_strides, x_strides, dx_strides, cos_strides, sin_strides, position_strides,
     first, programs, B, S, H, positions, eps, offset,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Every `programs`-th tile of BLOCK_T tokens by BLOCK_H heads, from tile `first` on."""
@@ -206,9 +208,9 @@ def _backward_heads(
         s = tile // groups % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         live = s < S
         there = live[:, None] & (h < H)[None, :]
-        cos, sin = load_angles(
+        angles = load_angles(
             cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
-            HALF, True, BLOCK_R,
+            HALF, FULL, INTERLEAVED, True, BLOCK_R,
         )  # fmt: skip
         heads = h.to(tl.int64)[None, :]
         x_ptrs = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None] + heads * x_strides[1]
@@ -216,7 +218,7 @@ def _backward_heads(
         dx_ptrs = dx_ptr + (b * dx_strides[0] + s * dx_strides[2])[:, None] + heads * dx_strides[1]
         x = _load_vectors(x_ptrs, there, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
         dy = _load_vectors(dy_ptrs, there, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
-        g0, g1 = turn(dy.x0, dy.x1, cos, sin)
+        g0, g1 = rotate(dy.x0, dy.x1, angles)
         g = Vectors(g0, g1, dy.rest)
         rstd = tl.where(there[:, :, None], tl.rsqrt(_sum(x, x) / D + eps), 0.0)  # beyond: 0, also where eps is 0
         xhat = _times(x, rstd)
@@ -244,7 +246,7 @@ def _qk_norm_rope_backward_kernel(
     dq_strides, dk_strides, q_strides, k_strides, dq_out_strides, dk_out_strides,
     cos_strides, sin_strides, position_strides,
     B, S, Hq, Hkv, positions, q_programs, eps, offset,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (g - xhat * mean(g * xhat)), xhat = x * rstd, g = turned back(dy) * (offset + weight);
@@ -260,14 +262,15 @@ def _qk_norm_rope_backward_kernel(
         _backward_heads(
             dq_ptr, q_ptr, q_weight_ptr, dq_out_ptr, dq_weight_ptr, cos_ptr, sin_ptr, position_ids_ptr,
             dq_strides, q_strides, dq_out_strides, cos_strides, sin_strides, position_strides,
-            pid, q_programs, B, S, Hq, positions, eps, offset, D, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
+            pid, q_programs, B, S, Hq, positions, eps, offset,
+            D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif k_ptr is not None:
         _backward_heads(
             dk_ptr, k_ptr, k_weight_ptr, dk_out_ptr, dk_weight_ptr, cos_ptr, sin_ptr, position_ids_ptr,
             dk_strides, k_strides, dk_out_strides, cos_strides, sin_strides, position_strides,
             pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, positions, eps, offset,
-            D, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
+            D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
@@ -275,9 +278,10 @@ def _qk_norm_rope_backward_kernel(
 
 
 def _widths(q: torch.Tensor, cos: torch.Tensor) -> dict[str, int]:
-    """D, HALF, and the power of two that holds what lies past the rotated width."""
-    D, half = q.shape[-1], cos.shape[-1]
-    return {"D": D, "HALF": half, "BLOCK_D": max(next_power_of_2(D - 2 * half), 16)}
+    """D, HALF, FULL, and the power of two that holds what lies past the rotated width."""
+    D = q.shape[-1]
+    pairs = pairs_of(cos, D)
+    return {"D": D, **pairs, "BLOCK_D": max(next_power_of_2(D - 2 * pairs["HALF"]), 16)}
 
 
 def _blocks(heads: int, half: int, device: torch.device) -> dict[str, int]:
@@ -298,7 +302,7 @@ def _plan_forward(
     if not B * S * max(Hq, Hkv):
         return
     angles, angle_strides = angle_arguments(cos, sin, position_ids)
-    blocks = _blocks(max(min(Hq, Hkv), 1), cos.shape[-1], q.device)
+    blocks = _blocks(max(min(Hq, Hkv), 1), pairs_of(cos, q.shape[-1])["HALF"], q.device)
     yield Launch(
         _qk_norm_rope_forward_kernel,
         (B * cdiv(S, blocks["BLOCK_T"]),),
@@ -344,7 +348,7 @@ def _plan_backward(
 
 def _backward_blocks(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor) -> dict[str, int]:
     Hq, Hkv = sizes_of(q)[1], 0 if k is None else sizes_of(k)[1]
-    return _blocks(max(min(Hq, Hkv or Hq), 1), cos.shape[-1], q.device)
+    return _blocks(max(min(Hq, Hkv or Hq), 1), pairs_of(cos, q.shape[-1])["HALF"], q.device)
 
 
 def _backward(dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved, need_dw):
@@ -392,7 +396,7 @@ def _backward_reference(dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids
     for i, (dy, x, weight) in enumerate(((dq, q, q_weight), (dk, k, k_weight))):
         if x is None:
             continue
-        g, _ = reference.rope(dy.float(), None, cos, -sin, position_ids, interleaved=interleaved)
+        g, _ = rope_transpose(dy.float(), None, cos, sin, position_ids, interleaved=interleaved)
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         xhat = x.float() * rstd
         if weight is not None:
@@ -504,8 +508,8 @@ def qk_norm_rope(
     """
     _check(q, k, q_weight, k_weight, cos, sin, position_ids)
     eps = check_eps("qk_norm_rope", eps)
-    tensors = (None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight, cos, sin))
-    q, k, q_weight, k_weight, cos, sin = tensors
+    tensors = (None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight))
+    q, k, q_weight, k_weight = tensors
     if needs_grad(q, k, q_weight, k_weight):
         tensors = distinct(q, k, q_weight, k_weight, cos, sin, position_ids)
         return (*_QKNormRope.call("qk_norm_rope", *tensors, eps, offset, interleaved), None)[:2]

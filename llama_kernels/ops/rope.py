@@ -17,11 +17,13 @@ from llama_kernels.ops.pairs import (
     head_tile,
     load_angles,
     load_pairs,
+    pairs_of,
+    rotate,
     row_strides,
     store_pairs,
     tokens_of,
-    turn,
 )
+from llama_kernels.reference.rope import rope_transpose
 from llama_kernels.runtime import (
     Differentiable,
     cdiv,
@@ -46,7 +48,7 @@ from llama_kernels.runtime import (
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, y_ptr, x_strides, y_strides, b, s, t, live, cos, sin, H,
+    x_ptr, y_ptr, x_strides, y_strides, b, s, t, live, angles, H,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INPLACE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +64,7 @@ def _rotate_heads(
         y_vectors = y_tokens + h.to(tl.int64)[None, :] * y_strides[1]
         if HALF:
             x0, x1 = load_pairs(x_vectors, there, HALF, INTERLEAVED, BLOCK_R)  # [BLOCK_T, BLOCK_H, BLOCK_R]
-            y0, y1 = turn(x0, x1, cos, sin)
+            y0, y1 = rotate(x0, x1, angles)
             store_pairs(y_vectors, there, cast(y0, dtype), cast(y1, dtype), HALF, INTERLEAVED, BLOCK_R)
         if not INPLACE:
             for d0 in range(2 * HALF, D, 2 * BLOCK_R):
@@ -78,13 +80,14 @@ def _rope_kernel(
     q_strides, k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides,
     cos_strides, sin_strides, position_strides, slot_strides,
     S, Hq, Hkv, positions, slots,
-    D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    INPLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr, INPLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """(y0, y1) = (x0 cos - x1 sin, x1 cos + x0 sin) for every pair of every head of BLOCK_T tokens of q and of k.
 
-    q, k: (B, H, S, D) by strides; cos, sin: rows of HALF float32. A token's row is position_ids[b, s], kept inside the
-    table, or s. INVERSE rotates by the negative angle, which is the backward. k may be None. float32 inside.
+    q, k: (B, H, S, D) by strides; cos, sin: rows of HALF entries, one a pair, or with FULL of 2 HALF, one for y0
+    and one for y1. A token's row is position_ids[b, s], kept inside the table, or s. INVERSE rotates by the transpose,
+    which is the backward. k may be None. float32 inside.
     v (B, Hkv, S, DV), where it is given, is copied. With slots, token s of k and of v goes to token slots[b, s] of what
     holds `slots` of them (a cache), and nowhere if there is none.
     Bytes: q and k (and v) in and out, each table row once for all heads. FLOPs: 3 a element.
@@ -93,12 +96,12 @@ def _rope_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     live = s < S
-    cos, sin = load_angles(
+    angles = load_angles(
         cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
-        HALF, INVERSE, BLOCK_R,
+        HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
     )  # fmt: skip
     _rotate_heads(
-        q_ptr, q_out_ptr, q_strides, q_out_strides, b, s, s, live, cos, sin, Hq,
+        q_ptr, q_out_ptr, q_strides, q_out_strides, b, s, s, live, angles, Hq,
         D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
     )  # fmt: skip
     t = s
@@ -107,12 +110,12 @@ def _rope_kernel(
         live = (t >= 0) & (t < slots)
     if k_ptr is not None:
         _rotate_heads(
-            k_ptr, k_out_ptr, k_strides, k_out_strides, b, s, t, live, cos, sin, Hkv,
+            k_ptr, k_out_ptr, k_strides, k_out_strides, b, s, t, live, angles, Hkv,
             D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
         )  # fmt: skip
     if v_ptr is not None:
         _rotate_heads(
-            v_ptr, v_out_ptr, v_strides, v_out_strides, b, s, t, live, cos, sin, Hkv,
+            v_ptr, v_out_ptr, v_strides, v_out_strides, b, s, t, live, angles, Hkv,
             DV, 0, INTERLEAVED, False, BLOCK_H, BLOCK_R,
         )  # fmt: skip
 
@@ -129,8 +132,8 @@ def _launch(
     Hkv = Hq if k is None else sizes_of(k)[1]
     if not B * S * max(Hq, Hkv):
         return
-    half = cos.shape[-1]
-    tile = head_tile(half, max(min(Hq, Hkv), 1), lanes_of(q.device))
+    pairs = pairs_of(cos, q.shape[-1])
+    tile = head_tile(pairs["HALF"], max(min(Hq, Hkv), 1), lanes_of(q.device))
     angles, angle_strides = angle_arguments(cos, sin, position_ids)
     outs = (q, k, v_out) if q_out is None else (q_out, k_out, v_out)
     moved = (q, k, v, *outs)
@@ -144,7 +147,7 @@ def _launch(
             S, Hq, Hkv, cos.shape[0], None if slots is None else sizes_of(k_out)[2],
         ),
         {
-            "D": q.shape[-1], "DV": None if v is None else v.shape[-1], "HALF": half,
+            "D": q.shape[-1], "DV": None if v is None else v.shape[-1], **pairs,
             "INTERLEAVED": interleaved, "INVERSE": inverse, "INPLACE": q_out is None,
             "BLOCK_T": tile.BLOCK_T, "BLOCK_H": tile.BLOCK_H, "BLOCK_R": tile.BLOCK_R, "num_warps": tile.num_warps,
         },
@@ -166,8 +169,8 @@ def _rotated(q, k, cos, sin, position_ids, interleaved, inverse):
 
 def _rotated_reference(q, k, cos, sin, position_ids, interleaved, inverse):
     outs = _fake(q, k, cos, sin, position_ids, interleaved, inverse)
-    sin = -sin if inverse else sin
-    for out, x in zip(outs, reference.rope(q, k, cos, sin, position_ids, interleaved=interleaved), strict=True):
+    by = rope_transpose if inverse else reference.rope
+    for out, x in zip(outs, by(q, k, cos, sin, position_ids, interleaved=interleaved), strict=True):
         if x is not None:
             out.copy_(x)
     return outs
@@ -181,7 +184,7 @@ def _rotate_in_place_reference(q, k, cos, sin, position_ids, interleaved):
     reference.rope(q, k, cos, sin, position_ids, interleaved=interleaved, inplace=True)
 
 
-# -> q, k (empty without k); inverse rotates by the negative angles
+# -> q, k (empty without k); inverse is the transpose, the backward
 _rope = register(
     "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse) "
     "-> (Tensor, Tensor)",
@@ -222,7 +225,7 @@ def _packed_backward(dq, dk, dv, cos, sin, position_ids, interleaved):
 
 def _packed_backward_reference(dq, dk, dv, cos, sin, position_ids, interleaved):
     dqkv = _packed_fake(dq, dk, dv, cos, sin, position_ids, interleaved)
-    grads = (*reference.rope(dq, dk, cos, -sin, position_ids, interleaved=interleaved), dv)
+    grads = (*rope_transpose(dq, dk, cos, sin, position_ids, interleaved=interleaved), dv)
     heads = torch.cat(grads, 1)
     return dqkv.copy_((heads.transpose(1, 2) if dq.ndim == 4 else heads).flatten(-2))
 
@@ -349,8 +352,12 @@ def rope(
             contiguous is copied.
         k: likewise with Hkv heads, or None.
         cos, sin: tables (positions, R/2), R <= D even, or one row a token, (B, S, R/2), (1, S, R/2) or (T, R/2), then
-            without position_ids. Dims R to D pass through. An attention factor, where the scaling has one, is already
-            in them. float32, or another floating dtype of at most 32 bits. They get no gradient.
+            without position_ids: an angle a pair. Or R in place of R/2, where R > D/2: an angle an element, as Hugging
+            Face's; y_i = x_i cos_i - x_j sin_i and y_j = x_j cos_j + x_i sin_j, whether the two are equal or not. Up
+            to D/2 entries are always an angle a pair: of narrower tables of an angle an element pass
+            cos[..., : R // 2], or cos[..., ::2] where pairs are neighbours. Dims R to D pass through. An attention
+            factor, where the scaling has one, is already in them. Any strides; bfloat16, float16, float32 or float64,
+            read as float32. They get no gradient.
         position_ids: the table row of each token, (S,), (B, S), (1, S) or (T,), any integer dtype; None is 0 to S - 1.
             Values outside the table are clamped into it: reading them back to check would stall the GPU
             (`llama_kernels.checked` does).
@@ -365,7 +372,6 @@ def rope(
         ValueError: shapes do not fit, a table is too short or requires grad, devices differ, or inplace cannot be.
     """
     _check(q, k, cos, sin, position_ids, inplace)
-    cos, sin = last_dim_contiguous(cos), last_dim_contiguous(sin)
     if inplace and not (torch.compiler.is_compiling() or transforms_are_active()):
         # First what autograd may refuse (a view made by split(), say), then the launch that cannot be taken back.
         q, k = (_declare_rotated(x, cos, sin, position_ids, interleaved) for x in (q, k))
@@ -419,7 +425,7 @@ def rope_qkv(
         raise ValueError(message("rope_qkv", "qkv", shape_of(qkv), wanted))
     tokens = (qkv.shape[0], qkv.shape[1]) if qkv.ndim == 3 else (None, qkv.shape[0])
     check_angles("rope_qkv", "qkv", qkv, tokens, qkv.shape[-1] // heads, cos, sin, position_ids)
-    qkv, cos, sin = (last_dim_contiguous(x) for x in (qkv, cos, sin))
+    qkv = last_dim_contiguous(qkv)
     if needs_grad(qkv):
         qkv, cos, sin, position_ids = distinct(qkv, cos, sin, position_ids)
         return _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
@@ -493,7 +499,7 @@ def rope_into_cache(
     if position_ids is None and cos.ndim == 2:
         position_ids = cache_position
     check_angles(op, "q", q, tokens, q.shape[-1], cos, sin, position_ids)
-    q, k, v, cos, sin = (last_dim_contiguous(x) for x in (q, k, v, cos, sin))
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved)
 
 

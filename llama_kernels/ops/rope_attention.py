@@ -15,7 +15,7 @@ from llama_kernels.ops.attention import attention_forward, check_call, numbers_o
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.layout import empty_grads
-from llama_kernels.ops.pairs import check_angles, rotation_of, tokens_of, turns_in_registers
+from llama_kernels.ops.pairs import check_angles, full_width, rotation_of, tokens_of, turns_in_registers
 from llama_kernels.ops.rope import _rope as rotate
 from llama_kernels.runtime import (
     Differentiable,
@@ -40,7 +40,7 @@ def _backward_by(attention_backward: Callable[..., Any]) -> Callable[..., Any]:
     ):  # fmt: skip
         S, needed = q.shape[2], (need_dq, need_dk, need_dv, need_dsinks)
         call = (do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, None, None, S, S, scale, softcap, left, right)
-        if turns_in_registers(cos.shape[-1], interleaved):
+        if not full_width(cos, q.shape[-1]) and turns_in_registers(cos.shape[-1], interleaved):
             rotation = rotation_of(cos, sin, position_ids, interleaved)
             return attention_backward(*call, *needed, deterministic, rotation)
         dq, dk, *others = attention_backward(*call, *needed, deterministic)
@@ -132,8 +132,9 @@ def rope_attention(
     back inside of the kernels that make them.
 
     The forward is bit for bit that of the two calls. Their backward writes dq and dk, then reads and writes them once
-    more; here each is turned in float32, where its sum lies, and rounded once instead of twice. That is so up to
-    R = 128, where pairs are halves for R a power of two; else dq and dk are turned afterwards, as in separate calls.
+    more; here each is turned in float32, where its sum lies, and rounded once instead of twice. That is so for tables
+    of an angle a pair up to R = 128, where pairs are halves for R a power of two; else dq and dk are turned afterwards,
+    as in separate calls.
     The backward in Gluon (`llama_kernels.hopper_attention`) turns dq where it rounds its sum, and dk afterwards: its
     consumers hold dk beside dv, and hand it out rounded.
     RoPE: Su et al., RoFormer, arXiv 2104.09864; attention as in `attention`.
@@ -160,7 +161,7 @@ def rope_attention(
         fix = "Rotate them apart with llama_kernels.rope, then call llama_kernels.attention."
         raise ValueError(message(op, "k", shape_of(k), wanted, fix))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
-    q, k, v, cos, sin = (last_dim_contiguous(x) for x in (q, k, v, cos, sin))
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
     numbers = numbers_of(q, is_causal, scale, window_size, softcap)
     if needs_grad(q, k, v, sinks):
