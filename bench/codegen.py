@@ -105,6 +105,10 @@ def _rope_cases() -> Iterator[Case]:
     cache, slots = torch.empty(1, 8, 64, 128, dtype=q.dtype), angles[-1]
     into = (q, k, k, cache, cache, slots, *angles, False)
     yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: rope._into_cache(*a))
+    for interleaved in (False, True):
+        label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
+        wide = (*_wide_tables(128), angles[-1], interleaved)
+        yield Case("rope", label, lambda a=(q, k, *wide, True): rope._rotated(*a), interleaved)
 
 
 def _qk_norm_rope_cases() -> Iterator[Case]:
@@ -116,12 +120,23 @@ def _qk_norm_rope_cases() -> Iterator[Case]:
             rest, full = (*weights, *angles, 1e-6, 0.0, interleaved), D == 80 or (interleaved and (D, R) != (128, 128))
             yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): qk_norm_rope._forward(*a), full)
             yield Case("qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): qk_norm_rope._backward(*a), full)
+    q, k, *_, position_ids = _heads(128, 128, 32, 8)
+    for interleaved in (False, True):
+        label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
+        weights = (torch.empty(128, dtype=q.dtype),) * 2
+        rest = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
+        yield Case("qk_norm_rope", label, lambda a=rest: qk_norm_rope._backward(*a), interleaved)
 
 
 def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:
     """q, k in the memory order of a projection, cos, sin, position_ids."""
     q, k = (torch.empty(1, 32, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv))
     return q, k, torch.empty(32, R // 2), torch.empty(32, R // 2), torch.zeros(1, 32, dtype=torch.int64)
+
+
+def _wide_tables(D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin as a Hugging Face model in bfloat16 has them."""
+    return torch.empty(32, D, dtype=torch.bfloat16), torch.empty(32, D, dtype=torch.bfloat16)
 
 
 def _attention_cases() -> Iterator[Case]:

@@ -142,7 +142,7 @@ def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy):
     xhat = x.float() * rstd
     scale = 1.0 if weight is None else offset + weight.float()
     y = eager_rope(xhat * scale, cos, sin, interleaved)
-    turned_back = eager_rope(dy.float(), cos, -sin, interleaved)
+    turned_back = eager_rope(dy.float(), cos, transposed(sin, D, interleaved), interleaved)
     g = turned_back * scale
     dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
     dweight = None if weight is None else (turned_back * xhat).reshape(-1, D).sum(0).to(weight.dtype)
@@ -201,13 +201,23 @@ def eager_rms_norm(x, weight, eps, offset):
 
 
 def eager_rope(x, cos, sin, interleaved):
-    """In x's dtype. cos, sin: (..., S, R/2), of a shape to broadcast with x."""
-    R = 2 * cos.shape[-1]
+    """In x's dtype. cos, sin: (..., S, R/2) or (..., S, R), of a shape to broadcast with x."""
+    if 2 * cos.shape[-1] <= x.shape[-1]:
+        cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
+    R = cos.shape[-1]
     cos, sin, turned, rest = cos.to(x.dtype), sin.to(x.dtype), x[..., :R], x[..., R:]
     x0, x1 = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
-    y0, y1 = x0 * cos - x1 * sin, x1 * cos + x0 * sin
-    y = torch.stack((y0, y1), -1).flatten(-2) if interleaved else torch.cat((y0, y1), -1)
-    return torch.cat((y, rest), -1)
+    across = torch.stack((-x1, x0), -1).flatten(-2) if interleaved else torch.cat((-x1, x0), -1)
+    return torch.cat((turned * cos + across * sin, rest), -1)
+
+
+def transposed(sin, D, interleaved):
+    """The sines with which `eager_rope` of heads of width D is its own transpose: each element has its partner's."""
+    if 2 * sin.shape[-1] <= D:
+        return -sin
+    if interleaved:
+        return -sin.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return -sin.roll(sin.shape[-1] // 2, -1)
 
 
 def eager_attention(q, k, v, see, scale, softcap, sinks):
@@ -234,8 +244,9 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
     fill = math.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
     buffer = torch.full((extent + 2 * _BAND,), fill, dtype=x.dtype, device=x.device)
     inner = buffer.as_strided(x.shape, x.stride(), _BAND)
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())
     with torch.no_grad():
-        inner.copy_(x)
+        inner[once].copy_(x[once])
     return inner.requires_grad_(x.requires_grad)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.language import INTERPRETED
-from tests.test_rope import qk, split, tables
+from tests.test_rope import qk, split, tables, unlike_tables
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter loads and stores")
 
@@ -116,10 +116,11 @@ HEADS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R", [(64, 64), (80, 80), (128, 128), (128, 64)])
+@pytest.mark.parametrize("make", [tables, unlike_tables])
 @pytest.mark.parametrize("op", HEADS)
-def test_heads(op, D, R, interleaved):
+def test_heads(op, make, D, R, interleaved):
     q, k = (x.requires_grad_() for x in qk(2, 6, 2, 13, D, torch.bfloat16, torch.device("cpu")))
-    angles, w = tables(13, R, torch.device("cpu")), torch.randn(D)
+    angles, w = make(13, R, torch.device("cpu")), torch.randn(D)
     with counted() as traffic:
         outs = HEADS[op](q, k, w, *angles, interleaved=interleaved)
     assert all(once(traffic.loaded(x)) for x in (q, k)) and all(once(traffic.stored(x)) for x in outs)

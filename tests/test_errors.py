@@ -154,7 +154,8 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "k", r"of shape \(2, 2, 6, 10\)", {"k": F(2, 2, 6, 10)}),
     ("rope", "k", r"of shape \(6, 2, 8\)", {"k": F(6, 2, 8)}),
     ("rope", "cos", r"of shape \(9, 5\)", {"cos": F(9, 5), "sin": F(9, 5)}),
-    ("rope", "cos", r"of shape \(9, 8\)", {"cos": F(9, 8), "sin": F(9, 8)}),
+    ("rope", "cos", r"of shape \(9, 7\)", {"cos": F(9, 7), "sin": F(9, 7)}),
+    ("rope", "cos", r"of shape \(9, 10\)", {"cos": F(9, 10), "sin": F(9, 10)}),
     ("rope", "cos", r"of shape \(9, 0\)", {"cos": F(9, 0), "sin": F(9, 0)}),
     ("rope", "cos", r"of shape \(5, 4\)", {"cos": F(5, 4), "sin": F(5, 4)}),
     ("rope", "cos", r"of shape \(3, 6, 4\)", {"cos": F(3, 6, 4), "sin": F(3, 6, 4)}),
@@ -245,8 +246,10 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention_varlen", "kv_start", r"of shape \(1, 6\)", {"kv_start": I(1, 6, dtype=int32)}),
 ]
 TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("rope", "cos", "torch.float64", {"cos": F(9, 4).double(), "sin": F(9, 4).double()}),
+    ("rope", "cos", "torch.float8_e4m3fn", {name: F(9, 4).to(torch.float8_e4m3fn) for name in ("cos", "sin")}),
     ("rope", "cos", "torch.int64", {"cos": I(9, 4, dtype=torch.int64)}),
+    ("rope", "cos", "torch.complex64", {"cos": F(9, 4).to(torch.complex64)}),
+    ("rope", "sin", "torch.float64", {"sin": F(9, 4).double()}),
     ("rope", "sin", "torch.bfloat16", {"sin": F(9, 4).bfloat16()}),
     ("rope", "position_ids", "a list", {"position_ids": [0, 1, 2, 3, 4, 5]}),
     ("rope", "position_ids", "torch.float32", {"position_ids": F(6)}),

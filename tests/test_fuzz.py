@@ -20,8 +20,8 @@ from tests.test_attention import Case, check
 from tests.test_qk_norm_rope import check as check_heads
 from tests.test_qk_norm_rope import weights
 from tests.test_rms_norm import check as check_norm
+from tests.test_rope import TABLE_DTYPES, qk, split, tables, unlike_tables
 from tests.test_rope import check as check_rope
-from tests.test_rope import qk, split, tables
 from tests.test_rope_attention import check as check_rope_attention
 
 # Derandomised: a failure that comes and goes teaches people to press the button again. Grow max_examples to hunt.
@@ -68,6 +68,7 @@ def attention_cases(draw) -> Case:
     return Case(draw(st.integers(1, 2)), *heads, draw(st.integers(1, 50)), draw(st.integers(0, 50)), D, DV, **options)
 
 
+forms = st.tuples(st.booleans(), st.sampled_from(TABLE_DTYPES), st.integers(1, 3))
 layouts = st.one_of(st.none(), st.integers(0, 99))
 
 
@@ -80,17 +81,28 @@ def norm(leading, N, dtype, weight_dtype, weight, residual, offset, size, layout
                size=size, layout=lambda x: relaid(x, layout))  # fmt: skip
 
 
-def rope(B, Hq, Hkv, S, half, rest, dtype, given_ids, interleaved, inplace, layout, device):
+def entries(half, rest, form, device):
+    """Tables for heads of 2 half + rest. form: whether of an angle an element, where they are wide enough to be taken
+    as such, their dtype, and the stride of their last dimension."""
+    by_element, dtype, stride = form
+    make = unlike_tables if by_element and 2 * half > rest else tables
+    return (table.to(dtype).repeat_interleave(stride, -1)[:, ::stride] for table in make(50, 2 * half, device))
+
+
+def rope(B, Hq, Hkv, S, half, rest, dtype, form, given_ids, interleaved, inplace, layout, device):
     q, k = (relaid(x, layout) for x in qk(B, Hq, Hkv, S, 2 * half + rest, dtype, device))
     position_ids = torch.randint(0, 50, (B, S), device=device) if given_ids else None
-    check_rope(q, k, *tables(50, 2 * half, device), position_ids, interleaved=interleaved, inplace=inplace)
+    check_rope(q, k, *entries(half, rest, form, device), position_ids, interleaved=interleaved, inplace=inplace)
 
 
-def heads(B, Hq, Hkv, S, half, rest, dtype, weight_dtype, weighted, offset, given_ids, interleaved, layout, device):
+def heads(
+    B, Hq, Hkv, S, half, rest, dtype, weight_dtype, weighted, offset, form, given_ids, interleaved, layout, device
+):
     q, k = (relaid(x, layout) for x in qk(B, Hq, Hkv, S, 2 * half + rest, dtype, device))
     pair = weights(2 * half + rest, weight_dtype, device, offset) if weighted else (None, None)
     position_ids = torch.randint(0, 50, (B, S), device=device) if given_ids else None
-    check_heads(q, k, *pair, *tables(50, 2 * half, device), position_ids, offset=offset, interleaved=interleaved)
+    angles = entries(half, rest, form, device)
+    check_heads(q, k, *pair, *angles, position_ids, offset=offset, interleaved=interleaved)
 
 
 def packed(B, Hq, Hkv, S, half, rest, dtype, interleaved, device):
@@ -158,14 +170,14 @@ DRAWN = {
     },
     rope: {
         "B": st.integers(1, 2), "Hq": st.integers(1, 9), "Hkv": st.integers(1, 9), "S": st.integers(1, 40),
-        "half": st.integers(1, 70), "rest": st.integers(0, 20), "dtype": dtypes, "given_ids": st.booleans(),
-        "interleaved": st.booleans(), "inplace": st.booleans(), "layout": layouts,
+        "half": st.integers(1, 70), "rest": st.integers(0, 20), "dtype": dtypes, "form": forms,
+        "given_ids": st.booleans(), "interleaved": st.booleans(), "inplace": st.booleans(), "layout": layouts,
     },
     heads: {
         "B": st.integers(1, 2), "Hq": st.integers(1, 6), "Hkv": st.integers(1, 6), "S": st.integers(1, 20),
         "half": st.integers(1, 40), "rest": st.integers(0, 20), "dtype": dtypes, "weight_dtype": dtypes,
-        "weighted": st.booleans(), "offset": st.sampled_from([0.0, 1.0]), "given_ids": st.booleans(),
-        "interleaved": st.booleans(), "layout": layouts,
+        "weighted": st.booleans(), "offset": st.sampled_from([0.0, 1.0]), "form": forms,
+        "given_ids": st.booleans(), "interleaved": st.booleans(), "layout": layouts,
     },
     packed: {
         "B": st.integers(1, 2), "Hq": st.integers(1, 6), "Hkv": st.integers(1, 6), "S": st.integers(1, 20),

@@ -17,7 +17,7 @@ from llama_kernels.ops.attention import backward, forward, hopper
 from llama_kernels.ops.attention.hopper.choice import TILES
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
 from tests.conftest import compiles
-from tests.test_rope import tables
+from tests.test_rope import TABLE_LAYOUTS, tables, unlike_tables
 
 B, Hq, Hkv, S, D = 2, 4, 2, 200, 64
 PADDED = 256  # S in whole tiles of lse2 and delta
@@ -74,9 +74,10 @@ def test_rms_norm_keeps_what_it_normed_and_a_number_a_row(device):
     assert storages(*saved) > storages(results[1], weight)
 
 
-def test_rope_keeps_its_tables(device):
-    q, k = (heads(H, device, 40).requires_grad_() for H in (Hq, Hkv))
-    cos, sin = tables(40, D, device)
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+def test_rope_keeps_its_tables(layout, device):
+    q, k = (heads(H, device, 13).requires_grad_() for H in (Hq, Hkv))
+    cos, sin = (TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, D, device, torch.bfloat16))
     assert storages(*kept(lambda: lk.rope(q, k, cos, sin))) == storages(cos, sin)
 
 

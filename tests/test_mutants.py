@@ -29,6 +29,7 @@ probs_and_score_grads, load_summed, load_scale = (
     rms_norm._load_scale,
 )
 load_pairs, add_chunks, turn_back = pairs.load_pairs, decode._add_chunks, pairs.turn_back
+load_angles, Angles = pairs.load_angles, pairs.Angles
 
 
 @triton.jit
@@ -127,6 +128,32 @@ def pairs_swapped(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 
 
 @triton.jit
+def first_entries_twice(
+    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    angles = load_angles(
+        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
+    )  # fmt: skip
+    return Angles(angles.cos0, angles.cos0, angles.sin0, angles.sin0)
+
+
+@triton.jit
+def inverse_for_the_transpose(
+    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    angles = load_angles(
+        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
+    )  # fmt: skip
+    if INVERSE:
+        angles = Angles(angles.cos0, angles.cos1, angles.sin1, angles.sin0)
+    return angles
+
+
+@triton.jit
 def sum_over_the_rotated_dims(a, b):
     return tl.sum(a.x0 * b.x0 + a.x1 * b.x1, 2)[:, :, None]
 
@@ -211,6 +238,20 @@ def rotation() -> None:
     test_rope.check(q, k, *test_rope.tables(13, 32, torch.device("cpu")))
 
 
+def rotation_by_element() -> None:
+    device = torch.device("cpu")
+    q, k = test_rope.qk(1, 2, 2, 9, 32, torch.float16, device)
+    test_rope.check(q, k, *test_rope.unlike_tables(9, 32, device))
+
+
+def heads_by_element() -> None:
+    device, D = torch.device("cpu"), 32
+    q, k = test_rope.qk(1, 2, 2, 9, D, torch.float16, device)
+    test_qk_norm_rope.check(
+        q, k, *test_qk_norm_rope.weights(D, q.dtype, device), *test_rope.unlike_tables(9, D, device)
+    )  # fmt: skip
+
+
 def heads() -> None:
     device, D = torch.device("cpu"), 40
     q, k = test_rope.qk(2, 2, 2, 70, D, torch.float16, device)
@@ -255,6 +296,10 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "normed over the rotated dims alone": ((qk_norm_rope,), "_sum", sum_over_the_rotated_dims, heads),
     "weight of other pairs": ((qk_norm_rope,), "load_pairs", pairs_swapped, heads),
     "pairs swapped": ((rope,), "load_pairs", pairs_swapped, rotation),
+    "entries of the first half twice": ((rope,), "load_angles", first_entries_twice, rotation_by_element),
+    "inverse for the transpose": ((rope,), "load_angles", inverse_for_the_transpose, rotation_by_element),
+    "inverse for the transpose, heads": (
+        (qk_norm_rope,), "load_angles", inverse_for_the_transpose, heads_by_element),
     "gradients turned on, not back": ((backward,), "turn_back", turned_on_instead_of_back, rotated),
     "gradients turned back by the next row": ((backward,), "turn_back", turned_back_by_the_next_row, rotated),
     "gradients turned back after rounding": ((backward,), "turn_back", turned_back_after_rounding, rotated),

@@ -16,7 +16,7 @@ from tests.judge import (
     memory_order,
     unchanged,
 )
-from tests.test_rope import LAYOUTS, POSITIONS, qk, rows, tables
+from tests.test_rope import LAYOUTS, POSITIONS, TABLE_DTYPES, TABLE_LAYOUTS, qk, rows, tables, unlike_tables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -102,6 +102,30 @@ def test_position_ids(form, device):
     q, k = qk(2, 4, 2, 13, 64, torch.float16, device)
     position_ids = POSITIONS[form](2, 13).to(torch.int32).to(device)
     check(q, k, *weights(64, torch.float16, device), *tables(60, 64, device), position_ids)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("D, R", [(2, 2), (64, 64), (80, 80), (128, 96), (64, 34)])
+def test_an_angle_an_element(D, R, interleaved, device):
+    """The gradients are those of the transpose: those of the inverse are others."""
+    q, k = qk(2, 4, 2, 13, D, torch.bfloat16, device)
+    check(q, k, *weights(D, q.dtype, device), *unlike_tables(13, R, device), interleaved=interleaved)
+
+
+@pytest.mark.parametrize("R", [32, 64])
+@pytest.mark.parametrize("table_dtype", TABLE_DTYPES, ids=str)
+def test_tables_of_every_dtype(table_dtype, R, device):
+    """32 entries are an angle a pair, 64 are an angle an element."""
+    q, k = qk(2, 4, 2, 13, 64, torch.float32, device)
+    check(q, k, *weights(64, q.dtype, device), *unlike_tables(13, R, device, table_dtype))
+
+
+@pytest.mark.parametrize("R", [32, 64])
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+def test_layouts_of_tables(layout, R, device):
+    q, k = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
+    cos, sin = (TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16))
+    check(q, k, *weights(64, q.dtype, device), cos, sin)
 
 
 def test_packed_tokens(device):

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from llama_kernels import reference
+from llama_kernels.reference.rope import rope_transpose
 from tests import judge
 from tests.judge import attention_mask
 
@@ -41,6 +42,17 @@ def test_rope_gradients(position_ids, interleaved):
     q, k = leaf(2, 2, 3, 6), leaf(2, 1, 3, 6)
     gradcheck(lambda q, k: reference.rope(q, k, cos, sin, ids, interleaved=interleaved), (q, k))
     gradcheck(lambda cos, sin: reference.rope(q.detach(), None, cos, sin, ids)[0], (cos.requires_grad_(), sin))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("R", [4, 6])
+def test_rope_gradients_of_an_angle_an_element(R, interleaved):
+    cos, sin, q, k = randn(5, R), leaf(5, R), leaf(2, 2, 3, 6), leaf(2, 1, 3, 6)
+    gradcheck(lambda q, k, sin: reference.rope(q, k, cos, sin, interleaved=interleaved), (q, k, sin))
+    outs, dys = reference.rope(q, k, cos, sin, interleaved=interleaved), (randn(2, 2, 3, 6), randn(2, 1, 3, 6))
+    grads = rope_transpose(*dys, cos, sin, interleaved=interleaved)
+    for a, b in zip(grads, torch.autograd.grad(outs, (q, k), dys), strict=True):
+        close(a, b)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -171,6 +183,20 @@ def test_rope_is_transformers():
         reference.rope(q, k, angles.cos(), angles.sin()), llama.apply_rotary_pos_emb(q, k, *doubled), strict=True
     ):
         close(a, b)
+
+
+def test_rope_of_an_angle_an_element_is_transformers():
+    """Any tables, those of a pair unlike each other: Llama's pairs are halves, GLM's neighbours."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    glm = pytest.importorskip("transformers.models.glm.modeling_glm")
+    q, k, cos, sin = randn(2, 4, 6, 8), randn(2, 2, 6, 8), randn(2, 6, 8), randn(2, 6, 8)
+    for a, b in zip(reference.rope(q, k, cos, sin), llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        close(a, b)
+    across = glm.rotate_half(q)
+    close(reference.rope(q, None, cos, sin, interleaved=True)[0], q * cos.unsqueeze(1) + across * sin.unsqueeze(1))
+    narrow = cos[..., :6], sin[..., :6]
+    close(reference.rope(q, None, *narrow)[0][..., :6], llama.apply_rotary_pos_emb(q[..., :6], k[..., :6], *narrow)[0])
+    close(reference.rope(q, None, *narrow)[0][..., 6:], q[..., 6:])
 
 
 def test_interleaved_rope_is_a_complex_product():

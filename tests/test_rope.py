@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_kernels as lk
-from tests.judge import eager_rope, guarded, guarded_allocations, judge, memory_order, unchanged
+from tests.conftest import compiles
+from tests.judge import eager_rope, guarded, guarded_allocations, judge, memory_order, transposed, unchanged
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TABLE_DTYPES = (*DTYPES, torch.float64)
 
 
 def tables(positions: int, R: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     inv_freq, _ = lk.rope_frequencies(R)
     return lk.rope_tables(inv_freq.to(device), positions)
+
+
+def unlike_tables(
+    positions: int, R: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of full width: an angle an element, those of a pair unlike each other."""
+    angles = 10 * torch.randn(positions, R, device=device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def qk(B: int, Hq: int, Hkv: int, S: int, D: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
@@ -48,7 +61,7 @@ def check(q, k, cos, sin, position_ids=None, *, interleaved=False, inplace=False
         else:
             dx = torch.randn_like(x)
             (grad,) = torch.autograd.grad(out, given, dx, retain_graph=True)
-            judge_rotation(f"d{name}", grad, dx, c, -s, interleaved, eager)
+            judge_rotation(f"d{name}", grad, dx, c, transposed(s, x.shape[-1], interleaved), interleaved, eager)
 
 
 def judge_rotation(name, K, x, cos, sin, interleaved, eager) -> None:
@@ -109,6 +122,142 @@ def test_a_row_a_token(table_dtype, batch, device):
     check(q, k, cos, sin)
     doubled = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)  # as Hugging Face has them
     check(q, k, *(table[..., :32] for table in doubled))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("D, R", [(2, 2), (64, 64), (80, 80), (128, 96), (64, 34), (5, 4)])
+def test_an_angle_an_element(D, R, interleaved, dtype, device):
+    q, k = qk(2, 4, 2, 13, D, dtype, device)
+    check(q, k, *unlike_tables(13, R, device), interleaved=interleaved)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("R", [32, 48, 64])
+@pytest.mark.parametrize("table_dtype", TABLE_DTYPES, ids=str)
+def test_tables_of_every_dtype(table_dtype, R, interleaved, inplace, device):
+    """32 entries are an angle a pair, more are an angle an element."""
+    q, k = qk(2, 4, 2, 13, 64, torch.float32, device)
+    position_ids = torch.randint(0, 20, (2, 13), device=device)
+    angles = unlike_tables(20, R, device, table_dtype)
+    check(q, k, *angles, position_ids, interleaved=interleaved, inplace=inplace)
+
+
+# How a table (positions, width) may lie in memory. Its neighbours there are NaN, by guarded().
+TABLE_LAYOUTS = {
+    "every second column": lambda t: t.repeat_interleave(2, -1)[:, ::2],
+    "columns first": lambda t: t.mT.contiguous().mT,
+    "a slice of a wider table": lambda t: torch.cat((t, t), -1)[:, : t.shape[-1]],
+    "a row a token, of one batch": lambda t: t[None, :13],
+    "a row a token, the batch expanded": lambda t: t[None, :13].expand(2, 13, -1),
+    "a row a token, every second column": lambda t: t[:26].unflatten(0, (2, 13)).repeat_interleave(2, -1)[..., ::2],
+    "one row for all": lambda t: t[:1].expand(40, -1),
+    "one column for all": lambda t: t[:, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("R", [32, 64])
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+def test_layouts_of_tables(layout, R, interleaved, device):
+    q, k = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
+    cos, sin = (TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16))
+    check(q, k, cos, sin, interleaved=interleaved)
+
+
+def test_cos_and_sin_may_lie_differently(device):
+    q, k = qk(2, 4, 2, 13, 64, torch.float16, device)
+    cos, sin = unlike_tables(13, 64, device)
+    check(q, k, cos, TABLE_LAYOUTS["columns first"](sin))
+
+
+def test_full_width_is_half_width_bit_for_bit_where_pairs_agree(device):
+    q, k = (x.requires_grad_() for x in qk(2, 4, 2, 13, 64, torch.bfloat16, device))
+    dys = [torch.randn_like(x) for x in (q, k)]
+    for interleaved in (False, True):
+        half = tables(13, 64, device)
+        full = [t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in half]
+        results = []
+        for angles in (half, full):
+            outs = lk.rope(q, k, *angles, interleaved=interleaved)
+            results.append((*outs, *torch.autograd.grad(outs, (q, k), dys)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_tables_as_transformers_makes_them(device):
+    """Llama's rotary embedding and apply_rotary_pos_emb, in float32, where both round alike but for fused products."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, head_dim=64)
+    q, k = (x.requires_grad_() for x in qk(2, 4, 2, 13, 64, torch.float32, device))
+    dys = [torch.randn_like(x) for x in (q, k)]
+    positions = torch.stack((torch.arange(13), torch.arange(100, 113))).to(device)
+    cos, sin = llama.LlamaRotaryEmbedding(config).to(device)(q, positions)
+    assert cos.shape == (2, 13, 64)
+    stock, ours = llama.apply_rotary_pos_emb(q, k, cos, sin), lk.rope(q, k, cos, sin)
+    grads = [torch.autograd.grad(outs, (q, k), dys) for outs in (stock, ours)]
+    for theirs, mine in zip((*stock, *grads[0]), (*ours, *grads[1]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=8 * torch.finfo(torch.float32).eps)
+
+
+class Called(TorchDispatchMode):
+    """The operations that are called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("R", [32, 64])
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+def test_tables_reach_the_ops_as_they_are(layout, R, device):
+    """No copy and no conversion, forward or backward: only ops of the package are called."""
+    q, k = (x.requires_grad_() for x in qk(2, 4, 2, 13, 64, torch.float32, device))
+    qkv = packed((2, 13), 4, 2, 64, torch.float32, device).requires_grad_()
+    angles = [TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16)]
+    caches = torch.zeros(2, 2, 2, 20, 64, device=device).unbind()
+    slots = torch.arange(13, device=device)
+    dys = [torch.randn_like(x) for x in (q, k)]
+    with Called() as called:
+        torch.autograd.grad(lk.rope(q, k, *angles), (q, k), dys)
+        torch.autograd.grad(lk.qk_norm_rope(q, k, None, None, *angles), (q, k), dys)
+        lk.rope_qkv(qkv, 4, 2, *angles)
+        torch.autograd.grad(lk.rope_attention(q, k, k.detach(), *angles), (q, k), dys[0])
+        with torch.no_grad():
+            lk.rope_into_cache(q, k, k, *caches, slots, *angles)
+    views = {"aten.view.default", "aten.transpose.int", "aten.slice.Tensor", "aten.detach.default"}
+    ours = {name for name in called.names if name.startswith("llama_kernels.")}
+    assert len(ours) == 6 and called.names - ours <= views
+
+
+@compiles
+@pytest.mark.parametrize("R", [32, 64])
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+def test_launchers_take_tables_as_they_are(layout, R):
+    """Around the launches the ops allocate results, and nothing else runs on the device."""
+    from triton.runtime.jit import JITFunction
+
+    from llama_kernels.ops import qk_norm_rope, rope
+
+    device = torch.device("cpu")
+    q, k = qk(2, 4, 2, 13, 64, torch.float32, device)
+    angles = [TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16)]
+    launched: list[Any] = []
+    with mock.patch.object(JITFunction, "run", lambda self, *args, **_: launched.append(args)), Called() as called:
+        rope._rotated(q, k, *angles, None, False, False)
+        rope._rotated(q, k, *angles, None, True, True)
+        qk_norm_rope._forward(q, k, None, None, *angles, None, 1e-6, 0.0, False)
+        qk_norm_rope._backward(q, k, q, k, None, None, *angles, None, 1e-6, 0.0, False, False)
+    assert called.names <= {"aten.empty_strided.default", "aten.new_empty.default"}
+    assert len(launched) == 4
+    for args in launched:
+        assert all(any(x is table for x in args) for table in angles)
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
@@ -240,7 +389,7 @@ def test_a_packed_projection(tokens, Hq, Hkv, D, R, interleaved, dtype, device):
     grads = split(dqkv, Hq, Hkv, D)
     for name, x, out, dy, dx in zip("qk", parts[:2], outs[:2], dys[:2], grads[:2], strict=True):
         c, s = rows(x, angles[0], position_ids), rows(x, angles[1], position_ids)
-        for what, K, given_in, sin in ((name, out, x, s), (f"d{name}", dx, dy, -s)):
+        for what, K, given_in, sin in ((name, out, x, s), (f"d{name}", dx, dy, transposed(s, D, interleaved))):
             truth = eager_rope(given_in.double(), c.double(), sin.double(), interleaved)
             judge(what, K, truth, eager_rope(given_in.float(), c, sin, interleaved).to(dtype))
             assert K.dtype == dtype
@@ -249,12 +398,14 @@ def test_a_packed_projection(tokens, Hq, Hkv, D, R, interleaved, dtype, device):
     assert torch.equal(grads[2], dys[2])
 
 
-def test_a_packed_projection_is_the_separate_calls_bit_for_bit(device):
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("make", [tables, unlike_tables])
+def test_a_packed_projection_is_the_separate_calls_bit_for_bit(make, interleaved, device):
     qkv = packed((2, 13), 4, 2, 64, torch.bfloat16, device).requires_grad_()
-    angles = tables(13, 64, device)
-    together = lk.rope_qkv(qkv, 4, 2, *angles)
+    angles = make(13, 64, device)
+    together = lk.rope_qkv(qkv, 4, 2, *angles, interleaved=interleaved)
     q, k, v = split(qkv, 4, 2, 64)
-    apart = (*lk.rope(q, k, *angles), v)
+    apart = (*lk.rope(q, k, *angles, interleaved=interleaved), v)
     dys = [torch.randn_like(x) for x in apart]
     for a, b in zip(apart, together, strict=True):
         assert torch.equal(a, b)
@@ -294,7 +445,8 @@ SLOTS = {
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("order", ["heads first", "tokens first"])
 @pytest.mark.parametrize("slots", SLOTS)
-def test_into_a_cache(slots, order, interleaved, device):
+@pytest.mark.parametrize("make", [tables, unlike_tables])
+def test_into_a_cache(make, slots, order, interleaved, device):
     """Bit for bit what rope and a copy give; the rest of the caches stays."""
     dtype, slots = torch.bfloat16, SLOTS[slots]().to(device)
     q, k = qk(2, 6, 2, 3, 64, dtype, device)
@@ -303,7 +455,7 @@ def test_into_a_cache(slots, order, interleaved, device):
     caches = [x if order == "heads first" else x.transpose(1, 2).contiguous().transpose(1, 2) for x in caches]
     given, expected = [guarded(x) for x in caches], [x.clone() for x in caches]
     position_ids = torch.randint(0, 50, (2, 3), device=device)
-    angles = [guarded(x) for x in tables(50, 64, device)]
+    angles = [guarded(x) for x in make(50, 64, device)]
     with guarded_allocations(), unchanged(q, k, v, slots, position_ids, *angles):
         out = lk.rope_into_cache(q, k, v, *given, slots, *angles, position_ids, interleaved=interleaved)
     q_, k_ = lk.rope(q, k, *angles, position_ids, interleaved=interleaved)

@@ -10,7 +10,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.ops.attention.tables import Tile
-from llama_kernels.ops.pairs import turns_in_registers
+from llama_kernels.ops.pairs import full_width, turns_in_registers
 from tests.judge import (
     attention_mask,
     eager_rope,
@@ -21,6 +21,7 @@ from tests.judge import (
     memory_order,
     relaid,
     relative_error,
+    transposed,
     unchanged,
 )
 from tests.test_attention import (
@@ -38,7 +39,7 @@ from tests.test_attention import (
     tiles,
 )
 from tests.test_hopper import machine
-from tests.test_rope import POSITIONS, rows, tables
+from tests.test_rope import POSITIONS, TABLE_DTYPES, TABLE_LAYOUTS, rows, tables, unlike_tables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -63,9 +64,9 @@ def ideal(case: Case, x: Inputs, cos, sin, position_ids, interleaved: bool) -> l
     call = (q, k, x.v, see, scale, case.softcap, x.sinks, x.do, x.dlse)
 
     def turned_back(grad: torch.Tensor) -> torch.Tensor:
-        return turn(grad.float(), c, -s)
+        return turn(grad.float(), c, transposed(s, case.D, interleaved))
 
-    if turns_in_registers(cos.shape[-1], interleaved):
+    if not full_width(cos, case.D) and turns_in_registers(cos.shape[-1], interleaved):
         results = ideal_attention(*call, closing=turned_back)
     else:
         out, lse, dq, dk, *others = ideal_attention(*call)
@@ -156,6 +157,28 @@ def test_position_ids(form, device):
 def test_a_row_a_token(table_dtype, batch, device):
     angles = (table.to(table_dtype).unflatten(0, (batch, 40)) for table in tables(40 * batch, 32, device))
     check(square(40, B=2), torch.float16, device, angles=tuple(angles))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("D, R", [(64, 64), (80, 48)])
+@pytest.mark.parametrize("table_dtype", TABLE_DTYPES, ids=str)
+def test_an_angle_an_element(table_dtype, D, R, interleaved, device):
+    angles = unlike_tables(37, R, device, table_dtype)
+    check(square(37, D), torch.bfloat16, device, interleaved=interleaved, angles=angles)
+
+
+@pytest.mark.parametrize("R", [64, 128])
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+def test_layouts_of_tables(layout, R, device):
+    """64 entries of heads of 128 are an angle a pair, read in two parts by the kernels that end with the rotation; 128
+    are an angle an element."""
+    angles = tuple(TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16))
+    check(square(13, 128, B=2), torch.float16, device, angles=angles)
+
+
+def test_float64_tables_in_the_kernels_that_end_with_the_rotation(device):
+    angles = tuple(table.double() for table in tables(40, 64, device))
+    check(square(40, 64), torch.float16, device, angles=angles)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
