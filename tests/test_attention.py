@@ -419,7 +419,7 @@ def _gradients_of_a_block(q, k, v, do, out, lse, scale, rounding, closing):
 @pytest.mark.parametrize("layout", ["dense", "packed", "rotated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_a_block_of_keys(layout, dtype, device):
-    """out and lse may be those of longer rows, as in context parallelism: dq is then the share of this block of keys."""
+    """out and lse may be those of longer rows, as in context parallelism: dq is then the share of this block."""
     Hq, Hkv, S, D = 4, 2, 33, 32
     scale, ops = D**-0.5, torch.ops.llama_kernels
     q, do = (torch.randn(1, Hq, S, D, device=device).to(dtype) for _ in range(2))

@@ -383,7 +383,8 @@ print(count)
 
 @pytest.mark.parametrize("changed", [
     {"window_size": [3, 0]}, {"window_size": (0, 0)}, {"window_size": (2**40, 2**40)}, {"scale": 0.0}, {"scale": -1.0},
-    {"softcap": 30}, {"softcap": 0.0}, {"softcap": 0}, {"sinks": F(4).bfloat16()}, {"deterministic": True}, {"deterministic": False},
+    {"softcap": 30}, {"softcap": 0.0}, {"softcap": 0}, {"sinks": F(4).bfloat16()},
+    {"deterministic": True}, {"deterministic": False},
     {"q": F(2, 4, 0, 8)}, {"k": F(2, 2, 0, 8), "v": F(2, 2, 0, 8)},
     {"q": F(0, 4, 6, 8), "k": F(0, 2, 7, 8), "v": F(0, 2, 7, 8)},
     {"q": F(2, 0, 6, 8)}, {"q": F(2, 0, 6, 8), "k": F(2, 0, 7, 8), "v": F(2, 0, 7, 8)}, {"v": F(2, 2, 7, 3)},
