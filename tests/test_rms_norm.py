@@ -204,26 +204,27 @@ def test_the_fused_add_is_the_two_ops_bit_for_bit(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_default_eps_is_that_of_pytorch(dtype, device):
-    """Small inputs, where eps decides: with that of bfloat16 or float16 every result would be near zero."""
-    x = (torch.randn(4, 64, device=device) * 1e-4).to(dtype)
-    w = torch.rand(64, device=device).to(dtype)
-    expected = torch.nn.functional.rms_norm(x, (64,), w, None)
-    tight = dict(rtol=2 * torch.finfo(dtype).eps + 1e-6 * (dtype != torch.float64), atol=0)
-    torch.testing.assert_close(lk.reference.rms_norm(x, w, None), expected, **tight)
-    torch.testing.assert_close(lk.reference.add_rms_norm(x, 0 * x, w, None)[0], expected, **tight)
-    if dtype == torch.float64:
-        return
-    norm = lk.nn.RMSNorm(64, eps=None, device=device, dtype=dtype)
-    norm.weight.data.copy_(w)
-    x.requires_grad_()
-    plain = torch.nn.functional.rms_norm(x, (64,), w, None)
-    dy = torch.randn_like(plain)
-    (expected_dx,) = torch.autograd.grad(plain, x, dy)
-    for y in (lk.rms_norm(x, w, None), norm(x), lk.add_rms_norm(x, torch.zeros_like(x), w, None)[0]):
-        torch.testing.assert_close(y, plain, **tight)
-        (dx,) = torch.autograd.grad(y, x, dy)
-        largest = expected_dx.abs().max().item()
-        torch.testing.assert_close(dx, expected_dx, rtol=0, atol=4 * torch.finfo(dtype).eps * largest)
-    one, zero = torch.ones(4, 1, device=device, dtype=x.dtype), torch.zeros(4, 1, device=device, dtype=x.dtype)
-    turned, _ = lk.qk_norm_rope(x.detach()[:, None], None, w, None, one, zero, eps=None)  # by no angle
-    torch.testing.assert_close(turned[:, 0], plain.detach(), **tight)
+    """Inputs so small that eps decides. PyTorch takes that of the dtype in which it computes."""
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    x, w = (torch.randn(4, 64, device=device) * 1e-4).to(dtype), torch.rand(64, device=device).to(dtype)
+    q, no_angle = x[:, None], (torch.ones(4, 1, device=device), torch.zeros(4, 1, device=device))
+
+    def plain(x, eps):
+        return torch.nn.functional.rms_norm(x, (64,), w, eps)
+
+    assert torch.equal(plain(x, None), plain(x, eps)) and not torch.equal(plain(x, eps), plain(x, 2 * eps))
+    for m in (lk, lk.reference) if dtype != torch.float64 else (lk.reference,):
+        calls = [
+            lambda x, eps, m=m: m.rms_norm(x, w, eps),
+            lambda x, eps, m=m: m.add_rms_norm(x, x, w, eps)[0],
+            lambda x, eps, m=m: m.qk_norm_rope(x[:, None], q, w, w, *no_angle, eps=eps)[0],
+        ]
+        if m is lk:
+            calls.append(lambda x, eps: lk.nn.RMSNorm(64, eps, device=device)(x))
+        for call in calls:
+            results = []
+            for each in (None, eps):
+                leaf = x.clone().requires_grad_()
+                y = call(leaf, each)
+                results.append((y, *torch.autograd.grad(y.sum(), leaf)))
+            assert all(map(torch.equal, *results))
