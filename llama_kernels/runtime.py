@@ -255,7 +255,9 @@ class Differentiable(torch.autograd.Function):
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         older_form = type(cls.__name__, (torch.autograd.Function,), methods)
-        cls.backward = staticmethod(lambda ctx, *grads: backward(ctx, *grads[:returned]))
+        # A torch.compile around the transform sees only frames of Python here, and would trace the launchers.
+        cls.forward = staticmethod(torch._disable_dynamo(compute))
+        cls.backward = staticmethod(torch._disable_dynamo(lambda ctx, *grads: backward(ctx, *grads[:returned])))
 
         def call(op: str, *args: Any) -> tuple[torch.Tensor, ...]:
             if transforms_are_active():
