@@ -213,23 +213,25 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def transforms_are_active() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is: tensors that carry a gradient or a tangent
     for it need not require grad."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _functorch_is_active()
+
+
+_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 def is_differentiated(x: torch.Tensor) -> bool:
     """Whether `x` requires grad, or is an example of a torch.func.vmap of what does."""
-    if x.requires_grad or not torch._C._are_functorch_transforms_active():
+    if x.requires_grad or not _functorch_is_active():
         return x.requires_grad
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(x) and is_differentiated(functorch.get_unwrapped(x))
 
 
-def distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """`tensors`, no two of them the same object: torch.compile does not trace a Function that is given one twice."""
-    if not torch.compiler.is_compiling():
-        return tensors
+def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args`, no two tensors among them the same object: torch.compile does not trace a Function given one twice."""
+    tensor = torch.Tensor
     return tuple(
-        x.view_as(x) if x is not None and any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)
+        x.view_as(x) if isinstance(x, tensor) and any(x is y for y in args[:i]) else x for i, x in enumerate(args)
     )
 
 
@@ -260,11 +262,13 @@ class Differentiable(torch.autograd.Function):
         cls.backward = staticmethod(torch._disable_dynamo(lambda ctx, *grads: backward(ctx, *grads[:returned])))
 
         def call(op: str, *args: Any) -> tuple[torch.Tensor, ...]:
-            if transforms_are_active():
+            if forward_ad._current_level >= 0 or _functorch_is_active():
                 if torch.compiler.is_dynamo_compiling():  # it would trace forward, and lose the gradient
                     torch._dynamo.graph_break()
                 refuse_forward_mode(op, *args)
                 return cls.apply(op, *args)[:returned]
+            if torch.compiler.is_dynamo_compiling():
+                args = _distinct(args)
             return older_form.apply(op, *args)
 
         cls.call = staticmethod(call)

@@ -29,7 +29,6 @@ from llama_kernels.runtime import (
     cdiv,
     check_eps,
     check_tensors,
-    distinct,
     empty_in_order_of,
     lanes_of,
     last_dim_contiguous,
@@ -511,7 +510,7 @@ def qk_norm_rope(
     tensors = (None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight))
     q, k, q_weight, k_weight = tensors
     if needs_grad(q, k, q_weight, k_weight):
-        tensors = distinct(q, k, q_weight, k_weight, cos, sin, position_ids)
+        tensors = (q, k, q_weight, k_weight, cos, sin, position_ids)
         return (*_QKNormRope.call("qk_norm_rope", *tensors, eps, offset, interleaved), None)[:2]
     q_out, k_out = _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved)
     return q_out, None if k is None else k_out

@@ -22,7 +22,6 @@ from llama_kernels.runtime import (
     cdiv,
     check_eps,
     check_tensors,
-    distinct,
     empty_in_order_of,
     lanes_of,
     last_dim_contiguous,
@@ -675,7 +674,7 @@ def _apply(op, x, residual, weight, eps, offset):
     residual = None if residual is None else last_dim_contiguous(residual)
     weight = None if weight is None else last_dim_contiguous(weight)
     if needs_grad(x, residual, weight):
-        return _RMSNorm.call(op, *distinct(x, residual, weight), eps, offset)
+        return _RMSNorm.call(op, x, residual, weight, eps, offset)
     return _rms_norm_forward(x, residual, weight, eps, offset)[:2]
 
 

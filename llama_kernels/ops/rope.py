@@ -28,7 +28,6 @@ from llama_kernels.runtime import (
     Differentiable,
     cdiv,
     check_tensors,
-    distinct,
     empty_in_order_of,
     lanes_of,
     last_dim_contiguous,
@@ -379,7 +378,7 @@ def rope(
         return q, k
     q_, k_ = last_dim_contiguous(q), None if k is None else last_dim_contiguous(k)
     if needs_grad(q, k):
-        q_out, k_out = (*_Rope.call("rope", *distinct(q_, k_, cos, sin, position_ids), interleaved), None)[:2]
+        q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved), None)[:2]
     else:
         q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False)
     if inplace:  # compilers and transforms see through this copy, not through a Function that modifies its input
@@ -427,7 +426,6 @@ def rope_qkv(
     check_angles("rope_qkv", "qkv", qkv, tokens, qkv.shape[-1] // heads, cos, sin, position_ids)
     qkv = last_dim_contiguous(qkv)
     if needs_grad(qkv):
-        qkv, cos, sin, position_ids = distinct(qkv, cos, sin, position_ids)
         return _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
     q, k, v = _parts(qkv, q_heads, kv_heads)
     return *_rope(q, k, cos, sin, position_ids, interleaved, False), v

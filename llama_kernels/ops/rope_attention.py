@@ -19,7 +19,6 @@ from llama_kernels.ops.pairs import check_angles, full_width, rotation_of, token
 from llama_kernels.ops.rope import _rope as rotate
 from llama_kernels.runtime import (
     Differentiable,
-    distinct,
     last_dim_contiguous,
     message,
     needs_grad,
@@ -165,7 +164,7 @@ def rope_attention(
     sinks = None if sinks is None else sinks.contiguous()
     numbers = numbers_of(q, is_causal, scale, window_size, softcap)
     if needs_grad(q, k, v, sinks):
-        tensors = distinct(q, k, v, sinks, kv_start, kv_end, cos, sin, position_ids)
+        tensors = (q, k, v, sinks, kv_start, kv_end, cos, sin, position_ids)
         out, lse, *_ = _RopeAttention.call(op, deterministic, interleaved, *tensors, *numbers)
     else:
         q, k = rotate(q, k, cos, sin, position_ids, interleaved, False)

@@ -18,7 +18,6 @@ from llama_kernels.runtime import (
     Differentiable,
     autocast_dtype,
     check_tensors,
-    distinct,
     last_dim_contiguous,
     message,
     needs_grad,
@@ -87,7 +86,7 @@ def _apply(op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, lon
     tensors = (q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
     scalars = (longest_q, longest_k, *numbers_of(q, is_causal, scale, window_size, softcap))
     if needs_grad(q, k, v, sinks):
-        out, lse = _Attention.call(op, deterministic, *distinct(*tensors), *scalars)
+        out, lse = _Attention.call(op, deterministic, *tensors, *scalars)
     else:
         out, lse = attention_forward(*tensors, *scalars)
     return (out, lse) if return_lse else out
