@@ -149,6 +149,11 @@ def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy):
     return y.to(x.dtype), dx.to(x.dtype), dweight
 
 
+def rounds_p(device: torch.device) -> bool:
+    """Whether P is rounded before it meets v: by the kernels, not by the plain PyTorch that CPU tensors take."""
+    return device.type != "cpu" or INTERPRETED
+
+
 def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse, closing=lambda grad: grad):
     """(out, lse, dq, dk, dv, dsinks or None) of dense attention. `see` broadcasts to (B, Hq, Sq, Sk). `closing` is done
     to dq and dk before they are rounded."""
@@ -170,8 +175,7 @@ def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse, closing=lambd
     p = torch.exp2(s - m)
     mass = p.sum(-1, keepdim=True) + (0 if sink is None else torch.exp2(sink - m))
     empty = mass == 0
-    plain = q.device.type == "cpu" and not INTERPRETED  # plain PyTorch rounds no P, and delta is of the out it rounds
-    out = (((p if plain else rounded(p, dtype)) @ v_) / mass.masked_fill(empty, 1)).to(dtype)
+    out = (((rounded(p, dtype) if rounds_p(q.device) else p) @ v_) / mass.masked_fill(empty, 1)).to(dtype)
     lse = ((m + mass.log2()) / LOG2E).masked_fill(empty, -math.inf)
 
     delta = (out.float() * do_).sum(-1, keepdim=True) - dlse.float().unsqueeze(-1)
