@@ -90,14 +90,15 @@ class Angles(NamedTuple):
 
 
 @triton.jit
-def _load_entries(ptr, rows, columns, stride, mask, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _load_entries(ptr, rows, stride, mask, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Of rows of a table, the entries of the first and of the second element of each pair, as float32."""
+    columns = tl.arange(0, mask.shape[1]).to(tl.int64)
+    if FULL and INTERLEAVED:
+        columns *= 2
     first = tl.load(ptr + rows[:, None] + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
     second = first
-    if FULL and INTERLEAVED:
-        first, second = tl.split(first.reshape(first.shape[0], first.shape[1] // 2, 2))
-    elif FULL:
-        columns += HALF
+    if FULL:
+        columns += 1 if INTERLEAVED else HALF
         second = tl.load(ptr + rows[:, None] + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
     return first, second
 
@@ -114,12 +115,10 @@ def load_angles(
     if position_ids_ptr is not None:
         row = tl.load(position_ids_ptr + b * position_strides[0] + s * position_strides[1], mask=live, other=0)
         row = tl.minimum(tl.maximum(row.to(tl.int64), 0), positions - 1)
-    SPAN: tl.constexpr = 2 if FULL and INTERLEAVED else 1  # entries of a pair that are loaded side by side
-    columns = tl.arange(0, SPAN * BLOCK_R).to(tl.int64)
-    mask = live[:, None] & (columns < SPAN * HALF)[None, :]
+    mask = live[:, None] & (tl.arange(0, BLOCK_R) < HALF)[None, :]
     cos_rows, sin_rows = b * cos_strides[0] + row * cos_strides[1], b * sin_strides[0] + row * sin_strides[1]
-    cos0, cos1 = _load_entries(cos_ptr, cos_rows, columns, cos_strides[2], mask, HALF, FULL, INTERLEAVED)
-    sin0, sin1 = _load_entries(sin_ptr, sin_rows, columns, sin_strides[2], mask, HALF, FULL, INTERLEAVED)
+    cos0, cos1 = _load_entries(cos_ptr, cos_rows, cos_strides[2], mask, HALF, FULL, INTERLEAVED)
+    sin0, sin1 = _load_entries(sin_ptr, sin_rows, sin_strides[2], mask, HALF, FULL, INTERLEAVED)
     if INVERSE:
         sin0, sin1 = -sin1, -sin0
     return Angles(cos0[:, None, :], cos1[:, None, :], sin0[:, None, :], sin1[:, None, :])
