@@ -174,7 +174,7 @@ def key_ranges(
         return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
-            allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, cache_position=cache_position,
         )  # fmt: skip
     start = torch.zeros_like(own)[None] if interval.start is None else interval.start
     end = torch.full_like(own, rows.keys)[None] if interval.end is None else interval.end
