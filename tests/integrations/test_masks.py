@@ -17,7 +17,7 @@ from llama_kernels.integrations.transformers import masks
 from llama_kernels.integrations.transformers.attention import NAME, attention_forward
 from llama_kernels.integrations.transformers.intervals import Window
 from tests.conftest import DEVICE
-from tests.integrations.small import WithoutWaiting, not_interpreted
+from tests.integrations.small import VERSION, WithoutWaiting, not_interpreted
 from tests.judge import ideal_attention, judge
 
 pytestmark = not_interpreted
@@ -183,9 +183,11 @@ def test_a_mask_of_padding_and_window(kind, state, side, way):
 )  # fmt: skip
 def test_a_mask_without_padding_holds_no_element(kind, window):
     """The host knows the window, and no memory is read, in training, in a prefill and in a step."""
-    for state in (STATES["no cache"], STATES["second piece"], STATES["step"]):
-        if CREATE[kind] in BIDIRECTIONAL and state.cache:
+    for state in (STATES["no cache"], STATES["prefill"], STATES["second piece"], STATES["step"]):
+        if state.cache and CREATE[kind] in BIDIRECTIONAL:
             continue
+        if state.past and VERSION < (5, 0):
+            continue  # Transformers 4 has the offset in device memory
         config = config_for(kind)
         try:
             mask = created(NAME, CREATE[kind], config, state, cache_in(state, config))
@@ -289,6 +291,8 @@ def even_keys(batch_idx, head_idx, q_idx, kv_idx):
 @pytest.mark.parametrize("argument", ["or_mask_function", "and_mask_function"])
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_a_function_that_is_unknown_is_written_out(argument, side, way):
+    if way == "traced" and VERSION < (5, 0):
+        pytest.skip("Transformers 4 does not tell that a function is the caller's, and traced code cannot be read")
     for kind in ("causal", "sliding"):
         call = {argument: even_keys, "attention_mask": padding(side, S)}
         expected = stock_mask(CREATE[kind], config_for(kind), State(S), **call)
