@@ -173,6 +173,7 @@ def _stock(
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         attention_mask = written_out(attention_mask, query.shape[2], key.shape[2])
     if softcap is None and s_aux is None:
+        causal = query.shape[2] > 1 and attention_mask is None and causal  # Transformers 4 takes it at its word
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **others
         )
