@@ -119,7 +119,7 @@ def traced_interval(mask_function: MaskFunction, rows: Rows, made_by_caller: boo
     head = torch.zeros((), dtype=torch.int64, device=own.device)
     nearest_unseen, first = torch.full_like(own, -1), own
     nearest_hidden, last = torch.full_like(own, rows.keys), own
-    for _ in range(max(int(rows.keys), 1).bit_length()):
+    for _ in range(_steps(rows.keys)):
         middle = (nearest_unseen + first + 1) // 2
         seen = mask_function(batch, head, own, middle)
         first, nearest_unseen = torch.where(seen, middle, first), torch.where(seen, nearest_unseen, middle)
@@ -127,6 +127,16 @@ def traced_interval(mask_function: MaskFunction, rows: Rows, made_by_caller: boo
         seen = mask_function(batch, head, own, middle)
         last, nearest_hidden = torch.where(seen, middle, last), torch.where(seen, nearest_hidden, middle)
     return Interval(first, last + 1)
+
+
+def _steps(keys: int) -> int:
+    """Halvings of `keys`, its bit length. A length that is traced stays free: guards ask for its power of two alone."""
+    if isinstance(keys, torch.SymInt):
+        return 31  # torch.export allows no guard
+    steps = 1
+    while 2**steps <= keys:
+        steps += 1
+    return steps
 
 
 def _parts_of(mask_function: MaskFunction) -> tuple[str, dict[str, Any]]:

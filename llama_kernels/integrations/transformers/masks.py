@@ -192,7 +192,8 @@ def key_ranges(
     start, end = (bound.expand(batch_size, -1) for bound in (start, end))
     if attention_mask is None:
         return pack(KeyRanges(start.int(), end.int()))
-    if q_length <= FEW_QUERIES and not torch.is_grad_enabled() and interval.sound is None:
+    few = not isinstance(q_length, torch.SymInt) and q_length <= FEW_QUERIES  # torch.export allows no guard
+    if few and not torch.is_grad_enabled() and interval.sound is None:
         return pack(KeyRanges(start.int(), end.int(), valid=attention_mask.int()))
     return pack(without_hidden_keys(start, end, attention_mask, interval.sound))
 
