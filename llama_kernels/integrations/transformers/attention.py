@@ -180,7 +180,8 @@ def _stock(
     if attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = written_out(pack_window(Window(-1, 0), query.device), query.shape[2], key.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
+        attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
     eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
     if eager is None:
         fix = "attn_implementation='eager' has it."
