@@ -54,13 +54,12 @@ def test_training_compiles_without_a_graph_break(family, side):
 
 def test_documents_of_any_length_compile_once():
     stock = small("mistral")
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(patch(copy.deepcopy(stock)), backend=graphs, fullgraph=True, dynamic=True)
+    compiled = torch.compile(patch(copy.deepcopy(stock)), backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (20, 24, 30):  # one power of two
         ids = tokens(1, length)
         positions = torch.tensor([[*range(8), *range(length - 8)]], device=DEVICE)
-        as_stock(compiled, stock, logits_of(ids, position_ids=positions, use_cache=False))
-    assert graphs.frame_count == 1
+        with torch._dynamo.config.patch(error_on_recompile=length > 20):
+            as_stock(compiled, stock, logits_of(ids, position_ids=positions, use_cache=False))
 
 
 def test_a_static_cache_decodes_without_a_graph_break():
