@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import types
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -65,6 +67,7 @@ def attention_forward(
     cu_seq_lens_q, cu_seq_lens_k: where the caller of the model gave them, the batch is packed, whatever the mask.
     dropout, position_bias and heads wider than 256 run stock code. The weights are None where the kernels ran.
     """
+    _refuse_context_parallel()
     _refuse_what_needs_more(module)
     options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -201,6 +204,16 @@ def _stock(
 @functools.cache
 def _warn_of_stock(reason: str) -> None:
     logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs in place of the kernels", reason)
+
+
+def _refuse_context_parallel() -> None:
+    """An error inside PyTorch's context_parallel, which replaces SDPA by a function that goes round the other ranks: the
+    kernels would see this rank's keys alone."""
+    sdpa = F.scaled_dot_product_attention  # a builtin function, unless it is replaced
+    if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed.tensor.experimental"):
+        fix = "Use attn_implementation='sdpa' with torch's context_parallel."
+        got = "a part of the keys, inside context_parallel"
+        raise ValueError(message("attention_forward", "key", got, "all keys of the sequence", fix))
 
 
 def _refuse_what_needs_more(module: nn.Module) -> None:
