@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
-from llama_kernels.rotary import angles_of, rope_frequencies
+from llama_kernels.rotary import angles_of, original_length, rope_frequencies
+from llama_kernels.runtime import message
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +19,7 @@ class RMSNorm(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        eps: float = 1e-6,
+        eps: float | None = 1e-6,
         *,
         offset: float = 0.0,
         device: torch.device | str | None = None,
@@ -30,9 +31,16 @@ class RMSNorm(nn.Module):
         self.offset = offset
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
+        self, x: torch.Tensor, *positional: Any, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """y; with a residual, added first, (y, residual_out)."""
+        """y; with a residual, added first, (y, residual_out).
+
+        The residual is taken by keyword only: hooks such as that of torch's SequenceParallel pass on nothing but the
+        first positional argument.
+        """
+        if positional:
+            got = f"given {1 + len(positional)} positional arguments"
+            raise TypeError(message("nn.RMSNorm", "forward", got, "x alone", "Pass the residual as residual=..."))
         if residual is None:
             return rms_norm(x, self.weight, self.eps, offset=self.offset)
         return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset)
@@ -44,10 +52,13 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """The angles of `rope_frequencies`, for `rope`: call it once a model forward and rotate in every layer.
 
-    Nothing of it is in the state_dict. The frequencies stay float32 whatever `.to(dtype)` makes of the model.
+    Nothing of it is in the state_dict. The frequencies keep their dtype whatever `.to(dtype)` makes of the model.
+    frequency_dtype: of the frequencies and the angles. float32 gives the numbers of Transformers; float64 keeps cos and
+    sin, which are float32 in either case, right to 1e-6 at position 10,000,000.
     """
 
     inv_freq: torch.Tensor
+    long_inv_freq: torch.Tensor | None  # longrope's, past the original length
 
     def __init__(
         self,
@@ -57,30 +68,41 @@ class RotaryEmbedding(nn.Module):
         *,
         max_position_embeddings: int | None = None,
         device: torch.device | str | None = None,
+        frequency_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self._rule = (head_dim, base, scaling)
-        self._longest_trained = max_position_embeddings
-        kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-        self._follows_length = kind in ("dynamic", "longrope")
+        self._options = {"max_position_embeddings": max_position_embeddings, "dtype": frequency_dtype}
+        scaling = scaling or {}
+        self._kind = scaling.get("rope_type", scaling.get("type", "default"))
         inv_freq, self.attention_factor = self._frequencies(device=device)
+        long_inv_freq = None
+        if self._kind == "longrope":
+            self._original_length = original_length(scaling, max_position_embeddings)
+            long_inv_freq, _ = self._frequencies(seq_len=self._original_length + 1, device=device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
 
-    def _frequencies(self, **length: Any) -> tuple[torch.Tensor, float]:
-        return rope_frequencies(*self._rule, max_position_embeddings=self._longest_trained, **length)
+    def _frequencies(self, **options: Any) -> tuple[torch.Tensor, float]:
+        return rope_frequencies(*self._rule, **self._options, **options)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, (*position_ids.shape, R/2) float32, on the device of `x`. Its values do not matter."""
         position_ids = position_ids.to(x.device)
         inv_freq = self.inv_freq.to(x.device)
-        if self._follows_length and position_ids.numel():
+        if self._kind == "longrope" and position_ids.numel():
+            past = position_ids.max() >= self._original_length
+            inv_freq = torch.where(past, self.long_inv_freq.to(x.device), inv_freq)
+        elif self._kind == "dynamic" and position_ids.numel():
             inv_freq, _ = self._frequencies(seq_len=position_ids.max() + 1, device=x.device)
         return angles_of(position_ids, inv_freq, self.attention_factor)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
-        exact = self.inv_freq
+        exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:
-            self.inv_freq = exact.to(self.inv_freq.device)
+        for name, buffer in exact.items():
+            converted = getattr(self, name)
+            if converted.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(converted.device))
         return self

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 
 from llama_kernels.language import HAS_TRITON, INTERPRETED, triton
 
@@ -46,6 +47,8 @@ def register(
     kernel: launches Triton, for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter.
     reference: the same results from plain PyTorch, for CPU tensors otherwise.
     fake: only shapes, dtypes and strides, for tracing.
+
+    Under torch.func.vmap the op runs once an example, unless it writes into its arguments: then it has no vmap.
     """
 
     def outside_autocast(*args: Any) -> Any:
@@ -57,7 +60,29 @@ def register(
     LIBRARY.impl(name, kernel, "CUDA")
     LIBRARY.impl(name, kernel if INTERPRETED else outside_autocast, "CPU")
     torch.library.register_fake(f"llama_kernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.llama_kernels, name).default
+    op = getattr(torch.ops.llama_kernels, name).default
+    if not op._schema.is_mutable:
+        torch.library.register_vmap(f"llama_kernels::{name}", _example_by_example(op), lib=LIBRARY)
+    return op
+
+
+def _example_by_example(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The vmap rule of `op`: a call for each example, each tensor as the launchers take it, the results stacked."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def example(i: int) -> list[Any]:
+            pairs = zip(args, in_dims, strict=True)
+            return [x if dim is None else last_dim_contiguous(x.select(dim, i)) for x, dim in pairs]
+
+        if not info.batch_size:
+            raise ValueError(f"{op}: vmap over a dimension of size 0 has no result; wanted at least one example.")
+        results = [op(*example(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+    return rule
 
 
 # --- the device ------------------------------------------------------------------------------------------------------
@@ -177,32 +202,103 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a call on `tensors` goes through autograd: where a gradient is wanted, or a transform is active."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return transforms_are_active()
 
 
-def distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """`tensors`, no two of them the same object: torch.compile does not trace a Function that is given one twice."""
-    if not torch.compiler.is_compiling():
-        return tensors
+def transforms_are_active() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is: tensors that carry a gradient or a tangent
+    for it need not require grad."""
+    return forward_ad._current_level >= 0 or _functorch_is_active()
+
+
+_functorch_is_active = torch._C._are_functorch_transforms_active
+
+
+def is_differentiated(x: torch.Tensor) -> bool:
+    """Whether `x` requires grad, or is an example of a torch.func.vmap of what does."""
+    if x.requires_grad or not _functorch_is_active():
+        return x.requires_grad
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) and is_differentiated(functorch.get_unwrapped(x))
+
+
+def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args`, no two tensors among them the same object: torch.compile does not trace a Function given one twice."""
+    tensor = torch.Tensor
     return tuple(
-        x.view_as(x) if x is not None and any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)
+        x.view_as(x) if isinstance(x, tensor) and any(x is y for y in args[:i]) else x for i, x in enumerate(args)
     )
 
 
-class _RefuseDoubleBackward(torch.autograd.Function):
+class Differentiable(torch.autograd.Function):
+    """An op and its gradient, written as torch.func transforms it: `forward` without a context, and `setup_context`.
+
+    The first input is the op's name, `ctx.op` in the backward. forward returns a tuple, the last KEPT of it for the
+    backward alone; `call` returns the others. This form takes the host twice as long as the older `forward(ctx, ...)`,
+    which `call` therefore makes of it for calls outside of transforms.
+    """
+
+    generate_vmap_rule = True
+    KEPT = 0
+    call: Callable[..., tuple[torch.Tensor, ...]]
+
+    def __init_subclass__(cls) -> None:
+        compute, setup_context, backward, returned = cls.forward, cls.setup_context, cls.backward, -cls.KEPT or None
+
+        def forward(ctx, *args):
+            results = compute(*args)
+            setup_context(ctx, args, results)
+            return results[:returned]
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        older_form = type(cls.__name__, (torch.autograd.Function,), methods)
+        # A torch.compile around the transform sees only frames of Python here, and would trace the launchers.
+        cls.forward = staticmethod(torch._disable_dynamo(compute))
+        cls.backward = staticmethod(torch._disable_dynamo(lambda ctx, *grads: backward(ctx, *grads[:returned])))
+
+        def call(op: str, *args: Any) -> tuple[torch.Tensor, ...]:
+            if forward_ad._current_level >= 0 or _functorch_is_active():
+                if torch.compiler.is_dynamo_compiling():  # it would trace forward, and lose the gradient
+                    torch._dynamo.graph_break()
+                refuse_forward_mode(op, *args)
+                return cls.apply(op, *args)[:returned]
+            if torch.compiler.is_dynamo_compiling():
+                args = _distinct(args)
+            return older_form.apply(op, *args)
+
+        cls.call = staticmethod(call)
+
+
+class _RefuseDerivatives(torch.autograd.Function):
     """The identity on gradients, tied to the tensors they depend on; differentiating it is an error."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, op: str, count: int, *tensors: torch.Tensor | None):
-        ctx.op = op
+    def forward(op: str, count: int, *tensors: torch.Tensor | None):
         return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            f"llama_kernels.{ctx.op}: double backward is not supported. "
-            f"llama_kernels.reference.{ctx.op} can be differentiated any number of times."
-        )
+        raise _RefuseDerivatives.error(ctx.op, "double backward")
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise _RefuseDerivatives.error(ctx.op, "forward-mode differentiation")
+
+    @staticmethod
+    def error(op: str, kind: str) -> RuntimeError:
+        other = f"llama_kernels.reference.{op} can be differentiated any number of times, in either mode."
+        return RuntimeError(f"llama_kernels.{op}: {kind} is not supported. {other}")
 
 
 def refuse_double_backward(
@@ -213,9 +309,16 @@ def refuse_double_backward(
     `once_differentiable` is not enough: where grad_output needs no gradient (y.sum()), it lets the second derivative
     go missing in silence.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RefuseDoubleBackward.apply(op, len(grads), *grads, *inputs)
+    if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
+        return _RefuseDerivatives.apply(op, len(grads), *grads, *inputs)
     return tuple(grads)
+
+
+def refuse_forward_mode(op: str, *args: Any) -> None:
+    """Raise where one of the tensors among `args` has a tangent, which no op would carry on to its result."""
+    if forward_ad._current_level >= 0:
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        _RefuseDerivatives.apply(op, len(tensors), *tensors)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -248,6 +351,18 @@ def checked() -> Iterator[None]:
 def values_are_checked(x: torch.Tensor) -> bool:
     """Whether the values of `x` are to be read: inside `checked`, where it has any."""
     return not torch.compiler.is_compiling() and _checked.get() and not (x.is_meta or is_fake(x))
+
+
+def check_eps(op: str, eps: float | None) -> float:
+    """`eps` as a number: None is F.rms_norm's own, that of the float32 in which it computes."""
+    if eps is None:
+        return _FLOAT32_EPS
+    if not eps >= 0:
+        raise ValueError(message(op, "eps", eps, "a number that is not negative, or None"))
+    return eps
+
+
+_FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 def shape_of(x: torch.Tensor) -> str:

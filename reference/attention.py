@@ -34,7 +34,7 @@ def attention(
     see = visible(Sq, Sk, is_causal, window_size, kv_start, kv_end, q.device)  # (Sq, Sk) or (B, 1, 1, Sq, Sk)
     k, v = (x.to(wide).masked_fill(unseen(see), 0) for x in (k, v))  # they may hold anything, and 0 * NaN is NaN
     s = torch.einsum("bhgid,bhjd->bhgij", q.to(wide).unflatten(1, groups), k) * scale
-    if softcap is not None:
+    if softcap:
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~see, -torch.inf)
 

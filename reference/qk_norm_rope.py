@@ -17,7 +17,7 @@ def qk_norm_rope(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     offset: float = 0.0,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,9 +6,9 @@ import torch
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = 1e-6, *, offset: float = 0.0
 ) -> torch.Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension."""
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension. eps=None: as F.rms_norm."""
     return _normalise(x, weight, eps, offset).to(x.dtype)
 
 
@@ -16,7 +16,7 @@ def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     *,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,8 +26,9 @@ def add_rms_norm(
     return _normalise(residual_out, weight, eps, offset).to(x.dtype), residual_out
 
 
-def _normalise(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float) -> torch.Tensor:
+def _normalise(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, offset: float) -> torch.Tensor:
     """float32, or float64 for float64 `x`. Without a weight there is nothing for `offset` to shift."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
     y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     return y if weight is None else y * (offset + weight.to(x.dtype))

@@ -35,6 +35,8 @@ from unittest import mock
 
 import torch
 
+from llama_kernels.language import INTERPRETED
+
 LOG2E = math.log2(math.e)
 UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
 
@@ -147,6 +149,11 @@ def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy):
     return y.to(x.dtype), dx.to(x.dtype), dweight
 
 
+def rounds_p(device: torch.device) -> bool:
+    """Whether P is rounded before it meets v: by the kernels, not by the plain PyTorch that CPU tensors take."""
+    return device.type != "cpu" or INTERPRETED
+
+
 def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse, closing=lambda grad: grad):
     """(out, lse, dq, dk, dv, dsinks or None) of dense attention. `see` broadcasts to (B, Hq, Sq, Sk). `closing` is done
     to dq and dk before they are rounded."""
@@ -168,7 +175,7 @@ def ideal_attention(q, k, v, see, scale, softcap, sinks, do, dlse, closing=lambd
     p = torch.exp2(s - m)
     mass = p.sum(-1, keepdim=True) + (0 if sink is None else torch.exp2(sink - m))
     empty = mass == 0
-    out = ((rounded(p, dtype) @ v_) / mass.masked_fill(empty, 1)).to(dtype)
+    out = (((rounded(p, dtype) if rounds_p(q.device) else p) @ v_) / mass.masked_fill(empty, 1)).to(dtype)
     lse = ((m + mass.log2()) / LOG2E).masked_fill(empty, -math.inf)
 
     delta = (out.float() * do_).sum(-1, keepdim=True) - dlse.float().unsqueeze(-1)

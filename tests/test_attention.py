@@ -389,3 +389,72 @@ def test_keys_that_no_head_reads_have_no_gradient(Hq, Hkv, device):
     q, k, v = (torch.randn(2, H, 7, 8, device=device).requires_grad_() for H in (Hq, Hkv, Hkv))
     out = lk.attention(q, k, v)
     assert not any(grad.any() for grad in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
+
+
+def test_a_softcap_of_zero_is_none(device):
+    """As in flash-attn."""
+    q, k, v = (torch.randn(1, H, 9, 16, device=device) for H in (4, 2, 2))
+    cu, (cos, sin) = torch.tensor([0, 9], dtype=torch.int32, device=device), lk.rope_tables(torch.rand(8), 9)
+    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+    calls = {
+        "attention": lambda m, cap: m.attention(q, k, v, softcap=cap),
+        "attention_varlen": lambda m, cap: m.attention_varlen(*packed, cu, cu, 9, 9, softcap=cap),
+        "rope_attention": lambda m, cap: m.rope_attention(q, k, v, cos.to(device), sin.to(device), softcap=cap),
+    }
+    for call in calls.values():
+        for module in (lk, lk.reference):
+            assert torch.equal(call(module, 0.0), call(module, None))
+
+
+def _gradients_of_a_block(q, k, v, do, out, lse, scale, rounding, closing):
+    """dq, dk and dv of a block of keys, of whose rows `out` and `lse` tell the rest."""
+    G = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(G, 1) for x in (k, v))
+    p = torch.exp(q @ k.mT * scale - lse[..., None])
+    ds, p = rounding(p * (do @ v.mT - (out * do).sum(-1, keepdim=True))), rounding(p)
+    dk, dv = (x.unflatten(1, (-1, G)).sum(2) for x in (ds.mT @ q * scale, p.mT @ do))
+    return closing(ds @ k * scale), closing(dk), dv
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "rotated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_block_of_keys(layout, dtype, device):
+    """out and lse may be those of longer rows, as in context parallelism: dq is then the share of this block."""
+    Hq, Hkv, S, D = 4, 2, 33, 32
+    scale, ops = D**-0.5, torch.ops.llama_kernels
+    q, do = (torch.randn(1, Hq, S, D, device=device).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, Hkv, 2 * S, D, device=device).to(dtype) for _ in range(2))
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    exact, exact_lse = lk.reference.attention(*wide, is_causal=False, return_lse=True)
+    whole_dq, *_ = torch.autograd.grad(exact, wide, do.double())
+    exact, exact_lse = exact.detach(), exact_lse.detach()
+    out, lse = exact.to(dtype), exact_lse.float()
+    cos, sin = (x.to(device) for x in lk.rope_tables(torch.rand(D // 2), S))
+
+    def turned_back(x):
+        return lk.reference.rope(x, None, cos, -sin)[0] if layout == "rotated" else x
+
+    total = 0
+    for block in (slice(0, S), slice(S, 2 * S)):
+        k_, v_ = k[:, :, block], v[:, :, block]
+        call, wanted = (scale, None, None, None), (True, True, True, False, None)
+        if layout == "packed":
+            cu = torch.tensor([0, S], dtype=torch.int32, device=device)
+            do_, *tensors = (x[0].transpose(0, 1) for x in (do, q, k_, v_, out))
+            bounds = (None, None, None, cu, cu.clone(), S, S)
+            results = ops.attention_backward(do_, None, *tensors, lse[0], *bounds, *call, *wanted)
+            results = [x.transpose(0, 1)[None] for x in results[:3]]
+        elif layout == "rotated":
+            rest = (None, None, None, cos, sin, None, False, *call, *wanted)
+            results = ops.rope_attention_backward(do, None, q, k_, v_, out, lse, *rest)
+        else:
+            rest = (None, None, None, None, None, S, S, *call, *wanted)
+            results = ops.attention_backward(do, None, q, k_, v_, out, lse, *rest)
+        R = (*(x.double() for x in (q, k_, v_, do)), exact, exact_lse)
+        R = _gradients_of_a_block(*R, scale, lambda x: x, turned_back)
+        I = (*(x.float() for x in (q, k_, v_, do, out)), lse)
+        I = _gradients_of_a_block(*I, scale, lambda x: x.to(dtype).float(), turned_back)
+        for name, K, r, i in zip(("dq", "dk", "dv"), results, R, I, strict=False):
+            judge(f"{layout} {name}", K, r, i.to(dtype))
+        total = total + R[0]
+    torch.testing.assert_close(total, turned_back(whole_dq))  # the truth itself: shares that sum to the whole

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import llama_kernels as lk
@@ -168,6 +170,36 @@ def test_exports(device):
         torch.testing.assert_close(program.module()(*args), Block()(*args))
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_exports_any_length_from_two(strict, device):
+    """No check of ours, stride or cache says more of the length than the user did."""
+    t, w, angles = tensors(device), torch.ones(32, device=device), tables(64, 32, device)
+    calls = {
+        "rms_norm": (lambda x, r: lk.rms_norm(x), ("x", "residual"), 1),
+        "add_rms_norm": (lambda x, r: lk.add_rms_norm(x, r)[0], ("x", "residual"), 1),
+        "rope": (lambda q, k: lk.rope(q, k, *angles)[1], ("q", "k"), 2),
+        "qk_norm_rope": (lambda q, k: lk.qk_norm_rope(q, k, w, w, *angles)[1], ("q", "k"), 2),
+        "rope_qkv": (lambda x, r: lk.rope_qkv(torch.cat((x, r[..., :32]), -1), 2, 1, *angles)[0], ("x", "residual"), 1),
+        "attention": (lambda q, k: lk.attention(q, k, k), ("q", "k"), 2),
+        "window": (lambda q, k: lk.attention(q, k, k, window_size=(5, 0)), ("q", "k"), 2),
+        "rope_attention": (lambda q, k: lk.rope_attention(q, k, k, *angles), ("q", "k"), 2),
+    }
+    for op, (call, names, dim) in calls.items():
+
+        class Call(torch.nn.Module):
+            def forward(self, a, b, call=call):
+                return call(a, b)
+
+        length = torch.export.Dim("length", min=2, max=64)
+        args = tuple(t[name].detach() for name in names)
+        with torch.no_grad():
+            shapes = {"a": {dim: length}, "b": {dim: length}}
+            program = torch.export.export(Call(), args, dynamic_shapes=shapes, strict=strict)
+            for n in (2, 9):
+                cut = [x.narrow(dim, 0, n) for x in args]
+                torch.testing.assert_close(program.module()(*cut), call(*cut), msg=op)
+
+
 # --- autocast --------------------------------------------------------------------------------------------------------
 
 
@@ -249,36 +281,267 @@ def test_selective_checkpointing_keeps_attention(device):
         assert torch.equal(a, b)
 
 
-# --- double backward -------------------------------------------------------------------------------------------------
+# --- derivatives of every op -----------------------------------------------------------------------------------------
 
 
-DOUBLE = {
-    "rms_norm": lambda x, w: lk.rms_norm(x, w),
-    "add_rms_norm": lambda x, w: lk.add_rms_norm(x, x, w)[0],
-    "rope_qkv": lambda x, w: lk.rope_qkv(x.repeat(1, 3), 1, 1, *tables(8, 32, x.device))[0],
-    "qk_norm_rope": lambda x, w: lk.qk_norm_rope(x[None, None], None, w, None, *tables(8, 32, x.device))[0],
-    "attention": lambda x, w: lk.attention(*(x[None, None],) * 3),
-    "rope_attention": lambda x, w: lk.rope_attention(*(x[None, None],) * 3, *tables(8, 32, x.device)),
-    "rope": lambda x, w: lk.rope(x[None, None], None, *(table.to(x.device) for table in tables(8, 32, x.device)))[0],
-}
+def _differentiable(device: torch.device) -> dict[str, tuple[Any, tuple[torch.Tensor, ...]]]:
+    """A call of each op, by lk or by lk.reference, and all tensors that have a gradient."""
+    torch.manual_seed(0)
+    x, residual, qkv = (torch.randn(2, 5, n, device=device) for n in (16, 16, 128))
+    weight, sinks = torch.rand(16, device=device), torch.randn(4, device=device)
+    q, k, v = (torch.randn(2, 5, H, 16, device=device).transpose(1, 2) for H in (4, 2, 2))
+    packed = [t[0].transpose(0, 1) for t in (q, k, v)]
+    angles, positions = tables(8, 16, device), torch.randint(0, 8, (2, 5), device=device)
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+
+    def attention_varlen(m, q, k, v, s):
+        return m.attention_varlen(q, k, v, cu, cu.clone(), 3, 3, sinks=s, return_lse=True)
+
+    return {
+        "rms_norm": (lambda m, x, w: m.rms_norm(x, w), (x, weight)),
+        "add_rms_norm": (lambda m, x, r, w: m.add_rms_norm(x, r, w), (x, residual, weight)),
+        "rope": (lambda m, q, k: m.rope(q, k, *angles, positions), (q, k)),
+        "rope of q": (lambda m, q: m.rope(q, None, *angles)[0], (q,)),
+        "rope in place": (lambda m, q, k: m.rope(q * 1, k * 1, *angles, inplace=True), (q, k)),
+        "rope_qkv": (lambda m, qkv: m.rope_qkv(qkv, 4, 2, *angles, positions), (qkv,)),
+        "qk_norm_rope": (
+            lambda m, q, k, a, b: m.qk_norm_rope(q, k, a, b, *angles, positions), (q, k, weight, weight + 1)),
+        "attention": (lambda m, q, k, v, s: m.attention(q, k, v, sinks=s, return_lse=True), (q, k, v, sinks)),
+        "attention_varlen": (attention_varlen, (*packed, sinks)),
+        "rope_attention": (
+            lambda m, q, k, v, s: m.rope_attention(q, k, v, *angles, sinks=s, return_lse=True), (q, k, v, sinks)),
+    }  # fmt: skip
+
+
+OPS = list(_differentiable(torch.device("cpu")))
+
+
+def _loss(call: Any, module: Any) -> Any:
+    return lambda *tensors: sum(y.sin().sum() for y in tree_leaves(call(module, *tensors)))
+
+
+def _same(results: Any, expected: Any) -> None:
+    results, expected = tree_leaves(results), tree_leaves(expected)
+    assert len(results) == len(expected)
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def _stacked(results: list[Any]) -> list[torch.Tensor]:
+    return [torch.stack(each) for each in zip(*map(tree_leaves, results), strict=True)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_torch_func_differentiates(op, device):
+    call, tensors = _differentiable(device)[op]
+    everything = tuple(range(len(tensors)))
+    expected = torch.func.grad(_loss(call, lk.reference), everything)(*tensors)
+    _same(torch.func.grad(_loss(call, lk), everything)(*tensors), expected)
+    _same(torch.func.grad_and_value(_loss(call, lk), everything)(*tensors)[0], expected)
+    _same(torch.func.vjp(_loss(call, lk), *tensors)[1](torch.ones((), device=device)), expected)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["outermost", "innermost"])
+@pytest.mark.parametrize("op", OPS)
+def test_torch_func_maps(op, last, device):
+    """vmap of the op, gradients an example, and gradients through a vmap. A batch that lies innermost leaves the last
+    dimension of an example not contiguous."""
+    call, tensors = _differentiable(device)[op]
+    if last and op == "rope in place":
+        pytest.skip("in place takes no copy of what is not contiguous")
+    everything, dim = tuple(range(len(tensors))), -1 if last else 0
+    examples = [[t * scale for t in tensors] for scale in (1.0, -0.5, 1.5)]
+    batch = [torch.stack(each, dim) for each in zip(*examples, strict=True)]
+    outputs = _stacked([call(lk.reference, *example) for example in examples])
+    gradient = torch.func.grad(_loss(call, lk.reference), everything)
+    gradients = _stacked([gradient(*example) for example in examples])
+
+    _same(torch.func.vmap(lambda *t: call(lk, *t), dim)(*batch), outputs)
+    _same(torch.func.vmap(torch.func.grad(_loss(call, lk), everything), dim)(*batch), gradients)
+    through = torch.func.grad(lambda *t: torch.func.vmap(_loss(call, lk), dim)(*t).sum(), everything)(*batch)
+    _same([g.movedim(dim, 0) for g in through], gradients)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "rope in place"])
+def test_torch_func_maps_one_tensor(op, device):
+    """The others are shared: their gradients are sums over the batch."""
+    call, (first, *others) = _differentiable(device)[op]
+    batch, everything = torch.stack((first, 2 * first)), tuple(range(1 + len(others)))
+    dims = (0, *[None] * len(others))
+    _same(torch.func.vmap(lambda *t: call(lk, *t), dims)(batch, *others),
+          _stacked([call(lk.reference, x, *others) for x in batch]))  # fmt: skip
+    per_example = [torch.func.grad(_loss(call, lk.reference), everything)(x, *others) for x in batch]
+    through = torch.func.grad(lambda *t: torch.func.vmap(_loss(call, lk), dims)(*t).sum(), everything)(batch, *others)
+    ours, *shared = zip(*per_example, strict=True)
+    _same(through, (torch.stack(ours), *map(sum, shared)))
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rope of q", "attention"])
+def test_jacobians(op, device):
+    call, tensors = _differentiable(device)[op]
+    everything = tuple(range(len(tensors)))
+
+    def summed(module):
+        return lambda *t: tree_leaves(call(module, *t))[0].sum(-1)
+
+    expected = torch.func.jacrev(summed(lk.reference), everything)(*tensors)
+    _same(torch.func.jacrev(summed(lk), everything)(*tensors), expected)
+    _same(torch.autograd.functional.jacobian(summed(lk), tensors, vectorize=True), expected)
+
+
+def test_gradients_of_each_sample_of_a_module(device):
+    norm = lk.nn.RMSNorm(16, device=device)
+    parameters, x = dict(norm.named_parameters()), torch.randn(3, 16, device=device)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(norm, parameters, (x,)).sin().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)["weight"]
+    for dw, row in zip(per_sample, x, strict=True):
+        norm.zero_grad()
+        norm(row).sin().sum().backward()
+        torch.testing.assert_close(dw, norm.weight.grad)
+
+
+def test_vmap_of_no_example_is_refused(device):
+    with pytest.raises(ValueError, match="vmap over a dimension of size 0"):
+        torch.func.vmap(lambda x: lk.rms_norm(x))(torch.empty(0, 16, device=device))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_transforms_inside_of_a_compiled_function(backend, device):
+    torch._dynamo.reset()
+    x, w = torch.randn(3, 16, device=device), torch.rand(16, device=device)
+
+    def gradient(module):
+        return lambda x: torch.func.grad(lambda x: module.rms_norm(x, w).sin().sum())(x)
+
+    torch.testing.assert_close(torch.compile(gradient(lk), backend=backend)(x), gradient(lk.reference)(x))
+    with pytest.raises(RuntimeError, match=r"llama_kernels.rms_norm: forward-mode"):
+        torch.compile(lambda x: torch.func.jvp(lambda x: lk.rms_norm(x, w), (x,), (x,)), backend=backend)(x)
+
+
+@pytest.mark.parametrize("transform", ["grad", "grad of vmap"])
+def test_gradients_of_the_tables_are_refused(transform, device):
+    q, (cos, sin) = torch.randn(1, 2, 5, 16, device=device), tables(5, 16, device)
+    functions = {
+        "rope": lambda c: lk.rope(q, None, c, sin)[0].sum(),
+        "qk_norm_rope": lambda c: lk.qk_norm_rope(q, None, None, None, c, sin)[0].sum(),
+        "rope_attention": lambda c: lk.rope_attention(q, q, q, c, sin).sum(),
+        "rope_qkv": lambda c: lk.rope_qkv(q.flatten(1).view(1, 1, -1)[..., :48], 1, 1, c[:1], sin[:1])[0].sum(),
+    }
+    for op, function in functions.items():
+        with pytest.raises(ValueError, match=f"llama_kernels.{op}: cos is a tensor that requires grad"):
+            if transform == "grad":
+                torch.func.grad(function)(cos)
+            else:
+                mapped = torch.func.vmap(function)
+                torch.func.grad(lambda c, mapped=mapped: mapped(c).sum())(torch.stack((cos, cos)))
+
+
+# --- derivatives that there are not ----------------------------------------------------------------------------------
+
+
+def _forward_mode(call: Any, x: torch.Tensor) -> dict[str, Any]:
+    """Every way to ask for the tangent of `call` at x."""
+
+    def dual():
+        with forward_ad.dual_level():
+            return call(forward_ad.make_dual(x, x))
+
+    return {
+        "jvp": lambda: torch.func.jvp(call, (x,), (x,)),
+        "jvp of vmap": lambda: torch.func.jvp(torch.func.vmap(call), (x[None],), (x[None],)),
+        "vmap of jvp": lambda: torch.func.vmap(lambda x: torch.func.jvp(call, (x,), (x,)))(x[None]),
+        "jacfwd": lambda: torch.func.jacfwd(call)(x),
+        "linearize": lambda: torch.func.linearize(call, x),
+        "dual number": dual,
+    }
+
+
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_is_refused(op, grad_mode, device):
+    """Whichever tensor has the tangent, whether or not the others require grad."""
+    call, tensors = _differentiable(device)[op]
+    name = op.split()[0]
+    for i, x in enumerate(tensors):
+        others = [t.detach().requires_grad_(i % 2 == 0) for t in tensors]
+
+        def of_one(x, i=i, others=others):
+            return call(lk, *others[:i], x, *others[i + 1 :])
+
+        for way, differentiate in _forward_mode(of_one, x).items():
+            with torch.set_grad_enabled(grad_mode), pytest.raises(RuntimeError) as error:
+                differentiate()
+            assert str(error.value).startswith(f"llama_kernels.{name}: forward-mode"), (way, i, str(error.value))
+            assert f"llama_kernels.reference.{name}" in str(error.value)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_work_beside_dual_numbers(op, device):
+    """Where no tensor has a tangent there is nothing to refuse."""
+    call, tensors = _differentiable(device)[op]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with forward_ad.dual_level():
+        forward_ad.make_dual(torch.ones(1), torch.ones(1))
+        loss = _loss(call, lk)(*leaves)
+    _same(torch.autograd.grad(loss, leaves), torch.autograd.grad(_loss(call, lk)(*leaves), leaves))
+
+
+def test_forward_mode_is_refused_into_a_cache(device):
+    q, caches, angles = (torch.randn(1, 2, 3, 16, device=device), torch.zeros(2, 1, 2, 8, 16, device=device),
+                         tables(8, 16, device))  # fmt: skip
+    slots = torch.arange(3, device=device)
+    for i in range(3):
+        tensors = [q, q, q]
+
+        def write(x, i=i, tensors=tensors):
+            return lk.rope_into_cache(*tensors[:i], x, *tensors[i + 1 :], *caches, slots, *angles)
+
+        for way, differentiate in _forward_mode(write, q).items():
+            if way == "linearize":
+                continue  # calls it once without a tangent
+            with pytest.raises((RuntimeError, ValueError), match=r"llama_kernels.rope_into_cache: "):
+                differentiate()
+        with pytest.raises(ValueError, match=r"inside of a torch.func transform"):
+            torch.func.grad(lambda x, write=write: write(x).sum())(q)
+    assert not caches.any()
+
+
+DEPENDENT = [op for op in OPS if not op.startswith("rope") or op == "rope_attention"]  # gradients that depend on inputs
 
 
 @pytest.mark.corpus(56)
-@pytest.mark.parametrize("op", [*DOUBLE])
+@pytest.mark.parametrize("op", OPS)
 def test_double_backward_is_refused(op, device):
-    x, w = torch.randn(8, 32, device=device).requires_grad_(), torch.randn(32, device=device).requires_grad_()
-    (dx,) = torch.autograd.grad(DOUBLE[op](x, w).exp().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=rf"llama_kernels.{op}: double backward"):
-        torch.autograd.grad(dx.sum(), x)
+    call, tensors = _differentiable(device)[op]
+    name = op.split()[0]
+    for i in range(len(tensors)):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        (grad,) = torch.autograd.grad(_loss(call, lk)(*leaves), leaves[i], create_graph=True)
+        for leaf in leaves if op in DEPENDENT else leaves[i : i + 1]:
+            with pytest.raises(RuntimeError, match=rf"llama_kernels.{name}: double backward"):
+                torch.autograd.grad(grad.sum(), leaf, retain_graph=True)
+
+        def of_one(x, i=i):
+            return _loss(call, lk)(*tensors[:i], x, *tensors[i + 1 :])
+
+        with pytest.raises(RuntimeError, match=rf"llama_kernels.{name}: double backward"):
+            torch.func.grad(lambda x, of_one=of_one: torch.func.grad(of_one)(x).sum())(tensors[i])
+        with pytest.raises(RuntimeError, match=rf"llama_kernels.{name}: forward-mode"):
+            torch.func.hessian(of_one)(tensors[i])
 
 
 @pytest.mark.corpus(56)
-def test_double_backward_is_refused_where_the_upstream_gradient_is_constant(device):
-    """Where once_differentiable would let the second derivative go missing."""
-    x = torch.randn(8, 32, device=device).requires_grad_()
-    (dx,) = torch.autograd.grad(lk.rms_norm(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"llama_kernels.rms_norm: double backward"):
-        torch.autograd.grad(dx.sum(), x)
+@pytest.mark.parametrize("op", DEPENDENT)
+def test_double_backward_is_refused_where_the_upstream_gradient_is_constant(op, device):
+    """Where once_differentiable would let the second derivative go missing; one tensor at a time requires grad."""
+    call, tensors = _differentiable(device)[op]
+    leaves = [tensors[0].detach().requires_grad_(), *tensors[1:]]
+    (grad,) = torch.autograd.grad(tree_leaves(call(lk, *leaves))[0].sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"llama_kernels.{op}: double backward"):
+        torch.autograd.grad(grad.sum(), leaves[0])
 
 
 # --- gradients on demand ---------------------------------------------------------------------------------------------

@@ -219,7 +219,6 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention", "v", r"of shape \(2, 2, 7, 257\)", {"v": F(2, 2, 7, 257)}),
     ("attention", "window_size", r"\(-2, 0\)", {"window_size": (-2, 0)}),
     ("attention", "window_size", r"\(1.5, 0\)", {"window_size": (1.5, 0)}),
-    ("attention", "softcap", "0", {"softcap": 0.0}),
     ("attention", "softcap", "-3", {"softcap": -3.0}),
     ("attention", "scale", "inf", {"scale": float("inf")}),
     ("attention", "scale", "nan", {"scale": float("nan")}),
@@ -384,7 +383,8 @@ print(count)
 
 @pytest.mark.parametrize("changed", [
     {"window_size": [3, 0]}, {"window_size": (0, 0)}, {"window_size": (2**40, 2**40)}, {"scale": 0.0}, {"scale": -1.0},
-    {"softcap": 30}, {"sinks": F(4).bfloat16()}, {"deterministic": True}, {"deterministic": False},
+    {"softcap": 30}, {"softcap": 0.0}, {"softcap": 0}, {"sinks": F(4).bfloat16()},
+    {"deterministic": True}, {"deterministic": False},
     {"q": F(2, 4, 0, 8)}, {"k": F(2, 2, 0, 8), "v": F(2, 2, 0, 8)},
     {"q": F(0, 4, 6, 8), "k": F(0, 2, 7, 8), "v": F(0, 2, 7, 8)},
     {"q": F(2, 0, 6, 8)}, {"q": F(2, 0, 6, 8), "k": F(2, 0, 7, 8), "v": F(2, 0, 7, 8)}, {"v": F(2, 2, 7, 3)},

@@ -37,8 +37,10 @@ def test_norm_of_gemma(device):
 def test_norm_with_a_residual(device):
     norm = lk.nn.RMSNorm(96, device=device)
     x, r = torch.randn(5, 96, device=device), torch.randn(5, 96, device=device)
-    y, s = norm(x, r)
+    y, s = norm(x, residual=r)
     assert torch.equal(s, x + r) and torch.equal(y, norm(s))
+    with pytest.raises(TypeError, match=r"llama_kernels.nn.RMSNorm: .*Pass the residual as residual="):
+        norm(x, r)  # torch's SequenceParallel would pass on x alone, and drop it
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -68,6 +70,41 @@ def test_angles_stay_float32(device):
         with torch.autocast(device.type, dtype=torch.bfloat16):
             results = converted(torch.empty(1, device=device, dtype=torch.bfloat16), position_ids)
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_angles_of_distant_positions(name, device):
+    """Positions past 100,000 are where float32 angles are wrong by more than a thousandth."""
+    exact = lk.nn.RotaryEmbedding(
+        64, scaling=SCALINGS[name], max_position_embeddings=8192, device=device, frequency_dtype=torch.float64
+    ).bfloat16()
+    position_ids = torch.tensor([[131_071, 10_000_000]], device=device)
+    rule = {"scaling": SCALINGS[name], "max_position_embeddings": 8192, "seq_len": 10_000_001, "dtype": torch.float64}
+    inv_freq, factor = lk.rope_frequencies(64, **rule)
+    angles = position_ids.cpu()[..., None].double() * inv_freq
+    results = exact(torch.empty(1, device=device), position_ids)
+    for table, expected in zip(results, (angles.cos(), angles.sin()), strict=True):
+        assert table.dtype == torch.float32
+        torch.testing.assert_close(table.cpu().double(), factor * expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["longrope", "dynamic"])
+def test_angles_that_follow_the_length_make_no_copy_to_the_device(name, device):
+    """A copy from the host's memory would wait for the device at every forward, and cannot be captured in a graph."""
+    rotary = lk.nn.RotaryEmbedding(64, scaling=SCALINGS[name], max_position_embeddings=8192, device=device)
+    made = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func)
+            return func(*args, **(kwargs or {}))
+
+    ops = torch.ops.aten
+    for longest in (10, 9000):
+        position_ids = torch.tensor([[longest]], device=device)
+        with Spy():
+            rotary(torch.empty(1, device=device), position_ids)
+        assert made and not {ops.lift_fresh.default, ops._local_scalar_dense.default} & {*made}
 
 
 def test_modules_are_copied_and_pickled(device):

@@ -200,3 +200,31 @@ def add_is_two_ops(device: torch.device) -> None:
 
 def test_the_fused_add_is_the_two_ops_bit_for_bit(device):
     add_is_two_ops(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_default_eps_is_that_of_pytorch(dtype, device):
+    """Inputs so small that eps decides. PyTorch takes that of the dtype in which it computes."""
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    x, w = (torch.randn(4, 64, device=device) * 1e-4).to(dtype), torch.rand(64, device=device).to(dtype)
+    q, no_angle = x[:, None], (torch.ones(4, 1, device=device), torch.zeros(4, 1, device=device))
+
+    def plain(x, eps):
+        return torch.nn.functional.rms_norm(x, (64,), w, eps)
+
+    assert torch.equal(plain(x, None), plain(x, eps)) and not torch.equal(plain(x, eps), plain(x, 2 * eps))
+    for m in (lk, lk.reference) if dtype != torch.float64 else (lk.reference,):
+        calls = [
+            lambda x, eps, m=m: m.rms_norm(x, w, eps),
+            lambda x, eps, m=m: m.add_rms_norm(x, x, w, eps)[0],
+            lambda x, eps, m=m: m.qk_norm_rope(x[:, None], q, w, w, *no_angle, eps=eps)[0],
+        ]
+        if m is lk:
+            calls.append(lambda x, eps: lk.nn.RMSNorm(64, eps, device=device)(x))
+        for call in calls:
+            results = []
+            for each in (None, eps):
+                leaf = x.clone().requires_grad_()
+                y = call(leaf, each)
+                results.append((y, *torch.autograd.grad(y.sum(), leaf)))
+            assert all(map(torch.equal, *results))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+import math
 from typing import Any
 
 import pytest
@@ -87,6 +89,43 @@ def test_tables_are_cosines_and_sines():
     torch.testing.assert_close(cos.double(), 1.5 * angles.cos(), rtol=0, atol=1e-5)
     torch.testing.assert_close(sin.double(), 1.5 * angles.sin(), rtol=0, atol=1e-5)
     assert cos.shape == sin.shape == (50, 32) and cos.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_float64_frequencies_are_the_same_rule(name):
+    for seq_len in (None, 20000):
+        rule = {"scaling": SCALINGS[name], "seq_len": seq_len, "max_position_embeddings": 8192}
+        exact, factor = lk.rope_frequencies(64, **rule, dtype=torch.float64)
+        rounded, same = lk.rope_frequencies(64, **rule)
+        assert exact.dtype == torch.float64 and factor == same
+        torch.testing.assert_close(rounded.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_tables_of_distant_positions():
+    """Against whole numbers: cos(10,000,000 / 10,000^(2i/64)), the argument reduced with 60 digits."""
+    decimal.getcontext().prec = 60
+    pi = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494")
+    inv_freq, _ = lk.rope_frequencies(64, dtype=torch.float64)
+    for position in (131_071, 1_000_000, 10_000_000):
+        cos, sin = lk.rope_tables(inv_freq, torch.tensor([position]))
+        assert cos.shape == (1, 32) and cos.dtype == torch.float32
+        for i in range(32):
+            angle = float(position * decimal.Decimal(10000) ** (decimal.Decimal(-2 * i) / 64) % (2 * pi))
+            assert abs(cos[0, i].item() - math.cos(angle)) < 1e-6 and abs(sin[0, i].item() - math.sin(angle)) < 1e-6
+
+
+def test_angles_are_float64_in_tables():
+    """Those of float32 frequencies too: at position 131,071 a float32 angle is off by up to 0.008."""
+    inv_freq, _ = lk.rope_frequencies(64)
+    cos, _ = lk.rope_tables(inv_freq, torch.tensor([131_071]))
+    torch.testing.assert_close(cos.double(), (131_071 * inv_freq.double()).cos()[None], rtol=0, atol=1e-7)
+    whole = lk.rope_tables(inv_freq, 9)
+    assert all(torch.equal(a, b) for a, b in zip(whole, lk.rope_tables(inv_freq, torch.arange(9)), strict=True))
+
+
+def test_frequencies_of_another_dtype_are_refused():
+    with pytest.raises(TypeError, match=r"llama_kernels.rope_frequencies: dtype is torch.bfloat16"):
+        lk.rope_frequencies(64, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("scaling, said", [

@@ -11,6 +11,7 @@ from llama_kernels.language import tl, triton
 from llama_kernels.runtime import (
     KERNEL_DTYPES,
     check_tensors,
+    is_differentiated,
     message,
     next_power_of_2,
     shape_of,
@@ -295,7 +296,7 @@ def check_angles(
         wanted += f"an even number of them up to D = {head_dim}"
         raise ValueError(message(op, "cos", shape_of(cos), wanted))
     for table, angles in (("cos", cos), ("sin", sin)):
-        if angles.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and is_differentiated(angles):
             fix = f"Pass {table}.detach(), or use llama_kernels.reference.{op} to train the angles."
             raise ValueError(message(op, table, "a tensor that requires grad", "a constant table", fix))
 

@@ -25,9 +25,10 @@ from llama_kernels.ops.pairs import (
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.reference.rope import rope_transpose
 from llama_kernels.runtime import (
+    Differentiable,
     cdiv,
+    check_eps,
     check_tensors,
-    distinct,
     empty_in_order_of,
     lanes_of,
     last_dim_contiguous,
@@ -443,25 +444,29 @@ _qk_norm_rope_backward = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _QKNormRope(torch.autograd.Function):
+class _QKNormRope(Differentiable):
     """(q, k or None) -> normed and rotated, or q alone. Saves q, k, the weights and the tables: nothing it made."""
 
     @staticmethod
-    def forward(ctx, q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved):
-        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, position_ids)
+    def forward(op, q, k, *rest):
+        q_out, k_out = _qk_norm_rope(q, k, *rest)
+        return (q_out,) if k is None else (q_out, k_out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, *tensors, eps, offset, interleaved = inputs
+        ctx.save_for_backward(*tensors)
         ctx.options = (eps, offset, interleaved)
-        q_out, k_out = _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved)
-        return q_out if k is None else (q_out, k_out)
 
     @staticmethod
     def backward(ctx, dq, dk=None):
         q, k, *rest = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:4]
+        needed = ctx.needs_input_grad[1:5]
         dq, dk = (None if g is None else last_dim_contiguous(g) for g in (dq, dk))
         grads = _qk_norm_rope_backward(dq, dk, q, k, *rest, *ctx.options, any(needed[2:]))
         grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
-        grads = refuse_double_backward("qk_norm_rope", grads, (dq, dk, q, k, *rest[:2]))
-        return *grads, None, None, None, None, None, None
+        grads = refuse_double_backward(ctx.op, grads, (dq, dk, q, k, *rest[:2]))
+        return None, *grads, *[None] * 6
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -476,7 +481,7 @@ def qk_norm_rope(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     offset: float = 0.0,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -500,18 +505,18 @@ def qk_norm_rope(
     Raises:
         TypeError, ValueError: as `rope` and `rms_norm`; also for a k_weight without k.
     """
-    _check(q, k, q_weight, k_weight, cos, sin, position_ids, eps)
+    _check(q, k, q_weight, k_weight, cos, sin, position_ids)
+    eps = check_eps("qk_norm_rope", eps)
     tensors = (None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight))
     q, k, q_weight, k_weight = tensors
     if needs_grad(q, k, q_weight, k_weight):
-        tensors = distinct(q, k, q_weight, k_weight, cos, sin, position_ids)
-        out = _QKNormRope.apply(*tensors, eps, offset, interleaved)
-        return (out, None) if k is None else out
+        tensors = (q, k, q_weight, k_weight, cos, sin, position_ids)
+        return (*_QKNormRope.call("qk_norm_rope", *tensors, eps, offset, interleaved), None)[:2]
     q_out, k_out = _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, interleaved)
     return q_out, None if k is None else k_out
 
 
-def _check(q, k, q_weight, k_weight, cos, sin, position_ids, eps) -> None:
+def _check(q, k, q_weight, k_weight, cos, sin, position_ids) -> None:
     op = "qk_norm_rope"
     check_heads(op, q, k)
     check_tensors(op, q=q, q_weight=q_weight, k_weight=k_weight)
@@ -520,6 +525,4 @@ def _check(q, k, q_weight, k_weight, cos, sin, position_ids, eps) -> None:
             raise ValueError(message(op, name, shape_of(weight), f"({q.shape[-1]},), one element a dim of a head"))
     if k is None and k_weight is not None:
         raise ValueError(message(op, "k_weight", "given without k", "None where k is None"))
-    if not eps >= 0:
-        raise ValueError(message(op, "eps", eps, "a number that is not negative"))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)

@@ -18,9 +18,10 @@ from llama_kernels.language import TRITON_VERSION, cast, tl, triton
 from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.runtime import (
+    Differentiable,
     cdiv,
+    check_eps,
     check_tensors,
-    distinct,
     empty_in_order_of,
     lanes_of,
     last_dim_contiguous,
@@ -569,23 +570,28 @@ _rms_norm_backward = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Differentiable):
     """(x, residual or None, weight or None) -> y, or (y, residual_out). Saves what it normalised, weight and rstd."""
 
+    KEPT = 1
+
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset):
+    def forward(op, x, residual, weight, eps, offset):
         y, s, rstd = _rms_norm_forward(x, residual, weight, eps, offset)
-        ctx.save_for_backward(x if residual is None else s, weight, rstd)
+        return (y, rstd) if residual is None else (y, s, rstd)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, x, residual, weight, ctx.eps, ctx.offset = inputs
+        ctx.save_for_backward(x if residual is None else output[1], weight, output[-1])
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.offset = eps, offset
         ctx.grad_dtypes = (x.dtype, None if residual is None else residual.dtype)
-        return y if residual is None else (y, s)
 
     @staticmethod
     def backward(ctx, dy, ds=None):
         x, weight, rstd = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.grad_dtypes
-        need_x, need_residual, need_dw = ctx.needs_input_grad[:3]
+        need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
         need_dx = need_x or need_residual
         if dy is None:  # only residual_out was used
             dx, dw = ds, None
@@ -600,15 +606,14 @@ class _RMSNorm(torch.autograd.Function):
             dx.to(residual_dtype) if need_residual and dx is not None else None,
             dw if need_dw else None,
         )
-        op = "rms_norm" if residual_dtype is None else "add_rms_norm"
-        return *refuse_double_backward(op, grads, (dy, ds, x, weight)), None, None
+        return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = 1e-6, *, offset: float = 0.0
 ) -> torch.Tensor:
     """Root-mean-square norm over the last dimension: y = x / sqrt(mean(x²) + eps) · (offset + weight).
 
@@ -618,7 +623,8 @@ def rms_norm(
         x: (..., N), bfloat16, float16 or float32, N from 1 on. Any strides; a last dimension that is not contiguous is
             copied.
         weight: (N,) in any of these dtypes, or None for no scaling.
-        eps: added to the mean square; not negative.
+        eps: added to the mean square; not negative. None is the default of torch.nn.functional.rms_norm: float32's eps,
+            1.2e-7, for each of these dtypes.
         offset: added to the weight in float32; 1.0 for Gemma, whose weights are stored around zero.
 
     Returns:
@@ -628,15 +634,16 @@ def rms_norm(
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: weight is not (N,), eps is negative, or devices differ.
     """
-    _check("rms_norm", x, None, weight, eps)
-    return _apply(x, None, weight, eps, offset)[0]
+    _check("rms_norm", x, None, weight)
+    eps = check_eps("rms_norm", eps)
+    return _apply("rms_norm", x, None, weight, eps, offset)[0]
 
 
 def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     *,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -656,22 +663,22 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: as `rms_norm`; also where residual's shape is not x's.
     """
-    _check("add_rms_norm", x, residual, weight, eps)
-    return _apply(x, residual, weight, eps, offset)
+    _check("add_rms_norm", x, residual, weight)
+    eps = check_eps("add_rms_norm", eps)
+    return _apply("add_rms_norm", x, residual, weight, eps, offset)
 
 
-def _apply(x, residual, weight, eps, offset):
-    """(y, residual_out or None), through autograd where a gradient is wanted."""
+def _apply(op, x, residual, weight, eps, offset):
+    """y and, with a residual, residual_out; through autograd where a gradient is wanted."""
     x = last_dim_contiguous(x)
     residual = None if residual is None else last_dim_contiguous(residual)
     weight = None if weight is None else last_dim_contiguous(weight)
     if needs_grad(x, residual, weight):
-        out = _RMSNorm.apply(*distinct(x, residual, weight), eps, offset)
-        return (out, None) if residual is None else out
+        return _RMSNorm.call(op, x, residual, weight, eps, offset)
     return _rms_norm_forward(x, residual, weight, eps, offset)[:2]
 
 
-def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float) -> None:
+def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
     check_tensors(op, x=x, residual=residual, weight=weight)
     if x.ndim == 0:
         raise ValueError(message(op, "x", "a scalar", "a tensor of at least one dimension"))
@@ -679,5 +686,3 @@ def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torc
         raise ValueError(message(op, "residual", shape_of(residual), f"the shape of x, {tuple(x.shape)}"))
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(message(op, "weight", shape_of(weight), f"({x.shape[-1]},), one element a column of x"))
-    if not eps >= 0:
-        raise ValueError(message(op, "eps", eps, "a number that is not negative"))

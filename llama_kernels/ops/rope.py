@@ -25,19 +25,21 @@ from llama_kernels.ops.pairs import (
 )
 from llama_kernels.reference.rope import rope_transpose
 from llama_kernels.runtime import (
+    Differentiable,
     cdiv,
     check_tensors,
-    distinct,
     empty_in_order_of,
     lanes_of,
     last_dim_contiguous,
     message,
     needs_grad,
     refuse_double_backward,
+    refuse_forward_mode,
     register,
     shape_of,
     sizes_of,
     strides_of,
+    transforms_are_active,
 )
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -261,31 +263,31 @@ _rope_into_cache = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _Rope(torch.autograd.Function):
-    """(q, k or None) -> the rotated q and k, or q alone: torch.compile has no gradient for an output that is None.
-
-    Saves the tables only: the backward is the rotation by -angle.
-    """
+class _Rope(Differentiable):
+    """(q, k or None) -> the rotated q and k, or q alone. Saves the tables only: its backward rotates by -angle."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, position_ids, interleaved):
+    def forward(op, q, k, cos, sin, position_ids, interleaved):
+        q_out, k_out = _rope(q, k, cos, sin, position_ids, interleaved, False)
+        return (q_out,) if k is None else (q_out, k_out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, _, _, cos, sin, position_ids, ctx.interleaved = inputs
         ctx.save_for_backward(cos, sin, position_ids)
         ctx.set_materialize_grads(False)
-        ctx.interleaved = interleaved
-        q_out, k_out = _rope(q, k, cos, sin, position_ids, interleaved, False)
-        return q_out if k is None else (q_out, k_out)
 
     @staticmethod
     def backward(ctx, dq, dk=None):
         cos, sin, position_ids = ctx.saved_tensors
-        need_q, need_k = ctx.needs_input_grad[:2]
+        need_q, need_k = ctx.needs_input_grad[1:3]
         grads = [dq if need_q else None, dk if need_k else None]
         given = [last_dim_contiguous(g) for g in grads if g is not None]
         if given:
             first, second = (*given, None)[:2]
             rotated = iter(_rope(first, second, cos, sin, position_ids, ctx.interleaved, True))
             grads = [None if g is None else next(rotated) for g in grads]
-        return *refuse_double_backward("rope", grads, (dq, dk)), None, None, None, None
+        return None, *refuse_double_backward(ctx.op, grads, (dq, dk)), None, None, None, None
 
 
 class _RotatedInPlace(torch.autograd.Function):
@@ -306,22 +308,25 @@ class _RotatedInPlace(torch.autograd.Function):
         return *refuse_double_backward("rope", (grad,), (dx,)), None, None, None, None
 
 
-class _RopeQKV(torch.autograd.Function):
+class _RopeQKV(Differentiable):
     """qkv -> q and k rotated, v as it lies there. The backward writes the gradient of the whole projection at once."""
 
     @staticmethod
-    def forward(ctx, qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved):
-        ctx.save_for_backward(cos, sin, position_ids)
-        ctx.interleaved = interleaved
+    def forward(op, qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved):
         q, k, v = _parts(qkv, q_heads, kv_heads)
         return *_rope(q, k, cos, sin, position_ids, interleaved, False), v
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, _, _, _, cos, sin, position_ids, ctx.interleaved = inputs
+        ctx.save_for_backward(cos, sin, position_ids)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
         cos, sin, position_ids = ctx.saved_tensors
         grads = [last_dim_contiguous(g) for g in (dq, dk, dv)]
         dqkv = _rope_qkv_backward(*grads, cos, sin, position_ids, ctx.interleaved)
-        return *refuse_double_backward("rope_qkv", (dqkv,), (dq, dk, dv)), None, None, None, None, None, None
+        return None, *refuse_double_backward(ctx.op, (dqkv,), (dq, dk, dv)), *[None] * 6
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -366,18 +371,17 @@ def rope(
         ValueError: shapes do not fit, a table is too short or requires grad, devices differ, or inplace cannot be.
     """
     _check(q, k, cos, sin, position_ids, inplace)
-    if inplace and not torch.compiler.is_compiling():
+    if inplace and not (torch.compiler.is_compiling() or transforms_are_active()):
         # First what autograd may refuse (a view made by split(), say), then the launch that cannot be taken back.
         q, k = (_declare_rotated(x, cos, sin, position_ids, interleaved) for x in (q, k))
         _rope_inplace(q.detach(), None if k is None else k.detach(), cos, sin, position_ids, interleaved)
         return q, k
     q_, k_ = last_dim_contiguous(q), None if k is None else last_dim_contiguous(k)
     if needs_grad(q, k):
-        out = _Rope.apply(*distinct(q_, k_, cos, sin, position_ids), interleaved)
-        q_out, k_out = (out, None) if k is None else out
+        q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved), None)[:2]
     else:
         q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False)
-    if inplace:  # a compiler sees through this copy; it does not see through a Function that modifies its input
+    if inplace:  # compilers and transforms see through this copy, not through a Function that modifies its input
         return q.copy_(q_out), None if k is None else k.copy_(k_out)
     return q_out, None if k is None else k_out
 
@@ -422,8 +426,7 @@ def rope_qkv(
     check_angles("rope_qkv", "qkv", qkv, tokens, qkv.shape[-1] // heads, cos, sin, position_ids)
     qkv = last_dim_contiguous(qkv)
     if needs_grad(qkv):
-        qkv, cos, sin, position_ids = distinct(qkv, cos, sin, position_ids)
-        return _RopeQKV.apply(qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
+        return _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
     q, k, v = _parts(qkv, q_heads, kv_heads)
     return *_rope(q, k, cos, sin, position_ids, interleaved, False), v
 
@@ -480,7 +483,12 @@ def rope_into_cache(
             wanted = "a contiguous last dimension: it is written in place"
             raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
     tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    if needs_grad(*tensors.values()):
+    if transforms_are_active():
+        refuse_forward_mode(op, *tensors.values())
+        if torch._C._are_functorch_transforms_active():
+            wanted, fix = "a tensor outside of them: caches are written in place", "Use llama_kernels.rope."
+            raise ValueError(message(op, "q", "inside of a torch.func transform", wanted, fix))
+    if needs_grad(*tensors.values()) and any(x.requires_grad for x in tensors.values()):
         name = next(name for name, x in tensors.items() if x.requires_grad)
         fix = "Call it under torch.no_grad(), or use llama_kernels.rope."
         raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))

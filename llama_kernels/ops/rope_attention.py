@@ -18,7 +18,7 @@ from llama_kernels.ops.attention.layout import empty_grads
 from llama_kernels.ops.pairs import check_angles, full_width, rotation_of, tokens_of, turns_in_registers
 from llama_kernels.ops.rope import _rope as rotate
 from llama_kernels.runtime import (
-    distinct,
+    Differentiable,
     last_dim_contiguous,
     message,
     needs_grad,
@@ -71,31 +71,38 @@ _rope_attention_backward = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _RopeAttention(torch.autograd.Function):
-    """(q, k, v, sinks or None) -> (out, lse). Saves q and k as rotated: nothing else is read again."""
+class _RopeAttention(Differentiable):
+    """(q, k, v, sinks or None) -> (out, lse, q and k as rotated). Saves these, v and sinks: nothing else is read again.
+
+    q and k are results so that autograd knows of them: the backward depends on them, and is not to be differentiated.
+    """
 
     @staticmethod
     def forward(
-        ctx, deterministic, interleaved, q, k, v, sinks, kv_start, kv_end, cos, sin, position_ids, *numbers
+        op, deterministic, interleaved, q, k, v, sinks, kv_start, kv_end, cos, sin, position_ids, *numbers
     ):  # fmt: skip
         q, k = rotate(q, k, cos, sin, position_ids, interleaved, False)
         S = q.shape[2]
-        out, lse = attention_forward(q, k, v, sinks, kv_start, kv_end, None, None, S, S, *numbers)
-        ctx.save_for_backward(q, k, v, out, lse, sinks, kv_start, kv_end, cos, sin, position_ids)
-        ctx.set_materialize_grads(False)
-        ctx.deterministic, ctx.options = deterministic, (interleaved, *numbers)
-        return out, lse
+        return *attention_forward(q, k, v, sinks, kv_start, kv_end, None, None, S, S, *numbers), q, k
 
     @staticmethod
-    def backward(ctx, do, dlse):
+    def setup_context(ctx, inputs, output):
+        ctx.op, ctx.deterministic, interleaved, _, _, v, *rest = inputs
+        out, lse, q, k = output
+        ctx.save_for_backward(q, k, v, out, lse, *rest[:6])
+        ctx.set_materialize_grads(False)
+        ctx.options = (interleaved, *rest[6:])
+
+    @staticmethod
+    def backward(ctx, do, dlse, *_):
         q, k, v, out, lse, sinks, *rest = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:6]
+        needed = ctx.needs_input_grad[3:7]
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
         options = (*ctx.options, *needed, ctx.deterministic)
         grads = _rope_attention_backward(do, dlse, q, k, v, out, lse, sinks, *rest, *options)
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        grads = refuse_double_backward("rope_attention", grads, (do, dlse, q, k, v, sinks))
-        return None, None, *grads, *[None] * (len(rest) + len(ctx.options) - 1)
+        grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
+        return None, None, None, *grads, *[None] * (len(rest) + len(ctx.options) - 1)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -157,8 +164,8 @@ def rope_attention(
     sinks = None if sinks is None else sinks.contiguous()
     numbers = numbers_of(q, is_causal, scale, window_size, softcap)
     if needs_grad(q, k, v, sinks):
-        tensors = distinct(q, k, v, sinks, kv_start, kv_end, cos, sin, position_ids)
-        out, lse = _RopeAttention.apply(deterministic, interleaved, *tensors, *numbers)
+        tensors = (q, k, v, sinks, kv_start, kv_end, cos, sin, position_ids)
+        out, lse, *_ = _RopeAttention.call(op, deterministic, interleaved, *tensors, *numbers)
     else:
         q, k = rotate(q, k, cos, sin, position_ids, interleaved, False)
         out, lse = attention_forward(q, k, v, sinks, kv_start, kv_end, None, None, q.shape[2], k.shape[2], *numbers)

@@ -15,9 +15,9 @@ from llama_kernels.ops.attention.cpu import plain_backward, plain_forward
 from llama_kernels.ops.attention.forward import launch_forward
 from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
 from llama_kernels.runtime import (
+    Differentiable,
     autocast_dtype,
     check_tensors,
-    distinct,
     last_dim_contiguous,
     message,
     needs_grad,
@@ -54,17 +54,18 @@ _attention_backward = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Differentiable):
     """(q, k, v, sinks or None) -> (out, lse). Saves these and recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx, op, deterministic, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *scalars):
-        bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
-        out, lse = attention_forward(q, k, v, sinks, *bounds, *scalars)
-        ctx.save_for_backward(q, k, v, out, lse, sinks, *bounds)
+    def forward(op, deterministic, *call):
+        return attention_forward(*call)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, ctx.deterministic, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *ctx.scalars = inputs
+        ctx.save_for_backward(q, k, v, *output, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
         ctx.set_materialize_grads(False)
-        ctx.op, ctx.deterministic, ctx.scalars = op, deterministic, scalars
-        return out, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
@@ -85,7 +86,7 @@ def _apply(op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, lon
     tensors = (q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k)
     scalars = (longest_q, longest_k, *numbers_of(q, is_causal, scale, window_size, softcap))
     if needs_grad(q, k, v, sinks):
-        out, lse = _Attention.apply(op, deterministic, *distinct(*tensors), *scalars)
+        out, lse = _Attention.call(op, deterministic, *tensors, *scalars)
     else:
         out, lse = attention_forward(*tensors, *scalars)
     return (out, lse) if return_lse else out
@@ -126,7 +127,7 @@ def attention(
         scale: of the scores; None is D ** -0.5.
         window_size: (left, right), -1 for no limit: query i also sees only keys from i + Sk - Sq - left to
             i + Sk - Sq + right, both included, as in flash-attn.
-        softcap: scores s become softcap · tanh(s / softcap).
+        softcap: scores s become softcap · tanh(s / softcap). None or 0.0: they stay as they are.
         sinks: (Hq,), one more logit a head, which takes its share of the softmax (and of lse) and gives no value.
             Differentiable.
         kv_start, kv_end: (B, Sq) int32: row i also sees no key before kv_start[b, i], nor kv_end[b, i] or any after it.
@@ -219,7 +220,7 @@ def numbers_of(
 ) -> tuple[float, float | None, int | None, int | None]:
     """scale, softcap, left and right as the registered ops take them."""
     left, right = (None if side < 0 else min(side, _UNLIMITED) for side in window_size)
-    return q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, left, 0 if is_causal else right
+    return q.shape[-1] ** -0.5 if scale is None else float(scale), softcap or None, left, 0 if is_causal else right
 
 
 # A window this wide sees everything; wider ones would overflow where positions are added to it.
@@ -283,8 +284,8 @@ def check_call(op, q, k, v, ndim, window_size, softcap, scale, sinks, kv_start, 
     for side in window_size:
         if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
             raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
-    if softcap is not None and not softcap > 0:
-        raise ValueError(message(op, "softcap", softcap, "a positive number, or None"))
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(message(op, "softcap", softcap, "a positive number, or 0 or None for none"))
     if scale is not None and not abs(scale) < float("inf"):
         raise ValueError(message(op, "scale", scale, "a finite number, or None"))
     if deterministic not in (None, True, False):

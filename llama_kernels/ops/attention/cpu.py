@@ -34,13 +34,14 @@ def plain_backward(
     grads = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)
     options = (scale, softcap, _window(left, right))
     if cu_seqlens_q is None:
-        results = _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, kv_end, *options)
+        results = _dense_backward(do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, *options)
     else:
         results = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
         results.append(lse.new_zeros(q.shape[1]))
         spans_q = spans(cu_seqlens_q, q.shape[0], longest_q)
         for rows, keys in zip(spans_q, spans(cu_seqlens_k, k.shape[0], longest_k), strict=True):
-            mine = [x[s].transpose(0, 1)[None] for x, s in ((do, rows), (q, rows), (k, keys), (v, keys))]
+            spans_of = ((do, rows), (q, rows), (k, keys), (v, keys), (out, rows))
+            mine = [x[s].transpose(0, 1)[None] for x, s in spans_of]
             mine.insert(1, None if dlse is None else dlse[None, :, rows])
             bounds = (None if bound is None else bound[None, rows] for bound in (kv_start, kv_end))
             parts = _dense_backward(*mine, lse[None, :, rows], sinks, *bounds, *options)
@@ -57,11 +58,11 @@ def plain_backward(
     return grads
 
 
-def _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, kv_end, scale, softcap, window):
+def _dense_backward(do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, scale, softcap, window):
     """dq, dk, dv and dsinks, all float32."""
     Hq, Hkv, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     groups = (Hkv, Hq // Hkv if Hkv else 1)
-    q, do = (x.float().unflatten(1, groups) for x in (q, do))  # (B, Hkv, G, Sq, D)
+    q, do, out = (x.float().unflatten(1, groups) for x in (q, do, out))  # (B, Hkv, G, Sq, D)
     see = visible(Sq, Sk, False, window, kv_start, kv_end, q.device)
     k, v = (x.float().masked_fill(unseen(see), 0) for x in (k, v))  # (B, Hkv, Sk, D)
     lse = lse.unflatten(1, groups).unsqueeze(-1)  # (B, Hkv, G, Sq, 1)
@@ -71,7 +72,7 @@ def _dense_backward(do, dlse, q, k, v, lse, sinks, kv_start, kv_end, scale, soft
         s = softcap * torch.tanh(s / softcap)
     p = torch.exp(s - lse).masked_fill(~see, 0)
     dp = torch.einsum("bhgid,bhjd->bhgij", do, v)
-    delta = (p * dp).sum(-1, keepdim=True)  # rowsum(o * do), before o was rounded
+    delta = (out * do).sum(-1, keepdim=True)  # of the whole row, of which k and v may be a part
     if dlse is not None:
         delta -= dlse.unflatten(1, groups).unsqueeze(-1)
     ds = p * (dp - delta)
