@@ -125,7 +125,10 @@ def unpatch(model: nn.Module) -> nn.Module:
             raise ValueError(message("unpatch", "model", got, "as patch left it", "Unpatch before fully_shard."))
     for module in model.modules():
         if isinstance(module, Patched):
-            module.__class__ = parts_of(module)[1]
+            stock = parts_of(module)[1]
+            for name in _held_forwards(module):
+                module.__dict__[name] = stock.forward.__get__(module)
+            module.__class__ = stock
         if _STOCK_CONFIG in module.__dict__:
             module.config = module.__dict__.pop(_STOCK_CONFIG)
         module.__dict__.pop(FOLLOWS_MASK, None)
@@ -196,7 +199,7 @@ def _own_forward(module: nn.Module) -> str | None:
     """Why a module whose class is known does not run its forward. None where it does."""
     if "forward" not in module.__dict__:
         return None
-    return "a forward is set on the instance, by accelerate's hooks or kernelize perhaps: patch before"
+    return "a forward is set on the instance (by accelerate or kernelize: patch before; by a tp_plan: it stays)"
 
 
 def _rows(places: Any) -> tuple[Row, ...]:
@@ -205,6 +208,12 @@ def _rows(places: Any) -> tuple[Row, ...]:
 
 
 # --- applying it -----------------------------------------------------------------------------------------------------
+
+
+def _held_forwards(module: Patched) -> list[str]:
+    """Attributes in which the module's own forward is kept, as accelerate's hooks do it to call it later."""
+    ours = type(module).forward
+    return [name for name, held in vars(module).items() if getattr(held, "__func__", None) is ours]
 
 
 def _is_patched(model: nn.Module) -> bool:
