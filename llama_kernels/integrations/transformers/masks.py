@@ -120,7 +120,7 @@ def document_starts(position_ids: torch.Tensor | None, Sq: int) -> torch.Tensor 
     """(1 or B, Sq): the query at which the document of each query begins, which is where positions fall."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != Sq or Sq == 1:
         return None
-    falls = F.pad(position_ids[:, 1:] < position_ids[:, :-1], (1, 0))
+    falls = position_ids < position_ids.roll(1, 1)  # wherever the first is, its document begins at 0
     return torch.where(falls, torch.arange(Sq, device=position_ids.device), 0).cummax(1).values
 
 
@@ -167,7 +167,7 @@ def key_ranges(
     interval = None
     if getattr(config, "model_type", None) not in _SCATTERED_BLOCKS:
         if torch.compiler.is_compiling():
-            interval = traced_interval(mask_function, rows, use_vmap, batch_size)
+            interval = traced_interval(mask_function, rows, batch_size, use_vmap, local_size)
         else:
             interval = interval_of(mask_function, rows, use_vmap)
     if interval is None:

@@ -69,7 +69,7 @@ def with_globals(function: Function, names: dict[str, Any], text: str | None = N
     if not isinstance(inner, Function):
         return None
     globals_ = {**inner.__globals__, **names}
-    globals_.pop("__name__", None)  # by which torch.compile would look for `names` in the module that has that name
+    globals_.pop("__name__", None)  # by which torch.compile would look the names up in the module itself
     code = inner.__code__
     if text is not None:
         code = _compiled(text, f"<llama_kernels: {inner.__module__}.{inner.__qualname__}>")
