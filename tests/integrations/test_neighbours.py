@@ -75,7 +75,22 @@ def test_tensor_parallel(tensor_parallel_results, family):
     found = tensor_parallel_results[family]
     assert "error" not in found, found["error"]
     tensor_parallel.right(family, found["patched"])
-    assert {"attention", "rms_norm", "rope", "add_rms_norm"} <= {*found["ours"]}
+    assert {"attention", "rms_norm", "rope"} <= {*found["ours"]}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("family", KINDS)
+def test_norms_of_dtensors(process_group, family, order):
+    """PyTorch's SequenceParallel: weight and input of a norm are DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    def parallel(model: nn.Module) -> nn.Module:
+        norms = [name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
+        plan = {name: SequenceParallel(use_local_output=True) for name in norms}
+        return parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
+
+    is_right(family, both(parallel, stock(family), order))
 
 
 # --- FSDP2 -----------------------------------------------------------------------------------------------------------
@@ -175,6 +190,7 @@ def accelerate():
 def test_accelerate(family, change, order, tmp_path):
     model = both(functools.partial(change, folder=tmp_path), stock(family), order)
     assert ours(model, "attention")
+    assert bool(ours(model, "rms_norm")) == (order == "patch first")
     is_right(family, model, "far positions")
     is_right(family, unpatch(model), "far positions")
 
@@ -255,6 +271,6 @@ def test_gradient_checkpointing(family, use_reentrant, order):
         return model
 
     model, calls = both(checkpointed, stock(family), order), []
-    model.model.layers[0].mlp.register_forward_hook(lambda *call: calls.append(call))
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *call: calls.append(call))
     is_right(family, model, "training")
     assert len(calls) == 2, "nothing was computed again"
