@@ -109,8 +109,7 @@ def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) ->
             return decode_attention(query, key, value, valid, **bounds, **options)
         ranges = without_hidden_keys(ranges.start.long(), ranges.end.long(), valid, None)
     if ranges.order is not None:
-        moved = [_Rearranged.call("attention", x, ranges.order, ranges.inverse) for x in (key, value)]
-        (key,), (value,) = moved
+        key, value = _Rearranged.call("attention", key, value, ranges.order, ranges.inverse)
     bounds = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous()}
     out = attention(query, key, value, is_causal=False, **bounds, **options)
     if ranges.sound is not None:
@@ -119,27 +118,27 @@ def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) ->
 
 
 class _Rearranged(Differentiable):
-    """x (B, H, S, D) with its tokens in the order (B, S) that `KeyRanges` describes. The gradient goes back by the
+    """k and v (B, H, S, D) with their tokens in the order (B, S) that `KeyRanges` describes. The gradients go back by the
     inverse order, each element once, so nothing is summed in random order."""
 
     @staticmethod
-    def forward(op, x, order, inverse):
-        return (_take(x, order),)
+    def forward(op, k, v, order, inverse):
+        return _take((k, v), order)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, _, order, inverse = inputs
+        ctx.op, _, _, order, inverse = inputs
         ctx.save_for_backward(order, inverse)
 
     @staticmethod
-    def backward(ctx, dx):
+    def backward(ctx, dk, dv):
         order, inverse = ctx.saved_tensors
-        return None, *_Rearranged.call(ctx.op, dx, inverse, order), None, None
+        return None, *_Rearranged.call(ctx.op, dk, dv, inverse, order), None, None
 
 
-def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    order = torch.where(order < 0, -1 - order, order).long()
-    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+def _take(tensors: tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    index = (order ^ (order >> 31)).long()[:, None, :, None]  # a hidden key's place p is written -1 - p
+    return tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in tensors)
 
 
 def _packed(query, key, value, bounds, longest, causal, window, options) -> torch.Tensor:

@@ -106,7 +106,8 @@ def patch(
             "llama_kernels.patch: some of this %s stays stock:\n%s", type(model).__name__, Report((*expected,))
         )
     _apply(model, [place for place in places if place.ours])
-    logger.info("llama_kernels.patch: %s\n%s", type(model).__name__, report(model))
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("llama_kernels.patch: %s\n%s", type(model).__name__, report(model))
     return model
 
 
