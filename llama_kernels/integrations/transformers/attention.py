@@ -118,7 +118,7 @@ def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) ->
 
 
 class _Rearranged(Differentiable):
-    """k and v (B, H, S, D) with their tokens in the order (B, S) that `KeyRanges` describes. The gradients go back by the
+    """k and v (B, H, S, D) with their tokens in the order (B, S) that `KeyRanges` describes. The gradients go back by
     inverse order, each element once, so nothing is summed in random order."""
 
     @staticmethod

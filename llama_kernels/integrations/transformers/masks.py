@@ -210,7 +210,7 @@ def key_ranges(
 def without_hidden_keys(
     start: torch.Tensor, end: torch.Tensor, attention_mask: torch.Tensor, sound: torch.Tensor | None
 ) -> KeyRanges:
-    """The intervals [start, end) counted among the keys that attention_mask (B, Sk) shows, and the new order of keys."""
+    """The intervals [start, end) counted among the keys that attention_mask (B, Sk) shows, and their new order."""
     B, Sk = attention_mask.shape
     shown = attention_mask.long().cumsum(1)  # (B, Sk)
     before = F.pad(shown, (1, 0))  # (B, Sk + 1): keys shown before key j
