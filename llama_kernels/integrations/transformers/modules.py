@@ -38,7 +38,7 @@ def _takes(x: Any) -> bool:
 
 
 def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether stock's product of the two has x's dtype. Under autocast it may be wider, and is cast where it is used."""
+    """Whether stock's product of the two has x's dtype. Under autocast it may be wider, and is cast at its next use."""
     return torch.promote_types(x.dtype, other.dtype) == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
@@ -98,13 +98,14 @@ def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
 
 
 def is_unwatched(norm: Any) -> bool:
-    """Whether skipping the call of this module goes unnoticed: a patched norm without hooks, wrappers or compilation."""
+    """Whether a patched norm need not be called as a module: it has no hooks, no wrapper and is not compiled."""
     return (
         isinstance(norm, RMSNorm)
         and "forward" not in norm.__dict__
         and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
         and not torch_module._has_any_global_hook()
         and norm._compiled_call_impl is None
+        and type(norm).__call__ is nn.Module.__call__
     )
 
 

@@ -45,7 +45,7 @@ def text_of(function: Any) -> str:
 
 
 def decorated(function: Any) -> list[Function]:
-    """The function that decorators wrap, last, and each wrapper before it, outermost first, as functools.wraps tells."""
+    """A decorated function as functools.wraps records it: its wrappers, outermost first, and last what they wrap."""
     chain = [function]
     while hasattr(chain[-1], "__wrapped__"):
         chain.append(chain[-1].__wrapped__)
@@ -107,9 +107,9 @@ def mask_is_only_handed_on(function: Function) -> bool:
         and any(isinstance(part, ast.Name) and part.id in masks for part in _choices(node.value))
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load):
-            if not _hands_on(node, parents):
-                return False
+        reads = isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load)
+        if reads and not _hands_on(node, parents):
+            return False
         if isinstance(node, ast.Call) and _is_attention(node.func):
             given = [k.value for k in node.keywords if k.arg == "attention_mask"] or node.args[4:5]
             if any(not (isinstance(x, ast.Name) and x.id in masks) and not _is_none(x) for x in given):
