@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llama_kernels.integrations.transformers import patch, report, unpatch
+from llama_kernels.integrations.transformers import patch, report, source, unpatch
 from llama_kernels.integrations.transformers.attention import attention_forward
 from tests.conftest import DEVICE, INTERPRETED
 from tests.integrations import tensor_parallel
@@ -232,6 +234,40 @@ def test_context_parallel_is_refused(process_group, compiled):
     with context_parallel(mesh, buffers=[ids.clone()], buffer_seq_dims=[1]), refused:
         run(ids, use_cache=False)
     assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+# --- the package kernels ---------------------------------------------------------------------------------------------
+
+
+def as_kernels_wraps(func):
+    """What use_kernel_forward_from_hub makes of a function, in kernels 0.17."""
+
+    class Func(nn.Module):
+        def forward(self, *args, **kwargs):
+            return func(*args, **kwargs)
+
+    return Func()
+
+
+def by_kernels(function):
+    return pytest.importorskip("kernels").use_kernel_forward_from_hub("rotary_pos_emb")(function)
+
+
+@pytest.mark.parametrize("wrap", [as_kernels_wraps, by_kernels])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_function_wrapped_by_kernels(monkeypatch, family, wrap):
+    """It is ours until kernelize gives it another forward, which every model of the family then runs, ours as well."""
+    module = sys.modules[type(stock(family)).__module__]
+    wrapped = wrap(source.called_by(module.apply_rotary_pos_emb))
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", wrapped)
+    theirs, model = stock(family), patch(stock(family))
+    assert ours(model, "rope") and bool(ours(model, "qk_norm_rope")) == (family == "qwen3")
+    is_right(family, model)
+    is_right(family, copy.deepcopy(model))
+    wrapped.forward = lambda q, k, cos, sin: (q * 2, k)
+    ids = batch(family).ids
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits)
 
 
 # --- cut into stages -------------------------------------------------------------------------------------------------

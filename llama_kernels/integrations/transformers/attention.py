@@ -214,8 +214,8 @@ def _warn_of_stock(reason: str) -> None:
 
 
 def _refuse_context_parallel() -> None:
-    """An error inside PyTorch's context_parallel, which replaces SDPA by a function that goes round the other ranks: the
-    kernels would see this rank's keys alone."""
+    """An error inside PyTorch's context_parallel, which replaces SDPA by a function that asks the other ranks for their
+    keys: the kernels would see the keys of this rank alone."""
     sdpa = F.scaled_dot_product_attention  # a builtin function, unless it is replaced
     if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed.tensor.experimental"):
         fix = "Use attn_implementation='sdpa' with torch's context_parallel."

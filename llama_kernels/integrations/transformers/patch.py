@@ -127,8 +127,9 @@ def unpatch(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Patched):
             stock = parts_of(module)[1]
-            for name in _held_forwards(module):
-                module.__dict__[name] = stock.forward.__get__(module)
+            for name, held in vars(module).items():
+                if getattr(held, "__func__", None) is type(module).forward:  # kept by accelerate's hooks, which call it
+                    vars(module)[name] = stock.forward.__get__(module)
             module.__class__ = stock
         if _STOCK_CONFIG in module.__dict__:
             module.config = module.__dict__.pop(_STOCK_CONFIG)
@@ -213,12 +214,6 @@ def _rows(places: Any) -> tuple[Row, ...]:
 
 
 # --- applying it -----------------------------------------------------------------------------------------------------
-
-
-def _held_forwards(module: Patched) -> list[str]:
-    """Attributes in which the module's own forward is kept, as accelerate's hooks do it to call it later."""
-    ours = type(module).forward
-    return [name for name, held in vars(module).items() if getattr(held, "__func__", None) is ours]
 
 
 def _is_patched(model: nn.Module) -> bool:

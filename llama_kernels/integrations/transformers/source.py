@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 Function = types.FunctionType
+_FORWARD_OF_KERNELS = "def function(self, *args, **kwargs):\n    return func(*args, **kwargs)"
 
 
 def normalised(source: str) -> str:
@@ -42,6 +43,14 @@ def text_of(function: Any) -> str:
     if not isinstance(function, Function) or hasattr(function, "__wrapped__"):
         return ""
     return _text_of_code(_Identity(function.__code__))
+
+
+def called_by(function: Any) -> Any:
+    """The plain function that an object of the package kernels stands for; any other as it is."""
+    forward = getattr(type(function), "forward", None)
+    if text_of(forward) != _FORWARD_OF_KERNELS or forward.__code__.co_freevars != ("func",):
+        return function
+    return forward.__closure__[0].cell_contents
 
 
 def decorated(function: Any) -> list[Function]:
