@@ -13,13 +13,14 @@ import torch
 pytest.importorskip("transformers", minversion="5.0")
 
 import torch.distributed as dist
+import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_kernels.integrations.transformers import patch, report, source, unpatch
 from llama_kernels.integrations.transformers.attention import attention_forward
 from tests.conftest import DEVICE, INTERPRETED
-from tests.integrations import tensor_parallel
+from tests.integrations import families_table, tensor_parallel
 from tests.integrations.checks import CHECKS, Baseline, close
 from tests.integrations.families import batch, stock
 
@@ -75,6 +76,8 @@ def tensor_parallel_results():
 @pytest.mark.parametrize("family", TENSOR_PARALLEL)
 def test_tensor_parallel(tensor_parallel_results, family):
     found = tensor_parallel_results[family]
+    if "stock" not in found and transformers.__version__ != families_table.committed()[0]:
+        pytest.skip(f"stock fails with Transformers {transformers.__version__}: {found['error'].splitlines()[-1]}")
     assert "error" not in found, found["error"]
     tensor_parallel.right(family, found["patched"])
     assert {"attention", "rms_norm", "rope"} <= {*found["ours"]}
