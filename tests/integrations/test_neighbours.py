@@ -222,6 +222,24 @@ def test_a_wrapper_under_our_name_is_called():
     assert calls == [0, 1]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_oss"])
+def test_a_wrapper_that_drops_the_mask(family):
+    """As DeepSpeed's does, which brings together the keys of all ranks. Windows and documents stay."""
+
+    def wrapper(module, query, key, value, attention_mask, *args, **kwargs):
+        return attention_forward(module, query, key, value, None, *args, **kwargs)
+
+    model, ids = patch(stock(family)), batch(family).ids
+    positions = torch.cat([torch.arange(9), torch.arange(11)]).expand_as(ids)
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        ALL_ATTENTION_FUNCTIONS["llama_kernels"] = wrapper
+        try:
+            torch.testing.assert_close(model(ids, position_ids=positions, use_cache=False).logits, expected)
+        finally:
+            del ALL_ATTENTION_FUNCTIONS["llama_kernels"]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_context_parallel_is_refused(process_group, compiled):
     from torch.distributed.device_mesh import init_device_mesh

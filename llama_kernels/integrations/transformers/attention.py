@@ -62,8 +62,8 @@ def attention_forward(
     """Transformers' attention contract: q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D) -> (out (B, Sq, Hq, D), weights).
 
     attention_mask: what `key_ranges` made, or any mask of the caller's own, (B, H or 1, Sq, Sk). It alone decides what
-    a query sees, as for Transformers' "sdpa": sliding_window is used with cu_seq_lens_q only. None is causal where
-    is_causal, or else the module's, says so.
+    a query sees. None is causal where is_causal, or else the module's, says so; sliding_window and documents in
+    position_ids then count, since a wrapper may have dropped the mask, as DeepSpeed's sequence parallelism does.
     cu_seq_lens_q, cu_seq_lens_k: where the caller of the model gave them, the batch is packed, whatever the mask.
     dropout, position_bias and heads wider than 256 run stock code. The weights are None where the kernels ran.
     """
@@ -88,10 +88,13 @@ def attention_forward(
         )
 
     query, key = query.to(value.dtype), key.to(value.dtype)
-    ranges = Window(-1, 0 if causal else -1) if attention_mask is None else unpack(attention_mask, Sq, Sk)
+    if attention_mask is None:
+        ranges = Window(sliding_window - 1 if causal and sliding_window else -1, 0 if causal else -1)
+    else:
+        ranges = unpack(attention_mask, Sq, Sk)
     if isinstance(ranges, Window):
         starts = None
-        if ranges.right == 0 and Sq == Sk and not hasattr(module, FOLLOWS_MASK):
+        if ranges.right == 0 and Sq == Sk and (attention_mask is None or not hasattr(module, FOLLOWS_MASK)):
             starts = document_starts(position_ids, Sq)
         if starts is not None:
             starts = starts.int().expand(query.shape[0], -1)
