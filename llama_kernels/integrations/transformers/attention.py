@@ -186,13 +186,15 @@ def _stock(
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         attention_mask = written_out(attention_mask, query.shape[2], key.shape[2])
     if softcap is None and s_aux is None:
+        causal = query.shape[2] > 1 and attention_mask is None and causal  # Transformers 4 takes it at its word
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **others
         )
     if attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = written_out(pack_window(Window(-1, 0), query.device), query.shape[2], key.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
+        attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
     eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
     if eager is None:
         fix = "attn_implementation='eager' has it."

@@ -54,6 +54,12 @@ def _rotary_names(inner: Any) -> list[str]:
     )
 
 
+def _base_that_rotates(cls: type) -> type | None:
+    """The class whose forward has rotary embeddings, where that of `cls` is another one around it."""
+    bases = (base for base in cls.__mro__[1:] if "forward" in vars(base))
+    return next((base for base in bases if _rotary_names(source.decorated(base.forward)[-1])), None)
+
+
 @functools.lru_cache(maxsize=1024)
 def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
     forward, inner = functions[:2]
@@ -64,6 +70,8 @@ def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
         found["rms_norm"] = Found(None, "its forward is not known code")
     if names := _rotary_names(inner):
         found["rope"] = _rotary_in(forward, inner, names)
+    elif (base := _base_that_rotates(cls)) is not None:
+        found["rope"] = Found(None, f"its forward is not that of {base.__name__}")
     if "ALL_ATTENTION_FUNCTIONS" in source.global_names(inner):
         handed_on = source.mask_is_only_handed_on(inner)
         why = "through AttentionInterface" if handed_on else "it computes with attention_mask before it hands it on"

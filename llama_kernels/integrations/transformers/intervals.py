@@ -133,7 +133,7 @@ def traced_interval(
     own = rows.own[None].expand(batch_size, -1)
     unseen, first = torch.full_like(own, -1), own
     hidden, last = torch.full_like(own, rows.keys), own
-    for _ in range(rows.keys.bit_length() if isinstance(rows.keys, int) else 32):
+    for _ in range(_steps(rows.keys)):
         middle = (unseen + first + 1) // 2
         seen = mask_function(batch, head, own, middle)
         first, unseen = torch.where(seen, middle, first), torch.where(seen, unseen, middle)
@@ -141,6 +141,16 @@ def traced_interval(
         seen = mask_function(batch, head, own, middle)
         last, hidden = torch.where(seen, middle, last), torch.where(seen, hidden, middle)
     return Interval(first, last + 1)
+
+
+def _steps(keys: int) -> int:
+    """Halvings of `keys`, its bit length. A length that is traced stays free: guards ask for its power of two alone."""
+    if isinstance(keys, torch.SymInt):
+        return 31  # torch.export allows no guard
+    steps = 1
+    while 2**steps <= keys:
+        steps += 1
+    return steps
 
 
 def _parts_of(mask_function: MaskFunction) -> tuple[str, dict[str, Any]]:

@@ -161,7 +161,9 @@ def key_ranges(
         4-D: int32 as `pack` and `pack_window` write it, or the mask written out, (B, 1, Sq, Sk) bool.
     """
     if cache_position is not None:  # Transformers 4
-        device, q_length, q_offset = cache_position.device, cache_position.shape[0], cache_position[0]
+        device, q_length = cache_position.device, cache_position.shape[0]
+        # As many keys as queries: a prefill, in any cache. Otherwise the device alone knows.
+        q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     documents = None
     if attention_mask is None and _call.config is config and config is not None:
@@ -202,7 +204,8 @@ def key_ranges(
     start, end = (bound.expand(batch_size, -1) for bound in (start, end))
     if attention_mask is None:
         return pack(KeyRanges(start.int(), end.int()))
-    if q_length <= FEW_QUERIES and not torch.is_grad_enabled() and interval.sound is None:
+    few = not isinstance(q_length, torch.SymInt) and q_length <= FEW_QUERIES  # torch.export allows no guard
+    if few and not torch.is_grad_enabled() and interval.sound is None:
         return pack(KeyRanges(start.int(), end.int(), valid=attention_mask.int()))
     return pack(without_hidden_keys(start, end, attention_mask, interval.sound))
 

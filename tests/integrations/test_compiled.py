@@ -1,0 +1,115 @@
+"""Patched models under torch.compile and torch.export: one graph, and the numbers of stock."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="4.57")
+
+from transformers import StaticCache
+
+from llama_kernels.integrations.transformers import patch
+from tests.conftest import DEVICE
+from tests.integrations.small import (
+    VERSION,
+    as_stock,
+    logits_and_gradients,
+    logits_of,
+    not_interpreted,
+    padded,
+    small,
+    tokens,
+)
+
+pytestmark = not_interpreted
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("family", "side"),
+    [("llama", "left"), ("mistral", None), ("qwen3", "left"), ("gemma3_text", "left"), ("gpt_oss", "left")],
+)
+def test_training_compiles_without_a_graph_break(family, side):
+    if family == "gpt_oss" and VERSION < (5, 0):
+        pytest.skip("in Transformers 4 the experts are a loop over what was routed to them, in the stock model too")
+    stock, ids = small(family), tokens()
+    run = logits_and_gradients(ids, None if side is None else padded(ids, side))
+    ours = patch(copy.deepcopy(stock))
+    ours.config._experts_implementation = "grouped_mm"  # the eager one is a loop
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+
+    def without_prefix(model: Any) -> dict[str, torch.Tensor]:
+        return {name.removeprefix("_orig_mod."): x for name, x in run(model).items()}
+
+    as_stock(compiled, stock, run, without_prefix)
+
+
+def test_documents_of_any_length_compile_once():
+    stock = small("mistral")
+    compiled = torch.compile(patch(copy.deepcopy(stock)), backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (20, 24, 30):  # one power of two
+        ids = tokens(1, length)
+        positions = torch.tensor([[*range(8), *range(length - 8)]], device=DEVICE)
+        with torch._dynamo.config.patch(error_on_recompile=length > 20):
+            as_stock(compiled, stock, logits_of(ids, position_ids=positions, use_cache=False))
+
+
+def test_a_static_cache_decodes_without_a_graph_break():
+    """And step after step without compiling again."""
+    stock, ids = small(), tokens(2, 11)
+    mask = padded(ids, "left")
+    ours = patch(copy.deepcopy(stock))
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache = StaticCache(config=ours.config, max_cache_len=16)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def decode(model: Any) -> dict[str, torch.Tensor]:
+        compiled = torch.compile(model, backend=graphs, fullgraph=True)
+        logits = []
+        for a, b in ((0, 8), (8, 9), (9, 10), (10, 11)):
+            call = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b], "use_cache": True}
+            call["cache" if VERSION >= (5, 24) else "past_key_values"] = cache
+            if VERSION < (5, 0):
+                call["cache_position"] = torch.arange(a, b, device=DEVICE)
+            if a:  # as `generate` hands it over, of the cache's length
+                call["attention_mask"] = torch.nn.functional.pad(mask[:, :b], (0, 16 - b))
+            logits.append((compiled if a else model)(ids[:, a:b], **call).logits[:, -1])
+        return {"logits": torch.stack(logits, 1)}
+
+    def whole(model: Any) -> dict[str, torch.Tensor]:
+        return {"logits": model(ids, attention_mask=mask, position_ids=positions).logits[:, 7:]}
+
+    with torch.no_grad():
+        as_stock(ours, stock, whole, decode)
+    assert graphs.frame_count <= 2
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_exported_with_any_length_from_two(side):
+    stock, ids = small(attention="sdpa"), tokens(2, 9)
+    length = torch.export.Dim("length", min=2, max=64)
+    mask = None if side is None else torch.ones_like(ids)
+    ours = patch(copy.deepcopy(stock))
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    shapes = {"input_ids": {1: length}, "attention_mask": None if mask is None else {1: length}, "use_cache": None}
+    exported = torch.export.export(ours, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    for n in (2, 3, 20):
+        x = tokens(2, n)
+        given = None
+        if mask is not None:
+            given = torch.ones_like(x)
+            given[0, : n // 2] = 0
+
+        def run(model: Any, x: Any = x, given: Any = given) -> dict[str, torch.Tensor]:
+            out = model(input_ids=x, attention_mask=given, use_cache=False).logits
+            return {"logits": out.detach()[(torch.ones_like(x) if given is None else given).bool()]}
+
+        as_stock(exported, stock, run)
