@@ -109,8 +109,9 @@ def traced_interval(
 ) -> Interval | None:
     """`interval_of` under torch.compile, which does not let a closure be read: the mask function is asked.
 
-    local_size: the width of the window or chunk, as Transformers passes it. Without one, an interval ends where a key
-    and its neighbour do not see each other. With one, each end is found by bisection: every query sees its own key.
+    local_size: the width of the window or chunk, as Transformers passes it. Without one, and with a query at each key, an
+    interval ends where a key does not see its neighbour. Otherwise each end is found by bisection, as every query sees
+    its own key.
     """
     composed = getattr(mask_function, "__code__", None) in (_AND, _OR)
     if mask_function is causal_mask_function:
@@ -121,9 +122,7 @@ def traced_interval(
         return None
     batch = torch.arange(batch_size, device=rows.own.device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=rows.own.device)
-    if local_size is None:
-        if rows.keys != rows.own.shape[0]:
-            return None
+    if local_size is None and rows.keys == rows.own.shape[0]:
         own, end = rows.own[None], rows.keys - 1
         back = (own > 0) & mask_function(batch, head, own, (own - 1).clamp(min=0))
         ahead = (own < end) & mask_function(batch, head, own, (own + 1).clamp(max=end))
