@@ -37,7 +37,7 @@ _CACHE = re.compile(r"\bpast_key_values?\b")
 # Digests of the texts that were read: which families have it, and in which releases of Transformers.
 KNOWN = {
     # residual add + RMSNorm
-    "054f4e0eff96": "llama, mistral, qwen2, qwen3, gemma, granite and 60 others, 5.17 to 5.24",
+    "054f4e0eff96": "llama, mistral, qwen2, qwen3, gemma and 60 others, 5.17 to 5.24",
     "938ccda6e14e": "llama, mistral, qwen2, qwen3, gemma and 20 others, 4.57",
     "02313ea116fb": "qwen3_moe, ernie4_5_moe, qwen3_vl_moe, 4.57",
     "0786e2e7f4ec": "qwen2_vl, qwen2_5_vl, nemotron, 4.57",
