@@ -462,7 +462,7 @@ class _QKNormRope(Differentiable):
     def backward(ctx, dq, dk=None):
         q, k, *rest = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:5]
-        dq, dk = (None if g is None else last_dim_contiguous(g) for g in (dq, dk))
+        dq, dk = [None if g is None else last_dim_contiguous(g) for g in (dq, dk)]
         grads = _qk_norm_rope_backward(dq, dk, q, k, *rest, *ctx.options, any(needed[2:]))
         grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (dq, dk, q, k, *rest[:2]))

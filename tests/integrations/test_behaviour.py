@@ -349,7 +349,9 @@ def test_quantised_linear_layers():
     with torch.no_grad():
         a, b = (m(ids).logits for m in (quantised, stock))
     plain = small().cpu()(ids).logits
-    assert relative_error(a, b) <= 0.1 * relative_error(b, plain)  # int8 rounds again what differs in float32's last bit
+    assert relative_error(a, b) <= 0.1 * relative_error(
+        b, plain
+    )  # int8 rounds again what differs in float32's last bit
 
 
 @not_interpreted

@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import types
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,7 +33,7 @@ from llama_kernels.integrations.transformers.source import decorated, mask_is_on
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
-from llama_kernels.runtime import KERNEL_DTYPES, message, needs_grad
+from llama_kernels.runtime import KERNEL_DTYPES, Differentiable, message, needs_grad
 
 NAME = "llama_kernels"  # a name with "flash" or "/" in it would be looked up elsewhere
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules of a patched model: its masks know its documents
@@ -59,18 +61,22 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Transformers' attention contract: q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D) -> (out (B, Sq, Hq, D), weights).
 
-    attention_mask: what `key_ranges` made, or any mask of the caller's own, (B, H or 1, Sq, Sk). It alone decides what a
-    query sees, as for Transformers' "sdpa": sliding_window is used with cu_seq_lens_q only. None is causal where
-    is_causal, or else the module's, says so.
+    attention_mask: what `key_ranges` made, or any mask of the caller's own, (B, H or 1, Sq, Sk). It alone decides what
+    a query sees. None is causal where is_causal, or else the module's, says so; sliding_window and documents in
+    position_ids then count, since a wrapper may have dropped the mask, as DeepSpeed's sequence parallelism does.
     cu_seq_lens_q, cu_seq_lens_k: where the caller of the model gave them, the batch is packed, whatever the mask.
     dropout, position_bias and heads wider than 256 run stock code. The weights are None where the kernels ran.
     """
+    _refuse_context_parallel()
     _refuse_what_needs_more(module)
     options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     Sq, Sk = query.shape[2], key.shape[2]
     reason = _why_stock(query, key, value, attention_mask, dropout, others)
-    if reason is None and cu_seq_lens_q is not None:
+    if reason is not None and cu_seq_lens_q is not None:
+        wanted = "None, since stock attention does not read it"
+        raise ValueError(message("attention_forward", "cu_seq_lens_q", f"given beside {reason}", wanted))
+    if cu_seq_lens_q is not None:
         window = (-1 if sliding_window is None else sliding_window - 1, -1)
         longest = (max_length_q, max_length_k)
         return _packed(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), longest, causal, window, options), None
@@ -82,10 +88,13 @@ def attention_forward(
         )
 
     query, key = query.to(value.dtype), key.to(value.dtype)
-    ranges = Window(-1, 0 if causal else -1) if attention_mask is None else unpack(attention_mask, Sq, Sk)
+    if attention_mask is None:
+        ranges = Window(sliding_window - 1 if causal and sliding_window else -1, 0 if causal else -1)
+    else:
+        ranges = unpack(attention_mask, Sq, Sk)
     if isinstance(ranges, Window):
         starts = None
-        if ranges.right == 0 and Sq == Sk and not hasattr(module, FOLLOWS_MASK):
+        if ranges.right == 0 and Sq == Sk and (attention_mask is None or not hasattr(module, FOLLOWS_MASK)):
             starts = document_starts(position_ids, Sq)
         if starts is not None:
             starts = starts.int().expand(query.shape[0], -1)
@@ -106,7 +115,7 @@ def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) ->
             return decode_attention(query, key, value, valid, **bounds, **options)
         ranges = without_hidden_keys(ranges.start.long(), ranges.end.long(), valid, None)
     if ranges.order is not None:
-        key, value = (_Rearranged.apply(x, ranges.order, ranges.inverse) for x in (key, value))
+        key, value = _Rearranged.call("attention", key, value, ranges.order, ranges.inverse)
     bounds = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous()}
     out = attention(query, key, value, is_causal=False, **bounds, **options)
     if ranges.sound is not None:
@@ -114,24 +123,28 @@ def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) ->
     return out
 
 
-class _Rearranged(torch.autograd.Function):
-    """x (B, H, S, D) with its tokens in the order (B, S) that `KeyRanges` describes. The gradient goes back by the
+class _Rearranged(Differentiable):
+    """k and v (B, H, S, D) with their tokens in the order (B, S) that `KeyRanges` describes. The gradients go back by
     inverse order, each element once, so nothing is summed in random order."""
 
     @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return _take(x, order)
+    def forward(op, k, v, order, inverse):
+        return _take((k, v), order)
 
     @staticmethod
-    def backward(ctx, dx):
+    def setup_context(ctx, inputs, output):
+        ctx.op, _, _, order, inverse = inputs
+        ctx.save_for_backward(order, inverse)
+
+    @staticmethod
+    def backward(ctx, dk, dv):
         order, inverse = ctx.saved_tensors
-        return _Rearranged.apply(dx, inverse, order), None, None
+        return None, *_Rearranged.call(ctx.op, dk, dv, inverse, order), None, None
 
 
-def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    order = torch.where(order < 0, -1 - order, order).long()
-    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+def _take(tensors: tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    index = (order ^ (order >> 31)).long()[:, None, :, None]  # a hidden key's place p is written -1 - p
+    return tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in tensors)
 
 
 def _packed(query, key, value, bounds, longest, causal, window, options) -> torch.Tensor:
@@ -203,6 +216,16 @@ def _stock(
 @functools.cache
 def _warn_of_stock(reason: str) -> None:
     logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs in place of the kernels", reason)
+
+
+def _refuse_context_parallel() -> None:
+    """An error inside PyTorch's context_parallel, which replaces SDPA by a function that asks the other ranks for their
+    keys: the kernels would see the keys of this rank alone."""
+    sdpa = F.scaled_dot_product_attention  # a builtin function, unless it is replaced
+    if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed.tensor.experimental"):
+        fix = "Use attn_implementation='sdpa' with torch's context_parallel."
+        got = "a part of the keys, inside context_parallel"
+        raise ValueError(message("attention_forward", "key", got, "all keys of the sequence", fix))
 
 
 def _refuse_what_needs_more(module: nn.Module) -> None:

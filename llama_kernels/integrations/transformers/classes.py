@@ -42,8 +42,9 @@ def _functions_of(cls: type) -> tuple[Any, ...]:
     forward = getattr(cls, "forward", None)
     inner = source.decorated(forward)[-1]
     rotaries = [inner.__globals__[name] for name in _rotary_names(inner)]
-    helpers = [rotary.__globals__.get(name) for rotary in rotaries for name in sorted(source.global_names(rotary))]
-    return (forward, inner, getattr(cls, "_norm", None), *rotaries, *helpers)
+    plain = [source.called_by(rotary) for rotary in rotaries]
+    helpers = [rotary.__globals__.get(name) for rotary in plain for name in sorted(source.global_names(rotary))]
+    return (forward, inner, getattr(cls, "_norm", None), *rotaries, *plain, *helpers)
 
 
 def _rotary_names(inner: Any) -> list[str]:
@@ -87,7 +88,7 @@ def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
     known = {}
     for name in names:
         stock = inner.__globals__[name]
-        if (code := known_code.rotary_of(stock)) is None:
+        if (code := known_code.rotary_of(source.called_by(stock))) is None:
             return Found(None, f"{name} is not known code")
         known[name] = (stock, *code)
     if source.with_globals(forward, {}) is None:

@@ -87,7 +87,7 @@ class Fusion(NamedTuple):
 
 
 def fusion_of(kind: str, text: str) -> Fusion | None:
-    """The rewrite of a normalised forward, if it has the lines for it. Whether the text is known is another question."""
+    """The rewrite of a normalised forward, if it has the lines for it, whether or not its text is known."""
     if kind == ADD_NORM:
         found = list(_RESIDUAL.finditer(text))
         if not found:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, or_masks
 
@@ -105,27 +104,41 @@ def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -
     return None
 
 
-def traced_interval(mask_function: MaskFunction, rows: Rows, made_by_caller: bool, batch_size: int) -> Interval | None:
-    """`interval_of` under torch.compile, which does not let a closure be read: both ends by bisection.
+def traced_interval(
+    mask_function: MaskFunction, rows: Rows, batch_size: int, made_by_caller: bool, local_size: int | None
+) -> Interval | None:
+    """`interval_of` under torch.compile, which does not let a closure be read: the mask function is asked.
 
-    Every query of such a mask sees its own key, and each end is found by asking whether a key nearer or farther is
-    seen: 2 log2(keys) questions, which the compiler fuses.
+    local_size: the width of the window or chunk, as Transformers passes it. Without one, and with a query at each key, an
+    interval ends where a key does not see its neighbour. Otherwise each end is found by bisection, as every query sees
+    its own key.
     """
     composed = getattr(mask_function, "__code__", None) in (_AND, _OR)
-    if made_by_caller or not (composed or mask_function in (causal_mask_function, FULL_MASK)):
+    if mask_function is causal_mask_function:
+        return Interval(end=rows.at + 1)
+    if mask_function is FULL_MASK:
+        return Interval()
+    if made_by_caller or not composed:
         return None
+    batch = torch.arange(batch_size, device=rows.own.device)[:, None]
+    head = torch.zeros((), dtype=torch.int64, device=rows.own.device)
+    if local_size is None and rows.keys == rows.own.shape[0]:
+        own, end = rows.own[None], rows.keys - 1
+        back = (own > 0) & mask_function(batch, head, own, (own - 1).clamp(min=0))
+        ahead = (own < end) & mask_function(batch, head, own, (own + 1).clamp(max=end))
+        first = torch.where(back, 0, own).cummax(1).values
+        last = torch.where(ahead, end, own).flip(1).cummin(1).values.flip(1)
+        return Interval(first, last + 1)
     own = rows.own[None].expand(batch_size, -1)
-    batch = torch.arange(batch_size, device=own.device)[:, None]
-    head = torch.zeros((), dtype=torch.int64, device=own.device)
-    nearest_unseen, first = torch.full_like(own, -1), own
-    nearest_hidden, last = torch.full_like(own, rows.keys), own
+    unseen, first = torch.full_like(own, -1), own
+    hidden, last = torch.full_like(own, rows.keys), own
     for _ in range(_steps(rows.keys)):
-        middle = (nearest_unseen + first + 1) // 2
+        middle = (unseen + first + 1) // 2
         seen = mask_function(batch, head, own, middle)
-        first, nearest_unseen = torch.where(seen, middle, first), torch.where(seen, nearest_unseen, middle)
-        middle = (nearest_hidden + last) // 2
+        first, unseen = torch.where(seen, middle, first), torch.where(seen, unseen, middle)
+        middle = (hidden + last) // 2
         seen = mask_function(batch, head, own, middle)
-        last, nearest_hidden = torch.where(seen, middle, last), torch.where(seen, nearest_hidden, middle)
+        last, hidden = torch.where(seen, middle, last), torch.where(seen, hidden, middle)
     return Interval(first, last + 1)
 
 
@@ -171,9 +184,8 @@ def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each element of each row, where its run of equal numbers begins and one past its end."""
     S = numbers.shape[1]
     places = torch.arange(S, device=numbers.device)
-    changes = numbers[:, 1:] != numbers[:, :-1]
-    first = torch.where(F.pad(changes, (1, 0)), places, 0).cummax(1).values
-    end = torch.where(F.pad(changes, (0, 1), value=True), places + 1, S).flip(1).cummin(1).values.flip(1)
+    first = torch.where(numbers != numbers.roll(1, 1), places, 0).cummax(1).values
+    end = torch.where(numbers != numbers.roll(-1, 1), places + 1, S).flip(1).cummin(1).values.flip(1)
     return first, end
 
 

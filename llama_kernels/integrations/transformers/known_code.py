@@ -2,8 +2,8 @@
 
 Each entry holds the text of a function and what it computes. Code is known if its normalised text is one of these
 (`source.normalised`), whatever file or release it stands in; any other, a user's subclass or an edited method, stays as
-it is. Read in Transformers 4.57.6, 5.17.0, 5.23.0 and 5.24.0; tests/integrations/test_known_code.py lists which models of
-the installed release each entry serves, and checks every entry against the real source.
+it is. Read in Transformers 4.57.6, 5.17.0, 5.23.0 and 5.24.0; tests/integrations/test_known_code.py checks every entry
+against the real source of the installed release.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ ROTARIES = (
     Rotary("llama and most others; blt", _DEF + _UNSQUEEZE + _ROTATE + _RETURN),
     Rotary("olmo, olmo2, olmo3, flex_olmo", _DEF + "    q_type, k_type = q.dtype, k.dtype\n" + _UNSQUEEZE + _ROTATE
            + "    return q_embed.to(q_type), k_embed.to(k_type)", promotes=False),
-    Rotary("cohere, cohere2", _DEF + "    dtype = q.dtype\n    q = q.float()\n    k = k.float()\n" + _UNSQUEEZE + _ROTATE
-           + _FLOAT_OUT.format("dtype=dtype"), promotes=False),
+    Rotary("cohere, cohere2", _DEF + "    dtype = q.dtype\n    q = q.float()\n    k = k.float()\n" + _UNSQUEEZE
+           + _ROTATE + _FLOAT_OUT.format("dtype=dtype"), promotes=False),
     Rotary("glm4_moe, gpt_neox, qwen3_next, qwen3_5, minimax_m2, glm4v", _DEF + _UNSQUEEZE + _SPLIT + _ROTATE_PART
            + _RETURN),
     Rotary("phi3", _DEF + _UNSQUEEZE + _SPLIT + """

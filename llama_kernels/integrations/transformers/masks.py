@@ -8,6 +8,7 @@ that composition and computes the interval of every row. A composition with any 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any, NamedTuple
 
@@ -113,14 +114,23 @@ def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     Only the host can tell positions that the caller gave, which may start documents, from those that the model counts
     itself, which do not: without it, every unpacked batch would be searched for documents.
     """
-    _call.config, _call.position_ids = module.config, kwargs.get("position_ids")
+    given = kwargs.get("position_ids")
+    if len(args) > 2 and given is None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)).get("position_ids")
+    _call.config, _call.position_ids = module.config, given
+
+
+def forget_position_ids(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """The forward hook that goes with `note_position_ids`: masks made after this forward are not of its positions."""
+    _call.config = _call.position_ids = None
 
 
 def document_starts(position_ids: torch.Tensor | None, Sq: int) -> torch.Tensor | None:
     """(1 or B, Sq): the query at which the document of each query begins, which is where positions fall."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != Sq or Sq == 1:
         return None
-    falls = F.pad(position_ids[:, 1:] < position_ids[:, :-1], (1, 0))
+    falls = position_ids < position_ids.roll(1, 1)  # wherever the first is, its document begins at 0
     return torch.where(falls, torch.arange(Sq, device=position_ids.device), 0).cummax(1).values
 
 
@@ -169,14 +179,16 @@ def key_ranges(
     interval = None
     if getattr(config, "model_type", None) not in _SCATTERED_BLOCKS:
         if torch.compiler.is_compiling():
-            interval = traced_interval(mask_function, rows, use_vmap, batch_size)
+            interval = traced_interval(mask_function, rows, batch_size, use_vmap, local_size)
         else:
             interval = interval_of(mask_function, rows, use_vmap)
     if interval is None:
+        call = {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
+        if cache_position is not None:
+            call = {"cache_position": cache_position}
         return sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
-            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, cache_position=cache_position,
+            batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
+            attention_mask=attention_mask, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **call,
         )  # fmt: skip
     start = torch.zeros_like(own)[None] if interval.start is None else interval.start
     end = torch.full_like(own, rows.keys)[None] if interval.end is None else interval.end
@@ -201,7 +213,7 @@ def key_ranges(
 def without_hidden_keys(
     start: torch.Tensor, end: torch.Tensor, attention_mask: torch.Tensor, sound: torch.Tensor | None
 ) -> KeyRanges:
-    """The intervals [start, end) counted among the keys that attention_mask (B, Sk) shows, and the order to put them in."""
+    """The intervals [start, end) counted among the keys that attention_mask (B, Sk) shows, and their new order."""
     B, Sk = attention_mask.shape
     shown = attention_mask.long().cumsum(1)  # (B, Sk)
     before = F.pad(shown, (1, 0))  # (B, Sk + 1): keys shown before key j

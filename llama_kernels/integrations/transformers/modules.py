@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
 from llama_kernels.integrations.transformers.known_code import Norm, Rotary
+from llama_kernels.integrations.transformers.source import called_by
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
@@ -38,7 +39,7 @@ def _takes(x: Any) -> bool:
 
 
 def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether stock's product of the two has x's dtype. Under autocast it may be wider, and is cast where it is used."""
+    """Whether stock's product of the two has x's dtype. Under autocast it may be wider, and is cast at its next use."""
     return torch.promote_types(x.dtype, other.dtype) == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
@@ -99,13 +100,14 @@ def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
 
 
 def is_unwatched(norm: Any) -> bool:
-    """Whether skipping the call of this module goes unnoticed: a patched norm without hooks, wrappers or compilation."""
+    """Whether a patched norm need not be called as a module: it has no hooks, no wrapper and is not compiled."""
     return (
         isinstance(norm, RMSNorm)
         and "forward" not in norm.__dict__
         and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
         and not torch_module._has_any_global_hook()
         and norm._compiled_call_impl is None
+        and type(norm).__call__ is nn.Module.__call__
     )
 
 
@@ -128,8 +130,9 @@ def add_and_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tu
 # --- RoPE ------------------------------------------------------------------------------------------------------------
 
 
-def rotary_like(stock: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
-    """`rope` in the place of the function `stock`, which `known` describes. It takes the arguments of `stock`."""
+def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
+    """`rope` in the place of the function `replaced`, which `known` describes. It takes the same arguments."""
+    stock = called_by(replaced)
     if known.tables == "complex":
 
         def apply(xq: Any, xk: Any, freqs_cis: Any) -> tuple[Any, Any]:
@@ -155,7 +158,15 @@ def rotary_like(stock: Callable[..., Any], known: Rotary, interleaved: bool) -> 
                 return stock(q, k, cos, sin, *args, **kwargs)
             return _rotate(known, interleaved, q, k, cos, sin, heads)
 
-    return functools.wraps(stock)(apply)
+    ours = functools.wraps(stock)(apply)
+    if stock is replaced:
+        return ours
+    return lambda *args, **kwargs: (replaced if _is_kernelized(replaced) else ours)(*args, **kwargs)
+
+
+def _is_kernelized(replaced: Any) -> bool:
+    """Whether `replaced` is an object of the package kernels to which kernelize has given a forward."""
+    return isinstance(replaced, nn.Module) and "forward" in replaced.__dict__
 
 
 def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: int) -> bool:
@@ -220,6 +231,7 @@ def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool)
             _norms_agree(q_norm, k_norm, weights)
             and all(norm_takes(q_norm.known, x, w) for x, w in zip((q, k), weights, strict=True))
             and _can_rotate(known, q, k, cos, sin, 1)
+            and not _is_kernelized(stock)
         ):
             tables = _tables(known, cos, sin)
             if not (tables[0].shape[-1] == tables[2] and 2 * tables[2] <= q.shape[-1]):

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llama_kernels.integrations.transformers.attention import FOLLOWS_MASK, NAME
 from llama_kernels.integrations.transformers.classes import KINDS, class_of, found_in
 from llama_kernels.integrations.transformers.fusions import ADD_NORM, QK_NORM_ROPE
-from llama_kernels.integrations.transformers.masks import note_position_ids
+from llama_kernels.integrations.transformers.masks import forget_position_ids, note_position_ids
 from llama_kernels.integrations.transformers.modules import Patched, parts_of
 from llama_kernels.runtime import message
 
@@ -106,7 +106,8 @@ def patch(
             "llama_kernels.patch: some of this %s stays stock:\n%s", type(model).__name__, Report((*expected,))
         )
     _apply(model, [place for place in places if place.ours])
-    logger.info("llama_kernels.patch: %s\n%s", type(model).__name__, report(model))
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("llama_kernels.patch: %s\n%s", type(model).__name__, report(model))
     return model
 
 
@@ -125,13 +126,19 @@ def unpatch(model: nn.Module) -> nn.Module:
             raise ValueError(message("unpatch", "model", got, "as patch left it", "Unpatch before fully_shard."))
     for module in model.modules():
         if isinstance(module, Patched):
-            module.__class__ = parts_of(module)[1]
+            stock = parts_of(module)[1]
+            for name, held in vars(module).items():
+                if getattr(held, "__func__", None) is type(module).forward:  # kept by accelerate's hooks, which call it
+                    vars(module)[name] = stock.forward.__get__(module)
+            module.__class__ = stock
         if _STOCK_CONFIG in module.__dict__:
             module.config = module.__dict__.pop(_STOCK_CONFIG)
         module.__dict__.pop(FOLLOWS_MASK, None)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is note_position_ids]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in [key for key, hook in module._forward_hooks.items() if hook is forget_position_ids]:
+            del module._forward_hooks[key]
     return model
 
 
@@ -173,7 +180,9 @@ def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
             value, why = found[kind]
             ours = bool(value)
             if kind == "attention":
-                if ours and not by_config.get(id(getattr(module, "config", None)), False):
+                if ours and not hasattr(module, "config"):
+                    ours, why = False, "it has no config that names its attention function"
+                elif ours and not by_config[id(module.config)]:
                     ours, why = False, "another attention module of its config stays stock"
             elif ours and (own := _own_forward(module)) is not None:
                 ours, why = False, own
@@ -196,7 +205,7 @@ def _own_forward(module: nn.Module) -> str | None:
     """Why a module whose class is known does not run its forward. None where it does."""
     if "forward" not in module.__dict__:
         return None
-    return "a forward is set on the instance, by accelerate's hooks or kernelize perhaps: patch before"
+    return "a forward is set on the instance (by accelerate or kernelize: patch before; by a tp_plan: it stays)"
 
 
 def _rows(places: Any) -> tuple[Row, ...]:
@@ -224,7 +233,7 @@ def _apply(model: nn.Module, places: list[Place]) -> None:
 
 
 def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:
-    """Give the model configs of its own, of which those of `attentions` name ours; `unpatch` brings the old ones back."""
+    """Give the model copies of its configs; those of `attentions` name ours. `unpatch` brings the old ones back."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         config = module.__dict__.get("config")
@@ -238,3 +247,4 @@ def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and id(module.config) in ours:
             module.register_forward_pre_hook(note_position_ids, with_kwargs=True)
+            module.register_forward_hook(forget_position_ids)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 Function = types.FunctionType
+_FORWARD_OF_KERNELS = "def function(self, *args, **kwargs):\n    return func(*args, **kwargs)"
 
 
 def normalised(source: str) -> str:
@@ -44,8 +45,16 @@ def text_of(function: Any) -> str:
     return _text_of_code(_Identity(function.__code__))
 
 
+def called_by(function: Any) -> Any:
+    """The plain function that an object of the package kernels stands for; any other as it is."""
+    forward = getattr(type(function), "forward", None)
+    if text_of(forward) != _FORWARD_OF_KERNELS or forward.__code__.co_freevars != ("func",):
+        return function
+    return forward.__closure__[0].cell_contents
+
+
 def decorated(function: Any) -> list[Function]:
-    """The function that decorators wrap, last, and each wrapper before it, outermost first, as functools.wraps tells."""
+    """A decorated function as functools.wraps records it: its wrappers, outermost first, and last what they wrap."""
     chain = [function]
     while hasattr(chain[-1], "__wrapped__"):
         chain.append(chain[-1].__wrapped__)
@@ -69,7 +78,7 @@ def with_globals(function: Function, names: dict[str, Any], text: str | None = N
     if not isinstance(inner, Function):
         return None
     globals_ = {**inner.__globals__, **names}
-    globals_.pop("__name__", None)  # by which torch.compile would look names up in the module, and not here
+    globals_.pop("__name__", None)  # by which torch.compile would look the names up in the module itself
     code = inner.__code__
     if text is not None:
         code = _compiled(text, f"<llama_kernels: {inner.__module__}.{inner.__qualname__}>")
@@ -107,9 +116,9 @@ def mask_is_only_handed_on(function: Function) -> bool:
         and any(isinstance(part, ast.Name) and part.id in masks for part in _choices(node.value))
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load):
-            if not _hands_on(node, parents):
-                return False
+        reads = isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load)
+        if reads and not _hands_on(node, parents):
+            return False
         if isinstance(node, ast.Call) and _is_attention(node.func):
             given = [k.value for k in node.keywords if k.arg == "attention_mask"] or node.args[4:5]
             if any(not (isinstance(x, ast.Name) and x.id in masks) and not _is_none(x) for x in given):
