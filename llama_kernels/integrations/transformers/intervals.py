@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, or_masks
 
@@ -42,6 +43,7 @@ class Rows(NamedTuple):
     own: torch.Tensor  # (Sq,) int64
     at: torch.Tensor  # (1 or B, Sq): where the mask function takes them to be, other than own in packed documents
     keys: int  # one past the position of the last key
+    shown: torch.Tensor | None = None  # (B, keys) bool: the keys that hold a token
 
 
 def window_of(mask_function: MaskFunction) -> Window | None:
@@ -192,12 +194,16 @@ def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _block_of(numbers: torch.Tensor, rows: Rows) -> Interval:
     """The block of mutually visible tokens that each query is in, or its own key where it is in none (number -1).
 
-    Blocks are taken to be contiguous. Where a number returns after another one, `sound` is False.
+    Blocks are taken to be contiguous. Where a number returns after another one, and not in padding, `sound` is False.
     """
     first, end = _runs(numbers)
     inside = numbers >= 0
     places = torch.arange(numbers.shape[1], device=numbers.device)
     begins = inside & (first == places)
+    if rows.shown is not None:
+        shown = F.pad(rows.shown, (0, max(numbers.shape[1] - rows.shown.shape[1], 0)))[:, : numbers.shape[1]]
+        before = F.pad(shown.cumsum(1), (1, 0))
+        begins &= before.gather(1, end) > before.gather(1, first)
     count = torch.zeros_like(numbers).scatter_add_(
         1, numbers.clamp(0, numbers.shape[1] - 1), begins.to(numbers.dtype)
     )  # blocks of each number

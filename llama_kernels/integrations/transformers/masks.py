@@ -175,7 +175,7 @@ def key_ranges(
             return pack_window(window, device)
 
     own = torch.arange(q_length, device=device) + q_offset
-    rows = Rows(own, own[None], kv_offset + kv_length)
+    rows = Rows(own, own[None], kv_offset + kv_length, None if attention_mask is None else attention_mask.bool())
     interval = None
     if getattr(config, "model_type", None) not in _SCATTERED_BLOCKS:
         if torch.compiler.is_compiling():
