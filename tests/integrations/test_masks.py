@@ -255,6 +255,19 @@ def test_blocks_that_see_all_of_themselves(name, state, side, way):
     assert torch.equal(expanded(ours, expected), expected)
 
 
+def test_padding_that_has_the_number_of_a_block():
+    """PaliGemma's processor gives padding the number of the prefix: on the right it is no second piece of it."""
+    blocks = torch.tensor([[0] * 5 + [-1] * 5 + [0] * 2, BLOCKS["a prefix"][1]], device=DEVICE)
+    call = {"block_sequence_ids": blocks, "attention_mask": padding("right", S)}
+    try:
+        expected = stock_mask(CREATE["causal"], config_for("causal"), State(S), **call)
+    except Without as missing:
+        pytest.skip(f"this Transformers has no {missing}")
+    ours = created(NAME, CREATE["causal"], config_for("causal"), State(S), **call)
+    assert is_range(ours) and torch.equal(expanded(ours, expected), expected)
+    assert attended(ours, *inputs()).isfinite().all()
+
+
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_cut_by_a_window(name, side):

@@ -28,6 +28,7 @@ class Norm(NamedTuple):
     offset: float = 0.0
     weighted: bool = True
     promotes: bool = False  # the result has the dtype that weight and x promote to, not x's
+    as_weight: bool = False  # the result has weight's dtype
 
 
 _NORM = """def _norm(self, x):
@@ -75,7 +76,7 @@ NORMS = (
     hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
     if self.weight.dtype in [torch.float16, torch.bfloat16]:
         hidden_states = hidden_states.to(self.weight.dtype)
-    return self.weight * hidden_states""", eps="variance_epsilon", promotes=True),
+    return self.weight * hidden_states""", eps="variance_epsilon", as_weight=True),
 )  # fmt: skip
 
 

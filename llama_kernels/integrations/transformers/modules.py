@@ -95,6 +95,7 @@ def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
         and weight.device == x.device
         and weight.shape == x.shape[-1:]
         and (not known.promotes or _keeps_dtype(x, weight))
+        and (not known.as_weight or x.dtype == weight.dtype)
     )
 
 

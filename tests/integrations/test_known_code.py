@@ -1,0 +1,318 @@
+"""Known code against the installed Transformers: what each entry serves, and that ours computes the same."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import importlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", minversion="4.57")
+
+import transformers
+
+from llama_kernels.integrations.transformers import classes, fusions, known_code, modules, source
+from tests.conftest import DEVICE
+from tests.integrations.small import VERSION, Calls, not_interpreted
+from tests.judge import judge, relative_error
+
+pytestmark = not_interpreted
+
+MODELS = Path(transformers.__file__).parent / "models"
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Defined(NamedTuple):
+    """A function of a file modeling_*.py of Transformers."""
+
+    family: str
+    module: str
+    cls: str | None
+    name: str
+    text: str  # normalised
+
+
+def read(path: Path) -> list[Defined]:
+    text = path.read_text()
+    lines, found = text.splitlines(), []
+    module = f"transformers.models.{path.parent.name}.{path.stem}"
+
+    def add(node: ast.AST, cls: str | None) -> None:
+        if not isinstance(node, ast.FunctionDef):
+            return
+        code = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        wanted = node.name == "forward" and re.search(r"residual \+|apply_rotary_pos_emb|rsqrt|_norm\(", code)
+        if wanted or node.name.startswith(("rotate_half", "_apply_rotary_emb", "_norm", "apply_")):
+            found.append(Defined(path.parent.name, module, cls, node.name, source.normalised(code)))
+
+    for node in ast.parse(text).body:
+        add(node, None)
+        for part in node.body if isinstance(node, ast.ClassDef) else ():
+            add(part, node.name)
+    return found
+
+
+@functools.cache
+def defined() -> list[Defined]:
+    return [function for path in sorted(MODELS.glob("*/modeling_*.py")) for function in read(path)]
+
+
+def loaded(function: Defined) -> Any:
+    module = importlib.import_module(function.module)
+    return getattr(module, function.cls or function.name)
+
+
+def names_of(families: str) -> set[str]:
+    """The installed families that an entry names, if it is of this release: the newest, but where it says another."""
+    if VERSION < (5, 23) and not ("of Transformers 4" in families and VERSION < (5, 0)):
+        return set()
+    if "of Transformers 4" in families and VERSION >= (5, 0):
+        return set()
+    return {name for name in re.findall(r"\w+", families) if (MODELS / name).is_dir()}
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def norms_of(forward: str, norm: str) -> list[Defined]:
+    forward, norm = source.normalised(forward), source.normalised(norm) if norm else ""
+    helpers = {(f.module, f.cls): f.text for f in defined() if f.name == "_norm"}
+    found = [f for f in defined() if f.name == "forward" and f.cls and f.text == forward]
+    return [f for f in found if not norm or helpers.get((f.module, f.cls)) == norm]
+
+
+norms = pytest.mark.parametrize("known", known_code.NORMS, ids=[known.families for known in known_code.NORMS])
+
+
+def stock_norm(known: known_code.Norm, size: int) -> nn.Module:
+    if not (found := norms_of(known.forward, known.norm)):
+        pytest.skip(f"no class of Transformers {transformers.__version__}")
+    cls = loaded(found[0])
+    norm = cls.__new__(cls)
+    nn.Module.__init__(norm)
+    setattr(norm, known.eps, 1e-2)
+    norm.with_scale = known.weighted
+    if known.weighted:
+        norm.weight = nn.Parameter(torch.randn(size, device=DEVICE))
+    return norm
+
+
+@norms
+def test_a_norm_serves_the_families_that_it_names(known):
+    served = {function.family for function in norms_of(known.forward, known.norm)}
+    assert names_of(known.families) <= served
+    assert served or VERSION < (5, 0), "no class of this Transformers"
+
+
+@norms
+def test_a_norm_is_found_in_its_class_and_not_in_a_subclass(known):
+    cls = type(stock_norm(known, 8))
+    assert known_code.norm_of(cls) == known
+    own = type("Own", (cls,), {"forward": lambda self, x: x})
+    assert known_code.norm_of(own) is None
+    if known.norm:
+        assert known_code.norm_of(type("Own", (cls,), {"_norm": lambda self, x: x})) is None
+
+
+@norms
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_computes_what_stock_computes(known, dtype, weight_dtype):
+    stock = stock_norm(known, 32).to(weight_dtype)
+    ours = copy.deepcopy(stock)
+    ours.__class__ = classes.class_of(type(stock), ("rms_norm",))
+    x = torch.randn(4, 7, 32, device=DEVICE, dtype=dtype)
+    dy = torch.randn(4, 7, 32, device=DEVICE, dtype=dtype)
+
+    def run(norm: nn.Module) -> list[torch.Tensor]:
+        given = x.detach().clone().requires_grad_()
+        y = norm(given)
+        y.backward(dy.to(y.dtype))
+        return [y.detach(), given.grad, *(p.grad for p in norm.parameters())]
+
+    def exact(number: torch.dtype) -> list[torch.Tensor]:
+        given = x.detach().to(number).requires_grad_()
+        weights = [p.detach().to(number).requires_grad_() for p in stock.parameters()]
+        y = given * torch.rsqrt(given.square().mean(-1, keepdim=True) + 1e-2)
+        y = y * (known.offset + weights[0]) if weights else y
+        y.backward(dy.to(number))
+        return [y.detach(), given.grad, *(w.grad for w in weights)]
+
+    with Calls() as calls:
+        results = run(ours)
+    same_dtype = not known.promotes or torch.promote_types(dtype, weight_dtype) == dtype
+    same_dtype = same_dtype and (not known.as_weight or dtype == weight_dtype)
+    assert any(name.startswith("llama_kernels::rms_norm") for name, _ in calls.made) == same_dtype
+    for K, theirs, R, I in zip(results, run(stock), exact(torch.float64), exact(torch.float32), strict=True):
+        assert K.dtype == theirs.dtype
+        if dtype == weight_dtype == torch.float32:
+            judge("ours", K, R, I)
+            judge("stock", theirs, R, I)
+        else:
+            assert relative_error(K, R) <= 1.15 * relative_error(theirs, R)
+
+
+# --- rotary embeddings -----------------------------------------------------------------------------------------------
+
+
+def rotary_text(function: Defined) -> str:
+    return source.without_unused_defaults(re.sub(r"rotate_half\w*\(", "rotate_half(", function.text))
+
+
+@functools.cache
+def rotaries_of(text: str) -> list[Defined]:
+    text = source.without_unused_defaults(source.normalised(text))
+    return [f for f in defined() if f.cls is None and "rotary" in f.name and rotary_text(f) == text]
+
+
+rotaries = pytest.mark.parametrize("known", known_code.ROTARIES, ids=[known.families for known in known_code.ROTARIES])
+
+
+def variants(known: known_code.Rotary) -> list[tuple[Any, bool]]:
+    """A function for each way that a helper in its file pairs elements."""
+    found: dict[bool, Any] = {}
+    helpers = {(f.module, f.name): f.text for f in defined() if not f.cls}
+    pairings = {source.normalised(text): interleaved for text, interleaved in known_code.PAIRINGS.items()}
+    for function in rotaries_of(known.text):
+        helper = re.search(r"(rotate_half\w*|_apply_rotary_emb)\(", function.text)
+        interleaved = pairings.get(helpers.get((function.module, helper[1]), "")) if helper else True
+        if interleaved is not None and interleaved not in found:
+            stock = loaded(function)
+            assert known_code.rotary_of(stock) == (known, interleaved)
+            found[interleaved] = stock
+    return [(stock, interleaved) for interleaved, stock in found.items()]
+
+
+@rotaries
+def test_a_rotary_embedding_serves_the_families_that_it_names(known):
+    served = {function.family for function in rotaries_of(known.text)}
+    assert names_of(known.families) <= served
+    assert served or "of Transformers 4" in known.families or VERSION < (5, 0), "no function of this Transformers"
+
+
+def test_every_pairing_is_that_of_a_function():
+    texts = {f.text for f in defined() if f.cls is None}
+    for text in known_code.PAIRINGS:
+        assert source.normalised(text) in texts
+
+
+def rotary_inputs(known: known_code.Rotary, heads: int, R: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """q, k and tables; the halves of the tables are unlike."""
+    B, S, D = 2, 6, 16
+    if known.heads == -2:
+        q, k = (torch.randn(S, H, D, device=DEVICE, dtype=dtype) for H in (4, 2))
+        cos, sin = (torch.randn(S, R, device=DEVICE, dtype=dtype) for _ in range(2))
+        return q, k, cos, sin
+    shape = lambda H: (B, H, S, D) if heads == 1 else (B, S, H, D)  # noqa: E731
+    q, k = (torch.randn(shape(H), device=DEVICE, dtype=dtype) for H in (4, 2))
+    if known.tables == "complex":
+        number = torch.complex128 if dtype is torch.float64 else torch.complex64
+        return q, k, torch.randn(rows, S, R // 2, device=DEVICE, dtype=number)
+    width = R // 2 if known.tables == "pairs" else R
+    three = (3,) if known.tables == "sections" else ()
+    cos, sin = (torch.randn(*three, rows, S, width, device=DEVICE, dtype=dtype) for _ in range(2))
+    return (q, k, cos, sin, [2, 3, 3]) if three else (q, k, cos, sin)
+
+
+@rotaries
+@pytest.mark.parametrize("rows", [2, 1])
+@pytest.mark.parametrize("R", [16, 8, 12])
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+def test_a_rotary_embedding_computes_what_stock_computes(known, unsqueeze_dim, R, rows):
+    found = variants(known)
+    if not found:
+        pytest.skip(f"no function of Transformers {transformers.__version__}")
+    heads = known.heads or unsqueeze_dim
+    if known.heads and unsqueeze_dim != 1:
+        pytest.skip("takes no unsqueeze_dim")
+    for stock, interleaved in found:
+        given = rotary_inputs(known, heads, R, rows, torch.float64)
+        how = {} if known.heads else {"unsqueeze_dim": unsqueeze_dim}
+
+        def run(function: Any, number: torch.dtype, given: Any = given, how: Any = how) -> list[torch.Tensor]:
+            q, k, *tables = given
+            q, k = (x.to(number).requires_grad_() for x in (q, k))
+            if number is not torch.float64:
+                tables = [
+                    t if isinstance(t, list) else t.to(torch.complex64 if t.is_complex() else number) for t in tables
+                ]
+            out = function(q, k, *tables, **how)
+            torch.manual_seed(6)
+            torch.autograd.backward(out, [torch.randn(x.shape, dtype=torch.float64).to(x) for x in out])
+            return [*(x.detach() for x in out), q.grad, k.grad]
+
+        try:
+            theirs = run(stock, torch.float32)
+        except RuntimeError:
+            assert R < 16  # it rotates whole heads alone
+            continue
+        with Calls() as calls:
+            ours = run(modules.rotary_like(stock, known, interleaved), torch.float32)
+        assert [name for name, _ in calls.made if name.startswith("llama_kernels::rope")]
+        for K, R64, I in zip(ours, run(stock, torch.float64), theirs, strict=True):
+            assert K.dtype == I.dtype and K.shape == I.shape
+            judge("rotated", K, R64, I)
+
+
+# --- fusions ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def fused_texts() -> dict[str, set[str]]:
+    """By digest, the families whose forwards have the lines of a fusion."""
+    found: dict[str, set[str]] = {}
+    for function in defined():
+        for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
+            if function.name == "forward" and fusions.fusion_of(kind, function.text) is not None:
+                found.setdefault(fusions.digest(function.text), set()).add(function.family)
+    return found
+
+
+def is_of_this_release(what: str) -> bool:
+    first, _, last = what.rpartition(", ")[2].partition(" to ")
+    low, high = (tuple(map(int, x.split("."))) for x in (first, last or first))
+    return low <= VERSION <= high
+
+
+@pytest.mark.parametrize("digest", fusions.KNOWN)
+def test_a_fusion_serves_the_families_that_it_names(digest):
+    what = fusions.KNOWN[digest]
+    if not is_of_this_release(what):
+        pytest.skip(f"Transformers {transformers.__version__} has it no more, or not yet")
+    served = fused_texts().get(digest, set())
+    named = {name for name in re.findall(r"\w+", what.rpartition(", ")[0]) if (MODELS / name).is_dir()}
+    assert served and named <= served
+
+
+# --- masks of blocks -------------------------------------------------------------------------------------------------
+
+CONTIGUOUS = "a new number for each run of image tokens"
+PREFIX = "one block, of the image or of the tokens before the answer"
+# Models that make masks of blocks, and why each block is one run of tokens, which masks.py takes for granted.
+REVIEWED = {
+    "gemma3": CONTIGUOUS, "gemma4": CONTIGUOUS, "gemma4_unified": CONTIGUOUS, "diffusion_gemma": CONTIGUOUS,
+    "paligemma": PREFIX, "git": PREFIX, "hrm_text": PREFIX, "deepseek_ocr2": PREFIX,
+    "pi0": "two blocks: the prompt with the state, and the actions",
+    "unlimited_ocr": "it hands on what it gets, and a function of its own, with which its masks are written out",
+    "molmo2": "not so: all images of a sequence are one block. Written out, see _SCATTERED_BLOCKS",
+}  # fmt: skip
+
+
+def test_masks_of_blocks_were_reviewed():
+    users = {
+        path.parent.name
+        for path in MODELS.glob("*/modeling_*.py")
+        if re.search(r"block_sequence_ids|blockwise_overlay", path.read_text())
+    }
+    assert users <= REVIEWED.keys(), (
+        "new models with masks of blocks. Does each block number mark one run of tokens? If so, add the model to "
+        "REVIEWED; if not, to _SCATTERED_BLOCKS of masks.py too: a sequence with a block in two pieces gives NaN"
+    )
