@@ -1,4 +1,4 @@
-"""Without padding and packing a patched model calls attention exactly as `lk.attention(q, k, v)` does: same arguments of
+"""Without padding and packing a patched model calls attention as `lk.attention(q, k, v)` does: the same launches.
 the operators, forward and backward, so the same kernels, tiles and launches."""
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def windows(model: Any) -> list[tuple[int, int]]:
     """Of each layer, from its config."""
     config = model.config
     size = getattr(config, "sliding_window", None)
-    sliding = ["sliding_attention"] * config.num_hidden_layers if size else ["full_attention"] * config.num_hidden_layers
+    sliding = (
+        ["sliding_attention"] * config.num_hidden_layers if size else ["full_attention"] * config.num_hidden_layers
+    )
     kinds = config.layer_types if getattr(config, "layer_types", None) else sliding
     return [(size - 1, 0) if kind == "sliding_attention" else (-1, -1) for kind in kinds]
 
@@ -94,7 +96,9 @@ def test_prefill_and_decoding_steps_without_padding(attention_mask):
         out = model(ids[:, :8], use_cache=True)
         for i in (8, 9):
             mask = None if attention_mask is None else torch.ones_like(ids[:, : i + 1])
-            cache = {"cache" if VERSION >= (5, 24) else "past_key_values": getattr(out, "cache", None) or out.past_key_values}
+            cache = {
+                "cache" if VERSION >= (5, 24) else "past_key_values": getattr(out, "cache", None) or out.past_key_values
+            }
             out = model(ids[:, i : i + 1], attention_mask=mask, use_cache=True, **cache)
     made = calls.of("attention_forward")
     assert all(call["kv_start"] is None and call["kv_end"] is None for call in made[:2])
