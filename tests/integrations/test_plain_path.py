@@ -1,5 +1,7 @@
-"""Without padding and packing a patched model calls attention as `lk.attention(q, k, v)` does: the same launches.
-the operators, forward and backward, so the same kernels, tiles and launches."""
+"""Without padding and packing a patched model calls attention as `lk.attention(q, k, v)` does.
+
+The operators get the same arguments, forward and backward, so the same kernels, tiles and launches run.
+"""
 
 from __future__ import annotations
 
