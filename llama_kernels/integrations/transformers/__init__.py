@@ -8,7 +8,7 @@ The forwards of the model's own classes run. What changes inside them:
     attention.py    attention, through Transformers' AttentionInterface
     modules.py      RMSNorm modules, and the function apply_rotary_pos_emb
     fusions.py      residual add + norm, head norms + RoPE: a few lines of a forward whose whole text is known
-    known_code.py   the texts of the functions that may be replaced
+    known_code.py   the texts of the functions that may be replaced; known_rotaries.py has those of RoPE
     masks.py        masks as ranges of keys; intervals.py reads them from Transformers' mask functions
     patch.py        which module gets what; classes.py makes its class, source.py reads and copies functions
 """

@@ -111,9 +111,9 @@ def traced_interval(
 ) -> Interval | None:
     """`interval_of` under torch.compile, which does not let a closure be read: the mask function is asked.
 
-    local_size: the width of the window or chunk, as Transformers passes it. Without one, and with a query at each key, an
-    interval ends where a key does not see its neighbour. Otherwise each end is found by bisection, as every query sees
-    its own key.
+    local_size: the width of the window or chunk, as Transformers passes it. Without one, and with a query at each key,
+    an interval ends where a key does not see its neighbour. Otherwise each end is found by bisection, as every query
+    sees its own key.
     """
     composed = getattr(mask_function, "__code__", None) in (_AND, _OR)
     if mask_function is causal_mask_function:

@@ -1,0 +1,144 @@
+"""The texts of `apply_rotary_pos_emb` in Transformers' models, and what each computes: a part of known_code.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Rotary(NamedTuple):
+    """(q, k, cos, sin) -> q and k rotated: y0 = x0 cos - x1 sin, y1 = x1 cos + x0 sin for each pair."""
+
+    families: str
+    text: str
+    helper: str = "rotate_half"  # the function that says which elements are a pair
+    # What a row of cos holds: "elements", an angle for each element; "first half", the second half is not used;
+    # "pairs", an angle for each pair; "complex", cos + i sin for each pair, and no sin; "sections", three or four rows
+    # of "elements" of which each frequency takes one.
+    tables: str = "elements"
+    promotes: bool = True  # the result has the dtype that q and cos promote to, not q's
+    sorted_first: bool = False  # pairs (2i, 2i + 1) go in, (i, i + R/2) come out
+    heads: int | None = None  # the dimension of the heads; None: the argument unsqueeze_dim
+
+
+_UNSQUEEZE = """    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+"""
+_REPEAT = """    cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    sin = sin[..., : sin.shape[-1] // 2].repeat_interleave(2, dim=-1)
+"""
+_SPLIT = """    rotary_dim = cos.shape[-1]
+    q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
+    k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
+"""
+_ROTATE = """    q_embed = q * cos + rotate_half(q) * sin
+    k_embed = k * cos + rotate_half(k) * sin
+"""
+_ROTATE_PART = """    q_embed = q_rot * cos + rotate_half(q_rot) * sin
+    k_embed = k_rot * cos + rotate_half(k_rot) * sin
+    q_embed = torch.cat([q_embed, q_pass], dim=-1)
+    k_embed = torch.cat([k_embed, k_pass], dim=-1)
+"""
+_SECTIONS = "".join(
+    f"    {x} = torch.cat([m[i % 3] for i, m in enumerate({x}.split(mrope_section, dim=-1))], dim=-1)"
+    ".unsqueeze(unsqueeze_dim)\n"
+    for x in ("cos", "sin")
+)
+_DEF, _RETURN = "def f(q, k, cos, sin, unsqueeze_dim=1):\n", "    return q_embed, k_embed"
+_FLOAT_OUT = "    return q_embed.to({0}), k_embed.to({0})"
+_VISION = """def f(q, k, cos, sin):
+    orig_q_dtype = q.dtype
+    orig_k_dtype = k.dtype
+    q, k = q.float(), k.float()
+    cos, sin = cos.unsqueeze(-2).float(), sin.unsqueeze(-2).float()
+"""
+_COMPLEX = """def f(xq, xk, freqs_cis):
+    xq_ = torch.view_as_complex(xq.float().reshape(*xq.shape[:-1], -1, 2))
+    xk_ = torch.view_as_complex(xk.float().reshape(*xk.shape[:-1], -1, 2))
+"""
+
+ROTARIES = (
+    Rotary("llama and most others; blt", _DEF + _UNSQUEEZE + _ROTATE + _RETURN),
+    Rotary("olmo, olmo2, olmo3, flex_olmo", _DEF + "    q_type, k_type = q.dtype, k.dtype\n" + _UNSQUEEZE + _ROTATE
+           + "    return q_embed.to(q_type), k_embed.to(k_type)", promotes=False),
+    Rotary("cohere, cohere2", _DEF + "    dtype = q.dtype\n    q = q.float()\n    k = k.float()\n" + _UNSQUEEZE
+           + _ROTATE + _FLOAT_OUT.format("dtype=dtype"), promotes=False),
+    Rotary("glm4_moe, gpt_neox, qwen3_next, qwen3_5, minimax_m2, glm4v", _DEF + _UNSQUEEZE + _SPLIT + _ROTATE_PART
+           + _RETURN),
+    Rotary("phi3", _DEF + _UNSQUEEZE + _SPLIT + """
+    q_embed = torch.cat([q_rot * cos + rotate_half(q_rot) * sin, q_pass], dim=-1)
+    k_embed = torch.cat([k_rot * cos + rotate_half(k_rot) * sin, k_pass], dim=-1)
+""" + _RETURN),
+    Rotary("nemotron", _DEF + _UNSQUEEZE + """    rot_dim = cos.shape[-1]
+    q, q_pass = q[..., :rot_dim], q[..., rot_dim:]
+    k, k_pass = k[..., :rot_dim], k[..., rot_dim:]
+""" + _ROTATE + "    return torch.cat((q_embed, q_pass), dim=-1), torch.cat((k_embed, k_pass), dim=-1)"),
+    Rotary("glm, glm4", _DEF + _UNSQUEEZE + _REPEAT + _SPLIT + _ROTATE_PART + _RETURN, tables="first half"),
+    Rotary("helium", _DEF + _UNSQUEEZE + _REPEAT + _ROTATE + _RETURN, tables="first half"),
+    Rotary("ernie4_5, ernie4_5_moe", _DEF + "    original_dtype = q.dtype\n" + _UNSQUEEZE + _REPEAT + """
+    q_embed = q.float() * cos + rotate_half(q).float() * sin
+    k_embed = k.float() * cos + rotate_half(k).float() * sin
+""" + _FLOAT_OUT.format("original_dtype"), tables="first half", promotes=False),
+    Rotary("ernie4_5_vl_moe", _DEF + "    original_dtype = q.dtype\n" + _UNSQUEEZE + """
+    q_embed = q.float() * cos + rotate_half(q).float() * sin
+    k_embed = k.float() * cos + rotate_half(k).float() * sin
+""" + _FLOAT_OUT.format("original_dtype"), promotes=False),
+    Rotary("modernbert, modernbert_decoder, esm", _DEF + "    original_dtype = q.dtype\n" + _UNSQUEEZE + """
+    q_embed = q.float() * cos + rotate_half(q.float()) * sin
+    k_embed = k.float() * cos + rotate_half(k.float()) * sin
+""" + _FLOAT_OUT.format("original_dtype"), promotes=False),
+    Rotary("hunyuan_vl", _DEF + """    origin_dtype = q.dtype
+    q, k = q.float(), k.float()
+    cos = cos.unsqueeze(unsqueeze_dim).float()
+    sin = sin.unsqueeze(unsqueeze_dim).float()
+""" + _ROTATE + _FLOAT_OUT.format("origin_dtype"), promotes=False),
+    Rotary("gpt_oss", _DEF + _UNSQUEEZE + """    q_embed = _apply_rotary_emb(q, cos, sin)
+    k_embed = _apply_rotary_emb(k, cos, sin)
+""" + _RETURN, helper="_apply_rotary_emb", tables="pairs"),
+    Rotary("deepseek_v3, longcat_flash, glm4_moe_lite, youtu", """def f(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos[..., : cos.shape[-1] // 2].unsqueeze(unsqueeze_dim)
+    sin = sin[..., : sin.shape[-1] // 2].unsqueeze(unsqueeze_dim)
+    q1, q2 = q[..., 0::2], q[..., 1::2]
+    k1, k2 = k[..., 0::2], k[..., 1::2]
+    q_embed = torch.cat([q1 * cos - q2 * sin, q2 * cos + q1 * sin], dim=-1)
+    k_embed = torch.cat([k1 * cos - k2 * sin, k2 * cos + k1 * sin], dim=-1)
+""" + _RETURN, helper="", tables="first half", sorted_first=True),
+    Rotary("deepseek_v3, longcat_flash of Transformers 4", _DEF + _UNSQUEEZE + """    b, h, s, d = q.shape
+    q = q.view(b, h, s, d // 2, 2).transpose(4, 3).reshape(b, h, s, d)
+    b, h, s, d = k.shape
+    k = k.view(b, h, s, d // 2, 2).transpose(4, 3).reshape(b, h, s, d)
+""" + _ROTATE + _RETURN, sorted_first=True),
+    Rotary("llama4", _COMPLEX + """    xq_out = torch.view_as_real(xq_ * freqs_cis[:, :, None, :]).flatten(3)
+    xk_out = torch.view_as_real(xk_ * freqs_cis[:, :, None, :]).flatten(3)
+    return xq_out.type_as(xq), xk_out.type_as(xk)""", helper="", tables="complex", promotes=False, heads=2),
+    Rotary("deepseek_v2", _COMPLEX + """    freqs_cis = freqs_cis.unsqueeze(1).to(xq_.device)
+    xq_out = torch.view_as_real(xq_ * freqs_cis).flatten(3).type_as(xq)
+    xk_out = torch.view_as_real(xk_ * freqs_cis).flatten(3).type_as(xk)
+    return xq_out, xk_out""", helper="", tables="complex", promotes=False, heads=1),
+    Rotary("qwen2_vl, qwen2_5_vl of Transformers 4", "def f(q, k, cos, sin, mrope_section, unsqueeze_dim=1):\n"
+           "    mrope_section = mrope_section * 2\n" + _SECTIONS + _ROTATE + _RETURN, tables="sections"),
+    Rotary("vision towers: qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v", _VISION + _ROTATE
+           + "    q_embed = q_embed.to(orig_q_dtype)\n    k_embed = k_embed.to(orig_k_dtype)\n" + _RETURN,
+           promotes=False, heads=-2),
+)  # fmt: skip
+
+# The helpers, by whether a pair is two neighbours.
+PAIRINGS = {
+    """def rotate_half(x):
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)""": False,
+    """def rotate_half(x):
+    x1 = x[..., 0::2]
+    x2 = x[..., 1::2]
+    return torch.stack((-x2, x1), dim=-1).flatten(-2)""": True,
+    """def rotate_half(x):
+    x1 = x[..., ::2]
+    x2 = x[..., 1::2]
+    rot_x = torch.stack([-x2, x1], dim=-1).flatten(-2)
+    return rot_x""": True,
+    """def _apply_rotary_emb(x, cos, sin):
+    first_half, second_half = torch.chunk(x, 2, dim=-1)
+    first_ = first_half * cos - second_half * sin
+    second_ = second_half * cos + first_half * sin
+    return torch.cat((first_, second_), dim=-1)""": False,
+}
