@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from transformers import masking_utils
-from transformers.masking_utils import and_masks, causal_mask_function, or_masks
+from transformers.masking_utils import and_masks, causal_mask_function
 
 MaskFunction = Callable[..., torch.Tensor]
 
 FULL_MASK = getattr(masking_utils, "bidirectional_mask_function", None)  # Transformers 4 has none
-_AND, _OR = and_masks(causal_mask_function).__code__, or_masks(causal_mask_function).__code__
+_AND = and_masks(causal_mask_function).__code__
 
 
 class Interval(NamedTuple):
@@ -115,13 +115,12 @@ def traced_interval(
     an interval ends where a key does not see its neighbour. Otherwise each end is found by bisection, as every query
     sees its own key.
     """
-    composed = getattr(mask_function, "__code__", None) in (_AND, _OR)
     if mask_function is causal_mask_function:
         return Interval(end=rows.at + 1)
     if mask_function is FULL_MASK:
         return Interval()
-    if made_by_caller or not composed:
-        return None
+    if made_by_caller or getattr(mask_function, "__code__", None) is not _AND:
+        return None  # a union may be one of blocks, of which it cannot be asked whether they are contiguous
     batch = torch.arange(batch_size, device=rows.own.device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=rows.own.device)
     if local_size is None and rows.keys == rows.own.shape[0]:

@@ -49,8 +49,8 @@ class KeyRanges(NamedTuple):
 
 # --- one 4-D tensor, since Transformers hands on what is 4-D as a finished mask --------------------------------------
 #
-# Model code may cut such a mask to the last queries, [:, :, -n:], or to the first keys, [..., :n]. Neither may change
-# what it says: the size of queries is 1 or 0, and lines of queries are aligned at the right, lines of keys at the left.
+# Model code may cut such a mask to the last queries, [:, :, -n:], or to the keys that there are, [..., :Sk]. Neither
+# may change what it says: the size of queries is 1 or 0, and lines of queries are aligned at the right.
 
 
 def pack(ranges: KeyRanges) -> torch.Tensor:
