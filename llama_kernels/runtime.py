@@ -71,6 +71,12 @@ def register(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():  # the guard cannot be traced
             return op(*args)
+        if _functorch_is_active():  # it would undo the guard
+            token = _without_autograd.set(True)
+            try:
+                return op(*args)
+            finally:
+                _without_autograd.reset(token)
         with _below_autograd():  # half a microsecond, where the kernel of autograd takes three
             return op(*args)
 
@@ -78,6 +84,7 @@ def register(
 
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_without_autograd: ContextVar[bool] = ContextVar("llama_kernels.without_autograd", default=False)
 _after_autograd = torch._C._after_autograd_keyset
 _any_requires_grad = torch._C._any_requires_grad
 
@@ -99,8 +106,11 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     public = re.sub("(_forward|_backward|_)$", "", name)
 
     def with_gradient(keyset: Any, *args: Any) -> Any:
+        forward_mode = forward_ad._current_level >= 0
         wanted = torch.is_grad_enabled() and _any_requires_grad(*args)
-        if _functorch_is_active() and (wanted or forward_ad._current_level >= 0):
+        if not (wanted or forward_mode) or _without_autograd.get():
+            return op.redispatch(keyset & _after_autograd, *args)
+        if _functorch_is_active():
             fix = f"Call llama_kernels.{public}, which can be differentiated so."
             raise RuntimeError(f"torch.ops.llama_kernels.{name}: torch.func does not differentiate the op. {fix}")
         refuse_forward_mode(public, *args)

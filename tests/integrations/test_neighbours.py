@@ -303,9 +303,18 @@ def test_pipelining(family):
     with torch.no_grad():
         split = {"model.layers.1": SplitPoint.BEGINNING}
         pipe = pipeline(model, mb_args=(), mb_kwargs=arguments, split_spec=split)
-        assert pipe.num_stages == 2
-        logits = pipe.get_stage_module(1)(*pipe.get_stage_module(0)(ids, arguments["attention_mask"]))
-        assert torch.equal(logits, model(**arguments).logits)
+    assert pipe.num_stages == 2
+    stages = [pipe.get_stage_module(i) for i in range(2)]
+    logits = stages[1](stages[0](ids, arguments["attention_mask"]))
+    expected = model(**arguments).logits
+    assert torch.equal(logits, expected)
+    logits.sin().sum().backward()
+    staged = {name: parameter.grad for stage in stages for name, parameter in stage.named_parameters()}
+    model.zero_grad()
+    expected.sin().sum().backward()
+    print(sorted(staged)[:5])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(staged[name], parameter.grad)
 
 
 # --- data parallel, checkpoints of activations -----------------------------------------------------------------------
