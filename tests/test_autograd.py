@@ -588,7 +588,7 @@ def test_gradients_of_the_tables_of_registered_ops_are_refused(op, device):
 def test_decode_attention_has_no_gradient(device):
     q, kv, visible = torch.randn(1, 2, 1, 16, device=device), torch.randn(1, 2, 8, 16, device=device), torch.ones(1, 8)
     args = (kv, kv, visible.bool().to(device), None, None, None, 0.25, None)
-    with pytest.raises(ValueError, match="llama_kernels.decode_attention: q is a tensor that requires grad"):
+    with pytest.raises(ValueError, match=r"llama_kernels.decode_attention: q is a tensor that requires grad"):
         ops.decode_attention(q.requires_grad_(), *args)
 
 
