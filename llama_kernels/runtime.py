@@ -69,7 +69,7 @@ def register(
     LIBRARY.impl(name, _autograd_of(op), "Autograd", with_keyset=True)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():  # the guard cannot be traced
+        if _is_compiling():  # the guard cannot be traced
             return op(*args)
         if _functorch_is_active():  # it would undo the guard
             token = _without_autograd.set(True)
@@ -83,6 +83,7 @@ def register(
     return call
 
 
+_is_compiling = torch.compiler.is_compiling
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _without_autograd: ContextVar[bool] = ContextVar("llama_kernels.without_autograd", default=False)
 _after_autograd = torch._C._after_autograd_keyset
