@@ -41,14 +41,17 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def register(
     schema: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
-    """Define `llama_kernels::<schema>` and say what it runs.
+) -> Callable[..., Any]:
+    """Define `llama_kernels::<schema>` and say what it runs. Returns how the package calls it: without autograd.
 
     kernel: launches Triton, for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter.
     reference: the same results from plain PyTorch, for CPU tensors otherwise.
     fake: only shapes, dtypes and strides, for tracing.
 
     Under torch.func.vmap the op runs once an example, unless it writes into its arguments: then it has no vmap.
+
+    The package puts its own torch.autograd.Function around the op, so it needs no gradient of the op itself. A call
+    from elsewhere, an exported graph for one, has the gradient that `register_gradient` gives the op, or else an error.
     """
 
     def outside_autocast(*args: Any) -> Any:
@@ -63,7 +66,66 @@ def register(
     op = getattr(torch.ops.llama_kernels, name).default
     if not op._schema.is_mutable:
         torch.library.register_vmap(f"llama_kernels::{name}", _example_by_example(op), lib=LIBRARY)
-    return op
+    LIBRARY.impl(name, _autograd_of(op), "Autograd", with_keyset=True)
+
+    def call(*args: Any) -> Any:
+        if _is_compiling():  # the guard cannot be traced
+            return op(*args)
+        if _functorch_is_active():  # it would undo the guard
+            token = _without_autograd.set(True)
+            try:
+                return op(*args)
+            finally:
+                _without_autograd.reset(token)
+        with _below_autograd():  # half a microsecond, where the kernel of autograd takes three
+            return op(*args)
+
+    return call
+
+
+_is_compiling = torch.compiler.is_compiling
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_without_autograd: ContextVar[bool] = ContextVar("llama_kernels.without_autograd", default=False)
+_after_autograd = torch._C._after_autograd_keyset
+_any_requires_grad = torch._C._any_requires_grad
+
+# Of an op: the arguments that have a gradient, and the function of the op's arguments that gives results which know it.
+_gradients: dict[str, tuple[frozenset[str], Callable[..., Any]]] = {}
+
+
+def register_gradient(name: str, arguments: Sequence[str], by: Callable[..., Any]) -> None:
+    """Give `llama_kernels::<name>` the gradient of `by`, which takes the op's arguments and returns its results.
+
+    arguments: those that have a gradient. A call where another one requires grad raises.
+    """
+    _gradients[name] = frozenset(arguments), by
+
+
+def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What `op` does where autograd is not left out, as it is by the package's own calls."""
+    name, parameters = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
+    public = re.sub("(_forward|_backward|_)$", "", name)
+
+    def with_gradient(keyset: Any, *args: Any) -> Any:
+        forward_mode = forward_ad._current_level >= 0
+        wanted = torch.is_grad_enabled() and _any_requires_grad(*args)
+        if not (wanted or forward_mode) or _without_autograd.get():
+            return op.redispatch(keyset & _after_autograd, *args)
+        if _functorch_is_active():
+            fix = f"Call llama_kernels.{public}, which can be differentiated so."
+            raise RuntimeError(f"torch.ops.llama_kernels.{name}: torch.func does not differentiate the op. {fix}")
+        refuse_forward_mode(public, *args)
+        if not wanted:
+            return op.redispatch(keyset & _after_autograd, *args)
+        differentiable, by = _gradients.get(name, (frozenset(), None))
+        for parameter, x in zip(parameters, args, strict=True):
+            if isinstance(x, torch.Tensor) and x.requires_grad and parameter not in differentiable:
+                got, wanted = "a tensor that requires grad", "one without: the op has no gradient of it"
+                fix = f"Call torch.ops.llama_kernels.{name} under torch.no_grad(), or detach the tensor."
+                raise ValueError(message(name, parameter, got, wanted, fix))
+        return by(*args)
+
+    return with_gradient
 
 
 def _example_by_example(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -268,6 +330,8 @@ class Differentiable(torch.autograd.Function):
                 refuse_forward_mode(op, *args)
                 return cls.apply(op, *args)[:returned]
             if torch.compiler.is_dynamo_compiling():
+                if torch.compiler.is_exporting():  # the graph would run forward without gradients, not know backward
+                    return compute(op, *args)[:returned]
                 args = _distinct(args)
             return older_form.apply(op, *args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import Any
 
@@ -437,6 +438,160 @@ def test_gradients_of_the_tables_are_refused(transform, device):
             else:
                 mapped = torch.func.vmap(function)
                 torch.func.grad(lambda c, mapped=mapped: mapped(c).sum())(torch.stack((cos, cos)))
+
+
+# --- the registered ops by themselves --------------------------------------------------------------------------------
+
+
+class _Calls(torch.nn.Module):
+    """A call whose tensors are parameters."""
+
+    def __init__(self, call: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()
+        self.call, self.tensors = call, torch.nn.ParameterList(t.clone() for t in tensors)
+
+    def forward(self, scale):
+        return tuple(tree_leaves(self.call(lk, *[t * scale for t in self.tensors])))
+
+
+def _gradients(module: torch.nn.Module, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(sum(y.sin().sum() for y in module(scale)), list(module.parameters()))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("op", OPS)
+def test_exported_modules_have_gradients(op, strict, device):
+    """An exported graph holds the registered ops alone, and not the autograd.Function around them."""
+    module, scale = _Calls(*_differentiable(device)[op]), torch.ones((), device=device)
+    exported = torch.export.export(module, (scale,), strict=strict).module()
+    _same(_gradients(exported, scale), expected := _gradients(module, scale))
+    assert all(grad.any() for grad in expected)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rope", "attention"])
+def test_exported_modules_compile(op, device):
+    torch._dynamo.reset()
+    module, scale = _Calls(*_differentiable(device)[op]), torch.ones((), device=device)
+    exported = torch.export.export(module, (scale,)).module()
+    _same(_gradients(torch.compile(exported, backend="aot_eager"), scale), _gradients(module, scale))
+
+
+@pytest.mark.parametrize("op", ["add_rms_norm", "qk_norm_rope", "rope_attention"])
+def test_double_backward_through_an_exported_module_is_refused(op, device):
+    module, scale = _Calls(*_differentiable(device)[op]), torch.ones((), device=device)
+    exported = torch.export.export(module, (scale,)).module()
+    leaves = list(exported.parameters())
+    (grad,) = torch.autograd.grad(sum(y.sin().sum() for y in exported(scale)), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"llama_kernels.\w+: double backward"):
+        torch.autograd.grad(grad.sum(), leaves)
+
+
+def _op_calls(device: torch.device) -> dict[str, tuple[Any, Any, tuple[torch.Tensor, ...]]]:
+    """Of each registered op that has a gradient: a call of it, the same by lk.reference, and what has a gradient."""
+    calls = _differentiable(device)
+    (cos, sin), positions = tables(8, 16, device), torch.randint(0, 8, (2, 5), device=device)
+    (x, residual, weight), (q, k, v, sinks) = calls["add_rms_norm"][1], calls["attention"][1]
+    rotation, scoring = (cos, sin, positions), (None, None, None, None, 5, 5, 0.25, None, None, 0)
+
+    def rstd(s):
+        return torch.rsqrt(s.square().mean(-1, keepdim=True) + 1e-6)
+
+    def add_rms_norm(x, r, w):
+        y, s = lk.reference.add_rms_norm(x, r, w)
+        return y, s, rstd(s)
+
+    return {
+        "rms_norm_forward": (
+            lambda x, w: ops.rms_norm_forward(x, None, w, 1e-6, 0.0)[::2],
+            lambda x, w: (lk.reference.rms_norm(x, w), rstd(x)), (x, weight)),
+        "rms_norm_forward with a residual": (
+            lambda x, r, w: ops.rms_norm_forward(x, r, w, 1e-6, 0.0), add_rms_norm, (x, residual, weight)),
+        "rope": (
+            lambda q, k: ops.rope(q, k, *rotation, False, False),
+            lambda q, k: lk.reference.rope(q, k, *rotation), (q, k)),
+        "rope of q, inverse": (
+            lambda q: ops.rope(q, None, *rotation, False, True)[0],
+            lambda q: lk.reference.rope(q, None, cos, -sin, positions)[0], (q,)),
+        "qk_norm_rope": (
+            lambda q, k, a, b: ops.qk_norm_rope(q, k, a, b, *rotation, 1e-6, 0.0, False),
+            lambda q, k, a, b: lk.reference.qk_norm_rope(q, k, a, b, *rotation), (q, k, weight, weight + 1)),
+        "qk_norm_rope of q": (
+            lambda q: ops.qk_norm_rope(q, None, None, None, *rotation, 1e-6, 0.0, False)[0],
+            lambda q: lk.reference.qk_norm_rope(q, None, None, None, *rotation)[0], (q,)),
+        "attention_forward": (
+            lambda q, k, v, s: ops.attention_forward(q, k, v, s, *scoring),
+            lambda q, k, v, s: lk.reference.attention(q, k, v, sinks=s, return_lse=True), (q, k, v, sinks)),
+    }  # fmt: skip
+
+
+OP_CALLS = list(_op_calls(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", OP_CALLS)
+def test_registered_ops_have_gradients(name, device):
+    """Of all tensors at once, of each alone, and from each result alone."""
+    call, reference, tensors = _op_calls(device)[name]
+    for wanted in (range(len(tensors)), *([i] for i in range(len(tensors)))):
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        asked = [leaves[i] for i in wanted]
+        zero = sum(0 * t.sum() for t in asked)  # some result depends on none of them
+        results, expected = tree_leaves(call(*leaves)), tree_leaves(reference(*leaves))
+        losses = [[y.sin().sum() for y in each] for each in (results, expected)]
+        for ours, theirs in (*zip(*losses, strict=True), map(sum, losses)):
+            _same(*(torch.autograd.grad(y + zero, asked, retain_graph=True) for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize("name", OP_CALLS)
+def test_derivatives_that_registered_ops_lack_are_refused(name, device):
+    call, _, tensors = _op_calls(device)[name]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    (grad,) = torch.autograd.grad(sum(y.sin().sum() for y in tree_leaves(call(*leaves))), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"llama_kernels.\w+: double backward"):
+        torch.autograd.grad(grad.sum(), leaves)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"llama_kernels.\w+: forward-mode"):
+        call(forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:])
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match=r"ops.llama_kernels.\w+: torch.func does not differentiate the op"):
+            transform(lambda x: tree_leaves(call(x, *tensors[1:]))[0].sum())(tensors[0])
+
+
+WITHOUT_GRADIENT = ("norm backward", "rope in place", "packed projection backward", "into a cache", "heads backward",
+                    "attention backward, options", "rotated attention backward")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_registered_ops_without_a_gradient_are_refused(name, device):
+    op, args = _calls(device)[name]
+    floating = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    before = [args[i].clone() for i in floating]
+    for i in floating:
+        leaf = args[i].detach().clone().requires_grad_()
+        wanted = f"llama_kernels.{op.__name__}: {op.default._schema.arguments[i].name} is a tensor that requires grad"
+        with pytest.raises(ValueError, match=wanted):
+            op(*args[:i], leaf, *args[i + 1 :])
+    for i, x in zip(floating, before, strict=True):
+        assert torch.equal(args[i], x), "it ran all the same"
+
+
+@pytest.mark.parametrize("op", ["rope", "qk_norm_rope"])
+def test_gradients_of_the_tables_of_registered_ops_are_refused(op, device):
+    q, (cos, sin) = torch.randn(1, 2, 5, 16, device=device), tables(5, 16, device)
+    calls = {
+        "rope": lambda c: ops.rope(q, None, c, sin, None, False, False),
+        "qk_norm_rope": lambda c: ops.qk_norm_rope(q, None, None, None, c, sin, None, 1e-6, 0.0, False),
+    }
+    with pytest.raises(ValueError, match=f"llama_kernels.{op}: cos is a tensor that requires grad"):
+        calls[op](cos.requires_grad_())
+    with torch.no_grad():
+        calls[op](cos)
+
+
+def test_decode_attention_has_no_gradient(device):
+    importlib.import_module("llama_kernels.ops.attention.masked_decode")
+    q, kv, visible = torch.randn(1, 2, 1, 16, device=device), torch.randn(1, 2, 8, 16, device=device), torch.ones(1, 8)
+    args = (kv, kv, visible.bool().to(device), None, None, None, 0.25, None)
+    with pytest.raises(ValueError, match=r"llama_kernels.decode_attention: q is a tensor that requires grad"):
+        ops.decode_attention(q.requires_grad_(), *args)
 
 
 # --- derivatives that there are not ----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from llama_kernels.runtime import (
     processors_of,
     refuse_double_backward,
     register,
+    register_gradient,
     shape_of,
     sizes_of,
     strides_of,
@@ -467,6 +468,13 @@ class _QKNormRope(Differentiable):
         grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (dq, dk, q, k, *rest[:2]))
         return None, *grads, *[None] * 6
+
+
+register_gradient(
+    "qk_norm_rope",
+    ("q", "k", "q_weight", "k_weight"),
+    by=lambda q, *rest: (*_QKNormRope.call("qk_norm_rope", q, *rest), q.new_empty(0))[:2],
+)
 
 
 # --- public function -------------------------------------------------------------------------------------------------

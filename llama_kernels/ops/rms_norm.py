@@ -31,6 +31,7 @@ from llama_kernels.runtime import (
     processors_of,
     refuse_double_backward,
     register,
+    register_gradient,
     shape_of,
     shared_bytes_of,
 )
@@ -589,24 +590,57 @@ class _RMSNorm(Differentiable):
 
     @staticmethod
     def backward(ctx, dy, ds=None):
-        x, weight, rstd = ctx.saved_tensors
-        x_dtype, residual_dtype = ctx.grad_dtypes
-        need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
-        need_dx = need_x or need_residual
-        if dy is None:  # only residual_out was used
-            dx, dw = ds, None
-        else:
-            # x and residual have one gradient; where their dtypes differ it is kept in the wider and rounded once.
-            grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
-            dy = last_dim_contiguous(dy)
-            ds = None if ds is None else last_dim_contiguous(ds)
-            dx, dw = _rms_norm_backward(dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw)
-        grads = (
-            dx.to(x_dtype) if need_x and dx is not None else None,
-            dx.to(residual_dtype) if need_residual and dx is not None else None,
-            dw if need_dw else None,
-        )
-        return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
+        return _gradients(ctx, dy, ds)
+
+
+class _RMSNormOp(Differentiable):
+    """The registered op: (y, residual_out, rstd), each with a gradient."""
+
+    @staticmethod
+    def forward(op, x, residual, weight, eps, offset):
+        return _rms_norm_forward(x, residual, weight, eps, offset)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _RMSNorm.setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, dy, ds, drstd):
+        s, _, rstd = ctx.saved_tensors
+        ds = None if ctx.grad_dtypes[1] is None else ds  # without a residual, of a tensor that has no elements
+        if drstd is not None:
+            of_rstd = -drstd * rstd**3 / s.shape[-1] * s.float()
+            ds = of_rstd if ds is None else of_rstd + ds.float()
+        return _gradients(ctx, dy, ds)
+
+
+def _gradients(ctx, dy, ds):
+    """What the backward of both returns; ds is the gradient of the sum."""
+    x, weight, rstd = ctx.saved_tensors
+    x_dtype, residual_dtype = ctx.grad_dtypes
+    need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
+    need_dx = need_x or need_residual
+    if dy is None:  # only residual_out was used
+        dx, dw = ds, None
+    else:
+        # x and residual have one gradient; where their dtypes differ it is kept in the wider and rounded once.
+        grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
+        dy = last_dim_contiguous(dy)
+        ds = None if ds is None else last_dim_contiguous(ds)
+        dx, dw = _rms_norm_backward(dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw)
+    grads = (
+        dx.to(x_dtype) if need_x and dx is not None else None,
+        dx.to(residual_dtype) if need_residual and dx is not None else None,
+        dw if need_dw else None,
+    )
+    return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
+
+
+register_gradient(
+    "rms_norm_forward",
+    ("x", "residual", "weight"),
+    by=lambda *args: _RMSNormOp.call("rms_norm" if args[1] is None else "add_rms_norm", *args),
+)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------

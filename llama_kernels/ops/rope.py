@@ -36,6 +36,7 @@ from llama_kernels.runtime import (
     refuse_double_backward,
     refuse_forward_mode,
     register,
+    register_gradient,
     shape_of,
     sizes_of,
     strides_of,
@@ -267,13 +268,13 @@ class _Rope(Differentiable):
     """(q, k or None) -> the rotated q and k, or q alone. Saves the tables only: its backward rotates by -angle."""
 
     @staticmethod
-    def forward(op, q, k, cos, sin, position_ids, interleaved):
-        q_out, k_out = _rope(q, k, cos, sin, position_ids, interleaved, False)
+    def forward(op, q, k, cos, sin, position_ids, interleaved, inverse):
+        q_out, k_out = _rope(q, k, cos, sin, position_ids, interleaved, inverse)
         return (q_out,) if k is None else (q_out, k_out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, _, _, cos, sin, position_ids, ctx.interleaved = inputs
+        ctx.op, _, _, cos, sin, position_ids, ctx.interleaved, ctx.inverse = inputs
         ctx.save_for_backward(cos, sin, position_ids)
         ctx.set_materialize_grads(False)
 
@@ -285,9 +286,12 @@ class _Rope(Differentiable):
         given = [last_dim_contiguous(g) for g in grads if g is not None]
         if given:
             first, second = (*given, None)[:2]
-            rotated = iter(_rope(first, second, cos, sin, position_ids, ctx.interleaved, True))
+            rotated = iter(_rope(first, second, cos, sin, position_ids, ctx.interleaved, not ctx.inverse))
             grads = [None if g is None else next(rotated) for g in grads]
-        return None, *refuse_double_backward(ctx.op, grads, (dq, dk)), None, None, None, None
+        return None, *refuse_double_backward(ctx.op, grads, (dq, dk)), *[None] * 5
+
+
+register_gradient("rope", ("q", "k"), by=lambda q, *rest: (*_Rope.call("rope", q, *rest), q.new_empty(0))[:2])
 
 
 class _RotatedInPlace(torch.autograd.Function):
@@ -378,7 +382,7 @@ def rope(
         return q, k
     q_, k_ = last_dim_contiguous(q), None if k is None else last_dim_contiguous(k)
     if needs_grad(q, k):
-        q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved), None)[:2]
+        q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved, False), None)[:2]
     else:
         q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False)
     if inplace:  # compilers and transforms see through this copy, not through a Function that modifies its input

@@ -300,12 +300,19 @@ def test_pipelining(family):
 
     model, ids = patch(stock(family)), batch(family).ids
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    with torch.no_grad():
-        split = {"model.layers.1": SplitPoint.BEGINNING}
-        pipe = pipeline(model, mb_args=(), mb_kwargs=arguments, split_spec=split)
-        assert pipe.num_stages == 2
-        logits = pipe.get_stage_module(1)(*pipe.get_stage_module(0)(ids, arguments["attention_mask"]))
-        assert torch.equal(logits, model(**arguments).logits)
+    pipe = pipeline(model, (), arguments, split_spec={"model.layers.1": SplitPoint.BEGINNING})
+    assert pipe.num_stages == 2
+    stages = [pipe.get_stage_module(i) for i in range(2)]
+    logits, expected = stages[1](*stages[0](ids, arguments["attention_mask"])), model(**arguments).logits
+    assert torch.equal(logits, expected)
+    logits.sin().sum().backward()
+    staged = {name: parameter.grad for stage in stages for name, parameter in stage.named_parameters()}
+    if model.config.tie_word_embeddings:  # each stage has a weight of its own
+        staged["model.embed_tokens.weight"] = staged["model.embed_tokens.weight"] + staged["lm_head.weight"]
+    model.zero_grad()
+    expected.sin().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(staged[name], parameter.grad)
 
 
 # --- data parallel, checkpoints of activations -----------------------------------------------------------------------

@@ -23,6 +23,7 @@ from llama_kernels.runtime import (
     needs_grad,
     refuse_double_backward,
     register,
+    register_gradient,
     shape_of,
     values_are_checked,
 )
@@ -77,6 +78,11 @@ class _Attention(Differentiable):
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
         return None, None, *grads, *[None] * (len(bounds) + len(ctx.scalars))
+
+
+register_gradient(
+    "attention_forward", ("q", "k", "v", "sinks"), by=lambda *call: _Attention.call("attention", None, *call)
+)
 
 
 def _apply(op, q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
