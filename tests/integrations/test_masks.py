@@ -258,6 +258,21 @@ def test_blocks_that_see_all_of_themselves(name, state, side, way):
     assert torch.equal(expanded(ours, expected), expected)
 
 
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("kind", ["causal", "sliding", "bidirectional"])
+def test_a_mask_that_the_model_combines_with_another_is_written_out(kind, side):
+    """T5 Gemma 2 and Falcon ask for it: their own code adds something to the mask."""
+    option = "allow_is_bidirectional_skip" if kind == "bidirectional" else "allow_is_causal_skip"
+    call = {"attention_mask": padding(side, S), option: False}
+    try:
+        expected = stock_mask(CREATE[kind], config_for(kind), State(S), **call)
+    except Without as missing:
+        pytest.skip(f"this Transformers has no {missing}")
+    ours = created(NAME, CREATE[kind], config_for(kind), State(S), **call)
+    assert ours.dtype == torch.bool
+    assert torch.equal(expanded(ours, expected), expected)
+
+
 def test_padding_that_has_the_number_of_a_block():
     """PaliGemma's processor gives padding the number of the prefix: on the right it is no second piece of it."""
     blocks = torch.tensor([[0] * 5 + [-1] * 5 + [0] * 2, BLOCKS["a prefix"][1]], device=DEVICE)

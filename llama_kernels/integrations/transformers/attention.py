@@ -124,8 +124,10 @@ def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) ->
 
 
 class _Rearranged(Differentiable):
-    """k and v (B, H, S, D) with their tokens in the order (B, S) that `KeyRanges` describes. The gradients go back by
-    inverse order, each element once, so nothing is summed in random order."""
+    """k and v (B, H, S, D) with their tokens in the order (B, S) that `KeyRanges` describes.
+
+    The gradients go back by the inverse order, each element once, so nothing is summed in random order.
+    """
 
     @staticmethod
     def forward(op, k, v, order, inverse):
@@ -199,18 +201,8 @@ def _stock(
     if eager is None:
         fix = "attn_implementation='eager' has it."
         raise ValueError(message("attention_forward", "attention_mask", reason, "a range of keys for each row", fix))
-    return eager(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        softcap=softcap,
-        s_aux=s_aux,
-        **others,
-    )
+    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    return eager(module, query, key, value, attention_mask, **options, **others)
 
 
 @functools.cache

@@ -147,6 +147,7 @@ def key_ranges(
     attention_mask: torch.Tensor | None = None,
     cache_position: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | None = None,
     config: Any = None,
@@ -168,16 +169,20 @@ def key_ranges(
     documents = None
     if attention_mask is None and _call.config is config and config is not None:
         documents = document_starts(_call.position_ids, q_length)
-    if attention_mask is None and documents is None:
-        window = window_of(mask_function)
-        to_be_combined = window == Window(-1, 0) and aligned and not allow_is_causal_skip
-        if window is not None and (aligned or window == Window(-1, -1)) and not to_be_combined:
-            return pack_window(window, device)
+    window = window_of(mask_function)
+    skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip
+    # A window that may not be left out is combined with another mask by the model's own code, unless it is of a
+    # decoding step in a static cache. Transformers 4 leaves out none in a static cache.
+    static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)
+    combined = window is not None and not skip and not static_step and cache_position is None
+    plain = window is not None and attention_mask is None and documents is None and not combined
+    if plain and (aligned or window == Window(-1, -1)):
+        return pack_window(window, device)
 
     own = torch.arange(q_length, device=device) + q_offset
     rows = Rows(own, own[None], kv_offset + kv_length, None if attention_mask is None else attention_mask.bool())
     interval = None
-    if getattr(config, "model_type", None) not in _SCATTERED_BLOCKS:
+    if not combined and getattr(config, "model_type", None) not in _SCATTERED_BLOCKS:
         if torch.compiler.is_compiling():
             interval = traced_interval(mask_function, rows, batch_size, use_vmap, local_size)
         else:
