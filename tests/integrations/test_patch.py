@@ -17,7 +17,7 @@ from torch import nn
 
 pytest.importorskip("transformers", minversion="4.57")
 
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from llama_kernels.integrations.transformers import patch, report, unpatch
@@ -216,6 +216,13 @@ def test_strict_raises_where_something_stays_stock():
     assert "OwnAttention" in str(error.value)
     assert trace_of(model, modeling_llama) == before
     patch(model, rope=False, attention=False, fuse=False, strict=True)
+
+
+def test_layers_whose_norms_are_layer_norms_have_nothing_to_fuse():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("persimmon", vocab_size=99, **sizes))
+    patch(model, strict=True)
+    assert {row.kind for row in report(model).rows} == {"attention", "rope"}
 
 
 def test_strict_is_about_what_was_asked_for():

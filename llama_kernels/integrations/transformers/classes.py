@@ -17,6 +17,7 @@ class Found(NamedTuple):
 
     value: Any
     why: str
+    norms: tuple[str, ...] = ()  # of a fusion: the modules that it would skip
 
 
 def found_in(cls: type) -> dict[str, Found]:
@@ -80,7 +81,8 @@ def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
     for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
         if (fusion := fusions.fusion_of(kind, text)) is not None:
             known = fusions.digest(text) in fusions.KNOWN
-            found[kind] = Found(fusion if known else None, "known code" if known else "its forward is not known code")
+            why = "known code" if known else "its forward is not known code"
+            found[kind] = Found(fusion if known else None, why, fusion.norms)
     return found
 
 

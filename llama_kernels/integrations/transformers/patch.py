@@ -177,7 +177,10 @@ def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
         for kind in KINDS:
             if kind not in found:
                 continue
-            value, why = found[kind]
+            value, why, fused = found[kind]
+            parts = [getattr(module, name, None) for name in fused]
+            if fused and not any("rms_norm" in _found(part) for part in parts):
+                continue  # norms of another kind: there is nothing to fuse
             ours = bool(value)
             if kind == "attention":
                 if ours and not hasattr(module, "config"):
@@ -187,13 +190,10 @@ def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
             elif ours and (own := _own_forward(module)) is not None:
                 ours, why = False, own
             elif ours and kind in _NEEDS:
-                parts = [getattr(module, name, None) for name in value.norms]
-                if not any("rms_norm" in _found(part) for part in parts):
-                    continue  # norms of another kind: there is nothing to fuse
                 if not wanted.issuperset(_NEEDS[kind]) or (kind == QK_NORM_ROPE and not found["rope"].value):
                     ours, why = False, "the operations that it is made of are not ours"
                 elif not all(id(part) in norms for part in parts):
-                    ours, why = False, f"{' or '.join(value.norms)} is not a known RMSNorm"
+                    ours, why = False, f"{' or '.join(fused)} is not a known RMSNorm"
             yield Place(module, kind, ours, why)
 
 
