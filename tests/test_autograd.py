@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import llama_kernels as lk
+from llama_kernels.language import INTERPRETED
+from tests.judge import UNIT, relative_error
 from tests.test_rope import tables
 
 ops = torch.ops.llama_kernels
@@ -315,6 +317,9 @@ def _differentiable(device: torch.device) -> dict[str, tuple[Any, tuple[torch.Te
 
 
 OPS = list(_differentiable(torch.device("cpu")))
+# What runs here is wiring, the same on every path; the interpreter takes minutes for these.
+wiring = pytest.mark.skipif(INTERPRETED, reason="wiring, which the run of the reference path tests")
+LIGHT_OPS = [pytest.param(op, marks=wiring) if op in ("attention_varlen", "rope_attention") else op for op in OPS]
 
 
 def _loss(call: Any, module: Any) -> Any:
@@ -322,10 +327,11 @@ def _loss(call: Any, module: Any) -> Any:
 
 
 def _same(results: Any, expected: Any) -> None:
-    results, expected = tree_leaves(results), tree_leaves(expected)
-    assert len(results) == len(expected)
-    for a, b in zip(results, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+    """The same numbers, computed in another order: a few float32 roundings apart, of the whole and of the largest."""
+    for a, b in zip(tree_leaves(results), tree_leaves(expected), strict=True):
+        assert a.shape == b.shape
+        assert relative_error(a, b) <= 8 * UNIT[torch.float32]
+        assert (a - b).abs().max() <= 64 * UNIT[torch.float32] * b.abs().max()
 
 
 def _stacked(results: list[Any]) -> list[torch.Tensor]:
@@ -342,8 +348,8 @@ def test_torch_func_differentiates(op, device):
     _same(torch.func.vjp(_loss(call, lk), *tensors)[1](torch.ones((), device=device)), expected)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["outermost", "innermost"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("last", [False, pytest.param(True, marks=wiring)], ids=["outermost", "innermost"])
+@pytest.mark.parametrize("op", LIGHT_OPS)
 def test_torch_func_maps(op, last, device):
     """vmap of the op, gradients an example, and gradients through a vmap. A batch that lies innermost leaves the last
     dimension of an example not contiguous."""
@@ -363,6 +369,7 @@ def test_torch_func_maps(op, last, device):
     _same([g.movedim(dim, 0) for g in through], gradients)
 
 
+@wiring
 @pytest.mark.parametrize("op", [op for op in OPS if op != "rope in place"])
 def test_torch_func_maps_one_tensor(op, device):
     """The others are shared: their gradients are sums over the batch."""
@@ -377,7 +384,7 @@ def test_torch_func_maps_one_tensor(op, device):
     _same(through, (torch.stack(ours), *map(sum, shared)))
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "rope of q", "attention"])
+@pytest.mark.parametrize("op", ["rms_norm", "rope of q", pytest.param("attention", marks=wiring)])
 def test_jacobians(op, device):
     call, tensors = _differentiable(device)[op]
     everything = tuple(range(len(tensors)))
@@ -458,7 +465,7 @@ def _gradients(module: torch.nn.Module, scale: torch.Tensor) -> tuple[torch.Tens
     return torch.autograd.grad(sum(y.sin().sum() for y in module(scale)), list(module.parameters()))
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=wiring)], ids=["traced", "strict"])
 @pytest.mark.parametrize("op", OPS)
 def test_exported_modules_have_gradients(op, strict, device):
     """An exported graph holds the registered ops alone, and not the autograd.Function around them."""
