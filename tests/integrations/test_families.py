@@ -30,11 +30,36 @@ SERVED_FULLY = (
 )  # fmt: skip
 
 
+def skip_what_cannot_be_built(family: str) -> None:
+    """The configs are those of the release that the table is of: another may refuse one."""
+    try:
+        Baseline(family)
+    except Exception as error:
+        pytest.skip(f"Transformers {transformers.__version__} refuses this config: {error}")
+
+
+def stock_agrees_with_itself(family: str, name: str) -> bool:
+    """Whether stock's SDPA passes the check: in some releases it differs from stock's eager attention, or raises."""
+    baseline = Baseline(family)
+    other = copy.deepcopy(baseline.model)
+    try:
+        other.set_attn_implementation("sdpa")
+        baseline.check(name, other)
+    except Exception:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_patched_family(family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"Transformers {transformers.__version__} has no {family}")
+    version, lines = families_table.committed()
+    if version != transformers.__version__:
+        skip_what_cannot_be_built(family)
     line, failed, rows = families_table.families_row(family)
+    if version != transformers.__version__:
+        failed = {name: why for name, why in failed.items() if stock_agrees_with_itself(family, name)}
     assert not failed, "; ".join(f"{name}: {why}" for name, why in failed.items())
     if family in SERVED_FULLY:
         assert rows
@@ -42,7 +67,6 @@ def test_a_patched_family(family):
         assert not theirs, f"stock: {theirs}"
     if family in MULTIMODAL:
         assert all(row.ours for row in rows if row.kind == "attention" and "Vision" not in row.cls), rows
-    version, lines = families_table.committed()
     if version == transformers.__version__:
         assert line in lines, f"docs/transformers.md is out of date, see tests/integrations/families_table.py: {line}"
 

@@ -298,12 +298,22 @@ def test_a_function_wrapped_by_kernels(monkeypatch, family, wrap):
 def test_pipelining(family):
     from torch.distributed.pipelining import SplitPoint, pipeline
 
-    model, ids = patch(stock(family)), batch(family).ids
+    ids = batch(family).ids
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    pipe = pipeline(model, (), arguments, split_spec={"model.layers.1": SplitPoint.BEGINNING})
-    assert pipe.num_stages == 2
-    stages = [pipe.get_stage_module(i) for i in range(2)]
-    logits, expected = stages[1](*stages[0](ids, arguments["attention_mask"])), model(**arguments).logits
+
+    def staged_logits(model: nn.Module) -> tuple[list[nn.Module], torch.Tensor]:
+        pipe = pipeline(model, (), arguments, split_spec={"model.layers.1": SplitPoint.BEGINNING})
+        assert pipe.num_stages == 2
+        stages = [pipe.get_stage_module(i) for i in range(2)]
+        return stages, stages[1](*stages[0](ids, arguments["attention_mask"]))
+
+    try:
+        staged_logits(stock(family))
+    except RuntimeError as error:
+        pytest.skip(f"the stages of the stock model take other arguments in this Transformers: {error}"[:200])
+    model = patch(stock(family))
+    stages, logits = staged_logits(model)
+    expected = model(**arguments).logits
     assert torch.equal(logits, expected)
     logits.sin().sum().backward()
     staged = {name: parameter.grad for stage in stages for name, parameter in stage.named_parameters()}
