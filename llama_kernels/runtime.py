@@ -361,7 +361,11 @@ class _RefuseDerivatives(torch.autograd.Function):
 
     @staticmethod
     def error(op: str, kind: str) -> RuntimeError:
+        from llama_kernels import reference  # which imports nothing of ours
+
         other = f"llama_kernels.reference.{op} can be differentiated any number of times, in either mode."
+        if op not in reference.__all__:
+            other = "It is for inference."
         return RuntimeError(f"llama_kernels.{op}: {kind} is not supported. {other}")
 
 

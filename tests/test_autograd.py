@@ -599,6 +599,9 @@ def test_decode_attention_has_no_gradient(device):
     args = (kv, kv, visible.bool().to(device), None, None, None, 0.25, None)
     with pytest.raises(ValueError, match=r"llama_kernels.decode_attention: q is a tensor that requires grad"):
         ops.decode_attention(q.requires_grad_(), *args)
+    said = r"decode_attention: .* It is for inference\.$"
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match=said):
+        ops.decode_attention(forward_ad.make_dual(q.detach(), q.detach()), *args)
 
 
 # --- derivatives that there are not ----------------------------------------------------------------------------------

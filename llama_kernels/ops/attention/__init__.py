@@ -1,7 +1,8 @@
 """Grouped-query attention, dense and packed: registered ops, autograd, public functions.
 
-forward.py and backward.py hold the kernels, decode.py those for few queries and many keys, tiles.py what they share on
-the device, tables.py their tile sizes, layout.py how a call looks to them, and cpu.py the same in plain PyTorch.
+forward.py and backward.py hold the kernels, decode.py those for few queries and many keys, masked_decode.py the op that
+calls them with single keys hidden, tiles.py what they share on the device, tables.py their tile sizes, layout.py sizes
+and strides of a call, and cpu.py the same in plain PyTorch.
 """
 
 from __future__ import annotations

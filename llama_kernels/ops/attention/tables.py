@@ -126,7 +126,7 @@ _HALF = {
 
 # float32 is multiplied as such, on no tensor core: both operands pass through registers, which asks for small tiles or
 # many warps, and one stage. Among those that spill nowhere in the compile gate, the largest. (At other widths, or with
-# all options at once, nine kernels spill 8 to 24 bytes: `python -m bench.codegen --full` names them.) On sm_80,
+# all options at once, ten kernels spill 8 to 24 bytes: `python -m bench.codegen --full` names them.) On sm_80,
 # Triton 3.9 has 64 registers do what took 128: 64 x 64 at width 128 would spill 1,720 bytes.
 _FLOAT32 = {
     ("sm_90", "forward"): (Tile(32, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
