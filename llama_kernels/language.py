@@ -59,3 +59,11 @@ def dot(a, b, acc=None):
     if _BF16_IS_BITS and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def inverse_root(x):
+    """1 / sqrt(x) of float32 x. The instruction that GPUs have for it takes x below 2^-126 for 0, so small x is scaled."""
+    small = x < 2.0**-100
+    root = tl.rsqrt(tl.where(small, x * 2.0**48, x))
+    return tl.where(small, root * 2.0**24, root)

@@ -34,6 +34,19 @@ def test_attention_runs_on_tensor_cores(target):
     assert not any(r.faults for r in kernels.values())
 
 
+def test_documents_of_one_token_run_the_kernels_of_longer_ones():
+    """Their length is no constant of the kernel: ptxas crashes on some code in which it is (Triton 3.6, sm_90). Without
+    causal mask and window, which calls of documents of one token do not need."""
+    from bench import codegen, ones
+
+    def machine_code(length: int) -> list[bytes]:
+        size = ones._Size("documents", Sq=length, Sk=length, tokens=512)
+        case = codegen.Case("attention", "", lambda: ones._attention(64, torch.bfloat16, size, "bounds"))
+        return [kernel.asm["cubin"] for _, kernel in codegen.compile_case("sm_90", case)]
+
+    assert machine_code(1) == machine_code(7)
+
+
 @pytest.mark.parametrize("op, label", [("rope", "D=128 R=128 heads=32/8"), ("rms_norm", "N=4096 +residual")])
 def test_memory_bound_kernels_move_16_bytes_at_a_time(op, label):
     for r in reports("sm_90", op, label):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.language import tl
+from llama_kernels.language import INTERPRETED, tl
 from llama_kernels.ops import rms_norm
 from tests.judge import eager_rms_norm, guarded, guarded_allocations, ideal_rms_norm, judge, memory_order, unchanged
 
@@ -179,6 +180,25 @@ def test_rows_of_zeros_stay_zeros(device):
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(y, torch.zeros_like(y))
     torch.testing.assert_close(dx, (w * 1e3).expand_as(dx))  # rstd = 1 / sqrt(eps)
+
+
+@pytest.fixture
+def rsqrt_of_a_gpu(monkeypatch):
+    """In the interpreter: its rsqrt takes numbers below 2^-126 for 0, as rsqrt.approx.ftz does."""
+    if INTERPRETED:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        exact = InterpreterBuilder.create_rsqrt
+
+        def flushing(self, x):
+            return exact(self, TensorHandle(np.where(abs(x.data) < 2.0**-126, np.float32(0), x.data), x.dtype))
+
+        monkeypatch.setattr(InterpreterBuilder, "create_rsqrt", flushing)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_rows_whose_mean_square_is_below_the_normal_numbers(device, rsqrt_of_a_gpu):
+    check((4, 256), torch.float32, device, size=1e-20, eps=0.0)
 
 
 @pytest.mark.corpus(32)

@@ -14,7 +14,7 @@ from llama_kernels.runtime import cdiv, lanes_of
 _BLOCK_P, _BLOCK_N, _THREADS = 128, 32, 256  # 32 columns of float32 are a line of 128 bytes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _sum_partials_kernel(partials_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """out = sum of the P rows of partials (P, N), for BLOCK_N columns. Bytes: partials in, out out. FLOPs: P N."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

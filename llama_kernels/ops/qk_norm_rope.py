@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from llama_kernels import reference
-from llama_kernels.language import cast, tl, triton
+from llama_kernels.language import cast, inverse_root, tl, triton
 from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.pairs import (
     angle_arguments,
@@ -145,7 +145,7 @@ def _forward_heads(
         x_ptrs = x_tokens + h.to(tl.int64)[None, :] * x_strides[1]  # [BLOCK_T, BLOCK_H]
         y_ptrs = y_tokens + h.to(tl.int64)[None, :] * y_strides[1]
         x = _load_vectors(x_ptrs, there, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
-        rstd = tl.rsqrt(_sum(x, x) / D + eps)
+        rstd = inverse_root(_sum(x, x) / D + eps)
         if D > 2 * HALF:  # no room for two vectors of weights beside two of x
             scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
         y = _scaled(_times(x, rstd), scales)
@@ -153,7 +153,7 @@ def _forward_heads(
         _store_vectors(y_ptrs, there, Vectors(y0, y1, y.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions"])
 def _qk_norm_rope_forward_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides, position_strides,
@@ -220,7 +220,7 @@ def _backward_heads(
         dy = _load_vectors(dy_ptrs, there, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
         g0, g1 = rotate(dy.x0, dy.x1, angles)
         g = Vectors(g0, g1, dy.rest)
-        rstd = tl.where(there[:, :, None], tl.rsqrt(_sum(x, x) / D + eps), 0.0)  # beyond: 0, also where eps is 0
+        rstd = tl.where(there[:, :, None], inverse_root(_sum(x, x) / D + eps), 0.0)  # beyond: 0, also where eps is 0
         xhat = _times(x, rstd)
         if dw_ptr is not None:
             dw = Vectors(dw.x0 + g.x0 * xhat.x0, dw.x1 + g.x1 * xhat.x1, dw.rest + g.rest * xhat.rest)
@@ -239,7 +239,7 @@ def _backward_heads(
         _store_vectors(row, tl.full([1, 1], True, tl.int1), total, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "S", "Hq", "Hkv", "positions", "q_programs"])
 def _qk_norm_rope_backward_kernel(
     dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, dq_out_ptr, dk_out_ptr, dq_weight_ptr, dk_weight_ptr,
     cos_ptr, sin_ptr, position_ids_ptr,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from llama_kernels import reference
-from llama_kernels.language import TRITON_VERSION, cast, tl, triton
+from llama_kernels.language import TRITON_VERSION, cast, inverse_root, tl, triton
 from llama_kernels.launch import Launch, remembered
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.runtime import (
@@ -150,7 +150,7 @@ def _store_normed(y_rows, live, s, rstd, scale, weight_ptr, offset, n, N: tl.con
     tl.store(y_rows[:, None] + cols[None, :], y, mask=live[:, None] & (cols < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, rstd_ptr,
     x_strides, residual_strides, y_strides, s_strides, rstd_strides, row_sizes,
@@ -184,7 +184,7 @@ def _rms_norm_forward_kernel(
         squares += tl.sum(s * s, 1)
         if residual_ptr is not None:
             tl.store(s_rows[:, None] + cols[None, :], cast(s, s_ptr.dtype.element_ty), mask=mask)
-    rstd = tl.rsqrt(squares / N + eps)  # [BLOCK_R]
+    rstd = inverse_root(squares / N + eps)  # [BLOCK_R]
     tl.store(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), rstd, mask=live)
 
     last = (N - 1) // BLOCK_N * BLOCK_N
@@ -219,7 +219,7 @@ def _store_dx(
     tl.store(dx_rows[:, None] + cols[None, :], cast(dx, dx_rows.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rms_norm_backward_kernel(
     dy_ptr, ds_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr,
     dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, row_sizes,
@@ -291,7 +291,7 @@ def _rms_norm_backward_kernel(
         tl.store(dw_ptr + tl.program_id(0) * N + first_cols, tl.sum(dw, 0), mask=first_cols < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rms_norm_weight_grad_kernel(
     dy_ptr, x_ptr, rstd_ptr, dw_ptr,
     dy_strides, x_strides, rstd_strides, row_sizes,

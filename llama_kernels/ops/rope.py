@@ -74,7 +74,7 @@ def _rotate_heads(
                 tl.store(y_vectors[:, :, None] + d[None, None, :], rest, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "slots"])
 def _rope_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, slots_ptr,
     q_strides, k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides,

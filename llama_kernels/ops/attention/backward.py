@@ -23,6 +23,7 @@ from llama_kernels.ops.attention.layout import (
     empty_grads,
     far,
     lse_strides,
+    size_arguments,
     width_class,
 )
 from llama_kernels.ops.attention.tables import tile_for
@@ -177,7 +178,7 @@ def _add_dkdv(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
     kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
@@ -261,7 +262,7 @@ def _add_dq(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
     kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
@@ -329,7 +330,7 @@ def _plan_delta(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens
         (
             o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
             strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
-            lse_strides(delta), None if dq_sum is None else strides_of(dq_sum), sizes,
+            lse_strides(delta), None if dq_sum is None else strides_of(dq_sum), size_arguments(sizes),
         ),
         {"DV": o.shape[-1], "FAR": far(o, do), "BLOCK_M": BLOCK_M, "BLOCK_DV": BLOCK_DV, "num_warps": 4},
     )  # fmt: skip
@@ -367,7 +368,7 @@ def _plan(
     bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *turned.tensors)
     bounds_strides = (bound_strides(kv_start), bound_strides(kv_end), *turned.strides)
     window = call_window(left, right, sizes.longest_q, sizes.longest_k)
-    rest = (sizes, call_scoring(scale, softcap), window, turned.positions)
+    rest = (size_arguments(sizes), call_scoring(scale, softcap), window, turned.positions)
     flags = {**call_widths(q, v), "FAR": far(q, k, v, do), "HALF": turned.half, "INTERLEAVED": turned.interleaved}
 
     tile = tile_for("dkdv", q, v, softcap is not None or kv_end is not None)

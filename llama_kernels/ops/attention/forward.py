@@ -18,6 +18,7 @@ from llama_kernels.ops.attention.layout import (
     empty_outputs,
     far,
     lse_strides,
+    size_arguments,
 )
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import (
@@ -117,7 +118,7 @@ def _plan(
             (
                 q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k,
                 *map(strides_of, (q, k, v, o)), lse_strides(lse), *map(bound_strides, (kv_start, kv_end)),
-                sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
+                size_arguments(sizes), call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
             ),
             {**call_widths(q, v), "FAR": far(q, k, v, o), "CARRY": tile.carry, **tile.launch_options},
         )  # fmt: skip

@@ -49,6 +49,16 @@ def call_sizes(
     return Sizes(B, Hq, max(Hq // max(Hkv, 1), 1), Sq, Sk, longest_q, longest_k)
 
 
+def size_arguments(sizes: Sizes) -> Sizes:
+    """As kernels take them: the longest lengths as their negatives, which `tiles.sequence` knows.
+
+    Triton makes a constant of an integer argument that is 1. With lengths that are known to be 1 or less, loops and
+    branches fold into code on which ptxas crashes (Triton 3.6, sm_90, D = 64). A negative number is never 1, and still
+    shows the compiler a multiple of 16, which @triton.jit's do_not_specialize would hide.
+    """
+    return sizes._replace(longest_q=-sizes.longest_q, longest_k=-sizes.longest_k)
+
+
 def call_scoring(scale: float, softcap: float | None) -> Scoring:
     log2e = math.log2(math.e)
     if softcap is None and scale > 0:

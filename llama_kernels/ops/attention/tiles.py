@@ -69,15 +69,16 @@ def query_tile(pid, sizes, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def sequence(cu_seqlens_ptr, b, size, longest):
-    """First token and length of sequence b: all of it, or as cu_seqlens says, but never outside of the tensor."""
+def sequence(cu_seqlens_ptr, b, size, minus_longest):
+    """First token and length of sequence b: all of it, or as cu_seqlens says, but never outside of the tensor, and no
+    longer than -minus_longest (layout.size_arguments says why it is negative)."""
     start = tl.cast(0, tl.int64)
     length = size
     if cu_seqlens_ptr is not None:
         first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), size)
         last = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), first), size)
         start = first.to(tl.int64)
-        length = tl.minimum(last - first, longest)
+        length = tl.minimum(last - first, -minus_longest)
     return start, length
 
 

@@ -34,7 +34,14 @@ from llama_kernels.ops.attention.hopper.schedule import (
     row_walk,
     slot_of,
 )
-from llama_kernels.ops.attention.layout import Sizes, call_scoring, call_window, far, width_class
+from llama_kernels.ops.attention.layout import (
+    Sizes,
+    call_scoring,
+    call_window,
+    far,
+    size_arguments,
+    width_class,
+)
 from llama_kernels.ops.attention.tiles import (
     Mask,
     load_tile,
@@ -275,7 +282,7 @@ def _hopper_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _round_dq_kernel(
     sum_ptr, dq_ptr, cu_seqlens_q_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     sum_strides, dq_strides, cos_strides, sin_strides, position_strides,
@@ -312,7 +319,8 @@ def _plan(
             *(describe(x, 64, tile.width) for x in (q, k, v, do)), describe_rows(lse2, 64), describe_rows(delta, 64),
             describe(dq_sum, 64, 64), describe(made, 64, tile.width), describe(dv, 64, tile.width),
             cu_seqlens_q, cu_seqlens_k,
-            sizes, call_scoring(scale, softcap), call_window(left, right, sizes.longest_q, sizes.longest_k),
+            size_arguments(sizes), call_scoring(scale, softcap),
+            call_window(left, right, sizes.longest_q, sizes.longest_k),
         ),
         {"PADDING": padding, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4},
     )  # fmt: skip
@@ -331,7 +339,7 @@ def _round(made, grad, cu_seqlens, sizes: Sizes, scale: float, rotation: Rotatio
         (cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq,),
         (
             made, grad, cu_seqlens, *rotation.tensors, strides_of(made), strides_of(grad), *rotation.strides,
-            sizes, scale, rotation.positions,
+            size_arguments(sizes), scale, rotation.positions,
         ),
         {
             "D": D, "FAR": far(grad), "HALF": rotation.half, "INTERLEAVED": rotation.interleaved,

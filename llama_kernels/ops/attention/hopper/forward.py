@@ -29,7 +29,14 @@ from llama_kernels.ops.attention.hopper.schedule import (
     slot_of,
     turn_phase,
 )
-from llama_kernels.ops.attention.layout import call_scoring, call_sizes, call_window, empty_outputs, lse_strides
+from llama_kernels.ops.attention.layout import (
+    call_scoring,
+    call_sizes,
+    call_window,
+    empty_outputs,
+    lse_strides,
+    size_arguments,
+)
 from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
 from llama_kernels.runtime import cdiv
 
@@ -264,7 +271,7 @@ def _plan(
                 describe(q, 64, tile.width), describe(k, tile.BLOCK_N, tile.width),
                 describe(v, tile.BLOCK_N, tile.width), describe(o, 64, tile.width),
                 lse, sinks, cu_seqlens_q, cu_seqlens_k, lse_strides(lse),
-                sizes, call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
+                size_arguments(sizes), call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
             ),
             {"BLOCK_N": tile.BLOCK_N, "STAGES": tile.STAGES, "num_warps": 4},
         )  # fmt: skip
