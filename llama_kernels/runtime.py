@@ -238,13 +238,20 @@ def family_of(gpu: GPU) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(gpu.arch[0], "sm_86")
 
 
+# AMD's GCN and RDNA 1 and 2. There Triton writes products out, which takes minutes to compile and spills kilobytes.
+_WITHOUT_MATRIX_INSTRUCTIONS = re.compile("gfx([78]|90[02469c]|10)")
+
+
 def why_not_compiled(gpu: GPU) -> str | None:
     """What keeps kernels from being compiled for `gpu`. None: nothing does."""
     if not HAS_TRITON:
         return "Triton is not installed"
-    is_amd, needed = isinstance(gpu.arch, str), SHARED_KIB[family_of(gpu)]
-    if not is_amd and gpu.arch < (8, 0):
+    if isinstance(gpu.arch, str):
+        if _WITHOUT_MATRIX_INSTRUCTIONS.match(gpu.arch):
+            return f"{gpu.name} is a {gpu.arch}; wanted an AMD GPU with matrix instructions, CDNA or RDNA 3 or newer"
+    elif gpu.arch < (8, 0):
         return f"{gpu.name} has compute capability {gpu.arch[0]}.{gpu.arch[1]}; Triton compiles for 8.0 and newer"
+    needed = SHARED_KIB[family_of(gpu)]
     if gpu.shared_bytes is not None and gpu.shared_bytes < 1024 * needed:
         has = f"{gpu.shared_bytes // 1024} KiB of shared memory a program"
         return f"{gpu.name} has {has}; the kernels for such a GPU need {needed} KiB"

@@ -83,6 +83,12 @@ def test_each_amd_gpu_takes_the_rows_of_gfx942(arch):
     assert family_of(gpu) == "gfx942" and why_not_compiled(gpu) is None
 
 
+@pytest.mark.parametrize("arch", ["gfx803", "gfx900", "gfx906", "gfx90c", "gfx1030"])
+def test_an_amd_gpu_without_matrix_instructions_is_refused(arch):
+    reason = why_not_compiled(GPU("a GPU", arch, 65536, 64))
+    assert reason.startswith(f"a GPU is a {arch}; wanted an AMD GPU with matrix instructions")
+
+
 def test_warps_are_as_wide_as_the_driver_says(pretend, monkeypatch):
     """RDNA has 32 lanes a warp where CDNA has 64; both take the tiles of gfx942."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
