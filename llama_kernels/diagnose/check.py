@@ -7,6 +7,7 @@ held against float64 and eager code by rule.py, the last two must be equal bit f
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ class Row(NamedTuple):
     call: str
     dtype: str
     nearest: str  # the tensor: a result, or the gradient of an argument
-    error: float | None
+    error: float | None  # None: there is none, as of a result that is NaN
     eager: float | None
     first_call: float | None  # seconds, forward and backward; what was not in Triton's cache is compiled
     faults: list[str]
@@ -101,9 +102,9 @@ def _checked(case: calls.Case, dtype: torch.dtype, device: torch.device, sizes: 
             fault = "two runs differ"
         faults += [f"{tensor}: {fault}"] if fault else []
     nearest = max(verdicts, key=lambda tensor: _share(verdicts[tensor]))
-    found = verdicts[nearest]
+    error, eagers = (x if math.isfinite(x) else None for x in verdicts[nearest][:2])
     name = str(dtype).removeprefix("torch.")
-    return Row(case.label, name, nearest, found.error, found.eager, first_call, faults)
+    return Row(case.label, name, nearest, error, eagers, first_call, faults)
 
 
 def _share(verdict: Verdict) -> float:
