@@ -1,96 +1,86 @@
-"""`python -m llama_kernels`: what runs where on this machine, and why."""
+"""`python -m llama_kernels`: an environment report for bug reports, and with --check a parity check of every op."""
 
 from __future__ import annotations
 
 import argparse
-import platform
+import json
 import sys
-from collections.abc import Iterator
+import time
 
 import torch
 
-import llama_kernels as lk
-from llama_kernels.language import HAS_TRITON, INTERPRETED, triton
-from llama_kernels.ops.attention.hopper.choice import TILES, row
-from llama_kernels.ops.attention.tables import FAMILIES, PASSES, WIDTHS, tile
-from llama_kernels.runtime import arch_of
-
-_OPS = (
-    ("rope and its two fusions", "ops/rope.py"),
-    ("qk_norm_rope", "ops/qk_norm_rope.py"),
-    ("rms_norm, add_rms_norm", "ops/rms_norm.py"),
-    ("attention, attention_varlen", "ops/attention/"),
-    ("rope_attention", "ops/rope_attention.py"),
-)
+from llama_kernels import reference
+from llama_kernels.diagnose import check
+from llama_kernels.diagnose.environment import environment
+from llama_kernels.diagnose.kernels import kernels
+from llama_kernels.diagnose.text import report_lines
+from llama_kernels.language import INTERPRETED
+from llama_kernels.ops.attention.tables import FAMILIES
 
 
-def cpu_path() -> tuple[str, str]:
-    """What CPU tensors run, and why."""
-    if not HAS_TRITON:
-        return "reference", "Triton is not installed (it exists for Linux only)"
-    if INTERPRETED:
-        return "kernels, interpreted", "TRITON_INTERPRET=1: for proofs, thousands of times slower than a GPU"
-    return "reference", "plain PyTorch; TRITON_INTERPRET=1 runs the kernels themselves, in Triton's interpreter"
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m llama_kernels",
+        description="Print what a bug report needs: this machine, its settings, and which kernels run where.",
+    )
+    made.add_argument("--json", action="store_true", help="print JSON")
+    made.add_argument("--arch", choices=FAMILIES, help="show the attention tiles of this family of GPUs")
+    made.add_argument(
+        "--check", nargs="*", metavar="OP",
+        help="check forward and gradients of every op, or of these, against float64 and plain PyTorch, in bfloat16, "
+        "float16 and float32; takes about a minute; exits with status 1 where one fails",
+    )  # fmt: skip
+    made.add_argument("--device", help="where to check: cuda, cuda:1 or cpu; by default the GPU, if there is one")
+    return made
 
 
-def gpu_path() -> tuple[str, str]:
-    """What CUDA and HIP tensors run, and why."""
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        return "nothing", "torch sees no GPU" if built else "this torch is built for CPUs only"
-    if not HAS_TRITON:
-        return "nothing", "Triton is not installed; no GPU tensor falls back to eager in silence"
-    if INTERPRETED:
-        return "kernels, interpreted", "TRITON_INTERPRET=1: copied to the CPU and back; unset it"
-    return "kernels, compiled", "at first use, for each dtype, head width and set of options; then cached on disk"
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status."""
+    made = parser()
+    args = made.parse_args(arguments)
+    if args.check is None:
+        if args.device:
+            made.error("--device says where to --check")
+        report = {"environment": environment(), "kernels": kernels(args.arch)}
+        print(json.dumps(report, indent=1) if args.json else "\n".join(report_lines(**report)))
+        return 0
+    if unknown := sorted(set(args.check) - set(reference.__all__)):
+        made.error(f"--check: unknown op {', '.join(unknown)}; there are {', '.join(reference.__all__)}")
+    return _check(_device(made, args.device), args.check, args.json)
 
 
-def report(family: str | None) -> Iterator[str]:
-    """Lines. `family`: show the attention tiles of this family, not of the GPUs here."""
-    yield f"llama_kernels {lk.__version__}"
-    version = triton.__version__ if HAS_TRITON else "none"
-    yield f"  python {platform.python_version()}, torch {torch.__version__}, triton {version}"
-    families = [] if family is None else [family]
-    for i in range(torch.cuda.device_count()):
-        properties, arch = torch.cuda.get_device_properties(i), arch_of(torch.device("cuda", i))
-        families += [arch] if family is None and arch not in families else []
-        gib = properties.total_memory / 2**30
-        yield f"  cuda:{i}: {properties.name}, {gib:.0f} GiB, tiles of {arch}"
-
-    (cpu, why_cpu), (gpu, why_gpu) = cpu_path(), gpu_path()
-    yield f"\n  {'op':29}{'where':24}{'CPU tensors run':24}GPU tensors run"
-    for op, where in _OPS:
-        yield f"  {op:29}{where:24}{cpu:24}{gpu}"
-    yield f"\n  CPU: {why_cpu}."
-    yield f"  GPU: {why_gpu}."
-
-    for arch in families:
-        yield f"\nattention tiles on {arch}: query rows x keys, warps, stages"
-        for dtype, names in ((torch.bfloat16, "half"), (torch.float32, "float32")):
-            yield f"  {names:10}" + "".join(f"{f'D <= {width}':24}" for width in WIDTHS).rstrip()
-            for pass_ in PASSES:
-                tiles = (tile(arch, pass_, width, dtype) for width in WIDTHS)
-                yield f"    {pass_:8}" + "".join(f"{t!s:24}" for t in tiles).rstrip()
-        yield from _hopper(arch)
-    if not families:
-        yield f"\nattention tiles: --arch shows those of {', '.join(FAMILIES)}."
+def _device(made: argparse.ArgumentParser, name: str | None) -> torch.device:
+    """Where to check. By default a GPU, unless kernels are interpreted, for which it is a detour."""
+    available = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if available and not INTERPRETED else "cpu"))
+    except RuntimeError as error:
+        made.error(f"--device {name}: {str(error).splitlines()[0]}")
+    if device.type not in ("cuda", "cpu"):
+        made.error(f"--device {name}: kernels run on CUDA and HIP GPUs (cuda), and on the CPU (cpu)")
+    if device.type == "cuda" and not available:
+        made.error(f"--device {name}: torch sees no GPU; `python -m llama_kernels` shows its driver")
+    return device
 
 
-def _hopper(arch: str) -> Iterator[str]:
-    """Which passes take a Hopper kernel instead, and why not."""
-    for pass_, rows in TILES.items() if arch == "sm_90" else ():
-        choices = [row(pass_, arch, torch.bfloat16, rows[i].width, rows[i].width) for i in range(len(rows))]
-        if len(set(choices)) == 1:
-            yield f"  hopper {pass_}, half: portable, {choices[0]}"
-        else:
-            said = (f"{'portable' if isinstance(c, str) else f'{c!s}'}" for c in choices)
-            yield f"  hopper {pass_}, half: " + "".join(f"{what:24}" for what in said).rstrip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m llama_kernels", description="What runs where on this machine.")
-    parser.add_argument("--arch", choices=FAMILIES, help="show the attention tiles of this family of GPUs")
-    print("\n".join(report(parser.parse_args().arch)))
+def _check(device: torch.device, only: list[str], as_json: bool) -> int:
+    start, rows = time.perf_counter(), []
+    if not as_json:
+        here = {name: x for name, x in environment().items() if name in ("llama_kernels", "system", "packages", "GPUs")}
+        print(*report_lines(here), "", check.heading(device), sep="\n", flush=True)
+    for row in check.run(device, only):
+        rows.append(row)
+        if not as_json:
+            print(check.line(row), flush=True)
+    failed = not all(row.passed for row in rows)
+    if as_json:
+        found = {"device": str(device), "checked": check.what_is_checked(device), "passed": not failed}
+        found["calls"] = [{**row._asdict(), "passed": row.passed} for row in rows]
+        print(json.dumps({"environment": environment(), "kernels": kernels(), "check": found}, indent=1))
+    else:
+        print(check.closing(rows), f"It took {time.perf_counter() - start:.0f} s.", sep="\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
@@ -64,6 +64,7 @@ def register(
     LIBRARY.impl(name, kernel if INTERPRETED else outside_autocast, "CPU")
     torch.library.register_fake(f"llama_kernels::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.llama_kernels, name).default
+    LIBRARY.impl(name, _refuse_device_of(op), "CompositeExplicitAutograd")  # every other device and layout
     if not op._schema.is_mutable:
         torch.library.register_vmap(f"llama_kernels::{name}", _example_by_example(op), lib=LIBRARY)
     LIBRARY.impl(name, _autograd_of(op), "Autograd", with_keyset=True)
@@ -128,6 +129,25 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return with_gradient
 
 
+def _refuse_device_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What `op` does with tensors on a device, or of a layout, that has no kernel: a ValueError. Public functions check
+    their arguments before; this is for calls of torch.ops.llama_kernels and exported graphs."""
+    name, parameters = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
+    public = re.sub("(_forward|_backward|_)$", "", name)
+
+    def refuse(*args: Any) -> Any:
+        for parameter, x in zip(parameters, args, strict=True):
+            if not isinstance(x, torch.Tensor):
+                continue
+            if x.layout != torch.strided:
+                raise ValueError(message(name, parameter, f"of layout {x.layout}", "torch.strided, a dense tensor"))
+            if x.device.type not in KERNEL_DEVICES:
+                raise ValueError(message(name, parameter, f"on {x.device}", _DEVICES_TAKEN, _elsewhere(public)))
+        raise RuntimeError(f"llama_kernels.{name}: there is no kernel for these tensors.")
+
+    return refuse
+
+
 def _example_by_example(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """The vmap rule of `op`: a call for each example, each tensor as the launchers take it, the results stacked."""
 
@@ -160,18 +180,82 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 _HERE = contextlib.nullcontext()
 
 
+# KiB of shared memory that one program may use, by family of GPUs.
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+
+# Kernels run there. On the meta device, and while tracing, only shapes are computed.
+KERNEL_DEVICES = ("cuda", "cpu")
+
+
 @functools.cache
 def arch_of(device: torch.device) -> str:
-    """The family whose tile table rows serve `device`: sm_80, sm_86, sm_90, sm_100 or gfx942."""
-    if device.type != "cuda":
+    """The family whose tile table rows serve `device`: sm_80, sm_86, sm_90, sm_100 or gfx942.
+
+    Every launcher asks before it compiles a kernel, and no launch that is in the launch cache does.
+
+    Raises:
+        ValueError: no kernel can be compiled for `device`.
+    """
+    if device.type != "cuda" or INTERPRETED:
         return "sm_80"  # the interpreter runs any tile
+    gpu = gpu_of(device)
+    if reason := why_not_compiled(gpu):
+        fix = "llama_kernels.reference has every op in plain PyTorch, under the same name, for any device."
+        patched = "A patched Transformers model runs stock code after unpatch(model)."
+        raise ValueError(f"llama_kernels: no kernel can be compiled for {device}: {reason}. {fix} {patched}")
+    return family_of(gpu)
+
+
+class GPU(NamedTuple):
+    """What decides which tiles a GPU takes, and how wide its warps are."""
+
+    name: str
+    arch: tuple[int, int] | str  # compute capability, or on AMD the name of the architecture, gfx942 say
+    shared_bytes: int | None  # that one program may use; None: this torch does not say
+    lanes: int  # threads in a warp
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> GPU:
+    """The CUDA or HIP GPU `device`, as its driver describes it."""
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return GPU(properties.name, arch, properties.shared_memory_per_block, properties.warp_size)
+    arch = (properties.major, properties.minor)
+    shared = getattr(properties, "shared_memory_per_block_optin", None)
+    return GPU(properties.name, arch, shared, properties.warp_size)
+
+
+def family_of(gpu: GPU) -> str:
+    """The family of tiles for `gpu`, a key of SHARED_KIB. `why_not_compiled` tells whether it can run them."""
+    if isinstance(gpu.arch, str):
         return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) == (8, 0):
+    if gpu.arch == (8, 0):
         return "sm_80"
-    # Consumer chips (8.6, 8.9, 12.x) and the unknown share the row that asks for the least shared memory.
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")
+    # Consumer chips (8.6, 8.9, 12.x), 11.0, which Triton gives the tensor-core instructions of those, and the unknown
+    # share the rows that ask for the least shared memory.
+    return {9: "sm_90", 10: "sm_100"}.get(gpu.arch[0], "sm_86")
+
+
+# AMD's GCN and RDNA 1 and 2. There Triton writes products out, which takes minutes to compile and spills kilobytes.
+_WITHOUT_MATRIX_INSTRUCTIONS = re.compile("gfx([78]|90[02469c]|10)")
+
+
+def why_not_compiled(gpu: GPU) -> str | None:
+    """What keeps kernels from being compiled for `gpu`. None: nothing does."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if isinstance(gpu.arch, str):
+        if _WITHOUT_MATRIX_INSTRUCTIONS.match(gpu.arch):
+            return f"{gpu.name} is a {gpu.arch}; wanted an AMD GPU with matrix instructions, CDNA or RDNA 3 or newer"
+    elif gpu.arch < (8, 0):
+        return f"{gpu.name} has compute capability {gpu.arch[0]}.{gpu.arch[1]}; Triton compiles for 8.0 and newer"
+    needed = SHARED_KIB[family_of(gpu)]
+    if gpu.shared_bytes is not None and gpu.shared_bytes < 1024 * needed:
+        has = f"{gpu.shared_bytes // 1024} KiB of shared memory a program"
+        return f"{gpu.name} has {has}; the kernels for such a GPU need {needed} KiB"
+    return None
 
 
 @functools.cache
@@ -182,18 +266,16 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# KiB of shared memory that one program may use, by family.
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-
-
 def shared_bytes_of(device: torch.device) -> int:
-    """Shared memory that one program may use on `device`."""
+    """Shared memory that one program may use on every GPU of the family of `device`."""
     return 1024 * SHARED_KIB[arch_of(device)]
 
 
 def lanes_of(device: torch.device) -> int:
-    """Threads in a warp of `device`."""
-    return 64 if arch_of(device) == "gfx942" else 32
+    """Threads in a warp of `device`: 32, and 64 on AMD's CDNA."""
+    if arch_of(device) != "gfx942":
+        return 32
+    return gpu_of(device).lanes if device.type == "cuda" else 64  # a CPU tensor stands for gfx942 in the compile gate
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -255,7 +337,7 @@ def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on `device`, or None where it is off."""
-    if device.type == "meta":  # torch has no autocast for it, and would raise
+    if device.type not in KERNEL_DEVICES:  # for some torch has no autocast, and would raise
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
@@ -433,6 +515,18 @@ def check_eps(op: str, eps: float | None) -> float:
 _FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
+_DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
+
+
+def _elsewhere(op: str) -> str:
+    """What to call on a device that the kernels do not run on."""
+    from llama_kernels import reference  # which imports nothing of ours
+
+    if op not in reference.__all__:
+        return ""
+    return f"llama_kernels.reference.{op} is the same in plain PyTorch, for any device."
+
+
 def shape_of(x: torch.Tensor) -> str:
     return f"of shape {tuple(x.shape)}"
 
@@ -455,7 +549,7 @@ def check_tensors(
             raise TypeError(message(op, name, x.dtype, " or ".join(map(str, dtypes)), fix))
         if device is None:
             first, device = name, x.device
-            if device.type not in ("cuda", "cpu", "meta"):
-                raise ValueError(message(op, name, f"on {device}", "a CUDA, HIP or CPU tensor"))
+            if device.type not in KERNEL_DEVICES and device.type != "meta":
+                raise ValueError(message(op, name, f"on {device}", _DEVICES_TAKEN, _elsewhere(op)))
         elif x.device != device:
             raise ValueError(message(op, name, f"on {x.device}", f"the device of {first}, {device}"))

@@ -12,10 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import llama_kernels as lk
-from llama_kernels.ops.attention.tables import WIDTHS, tile
 from llama_kernels.runtime import untested
 
 ROOT = Path(lk.__file__).parent.parent
@@ -60,27 +58,6 @@ lk.rms_norm(lk.attention(*lk.rope(q, k, cos, sin), v)).sum().backward()
 print(q.grad.shape == k.grad.shape == v.grad.shape)
 """)  # fmt: skip
     assert out.strip() == "True"
-
-
-@pytest.mark.parametrize("interpret, path", [("0", "reference"), ("1", "kernels, interpreted")])
-def test_the_report_says_which_path_each_op_takes(interpret, path):
-    out = python("-m", "llama_kernels", TRITON_INTERPRET=interpret, CUDA_VISIBLE_DEVICES="")
-    assert lk.__version__ in out and "triton" in out
-    for op in ("rope", "rms_norm", "attention"):
-        line = next(line for line in out.splitlines() if line.strip().startswith(op))
-        assert path in line and "nothing" in line
-    assert "GPU: " in out
-
-
-def test_the_report_shows_tiles():
-    out = python("-m", "llama_kernels", "--arch", "sm_90")
-    forward = next(line for line in out.splitlines() if line.strip().startswith("forward"))
-    tiles = [str(tile("sm_90", "forward", width, torch.bfloat16)) for width in WIDTHS]
-    assert "attention tiles on sm_90" in out and re.split(r"\s{2,}", forward.strip()) == [
-        f"forward {tiles[0]}",
-        *tiles[1:],
-    ]
-    assert "hopper forward, half: portable, " in out and "hopper backward, half: portable, " in out
 
 
 def test_sources_are_typed_and_of_python_3_10():

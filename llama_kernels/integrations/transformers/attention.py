@@ -171,7 +171,7 @@ def _why_stock(query, key, value, attention_mask, dropout, others) -> str | None
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         return "attention_mask is 4-D and no range of keys for each row"
     if not all(is_plain(x) for x in (query, key, value)):
-        return f"a {type(query).__name__}"
+        return f"a {type(query).__name__} on {query.device.type}"
     if value.dtype not in KERNEL_DTYPES:
         return str(value.dtype)
     if max(query.shape[-1], value.shape[-1]) > 256:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +24,30 @@ from llama_kernels.integrations.transformers.source import called_by
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
-from llama_kernels.runtime import KERNEL_DTYPES
+from llama_kernels.runtime import KERNEL_DEVICES, KERNEL_DTYPES
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-_DEVICES = ("cuda", "cpu", "meta")
+_DEVICES = (*KERNEL_DEVICES, "meta")
+logger = logging.getLogger(__name__)
 
 
 def is_plain(x: Any) -> bool:
-    """Whether x is a tensor of dtype and device that the ops take, and no subclass with behaviour of its own."""
-    return type(x) in _PLAIN_TYPES and x.device.type in _DEVICES
+    """Whether x is a tensor on a device that the ops take, and no subclass with behaviour of its own."""
+    if type(x) not in _PLAIN_TYPES:
+        return False
+    if x.device.type in _DEVICES:
+        return True
+    if not torch.compiler.is_compiling():
+        _warn_of_device(x.device.type)
+    return False
+
+
+@functools.cache
+def _warn_of_device(device_type: str) -> None:
+    logger.warning(
+        "llama_kernels: tensors on %s: stock code runs in place of the kernels, which take CUDA, HIP and CPU tensors",
+        device_type,
+    )
 
 
 def _takes(x: Any) -> bool:

@@ -1,0 +1,247 @@
+"""What a bug report needs to know of a machine, as data. A part that cannot be read is reported as its error.
+
+Home folders are written ~, and values that may be secret are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llama_kernels
+from llama_kernels import language, runtime
+
+ROOT = Path(llama_kernels.__file__).parent.parent
+
+
+def environment() -> dict[str, Any]:
+    """Sections by name, each a value of JSON, or {"error": what was raised}."""
+    sections: dict[str, Callable[[], Any]] = {
+        "llama_kernels": package,
+        "python": lambda: f"{platform.python_version()} ({sys.executable})",
+        "system": system,
+        "packages": packages,
+        "torch build": torch_build,
+        "driver": driver,
+        "GPUs": gpus,
+        "triton tools": triton_tools,
+        "variables": variables,
+        "torch settings": torch_settings,
+    }
+    return {name: without_home(attempted(section)) for name, section in sections.items()}
+
+
+def attempted(section: Callable[[], Any]) -> Any:
+    """What `section` returns, with the warnings that it gave, or the error that it raised."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        try:
+            result = section()
+        except Exception as error:
+            result = {"error": described(error)}
+    said = sorted({str(each.message).strip().splitlines()[0] for each in given if str(each.message).strip()})
+    if not said:
+        return result
+    return {**(result if isinstance(result, dict) else {"value": result}), "warnings": said}
+
+
+def described(error: BaseException) -> str:
+    """The type of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
+
+
+# --- what is not printed ---------------------------------------------------------------------------------------------
+
+_HOMES = re.compile(r"(/home|/Users)/[^/\s:;,'\"]+|[A-Za-z]:\\Users\\[^\\\s:;,'\"]+")
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # of an address
+
+
+def without_home(value: Any) -> Any:
+    """`value` with each home folder in its strings as ~."""
+    if isinstance(value, dict):
+        return {key: without_home(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [without_home(x) for x in value]
+    if not isinstance(value, str):
+        return value
+    home = os.path.expanduser("~")
+    for folder in {home, os.path.realpath(home)}:
+        if len(folder) > 1:  # in some containers it is the root folder
+            value = re.sub(re.escape(folder) + r"(?![^/\\\s:;,'\")])", "~", value)
+    return _HOMES.sub("~", value)
+
+
+def without_secrets(name: str, value: str) -> str:
+    """The value of the environment variable `name`, if it may be shown."""
+    return "(hidden)" if _SECRET_NAME.search(name) else _LOGIN.sub("(hidden)", value)
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def package() -> dict[str, Any]:
+    """Version, folder, and the commit of a checkout or of an installation from a repository."""
+    found = {"version": llama_kernels.__version__, "folder": str(Path(llama_kernels.__file__).parent)}
+    if (ROOT / ".git").exists():
+        found["commit"] = _git("rev-parse", "HEAD")
+        found["changed files"] = len(_git("status", "--porcelain", "--", "llama_kernels", "reference").splitlines())
+    else:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            origin = importlib.metadata.distribution("llama-kernels").read_text("direct_url.json") or "{}"
+            found["commit"] = json.loads(origin).get("vcs_info", {}).get("commit_id", "unknown")
+    return found
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def system() -> str:
+    """Operating system, its release, the processor's architecture, and how many processors this process may use."""
+    release = platform.platform()
+    with contextlib.suppress(OSError, AttributeError):  # there is none but on Linux
+        release = f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {release}"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{release}, {platform.machine()}, {usable} CPUs"
+
+
+def packages() -> dict[str, Any]:
+    """Versions of what the package imports or patches."""
+    found: dict[str, Any] = {"torch": torch.__version__}
+    found["triton"] = language.triton.__version__ if language.HAS_TRITON else _why_no_triton()
+    for name in ("numpy", "transformers", "accelerate", "peft", "liger-kernel", "flash-attn"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _why_no_triton() -> str:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:
+        return f"cannot be imported: {described(error)}"
+    return "not imported"
+
+
+def torch_build() -> dict[str, Any]:
+    """What this torch was built with."""
+    found = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "git": torch.version.git_version[:12]}
+    if torch.version.cuda or torch.version.hip:
+        found["GPUs it was built for"] = " ".join(torch.cuda.get_arch_list())
+    return {name: x for name, x in found.items() if x}
+
+
+def driver() -> dict[str, Any]:
+    """Of the GPU: what its own tool, the kernel module and torch say."""
+    found: dict[str, Any] = {}
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        found["nvidia-smi"] = ", ".join(sorted(set(lines))) if lines else f"exit status {done.returncode}"
+    for module in (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")):
+        with contextlib.suppress(OSError):
+            found["kernel module"] = module.read_text().strip().splitlines()[0]
+    if torch.version.cuda:
+        found["newest CUDA it serves"] = attempted(_newest_cuda)
+    return found or {"none": "no GPU driver was found"}
+
+
+def _newest_cuda() -> str:
+    version = torch._C._cuda_getDriverVersion()
+    return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
+
+
+def gpus() -> list[Any] | dict[str, Any]:
+    """Each GPU that torch sees, with the family of tiles that it takes, or why it takes none."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return {"none": "torch sees no GPU" if built else "this torch is built for CPUs only"}
+    return [attempted(lambda i=i: gpu(i)) for i in range(torch.cuda.device_count())]
+
+
+def gpu(index: int) -> dict[str, Any]:
+    """One GPU, by the number that CUDA_VISIBLE_DEVICES gives it."""
+    device = torch.device("cuda", index)
+    properties, described_by_driver = torch.cuda.get_device_properties(device), runtime.gpu_of(device)
+    arch, shared = described_by_driver.arch, described_by_driver.shared_bytes
+    found = {
+        "device": str(device),
+        "name": described_by_driver.name,
+        "architecture": arch if isinstance(arch, str) else "compute capability {}.{}".format(*arch),
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "SMs": properties.multi_processor_count,
+        "shared memory per block": "unknown" if shared is None else f"{shared // 1024} KiB",
+        "threads per warp": described_by_driver.lanes,
+    }
+    refused = runtime.why_not_compiled(described_by_driver)
+    found["tiles"] = f"none: {refused}" if refused else runtime.family_of(described_by_driver)
+    return found
+
+
+def triton_tools() -> dict[str, Any]:
+    """What Triton compiles with, and where it keeps what it compiled."""
+    if not language.HAS_TRITON:
+        return {"none": "Triton is not installed"}
+    knobs = language.triton.knobs
+    folder = Path(knobs.cache.dir)
+    nearest = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    compilers = (os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang")))
+    found = {
+        "cache": str(folder),
+        "cache is writable": os.access(nearest, os.W_OK),
+        "free there": f"{shutil.disk_usage(nearest).free / 2**30:.1f} GiB",
+        "C compiler": next(filter(None, compilers), "none: Triton needs one at the first launch"),
+        "backends": ", ".join(sorted(importlib.import_module("triton.backends").backends)),
+    }
+    for tool in ("ptxas", "ptxas_blackwell"):
+        with contextlib.suppress(Exception):  # not of every release and platform
+            found[tool] = getattr(knobs.nvidia, tool).version
+    return found
+
+
+_PREFIXES = ("TRITON_", "PYTORCH_", "TORCH", "CUBLAS_", "CUDA_", "CUDNN_", "HIP_", "ROCR_", "HSA_", "LLAMA_KERNELS_")
+_NAMES = ("NVIDIA_TF32_OVERRIDE", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_PRELOAD", "LD_LIBRARY_PATH", "CC")
+
+
+def variables() -> dict[str, str]:
+    """Environment variables that change what runs, where, or its numbers."""
+    return {
+        name: without_secrets(name, value)
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_PREFIXES) or name in _NAMES
+    }
+
+
+def torch_settings() -> dict[str, Any]:
+    """Flags of torch that change numbers, of ours or of the eager code that ours are compared with."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags: dict[str, Callable[[], Any]] = {
+        "float32 matmul precision": torch.get_float32_matmul_precision,
+        "matmul.allow_tf32": lambda: matmul.allow_tf32,
+        "cudnn.allow_tf32": lambda: cudnn.allow_tf32,
+        "bf16 reduced precision reduction": lambda: matmul.allow_bf16_reduced_precision_reduction,
+        "fp16 reduced precision reduction": lambda: matmul.allow_fp16_reduced_precision_reduction,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled,
+        "default dtype": lambda: str(torch.get_default_dtype()),
+        "CPU threads": torch.get_num_threads,
+    }
+    return {name: attempted(read) for name, read in flags.items()}

@@ -1,0 +1,109 @@
+"""Which kernel each op takes on each device, forward and backward, and why: as data."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+
+from llama_kernels import reference
+from llama_kernels.diagnose.environment import attempted
+from llama_kernels.language import HAS_TRITON, INTERPRETED
+from llama_kernels.ops.attention.hopper.choice import TILES, hopper_attention, row
+from llama_kernels.ops.attention.tables import PASSES, WIDTHS, tile
+from llama_kernels.runtime import arch_of
+
+_ATTENTION = ("attention", "attention_varlen", "rope_attention")
+_NO_BACKWARD = ("rope_into_cache",)
+_DTYPES = {"bfloat16, float16": torch.bfloat16, "float32": torch.float32}
+
+
+def kernels(family: str | None = None) -> dict[str, Any]:
+    """What runs where. `family`: the tiles of this family of GPUs, not of those that are here."""
+    families = [family] if family else families_here()
+    return {
+        "CPU tensors": cpu_path(),
+        "GPU tensors": gpu_path(),
+        "ops": ops(),
+        "attention": {name: attempted(lambda name=name: attention(name)) for name in families},
+    }
+
+
+def cpu_path() -> dict[str, str]:
+    """What CPU tensors run, and why."""
+    if not HAS_TRITON:
+        return {"runs": "reference", "why": "plain PyTorch; Triton is not installed"}
+    if INTERPRETED:
+        return {"runs": "interpreted", "why": "TRITON_INTERPRET=1: the kernels, in Triton's interpreter, for tests"}
+    return {"runs": "reference", "why": "plain PyTorch; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter"}
+
+
+def gpu_path() -> dict[str, str]:
+    """What CUDA and HIP tensors run, and why. A single GPU may still be refused: "GPUs" says so."""
+    if not HAS_TRITON:
+        return {"runs": "nothing", "why": "Triton is not installed; calls raise, llama_kernels.reference does not"}
+    if INTERPRETED:
+        return {"runs": "interpreted", "why": "TRITON_INTERPRET=1: tensors are copied to the CPU and back; unset it"}
+    if not sees_gpu():
+        return {"runs": "nothing", "why": "torch sees no GPU"}
+    return {"runs": "compiled", "why": "at first use, for each dtype, head width and set of options; then from a cache"}
+
+
+def sees_gpu() -> bool:
+    """Whether torch does. Where it cannot tell, no; "GPUs" of the environment says why."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.cuda.is_available()
+        except Exception:
+            return False
+
+
+def families_here() -> list[str]:
+    """The family of tiles of each GPU that has one, each once. "GPUs" of the environment says why one has none."""
+    found: list[str] = []
+    for i in range(torch.cuda.device_count() if sees_gpu() else 0):
+        with contextlib.suppress(Exception):
+            found.append(arch_of(torch.device("cuda", i)))
+    return list(dict.fromkeys(found))
+
+
+def ops() -> dict[str, dict[str, str]]:
+    """Of each op, which kernels compute it on a GPU."""
+    return {
+        name: {
+            "forward": "portable or Hopper, by the table below" if name in _ATTENTION else "portable",
+            "backward": "none: for inference" if name in _NO_BACKWARD
+            else "portable or Hopper, by the table below" if name in _ATTENTION else "portable",
+        }
+        for name in reference.__all__
+    }  # fmt: skip
+
+
+def attention(family: str) -> dict[str, Any]:
+    """The tiles of the portable kernels, by dtype and pass, for heads of each width, and when a Hopper kernel runs."""
+    portable = {
+        names: {pass_: [str(tile(family, pass_, width, dtype)) for width in WIDTHS] for pass_ in PASSES}
+        for names, dtype in _DTYPES.items()
+    }
+    return {"widths": [f"D <= {width}" for width in WIDTHS], "portable": portable, "Hopper": hopper(family)}
+
+
+def hopper(family: str) -> dict[str, Any]:
+    """Of each pass and width of head, in half precision: what runs now, and what `hopper_attention()` would run."""
+    found: dict[str, Any] = {}
+    for pass_ in TILES:
+        rows = {}
+        for width in WIDTHS:
+            now = row(pass_, family, torch.bfloat16, width, width)
+            with hopper_attention():
+                switched_on = row(pass_, family, torch.bfloat16, width, width)
+            rows[f"D <= {width}"] = {"now": _named(now), "with hopper_attention()": _named(switched_on)}
+        found[pass_] = rows
+    return found
+
+
+def _named(choice: Any) -> str:
+    return f"portable: {choice}" if isinstance(choice, str) else f"Hopper kernel, {choice}"
