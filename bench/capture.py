@@ -23,7 +23,7 @@ import torch
 Calls = Sequence[Callable[[], object]]
 
 CYCLES_A_MS = 2_000_000  # of the GPU's clock, at 2 GHz; slower clocks only wait longer
-BUSY_MS = 20.0  # the GPU is kept busy at least this long to see whether a call waits for it
+BUSY_MS = 5.0  # the GPU is kept busy at least this long to see whether a call waits for it
 MOST_BUSY_MS = 500.0
 
 
@@ -44,11 +44,12 @@ class Lost(RuntimeError):
 
 
 def host_wait(calls: Calls, stream: torch.cuda.Stream) -> str | None:
-    """How `calls`, which have run before, make the host wait for the GPU; None if they do not.
+    """Run `calls`, the first of which has run before; how they make the host wait for the GPU, or None if they do not.
 
     PyTorch's own waits (`.item()`, `.cpu()`, `nonzero`, ...) raise an error under `set_sync_debug_mode("error")`. That
     mode does not see `torch.cuda.synchronize`, events, or the waits of an extension. So the first call runs once more
-    while `stream` is busy: if the stream is idle when the call returns, the call has waited.
+    while `stream` is busy: if the stream is idle when the call returns, the call has waited, or took longer than the
+    stream was busy, which a second try with more time tells apart.
     """
     with torch.cuda.stream(stream):
         try:
@@ -59,18 +60,25 @@ def host_wait(calls: Calls, stream: torch.cuda.Stream) -> str | None:
             if "synchronizing CUDA operation" not in str(e):
                 raise
             return "the host waits for the GPU (PyTorch: called a synchronizing CUDA operation)"
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        calls[0]()
-        host_ms = 1e3 * (time.perf_counter() - start)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(CYCLES_A_MS * min(max(BUSY_MS, 4 * host_ms), MOST_BUSY_MS)))
-        busy = torch.cuda.Event()
-        busy.record()
-        calls[0]()
-        waited = busy.query()
-        torch.cuda.synchronize()
-    return "the host waits for the GPU (a call returned only after earlier work had ended)" if waited else None
+        if _waits(calls[0], BUSY_MS) and _waits(calls[0], 10 * BUSY_MS):
+            return "the host waits for the GPU (a call returned only after earlier work had ended)"
+    return None
+
+
+def _waits(call: Callable[[], object], least_ms: float) -> bool:
+    """Whether `call` returns only when the current stream is idle."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host_ms = 1e3 * (time.perf_counter() - start)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(CYCLES_A_MS * min(max(least_ms, 4 * host_ms), MOST_BUSY_MS)))
+    busy = torch.cuda.Event()
+    busy.record()
+    call()
+    waited = busy.query()
+    torch.cuda.synchronize()
+    return waited
 
 
 @contextlib.contextmanager

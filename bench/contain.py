@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import traceback
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -53,10 +55,19 @@ class Contained:
             r.reason = reason
         if isinstance(e, Unsupported):
             return
+        _free(e)
         fault = reason if isinstance(e, Lost) else gpu_fault(self.device)
-        if fault is not None:
+        if fault not in (None, "out of memory"):  # which other providers' tensors may hold
             incident = self.journal.blame(reason if fault == reason else f"{reason}; then {fault}")
             raise Lost(str(incident)) from None
+
+
+def _free(e: BaseException | None) -> None:
+    """Let go of the tensors in the frames that `e` and its causes came through."""
+    while e is not None:
+        traceback.clear_frames(e.__traceback__)
+        e = e.__context__
+    gc.collect()
 
 
 def mark_unfinished(rows: Iterable[Record], timed: bool) -> None:

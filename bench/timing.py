@@ -98,8 +98,7 @@ class Gpu:
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for call in (*calls[:1], *calls):  # compiled, tuned, and every workspace there is
-                call()
+            calls[0]()  # compiled and tuned, which may wait
         reason = by_events or host_wait(calls, self.stream)
         once = self._launched(calls, 1) * len(calls)
         repeats = max(1, min(math.ceil(SAMPLE_MS / max(once, 1e-3)), MOST_CALLS // len(calls)))

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,29 @@ def test_a_failure_before_the_samples_costs_one_direction():
 def test_no_time_is_no_measurement():
     made, _ = run([NORM], Eager(), clock=FakeClock(0.0), directions=["forward"])
     assert reasons(made, "eager") == {"took no time: it does not work on the current stream"} and made[0].ms is None
+
+
+def test_what_a_failed_provider_held_is_free_before_the_gpu_is_tested(monkeypatch):
+    held, left = [], []
+
+    class Large(Provider):
+        name, cpu = "bad", True
+
+        def rms_norm(self, work, device):
+            def f(x, weight):
+                large = torch.ones(1000)
+                held.append(weakref.ref(large))
+                try:
+                    raise KeyError(large.sum())
+                except KeyError:
+                    raise torch.cuda.OutOfMemoryError("much") from None
+
+            return f
+
+    monkeypatch.setattr(contain, "gpu_fault", lambda device: left.append(held[0]()) or "out of memory")
+    made, lost = run([NORM], Large())
+    assert left == [None] and reasons(made) == {"out of memory"}
+    assert lost is None  # what others hold is no fault of the process
 
 
 def test_work_without_inputs_is_listed(monkeypatch):
@@ -269,6 +293,19 @@ def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeyp
     assert measuring.status_of(run) is None
 
 
+def test_a_file_that_is_being_written_is_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    records.replace_text(path, "old")
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(Path, "write_text", lambda self, text: (self.open("w").write(text[:1]), fail(Killed())()))
+    with pytest.raises(Killed):
+        records.replace_text(path, "new")
+    assert path.read_text() == "old"
+
+
 def test_an_interrupted_run_keeps_its_records_and_goes_on(measure, tmp_path, capsys):
     stopped = measure([NORM, ADD, ROPE], Interrupting(7))  # six samplers of the norm, and one of what follows
     assert measuring.status_of(stopped) == processes.INTERRUPTED
@@ -329,9 +366,13 @@ def test_parity_goes_on_too(tmp_path, monkeypatch, capsys):
 
 
 def test_a_cpu_is_measured_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
-    """Every command that takes --device: torch says that there is a GPU, and any use of it fails."""
+    """Every command that takes --device. Without a GPU, torch says that there is one, and any use of it fails."""
+
+    def used():
+        return torch.cuda.memory_stats().get("allocation.all.allocated", 0) if DEVICE == "cuda" else 0
+
+    before = used()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "_lazy_init", fail(AssertionError("the GPU is used")))
     monkeypatch.setattr(records, "_smi", fail(AssertionError("the GPU is asked for")))
     monkeypatch.setattr("bench.parity.works", lambda dtypes: iter([NORM, ROPE]))
     options = ["--device", "cpu", "--out", str(tmp_path)]
@@ -344,6 +385,7 @@ def test_a_cpu_is_measured_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bench.without_gpu.run", lambda say, workers: ([], extra))
     monkeypatch.setattr("bench.report.write", lambda run, folder: [folder / "report.html"])
     assert main(["run", *options, "--ops", "rms_norm", "--shapes", "Llama 3.2 1B"]) == 0
+    assert used() == before
 
 
 def test_without_a_gpu_no_process_sees_one(monkeypatch):
