@@ -50,7 +50,11 @@ class Comparisons:
                 if plan is not None and getattr(x, "__code__", None) is _LAUNCH_CODE:
                     key = f"{name.removeprefix('llama_kernels.ops.')}.{attribute}"
                     self.launchers[key] = x
-                    setattr(module, attribute, self.compared(key, x if self.cache is launch else self.cache.remembered(plan)))
+                    setattr(
+                        module,
+                        attribute,
+                        self.compared(key, x if self.cache is launch else self.cache.remembered(plan)),
+                    )
 
     def remove(self) -> None:
         for key, launcher in self.launchers.items():

@@ -94,8 +94,8 @@ def dtypes(comparisons: Comparisons) -> None:
 def shapes_and_strides(comparisons: Comparisons) -> None:
     call = launcher(comparisons)
     choices = (
-        tensor(4, 4), tensor(4, 16), tensor(16, 4), tensor(4, 4).t(), tensor(4, 64)[:, ::16], tensor(4, 1), tensor(1, 4),
-        tensor(4, 1).expand(4, 4), tensor(4), tensor(4, 4, 4), tensor(4, 2**16)[:, :4],
+        tensor(4, 4), tensor(4, 16), tensor(16, 4), tensor(4, 4).t(), tensor(4, 64)[:, ::16], tensor(4, 1),
+        tensor(1, 4), tensor(4, 1).expand(4, 4), tensor(4), tensor(4, 4, 4), tensor(4, 2**16)[:, :4],
     )  # fmt: skip
     in_turns(lambda x: call(x, None, None, 1.0, 0), choices)
 
@@ -156,7 +156,7 @@ def optional_arguments(comparisons: Comparisons) -> None:
     in_turns(
         attention,
         (
-            {}, {"is_causal": False}, {"scale": 1.0}, {"scale": -1.0}, {"scale": 0.0}, {"softcap": 1.0}, {"softcap": 16.0},
+            {}, {"is_causal": False}, {"scale": 1.0}, {"scale": -1.0}, {"scale": 0.0}, {"softcap": 1.0},
             {"window_size": (1, 0)}, {"window_size": (16, 0)}, {"window_size": (16, 1)}, {"window_size": (2**33, 0)},
             {"sinks": torch.zeros(4)}, {"kv_start": bound}, {"kv_end": bound}, {"kv_start": bound, "kv_end": bound},
         ),
@@ -326,5 +326,6 @@ def descriptors(comparisons: Comparisons) -> None:
 
 SCENARIOS = (
     numbers, constants, alignments, dtypes, shapes_and_strides, absent_tensors, one_tensor_twice, tensors_in_tuples,
-    two_plans, optional_arguments, devices, streams, threads, hooks, knob, inference_mode, collected_inputs, many_keys, repeats,
+    two_plans, optional_arguments, devices, streams, threads, hooks, knob, inference_mode, collected_inputs, many_keys,
+    repeats,
 )  # fmt: skip

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
+import pkgutil
 import shutil
 import stat
 import subprocess
@@ -86,7 +88,9 @@ def take() -> list[Launched]:
     return [_launched(*line.split(" ")) for line in lines]
 
 
-def _launched(device: str, function: str, name: str, grid: str, block: str, shared: str, stream: str, *rest: str) -> Launched:
+def _launched(
+    device: str, function: str, name: str, grid: str, block: str, shared: str, stream: str, *rest: str
+) -> Launched:
     attributes, parameters = rest
     return Launched(
         int(device), function, name, grid, block, int(shared), int(stream, 16), attributes, tuple(parameters.split(","))
@@ -167,8 +171,10 @@ def install() -> None:
         raise RuntimeError("the package was imported before its registered ops could be noted")
     state = _State()
     _note_kernels(torch)
-    import llama_kernels.integrations.transformers  # noqa: F401  all the ops
+    import llama_kernels.ops
 
+    for module in pkgutil.walk_packages(llama_kernels.ops.__path__, "llama_kernels.ops."):
+        importlib.import_module(module.name)
     _serve_cpu_tensors(torch)
     _set_triton_driver()
 
