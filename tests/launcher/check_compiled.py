@@ -11,7 +11,7 @@ from tests.launcher.mutants import MUTANTS_OF_DESCRIPTORS, check_found
 from tests.launcher.substitute import ARCHITECTURES, tensors_on
 
 # To compile is what takes time here: check_declared.py has all cases.
-SM_80 = (cases.add_rms_norm, cases.rope, cases.attention)
+SM_80 = (cases.add_rms_norm, cases.rope, cases.decode)
 SM_90 = (
     cases.rms_norm_wide, cases.add_rms_norm, cases.rope, cases.rope_inplace, cases.rope_qkv, cases.rope_into_cache,
     cases.qk_norm_rope, cases.attention_with_everything, cases.decode, cases.hopper_rope_attention,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from llama_kernels import launch
 from llama_kernels.runtime import on_device_of
 from tests.launcher.substitute import Launched, state, take
@@ -23,6 +25,7 @@ class Comparison:
     cached: list[Launched]
     by_triton: list[Launched]
     bound: int  # launches that Triton bound in the first: none where the cache had them
+    numbers: tuple[Any, ...]  # the arguments that are no tensors
 
     @property
     def difference(self) -> str | None:
@@ -36,12 +39,11 @@ class Comparison:
 
 @dataclass
 class Comparisons:
-    """Replaces the launchers of the package by ones that compare. `made`: what was compared since `clear`."""
+    """Replaces the launchers of the package by ones that compare."""
 
-    made: list[Comparison] = field(default_factory=list)
+    cache: ModuleType = launch  # or launch.py with a fault
+    made: list[Comparison] = field(default_factory=list)  # since the last `check`
     launchers: dict[str, Callable[..., None]] = field(default_factory=dict)  # as the package has them
-
-    cache: ModuleType = launch  # another one: launch.py with a fault
 
     def install(self) -> None:
         for name, module in list(sys.modules.items()):
@@ -50,11 +52,8 @@ class Comparisons:
                 if plan is not None and getattr(x, "__code__", None) is _LAUNCH_CODE:
                     key = f"{name.removeprefix('llama_kernels.ops.')}.{attribute}"
                     self.launchers[key] = x
-                    setattr(
-                        module,
-                        attribute,
-                        self.compared(key, x if self.cache is launch else self.cache.remembered(plan)),
-                    )
+                    cached = x if self.cache is launch else self.cache.remembered(plan)
+                    setattr(module, attribute, self.compared(key, cached))
 
     def remove(self) -> None:
         for key, launcher in self.launchers.items():
@@ -73,7 +72,8 @@ class Comparisons:
             with on_device_of(args[0]):
                 for each in plan(*args):
                     each.kernel[each.grid](*each.args, **each.options, **launch._ALWAYS)
-            self.made.append(Comparison(name, cached, take(), bound))
+            numbers = tuple(x for x in args if not isinstance(x, torch.Tensor))
+            self.made.append(Comparison(name, cached, take(), bound, numbers))
 
         return call
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest.register_assert_rewrite("tests.launcher.scenarios")
+
 
 @pytest.fixture
 def comparisons() -> Iterator[Any]:
