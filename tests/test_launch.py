@@ -46,8 +46,9 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
     try:
         yield reached
     finally:
-        driver._active = before
         _forget_kernels()
+        gc.collect()  # the kernels, whose driver is asked to unload them
+        driver._active = before
 
 
 def _forget_kernels() -> None:
