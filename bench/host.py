@@ -53,6 +53,9 @@ class _Utils:
     def load_binary(self, *_: Any) -> tuple[object, int, int, int, int]:
         return object(), 0, 0, 0, 1024
 
+    def unload_module(self, _: Any) -> None:  # from Triton 3.9 on, of a kernel that is dropped
+        pass
+
     def get_device_properties(self, _: int) -> dict[str, int]:
         return {"max_shared_mem": 2**20}
 
