@@ -199,7 +199,7 @@ def _dkdv_kernel(
     h_kv, b = pid % Hkv, pid // Hkv % sizes.B
     n = pid // (Hkv * sizes.B) * BLOCK_N  # the first keys, which under a causal mask most rows see, come first
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
     if n >= Sk:
         return
     j = n + tl.arange(0, BLOCK_N)[:, None]
@@ -279,7 +279,7 @@ def _dq_kernel(
     """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
     if m >= Sq:
         return
     i = m + tl.arange(0, BLOCK_M)[:, None]

@@ -57,7 +57,7 @@ def _forward_kernel(
     """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
     if m >= Sq:
         return
     i = m + tl.arange(0, BLOCK_M)[:, None]

@@ -50,13 +50,14 @@ def call_sizes(
 
 
 def size_arguments(sizes: Sizes) -> Sizes:
-    """As kernels take them: the longest lengths as their negatives, which `tiles.sequence` knows.
+    """As kernels take them: Sk and the longest lengths as their negatives.
 
-    Triton makes a constant of an integer argument that is 1. With lengths that are known to be 1 or less, loops and
-    branches fold into code on which ptxas crashes (Triton 3.6, sm_90, D = 64). A negative number is never 1, and still
-    shows the compiler a multiple of 16, which @triton.jit's do_not_specialize would hide.
+    Triton makes a constant of an integer argument that is 1. With a length that is known to be 1 or less, loops and
+    branches fold into code on which ptxas crashes (Triton 3.6, sm_90, D = 32 and 64). A negative number is never 1, and
+    still shows the compiler a multiple of 16, which @triton.jit's do_not_specialize would hide. Sq stays as it is: to
+    negate it costs D = 128 a register that it has not.
     """
-    return sizes._replace(longest_q=-sizes.longest_q, longest_k=-sizes.longest_k)
+    return sizes._replace(Sk=-sizes.Sk, longest_q=-sizes.longest_q, longest_k=-sizes.longest_k)
 
 
 def call_scoring(scale: float, softcap: float | None) -> Scoring:

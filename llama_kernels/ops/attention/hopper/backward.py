@@ -249,7 +249,7 @@ def _hopper_backward_kernel(
     h_kv, b = pid % Hkv, pid // Hkv % sizes.B
     n = pid // (Hkv * sizes.B) * 128  # the first keys, which under a causal mask most rows see, come first
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
     if n < Sk:
         walk = row_walk(Mask(Sk - Sq, window.left, window.right, None, None, Sk), n, Sq, 64, 128)
         heads, padded_start = b * sizes.Hq, 0

@@ -232,7 +232,7 @@ def _hopper_forward_kernel(
     """
     m, h, b = query_tile(gl.program_id(0), sizes, 128)
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, sizes.Sk, sizes.longest_k)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
     if m < Sq:
         mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
         walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), window.left, Sk, BLOCK_N)
