@@ -136,3 +136,13 @@ def test_make_knows_what_each_package_is_used_for():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {re.match(r"[\w-]+", line)[0] for lines in extras.values() for line in lines} - {"llama-kernels"}
     assert named == {package.name for package in packages.PACKAGES}
+
+
+def test_a_target_that_lacks_a_package_stops_and_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "rich" else object())
+    for target, status, said in (
+        ("demo", 1, "make demo needs rich, which python3 does not have. To install: python3 -m pip install rich\n"),
+        ("lint", 0, ""),
+    ):
+        monkeypatch.setattr("sys.argv", ["packages.py", target, "--python", "python3"])
+        assert packages.main() == status and capsys.readouterr().out == said
