@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib.util
 import inspect
 import os
@@ -87,6 +88,12 @@ def test_sources_are_typed_and_of_python_3_10():
     assert len(SOURCES) > 10
     for source in SOURCES:
         ast.parse(source.read_text(), feature_version=(3, 10))
+
+
+@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="the workflows are not part of this copy")
+def test_ci_keeps_the_reports_of_the_compile_gate():
+    pattern = re.search(r"path: (build/codegen\S+)", (ROOT / ".github/workflows/cpu.yml").read_text())[1]
+    assert all(fnmatch.fnmatch(f"build/codegen{version}.json", pattern) for version in ("", "-newest"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools to build")
