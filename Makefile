@@ -1,13 +1,17 @@
 # A fresh machine needs `make demo` and `make test`; each makes .venv by itself. Every target is incremental.
 #   PYTHON=python3.12   which Python .venv is made with
-#   TORCH=2.13.0        which torch; `present` takes the one that PYTHON has
-#   TRITON=3.6.0        which Triton, or `newest`; `present` takes what came with torch
+#   TORCH=2.13.0        which torch; `present` takes this and all other packages from PYTHON, and installs nothing
+#   TRITON=3.7.1        which Triton, or `newest`; `present`, the default for other TORCHes, takes what comes with torch
 # All other packages are of constraints.txt's versions, which were tested with torch 2.13.0; any other TORCH ignores them.
 PYTHON ?= python3
 TORCH ?= 2.13.0
-TRITON ?= 3.6.0
+TRITON ?= $(if $(filter 2.13.0,$(TORCH)),3.7.1,present)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
+ifeq ($(TORCH),present)
+# The path tells one environment's python3 from another's: .venv is made anew for each.
+override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 # A stamp for each choice of versions: another choice installs anew.
@@ -17,45 +21,63 @@ CONSTRAINTS := $(if $(filter 2.13.0,$(TORCH)),constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
-.PHONY: install demo examples test bench newest gpu-check test-all fuzz witness matrix codegen lint clean
+.PHONY: install demo examples test test-present bench newest gpu-check test-all fuzz witness matrix codegen lint clean
 
 install: $(INSTALLED)
 
-$(ENVIRONMENT):
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(if $(filter present,$(TORCH)),--system-site-packages) $(VENV)
-	$(if $(filter present,$(TORCH)),,$(PIP_INSTALL) torch==$(TORCH))
+ifeq ($(TORCH),present)
+ifneq ($(TRITON),present)
+$(error TORCH=present installs nothing, so it takes TRITON=present only, not TRITON=$(TRITON))
+endif
+
+$(INSTALLED): tools/link_environment.py
+	$(PYTHON) tools/link_environment.py $(VENV)
+	@$(BIN)/python tools/packages.py --python $(PYTHON)
 	touch $@
 
+# $(call NEEDS,demo): stops where `make demo` cannot run for want of a package.
+NEEDS = @$(BIN)/python tools/packages.py $(1) --python $(PYTHON)
+else
+$(ENVIRONMENT):
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch==$(TORCH)
+	touch $@
+
+# The interpreter of Triton 3.6 does not work with numpy 2.4.
 $(INSTALLED): $(ENVIRONMENT) pyproject.toml $(CONSTRAINTS)
 	rm -f $(ENVIRONMENT)-*
-	$(PIP_INSTALL) -e '.[test,bench,examples]'
+	$(PIP_INSTALL) -e '.[test,bench,examples]' $(if $(filter present 3.6.%,$(TRITON)),'numpy<2.4')
 ifeq ($(TRITON),newest)
 	$(PIP_INSTALL) --upgrade triton
 else ifneq ($(TRITON),present)
 	$(PIP_INSTALL) triton==$(TRITON)
 endif
 	touch $@
+endif
 
+# DEMO='--steps 50' and the like; `python -m examples.demo --help` has all of it.
 demo: $(INSTALLED)
-	$(BIN)/python -m examples.demo
+	$(call NEEDS,demo)
+	$(BIN)/python -m examples.demo $(DEMO)
 
 # Each side by side, stock and patched, half as long as its default; pictures and numbers in build/examples.
-EXAMPLES := finetune_sequence_classification finetune_token_classification question_answering pretrain generate
+EXAMPLES ?= finetune_sequence_classification finetune_token_classification question_answering pretrain generate
+STEPS ?= 120
 
 examples: $(INSTALLED)
-	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --compare --steps 120 || exit 1; done
+	$(call NEEDS,examples)
+	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --compare --steps $(STEPS) || exit 1; done
 
-# The suite runs twice: the kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run.
-define SUITE_TWICE
-$(BIN)/python -m pytest -n $(JOBS)
-CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS)
-endef
+# The kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run: tests/run.py.
+# PYTEST='tests/test_rope.py -k heads' and the like choose tests.
+test: lint codegen
+	$(call NEEDS,test)
+	$(BIN)/python -m tests.run --workers $(JOBS) $(PYTEST)
 
-# The compile gate holds under Triton 3.6.0, whose code most tiles were chosen by, for all families; under the newest release
-# for sm_90. Other versions have none.
-test: lint $(if $(filter 3.6.0 newest,$(TRITON)),codegen)
-	$(SUITE_TWICE)
+# `make` with TORCH=present on a machine made for it: a virtual environment in another one, without a network.
+test-present: $(INSTALLED)
+	$(BIN)/python -m tests.present_environment
 
 # The suite with the newest release of every package, in an environment of its own; each run upgrades it.
 # TRANSFORMERS=git+https://github.com/huggingface/transformers tests the main branch of Transformers.
@@ -66,15 +88,18 @@ newest:
 	$(BIN)/python -m pip install -q --upgrade --upgrade-strategy eager torch $(TRANSFORMERS) -e '.[test,bench,examples]'
 	$(BIN)/python -m pip install -q --upgrade triton
 	$(BIN)/python -m pip freeze
-	$(SUITE_TWICE)
+	$(BIN)/python -m tests.run --workers $(JOBS) $(PYTEST)
 
 # On a GPU everyone is measured; without one, what is true without: bounds, parity, machine code, the host's cost.
 # BENCH='--preset sweeps --ops rope' and the like; `python -m bench --help` has all of it.
 bench: $(INSTALLED)
+	$(call NEEDS,bench)
 	$(BIN)/python -m bench run $(BENCH)
 
+# GPU_CHECK='--workers 4' and the like.
 gpu-check: $(INSTALLED)
-	$(BIN)/python -m bench.gpu_check
+	$(call NEEDS,gpu-check)
+	$(BIN)/python -m bench.gpu_check $(GPU_CHECK)
 
 # More than CI has time for.
 MINUTES ?= 10
@@ -82,32 +107,53 @@ test-all: test fuzz
 
 # Random calls of everything; a failure is shrunk to a line of tests/reproducers.txt.
 fuzz: $(INSTALLED)
+	$(call NEEDS,fuzz)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 # Others' suites against our ops: WITNESS=flash_attention SUITE=path/to/checkout (docs/reliability.md).
 WITNESS ?= flash_attention
 witness: $(INSTALLED)
-	$(BIN)/python -m pip install -q einops
+	$(if $(filter present,$(TORCH)),,$(PIP_INSTALL) einops)
+	$(call NEEDS,witness)
 	SUITE=$(SUITE) $(BIN)/python -m pytest -o addopts= -q tests/witness/$(WITNESS).py
 
 # Import, interpreter and compiler under each torch with each Triton: an environment a pair, so some gigabytes.
 matrix: $(INSTALLED)
 	$(BIN)/python -m tests.matrix
 
-# Of each Triton a file of its own: build/codegen.json is 3.6.0's, build/codegen-newest.json the newest release's, of
-# sm_90 alone. What the others are there: `python -m bench.codegen`, and docs/performance.md.
-REPORT := build/codegen$(if $(filter 3.6.0,$(TRITON)),,-$(TRITON))
+# The compile gate. Its recorded figures are of Triton 3.6.0, by whose code most tiles were chosen, so that is installed
+# aside for it: build/codegen.json has all families. With TRITON=newest the gate is of the newest release and of sm_90
+# alone: build/codegen-newest.json. What the others are there: `python -m bench.codegen`, and docs/performance.md.
+RECORDED := 3.6.0
+REPORT := build/codegen$(if $(filter newest,$(TRITON)),-newest)
+ifeq ($(TORCH),present)
+codegen:
+	@echo "codegen is left out: it compares with code of Triton $(RECORDED), and TORCH=present installs nothing."
+else
 codegen: $(REPORT).json
+endif
+
+build/codegen.json: ASIDE := build/triton-$(RECORDED)
+build/codegen.json: build/triton-$(RECORDED)
+build/codegen-newest.json: TARGETS := --targets sm_90
 
 $(REPORT).json: $(INSTALLED) $(SOURCES)
-	mkdir -p build
-	$(BIN)/python -m bench.codegen --workers $(JOBS) $(if $(filter newest,$(TRITON)),--targets sm_90) --json $@ > $(REPORT).txt || \
+	PYTHONPATH=$(ASIDE) $(BIN)/python -m bench.codegen --workers $(JOBS) $(TARGETS) --json $@ > $(REPORT).txt || \
 		{ sed -n '/at fault$$/,$$p' $(REPORT).txt; rm -f $@; exit 1; }
 	tail -n 1 $(REPORT).txt
 
+build/triton-$(RECORDED): $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$(RECORDED)
+	touch $@
+
 lint: $(INSTALLED)
+ifeq ($(TORCH),present)
+	$(call NEEDS,lint) || { echo "lint is left out."; exit 0; }; $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+else
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+endif
 
 clean:
 	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

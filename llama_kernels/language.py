@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from llama_kernels.versions import check, interpreter_fault, number
+
 try:
     import triton
-    import triton.language as tl
-except ImportError:
+except ImportError as error:
+    if not (isinstance(error, ModuleNotFoundError) and error.name == "triton"):
+        fault = f"Triton is installed, but cannot be imported: {error}"
+        if error.name == "numpy":  # imported by Triton's interpreter alone
+            fault = f"TRITON_INTERPRET is set, and {interpreter_fault('', None)}"
+        raise ImportError(f"llama_kernels: {fault}", name=error.name) from error
 
     class _Hollow:
         """Stands where Triton is missing: any attribute and any call give it back."""
@@ -25,12 +31,32 @@ except ImportError:
     triton = tl = _Hollow()
     HAS_TRITON = INTERPRETED = False
 else:
+    check("triton", triton.__version__)
+    import triton.language as tl
+
     HAS_TRITON = True
     # Triton decides at decoration whether a kernel is compiled or interpreted, so this is fixed once imported.
     INTERPRETED = bool(triton.knobs.runtime.interpret)
+    if INTERPRETED:
+        import numpy
+
+        if fault := interpreter_fault(triton.__version__, numpy.__version__):
+            raise ImportError(f"llama_kernels: TRITON_INTERPRET is set, and {fault}", name="numpy")
+
+
+def why_not_interpreted() -> str | None:
+    """Why a process with TRITON_INTERPRET=1 cannot run the kernels here, or None where it can."""
+    if not HAS_TRITON:
+        return "Triton is not installed."
+    try:
+        import numpy
+    except ImportError:
+        return interpreter_fault(triton.__version__, None)
+    return interpreter_fault(triton.__version__, numpy.__version__)
+
 
 # (3, 6), say: each release has a compiler of its own, and a tile that fits one's registers may spill in the next's.
-TRITON_VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2]) if HAS_TRITON else (0, 0)
+TRITON_VERSION = number(triton.__version__) if HAS_TRITON else (0, 0)
 
 # The interpreter keeps bfloat16 as bare 16-bit integers: its loads and casts to float32 are right, its arithmetic, its
 # dot and its rounding are not. The two functions below are the only places that know.
@@ -63,7 +89,7 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def inverse_root(x):
-    """1 / sqrt(x) of float32 x. The instruction that GPUs have for it takes x below 2^-126 for 0, so small x is scaled."""
+    """1 / sqrt(x) of float32 x. The GPU's instruction for it takes x below 2^-126 for 0; so small x is scaled first."""
     small = x < 2.0**-100
     root = tl.rsqrt(tl.where(small, x * 2.0**48, x))
     return tl.where(small, root * 2.0**24, root)

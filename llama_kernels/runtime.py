@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -15,24 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
-from llama_kernels.language import HAS_TRITON, INTERPRETED, triton
-
-# The newest releases that the test suite passed with.
-_TESTED = {"torch": (2, 13), "triton": (3, 9), "transformers": (5, 24)}
-
-
-def untested(name: str, version: str) -> str | None:
-    """The warning for a `version` of package `name` that is newer than the tested ones, or None."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or tuple(map(int, found.groups())) <= _TESTED[name]:
-        return None
-    newest = ".".join(map(str, _TESTED[name]))
-    return f"llama_kernels was tested with {name} up to {newest}; this is {version}. Run `make test` to check."
-
-
-for _name, _version in (("torch", torch.__version__), ("triton", triton.__version__ if HAS_TRITON else "")):
-    if _said := untested(_name, _version):
-        warnings.warn(_said, stacklevel=2)
+from llama_kernels.language import HAS_TRITON, INTERPRETED
 
 LIBRARY = torch.library.Library("llama_kernels", "DEF")
 
