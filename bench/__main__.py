@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import itertools
+import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import llama_kernels as lk
@@ -36,16 +34,15 @@ from bench import (
     plots,
     records,
     report,
-    runner,
     timing,
     without_gpu,
 )
-from bench.providers import OURS, PROVIDERS, Provider
+from bench.measure import in_new_processes, measure, status_of
+from bench.providers import OURS, PROVIDERS
 from bench.records import Record, Run
+from bench.terminal import console, table
 from bench.work import DIRECTIONS, Work
 from llama_kernels.language import INTERPRETED
-
-console = Console(width=None if sys.stdout.isatty() else 160)
 
 OPS = (
     *("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "rope_qkv", "rope_into_cache"),
@@ -74,12 +71,12 @@ def works_of(preset: str) -> Iterator[Work]:
 
 
 def run(args: argparse.Namespace) -> int:
-    gpu = torch.cuda.is_available()
     if INTERPRETED:
         console.print(
             "bench: TRITON_INTERPRET is set, and an interpreter is not timed. `python -m bench parity` runs in it."
         )
         return 2
+    gpu = args.device == "cuda"
     works = [
         dataclasses.replace(work, dtype=DTYPES[name])
         for name in args.dtypes
@@ -94,15 +91,19 @@ def run(args: argparse.Namespace) -> int:
     if not works and not training:
         console.print("bench: nothing to do: no work of the preset has these ops and shapes")
         return 2
+    if gpu and not args.in_process:
+        return in_new_processes(args)
     if args.hopper:
         lk.hopper_attention()
-    if gpu:
-        made = measure(args, works, training, "cuda", timing.Gpu())
-        made.machine["hopper"] = args.hopper
-    else:
-        made = _estimate(args, works, bool(training))
+    try:
+        made = measure(args, works, training, "cuda", timing.Gpu()) if gpu else _estimate(args, works, bool(training))
+    except ValueError as e:  # records or a journal that cannot be gone on from
+        console.print(f"bench: {e}", soft_wrap=True)
+        return 2
+    if (status := status_of(made)) is not None:
+        return status
     made.extra["providers"] = {
-        p.name: {op: p.why_not(op, "cuda" if gpu else "cpu") or "yes" for op in OPS if p.has(op)} for p in PROVIDERS
+        p.name: {op: p.why_not(op, args.device) or "yes" for op in OPS if p.has(op)} for p in PROVIDERS
     }
     written = report.write(made, args.out)
     if args.json:
@@ -118,49 +119,15 @@ def run(args: argparse.Namespace) -> int:
         records.write(made, kept)
         written.append(kept)
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
-    wrong = [r for r in made.records if r.provider.startswith(OURS) and (r.reason or "").startswith("wrong")]
+    ours = [r.reason or "" for r in made.records if r.provider.startswith(OURS)]
+    wrong = [reason for reason in ours if reason.startswith(("wrong", "left out"))]
     return 1 if wrong else 0
 
 
-def measure(
-    args: argparse.Namespace, works: list[Work], training: list[end_to_end.Scale], device: str, clock: runner.Clock
-) -> Run:
-    """Everyone at `works` and `training`, as far as the minutes go."""
-    functorch = importlib.import_module("torch._functorch.config")
-    functorch.donated_buffer = False  # a compiled backward runs many times over one forward
-    dynamo = importlib.import_module("torch._dynamo.config")
-    setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 256)
-    about = records.machine()
-    with console.status("what this machine does at best"):
-        ceilings = clock.ceilings()
-    console.print(f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}; "
-                  f"copy {ceilings['copy']:,.0f} GB/s, bf16 product {ceilings['bfloat16']:,.0f} TFLOP/s")  # fmt: skip
-    end = time.monotonic() + 60 * args.minutes
-    options = {"device": device, "clock": clock, "ceilings": ceilings, "about": about,
-               "out_of_time": lambda: time.monotonic() > end}  # fmt: skip
-    # Training first: to import some peers changes Transformers for the whole process.
-    jobs = itertools.chain(
-        end_to_end.run(training, end_to_end.VARIATIONS, **options),
-        runner.run(works, _chosen(args.providers), directions=args.directions, seconds=args.seconds, **options),
-    )
-    found = []
-    with _progress() as progress:
-        task = progress.add_task("measuring", total=len(works) + len(training))
-        for made in jobs:
-            found += made
-            progress.console.print(table(made))
-            progress.advance(task)
-    return Run(about, ceilings, found, {})
-
-
-def _chosen(names: Sequence[str] | None) -> list[Provider]:
-    return [p for p in PROVIDERS if names is None or p.name in names]
-
-
 def _estimate(args: argparse.Namespace, works: list[Work], training: bool) -> Run:
-    console.print("no GPU here, so no time is measured. Bounds from bytes and FLOPs, parity in the interpreter, the "
+    console.print("without a GPU no time is measured. Bounds from bytes and FLOPs, parity in the interpreter, the "
                   "host's cost and the machine code take a minute or two.")  # fmt: skip
-    about = records.machine()
+    about = records.machine("cpu")
     with console.status("") as status:
         checked, extra = without_gpu.run(lambda what: status.update(what), args.workers)
         status.update("bounds")
@@ -187,48 +154,25 @@ def _by_work(rs: list[Record]) -> Iterator[list[Record]]:
         yield list(group)
 
 
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console)
-
-
-def table(rs: list[Record]) -> Table:
-    """One piece of work: a row for each provider and direction. Those with one reason for all share a row."""
-    first = rs[0]
-    sizes = ", ".join(f"{name} {n}" for name, n in first.sizes.items() if type(n) is int and n >= 0)
-    estimate = f" [yellow]ESTIMATE for {first.gpu}[/]" if first.estimate else ""
-    shown = Table(title=f"{first.op}, {first.shape} ({sizes}), {first.dtype}{estimate}", title_justify="left", box=None)
-    for name in ("provider", "direction"):
-        shown.add_column(name)
-    for name, _ in report.COLUMNS:
-        shown.add_column(name, justify="right")
-    shown.add_column("")
-    told = set()
-    for r in rs:
-        if r.ms is None:
-            if r.provider in told:
-                continue
-            told.add(r.provider)
-        cells = [column(r) or "" for _, column in report.COLUMNS]
-        style = "bold" if r.provider.startswith(OURS) else "" if r.ms is not None or r.reason is None else "dim"
-        shown.add_row(r.provider, r.direction if r.ms is not None else "", *cells, escape(r.reason or ""), style=style)
-    return shown
-
-
 # --- the other commands ----------------------------------------------------------------------------------------------
 
 
 def check_parity(args: argparse.Namespace) -> int:
-    device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+    device = "cpu" if INTERPRETED else args.device
+    if device == "cuda" and not args.in_process:
+        return in_new_processes(args)
     works = [w for w in parity.works([DTYPES[name] for name in args.dtypes]) if w.op in args.ops]
-    about, found = records.machine(), []
     torch.set_num_threads(1)
-    for made in runner.run(works, _chosen(args.providers), device=device, clock=None, ceilings={}, about=about):
-        found += made
-        console.print(table(made))
+    try:
+        made = measure(args, works, [], device, None)
+    except ValueError as e:
+        console.print(f"bench parity: {e}", soft_wrap=True)
+        return 2
     if args.json:
-        records.write(Run(about, {}, found, {}), args.json)
-    wrong = [r for r in found if r.provider == OURS and r.reason]
+        records.write(made, args.json)
+    if (status := status_of(made)) is not None:
+        return status
+    wrong = [r for r in made.records if r.provider == OURS and r.reason]
     where = "on the GPU" if device == "cuda" else "in Triton's interpreter" if INTERPRETED else "on the CPU path"
     console.print(f"llama_kernels {where}: {'WRONG' if wrong else 'right'} in {len(works)} pieces of work")
     return 1 if wrong else 0
@@ -265,12 +209,11 @@ def redraw(args: argparse.Namespace) -> int:
 
 
 def list_providers(args: argparse.Namespace) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     shown = Table(box=None)
     for name in ("provider", "ops", "here"):
         shown.add_column(name)
     for p in PROVIDERS:
-        reasons = {op: p.why_not(op, device) for op in OPS if p.has(op)}
+        reasons = {op: p.why_not(op, args.device) for op in OPS if p.has(op)}
         shown.add_row(p.name, ", ".join(reasons), escape(next(filter(None, reasons.values()), "yes")))
     console.print(shown)
     return 0
@@ -285,10 +228,32 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(dest="command")
     names, ops = [p.name for p in PROVIDERS], (*OPS, *plots.TRAINING)
 
-    def command(name: str, do: Callable[[argparse.Namespace], int], text: str) -> Callable[..., argparse.Action]:
+    def command(
+        name: str, do: Callable[[argparse.Namespace], int], text: str, **defaults: Any
+    ) -> Callable[..., argparse.Action]:
         one = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(do=do)
+        one.set_defaults(do=do, **defaults)
         return one.add_argument
+
+    def add_measuring(add: Callable[..., argparse.Action], folder: str, minutes: float) -> None:
+        """Where, how long, and in which process."""
+        add_device(add)
+        add(
+            "--minutes",
+            type=_positive,
+            default=minutes,
+            help="then the rest is listed as not run (default: %(default)s)",
+        )
+        add("--out", type=Path, default=Path(folder), metavar="FOLDER", help="default: %(default)s")
+        add("--resume", action="store_true", help="go on from FOLDER/records.json: what it has is not measured again")
+        add("--patience", type=_positive, default=10, metavar="MINUTES",
+            help="a provider that takes longer for one step is left out (default: %(default)s)")  # fmt: skip
+        add("--in-process", action="store_true",
+            help="in this process, for debuggers: a provider that crashes ends the run")  # fmt: skip
+
+    def add_device(add: Callable[..., argparse.Action]) -> None:
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        add("--device", type=_device, choices=("cpu", "cuda"), default=here, help="default here: %(default)s")
 
     add = command("run", run, "measure (the default command)")
     add("--preset", choices=PRESETS, default="models", help="which shapes (default: %(default)s)")
@@ -298,14 +263,15 @@ def parser() -> argparse.ArgumentParser:
     add("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="default: all three")
     add("--providers", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
     add("--seconds", type=_positive, default=0.5, help="of samples, each direction (default: %(default)s)")
-    add("--minutes", type=_positive, default=30, help="then the rest is listed as not run (default: %(default)s)")
-    add("--out", type=Path, default=Path("build/bench"), metavar="FOLDER", help="default: %(default)s")
+    add_measuring(add, "build/bench", 30)
     add("--json", type=Path, metavar="FILE", help="write the records there too")
     add("--save", action="store_true", help="keep the records in bench/results/<gpu>/")
     add("--workers", type=int, default=os.cpu_count(), help="processes that compile, without a GPU")
     add("--hopper", action="store_true", help="our attention takes its Hopper kernels, which are off by default")
 
-    add = command("parity", check_parity, "numbers only, at small shapes")
+    add = command("parity", check_parity, "numbers only, at small shapes",
+                  directions=None, hopper=False, seconds=0.0)  # fmt: skip
+    add_measuring(add, "build/parity", math.inf)
     add("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--providers", nargs="+", choices=names, metavar="NAME")
@@ -322,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
     add("files", type=Path, nargs="+")
     add("--out", type=Path, default=Path("build/bench"), metavar="FOLDER")
 
-    command("providers", list_providers, "who can be measured here, and why not")
+    add_device(command("providers", list_providers, "who can be measured here, and why not"))
     return whole
 
 
@@ -333,11 +299,17 @@ def _positive(text: str) -> float:
     return value
 
 
+def _device(text: str) -> str:
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU here")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
-    args = parser().parse_args(argv)
+    args = parser().parse_args(argv, argparse.Namespace(argv=argv))
     return args.do(args)
 
 

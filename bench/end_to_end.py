@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -18,9 +19,12 @@ from torch import nn
 
 from bench import records, roofline, timing
 from bench.attention import pairs
+from bench.capture import Lost
+from bench.contain import Contained, mark_unfinished
+from bench.processes import Journal
 from bench.providers import OURS, Unsupported
-from bench.records import Record
-from bench.runner import Clock, brief
+from bench.records import NOT_RUN, Record
+from bench.runner import Clock, in_turns
 from bench.work import MODELS, UNIT, Model, relative_errors
 
 
@@ -193,16 +197,19 @@ class _Step:
         self.forget()
 
 
-def _disparity(step: _Step, truth: list[torch.Tensor], theirs: list[float]) -> tuple[float, str | None]:
-    """The largest relative error of a gradient, and why it is wrong, or None: as bench.work.disparity has it."""
+def _disparity(step: _Step, truth: list[torch.Tensor], theirs: list[float]) -> tuple[float | None, str | None]:
+    """The largest relative error of a gradient, if it is finite, and why it is wrong, or None.
+
+    The bar is that of bench.work.disparity.
+    """
     worst, reason = 0.0, None
     for grad, exact, stock in zip(step.gradients(), truth, theirs, strict=True):
         error, _ = relative_errors(grad, exact)
         bar = 2 * stock + 2 * UNIT[step.scale.dtype]
-        worst = error if not error <= worst else worst
+        worst = max(worst, error, key=lambda e: (e != e, e))
         if not error <= bar:
             reason = f"wrong numbers: a gradient of shape {tuple(exact.shape)} is off by {error:.1e}, allowed {bar:.1e}"
-    return worst, reason
+    return worst if math.isfinite(worst) else None, reason
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -218,20 +225,34 @@ def run(
     about: Mapping[str, Any],
     seconds: float = 4.0,
     out_of_time: Callable[[], bool] = lambda: False,
+    journal: Journal | None = None,
 ) -> Iterator[list[Record]]:
-    """The records of each scale: time of a step, tokens a second, memory, parity on its first 256 tokens."""
+    """The records of each scale: time of a step, tokens a second, memory, parity on its first 256 tokens.
+
+    What a variation raises is the reason of its row. Raises Lost as bench.runner.run does.
+    """
     for scale in scales:
-        rows = {v.name: _row(scale, v.name, about) for v in variations}
+        rows = rows_of(scale, variations, about)
         if out_of_time():
             for r in rows.values():
-                r.reason = "not run: out of time"
-        else:
-            try:
-                _measure(scale, variations, rows, device, clock, ceilings, seconds)
-            except Unsupported as e:
-                for r in rows.values():
-                    r.reason = str(e)
+                r.reason = f"{NOT_RUN}: out of time"
+            yield list(rows.values())
+            continue
+        lost = None
+        try:
+            contained = Contained(next(iter(rows.values())).work, device, journal or Journal())
+            _Bench(scale, rows, device, clock, ceilings, seconds, contained).run(variations)
+        except Lost as e:
+            lost = e
+            mark_unfinished(rows.values(), clock is not None)
         yield records.with_ratios(rows.values())
+        if lost is not None:
+            raise lost
+
+
+def rows_of(scale: Scale, variations: Sequence[Variation], about: Mapping[str, Any]) -> dict[str, Record]:
+    """By variation, a record that is still empty."""
+    return {v.name: _row(scale, v.name, about) for v in variations}
 
 
 def _row(scale: Scale, name: str, about: Mapping[str, Any]) -> Record:
@@ -240,37 +261,61 @@ def _row(scale: Scale, name: str, about: Mapping[str, Any]) -> Record:
                   **records.repeated(about))  # fmt: skip
 
 
-def _measure(scale, variations, rows, device, clock, ceilings, seconds) -> None:
-    torch.compiler.reset()
-    short = dataclasses.replace(scale, B=1, S=min(scale.S, 256))
-    stock = _llama(scale, device, scale.dtype)
-    truth = _Step(short, Stock(False), device, torch.float64, stock).gradients()
-    plain = _Step(short, Stock(False), device, scale.dtype, stock).gradients()
-    theirs = [relative_errors(g, exact)[0] for g, exact in zip(plain, truth, strict=True)]
-    del plain
+@dataclasses.dataclass
+class _Bench:
+    """One scale. Fills in `rows`."""
 
-    samplers, steps = {}, {}
-    for variation in variations:
-        r = rows[variation.name]
-        try:
-            r.error, r.reason = _disparity(_Step(short, variation, device, scale.dtype, stock), truth, theirs)
-            if r.reason is None:
-                step = steps[variation.name] = _Step(scale, variation, device, scale.dtype, stock)
-                step()  # compiled, and the optimizer has its state
-                with variation.active():
-                    r.saved = timing.saved_for_backward(step.forward)
-                r.memory = timing.peak_memory(step)
-                if clock is not None:
-                    samplers[variation.name], r.method = clock.eager_sampler(step)
-        except Unsupported as e:
-            r.reason = str(e)
-        except Exception as e:  # whatever a peer raises; the run goes on
-            r.reason = brief(e)
-    del truth
-    for name, timed in timing.in_turns(samplers, seconds).items() if samplers else ():
-        r = rows[name]
-        r.ms, r.spread, r.samples, r.clock = timed.ms, timed.spread, timed.samples, records.clock()
-        _put_rate(r, scale, ceilings)
+    scale: Scale
+    rows: Mapping[str, Record]
+    device: str
+    clock: Clock | None
+    ceilings: Mapping[str, float]
+    seconds: float
+    contained: Contained
+
+    def run(self, variations: Sequence[Variation]) -> None:
+        prepared = None
+        with self.contained.step("", "inputs", self.rows.values()):
+            self.contained.admit("")
+            prepared = self.prepare()
+        if prepared is None:
+            return
+        sampled: dict[str, timing.Sampling] = {}
+        for variation in variations:
+            name, step = variation.name, None
+            with self.contained.step(name, "numbers and memory", [self.rows[name]]):
+                self.contained.admit(name)
+                step = self.checked(variation, *prepared)
+            if step is not None and self.clock is not None:
+                with self.contained.step(name, "timing by events", [self.rows[name]]):
+                    sampled[name] = self.clock.eager_sampler(step)
+        del prepared
+        for name in in_turns(sampled, self.seconds, self.contained, self.rows):
+            _put_rate(self.rows[name], self.scale, self.ceilings)
+
+    def prepare(self) -> tuple[Scale, nn.Module, list[torch.Tensor], list[float]]:
+        """The first tokens, the stock model, and there its float64 gradients and the errors of its own."""
+        torch.compiler.reset()
+        short = dataclasses.replace(self.scale, B=1, S=min(self.scale.S, 256))
+        stock = _llama(self.scale, self.device, self.scale.dtype)
+        truth = _Step(short, Stock(False), self.device, torch.float64, stock).gradients()
+        plain = _Step(short, Stock(False), self.device, self.scale.dtype, stock).gradients()
+        return short, stock, truth, [relative_errors(g, exact)[0] for g, exact in zip(plain, truth, strict=True)]
+
+    def checked(
+        self, variation: Variation, short: Scale, stock: nn.Module, truth: list[torch.Tensor], theirs: list[float]
+    ) -> _Step | None:
+        """A step of `variation`, if it gives right gradients."""
+        r, dtype = self.rows[variation.name], self.scale.dtype
+        r.error, r.reason = _disparity(_Step(short, variation, self.device, dtype, stock), truth, theirs)
+        if r.reason is not None:
+            return None
+        step = _Step(self.scale, variation, self.device, dtype, stock)
+        step()  # compiled, and the optimizer has its state
+        with variation.active():
+            r.saved = timing.saved_for_backward(step.forward)
+        r.memory = timing.peak_memory(step, self.device)
+        return step
 
 
 def _put_rate(r: Record, scale: Scale, ceilings: Mapping[str, float]) -> None:

@@ -186,7 +186,8 @@ def _series(rs: Iterable[Record], group: Callable[[Record], str], value: Callabl
 
 
 def _models_figure(rs: list[Record]) -> Figure:
-    panels = [(op, d) for op in dict.fromkeys(r.op for r in rs) for d in DIRECTIONS[:2]
+    each_way = [d for d in DIRECTIONS[:2] if any(r.direction == d for r in rs)] or ["both"]
+    panels = [(op, d) for op in dict.fromkeys(r.op for r in rs) for d in each_way
               if any(r.op == op and r.direction == d for r in rs)]  # fmt: skip
     most = max(
         len({r.shape for r in rs if r.op == op}) * len(providers_of(r for r in rs if r.op == op)) for op, _ in panels

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from llama_kernels.language import HAS_TRITON, triton
 
 SCHEMA = 1
+NOT_RUN = "not run"  # how the reason begins where a run had no time, or ended, before it came to the row
 
 
 @dataclasses.dataclass
@@ -58,6 +60,17 @@ class Record:
         where = self.gpu if self.estimate else ""
         return self.op, self.direction, self.shape, sizes, self.dtype, where, self.provider
 
+    @property
+    def work(self) -> str:
+        """The piece of work, in words."""
+        sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
+        return f"{self.op}, {self.shape} ({sizes}), {self.dtype}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run that resumes need not measure it again."""
+        return not (self.reason or "").startswith(NOT_RUN)
+
 
 class Run(NamedTuple):
     """Where the records come from, the machine's ceilings, and the records."""
@@ -68,9 +81,9 @@ class Run(NamedTuple):
     extra: dict[str, Any]  # what a run without a GPU adds: host cost, machine code
 
 
-def machine() -> dict[str, Any]:
-    """What the report's head tells."""
-    gpu = torch.cuda.is_available()
+def machine(device: str) -> dict[str, Any]:
+    """What the report's head tells. device: "cuda" or "cpu"; on a CPU there is no GPU to name."""
+    gpu = device == "cuda"
     return {
         "torch": torch.__version__,
         "triton": triton.__version__ if HAS_TRITON else "none",
@@ -87,16 +100,29 @@ def repeated(about: Mapping[str, Any]) -> dict[str, Any]:
     return {name: about[name] for name in ("torch", "triton", "gpu", "driver", "date")}
 
 
-def clock() -> int | None:
-    """MHz of the current GPU's multiprocessors now."""
-    mhz = _smi("clocks.sm") if torch.cuda.is_available() else ""
-    found = re.match(r"\d+", mhz)
+def clock(device: str) -> int | None:
+    """MHz of the current GPU's multiprocessors now. None on a CPU."""
+    found = re.match(r"\d+", _smi("clocks.sm")) if device == "cuda" else None
     return int(found[0]) if found else None
 
 
 def _smi(field: str) -> str:
-    index = str(torch.cuda.current_device())
-    return _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", index) or "unknown"
+    """What nvidia-smi says of the current CUDA device, or "unknown".
+
+    nvidia-smi lists every GPU of the machine in PCI order, whatever CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER say, so
+    an index means another GPU there. The GPU is found by its UUID; a MIG slice, which has a UUID of its own, by the PCI
+    address of its GPU; and if neither is known, the answer is what all GPUs have in common.
+    """
+    listed = _output("nvidia-smi", f"--query-gpu=uuid,pci.bus_id,{field}", "--format=csv,noheader")
+    rows = [[cell.strip() for cell in line.split(",", 2)] for line in listed.splitlines() if line.count(",") >= 2]
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    uuid = str(getattr(properties, "uuid", "")).lower().removeprefix("gpu-")
+    address = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    pci = "" if None in address else "{:08x}:{:02x}:{:02x}.0".format(*address)
+    ours = [row for row in rows if row[0].lower().removeprefix("gpu-") == uuid]
+    ours = ours or [row for row in rows if row[1].lower() == pci] or rows
+    values = {row[2] for row in ours}
+    return values.pop() if len(values) == 1 else "unknown"
 
 
 def _output(*command: str) -> str:
@@ -110,11 +136,24 @@ def _output(*command: str) -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write(run: Run, path: Path) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` so that whoever reads `path`, at any moment, finds all of the old text or all of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def write(run: Run, path: Path) -> None:
+    """Whoever reads `path` meanwhile, or after this process was killed, finds a whole file: the old or the new."""
     whole = {"schema": SCHEMA, "machine": run.machine, "ceilings": run.ceilings, **run.extra}
-    whole["records"] = [dataclasses.asdict(r) for r in run.records]
-    path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    whole["records"] = [{name: _known(x) for name, x in dataclasses.asdict(r).items()} for r in run.records]
+    replace_text(path, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+
+
+def _known(x: Any) -> Any:
+    """An error that is infinite or not a number is in the reason; JSON has no such numbers."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def read(path: Path) -> Run:

@@ -32,8 +32,8 @@ _ESTIMATES = (
 )
 
 
-def page(run: Run, pictures: Sequence[tuple[str, str, bytes]]) -> str:
-    """The whole report; pictures (name, caption, PNG) are put inside."""
+def page(run: Run, pictures: Sequence[tuple[str, str, bytes]], note: str = "") -> str:
+    """The whole report; pictures (name, caption, PNG) are put inside, or `note` in their place."""
     measured = any(r.ms is not None and not r.estimate for r in run.records)
     title = f"llama_kernels on {run.machine['gpu']}" if measured else "llama_kernels: estimates without a GPU"
     parts = [
@@ -50,6 +50,8 @@ def page(run: Run, pictures: Sequence[tuple[str, str, bytes]]) -> str:
     for name, caption, png in pictures:
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         parts.append(f'<h2>{_text(caption)}</h2><img alt="{_text(name)}" src="{source}">')
+    if note:
+        parts.append(f"<p>{_text(note)}</p>")
     parts += _tables(run)
     return "\n".join(parts) + "\n"
 
@@ -134,12 +136,16 @@ def _matrix(state: dict[str, dict[str, str]]) -> str:
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """PNGs, report.html and records.json in `folder`. What was written."""
-    from matplotlib import pyplot as plt
+    """records.json, PNGs and report.html in `folder`: what was written. Without matplotlib, a page without pictures."""
+    written, pictures, figures, note = [folder / "records.json"], [], iter(()), ""
+    records.write(run, written[0])  # first: pictures may fail
+    try:
+        from matplotlib import pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written, pictures = [], []
-    for name, caption, figure in plots.figures(run):
+        figures = plots.figures(run)
+    except ImportError:
+        note = "No pictures: matplotlib is not installed here (pip install matplotlib)."
+    for name, caption, figure in figures:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         plt.close(figure)
@@ -147,7 +153,5 @@ def write(run: Run, folder: Path) -> list[Path]:
         written.append(folder / f"{name}.png")
         written[-1].write_bytes(buffer.getvalue())
     written.append(folder / "report.html")
-    written[-1].write_text(page(run, pictures))
-    written.append(folder / "records.json")
-    records.write(run, written[-1])
+    written[-1].write_text(page(run, pictures, note))
     return written

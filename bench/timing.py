@@ -10,8 +10,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+
+from bench.capture import CYCLES_A_MS, Calls, EmptyCapture, Lost, brief, capture, gpu_fault, host_wait
 
 Sampler = Callable[[], float]  # one sample: milliseconds a call
 
@@ -21,6 +24,14 @@ LEAST_ROUNDS = 5
 SAMPLE_MS = 1.0  # calls are repeated in a sample until it takes this long: events tick in half microseconds
 MOST_CALLS = 200
 MOST_SETS = 512
+
+
+class Sampling(NamedTuple):
+    """A sampler, how it takes its samples ("graph" or "events"), and why by events where a graph was wanted."""
+
+    sampler: Sampler
+    method: str
+    reason: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +49,30 @@ def summarise(samples: Sequence[float]) -> Timing:
     return Timing(median, (high - low) / median if median else 0.0, len(samples))
 
 
-def in_turns(samplers: Mapping[str, Sampler], seconds: float, clock: Sampler = time.perf_counter) -> dict[str, Timing]:
-    """Sample A B C, C B A, A B C, ...: what drifts, drifts for all. Ends after ROUNDS, or `seconds` past the least."""
+def in_turns(
+    samplers: Mapping[str, Sampler],
+    seconds: float,
+    clock: Sampler = time.perf_counter,
+    failed: Callable[[str, BaseException], None] | None = None,
+) -> dict[str, Timing]:
+    """Sample A B C, C B A, A B C, ...: what drifts, drifts for all. Ends after ROUNDS, or `seconds` past the least.
+
+    A sampler that raises takes no further turns and has no timing; `failed` gets its name and the exception. Without
+    `failed` the exception is raised.
+    """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     end = clock() + seconds
     for i in range(WARM + ROUNDS):
         if i >= WARM + LEAST_ROUNDS and clock() > end:
             break
-        for name in samplers if i % 2 == 0 else reversed(samplers):
-            samples[name].append(samplers[name]())
+        for name in list(samples) if i % 2 == 0 else list(reversed(samples)):
+            try:
+                samples[name].append(samplers[name]())
+            except (Exception, SystemExit) as e:
+                if failed is None:
+                    raise
+                del samples[name]
+                failed(name, e)
     return {name: summarise(taken[WARM:]) for name, taken in samples.items()}
 
 
@@ -59,33 +85,37 @@ def sets_needed(touched: int, cache: int) -> int:
 
 
 class Gpu:
-    """Samples on the current CUDA device: a graph where the work lets itself be captured, else events around calls."""
+    """Samples on the current CUDA device: a graph where the work can be captured, else events around calls."""
 
     def __init__(self) -> None:
         self.cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self.stream = torch.cuda.Stream()
 
-    def sampler(self, calls: Sequence[Callable[[], object]]) -> tuple[Sampler, str]:
-        """A sample goes through `calls`, each on tensors of its own, as often as it takes. Also "graph" or "events"."""
+    def sampler(self, calls: Calls, by_events: str | None = None) -> Sampling:
+        """A sample goes through `calls`, each on tensors of its own, as often as it takes.
+
+        by_events: why no capture shall be tried. Raises Lost if a failed capture left the process unusable.
+        """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for call in (*calls[:1], *calls):  # compiled, tuned, and every workspace there is
-                call()
+            calls[0]()  # compiled and tuned, which may wait
+        reason = by_events or host_wait(calls, self.stream)
         once = self._launched(calls, 1) * len(calls)
         repeats = max(1, min(math.ceil(SAMPLE_MS / max(once, 1e-3)), MOST_CALLS // len(calls)))
-        count = repeats * len(calls)
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                for _ in range(repeats):
-                    for call in calls:
-                        call()
-        except Exception:  # whatever a provider does that a graph cannot hold
-            torch.cuda.synchronize()
-            return lambda: self._launched(calls, repeats), "events"
-        return lambda: self._between_events(graph.replay) / count, "graph"
+        if reason is None:
+            try:
+                graph = capture(lambda: _repeat(calls, repeats), self.stream)
+                count = repeats * len(calls)
+                return Sampling(lambda: self._between_events(graph.replay) / count, "graph")
+            except EmptyCapture:
+                raise  # events would time nothing either
+            except Exception as e:  # whatever a provider does that a graph cannot hold
+                reason = f"its capture failed: {brief(e)}"
+            if fault := gpu_fault("cuda"):
+                raise Lost(f"{reason}; then {fault}")
+        return Sampling(lambda: self._launched(calls, repeats), "events", f"timed by events: {reason}")
 
-    def eager_sampler(self, step: Callable[[], object]) -> tuple[Sampler, str]:
+    def eager_sampler(self, step: Callable[[], object]) -> Sampling:
         """A sample is one `step` on the user's stream: the host's time counts, where it is the longer."""
         step()
 
@@ -93,20 +123,14 @@ class Gpu:
             torch.cuda.synchronize()
             return self._between_events(step, torch.cuda.current_stream())
 
-        return sample, "events"
+        return Sampling(sample, "events")
 
-    def _launched(self, calls: Sequence[Callable[[], object]], repeats: int) -> float:
+    def _launched(self, calls: Calls, repeats: int) -> float:
         """Milliseconds a call, launched one by one behind a wait that lets the host get ahead."""
-
-        def run() -> None:
-            for _ in range(repeats):
-                for call in calls:
-                    call()
-
         count = repeats * len(calls)
         with torch.cuda.stream(self.stream):
-            torch.cuda._sleep(min(count * 200_000, 40_000_000))  # cycles: about 0.1 ms a call
-        return self._between_events(run) / count
+            torch.cuda._sleep(int(CYCLES_A_MS * min(0.1 * count, 20.0)))
+        return self._between_events(lambda: _repeat(calls, repeats)) / count
 
     def _between_events(self, run: Callable[[], object], stream: torch.cuda.Stream | None = None) -> float:
         with torch.cuda.stream(stream or self.stream):
@@ -127,14 +151,19 @@ class Gpu:
             rates[str(dtype)[6:]] = 2 * n**3 / self._median([lambda a=a, b=b: a @ b]) / 1e9
         return rates
 
-    def _median(self, calls: Sequence[Callable[[], object]]) -> float:
-        sampler, _ = self.sampler(calls)
-        return in_turns({"": sampler}, 1.0)[""].ms
+    def _median(self, calls: Calls) -> float:
+        return in_turns({"": self.sampler(calls).sampler}, 1.0)[""].ms
 
 
-def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes that `run` has allocated at its peak, beyond what was there before. None without a GPU."""
-    if not torch.cuda.is_available():
+def _repeat(calls: Calls, repeats: int) -> None:
+    for _ in range(repeats):
+        for call in calls:
+            call()
+
+
+def peak_memory(run: Callable[[], object], device: str) -> int | None:
+    """Bytes that `run` has allocated on a GPU at its peak, beyond what was there before. None on a CPU."""
+    if torch.device(device).type != "cuda":
         run()
         return None
     torch.cuda.synchronize()

@@ -38,7 +38,7 @@ def run(say: Callable[[str], None], workers: int) -> tuple[list[Record], dict[st
         _wait(_start("bench.host", "--json", host))
         say(f"parity in Triton's interpreter; machine code for {TARGET}")
         compiling = _start("bench.codegen", "--targets", TARGET, "--workers", str(workers), "--json", codegen)
-        arguments = ("parity", "--dtypes", "bf16", "fp32", "--json", parity)
+        arguments = ("parity", "--dtypes", "bf16", "fp32", "--json", parity, "--out", Path(name, "parity"))
         _wait(_start("bench", *arguments, TRITON_INTERPRET="1"), may_fail=True)
         _wait(compiling, may_fail=True)  # both say what is wrong in what they write
         found = records.read(parity).records
@@ -46,7 +46,8 @@ def run(say: Callable[[str], None], workers: int) -> tuple[list[Record], dict[st
 
 
 def _start(module: str, *args: Any, **env: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "TRITON_INTERPRET": "0", **env}
+    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # where there is one, with --device cpu
+    env = {**os.environ, **no_gpu, "TRITON_INTERPRET": "0", **env}
     command = [sys.executable, "-m", module, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

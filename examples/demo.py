@@ -134,9 +134,9 @@ def train(runs: list[Run], batches: Batches, steps: int, snapshot: Callable[[int
 
 
 def verify(paths: list[Path], device: str) -> dict[str, Any]:
-    """examples.verify in a process of its own: Triton interprets or compiles, decided when it is imported."""
+    """examples.verify on `device`, in a process of its own: Triton decides at its import whether to interpret."""
     env = {**os.environ, "TRITON_INTERPRET": "0" if device == "cuda" else "1"}
-    command = [sys.executable, "-m", "examples.verify", *map(str, paths)]
+    command = [sys.executable, "-m", "examples.verify", "--device", device, *map(str, paths)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 

@@ -46,6 +46,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if action.default else action.help
 
 
+class _Parser(argparse.ArgumentParser):
+    """Chooses --dtype by --device."""
+
+    def parse_args(self, *args: Any, **options: Any) -> argparse.Namespace:
+        parsed = super().parse_args(*args, **options)
+        parsed.dtype = parsed.dtype or ("bfloat16" if parsed.device == "cuda" else "float32")
+        return parsed
+
+
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
@@ -56,7 +65,7 @@ def arguments(doc: str, name: str, data: str, **defaults: Any) -> argparse.Argum
     """What all examples take; `data` says what a line of --data looks like."""
     transformers.utils.logging.set_verbosity_error()  # a head that starts from random weights is no news here
     transformers.utils.logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m examples.{name}",
         description=doc.split("\n\n")[0],
         formatter_class=_Help,
@@ -70,7 +79,7 @@ def arguments(doc: str, name: str, data: str, **defaults: Any) -> argparse.Argum
     parser.add_argument("--lr", type=float, help="peak learning rate; for a pretrained model 2e-5 is usual")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if gpu else "float32", help="of the arithmetic")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the arithmetic (default: float32; on a GPU bfloat16)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory")
     if "task" in defaults:  # a head is trained; peft wants to know which
         parser.add_argument("--lora", type=positive, metavar="RANK", help="train low-rank adapters only; needs peft")

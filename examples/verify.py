@@ -1,13 +1,14 @@
 """`python -m examples.verify SNAPSHOT...`: the kernels on points of a training run, and op by op, against float64.
 
-A snapshot holds a model's configuration, weights and one batch. Without a GPU the kernels run in Triton's interpreter:
-start it with TRITON_INTERPRET=1, as the demo does. Prints one JSON object.
+A snapshot holds a model's configuration, weights and one batch. With `--device cpu`, the default without a GPU, the
+kernels run in Triton's interpreter: start it with TRITON_INTERPRET=1, as the demo does. Prints one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,12 +107,20 @@ def verify_op(ours, plain, reference, inputs: list[torch.Tensor], dtype: torch.d
     return result
 
 
-def main(paths: list[str]) -> dict[str, Any]:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.verify", description=__doc__.split("\n\n")[0])
+    parser.add_argument("snapshots", nargs="*", metavar="SNAPSHOT", help="files that examples.demo wrote")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where everything runs (default here: %(default)s)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    compared = ops_to_compare(device)
+    compared = ops_to_compare(args.device)
     return {
-        "steps": [verify_step(path, device) for path in paths],
+        "steps": [verify_step(path, args.device) for path in args.snapshots],
         "ops": [
             {"op": name, "dtype": str(dtype)[6:], **verify_op(*compared[name], dtype)}
             for name in compared
@@ -121,4 +130,4 @@ def main(paths: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1:])))
+    print(json.dumps(main()))

@@ -5,7 +5,6 @@ No time is taken here: clocks are fakes that say what they are told.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +14,8 @@ import types
 
 import pytest
 import torch
+
+pytest.importorskip("rich", reason="the bench's commands print with rich")
 
 import llama_kernels as lk
 from bench import (
@@ -77,175 +78,20 @@ class FakeClock:
     def ceilings(self):
         return CEILINGS
 
-    def sampler(self, calls):
+    def sampler(self, calls, by_events=None):
         self.calls.append(len(calls))
         for call in calls:
             call()
-        return (lambda: self.ms), "graph"
+        return timing.Sampling(lambda: self.ms, "events" if by_events else "graph", by_events)
 
     def eager_sampler(self, step):
         step()
-        return (lambda: self.ms), "events"
+        return timing.Sampling(lambda: self.ms, "events")
 
 
 def run(work, *chosen, clock=None, ceilings=CEILINGS, **options) -> list[Record]:
     made = runner.run([work], chosen, device=DEVICE, clock=clock, ceilings=ceilings, about=ABOUT, **options)
     return [r for rs in made for r in rs]
-
-
-# --- timing ----------------------------------------------------------------------------------------------------------
-
-
-def test_median_and_spread():
-    timed = timing.summarise([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert timed.ms == 3.0 and timed.samples == 5
-    assert timed.spread == pytest.approx((52 - 1.5) / 3)  # the quartiles that statistics.quantiles gives
-    assert timing.summarise([2.0, 2.0, 2.0]) == timing.Timing(2.0, 0.0, 3)
-    assert timing.summarise([5.0]).spread == 0
-
-
-def test_providers_take_turns_and_warm_rounds_do_not_count():
-    order, rounds = [], {"a": 0, "b": 0}
-
-    def sampler(name):
-        def sample():
-            order.append(name)
-            rounds[name] += 1
-            return 1000.0 if rounds[name] <= timing.WARM else 1.0 if name == "a" else 2.0
-
-        return sample
-
-    timed = timing.in_turns({"a": sampler("a"), "b": sampler("b")}, 10, clock=lambda: 0.0)
-    assert order[:6] == ["a", "b", "b", "a", "a", "b"]
-    assert (timed["a"].ms, timed["b"].ms) == (1.0, 2.0)
-    assert timed["a"].samples == timing.ROUNDS
-
-
-def test_sampling_ends_when_its_time_is_over_but_never_before_the_least():
-    ticks = iter(range(10**6))
-    timed = timing.in_turns({"a": lambda: 1.0}, 0, clock=lambda: float(next(ticks)))
-    assert timed["a"].samples == timing.LEAST_ROUNDS
-
-
-@pytest.mark.parametrize("touched, sets", [(10, 201), (1000, 3), (999, 4), (4000, 1), (3999, 2), (0, 512)])
-def test_no_set_is_in_the_cache_when_its_turn_comes(touched, sets):
-    assert timing.sets_needed(touched, 1000) == sets
-    assert sets in (1, timing.MOST_SETS) or (sets - 1) * touched >= 1000
-
-
-def test_what_is_saved_is_counted_once():
-    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(16, requires_grad=True)
-    assert timing.saved_for_backward(lambda: x * weight) == x.nbytes + weight.nbytes
-    assert timing.saved_for_backward(lambda: (x * weight) * weight) == 2 * x.nbytes + weight.nbytes  # one product
-    assert timing.saved_for_backward(lambda: lk.rms_norm(x, weight)) == x.nbytes + weight.nbytes + 8 * 4  # rstd
-
-
-class FakeCuda:
-    """torch.cuda as far as the clock uses it: each call takes a millisecond of a device whose time this is."""
-
-    def __init__(self, monkeypatch, capturable: bool = True) -> None:
-        fake = self
-        fake.now, fake.capturing, fake.capturable, fake.graphs = 0.0, None, capturable, []
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                self.at = fake.now
-
-            def synchronize(self):
-                pass
-
-            def elapsed_time(self, end):
-                return end.at - self.at
-
-        class CUDAGraph:
-            def __init__(self):
-                self.calls = []
-                fake.graphs.append(self)
-
-            def replay(self):
-                for call in self.calls:
-                    call()
-
-        class Stream:
-            def wait_stream(self, other):
-                pass
-
-        @contextlib.contextmanager
-        def graph(graph, stream):
-            fake.capturing = graph
-            try:
-                yield
-            finally:
-                fake.capturing = None
-
-        @contextlib.contextmanager
-        def on(stream):
-            yield
-
-        names = {"Event": Event, "CUDAGraph": CUDAGraph, "Stream": Stream, "graph": graph, "stream": on,
-                 "current_stream": Stream, "synchronize": lambda: None, "current_device": lambda: 0,
-                 "_sleep": lambda cycles: self.pass_time(5),
-                 "get_device_properties": lambda _: types.SimpleNamespace(L2_cache_size=1000)}  # fmt: skip
-        for name, x in names.items():
-            monkeypatch.setattr(torch.cuda, name, x, raising=False)
-
-    def pass_time(self, ms: float) -> None:
-        self.now += ms
-
-    def work(self, ms: float):
-        def call():
-            if self.capturing is None:
-                self.pass_time(ms)
-            elif self.capturable:
-                self.capturing.calls.append(lambda: self.pass_time(ms))
-            else:
-                raise RuntimeError("operation not permitted when stream is capturing")
-
-        return call
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the real one is tested below")
-def test_the_clock_divides_by_the_calls_it_made(monkeypatch):
-    fake = FakeCuda(monkeypatch)
-    sample, how = timing.Gpu().sampler([fake.work(0.1), fake.work(0.3)])
-    assert how == "graph" and sample() == pytest.approx(0.2)
-    assert len(fake.graphs[0].calls) == 2 * 3  # so often that it takes a millisecond
-    sample, _ = timing.Gpu().sampler([fake.work(1e-4)])
-    assert len(fake.graphs[-1].calls) == timing.MOST_CALLS and sample() == pytest.approx(1e-4)
-
-    fake.capturable = False
-    sample, how = timing.Gpu().sampler([fake.work(0.1), fake.work(0.3)])
-    assert how == "events" and sample() == pytest.approx(0.2)  # and not the time that lets the host get ahead
-    sample, how = timing.Gpu().eager_sampler(fake.work(7.0))
-    assert how == "events" and sample() == pytest.approx(7.0)
-
-
-@pytest.mark.gpu
-def test_the_clock_of_a_gpu():
-    clock = timing.Gpu()
-    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    copy, how = clock.sampler([lambda: y.copy_(x)])
-    product, _ = clock.sampler([lambda: x @ x])
-    timed = timing.in_turns({"copy": copy, "product": product}, 0.2)
-    assert how == "graph" and 0.002 < timed["copy"].ms < timed["product"].ms < 50
-
-    def waiting():
-        x.sum().item()  # no graph holds this
-
-    assert clock.sampler([waiting])[1] == "events"
-    assert 100 < clock.ceilings()["copy"] < 20_000
-
-
-@pytest.mark.gpu
-@named(TINY)
-def test_everything_is_timed_on_a_gpu(work):
-    clock = timing.Gpu()
-    made = run(work, Ours(), Eager(), clock=clock, seconds=0.05)
-    assert all(r.ms > 0 and r.memory is not None and r.percent < 110 for r in made), made
 
 
 # --- the work --------------------------------------------------------------------------------------------------------
@@ -335,13 +181,42 @@ def test_the_truth_in_pieces_is_the_whole(work, monkeypatch):
 # --- parity ----------------------------------------------------------------------------------------------------------
 
 
+NO_WINDOW = "has no window but a mask written out"
+
+
 @named(TINY)
 def test_ours_and_plain_pytorch_are_right(work):
-    made = run(work, *[p for p in PROVIDERS if DEVICE == "cuda" or p.cpu])
+    """Of PyTorch's own kernels, only those that run at every shape and on every GPU must."""
+    everywhere = [p for p in PROVIDERS if p.module is None and p.cpu]
+    made = run(work, *everywhere)
     assert {r.provider for r in made} >= {OURS, "eager"}
     for r in made:
-        assert r.reason in (None, "has no window but a mask written out"), f"{r.provider}: {r.reason}"
+        assert r.reason in (None, NO_WINDOW), f"{r.provider}: {r.reason}"
         assert r.reason or r.error > 0
+
+
+@pytest.mark.gpu
+@named(TINY)
+def test_no_kernel_of_pytorch_is_called_in_a_wrong_way(work):
+    """It may refuse a shape, or this GPU; but right arguments give right numbers."""
+    for r in run(work, *[p for p in PROVIDERS if p.module is None and not p.cpu]):
+        assert not (r.reason or "").startswith("wrong"), f"{r.provider}: {r.reason}"
+
+
+@pytest.mark.gpu
+@named(TINY)
+def test_everything_is_timed_on_a_gpu(work):
+    made = run(work, Ours(), Eager(), clock=timing.Gpu(), seconds=0.05)
+    assert all(r.ms > 0 and r.memory is not None and r.percent < 110 for r in made), made
+    assert all(r.method == "graph" for r in made if r.provider == OURS), [r.reason for r in made]  # none of ours waits
+
+
+@pytest.mark.parametrize("provider", [p for p in PROVIDERS if p.module], ids=lambda p: p.name)
+def test_a_peer_that_is_not_installed_is_listed(provider, monkeypatch):
+    """Whether or not it is installed here."""
+    monkeypatch.setattr(providers, "_importable", lambda module: False)
+    work = next(w for w in TINY if provider.has(w.op))
+    assert {r.reason for r in run(work, provider)} == {f"not installed (pip install {provider.package})"}
 
 
 class Wrong(Provider):
@@ -561,6 +436,62 @@ def test_results_have_a_folder_for_each_gpu(tmp_path, monkeypatch):
     assert records.latest("x").name == "2026-01-10-b.json"
 
 
+# What nvidia-smi says on a machine of two GPUs, in the order of their PCI addresses.
+LISTED = """GPU-AAAAAAAA-1111-2222-3333-444444444444, 00000000:3B:00.0, {0}
+GPU-bbbbbbbb-1111-2222-3333-444444444444, 00000000:AF:00.0, {1}"""
+FIELDS = {"driver_version": ("580.65.06", "580.65.06"), "clocks.sm": ("1980 MHz", "345 MHz")}
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """two_gpus(**properties): torch.cuda's only visible device has these, as under CUDA_VISIBLE_DEVICES."""
+
+    def make(listed=LISTED, **properties):
+        def output(*command):
+            if command[0] != "nvidia-smi":
+                return ""
+            assert "-i" not in command  # an index of CUDA is not one of nvidia-smi
+            field = command[1].rsplit(",", 1)[-1]
+            return listed.format(*FIELDS[field])
+
+        monkeypatch.setattr(records, "_output", output)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(**properties))
+
+    return make
+
+
+@pytest.mark.parametrize("uuid, mhz", [("aaaaaaaa", 1980), ("bbbbbbbb", 345)])
+def test_the_gpu_is_found_by_its_uuid(two_gpus, uuid, mhz):
+    """Device 0 of CUDA is either of nvidia-smi's, by CUDA_VISIBLE_DEVICES or by CUDA_DEVICE_ORDER."""
+    two_gpus(uuid=f"{uuid}-1111-2222-3333-444444444444")
+    assert records.clock("cuda") == mhz
+    made = records.machine("cuda")
+    assert (made["gpu"], made["driver"]) == ("Fake GPU", "580.65.06")
+
+
+def test_a_mig_slice_is_found_by_the_address_of_its_gpu(two_gpus):
+    slice_of_the_second = {"uuid": "cccccccc-1111-2222-3333-444444444444", "pci_domain_id": 0, "pci_bus_id": 0xAF}
+    two_gpus(**slice_of_the_second, pci_device_id=0)
+    assert records.clock("cuda") == 345
+
+
+def test_what_is_not_known_of_a_gpu_is_not_guessed(two_gpus):
+    two_gpus()  # neither UUID nor address
+    assert records.clock("cuda") is None and records.machine("cuda")["driver"] == "580.65.06"  # which both have
+    two_gpus(listed="", uuid="x")  # no nvidia-smi
+    assert records.clock("cuda") is None and records.machine("cuda")["driver"] == "unknown"
+
+
+def test_on_a_cpu_no_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: 1 / 0)
+    monkeypatch.setattr(records, "_smi", lambda field: 1 / 0)
+    made = records.machine("cpu")
+    assert (made["gpu"], made["driver"], records.clock("cpu")) == ("none", "none", None)
+
+
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
@@ -745,6 +676,24 @@ def test_a_report_of_measurements(tmp_path):
         assert path.stat().st_size > 5000
 
 
+def test_a_report_without_matplotlib_has_everything_else(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
+    made = measured()
+    assert [path.name for path in report.write(made, tmp_path)] == ["records.json", "report.html"]
+    assert len(records.read(tmp_path / "records.json").records) == len(made.records)
+    page = (tmp_path / "report.html").read_text()
+    assert "pip install matplotlib" in page and "data:image" not in page and page.count("<tr class=") > 100
+
+
+@pytest.mark.parametrize("direction", work_module.DIRECTIONS)
+def test_a_report_of_one_direction(tmp_path, direction):
+    pytest.importorskip("matplotlib")
+    made = measured()
+    works = [w.op for w in works_of("models")]
+    rs = [r for r in made.records if r.direction == direction and r.op in works and r.shape.startswith("Llama")]
+    assert "report.html" in {path.name for path in report.write(made._replace(records=rs), tmp_path)}
+
+
 def test_a_report_of_estimates_says_so(tmp_path):
     pytest.importorskip("matplotlib")
     works = [dataclasses.replace(w, shape="Llama 3.1 8B", dtype=torch.bfloat16) for w in TINY]
@@ -794,12 +743,14 @@ def test_a_whole_run_but_for_the_clock(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     small = [dataclasses.replace(w, dtype=torch.bfloat16) for w in TINY]
     scale = tiny_model(False, 1)
-    args = parser().parse_args(["run", "--directions", "forward", "--seconds", "0.01"])
+    options = ["--out", str(tmp_path), "--seconds", "0.01", "--providers", OURS, "eager", "sdpa"]
+    monkeypatch.setattr(end_to_end, "VARIATIONS", [v for v in end_to_end.VARIATIONS if not v.compiled])  # takes minutes
+    args = parser().parse_args(["run", "--directions", "forward", *options])
     made = measure(args, small, [scale], DEVICE, FakeClock())
     assert {r.op for r in made.records} == {*(w.op for w in TINY), "decoder_layer"}
     assert all(r.ms == 2.0 for r in made.records if r.provider == OURS)
     assert (tmp_path / "report.html") in report.write(made, tmp_path)
-    args = parser().parse_args(["run", "--minutes", "1e-9"])
+    args = parser().parse_args(["run", "--minutes", "1e-9", *options])
     late = measure(args, small, [scale], DEVICE, FakeClock())
     assert late.records and all(r.reason == "not run: out of time" for r in late.records)
 
@@ -807,11 +758,12 @@ def test_a_whole_run_but_for_the_clock(tmp_path, monkeypatch):
 def test_parity_is_a_gate(tmp_path, monkeypatch, capsys):
     small = [NORM, TINY[2]]
     monkeypatch.setattr(parity, "works", lambda dtypes: iter(small))
-    assert main(["parity", "--json", str(tmp_path / "p.json")]) == 0
+    options = ["--in-process", "--out", str(tmp_path)]
+    assert main(["parity", *options, "--json", str(tmp_path / "p.json")]) == 0
     assert "right in 2 pieces of work" in capsys.readouterr().out
     assert {r.op for r in records.read(tmp_path / "p.json").records} == {"rms_norm", "rope"}
     monkeypatch.setattr(providers.Ours, "rope", lambda *_: lambda q, k: (q, k))
-    assert main(["parity"]) == 1
+    assert main(["parity", *options]) == 1
     assert "WRONG" in capsys.readouterr().out
 
 

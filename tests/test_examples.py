@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,14 @@ pytest.importorskip("rich")
 transformers = pytest.importorskip("transformers")
 
 from examples import (  # noqa: E402
+    demo,
     finetune_sequence_classification,
     finetune_token_classification,
     generate,
     pretrain,
     question_answering,
     training,
+    verify,
 )
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="a training loop in Triton's interpreter would take hours")
@@ -322,3 +325,50 @@ def test_help(run, capsys, script):
     with pytest.raises(SystemExit):
         run(script, "--help")
     assert "--compare" in capsys.readouterr().out
+
+
+# --- the device ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu_may_be_used(monkeypatch):
+    """torch says that there is a GPU, and any use of it fails: a build for CPUs has none, a GPU's memory is watched."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        yield
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        yield
+
+
+@pytest.mark.parametrize("script", [*DATA, generate], ids=lambda script: script.__name__)
+def test_on_a_cpu_where_there_is_a_gpu(run, no_gpu_may_be_used, tmp_path, script):
+    options = ["--device", "cpu", "--compare", "--steps", "2"]
+    options += ["--tokens", "3"] if script is generate else ["--data", jsonl(tmp_path / "data.jsonl", DATA[script])]
+    status, numbers = run(script, *options)
+    assert status == 0 and set(numbers["runs"]) == {"stock", "ours"}
+
+
+def test_the_dtype_is_that_of_the_device(monkeypatch):
+    parser = training.arguments("A test.", "test", "{}", steps=1, batch=1, max_length=1, lr=1.0)
+    monkeypatch.setattr(sys, "argv", ["test"])
+    for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
+        assert parser.parse_args(["--device", device]).dtype == dtype
+        assert parser.parse_args(["--device", device, "--dtype", "bfloat16"]).dtype == "bfloat16"
+
+
+def test_the_demo_on_a_cpu_where_there_is_a_gpu(no_gpu_may_be_used, monkeypatch, tmp_path):
+    """Its training, and the verification, which is a process of its own and here runs in this one."""
+
+    def verified(command, env, **_):
+        assert command[1:5] == ["-m", "examples.verify", "--device", "cpu"] and env["TRITON_INTERPRET"] == "1"
+        return types.SimpleNamespace(stdout=json.dumps(verify.main(command[3:])))
+
+    monkeypatch.setattr(demo.subprocess, "run", verified)
+    monkeypatch.setattr(demo, "standard_library", lambda: torch.arange(9000).remainder(97).to(torch.uint8))
+    options = ["--device", "cpu", "--steps", "2", "--batch", "2", "--seq", "16", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["demo", *options])
+    assert demo.main() == 0
+    numbers = json.loads((tmp_path / "demo.json").read_text())
+    assert numbers["device"] == "cpu" and [s["step"] for s in numbers["steps"]] == [0, 1] and len(numbers["ops"]) == 8
