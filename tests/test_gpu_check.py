@@ -182,7 +182,7 @@ def test_only_what_has_not_passed_is_repeated(tmp_path):
     assert run.kept(made, tmp_path, ABOUT).status == PASSED
 
 
-@pytest.mark.parametrize("changed", ["torch", "triton", "gpu", "driver", "sources", "command", "env"])
+@pytest.mark.parametrize("changed", ["commit", "torch", "triton", "gpu", "driver", "sources", "command", "env"])
 def test_a_verdict_holds_for_one_gpu_and_one_state_of_the_sources(changed, tmp_path, monkeypatch):
     count, about = tmp_path / "count", dict(ABOUT)
     job = python("job", COUNTS, count, "pass")
@@ -235,7 +235,7 @@ from bench.gpu_check.process import Job
 from bench.gpu_check.stages import Missing, Stage
 about, described, argv = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
-gpu_check.arch_of, records.machine, records.latest = lambda _: "sm_90", lambda: about, lambda gpu: None
+gpu_check.arch_of, records.machine, records.latest = lambda _: "sm_90", lambda device: about, lambda gpu: None
 def one(name, minutes, *jobs):
     made = [Job(n, (sys.executable, "-c", *command), seconds) for n, seconds, command in jobs]
     return Stage(name, minutes, lambda _: made, ("bench",))
@@ -313,7 +313,7 @@ def main(whole: Whole, monkeypatch, *argv: str) -> int:
     monkeypatch.setattr(gpu_check._Clock, "__init__", lambda self, minutes: setattr(self, "end", float("inf")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(records, "machine", lambda: ABOUT)
+    monkeypatch.setattr(records, "machine", lambda device: ABOUT)
     monkeypatch.setattr(records, "latest", lambda gpu: None)
     return gpu_check.main(["--out", str(whole.out), *argv])
 

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.stage_file(args.out, stage.name).unlink(missing_ok=True)
         shutil.rmtree(args.out / stage.name, ignore_errors=True)
     if not args.page:
-        about = records.machine()
+        about = records.machine("cuda")
         state.write_json(about, args.out / "machine.json")
         check(wanted, args.out, about, args.workers, clock)
     return show(every, wanted, args.out)

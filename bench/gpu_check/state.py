@@ -52,8 +52,8 @@ def read(path: Path) -> Outcome | None:
 
 
 def identity(folders: Iterable[str], about: Mapping[str, Any]) -> dict[str, str]:
-    """What a verdict holds for: the sources in `folders` of the repository, the versions, the GPU and its driver."""
-    named = {name: str(about[name]) for name in ("torch", "triton", "python", "gpu", "driver")}
+    """What a verdict holds for: the commit and the sources in `folders`, the versions, the GPU and its driver."""
+    named = {name: str(about[name]) for name in ("commit", "torch", "triton", "python", "gpu", "driver")}
     return {"sources": digest(folders), **named}
 
 
