@@ -64,6 +64,8 @@ time.sleep(600)
 LEAVES = HANGS.replace("time.sleep(600)\n", "").replace("now it hangs", "done")
 # A child in a session of its own.
 AWAY = ", start_new_session=True)\n"
+# A child that has none of the variables of its parent.
+BARE = ", env={})\n"
 # Adds a line to a file, then does what the second argument says.
 COUNTS = "import sys; open(sys.argv[1], 'a').write('run\\n'); exec(sys.argv[2])"
 
@@ -75,18 +77,23 @@ def runs(path: Path) -> int:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def test_jobs_end_as_their_commands_do(tmp_path):
+def test_jobs_end_as_their_commands_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     jobs = [
+        python("compiles", "import os; print(os.environ['TRITON_INTERPRET'])"),
         python("good", "import os; print(os.environ['SAID'])", env={"SAID": "all is well"}),
         python("bad", "print('one is wrong'); raise SystemExit(3)"),
     ]
     ended = {each.job.name: each for each in run_all(jobs, tmp_path, workers=2)}
-    assert {name: each.code for name, each in ended.items()} == {"good": 0, "bad": 3}
+    assert {name: each.code for name, each in ended.items()} == {"compiles": 0, "good": 0, "bad": 3}
+    assert (tmp_path / "compiles.txt").read_text() == "0\n"
     assert (tmp_path / "good.txt").read_text() == "all is well\n"
     assert (tmp_path / "bad.txt").read_text() == "one is wrong\n"
 
 
-@pytest.mark.parametrize("code", [HANGS, HANGS.replace(")\n", AWAY, 1)], ids=["of its group", "of another session"])
+@pytest.mark.parametrize(
+    "code", [HANGS.replace(")\n", how, 1) for how in (BARE, AWAY)], ids=["of its group", "of another session"]
+)
 def test_a_job_that_hangs_is_killed_with_its_children(code, tmp_path):
     (ended,) = run_all([python("slow", code, tmp_path / "pid", seconds=2)], tmp_path, workers=1)
     assert ended.code is None and not ended.cut and 2 <= ended.seconds < 10
@@ -94,7 +101,9 @@ def test_a_job_that_hangs_is_killed_with_its_children(code, tmp_path):
     wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
 
 
-@pytest.mark.parametrize("code", [LEAVES, LEAVES.replace(")\n", AWAY, 1)], ids=["of its group", "of another session"])
+@pytest.mark.parametrize(
+    "code", [LEAVES.replace(")\n", how, 1) for how in (BARE, AWAY)], ids=["of its group", "of another session"]
+)
 def test_what_a_job_leaves_behind_is_killed(code, tmp_path):
     (ended,) = run_all([python("leaves", code, tmp_path / "pid")], tmp_path, workers=1)
     assert ended.code == 0
@@ -222,6 +231,17 @@ def test_a_stage_has_a_clock_of_its_own(tmp_path, monkeypatch):
     assert state.read(tmp_path / "many" / "never.json") is None
 
 
+def test_a_command_that_has_more_to_do_goes_on(tmp_path):
+    count = tmp_path / "count"
+    made = stage("one", python("job", COUNTS, count, "print('a part of it')"))._replace(
+        finished=lambda _: runs(count) > 1
+    )
+    outcome = carry_out(made, tmp_path)
+    assert outcome.status == UNFINISHED and outcome.last_line == "has more to do: a part of it"
+    assert carry_out(made, tmp_path).status == PASSED and runs(count) == 2
+    assert run.kept(made, tmp_path, ABOUT)
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 # What `python -m bench.gpu_check` does, with the stages of the test and no GPU.
@@ -316,6 +336,13 @@ def main(whole: Whole, monkeypatch, *argv: str) -> int:
     monkeypatch.setattr(records, "machine", lambda device: ABOUT)
     monkeypatch.setattr(records, "latest", lambda gpu: None)
     return gpu_check.main(["--out", str(whole.out), *argv])
+
+
+def test_a_chosen_stage_brings_what_it_needs():
+    made = [stage("first"), stage("second"), stage("third")._replace(needs="first")]
+    assert [s.name for s in gpu_check.chosen(made, ["third"])] == ["first", "third"]
+    assert [s.name for s in gpu_check.chosen(made, ["second"])] == ["second"]
+    assert gpu_check.chosen(made, None) == made
 
 
 def test_exit_codes_and_choices(whole, monkeypatch, capsys):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
+from bench import records
 from bench.gpu_check import state, suite
 from bench.gpu_check.process import run_all
 from bench.gpu_check.stages import SANITIZED, Machine, Missing, find_sanitizer, stages
 from bench.gpu_check.state import PASSED
+from bench.records import Run
+from tests.test_goals import norm
 from tests.test_gpu_check import carry_out, stage
-from tests.test_gpu_check_page import HOPPER
+from tests.test_gpu_check_page import ABOUT, HOPPER
 
 
 def test_all_stages_together_take_under_25_minutes(tmp_path):
@@ -24,6 +28,15 @@ def test_all_stages_together_take_under_25_minutes(tmp_path):
     for each in made:
         assert all(job.seconds <= 60 * each.minutes for job in each.jobs(tmp_path)), each.name
         assert each.needs is None or names.index(each.needs) < names.index(each.name)
+
+
+def test_speed_goes_on_until_everything_is_measured(tmp_path):
+    (speed,) = [s for s in stages(HOPPER) if s.name == "speed"]
+    assert not speed.finished(tmp_path)
+    late = dataclasses.replace(norm(8192, 0), ms=None, percent=None, reason="not run: out of time")
+    for rows, finished in (([norm(4096, 97), late], False), ([norm(4096, 97)], True)):
+        records.write(Run(ABOUT, {}, rows, {}), tmp_path / "records.json")
+        assert speed.finished(tmp_path) == finished
 
 
 def test_stages_that_a_machine_cannot_do_say_why():

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 POLL = 0.05  # seconds
+# Output at once, for who is killed; and the compiled kernels, whatever the shell says.
+_ENV = {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
 _MARK = "LLAMA_KERNELS_GPU_CHECK_JOB"
 _numbers = itertools.count()
 
@@ -72,7 +74,7 @@ class _Running:
         with open(folder / f"{job.name}.txt", "wb") as log:
             self.process = subprocess.Popen(
                 job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", _MARK: self.mark, **job.env},
+                env={**os.environ, **_ENV, _MARK: self.mark, **job.env},
             )  # fmt: skip
 
     def ended(self, over: bool) -> Ended | None:

@@ -52,7 +52,10 @@ def carry_out(
     for job in waiting:
         (own / f"{job.name}.json").unlink(missing_ok=True)
     for ended in run_all(waiting, own, stage.workers or workers, lambda: over() or time.monotonic() > end):
-        outcome = outcomes[ended.job.name] = _judged(ended, own)
+        outcome = _judged(ended, own)
+        if outcome.status == PASSED and not stage.finished(own):
+            outcome = outcome._replace(status=UNFINISHED, last_line=f"has more to do: {outcome.last_line}")
+        outcomes[ended.job.name] = outcome
         state.write(outcome, own / f"{ended.job.name}.json")
         if outcome.wrong and len(jobs) > 1:
             say(f"        {outcome.status} {stage.name}/{outcome.name}: {outcome.last_line}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bench import records
 from bench.gpu_check import suite
 from bench.gpu_check.process import Job
 
@@ -32,6 +33,7 @@ class Stage(NamedTuple):
     """minutes: its clock, for all its jobs. jobs: of the folder of the run. sources: what its verdict depends on.
 
     workers: jobs side by side, 0 for as many as the command line says. needs: a stage that must come before it.
+    finished: of the stage's folder, whether commands that passed have done everything, and need not go on.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Stage(NamedTuple):
     sources: tuple[str, ...]
     workers: int = 1
     needs: str | None = None
+    finished: Callable[[Path], bool] = lambda _: True
 
 
 class Missing(NamedTuple):
@@ -61,13 +64,14 @@ def stages(machine: Machine) -> Iterator[Stage | Missing]:
     yield _one("environment", 0.5, _PACKAGE, "llama_kernels")
     yield Stage("compile", 2, lambda folder: [_compile(folder, machine.cores)], _BENCH)
     yield Stage("parity", 1, lambda folder: [_parity(folder)], _BENCH)
-    yield Stage("speed", 4, lambda folder: [_speed("speed", folder, 4)], _BENCH)
+    yield Stage("speed", 4, lambda folder: [_speed("speed", folder, 4)], _BENCH, finished=_all_measured)
     yield Stage("collect", 1, lambda _: [suite.collect_job()], _TESTS)
     yield Stage("tests", 8, suite.once, _TESTS, workers=0, needs="collect")
     if machine.hopper:
         options = "--hopper", "--ops", *HOPPER_OPS, "--providers", "llama_kernels", "sdpa-flash", "sdpa-cudnn"
         yield Stage("hopper", 2, suite.with_hopper, _TESTS, workers=0, needs="collect")
-        yield Stage("hopper-speed", 1.5, lambda folder: [_speed("hopper-speed", folder, 1.5, *options)], _BENCH)
+        yield Stage("hopper-speed", 1.5, lambda folder: [_speed("hopper-speed", folder, 1.5, *options)], _BENCH,
+                    finished=_all_measured)  # fmt: skip
     else:
         yield from (Missing(name, "the GPU is not a Hopper one") for name in ("hopper", "hopper-speed"))
     yield Stage("determinism", 1.5, lambda _: _determinism(), _TESTS, workers=UNDER_LOAD)
@@ -106,6 +110,14 @@ def _speed(name: str, folder: Path, minutes: float, *options: str) -> Job:
     return _bench(name, minutes, *run, *options)
 
 
+def _all_measured(folder: Path) -> bool:
+    """Whether the bench came to an end of its work before the end of its minutes."""
+    try:
+        return all(r.finished for r in records.read(folder / "records.json").records)
+    except (OSError, ValueError):
+        return False
+
+
 def _determinism() -> list[Job]:
     """The same repeats in several processes: each is the load of the others."""
     names = [f"under-load.{i}" for i in range(1, UNDER_LOAD + 1)]
@@ -123,7 +135,7 @@ def _sanitizers(program: str) -> list[Job]:
 def _host(folder: Path) -> Job:
     """Without the GPU, into whose time the launches would wait."""
     command = (*_PYTHON, "bench.host", "--json", str(folder / "host" / "microseconds.json"))
-    return Job("host", command, 30, {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"})
+    return Job("host", command, 30, {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def find_sanitizer() -> str | None:
