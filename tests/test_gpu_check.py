@@ -314,6 +314,18 @@ def test_a_run_that_was_ended_midway_goes_on(name, whole):
     assert "fourth" in said and "there is no such tool here" in said
 
 
+def test_the_page_has_nothing_of_another_commit(whole, monkeypatch, capsys):
+    whole.go.touch()
+    assert main(whole, monkeypatch) == gpu_check.PASSED
+    monkeypatch.setattr(sys.modules[__name__], "ABOUT", {**ABOUT, "commit": "fff9999"})
+    capsys.readouterr()
+    assert main(whole, monkeypatch, "--only", "third") == gpu_check.PASSED
+    said = capsys.readouterr().out
+    assert "commit fff9999" in said and "goes on with first, second" in said
+    assert list(map(runs, whole.counts)) == [1, 1, 2]
+    assert (whole.out / "earlier" / "first" / "job.txt").read_text() == "one\n"
+
+
 def test_minutes_end_the_stage_under_way(whole):
     started = time.monotonic()
     first = whole.start("--minutes", str(12 / 60))

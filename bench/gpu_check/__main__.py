@@ -46,7 +46,7 @@ def check(
 
 
 def show(made: Sequence[Stage | Missing], wanted: Sequence[Stage | Missing], folder: Path) -> int:
-    """Print the page of what is on disk and write it to page.md. The exit code, of the stages `wanted`."""
+    """Print the page of what `made` left on disk and write it to page.md. The exit code, of the stages `wanted`."""
     nothing = [Outcome(stage.name, UNFINISHED, 0.0, "did not begin", {}, {}) for stage in made]
     outcomes = [state.read(run.stage_file(folder, o.name)) or o for o in nothing]
     found = page.Findings.of(folder, outcomes)
@@ -58,6 +58,16 @@ def show(made: Sequence[Stage | Missing], wanted: Sequence[Stage | Missing], fol
     if any(o.wrong for o in verdicts) or found.worse:
         return WRONG
     return LEFT if any(o.status == UNFINISHED for o in verdicts) else PASSED
+
+
+def put_away(stage: Stage | Missing, folder: Path) -> None:
+    """Forget the results of `stage`. Its folder is kept in earlier/ until the next time."""
+    run.stage_file(folder, stage.name).unlink(missing_ok=True)
+    own, earlier = folder / stage.name, folder / "earlier" / stage.name
+    if own.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        earlier.parent.mkdir(parents=True, exist_ok=True)
+        own.rename(earlier)
 
 
 def chosen(made: Iterable[Stage | Missing], names: Sequence[str] | None) -> list[Stage | Missing]:
@@ -104,18 +114,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not gpu and not args.page:
         print("gpu-check: torch sees no GPU here. `make test` and `make bench` need none.")
         return NO_GPU
-    clock = _Clock(args.minutes)
+    clock, args.out = _Clock(args.minutes), args.out.absolute()
     hopper = gpu and arch_of(torch.device("cuda", torch.cuda.current_device())) == "sm_90"
     every = list(stages(Machine(hopper, find_sanitizer(), len(os.sched_getaffinity(0)))))
     if unknown := set(args.only or ()) - {stage.name for stage in every}:
         known = ", ".join(stage.name for stage in every)
         parser().error(f"--only: no stage is called {', '.join(sorted(unknown))}; there are {known}")
     wanted = chosen(every, args.only)
-    for stage in wanted if args.fresh and not args.page else ():
-        run.stage_file(args.out, stage.name).unlink(missing_ok=True)
-        shutil.rmtree(args.out / stage.name, ignore_errors=True)
     if not args.page:
         about = records.machine("cuda")
+        for stage in every:
+            outdated = isinstance(stage, Stage) and not run.is_current(stage, args.out, about)
+            if outdated or (args.fresh and stage in wanted):
+                put_away(stage, args.out)
         state.write_json(about, args.out / "machine.json")
         check(wanted, args.out, about, args.workers, clock)
     return show(every, wanted, args.out)

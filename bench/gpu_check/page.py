@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,7 +231,9 @@ def _next(found: Findings) -> list[str]:
     again, steps = "python -m bench.gpu_check", []
     for o in found.outcomes:
         if o.wrong:
-            steps.append(f"{again} --only {o.name}, which is wrong: {found.folder / o.name}/*.txt say how")
+            steps.append(
+                f"{again} --only {o.name}, which is wrong: {os.path.relpath(found.folder)}/{o.name}/*.txt say how"
+            )
     if left := [o.name for o in found.outcomes if o.status == UNFINISHED]:
         steps.append(f"{again} goes on with {', '.join(left)}")
     if found.worse:

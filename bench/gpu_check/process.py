@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.gpu_check.state import ROOT
+
 POLL = 0.05  # seconds
 # Output at once, for who is killed; and the compiled kernels, whatever the shell says.
 _ENV = {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
@@ -44,7 +46,7 @@ class Ended(NamedTuple):
 def run_all(
     jobs: Iterable[Job], folder: Path, workers: int, over: Callable[[], bool] = lambda: False
 ) -> Iterator[Ended]:
-    """Run `jobs`, at most `workers` at once, and yield each as it ends. Output of a job: `folder`/NAME.txt.
+    """Run `jobs` in the repository, at most `workers` at once, and yield each as it ends. Output: `folder`/NAME.txt.
 
     over: asked all the time; once it is true no job starts, and those that run are killed. Whatever a job has started
     is killed when it ends, and so are all running jobs if the caller stops iterating.
@@ -74,7 +76,7 @@ class _Running:
         with open(folder / f"{job.name}.txt", "wb") as log:
             self.process = subprocess.Popen(
                 job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **_ENV, _MARK: self.mark, **job.env},
+                cwd=ROOT, env={**os.environ, **_ENV, _MARK: self.mark, **job.env},
             )  # fmt: skip
 
     def ended(self, over: bool) -> Ended | None:

@@ -17,6 +17,7 @@ from bench.gpu_check.process import Ended, Job, run_all
 from bench.gpu_check.stages import Stage
 from bench.gpu_check.state import ABSENT, FAILED, PASSED, STOPPED, UNFINISHED, Outcome
 
+_IDENTITY = "identity.json"
 GRACE = 1.0  # seconds: a job that is as long as its stage ends at its own limit
 _REFUSED = re.compile(r"Device not supported")  # compute-sanitizer on a machine that does not let it in
 _WORST_FIRST = (FAILED, STOPPED, UNFINISHED, PASSED, ABSENT)
@@ -66,13 +67,23 @@ def carry_out(
     return whole
 
 
-def _keep_only(folder: Path, found: Mapping[str, str]) -> None:
-    """Empty the folder of a stage if it was filled with other sources, versions or on another GPU."""
-    note, text = folder / "identity.txt", f"{json.dumps(found, indent=1)}\n"
-    if not note.exists() or note.read_text() != text:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        note.write_text(text)
+def is_current(stage: Stage, folder: Path, about: Mapping[str, Any]) -> bool:
+    """Whether what is in the folder of `stage` was found at this commit, with these sources, versions and GPU."""
+    return _note(folder / stage.name) == state.identity(stage.sources, about)
+
+
+def _note(own: Path) -> Any:
+    try:
+        return json.loads((own / _IDENTITY).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _keep_only(own: Path, found: Mapping[str, str]) -> None:
+    """Empty the folder of a stage if what is in it is not current."""
+    if _note(own) != found:
+        shutil.rmtree(own, ignore_errors=True)
+        state.write_json(found, own / _IDENTITY)
 
 
 def _earlier(job: Job, folder: Path) -> Outcome | None:
