@@ -95,8 +95,8 @@ def test_jobs_end_as_their_commands_do(tmp_path, monkeypatch):
     "code", [HANGS.replace(")\n", how, 1) for how in (BARE, AWAY)], ids=["of its group", "of another session"]
 )
 def test_a_job_that_hangs_is_killed_with_its_children(code, tmp_path):
-    (ended,) = run_all([python("slow", code, tmp_path / "pid", seconds=2)], tmp_path, workers=1)
-    assert ended.code is None and not ended.cut and 2 <= ended.seconds < 10
+    (ended,) = run_all([python("slow", code, tmp_path / "pid", seconds=5)], tmp_path, workers=1)
+    assert ended.code is None and not ended.cut and 5 <= ended.seconds < 20
     assert (tmp_path / "slow.txt").read_text() == "now it hangs\n"
     wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
 
@@ -152,7 +152,7 @@ def carry_out(
 @pytest.mark.parametrize("code, seconds, status, last", [
     ("print('12 passed, 3 skipped in 4.5s')", 20, PASSED, "12 passed, 3 skipped in 4.5s"),
     ("print('2 failed, 1 passed'); raise SystemExit(1)", 20, FAILED, "2 failed, 1 passed"),
-    ("import time; print('test_seven', flush=True); time.sleep(60)", 1, STOPPED, "killed after 1 s, at: test_seven"),
+    ("import time; print('test_seven', flush=True); time.sleep(60)", 4, STOPPED, "killed after 4 s, at: test_seven"),
     ("print('Error: Device not supported'); raise SystemExit(1)", 20, ABSENT, "Device not supported"),
 ])  # fmt: skip
 def test_a_stage_of_one_job_says_what_its_job_said(code, seconds, status, last, tmp_path):
@@ -226,8 +226,8 @@ def test_sources_are_known_by_their_bytes(tmp_path, monkeypatch):
 def test_a_stage_has_a_clock_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "GRACE", 0.0)
     jobs = [python("quick", "pass"), python("slow", HANGS, tmp_path / "pid"), python("never", "pass")]
-    outcome = carry_out(stage("many", *jobs, minutes=2 / 60), tmp_path)
-    assert outcome.status == UNFINISHED and outcome.last_line == "1 of 3 parts done" and outcome.seconds < 15
+    outcome = carry_out(stage("many", *jobs, minutes=6 / 60), tmp_path)
+    assert outcome.status == UNFINISHED and outcome.last_line == "1 of 3 parts done" and outcome.seconds < 20
     assert state.read(tmp_path / "many" / "never.json") is None
 
 

@@ -74,7 +74,7 @@ def stages(machine: Machine) -> Iterator[Stage | Missing]:
                     finished=_all_measured)  # fmt: skip
     else:
         yield from (Missing(name, "the GPU is not a Hopper one") for name in ("hopper", "hopper-speed"))
-    yield Stage("determinism", 1.5, lambda _: _determinism(), _TESTS, workers=UNDER_LOAD)
+    yield Stage("determinism", 2, lambda _: _determinism(), _TESTS, workers=UNDER_LOAD)
     if machine.sanitizer:
         yield Stage("sanitizer", 2, lambda _: _sanitizers(machine.sanitizer), _TESTS, workers=len(SANITIZERS))
     else:
@@ -121,7 +121,7 @@ def _all_measured(folder: Path) -> bool:
 def _determinism() -> list[Job]:
     """The same repeats in several processes: each is the load of the others."""
     names = [f"under-load.{i}" for i in range(1, UNDER_LOAD + 1)]
-    return [suite.pytest_job(name, "tests/test_gpu.py", "-k", suite.REPEATS, seconds=90) for name in names]
+    return [suite.pytest_job(name, "tests/test_gpu.py", "-k", suite.REPEATS, seconds=120) for name in names]
 
 
 def _sanitizers(program: str) -> list[Job]:
