@@ -103,6 +103,12 @@ def test_no_test_is_left_out(every_test):
     assert slow == sorted(slow), "what is slow comes last"
 
 
+@pytest.mark.parametrize("count, sizes", [(1, [1]), (40, [40]), (41, [40, 1]), (81, [40, 40, 1])])
+def test_the_parts_of_a_file_hold_all_its_tests(count, sizes):
+    jobs = suite.parts(f"tests/test_a.py::test[{i}]" for i in range(count))
+    assert [sum(arg.startswith("tests/") for arg in job.command) for job in jobs] == sizes
+
+
 def collected(*args: str) -> set[str]:
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", *args]
     out = subprocess.run(command, capture_output=True, text=True, cwd=state.ROOT).stdout
