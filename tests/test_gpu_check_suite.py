@@ -12,7 +12,7 @@ from bench import records
 from bench.gpu_check import state, suite
 from bench.gpu_check.process import run_all
 from bench.gpu_check.stages import SANITIZED, Machine, Missing, find_sanitizer, stages
-from bench.gpu_check.state import PASSED
+from bench.gpu_check.state import ABSENT, FAILED, PASSED
 from bench.records import Run
 from tests.test_goals import norm
 from tests.test_gpu_check import carry_out, stage
@@ -77,6 +77,31 @@ def test_compute_sanitizer_is_looked_for_where_it_may_be(place, tmp_path, monkey
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "site"))
     assert find_sanitizer() == (None if place == "nowhere" else str(program))
+
+
+SANITIZER = """#!/bin/sh
+test "$1" = --tool && test "$3" = --error-exitcode || exit 99
+shift 4
+test "$2" = -m && test "$3" = pytest || exit 98
+echo "%s"; exit %d
+"""
+
+
+@pytest.mark.parametrize("said, code, status", [
+    ("ERROR SUMMARY: 0 errors", 0, PASSED), ("ERROR SUMMARY: 1 error", 1, FAILED), ("Device not supported", 1, ABSENT),
+])  # fmt: skip
+def test_the_sanitizer_stage_has_the_verdict_of_its_tools(said, code, status, tmp_path):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER % (said, code))
+    program.chmod(0o755)
+    (made,) = [s for s in stages(HOPPER._replace(sanitizer=str(program))) if s.name == "sanitizer"]
+    outcome = carry_out(made, tmp_path)
+    assert outcome.status == status
+    assert {path.stem for path in (tmp_path / "sanitizer").glob("*check.json")} == {
+        "memcheck",
+        "racecheck",
+        "initcheck",
+    }
 
 
 # --- the suite in parts ----------------------------------------------------------------------------------------------
