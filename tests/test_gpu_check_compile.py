@@ -10,13 +10,13 @@ import sys
 import torch
 
 from bench.gpu_check import compile as compiling
-from bench.gpu_check import state
+from bench.gpu_check import launches, state
 from llama_kernels.ops import rms_norm
 from tests.conftest import COMPILES
 
 pytestmark = COMPILES
 
-SM_90 = compiling.Target("cuda", 90, 32, "sm_90", 132)
+SM_90 = launches.Target("cuda", 90, 32, "sm_90", 132)
 
 # Compiles the kernels of three works on the meta device, or launches them on real tensors under a driver whose launches
 # do nothing. Prints whether each kernel was in Triton's cache on disk.
@@ -26,16 +26,16 @@ from unittest import mock
 from triton import knobs
 from triton.runtime import driver
 from bench import parity
-from bench.gpu_check import compile as compiling
+from bench.gpu_check import launches
 from bench.host import LaunchingNothing
 shapes = ("head norm 128", "heads 8/2", "cache of 700", "packed")
 works = [w for w in parity.works([torch.bfloat16]) if w.shape in shapes]
-target, hits = compiling.Target("cuda", 90, 32, "sm_90", 132), []
+target, hits = launches.Target("cuda", 90, 32, "sm_90", 132), []
 knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
 if sys.argv[1] == "compile":
-    with compiling.launching_for(target, lambda kernel: True):
+    with launches.launching_for(target, lambda kernel: True):
         for work in works:
-            compiling._work(work, hopper=False)
+            launches._work(work, hopper=False)
 else:
     from llama_kernels.ops import qk_norm_rope, rms_norm
     from llama_kernels.ops.attention import tables
@@ -76,8 +76,8 @@ def test_what_is_compiled_first_is_what_is_launched(tmp_path):
 
 def test_every_kernel_is_collected_once_and_compiled_by_its_key(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    made = [call for call in compiling.calls(SM_90) if call.name == "parity: rms_norm, head norm 128, bfloat16"]
-    (kernels,) = compiling.collected(SM_90, made)
+    made = [call for call in launches.calls(SM_90) if call.name == "parity: rms_norm, head norm 128, bfloat16"]
+    (kernels,) = launches.collected(SM_90, made)
     assert [k.name for k in kernels] == ["rms_norm_forward_kernel", "rms_norm_backward_kernel", "sum_partials_kernel"]
     assert kernels[0].tile == "BLOCK_R 32, BLOCK_N 128, 4 warps, 3 stages"
     monkeypatch.setattr(compiling, "_worker", (SM_90, made), raising=False)
@@ -92,8 +92,8 @@ def test_every_kernel_is_collected_once_and_compiled_by_its_key(tmp_path, monkey
 
 def test_the_compile_stage_knows_the_kernels_of_attention_and_of_a_patched_layer():
     torch.use_deterministic_algorithms(False)  # which leave the backward to the portable kernels
-    made = compiling.calls(SM_90)
-    launched = {call.name: kernels for call, kernels in zip(made, compiling.collected(SM_90, made), strict=True)}
+    made = launches.calls(SM_90)
+    launched = {call.name: kernels for call, kernels in zip(made, launches.collected(SM_90, made), strict=True)}
     assert all(launched.values())
     plain = launched["bench: attention, Llama 3.1 8B, Qwen3 8B, bfloat16"]
     assert [k.name for k in plain] == ["forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"]
@@ -101,4 +101,4 @@ def test_the_compile_stage_knows_the_kernels_of_attention_and_of_a_patched_layer
     assert {"hopper_forward_kernel", "hopper_backward_kernel"} <= {k.name for k in hopper}
     layer = launched["patched layer: Llama 3.1 8B"]
     assert {k.key for k in plain} <= {k.key for k in layer}
-    assert not any(call.startswith("bench, Hopper") for call, _ in compiling.calls(SM_90._replace(family="sm_80")))
+    assert not any(call.startswith("bench, Hopper") for call, _ in launches.calls(SM_90._replace(family="sm_80")))
