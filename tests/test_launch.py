@@ -1,4 +1,6 @@
-"""Remembered launches: the second call of one look launches what Triton would have bound for it, and nothing else."""
+"""Cached launches: from the third call of one cache key on, a launch is what Triton would have bound, and nothing else.
+
+tests/launcher compares what reaches the CUDA driver; here it is what reaches Triton's launcher."""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ pytestmark = COMPILES
 
 @pytest.fixture
 def launched() -> Iterator[list[tuple[Any, ...]]]:
-    """What reaches the driver: grid, stream, function, metadata, hooks, arguments. No launch is remembered before."""
+    """What reaches Triton's launcher: grid, stream, function, metadata, hooks, arguments. Nothing is cached before."""
     from triton.runtime import driver
 
     from bench.host import LaunchingNothing
@@ -49,7 +51,7 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 
 
 def _forget_kernels() -> None:
-    """Triton's own memory too: what it compiled launches by the driver of then."""
+    """Triton's own cache too: what it compiled launches by the driver of then."""
     launch.forget()
     for module in (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward):
         for x in vars(module).values():
@@ -166,25 +168,25 @@ LAUNCHERS = [
 
 
 def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
-    """One argument of two launches: the same tensor of the caller's, or new ones of one look, or equal."""
+    """One argument of two launches: the same tensor of the caller's, or new ones that look alike, or equal."""
     if hasattr(a, "extras"):  # what profilers are told
         a, b = a.data, b.data
     if hasattr(a, "block_shape"):  # a descriptor
         return _alike(a.base, b.base, given) and {**vars(a), "base": None} == {**vars(b), "base": None}
     if not isinstance(a, torch.Tensor):
         return a is b or (type(a) is type(b) and a == b)
-    look = [(x.shape, x.stride(), x.dtype) for x in (a, b)]
-    return look[0] == look[1] and (a is b or not any(x is y for x in (a, b) for y in given))
+    first, second = ((x.shape, x.stride(), x.dtype) for x in (a, b))
+    return first == second and (a is b or not any(x is y for x in (a, b) for y in given))
 
 
 @pytest.mark.parametrize("case", LAUNCHERS, ids=lambda case: case.__name__[1:])
-def test_a_remembered_launch_is_the_one_triton_makes(case, launched):
+def test_a_cached_launch_is_the_one_triton_makes(case, launched):
     launcher, _ = case()
     for _ in range(2):  # what comes once need not come again
         launcher(*case()[1])
     count = len(launched) // 2
     assert count
-    given = case()[1]  # other tensors of the same look
+    given = case()[1]  # other tensors, the same cache key
     with mock.patch.object(triton.runtime.JITFunction, "run", side_effect=AssertionError("bound anew")):
         launcher(*given)
     launch.forget()
@@ -195,7 +197,7 @@ def test_a_remembered_launch_is_the_one_triton_makes(case, launched):
         assert [i for i, pair in enumerate(zip(ours, tritons, strict=True)) if not _alike(*pair, given)] == []
 
 
-def test_every_launcher_is_held_against_triton():
+def test_every_launcher_is_compared_with_triton():
     covered = set()
 
     def note(self: Any, *_: Any, **__: Any) -> None:
@@ -228,7 +230,7 @@ def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("other", ["dtype", "stride", "alignment", "scale", "size"])
-def test_another_look_is_another_launch(other, launched):
+def test_another_cache_key_is_another_launch(other, launched):
     twice = remembered(_twice_plan)
     for _ in range(2):
         twice(torch.zeros(64), torch.zeros(64), 1.0)
@@ -251,7 +253,7 @@ def test_one_tensor_in_two_places_is_not_two_tensors(launched):
         assert got[0] is a and got[1] is b
 
 
-def test_a_plan_that_makes_tensors_is_not_remembered(launched):
+def test_a_plan_that_makes_tensors_is_not_cached(launched):
     def into_new(x, scale):
         yield from _twice_plan(x, torch.empty_like(x), scale)
 
@@ -274,11 +276,10 @@ def test_tensors_are_not_kept_alive(launched):
     assert gone() is None
 
 
-def test_the_memory_is_bounded(launched):
-    looks: dict[Any, Any] = {}
-    with mock.patch.object(launch, "_MOST", 3), mock.patch.object(launch, "_looks_of_plans", [looks]):
+def test_the_cache_is_bounded(launched):
+    with mock.patch.object(launch, "_MOST", 3), mock.patch.object(launch, "_caches", []):
         twice = remembered(_twice_plan)
-        kept = launch._looks_of_plans[-1]
+        (kept,) = launch._caches
         for scale in range(8):
             for _ in range(2):
                 twice(torch.zeros(16), torch.zeros(16), float(scale))
