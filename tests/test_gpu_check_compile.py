@@ -18,7 +18,7 @@ pytestmark = COMPILES
 
 SM_90 = launches.Target("cuda", 90, 32, "sm_90", 132)
 
-# Compiles the kernels of three works on the meta device, or launches them on real tensors under a driver whose launches
+# Compiles the kernels of a few works on the meta device, or launches them on real tensors under a driver whose launches
 # do nothing. Prints whether each kernel was in Triton's cache on disk.
 CALLS = """
 import sys, torch
@@ -51,7 +51,7 @@ else:
         module.arch_of = lambda _: "sm_90"
     from bench.providers import Ours
     from bench.runner import Step
-    for work in works:
+    for work in reversed(works):
         step = Step(Ours().function(work, "cpu"), work.draw("cpu"), "backward" in work.directions)
         step.forward_once()
         if "backward" in work.directions:
@@ -61,7 +61,7 @@ print(hits)
 
 
 def test_what_is_compiled_first_is_what_is_launched(tmp_path):
-    """In two processes: every launch on real tensors finds its kernel on disk."""
+    """In two processes: every launch on real tensors finds its kernel on disk, though they come in another order."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(state.ROOT)}
 
     def hits(what: str) -> list[bool]:
