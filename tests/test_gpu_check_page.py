@@ -74,6 +74,12 @@ def test_the_page_fits_a_terminal(wrong, tmp_path, monkeypatch):
         assert [line for line in lines if "95% of the copy" in line and "met" in line and "97%" in line]
 
 
+def test_a_page_that_is_too_long_keeps_what_to_do_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "LINES", 20)
+    lines = page.page(page.Findings.of(tmp_path, a_full_run(tmp_path))).splitlines()
+    assert len(lines) == 20 and "bench --save" in "".join(lines[-3:])
+
+
 def test_a_run_cut_short_has_a_page(tmp_path):
     state.write_json(ABOUT, tmp_path / "machine.json")
     (tmp_path / "speed").mkdir()
