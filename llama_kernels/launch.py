@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llama_kernels.cache_keys import settled
 from llama_kernels.language import INTERPRETED
 from llama_kernels.runtime import on_device_of
 
@@ -70,7 +71,9 @@ def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
                         filled[place] = _describing(filled[place], args[source])
                     run(*filled)
                 return
-            launched = [(each, each.kernel[each.grid](*each.args, **each.options, **_ALWAYS)) for each in plan(*args)]
+            launched = [
+                (each, settled(each.kernel)[each.grid](*each.args, **each.options, **_ALWAYS)) for each in plan(*args)
+            ]
             if key is None or any(map(_holds_tensor, args)):
                 return
             if key in cache:

@@ -22,7 +22,6 @@ from bench import (
     attention,
     compare,
     end_to_end,
-    gpu_check,
     memory_bound,
     parity,
     plots,
@@ -771,46 +770,6 @@ def test_parity_is_a_gate(tmp_path, monkeypatch, capsys):
 def test_help_names_every_command():
     out = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True).stdout
     assert all(command in out for command in ("run", "parity", "compare", "report", "providers"))
-
-
-def test_gpu_check_keeps_what_its_stages_say(tmp_path, monkeypatch, capsys):
-    python = (sys.executable, "-c")
-    stages = [
-        gpu_check.Stage("good", (*python, "import os; print(os.environ['SAID'])"), 1, {"SAID": "all is well"}),
-        gpu_check.Stage("bad", (*python, "print('one is wrong'); raise SystemExit(3)"), 1),
-        gpu_check.Stage("slow", (*python, "import time; print('so far', flush=True); time.sleep(60)"), 0.02),
-    ]
-    outcomes = [gpu_check.carry_out(stage, tmp_path) for stage in stages]
-    assert [(o.passed, o.last_line) for o in outcomes] == [
-        (True, "all is well"), (False, "one is wrong"), (False, "stopped after 0.02 minutes")]  # fmt: skip
-    assert (tmp_path / "slow.txt").read_text().startswith("so far")
-    monkeypatch.setattr(gpu_check, "stages", lambda folder, gpu, workers: stages[:2])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
-    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 1
-    assert "nothing to compare with" in capsys.readouterr().out
-    assert (tmp_path / "out" / "summary.txt").read_text().splitlines()[0] == "Fake GPU"
-    monkeypatch.setattr(gpu_check, "stages", lambda folder, gpu, workers: stages[:1])
-    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 0
-
-
-def test_gpu_check_compares_with_the_last_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "latest", lambda gpu: tmp_path / "last.json")
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
-    made = gpu_check.stages(tmp_path, "Fake GPU", 4)
-    assert [stage.name for stage in made] == [
-        "tests", "parity", "bench", "compare", "memcheck", "racecheck", "initcheck"]  # fmt: skip
-    assert sum(stage.minutes for stage in made) <= 10
-    for name in gpu_check.TESTS:
-        assert (gpu_check.Path(__file__).parent / f"{name}.py").exists()
-    monkeypatch.setattr(records, "latest", lambda gpu: None)
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
-    assert len(gpu_check.stages(tmp_path, "Fake GPU", 4)) == 3
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-def test_gpu_check_needs_a_gpu(capsys):
-    assert gpu_check.main([]) == 2 and "no GPU" in capsys.readouterr().out
 
 
 @compiles

@@ -1,0 +1,176 @@
+"""What the bench launches on a GPU, found out on the meta device, whose tensors have shapes and strides but no data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import llama_kernels as lk
+from bench import end_to_end, parity
+from bench.__main__ import works_of
+from bench.providers import OURS, PROVIDERS, Unsupported
+from bench.runner import Step
+from bench.work import Work
+from llama_kernels import runtime
+
+
+class Target(NamedTuple):
+    """A GPU, as far as a kernel's code depends on it."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    family: str  # whose tiles it takes
+    processors: int
+
+    @classmethod
+    def here(cls) -> Target:
+        """The current GPU."""
+        target, device = driver.active.get_current_target(), torch.device("cuda", torch.cuda.current_device())
+        return cls(*dataclasses.astuple(target), runtime.arch_of(device), runtime.processors_of(device))
+
+
+# --- what is launched ------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    name: str
+    run: Callable[[], None]
+
+
+def calls(target: Target) -> list[Call]:
+    """Attention, whose kernels compile longest, comes first."""
+    works = [("bench", False, work) for work in works_of("smoke")]
+    if target.family == "sm_90":
+        works += [("bench, Hopper", True, work) for kind, _, work in works if "attention" in work.op]
+    works += [("parity", False, work) for work in parity.works()]
+    found = [
+        Call(f"{kind}: {work.op}, {work.shape}, {str(work.dtype)[6:]}", lambda w=work, h=hopper: _work(w, h))
+        for kind, hopper, work in sorted(works, key=lambda each: "attention" not in each[2].op)
+    ]
+    layers = (scale for scale in end_to_end.scales() if not scale.whole)
+    return [*found, *(Call(f"patched layer: {scale.shape}", lambda s=scale: _layer(s)) for scale in layers)]
+
+
+def _work(work: Work, hopper: bool) -> None:
+    """Forward and backward of every provider that is made of our kernels."""
+    backward = "backward" in work.directions
+    with lk.hopper_attention(hopper):
+        for provider in PROVIDERS:
+            if provider.name.startswith(OURS) and provider.has(work.op):
+                step = Step(provider.function(work, "meta"), work.draw("meta"), backward)
+                step.forward_once()
+                if backward:
+                    step.backward()
+
+
+def _layer(scale: end_to_end.Scale) -> None:
+    with contextlib.suppress(Unsupported):  # without transformers
+        stock = end_to_end._llama(scale, "meta", scale.dtype)
+        step = end_to_end._Step(scale, end_to_end.Ours(False), "meta", scale.dtype, stock)
+        step.backward(step.forward())
+
+
+# --- launches without a GPU ------------------------------------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    """key: what Triton tells kernels of this process apart by. tile: its constants of block sizes, warps, stages."""
+
+    key: str
+    name: str
+    tile: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.key.encode()).hexdigest()[:8]
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget(*self._target[:3])
+
+    def get_current_device(self) -> Target:
+        return self._target
+
+    def get_current_stream(self, device: Target) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def launching_for(target: Target, wanted: Callable[[Kernel], bool]) -> Iterator[list[Any]]:
+    """Inside, ops on meta tensors launch as they do on `target`, into nothing. A kernel that is `wanted` is compiled
+    first, and its triton CompiledKernel is in the list. Kernels that this process has compiled are not asked for."""
+    compiled: list[Any] = []
+    run, asked_for = JITFunction.run, [False]
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        asked_for[0] = False
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if asked_for[0]:
+            compiled.append(kernel)
+
+    def is_left_out(**launch: Any) -> bool:
+        asked_for[0] = wanted(_kernel(**launch))
+        return not asked_for[0]
+
+    answers = {"arch_of": lambda _: target.family, "processors_of": lambda _: target.processors}
+    library = torch.library.Library("llama_kernels", "IMPL")
+    with contextlib.ExitStack() as stack:
+        stack.callback(library._destroy)
+        stack.callback(driver.set_active, driver._active)
+        stack.callback(setattr, knobs.runtime, "jit_cache_hook", knobs.runtime.jit_cache_hook)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", category=UserWarning)  # that an implementation is replaced: so it shall be
+        _launch_on_meta(library)
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        for module in [m for name, m in sys.modules.items() if name.startswith("llama_kernels")]:
+            for asked in answers.keys() & vars(module).keys():
+                stack.enter_context(mock.patch.object(module, asked, answers[asked]))
+        driver.set_active(_Driver(target))
+        knobs.runtime.jit_cache_hook = is_left_out
+        yield compiled
+
+
+def _kernel(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> Kernel:
+    names = fn.jit_function.arg_names
+    constants = {names[at[0]]: x for at, x in compile["constants"].items() if len(at) == 1}
+    blocks = [f"{name} {x}" for name, x in constants.items() if name.startswith("BLOCK")]
+    tile = ", ".join((*blocks, f"{compile['num_warps']} warps", f"{compile['num_stages']} stages"))
+    return Kernel(f"{fn.module}.{fn.name} {key}", fn.jit_function.__name__.strip("_"), tile)
+
+
+def _launch_on_meta(library: torch.library.Library) -> None:
+    """Meta tensors run what CUDA tensors do: the launchers."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("llama_kernels::"):
+            op = getattr(torch.ops.llama_kernels, name.split("::")[1]).default
+            library.impl(op, lambda *args, op=op: op.redispatch(cuda, *args), "Meta", allow_override=True)
+
+
+def collected(target: Target, made: list[Call]) -> list[list[Kernel]]:
+    """What each call launches, in order. Nothing is compiled."""
+    launched: list[list[Kernel]] = []
+    with launching_for(target, lambda kernel: bool(launched[-1].append(kernel))):
+        for call in made:
+            launched.append([])
+            call.run()
+    return launched

@@ -1,0 +1,247 @@
+"""The one page at the end, made of what the stages left on disk, so that a run cut short has one too."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import goals, records
+from bench.compare import THRESHOLD
+from bench.gpu_check.state import ABSENT, PASSED, UNFINISHED, Outcome
+from bench.providers import OURS
+from bench.records import Run
+from llama_kernels.ops.attention.hopper.choice import row
+
+COLUMNS, LINES = 110, 60
+SHAPE = "Llama 3.1 8B"  # whose attention is looked at: heads of 128, 32 and 8
+_ATTENTION = ("forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel")
+
+
+class Findings(NamedTuple):
+    """All that the page tells. A run that is None was not made."""
+
+    folder: Path
+    outcomes: Sequence[Outcome]
+    about: Mapping[str, Any]  # bench.records.machine(); empty where there was no run
+    speed: Run | None
+    hopper: Run | None
+    parity: Run | None
+    kernels: Mapping[str, Any] | None
+    host: Sequence[Mapping[str, Any]] | None
+    before: Run | None  # the newest that bench/results/ keeps of this GPU
+    worse: Sequence[str]  # slower than there by more than the spread, or without a time now
+
+    @classmethod
+    def of(cls, folder: Path, outcomes: Sequence[Outcome]) -> Findings:
+        about, speed = _json(folder / "machine.json") or {}, _run(folder / "speed" / "records.json")
+        latest = records.latest(about["gpu"]) if about else None
+        before = _run(latest) if latest else None
+        worse = list(changes(before, speed)) if before and speed else []
+        return cls(folder, outcomes, about, speed, _run(folder / "hopper-speed" / "records.json"),
+                   _run(folder / "parity" / "records.json"), _json(folder / "compile" / "kernels.json"),
+                   _json(folder / "host" / "microseconds.json"), before, worse)  # fmt: skip
+
+    def of_stage(self, name: str) -> Outcome:
+        nothing = Outcome(name, UNFINISHED, 0.0, "did not begin", {}, {})
+        return next((o for o in self.outcomes if o.name == name), nothing)
+
+
+def _run(path: Path) -> Run | None:
+    try:
+        return records.read(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def changes(before: Run, after: Run) -> Iterator[str]:
+    """Of ours in both runs: what became slower by more than both spreads and THRESHOLD, or has no time any more."""
+    new = {r.key: r for r in after.records if r.provider == OURS and not r.estimate}
+    for old in before.records:
+        r = new.get(old.key)
+        if r is None or old.ms is None or (r.reason or "").startswith("not run"):
+            continue
+        name = f"{r.op} {r.direction}, {r.shape}"
+        if r.ms is None:
+            yield f"{name}: took {old.ms:.4f} ms, now: {r.reason or 'no time'}"
+        elif r.ms / old.ms - 1 > max(THRESHOLD, old.spread or 0, r.spread or 0):
+            yield f"{name}: {r.ms / old.ms - 1:.1%} slower, {old.ms:.4f} -> {r.ms:.4f} ms"
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+def line(o: Outcome) -> str:
+    counted = ", ".join(f"{n:,} {what}" for what, n in o.counts.items())
+    said = o.last_line if not counted else f"{counted}; {o.last_line}" if o.wrong or "parts" in o.last_line else counted
+    seconds = f"{o.seconds:4.0f} s" if o.seconds else "      "
+    return _short(f"{o.status:10} {o.name:13}{seconds}  {said}")
+
+
+def page(found: Findings) -> str:
+    """At most LINES lines of COLUMNS columns."""
+    about = found.about
+    if not about:
+        return f"no run in {found.folder}"
+    minutes = sum(o.seconds for o in found.outcomes) / 60
+    lines = [
+        "llama_kernels on {gpu}, driver {driver}, torch {torch}, triton {triton}".format(**about),
+        f"commit {about['commit'] or 'unknown'}, {about['date']}, {minutes:.1f} minutes in stages",
+        "",
+    ]
+    lines += [line(o) for o in found.outcomes]
+    lines += ["", *_wrapped("parity", _parity(found)), *_wrapped("determinism", _determinism(found)),
+              *_wrapped("races", _races(found)), *_attention(found), ""]  # fmt: skip
+    lines += _speed(found)
+    lines += _wrapped("last record", _last_record(found))
+    following = ["", "next", *(f"  {step}" for step in _next(found))]
+    return "\n".join(map(_short, [*lines[: LINES - len(following)], *following]))
+
+
+def _short(text: str) -> str:
+    return (text if len(text) <= COLUMNS else text[: COLUMNS - 3] + "...").rstrip()
+
+
+def _wrapped(title: str, text: str, most: int = 2) -> list[str]:
+    lines = textwrap.wrap(text, COLUMNS - 14) or [""]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [f"{title if i == 0 else '':14}{part}" for i, part in enumerate(lines)]
+
+
+def _parity(found: Findings) -> str:
+    tests = found.of_stage("tests")
+    suite = f"suite: {', '.join(f'{n:,} {what}' for what, n in tests.counts.items()) or tests.status}"
+    if found.parity is None:
+        return f"the bench's works were not compared; {suite}"
+    ours = [r for r in found.parity.records if r.provider == OURS]
+    if wrong := {f"{r.op}, {r.shape}, {r.dtype}: {r.reason}" for r in ours if r.reason}:
+        return f"WRONG: {'; '.join(sorted(wrong))}; {suite}"
+    errors: dict[str, float] = {}
+    for r in ours:
+        errors[r.dtype] = max(errors.get(r.dtype, 0.0), r.error or 0.0)
+    worst = ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items())
+    works = len({r.key[:1] + r.key[2:] for r in ours})
+    return f"right in {works} works of the bench, largest relative error {worst}; {suite}"
+
+
+def _determinism(found: Findings) -> str:
+    o = found.of_stage("determinism")
+    if o.status == PASSED:
+        return "gradients repeat bit for bit, a thousand times, in processes that load the GPU for each other"
+    return f"{o.status}: {o.last_line}"
+
+
+def _races(found: Findings) -> str:
+    o = found.of_stage("sanitizer")
+    unknown = "accesses out of bounds, races in shared memory and reads of unwritten memory stay unknown"
+    if o.status in (ABSENT, UNFINISHED):
+        return f"not looked for ({o.last_line}): {unknown}"
+    return "none found by memcheck, racecheck and initcheck" if o.status == PASSED else f"{o.status}: {o.last_line}"
+
+
+def _attention(found: Findings) -> Iterator[str]:
+    """Which kernels attention launches, with which tiles, and why these."""
+    if found.kernels is None:
+        yield from _wrapped("attention", "which kernels it launches is not known: the compile stage has not ended")
+        return
+    launched, family = found.kernels["launched"], found.kernels["target"]["family"]
+    plain = _launches(launched, "bench: attention, ")
+    for name, tile, _ in plain:
+        yield _short(f"{'attention' if name == plain[0][0] else '':14}{name}: {tile}")
+    said = []
+    for pass_ in ("forward", "backward"):
+        why = row(pass_, family, torch.bfloat16, 128, 128)
+        said.append(f"{pass_}: {why if isinstance(why, str) else f'Hopper kernel, {why}'}")
+    yield from _wrapped("  why", said[0] if len({s.split(": ", 1)[1] for s in said}) == 1 else "; ".join(said))
+    if said := _fallbacks(found.folder):
+        yield from _wrapped("  Hopper", said)
+    if layer := _launches(launched, "patched layer: "):
+        known = {digest for *_, digest in plain}
+        others = ", ".join(f"{name} ({tile})" for name, tile, digest in layer if digest not in known)
+        same = "the kernels of the plain causal call"
+        yield from _wrapped(
+            "  a layer", f"a patched Llama layer launches {f'OTHER kernels: {others}' if others else same}"
+        )
+
+
+def _launches(launched: Mapping[str, Any], kind: str) -> list[tuple[str, str, str]]:
+    """Name, tile and digest of the cache key of attention's kernels in the call of this kind at SHAPE."""
+    calls = (kernels for call, kernels in launched.items() if call.startswith(kind) and SHAPE in call)
+    return [tuple(k) for k in next(calls, []) if k[0] in _ATTENTION]
+
+
+def _fallbacks(folder: Path) -> str:
+    """What the package said where a Hopper kernel failed and the portable one ran in its place."""
+    for log in sorted((*folder.glob("hopper-speed/*.txt"), *folder.glob("hopper/*.txt"))):
+        if said := re.search(r"llama_kernels: (attention .*since the Hopper one failed\..*)", log.read_text()):
+            return said[1]
+    return ""
+
+
+def _speed(found: Findings) -> Iterator[str]:
+    if found.speed is None:
+        yield "speed         not measured"
+        return
+    rates = found.speed.ceilings
+    yield (f"speed against the goals, slowest shape, bf16 (copy {rates.get('copy', 0):,.0f} GB/s, "
+           f"product {rates.get('bfloat16', 0):,.0f} TFLOP/s)")  # fmt: skip
+    for s in goals.standings(found.speed.records, found.hopper.records if found.hopper else ()):
+        value = s.why if s.value is None else s.goal.shown(s.value)
+        yield _goal_line(s.goal.work, s.goal.direction, str(s.goal), value, s.met)
+    if found.host:
+        slowest = max(found.host, key=lambda r: r["forward"])
+        us = slowest["forward"] + goals.LAUNCH_MICROSECONDS
+        goal = f"{goals.HOST_MICROSECONDS:g} us, launch included"
+        yield _goal_line(f"host, {slowest['op']}", "forward", goal, f"{us:.1f}", us <= goals.HOST_MICROSECONDS)
+
+
+def _goal_line(work: str, direction: str, goal: str, value: str, met: bool | None) -> str:
+    verdict = "-" if met is None else "met" if met else "MISSED"
+    return _short(f"  {work:37}{direction:10}{goal:25}{verdict:8}{value}")
+
+
+def _last_record(found: Findings) -> str:
+    if found.speed is None:
+        return "not compared: nothing was measured"
+    if found.before is None:
+        return f"bench/results/ has none of {found.about['gpu']}"
+    rows = {r.key for r in found.speed.records} & {r.key for r in found.before.records}
+    when = f"{found.before.machine.get('date', '')[:10]}, commit {found.before.machine.get('commit')}"
+    if not found.worse:
+        return f"nothing slower by more than the spread in {len(rows)} rows ({when})"
+    return f"WORSE than {when}: " + "; ".join(found.worse)
+
+
+def _next(found: Findings) -> list[str]:
+    """What to do, the most urgent first."""
+    again, steps = "python -m bench.gpu_check", []
+    for o in found.outcomes:
+        if o.wrong:
+            steps.append(
+                f"{again} --only {o.name}, which is wrong: {os.path.relpath(found.folder)}/{o.name}/*.txt say how"
+            )
+    if left := [o.name for o in found.outcomes if o.status == UNFINISHED]:
+        steps.append(f"{again} goes on with {', '.join(left)}")
+    if found.worse:
+        steps.append(f"see what became slower: {again} --only speed --fresh, then python -m bench compare")
+    if any(o.status == ABSENT and o.name == "sanitizer" for o in found.outcomes):
+        steps.append("install compute-sanitizer (CUDA toolkit), or set CUDA_HOME, for the sanitizer stage")
+    if not steps:
+        steps.append("python -m bench --save keeps the records of published shapes; commit bench/results/")
+        if found.hopper:
+            steps.append("where Hopper goals are met: name the record in TILES of ops/attention/hopper/choice.py")
+    return steps[:5]

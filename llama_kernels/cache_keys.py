@@ -1,0 +1,37 @@
+"""A kernel has one entry in Triton's cache on disk, whatever was launched before it.
+
+Triton hashes a kernel together with the functions that it calls. Up to 3.7 the hash also holds the global constants of
+those functions that had been hashed before, by another kernel, and not of the others: so a program that launches its
+kernels in another order, or an inference after a training run, compiled them again.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from typing import Any
+
+from llama_kernels.language import HAS_TRITON, INTERPRETED
+
+if HAS_TRITON:
+    from triton.runtime.jit import JITCallable
+
+_settled: set[int] = set()  # ids of functions, which live as long as their modules
+
+
+def settled(kernel: Any) -> Any:
+    """`kernel`, after every function that it calls was hashed, those called by others first."""
+    if id(kernel) not in _settled and not INTERPRETED:
+        _settled.add(id(kernel))
+        for called in _called(kernel):
+            settled(called)
+        kernel.cache_key  # noqa: B018 (computed once, and kept)
+    return kernel
+
+
+def _called(function: Any) -> Iterator[Any]:
+    for instruction in dis.get_instructions(function.fn):
+        if instruction.opname == "LOAD_GLOBAL":
+            value = function.fn.__globals__.get(instruction.argval)
+            if isinstance(value, JITCallable):
+                yield value
