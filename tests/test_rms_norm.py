@@ -10,7 +10,16 @@ import torch
 import llama_kernels as lk
 from llama_kernels.language import tl
 from llama_kernels.ops import rms_norm
-from tests.judge import eager_rms_norm, guarded, guarded_allocations, ideal_rms_norm, judge, memory_order, unchanged
+from tests.judge import (
+    drawn,
+    eager_rms_norm,
+    guarded,
+    guarded_allocations,
+    ideal_rms_norm,
+    judge,
+    memory_order,
+    unchanged,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Every tile: one element, widths that are no power of two, many short rows a program, a row each, rows walked in steps.
@@ -45,7 +54,7 @@ def check(
         results = run(lk, *given, eps, offset, upstream)
     wide = [None if t is None else t.double().requires_grad_() for t in (x, r, w)]
     truth = run(lk.reference, *wide, eps, offset, [t.double() for t in upstream])
-    ideal = [t for t in ideal_rms_norm(x, r, w, eps, offset, dy, ds) if t is not None]
+    ideal = drawn(ideal_rms_norm, x, r, w, eps, offset, dy, ds)
     theirs = [None] * len(ideal)
     if eager:
         leaves = [t.detach().requires_grad_() for t in (x, w)]
@@ -79,9 +88,9 @@ def test_outputs_and_gradients(shape, residual, dtype, device):
     check(shape, dtype, device, residual=residual)
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["norm", "add"])
-def test_rows_of_65536(residual, device):
-    check((2, 65536 + 8), torch.float16, device, residual=residual)
+def test_rows_of_65536(device):
+    """The sum is read back; without one: test_rows_longer_than_65536."""
+    check((2, 65536 + 8), torch.float16, device, residual=True)
 
 
 @pytest.mark.parametrize("tight", [False, pytest.param(True, marks=pytest.mark.interpreter)], ids=["plain", "tight"])

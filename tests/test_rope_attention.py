@@ -13,6 +13,7 @@ from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.pairs import full_width, turns_in_registers
 from tests.judge import (
     attention_mask,
+    drawn,
     eager_rope,
     guarded,
     guarded_allocations,
@@ -53,9 +54,9 @@ def run(ops: Any, case: Case, x: Inputs, *angles: torch.Tensor | None, interleav
 
 
 @torch.no_grad()
-def ideal(case: Case, x: Inputs, cos, sin, position_ids, interleaved: bool) -> list[torch.Tensor]:
-    """As `run`, float32 that rounds where the kernels' contract does: q and k as rotated, and dq and dk as turned back,
-    where that is done in registers; else before it too."""
+def ideal(case: Case, x: Inputs, cos, sin, position_ids, interleaved: bool) -> list[list[torch.Tensor]]:
+    """The draws of each result of `run`, float32 that rounds where the kernels' contract does: q and k as rotated, and
+    dq and dk as turned back, where that is done in registers; else before it too."""
     turn = functools.partial(eager_rope, interleaved=interleaved)
     c, s = (rows(x.q, table.float(), position_ids) for table in (cos, sin))
     q, k = (turn(t.float(), c, s).to(t.dtype) for t in (x.q, x.k))
@@ -67,11 +68,9 @@ def ideal(case: Case, x: Inputs, cos, sin, position_ids, interleaved: bool) -> l
         return turn(grad.float(), c, transposed(s, case.D, interleaved))
 
     if not full_width(cos, case.D) and turns_in_registers(cos.shape[-1], interleaved):
-        results = ideal_attention(*call, closing=turned_back)
-    else:
-        out, lse, dq, dk, *others = ideal_attention(*call)
-        results = (out, lse, *(turned_back(grad).to(grad.dtype) for grad in (dq, dk)), *others)
-    return [r for r in results if r is not None]
+        return drawn(ideal_attention, *call, closing=turned_back)
+    out, lse, dq, dk, *others = drawn(ideal_attention, *call)
+    return [out, lse, *([turned_back(grad).to(grad.dtype) for grad in draws] for draws in (dq, dk)), *others]
 
 
 def check(
