@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
+
 from llama_kernels.language import HAS_TRITON, INTERPRETED
+
+# Whether the tests run kernels; else CPU tensors take the reference, and nothing is ever launched.
+KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
 
 
 class Launched(NamedTuple):
@@ -34,7 +39,7 @@ def kernels_launched() -> Iterator[list[Launched]]:
     """Every launch inside, in order: by Triton, by its interpreter and by the machine of tests/hopper_machine.py.
 
     Of Triton's, those that its launcher announces (launch_enter_hook) right before it hands them to the driver; a
-    launch from the launch cache is announced too. Where CPU tensors take the reference, nothing is launched.
+    launch from the launch cache is announced too.
     """
     launches: list[Launched] = []
     with contextlib.ExitStack() as stack:

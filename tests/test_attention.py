@@ -30,6 +30,7 @@ from tests.judge import (
     relaid,
     unchanged,
 )
+from tests.launches import KERNELS_RUN, kernels_launched, names
 
 # How large q and k are, and v. Thrice as large, some rows have all their mass on one key. Not larger still: float32
 # holds a logit of a million to one digit after the point.
@@ -363,7 +364,10 @@ def test_any_number_of_blocks_masked_and_whole(before, carry, device):
 @pytest.mark.parametrize("case", DECODING, ids=str)
 def test_few_queries_split_over_the_keys(case, dtype, device, monkeypatch):
     monkeypatch.setattr(decode, "chunk_of", lambda Sk: CHUNK)
-    check(case, dtype, device, tile=Tile(32, 16, 4, 1))
+    with kernels_launched() as launches:
+        check(case, dtype, device, tile=Tile(32, 16, 4, 1))
+    ran = names(launches)
+    assert not KERNELS_RUN or (ran[:2] == ["_decode_kernel", "_combine_kernel"] and "_forward_kernel" not in ran)
 
 
 @pytest.mark.parametrize("family", ["peaky", "huge"])

@@ -25,7 +25,7 @@ import llama_kernels as lk
 from llama_kernels import launch
 from llama_kernels.language import INTERPRETED
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.ops.attention import backward, forward
 from llama_kernels.ops.attention.tables import Tile
 from tests.conftest import DEVICE, compiles
 from tests.judge import (
@@ -40,6 +40,7 @@ from tests.judge import (
     relaid,
     relative_error,
 )
+from tests.launches import KERNELS_RUN, kernels_launched, names
 from tests.test_attention import Case, check, packed, tiles
 from tests.test_rms_norm import check as check_norm
 from tests.test_rope import qk
@@ -337,9 +338,10 @@ def test_residual_gradient_on_the_wrong_side_of_the_norm(used, device):
 def test_prefill_and_decoding_differ(device):
     """flash-attention c2006099: constants that differ between the two paths. The last row of one is the other."""
     q, k, v = (torch.randn(1, H, 600, 32, device=device).half() for H in (8, 2, 2))
-    whole, whole_lse = lk.attention(q, k, v, return_lse=True)
-    assert decode.splits(q[:, :, -1:], k) and not decode.splits(q, k)
-    last, lse = lk.attention(q[:, :, -1:], k, v, return_lse=True)
+    with kernels_launched() as launches:
+        whole, whole_lse = lk.attention(q, k, v, return_lse=True)
+        last, lse = lk.attention(q[:, :, -1:], k, v, return_lse=True)
+    assert names(launches) == ["_forward_kernel", "_decode_kernel", "_combine_kernel"] * KERNELS_RUN
     judge_rows("decoding", q[:, :, -1:], k, v, last, lse)
     judge_rows("prefill", q[:, :, -1:], k, v, whole[:, :, -1:], whole_lse[..., -1:])
 

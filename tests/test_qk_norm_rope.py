@@ -34,7 +34,7 @@ def by_nesting(x: torch.Tensor) -> list[int]:
 
 def check(
     q, k, q_weight, k_weight, cos, sin, position_ids=None, *, eps=1e-6, offset=0.0, interleaved=False, eager=False,
-    same_order=memory_order,
+    order=memory_order,
 ) -> None:  # fmt: skip
     given = [None if x is None else guarded(x).requires_grad_() for x in (q, k, q_weight, k_weight)]
     angles = [guarded(cos), guarded(sin), None if position_ids is None else guarded(position_ids)]
@@ -62,7 +62,7 @@ def check(
         judge(name, outs[i], truth[i], y, theirs)
         judge(f"d{name}", grads[i], wide_grads[i], dx)
         for K in (outs[i], grads[i]):
-            assert (K.dtype, same_order(K)) == (x.dtype, same_order(x))
+            assert (K.dtype, order(K)) == (x.dtype, order(x))
         if w is not None:
             judge(f"d{name}_weight", grads[2 + i], wide_grads[2 + i], *dw)
             assert grads[2 + i].dtype == w.dtype
@@ -149,7 +149,7 @@ def test_q_alone(device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, device):
     q, k = (LAYOUTS[layout](x) for x in qk(2, 4, 2, 13, 64, torch.float32, device))
-    check(q, k, *weights(64, torch.float32, device), *tables(13, 64, device), same_order=by_nesting)
+    check(q, k, *weights(64, torch.float32, device), *tables(13, 64, device), order=by_nesting)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
