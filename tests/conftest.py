@@ -77,7 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "deterministic: compares gradients of attention bit for bit, under --hopper too")
+    config.addinivalue_line("markers", "deterministic: asks PyTorch for deterministic algorithms, under --hopper too")
     if config.getoption("hopper"):
         from llama_kernels import hopper_attention
 

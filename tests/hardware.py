@@ -34,8 +34,9 @@ class Arithmetic:
     """exp2, log2, rsqrt, division and tanh of float32 tensors.
 
     `error` says by how much they are off: "none" (rounded to nearest), "high" or "low" (the whole documented error,
-    upwards or downwards), or "mixed" (the whole error, upwards or downwards as the bits of the number decide, in
-    another way for each `seed`). As in hardware, the same input always gives the same result.
+    upwards or downwards; the other way in divisions, since errors of one sign cancel in 1 / sqrt(sum / N)), or "mixed"
+    (the whole error, upwards or downwards as the bits of the number decide, in another way for each `seed`). As in
+    hardware, the same input always gives the same result.
     """
 
     error: str = "none"
@@ -67,7 +68,7 @@ class Arithmetic:
         exact = a.double() / b.double()
         _, exponent = torch.frexp(exact)
         two_ulps = torch.where(exact == 0, 0.0, torch.exp2(exponent.double() - 23))
-        return self._off(exact, two_ulps, exact)
+        return self._off(exact, two_ulps, exact, up="low")
 
     def tanh(self, x: torch.Tensor) -> torch.Tensor:
         """By exp2 and a division: there is no accurate instruction for it."""
@@ -77,14 +78,14 @@ class Arithmetic:
         far = torch.copysign(self.divide(1 - e, 1 + e), x)
         return torch.where(x.abs() < _NEAR, torch.tanh(x), far)
 
-    def _off(self, exact: torch.Tensor, error: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        """The float32 that is furthest from the float64 `exact` of those within `error` on one side; the bits of `by`
-        choose the side where errors are mixed."""
+    def _off(self, exact: torch.Tensor, error: torch.Tensor, by: torch.Tensor, up: str = "high") -> torch.Tensor:
+        """The float32 that is furthest from the float64 `exact` of those within `error` on one side: above, if
+        self.error is `up`. Where errors are mixed, the bits of `by` choose the side."""
         if self.error == "mixed":  # without the exponent, so that a power of two as a factor changes no error
             bits = by.float().contiguous().view(torch.int32).long() & 0x7FFFFF
             side = 1 - 2 * ((((bits + self.seed * 7919) * 2654435761) >> 17) & 1)
         else:
-            side = 1 if self.error == "high" else -1
+            side = 1 if self.error == up else -1
         limit = torch.where(exact.isfinite(), exact + side * error, exact)
         y = limit.float()
         return torch.where((y.double() - limit) * side > 0, torch.nextafter(y, exact.float()), y)

@@ -1,8 +1,9 @@
 """Every tile that the tables of attention, or the rules of the other ops, can give is run and judged.
 
-On a GPU, each tile of its family runs as it is, at its head width, with its warps and stages. Triton's interpreter
-knows neither warps nor stages and runs tiles of any family, so there tiles of the same blocks are run once, on narrow
-heads. That a tile ran is read from the recorded launches. (The tiles of the Hopper kernels: test_hopper.py.)
+On a GPU, each tile of its family that calls take under the installed Triton runs as it is: at its head width, with its
+warps and stages. Triton's interpreter knows neither warps nor stages and runs tiles of any family, so there tiles of
+the same blocks are run once, on narrow heads. That a tile ran is read from the recorded launches. The tiles of the
+Hopper kernels are run in test_hopper.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.language import INTERPRETED
+from llama_kernels.language import INTERPRETED, TRITON_VERSION
 from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import decode, tables
 from llama_kernels.ops.attention.tables import Tile
@@ -43,6 +44,7 @@ class Entry:
     dtype: torch.dtype
     variant: tuple[str, ...]  # the fields of Tile that lead to it from its row: (), ("crowded",), ("newer", "crowded")
     tile: Tile
+    taken: bool  # by calls under this Triton
 
 
 def variants(tile: Tile, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tile]]:
@@ -53,13 +55,23 @@ def variants(tile: Tile, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
             yield from variants(other, (*path, field.name))
 
 
-ENTRIES = [
-    Entry(family, pass_, width, dtype, variant, tile)
-    for dtype, rows in ((torch.float16, tables._HALF), (torch.float32, tables._FLOAT32))
-    for (family, pass_), row in rows.items()
-    for width, column in zip(tables.WIDTHS, row, strict=True)
-    for variant, tile in variants(column)
-]
+def entries() -> Iterator[Entry]:
+    for dtype, rows in ((torch.float16, tables._HALF), (torch.float32, tables._FLOAT32)):
+        for (family, pass_), row in rows.items():
+            for width, column in zip(tables.WIDTHS, row, strict=True):
+                for variant, tile in variants(column):
+                    taken = not column.newer or ("newer" in variant) == (TRITON_VERSION >= (3, 9))
+                    yield Entry(family, pass_, width, dtype, variant, tile, taken)
+
+
+ENTRIES = list(entries())
+
+
+@pytest.fixture(autouse=True)
+def _portable_kernels() -> Iterator[None]:
+    """Under `pytest --hopper` too: these are their tiles."""
+    with lk.hopper_attention(False):
+        yield
 
 
 def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
@@ -72,10 +84,7 @@ def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
             if not (pass_ == "decode" and crowded):
                 q, v = torch.empty(1, D, dtype=dtype), torch.empty(1, D // narrow, dtype=dtype)
                 taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, v, crowded)))
-    unused = [
-        entry for entry in ENTRIES if (entry.family, entry.pass_, entry.width, entry.dtype, entry.tile) not in taken
-    ]
-    assert not unused
+    assert not [e for e in ENTRIES if (e.family, e.pass_, e.width, e.dtype, e.tile) not in taken]
 
 
 TILE = tables.tile
@@ -106,15 +115,12 @@ def runs(*passes: str) -> list[Run]:
     kinds: dict[tuple[torch.dtype, int, int, bool], dict[str, set[Tile]]] = {}
     family = None if INTERPRETED else arch_of(torch.device(DEVICE))
     for entry in ENTRIES:
-        if family not in (None, entry.family) or entry.pass_ not in passes:
+        here = family is None or (family == entry.family and entry.taken)
+        if not here or entry.pass_ not in passes:
             continue
         tile = dataclasses.replace(entry.tile, crowded=None, narrow_v=None, newer=None)
-        kind = (
-            entry.dtype,
-            entry.width,
-            entry.width // (1 + ("narrow_v" in entry.variant)),
-            "crowded" in entry.variant,
-        )
+        DV = entry.width // (2 if "narrow_v" in entry.variant else 1)
+        kind = (entry.dtype, entry.width, DV, "crowded" in entry.variant)
         if family is None:
             tile, kind = blocks(tile), (entry.dtype, 16, 16, False)
         kinds.setdefault(kind, {}).setdefault(entry.pass_, set()).add(tile)
