@@ -63,14 +63,33 @@ def compiles(test: Any) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--hopper", action="store_true", help="attention takes the Hopper kernels, opt-in so far")
+    parser.addoption(
+        "--hopper",
+        action="store_true",
+        help="attention takes the Hopper kernels; PyTorch is asked for deterministic algorithms only in tests that are "
+        "marked deterministic, since the Hopper backward is not",
+    )
+    parser.addoption(
+        "--hardware-errors",
+        choices=("high", "low", "mixed"),
+        help="the interpreter's exp2, log2, rsqrt and division are off by what the PTX ISA allows: tests/hardware.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "deterministic: asks PyTorch for deterministic algorithms, under --hopper too")
     if config.getoption("hopper"):
         from llama_kernels import hopper_attention
 
         hopper_attention()
+    if error := config.getoption("hardware_errors"):
+        if not INTERPRETED:
+            raise pytest.UsageError("--hardware-errors is for Triton's interpreter, which does not run here")
+        from tests import hardware
+
+        arithmetic = hardware.interpreted(hardware.ERRORS[error])
+        arithmetic.__enter__()
+        config.add_cleanup(lambda: arithmetic.__exit__(None, None, None))
 
 
 def pytest_report_header() -> str:
@@ -87,12 +106,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _reproducible_and_poisoned():
+def _reproducible_and_poisoned(request: pytest.FixtureRequest):
     """A seed, and uninitialised memory filled with NaN: what a kernel does not write shows. No launch is remembered of
-    another test, which may have replaced a tile."""
+    another test, which may have replaced a tile.
+
+    PyTorch fills memory where deterministic algorithms are asked for, and then the Hopper backward is not taken. So
+    under --hopper they are not asked for, but in tests marked `deterministic`."""
     torch.manual_seed(0)
     launch.forget()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # of the references, some have no such algorithm on a GPU
+    wanted = not request.config.getoption("hopper") or request.node.get_closest_marker("deterministic") is not None
+    torch.use_deterministic_algorithms(wanted, warn_only=True)  # of the references, some have no such algorithm
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -13,6 +13,7 @@ only behind a fence. What it has not: registers, layouts, threads within a warp 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import types
@@ -23,6 +24,8 @@ import torch
 
 from llama_kernels.ops.attention import tiles
 from llama_kernels.ops.attention.hopper import backward, descriptors, forward, schedule
+from tests.hardware import EXACT, Arithmetic
+from tests.launches import record
 
 _MODULES = (tiles, descriptors, schedule, forward, backward)
 
@@ -66,9 +69,33 @@ class Tile(torch.Tensor):
 
     type = types.SimpleNamespace(layout=None)
 
+    def __truediv__(self, other: Any) -> Tile:
+        return tile(_arithmetic.divide(plain(self), plain(other)))
+
+    def __rtruediv__(self, other: Any) -> Tile:
+        return tile(_arithmetic.divide(plain(other), plain(self)))
+
 
 def tile(x: torch.Tensor) -> Tile:
     return x.as_subclass(Tile)
+
+
+def plain(x: Any) -> torch.Tensor:
+    return x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float32)
+
+
+_arithmetic = EXACT
+
+
+@contextlib.contextmanager
+def computing_by(arithmetic: Arithmetic) -> Iterator[None]:
+    """Inside, exp2, log2 and divisions of the kernels are those of `arithmetic`."""
+    global _arithmetic
+    before, _arithmetic = _arithmetic, arithmetic
+    try:
+        yield
+    finally:
+        _arithmetic = before
 
 
 class Pointer:
@@ -338,8 +365,8 @@ _LANGUAGE = _Language(
     minimum=_pair(torch.minimum, min),
     maximum=_pair(torch.maximum, max),
     abs=torch.abs,
-    exp2=torch.exp2,
-    log2=torch.log2,
+    exp2=lambda x: tile(_arithmetic.exp2(plain(x))),
+    log2=lambda x: tile(_arithmetic.log2(plain(x))),
     where=lambda see, a, b: tile(torch.where(see, a, b)),
     max=lambda x, axis: x.amax(axis),
     sum=lambda x, axis: x.sum(axis),
@@ -493,13 +520,14 @@ class Launcher:
     """Stands for a kernel of `module`: `kernel[(programs,)](...)` runs it, one program after the other."""
 
     def __init__(self, space: dict[str, Any], name: str, seed: int, without: str = "") -> None:
-        self.kernel, self.seed, self.without, self.launches = space[name], seed, without, 0
+        self.kernel, self.name, self.seed, self.without, self.launches = space[name], name, seed, without, 0
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
             global _machine
             assert num_warps == 4
             self.launches += 1
+            record(self.name, constants | {"num_warps": num_warps})
             args = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
             for pid in range(grid[0]):
                 _machine = Machine(self.seed + pid, self.without)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ import llama_kernels as lk
 from llama_kernels import launch
 from llama_kernels.ops.attention import backward, decode, forward
 from llama_kernels.ops.attention.tables import Tile
+from tests.hardware import EXACT, Arithmetic
 from tests.judge import (
+    LOG2E,
     attention_mask,
+    drawn,
     eager_attention,
     guarded,
     guarded_allocations,
@@ -26,6 +30,7 @@ from tests.judge import (
     relaid,
     unchanged,
 )
+from tests.launches import KERNELS_RUN, kernels_launched, names
 
 # How large q and k are, and v. Thrice as large, some rows have all their mass on one key. Not larger still: float32
 # holds a logit of a million to one digit after the point.
@@ -234,6 +239,15 @@ def by_sequence(function: Callable[..., tuple], case: Case, x: Inputs) -> list[t
         return [out, lse, *grads]
 
 
+def ideals(case: Case, x: Inputs) -> list[list[torch.Tensor]]:
+    """The draws of each result's ideal."""
+
+    def of(_: torch.Tensor, by: Arithmetic) -> list[torch.Tensor]:
+        return by_sequence(functools.partial(ideal_attention, by=by), case, x)
+
+    return drawn(of, x.q)
+
+
 @torch.enable_grad()
 def eager(q, k, v, see, scale, softcap, sinks, do, dlse):
     """out and the gradients of plain PyTorch, through autograd. It has no lse, nor a gradient of one."""
@@ -273,20 +287,24 @@ def sink_terms(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def tiles(tile: Tile | None) -> Iterator[None]:
-    """Inside, every pass takes `tile`."""
+def tiles(tile: Tile | Mapping[str, Tile] | None) -> Iterator[None]:
+    """Inside, every pass takes `tile`, or its own of a mapping from passes to tiles."""
+
+    def tile_for(pass_: str, *_: Any) -> Tile:
+        return tile if isinstance(tile, Tile) else tile[pass_]
+
     with pytest.MonkeyPatch.context() as patch:
         if tile is not None:
             launch.forget()
             for module in (forward, backward, decode):
-                patch.setattr(module, "tile_for", lambda *_: tile)
+                patch.setattr(module, "tile_for", tile_for)
         yield
     launch.forget()
 
 
 def check(
-    case: Case, dtype: torch.dtype, device: torch.device, family: str = "randn", tile: Tile | None = None,
-    layout: int | None = None, gradients: bool = True,
+    case: Case, dtype: torch.dtype, device: torch.device, family: str = "randn",
+    tile: Tile | Mapping[str, Tile] | None = None, layout: int | None = None, gradients: bool = True,
 ) -> None:  # fmt: skip
     x = make(case, dtype, device, family)
     if layout is not None:
@@ -295,7 +313,7 @@ def check(
     with guarded_allocations(), tiles(tile), unchanged(*vars(safe).values()):
         results = run(lk, case, safe, gradients)
     count = len(results)
-    truth, ideal = run(lk.reference, case, in_float64(x), gradients), by_sequence(ideal_attention, case, x)[:count]
+    truth, ideal = run(lk.reference, case, in_float64(x), gradients), ideals(case, x)[:count]
     names = ["out", "lse", "dq", "dk", "dv", "dsinks"][:count]
     terms = {"lse": score_bound(case, x)} | ({"dsinks": sink_terms(x, *truth[:2])} if case.sinks else {})
     for name, K, R, I in zip(names, results, truth, ideal, strict=True):
@@ -346,7 +364,10 @@ def test_any_number_of_blocks_masked_and_whole(before, carry, device):
 @pytest.mark.parametrize("case", DECODING, ids=str)
 def test_few_queries_split_over_the_keys(case, dtype, device, monkeypatch):
     monkeypatch.setattr(decode, "chunk_of", lambda Sk: CHUNK)
-    check(case, dtype, device, tile=Tile(32, 16, 4, 1))
+    with kernels_launched() as launches:
+        check(case, dtype, device, tile=Tile(32, 16, 4, 1))
+    ran = names(launches)
+    assert not KERNELS_RUN or (ran[:2] == ["_decode_kernel", "_combine_kernel"] and "_forward_kernel" not in ran)
 
 
 @pytest.mark.parametrize("family", ["peaky", "huge"])
@@ -378,7 +399,7 @@ def test_never_worse_than_eager(dtype, device):
     x.dlse.zero_()
     results, truth, ideal, theirs = (
         run(lk, case, x), run(lk.reference, case, in_float64(x)),
-        by_sequence(ideal_attention, case, x), by_sequence(eager, case, x),
+        ideals(case, x), by_sequence(eager, case, x),
     )  # fmt: skip
     for i, name in ((0, "out"), (2, "dq"), (3, "dk"), (4, "dv")):
         judge(name, results[i], truth[i], ideal[i], theirs[i])
@@ -406,11 +427,11 @@ def test_a_softcap_of_zero_is_none(device):
             assert torch.equal(call(module, 0.0), call(module, None))
 
 
-def _gradients_of_a_block(q, k, v, do, out, lse, scale, rounding, closing):
+def _gradients_of_a_block(q, k, v, do, out, lse, scale, rounding, closing, by: Arithmetic = EXACT):
     """dq, dk and dv of a block of keys, of whose rows `out` and `lse` tell the rest."""
     G = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(G, 1) for x in (k, v))
-    p = torch.exp(q @ k.mT * scale - lse[..., None])
+    p = by.exp2((q @ k.mT * scale - lse[..., None]) * LOG2E)
     ds, p = rounding(p * (do @ v.mT - (out * do).sum(-1, keepdim=True))), rounding(p)
     dk, dv = (x.unflatten(1, (-1, G)).sum(2) for x in (ds.mT @ q * scale, p.mT @ do))
     return closing(ds @ k * scale), closing(dk), dv
@@ -453,8 +474,8 @@ def test_gradients_of_a_block_of_keys(layout, dtype, device):
         R = (*(x.double() for x in (q, k_, v_, do)), exact, exact_lse)
         R = _gradients_of_a_block(*R, scale, lambda x: x, turned_back)
         I = (*(x.float() for x in (q, k_, v_, do, out)), lse)
-        I = _gradients_of_a_block(*I, scale, lambda x: x.to(dtype).float(), turned_back)
-        for name, K, r, i in zip(("dq", "dk", "dv"), results, R, I, strict=False):
-            judge(f"{layout} {name}", K, r, i.to(dtype))
+        I = drawn(_gradients_of_a_block, *I, scale, lambda x: x.to(dtype).float(), turned_back)
+        for name, K, r, draws in zip(("dq", "dk", "dv"), results, R, I, strict=False):
+            judge(f"{layout} {name}", K, r, [draw.to(dtype) for draw in draws])
         total = total + R[0]
     torch.testing.assert_close(total, turned_back(whole_dq))  # the truth itself: shares that sum to the whole

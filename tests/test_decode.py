@@ -13,7 +13,16 @@ from torch.library import opcheck
 import llama_kernels as lk
 from llama_kernels.ops.attention import decode
 from llama_kernels.ops.attention.masked_decode import decode_attention, fits_decode
-from tests.judge import attention_mask, guarded, guarded_allocations, ideal_attention, judge, memory_order, unchanged
+from tests.judge import (
+    attention_mask,
+    drawn,
+    guarded,
+    guarded_allocations,
+    ideal_attention,
+    judge,
+    memory_order,
+    unchanged,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -111,8 +120,9 @@ def check(case: Case, dtype: torch.dtype, device: torch.device) -> None:
         out = decode_attention(q, x.k, x.v, x.key_mask, **x.options)
     scale = case.D**-0.5 if case.scale is None else case.scale
     do, dlse = torch.zeros_like(out), torch.zeros(out.shape[:3], device=device)
-    ideal = ideal_attention(x.q, x.k, x.v, seen(x), scale, case.softcap, x.options.get("sinks"), do, dlse)
-    judge("out", out, in_float64(x), ideal[0])
+    sinks = x.options.get("sinks")
+    ideal, *_ = drawn(ideal_attention, x.q, x.k, x.v, seen(x), scale, case.softcap, sinks, do, dlse)
+    judge("out", out, in_float64(x), ideal)
     assert not out[~seen(x).any(-1).expand(out.shape[:3])].any() and not out[-1].any()
     like = torch.empty(case.B, case.Sq, case.Hq, case.DV).transpose(1, 2)
     assert out.dtype == dtype and memory_order(out) == memory_order(like)

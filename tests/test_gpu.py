@@ -10,14 +10,14 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels import launch
-from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
 from tests.judge import UNIT, relative_error
-from tests.test_attention import check
-from tests.test_hopper import ON_MACHINE
+from tests.launches import Launched, kernels_launched, names
+from tests.test_hopper import ON_MACHINE, check_of_hopper_kernels
 from tests.test_rope import tables
 
-pytestmark = pytest.mark.gpu
+# Most compare gradients bit for bit.
+pytestmark = [pytest.mark.gpu, pytest.mark.deterministic]
 
 
 def inputs(device: torch.device, S: int = 300) -> list[torch.Tensor]:
@@ -218,14 +218,24 @@ def hopper():
         yield
 
 
+def hopper_kernels_in(launches: list[Launched]) -> set[str]:
+    return {name for name in names(launches) if "hopper" in name}
+
+
+def hopper_kernels_of(D: int) -> set[str]:
+    """The backward takes heads up to 128 wide."""
+    return {"_hopper_forward_kernel"} | ({"_hopper_backward_kernel"} if D <= 128 else set())
+
+
 def hopper_inputs(device: torch.device, D: int, S: int = 2048) -> list[torch.Tensor]:
     return [torch.randn(2, S, H, D, device=device).bfloat16().transpose(1, 2).requires_grad_() for H in (8, 2, 2)]
 
 
 @pytest.mark.parametrize("case", ON_MACHINE, ids=str)
 def test_hopper_kernels_are_right(case, hopper, device):
+    """And they are what ran."""
     for dtype in (torch.bfloat16, torch.float16):
-        check(case, dtype, device)
+        check_of_hopper_kernels(case, dtype, device)
 
 
 @pytest.mark.parametrize("D", [64, 128, 256])
@@ -236,10 +246,10 @@ def test_hopper_kernels_agree_with_the_portable_ones(D, on, hopper, device):
     do = torch.randn_like(q)
     found = []
     for enabled in (True, False):
-        with lk.hopper_attention(enabled):
-            assert enabled == (not isinstance(choice.choose("forward", None, None, None, q, k, v), str))
+        with lk.hopper_attention(enabled), kernels_launched() as launches:
             out, lse = lk.attention(q, k, v, return_lse=True, **on)
             found.append([out, lse, *torch.autograd.grad(out, (q, k, v), do)])
+        assert hopper_kernels_in(launches) == (hopper_kernels_of(D) if enabled else set())
     for name, here, there in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=True):
         assert relative_error(here, there) < UNIT[torch.bfloat16], name
 
@@ -255,7 +265,9 @@ def test_hopper_kernels_repeat_a_thousand_times(D, hopper, device):
         out, lse = lk.attention(q, k, v, return_lse=True)
         return [out, lse, *torch.autograd.grad(out, (k, v, q), do)]
 
-    *expected, dq = once()
+    with kernels_launched() as launches:
+        *expected, dq = once()
+    assert hopper_kernels_in(launches) == hopper_kernels_of(D)
     for _ in range(1000):
         *results, dq_again = once()
         assert equal(results, expected)
@@ -264,9 +276,13 @@ def test_hopper_kernels_repeat_a_thousand_times(D, hopper, device):
 
 def test_deterministic_gradients_repeat_with_the_hopper_forward(hopper, device):
     q, k, v = hopper_inputs(device, 128, S=1000)
-    expected = None
-    for _ in range(20):
+
+    def once() -> tuple[torch.Tensor, ...]:
         out = lk.attention(q, k, v, deterministic=True)
-        grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        expected = expected or grads
-        assert equal(grads, expected)
+        return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    with kernels_launched() as launches:
+        expected = once()
+    assert hopper_kernels_in(launches) == {"_hopper_forward_kernel"} and "_dq_kernel" in names(launches)
+    for _ in range(20):
+        assert equal(once(), expected)

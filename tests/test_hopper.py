@@ -12,9 +12,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import subprocess
+import sys
 import types
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,6 +30,7 @@ from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.forward import launch_forward
 from llama_kernels.ops.attention.hopper import choice, schedule
 from tests import hopper_machine
+from tests.launches import kernels_launched, names
 from tests.test_attention import Case, check, make, packed, run
 
 # --- the kernels' own functions, on integers -------------------------------------------------------------------------
@@ -186,14 +190,52 @@ ON_MACHINE = (
 )
 
 
+def check_of_hopper_kernels(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    """`check`; and that the Hopper kernels ran, forward and backward, and no portable one in their place. The one
+    exception is the backward that they do not have: of heads wider than 128, and of softcap at heads wider than 64."""
+    with kernels_launched() as launches:
+        check(case, dtype, device)
+    backward = case.D <= 128 and (case.softcap is None or case.D <= 64)
+    expected = {"_hopper_forward_kernel", "_delta_kernel"}
+    expected |= {"_hopper_backward_kernel", "_round_dq_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
+    assert set(names(launches)) == expected
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", ON_MACHINE, ids=str)
 def test_the_kernels_are_right_on_a_machine_that_plays_the_gpu(case, device):
     number = ON_MACHINE.index(case)
-    with machine(seed=number) as (on_forward, on_backward):
-        check(case, (torch.float16, torch.bfloat16)[number % 2], device)
-    assert on_forward.launches == 1
-    assert on_backward.launches == (case.D <= 128 and (case.softcap is None or case.D <= 64))
+    with machine(seed=number):
+        check_of_hopper_kernels(case, (torch.float16, torch.bfloat16)[number % 2], device)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("without", ["both", "backward"])
+def test_a_portable_kernel_is_not_taken_for_a_hopper_kernel(without, device):
+    """What the GPU's own test of the Hopper kernels would say if a portable kernel had run."""
+    case = Case(1, 2, 1, 70, 70, 64, 64)
+    with contextlib.ExitStack() as stack:
+        if without == "backward":
+            stack.enter_context(machine())
+            torch.use_deterministic_algorithms(True)
+        with pytest.raises(AssertionError, match="_dq_kernel"):
+            check_of_hopper_kernels(case, torch.float16, device)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tile", choice.TILES["forward"], ids=str)
+def test_every_tile_of_the_hopper_kernels_is_run(tile, device):
+    """Rows and keys that fill tiles, and a rest of each."""
+    case, backward = Case(1, 1, 1, 130, 130, tile.width, tile.width), choice.TILES["backward"]
+    with machine() as (on_forward, on_backward), kernels_launched() as launches:
+        check(case, torch.float16, device)
+    ran = {launched.name: launched.options for launched in launches}
+    options = ran["_hopper_forward_kernel"]
+    assert on_forward.launches == 1 and (options["BLOCK_N"], options["STAGES"]) == (tile.BLOCK_N, tile.STAGES)
+    of_backward = [other for other in backward if other.width == tile.width]
+    assert on_backward.launches == len(of_backward)
+    assert all(ran["_hopper_backward_kernel"]["STAGES"] == other.STAGES for other in of_backward)
+    assert {other.width for other in backward} <= {other.width for other in choice.TILES["forward"]}
 
 
 @pytest.mark.interpreter
@@ -292,13 +334,12 @@ def on_hopper(monkeypatch):
 
 
 def test_it_is_off_until_it_is_switched_on(on_hopper):
-    assert "opt-in" in choice.choose("forward", None, None, None, *tensors())
-    assert not choice.wanted("forward")
-    with lk.hopper_attention():
-        assert choice.wanted("forward") and choice.choose("forward", None, None, None, *tensors()).width == 128
-        with lk.hopper_attention(False):
-            assert not choice.wanted("forward")
-    assert not choice.wanted("forward")
+    with lk.hopper_attention(False):  # as it is but for `pytest --hopper`
+        assert "opt-in" in choice.choose("forward", None, None, None, *tensors())
+        assert not choice.wanted("forward")
+        with lk.hopper_attention():
+            assert choice.wanted("forward") and choice.choose("forward", None, None, None, *tensors()).width == 128
+        assert not choice.wanted("forward")
 
 
 @pytest.mark.parametrize("D, width", [(40, 64), (64, 64), (80, 128), (96, 128), (128, 128), (192, 256), (256, 256)])
@@ -408,12 +449,37 @@ def test_the_sum_of_dq_begins_at_zero_and_is_rounded_once(packed, on_hopper):
     assert (grads[1] == 1).all() and (grads[2] == 2).all()
 
 
+@pytest.mark.deterministic
 @pytest.mark.parametrize("deterministic, taken", [(True, False), (None, False), (False, True)])
 def test_gradients_that_must_repeat_are_left_to_the_portable_kernels(deterministic, taken, on_hopper):
-    """None asks PyTorch, which every test here has told to be deterministic."""
+    """None asks PyTorch, which is told to be deterministic here."""
     q, k, v = tensors()
     with lk.hopper_attention():
         tile = hopper.backward_tile(q, q, k, v, None, None, None, deterministic, True, True, True)
         assert (tile is not None) == taken
         assert hopper.backward_tile(q, q, k, v, None, None, None, False, True, True, False) is None
         assert hopper.backward_tile(q, q, k, v, None, None, 30.0, False, True, True, True) is None
+
+
+def test_under_the_option_gradients_come_from_the_hopper_kernel(request, on_hopper):
+    """`pytest --hopper` asks PyTorch for no deterministic algorithms, which would rule the Hopper backward out."""
+    q, k, v = tensors()
+    with lk.hopper_attention():
+        tile = hopper.backward_tile(q, q, k, v, None, None, None, None, True, True, True)
+    assert (tile is not None) == request.config.getoption("hopper")
+
+
+def test_the_option():
+    """In a process of its own: the tests of the choice of the backward, with and without deterministic algorithms."""
+    tests = "gradients_that_must_repeat or under_the_option"
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--hopper", __file__, "-k", tests]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.gpu
+def test_a_call_takes_the_hopper_kernels(request, device):
+    """Nothing turns them on but `--hopper`."""
+    if not request.config.getoption("hopper") or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs --hopper and a Hopper GPU")
+    check_of_hopper_kernels(Case(1, 4, 2, 300, 300, 128, 128), torch.bfloat16, device)

@@ -18,7 +18,7 @@ from llama_kernels.integrations.transformers.attention import NAME, attention_fo
 from llama_kernels.integrations.transformers.intervals import Window
 from tests.conftest import DEVICE
 from tests.integrations.small import VERSION, WithoutWaiting, not_interpreted
-from tests.judge import ideal_attention, judge
+from tests.judge import drawn, ideal_attention, judge
 
 pytestmark = not_interpreted
 
@@ -401,7 +401,7 @@ def test_attention_reads_no_value_of_a_mask_on_the_host(kind, side):
             with torch.set_grad_enabled(training):
                 ours = created(NAME, CREATE[kind], config, state, cache, attention_mask=mask)
                 out = attended(ours, q, k, v)
-            ideal = ideal_attention(q, k, v, see[:, None], SCALE, None, None, q, q[..., 0])[0]
+            ideal = drawn(ideal_attention, q, k, v, see[:, None], SCALE, None, None, q, q[..., 0])[0]
             judge("attention", out.transpose(1, 2), in_float64(q, k, v, see), ideal)
 
 
@@ -417,7 +417,7 @@ def test_documents_by_cu_seq_lens_without_waiting():
     q, k, v = inputs(24, 24, 1)
     number = torch.bucketize(torch.arange(24, device=DEVICE), cu, right=True)
     see = (number[:, None] == number) & torch.ones(24, 24, dtype=torch.bool, device=DEVICE).tril()
-    ideal = ideal_attention(q, k, v, see[None, None], SCALE, None, None, q, q[..., 0])[0]
+    ideal = drawn(ideal_attention, q, k, v, see[None, None], SCALE, None, None, q, q[..., 0])[0]
     judge("attention", attended(None, q, k, v, **how).transpose(1, 2), in_float64(q, k, v, see[None]), ideal)
 
 
