@@ -62,6 +62,12 @@ class Arithmetic:
         exact = torch.rsqrt(_flushed(x).double())
         return self._off(exact, exact * 2**-22.9, exact)
 
+    def inverse_root(self, x: torch.Tensor) -> torch.Tensor:
+        """1 / sqrt(x) as the kernels take it (language.inverse_root): by rsqrt, of x scaled where it is small."""
+        small = x < 2.0**-100
+        root = self.rsqrt(torch.where(small, x * 2.0**48, x))
+        return torch.where(small, root * 2.0**24, root)
+
     def divide(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if self.error == "none":
             return a / b

@@ -151,7 +151,7 @@ def ideal_rms_norm(x, residual, weight, eps, offset, dy, ds, by: Arithmetic = EX
     s = x.float() if residual is None else rounded(x.float() + residual.float(), residual.dtype)
     N = s.shape[-1]
     mean = functools.partial(_mean, by=by)
-    rstd = by.rsqrt(mean(s.square()) + eps)
+    rstd = by.inverse_root(mean(s.square()) + eps)
     xhat = s * rstd
     scale = 1.0 if weight is None else offset + weight.float()
     g = dy.float() * scale
@@ -175,7 +175,7 @@ def _mean(x: torch.Tensor, by: Arithmetic) -> torch.Tensor:
 def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy, by: Arithmetic = EXACT):
     """(y, dx, dweight or None) of heads (..., D) that are normed, then rotated: float32, every result rounded once."""
     D = x.shape[-1]
-    rstd = by.rsqrt(_mean(x.float().square(), by) + eps)
+    rstd = by.inverse_root(_mean(x.float().square(), by) + eps)
     xhat = x.float() * rstd
     scale = 1.0 if weight is None else offset + weight.float()
     y = eager_rope(xhat * scale, cos, sin, interleaved)
