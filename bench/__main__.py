@@ -42,7 +42,7 @@ from bench.providers import OURS, PROVIDERS
 from bench.records import Record, Run
 from bench.terminal import console, table
 from bench.work import DIRECTIONS, Work
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 
 OPS = (
     *("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "rope_qkv", "rope_into_cache"),

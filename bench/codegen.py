@@ -34,7 +34,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench import hopper, ones, sass, traffic
-from llama_kernels import runtime
+from llama_kernels.core import device
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
 from llama_kernels.ops.attention import backward, decode, forward, tables
 
@@ -264,7 +264,7 @@ def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(tables, "arch_of", lambda _: name),
-        mock.patch.object(runtime, "arch_of", lambda _: name),
+        mock.patch.object(device, "arch_of", lambda _: name),
     ):
         driver.set_active(StandInDriver(name))
         case.launch()
@@ -305,8 +305,8 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
     serialised = reader(compiled, report)
     if report.spill_bytes > _SPILL_LIMITS.get(kernel, 0) * (TARGETS[name].backend == "cuda"):
         report.faults.append(f"spills {report.spill_bytes} bytes")
-    if report.shared_bytes > 1024 * runtime.SHARED_KIB[name]:
-        report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {runtime.SHARED_KIB[name]} KiB")
+    if report.shared_bytes > 1024 * device.SHARED_KIB[name]:
+        report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {device.SHARED_KIB[name]} KiB")
     if case.ones:
         return report
     if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine|round", kernel):

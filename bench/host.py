@@ -26,7 +26,7 @@ from triton.runtime import driver
 
 import llama_kernels as lk
 from bench.codegen import StandInDriver
-from llama_kernels import launch, runtime
+from llama_kernels.core import launch_cache, registry
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
 from llama_kernels.ops.attention import backward, forward, tables
 
@@ -108,7 +108,7 @@ def measure() -> list[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an implementation is replaced: so it shall be
         for name, launcher in _LAUNCHERS.items():
-            runtime.LIBRARY.impl(name, launcher, "CPU", allow_override=True)
+            registry.LIBRARY.impl(name, launcher, "CPU", allow_override=True)
     before = driver._active
     driver.set_active(LaunchingNothing("sm_90"))
     rows = []
@@ -124,7 +124,7 @@ def measure() -> list[dict[str, Any]]:
                 rows.append(row)
     finally:
         driver._active = before
-        launch.forget()  # launches of that driver's
+        launch_cache.forget()  # launches of that driver's
     return rows
 
 

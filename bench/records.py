@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_kernels.language import HAS_TRITON, triton
+from llama_kernels.core.language import HAS_TRITON, triton
 
 SCHEMA = 1
 NOT_RUN = "not run"  # how the reason begins where a run had no time, or ended, before it came to the row

@@ -16,7 +16,7 @@ from bench import end_to_end, records, roofline
 from bench.providers import Eager, Ours, Unsupported
 from bench.records import Record
 from bench.work import Work
-from llama_kernels.language import why_not_interpreted
+from llama_kernels.core.language import why_not_interpreted
 
 TARGET = "sm_90"  # whose machine code is read; `make codegen` reads that of all
 

@@ -29,7 +29,7 @@ from rich.table import Table
 
 import llama_kernels as lk
 from examples.model import Config, Llama, Ops, ours, stock
-from llama_kernels.language import why_not_interpreted
+from llama_kernels.core.language import why_not_interpreted
 
 console = Console()
 

@@ -1,6 +1,7 @@
 """RoPE, RMSNorm and grouped-query attention: Triton kernels, forward and backward, proved against plain PyTorch."""
 
 from llama_kernels import nn, reference
+from llama_kernels.core.checks import checked
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.hopper import hopper_attention
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
@@ -8,7 +9,6 @@ from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope, rope_into_cache, rope_qkv
 from llama_kernels.ops.rope_attention import rope_attention
 from llama_kernels.rotary import rope_frequencies, rope_tables
-from llama_kernels.runtime import checked
 
 __version__ = "0.1.0"
 

@@ -10,11 +10,11 @@ import time
 import torch
 
 from llama_kernels import reference
+from llama_kernels.core.language import INTERPRETED
 from llama_kernels.diagnose import check
 from llama_kernels.diagnose.environment import environment
 from llama_kernels.diagnose.kernels import kernels
 from llama_kernels.diagnose.text import report_lines
-from llama_kernels.language import INTERPRETED
 from llama_kernels.ops.attention.tables import FAMILIES
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from llama_kernels.core.checks import message
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.rotary import angles_of, original_length, rope_frequencies
-from llama_kernels.runtime import message
 
 
 class RMSNorm(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama_kernels.runtime import message
+from llama_kernels.core.checks import message
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 

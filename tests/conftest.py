@@ -18,8 +18,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first 
 
 import pytest
 
-from llama_kernels import launch
-from llama_kernels.language import HAS_TRITON, INTERPRETED
+from llama_kernels.core import launch_cache
+from llama_kernels.core.language import HAS_TRITON, INTERPRETED
 
 torch.set_num_threads(1)  # tests run side by side, on tensors too small to share
 
@@ -107,13 +107,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _reproducible_and_poisoned(request: pytest.FixtureRequest):
-    """A seed, and uninitialised memory filled with NaN: what a kernel does not write shows. No launch is remembered of
+    """A seed, and uninitialised memory filled with NaN: what a kernel does not write shows. No launch is cached of
     another test, which may have replaced a tile.
 
     PyTorch fills memory where deterministic algorithms are asked for, and then the Hopper backward is not taken. So
     under --hopper they are not asked for, but in tests marked `deterministic`."""
     torch.manual_seed(0)
-    launch.forget()
+    launch_cache.forget()
     wanted = not request.config.getoption("hopper") or request.node.get_closest_marker("deterministic") is not None
     torch.use_deterministic_algorithms(wanted, warn_only=True)  # of the references, some have no such algorithm
     yield

@@ -28,7 +28,7 @@ from hypothesis.internal.conjecture import engine
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 from tests import test_fuzz
 
 BATCH = 50  # cases under one seed

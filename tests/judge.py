@@ -43,7 +43,7 @@ from unittest import mock
 
 import torch
 
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 from tests.hardware import DRAWS, EXACT, Arithmetic
 
 LOG2E = math.log2(math.e)

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from llama_kernels.language import HAS_TRITON, INTERPRETED
+from llama_kernels.core.language import HAS_TRITON, INTERPRETED
 
 # Whether the tests run kernels; else CPU tensors take the reference, and nothing is ever launched.
 KERNELS_RUN = INTERPRETED or torch.cuda.is_available()

@@ -30,7 +30,7 @@ NOT_LINKED = ("ruff", "xdist", "pytest_xdist", "llama_kernels", "__editable__", 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "HF_HUB_OFFLINE": "1"}
 ASK = """
 import numpy, torch, triton, llama_kernels
-from llama_kernels.language import why_not_interpreted
+from llama_kernels.core.language import why_not_interpreted
 print(f"numpy {numpy.__version__}, torch {torch.__version__}, Triton {triton.__version__}, {llama_kernels.__file__}")
 print(why_not_interpreted() or "the interpreter works")
 """

@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from llama_kernels.language import why_not_interpreted
+from llama_kernels.core.language import why_not_interpreted
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels import launch
+from llama_kernels.core import launch_cache
 from llama_kernels.ops.attention import backward, decode, forward
 from llama_kernels.ops.attention.tables import Tile
 from tests.hardware import EXACT, Arithmetic
@@ -295,11 +295,11 @@ def tiles(tile: Tile | Mapping[str, Tile] | None) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if tile is not None:
-            launch.forget()
+            launch_cache.forget()
             for module in (forward, backward, decode):
                 patch.setattr(module, "tile_for", tile_for)
         yield
-    launch.forget()
+    launch_cache.forget()
 
 
 def check(

@@ -21,7 +21,7 @@ from bench import measure as measuring
 from bench import processes, providers, records, without_gpu
 from bench.__main__ import main, parser
 from bench.providers import Eager
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 from tests.conftest import DEVICE
 from tests.test_bench import CEILINGS, NORM, FakeClock
 from tests.test_bench_faults import ADD, ROPE, Bad, fail, reasons

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 from tests.test_rope import qk, split, tables, unlike_tables
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter loads and stores")

@@ -14,7 +14,7 @@ pytestmark = COMPILES
 KEYS = """
 import json, random, sys
 import llama_kernels
-from llama_kernels.cache_keys import settled
+from llama_kernels.core.kernel_hashes import settled
 from triton.runtime.jit import JITFunction
 modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("llama_kernels")]
 kernels = {f"{module.__name__}.{name}": x for module in modules for name, x in sorted(vars(module).items())

@@ -22,8 +22,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.library import opcheck
 
 import llama_kernels as lk
-from llama_kernels import launch
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core import launch_cache
+from llama_kernels.core.language import INTERPRETED
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, forward
 from llama_kernels.ops.attention.tables import Tile
@@ -625,7 +625,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         yield
         inside[0] = False
 
-    monkeypatch.setattr(launch, "on_device_of", on_device_of)
+    monkeypatch.setattr(launch_cache, "on_device_of", on_device_of)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
     from bench import codegen
 

@@ -14,10 +14,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama_kernels as lk
-from llama_kernels import runtime
+from llama_kernels.core import device as core_device
+from llama_kernels.core.device import GPU, SHARED_KIB, arch_of, family_of, lanes_of, shared_bytes_of, why_not_compiled
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode, forward, tables
-from llama_kernels.runtime import GPU, SHARED_KIB, arch_of, family_of, lanes_of, shared_bytes_of, why_not_compiled
 from tests.test_errors import ARGS
 
 ROOT = Path(__file__).parent.parent
@@ -39,10 +39,10 @@ def pretend(monkeypatch):
         )  # fmt: skip
         properties.__dict__.update(others)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        monkeypatch.setattr(runtime, "INTERPRETED", False)
-        monkeypatch.setattr(runtime, "HAS_TRITON", True)
+        monkeypatch.setattr(core_device, "INTERPRETED", False)
+        monkeypatch.setattr(core_device, "HAS_TRITON", True)
 
-    caches = (arch_of, runtime.gpu_of)
+    caches = (arch_of, core_device.gpu_of)
     for cache in caches:
         cache.cache_clear()
     yield pretend
@@ -93,9 +93,10 @@ def test_warps_are_as_wide_as_the_driver_says(pretend, monkeypatch):
     """RDNA has 32 lanes a warp where CDNA has 64; both take the tiles of gfx942."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for arch, lanes in (("gfx90a:sramecc+:xnack-", 64), ("gfx1100", 32)):
-        arch_of.cache_clear(), runtime.gpu_of.cache_clear()
+        arch_of.cache_clear(), core_device.gpu_of.cache_clear()
         pretend("a GPU", (9, 0), 0, gcnArchName=arch, warp_size=lanes, shared_memory_per_block=65536)
-        assert arch_of(CUDA) == "gfx942" and lanes_of(CUDA) == lanes and runtime.gpu_of(CUDA).arch == arch.split(":")[0]
+        assert arch_of(CUDA) == "gfx942" and lanes_of(CUDA) == lanes
+        assert core_device.gpu_of(CUDA).arch == arch.split(":")[0]
 
 
 def test_a_gpu_with_too_little_shared_memory_is_refused():
@@ -119,7 +120,7 @@ def test_a_gpu_that_triton_does_not_compile_for_is_refused(pretend, name, capabi
 
 def test_the_interpreter_runs_on_any_gpu(pretend, monkeypatch):
     pretend("Tesla T4", (7, 5), 65536)
-    monkeypatch.setattr(runtime, "INTERPRETED", True)
+    monkeypatch.setattr(core_device, "INTERPRETED", True)
     assert arch_of(CUDA) in SHARED_KIB
 
 
@@ -127,7 +128,7 @@ def test_a_gpu_without_triton_is_refused(pretend, monkeypatch):
     pretend("NVIDIA H100", (9, 0), 232448)
     assert arch_of(CUDA) == "sm_90" and lanes_of(CUDA) == 32 and shared_bytes_of(CUDA) == 232448
     arch_of.cache_clear()
-    monkeypatch.setattr(runtime, "HAS_TRITON", False)
+    monkeypatch.setattr(core_device, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="cuda:0: Triton is not installed"):
         arch_of(CUDA)
 
@@ -164,7 +165,7 @@ def test_no_launcher_compiles_before_it_asks_for_the_family(name, monkeypatch):
         def __getitem__(self, grid: Any) -> Any:
             raise AssertionError("compiled first")
 
-    monkeypatch.setattr(runtime, "arch_of", asked)
+    monkeypatch.setattr(core_device, "arch_of", asked)
     monkeypatch.setattr(tables, "arch_of", asked)
     for module in (rms_norm, rope, qk_norm_rope, forward, decode):
         for kernel in [key for key in vars(module) if key.endswith("_kernel")]:

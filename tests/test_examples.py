@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llama_kernels as lk
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 from llama_kernels.ops.attention.tables import Tile
 from tests.conftest import DEVICE
 from tests.judge import guarded, guarded_allocations, relaid

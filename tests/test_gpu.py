@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels import launch
+from llama_kernels.core import launch_cache
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
 from tests.judge import UNIT, relative_error
 from tests.launches import Launched, kernels_launched, names
@@ -162,13 +162,13 @@ def test_gradients_repeat_a_thousand_times(device):
         assert equal(layer(*args), expected)
 
 
-def test_remembered_launches_take_the_tensors_of_their_call(device):
+def test_cached_launches_take_the_tensors_of_their_call(device):
     """The third call of a look is the first that Triton does not bind."""
     cos_sin = tables(300, 128, device)
     for _ in range(5):
         args = (*inputs(device), *cos_sin)
         results = layer(*args)
-        launch.forget()
+        launch_cache.forget()
         assert equal(results, layer(*args))
         layer(*args)  # seen twice again
 

@@ -39,7 +39,7 @@ if sys.argv[1] == "compile":
 else:
     from llama_kernels.ops import qk_norm_rope, rms_norm
     from llama_kernels.ops.attention import tables
-    from llama_kernels import runtime
+    from llama_kernels.core import device
     library, cuda = torch.library.Library("llama_kernels", "IMPL"), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for name in {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("llama_kernels::")}:
         op = getattr(torch.ops.llama_kernels, name).default
@@ -47,7 +47,7 @@ else:
     driver.set_active(LaunchingNothing("sm_90"))
     for module in (qk_norm_rope, rms_norm):
         module.processors_of = lambda _: 132
-    for module in (runtime, tables):
+    for module in (device, tables):
         module.arch_of = lambda _: "sm_90"
     from bench.providers import Ours
     from bench.runner import Step

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from llama_kernels import launch
-from llama_kernels.language import tl, triton
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core import launch_cache
+from llama_kernels.core.language import tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
 from llama_kernels.ops.attention import backward, decode, forward
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
@@ -53,7 +53,7 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 
 def _forget_kernels() -> None:
     """Triton's own cache too: what it compiled launches by the driver of then."""
-    launch.forget()
+    launch_cache.forget()
     for module in (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward):
         for x in vars(module).values():
             if isinstance(x, triton.runtime.JITFunction):
@@ -190,7 +190,7 @@ def test_a_cached_launch_is_the_one_triton_makes(case, launched):
     given = case()[1]  # other tensors, the same cache key
     with mock.patch.object(triton.runtime.JITFunction, "run", side_effect=AssertionError("bound anew")):
         launcher(*given)
-    launch.forget()
+    launch_cache.forget()
     launcher(*given)
     assert len(launched) == 4 * count
     for ours, tritons in zip(launched[2 * count : 3 * count], launched[3 * count :], strict=True):
@@ -232,7 +232,7 @@ def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("other", ["dtype", "stride", "alignment", "scale", "size"])
 def test_another_cache_key_is_another_launch(other, launched):
-    twice = remembered(_twice_plan)
+    twice = cached_launch(_twice_plan)
     for _ in range(2):
         twice(torch.zeros(64), torch.zeros(64), 1.0)
     x = {
@@ -246,7 +246,7 @@ def test_another_cache_key_is_another_launch(other, launched):
 
 
 def test_one_tensor_in_two_places_is_not_two_tensors(launched):
-    twice = remembered(_twice_plan)
+    twice = cached_launch(_twice_plan)
     x, y = torch.zeros(16), torch.zeros(16)
     for a, b in ((x, x), (x, y), (y, y), (y, x)) * 3:
         twice(a, b, 1.0)
@@ -258,7 +258,7 @@ def test_a_plan_that_makes_tensors_is_not_cached(launched):
     def into_new(x, scale):
         yield from _twice_plan(x, torch.empty_like(x), scale)
 
-    twice = remembered(into_new)
+    twice = cached_launch(into_new)
     x = torch.zeros(16)
     for _ in range(4):
         twice(x, 1.0)
@@ -266,7 +266,7 @@ def test_a_plan_that_makes_tensors_is_not_cached(launched):
 
 
 def test_tensors_are_not_kept_alive(launched):
-    twice = remembered(_twice_plan)
+    twice = cached_launch(_twice_plan)
     x = torch.zeros(16)
     gone = weakref.ref(x)
     for _ in range(3):
@@ -278,9 +278,9 @@ def test_tensors_are_not_kept_alive(launched):
 
 
 def test_the_cache_is_bounded(launched):
-    with mock.patch.object(launch, "_MOST", 3), mock.patch.object(launch, "_caches", []):
-        twice = remembered(_twice_plan)
-        (kept,) = launch._caches
+    with mock.patch.object(launch_cache, "MAX_KEYS", 3), mock.patch.object(launch_cache, "_caches", []):
+        twice = cached_launch(_twice_plan)
+        (kept,) = launch_cache._caches
         for scale in range(8):
             for _ in range(2):
                 twice(torch.zeros(16), torch.zeros(16), float(scale))

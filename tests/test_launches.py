@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels import launch
-from llama_kernels.language import triton
+from llama_kernels.core import launch_cache
+from llama_kernels.core.language import triton
 from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import backward, forward, hopper, tables
 from llama_kernels.ops.attention.hopper import choice
@@ -31,7 +31,7 @@ def driver_that_announces() -> Iterator[None]:
 
     def forget() -> None:
         """What Triton compiled for another driver."""
-        launch.forget()
+        launch_cache.forget()
         for module in (rms_norm, forward, backward, hopper.forward, hopper.backward):
             for kernel in vars(module).values():
                 if isinstance(kernel, triton.runtime.JITFunction):

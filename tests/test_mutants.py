@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama_kernels.language import INTERPRETED, cast, tl, triton
-from llama_kernels.launch import Launch
+from llama_kernels.core.language import INTERPRETED, cast, tl, triton
+from llama_kernels.core.launch_cache import Launch
 from llama_kernels.ops import pairs, qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tiles
 from llama_kernels.ops.attention.tables import Tile

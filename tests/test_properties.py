@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from llama_kernels.core.tensors import cdiv, next_power_of_2
 from llama_kernels.ops.attention import decode
-from llama_kernels.runtime import cdiv, next_power_of_2
 from tests.judge import attention_mask, drawn, ideal_attention, judge
 from tests.test_rope import tables
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels import runtime
 from llama_kernels.__main__ import main
+from llama_kernels.core import device as core_device
+from llama_kernels.core.language import INTERPRETED
 from llama_kernels.diagnose import cases, check, environment, kernels
 from llama_kernels.diagnose.rule import compare
-from llama_kernels.language import INTERPRETED
 from llama_kernels.ops.attention.tables import WIDTHS, tile
 from tests.conftest import DEVICE
 from tests.judge import UNIT
@@ -49,11 +49,11 @@ def pretend_gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: described[torch.device(device).index])
-        for module in (runtime, kernels):
+        for module in (core_device, kernels):
             monkeypatch.setattr(module, "INTERPRETED", False)
             monkeypatch.setattr(module, "HAS_TRITON", True)
 
-    caches = (runtime.arch_of, runtime.gpu_of)
+    caches = (core_device.arch_of, core_device.gpu_of)
     for cache in caches:
         cache.cache_clear()
     yield pretend

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.language import INTERPRETED, tl
+from llama_kernels.core.language import INTERPRETED, tl
 from llama_kernels.ops import rms_norm
 from tests.hardware import ERRORS, interpreted
 from tests.judge import (

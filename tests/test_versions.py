@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import llama_kernels as lk
-from llama_kernels.versions import OLDEST, interpreter_fault, untested
+from llama_kernels.core.versions import OLDEST, interpreter_fault, untested
 from tools import packages
 
 ROOT = Path(lk.__file__).parent.parent

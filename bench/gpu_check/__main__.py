@@ -22,7 +22,7 @@ from bench import records
 from bench.gpu_check import page, run, state
 from bench.gpu_check.stages import Machine, Missing, Stage, find_sanitizer, stages
 from bench.gpu_check.state import ABSENT, UNFINISHED, Outcome
-from llama_kernels.runtime import arch_of
+from llama_kernels.core.device import arch_of
 
 PASSED, WRONG, NO_GPU, LEFT = 0, 1, 2, 3
 LEAST = 5.0  # seconds that are left for a stage, or it does not begin

@@ -23,7 +23,7 @@ from bench.__main__ import works_of
 from bench.providers import OURS, PROVIDERS, Unsupported
 from bench.runner import Step
 from bench.work import Work
-from llama_kernels import runtime
+from llama_kernels.core.device import arch_of, processors_of
 
 
 class Target(NamedTuple):
@@ -39,7 +39,7 @@ class Target(NamedTuple):
     def here(cls) -> Target:
         """The current GPU."""
         target, device = driver.active.get_current_target(), torch.device("cuda", torch.cuda.current_device())
-        return cls(*dataclasses.astuple(target), runtime.arch_of(device), runtime.processors_of(device))
+        return cls(*dataclasses.astuple(target), arch_of(device), processors_of(device))
 
 
 # --- what is launched ------------------------------------------------------------------------------------------------

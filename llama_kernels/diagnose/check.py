@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import llama_kernels
-from llama_kernels import language
+from llama_kernels.core import language
 from llama_kernels.diagnose import cases as calls
 from llama_kernels.diagnose.environment import described, without_home
 from llama_kernels.diagnose.rule import Verdict, compare

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import llama_kernels
-from llama_kernels import language, runtime
+from llama_kernels.core import language
+from llama_kernels.core.device import family_of, gpu_of, why_not_compiled
 
 ROOT = Path(llama_kernels.__file__).parent.parent
 
@@ -181,7 +182,7 @@ def gpus() -> list[Any] | dict[str, Any]:
 def gpu(index: int) -> dict[str, Any]:
     """One GPU, by the number that CUDA_VISIBLE_DEVICES gives it."""
     device = torch.device("cuda", index)
-    properties, described_by_driver = torch.cuda.get_device_properties(device), runtime.gpu_of(device)
+    properties, described_by_driver = torch.cuda.get_device_properties(device), gpu_of(device)
     arch, shared = described_by_driver.arch, described_by_driver.shared_bytes
     found = {
         "device": str(device),
@@ -192,8 +193,8 @@ def gpu(index: int) -> dict[str, Any]:
         "shared memory per block": "unknown" if shared is None else f"{shared // 1024} KiB",
         "threads per warp": described_by_driver.lanes,
     }
-    refused = runtime.why_not_compiled(described_by_driver)
-    found["tiles"] = f"none: {refused}" if refused else runtime.family_of(described_by_driver)
+    refused = why_not_compiled(described_by_driver)
+    found["tiles"] = f"none: {refused}" if refused else family_of(described_by_driver)
     return found
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from llama_kernels import reference
+from llama_kernels.core.device import arch_of
+from llama_kernels.core.language import HAS_TRITON, INTERPRETED
 from llama_kernels.diagnose.environment import attempted
-from llama_kernels.language import HAS_TRITON, INTERPRETED
 from llama_kernels.ops.attention.hopper.choice import TILES, hopper_attention, row
 from llama_kernels.ops.attention.tables import PASSES, WIDTHS, tile
-from llama_kernels.runtime import arch_of
 
 _ATTENTION = ("attention", "attention_varlen", "rope_attention")
 _NO_BACKWARD = ("rope_into_cache",)

@@ -7,17 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_kernels.language import tl, triton
-from llama_kernels.runtime import (
-    KERNEL_DTYPES,
-    check_tensors,
-    is_differentiated,
-    message,
-    next_power_of_2,
-    shape_of,
-    sizes_of,
-    values_are_checked,
-)
+from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_are_checked
+from llama_kernels.core.language import tl, triton
+from llama_kernels.core.registry import is_differentiated
+from llama_kernels.core.tensors import next_power_of_2, sizes_of
 
 TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 

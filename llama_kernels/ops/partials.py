@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from llama_kernels.language import cast, tl, triton
-from llama_kernels.launch import Launch
-from llama_kernels.runtime import cdiv, lanes_of
+from llama_kernels.core.device import lanes_of
+from llama_kernels.core.language import cast, tl, triton
+from llama_kernels.core.launch_cache import Launch
+from llama_kernels.core.tensors import cdiv
 
 _BLOCK_P, _BLOCK_N, _THREADS = 128, 32, 256  # 32 columns of float32 are a line of 128 bytes
 

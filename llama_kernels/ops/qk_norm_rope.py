@@ -8,8 +8,19 @@ from typing import NamedTuple
 import torch
 
 from llama_kernels import reference
-from llama_kernels.language import cast, inverse_root, tl, triton
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core.checks import check_eps, check_tensors, message, shape_of
+from llama_kernels.core.device import lanes_of, processors_of
+from llama_kernels.core.language import cast, inverse_root, tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.tensors import (
+    cdiv,
+    empty_in_order_of,
+    last_dim_contiguous,
+    next_power_of_2,
+    sizes_of,
+    strides_of,
+)
 from llama_kernels.ops.pairs import (
     angle_arguments,
     check_angles,
@@ -24,25 +35,6 @@ from llama_kernels.ops.pairs import (
 )
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.reference.rope import rope_transpose
-from llama_kernels.runtime import (
-    Differentiable,
-    cdiv,
-    check_eps,
-    check_tensors,
-    empty_in_order_of,
-    lanes_of,
-    last_dim_contiguous,
-    message,
-    needs_grad,
-    next_power_of_2,
-    processors_of,
-    refuse_double_backward,
-    register,
-    register_gradient,
-    shape_of,
-    sizes_of,
-    strides_of,
-)
 
 # Programs a processor in the backward, of 128 threads each: enough to hide the sums across a head.
 _PROGRAMS = 4
@@ -293,7 +285,7 @@ def _optional_strides(x: torch.Tensor | None) -> tuple[int, int, int] | None:
     return None if x is None else strides_of(x)
 
 
-@remembered
+@cached_launch
 def _plan_forward(
     q, k, q_weight, k_weight, q_out, k_out, cos, sin, position_ids, eps, offset, interleaved
 ) -> Iterator[Launch]:
@@ -322,7 +314,7 @@ def _forward(q, k, q_weight, k_weight, cos, sin, position_ids, eps, offset, inte
     return outs
 
 
-@remembered
+@cached_launch
 def _plan_backward(
     dq, dk, q, k, q_weight, k_weight, dq_out, dk_out, dq_weight, dk_weight, q_partials, k_partials,
     cos, sin, position_ids, eps, offset, interleaved, programs,

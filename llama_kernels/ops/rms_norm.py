@@ -14,27 +14,13 @@ from typing import NamedTuple
 import torch
 
 from llama_kernels import reference
-from llama_kernels.language import TRITON_VERSION, cast, inverse_root, tl, triton
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core.checks import check_eps, check_tensors, message, shape_of
+from llama_kernels.core.device import lanes_of, processors_of, shared_bytes_of
+from llama_kernels.core.language import TRITON_VERSION, cast, inverse_root, tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, next_power_of_2
 from llama_kernels.ops.partials import sum_partials
-from llama_kernels.runtime import (
-    Differentiable,
-    cdiv,
-    check_eps,
-    check_tensors,
-    empty_in_order_of,
-    lanes_of,
-    last_dim_contiguous,
-    message,
-    needs_grad,
-    next_power_of_2,
-    processors_of,
-    refuse_double_backward,
-    register,
-    register_gradient,
-    shape_of,
-    shared_bytes_of,
-)
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
@@ -372,7 +358,7 @@ def _element_bytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.element_size() for t in tensors if t is not None)
 
 
-@remembered
+@cached_launch
 def _plan_forward(x, residual, weight, y, s, rstd, eps, offset) -> Iterator[Launch]:
     rows = _rows_of(x, residual, y, s, rstd)
     if not rows.count or not x.shape[-1]:
@@ -416,7 +402,7 @@ def _shares(M: int, N: int, dx_itemsize: int, dw_itemsize: int, need_dx: bool, p
     return _Backward(grid, min(cdiv(tile.programs * processors, cdiv(N, tile.BLOCK_N)), cdiv(M, tile.BLOCK_R)), False)
 
 
-@remembered
+@cached_launch
 def _plan_backward(x, dy, ds, weight, rstd, dx, dw, partials, shares, eps, offset) -> Iterator[Launch]:
     """dx and dw are None where not needed, dw's partial sums with it."""
     N = x.shape[-1]

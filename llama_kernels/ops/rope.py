@@ -7,8 +7,20 @@ from collections.abc import Iterator
 import torch
 
 from llama_kernels import reference
-from llama_kernels.language import cast, tl, triton
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core.checks import check_tensors, message, shape_of
+from llama_kernels.core.device import lanes_of
+from llama_kernels.core.language import cast, tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.registry import (
+    Differentiable,
+    needs_grad,
+    refuse_double_backward,
+    refuse_forward_mode,
+    register,
+    register_gradient,
+    transforms_are_active,
+)
+from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, sizes_of, strides_of
 from llama_kernels.ops.pairs import (
     angle_arguments,
     check_angles,
@@ -24,24 +36,6 @@ from llama_kernels.ops.pairs import (
     tokens_of,
 )
 from llama_kernels.reference.rope import rope_transpose
-from llama_kernels.runtime import (
-    Differentiable,
-    cdiv,
-    check_tensors,
-    empty_in_order_of,
-    lanes_of,
-    last_dim_contiguous,
-    message,
-    needs_grad,
-    refuse_double_backward,
-    refuse_forward_mode,
-    register,
-    register_gradient,
-    shape_of,
-    sizes_of,
-    strides_of,
-    transforms_are_active,
-)
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -123,7 +117,7 @@ def _rope_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-@remembered
+@cached_launch
 def _launch(
     q, k, q_out, k_out, cos, sin, position_ids, interleaved, inverse, v=None, v_out=None, slots=None
 ) -> Iterator[Launch]:

@@ -11,21 +11,15 @@ from typing import Any
 
 import torch
 
+from llama_kernels.core.checks import message, shape_of
+from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register
+from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention import attention_forward, check_call, numbers_of, to_autocast
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.layout import empty_grads
 from llama_kernels.ops.pairs import check_angles, full_width, rotation_of, tokens_of, turns_in_registers
 from llama_kernels.ops.rope import _rope as rotate
-from llama_kernels.runtime import (
-    Differentiable,
-    last_dim_contiguous,
-    message,
-    needs_grad,
-    refuse_double_backward,
-    register,
-    shape_of,
-)
 
 # --- registered op ---------------------------------------------------------------------------------------------------
 

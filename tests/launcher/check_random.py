@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llama_kernels as lk
-from llama_kernels import launch
-from llama_kernels.language import TRITON_VERSION
+from llama_kernels.core import launch_cache
+from llama_kernels.core.language import TRITON_VERSION
 from tests.launcher.compare import Comparisons
 from tests.launcher.declared import declared_kernels
 from tests.launcher.substitute import on_stream, tensors_on
@@ -181,7 +181,7 @@ def test_no_call_reuses_the_launches_of_another(op):
         first, second = pair
         for features in (first, first, second, second, first):
             call(features)
-        launch.forget()
+        launch_cache.forget()
         for features in (second, second, first):  # what the second binds is not for the first either
             call(features)
         cached += any(each.cached and not each.bound for each in comparing.made)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from llama_kernels import launch
-from llama_kernels.runtime import on_device_of
+from llama_kernels.core import launch_cache
+from llama_kernels.core.device import on_device_of
 from tests.launcher.substitute import Launched, state, take
 
 
@@ -41,7 +41,7 @@ class Comparison:
 class Comparisons:
     """Replaces the launchers of the package by ones that compare."""
 
-    cache: ModuleType = launch  # or launch.py with a fault
+    cache: ModuleType = launch_cache  # or launch_cache.py with a fault
     made: list[Comparison] = field(default_factory=list)  # since the last `check`
     launchers: dict[str, Callable[..., None]] = field(default_factory=dict)  # as the package has them
 
@@ -52,7 +52,7 @@ class Comparisons:
                 if plan is not None and getattr(x, "__code__", None) is _LAUNCH_CODE:
                     key = f"{name.removeprefix('llama_kernels.ops.')}.{attribute}"
                     self.launchers[key] = x
-                    cached = x if self.cache is launch else self.cache.remembered(plan)
+                    cached = x if self.cache is launch_cache else self.cache.cached_launch(plan)
                     setattr(module, attribute, self.compared(key, cached))
 
     def remove(self) -> None:
@@ -71,7 +71,7 @@ class Comparisons:
             bound, cached = state.bound - before, take()
             with on_device_of(args[0]):
                 for each in plan(*args):
-                    each.kernel[each.grid](*each.args, **each.options, **launch._ALWAYS)
+                    each.kernel[each.grid](*each.args, **each.options, **launch_cache._ALWAYS)
             numbers = tuple(x for x in args if not isinstance(x, torch.Tensor))
             self.made.append(Comparison(name, cached, take(), bound, numbers))
 
@@ -85,4 +85,4 @@ class Comparisons:
             raise AssertionError(f"{len(differences)} of {len(made)} calls differ. {differences[0]}")
 
 
-_LAUNCH_CODE = launch.remembered(lambda x: iter(())).__code__  # that all launchers share
+_LAUNCH_CODE = launch_cache.cached_launch(lambda x: iter(())).__code__  # that all launchers share

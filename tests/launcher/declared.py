@@ -17,7 +17,7 @@ import triton
 from triton.compiler.compiler import CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction
 
-from llama_kernels import launch
+from llama_kernels.core import launch_cache
 
 # By Triton's name of a type, that of PTX; pointers are .u64.
 _PTX = {"i1": "u8", "u1": "u8", "i8": "u8", "u8": "u8", "i16": "u16", "i32": "u32", "u32": "u32", "i64": "u64",
@@ -72,7 +72,7 @@ def declared_kernels() -> Iterator[None]:
 
 def forget_kernels() -> None:
     """Of all Triton functions: what they were compiled to. And the launch cache."""
-    launch.forget()
+    launch_cache.forget()
     for function in functions():
         function.device_caches.clear()
 

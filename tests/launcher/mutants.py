@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from llama_kernels import launch
+from llama_kernels.core import launch_cache
 from tests.launcher import scenarios
 from tests.launcher.compare import Comparisons
 from tests.launcher.substitute import current_stream, state
@@ -18,7 +18,7 @@ from tests.launcher.substitute import current_stream, state
 class Mutant(NamedTuple):
     fault: str
     found_by: Callable[[Comparisons], None]
-    text: str  # of launch.py
+    text: str  # of launch_cache.py
     instead: str
 
 
@@ -26,8 +26,8 @@ MUTANTS_OF_DESCRIPTORS = (
     Mutant("descriptors describe the first call's tensors", scenarios.descriptors, "args[source])\n",
            "filled[place].base if filled[place].base is not None else args[source])\n"
            "                        found[0].args[place] = filled[place]\n"),
-    Mutant("descriptors change places", scenarios.descriptors, "for place, source in described:",
-           "for (place, _), (_, source) in zip(described, described[::-1]):"),
+    Mutant("descriptors change places", scenarios.descriptors, "for place, source in descriptor_slots:",
+           "for (place, _), (_, source) in zip(descriptor_slots, descriptor_slots[::-1]):"),
 )  # fmt: skip
 MUTANTS = (
     Mutant("numbers are not in the key", scenarios.numbers, "others_of(args), float", "float"),
@@ -42,10 +42,10 @@ MUTANTS = (
     Mutant("the key is without the device", scenarios.devices, ", args[0].get_device()]", "]"),
     Mutant("launches are on the current device", scenarios.devices, "with on_device_of(args[0]):", "if True:"),
     Mutant("one tensor in two places is two", scenarios.one_tensor_twice, "len(set(ids)) < len(ids)", "False"),
-    Mutant("tensors change places", scenarios.repeats, "for place, source in places:",
-           "for (place, _), (_, source) in zip(places, places[::-1]):"),
+    Mutant("tensors change places", scenarios.repeats, "for place, source in tensor_slots:",
+           "for (place, _), (_, source) in zip(tensor_slots, tensor_slots[::-1]):"),
     Mutant("the first call's tensors stay", scenarios.repeats,
-           "filled[place] = None if tensor is x else", "places, filled[place] = [], x if tensor is x else"),
+           "filled[place] = None if tensor is x else", "tensor_slots, filled[place] = [], x if tensor is x else"),
     Mutant("absent tensors are dropped", scenarios.absent_tensors,
            "filled = [*each.args,", "filled = [*(x for x in each.args if x is not None),"),
     Mutant("the second kernel is not launched", scenarios.repeats, "in found:", "in found[:1]:"),
@@ -60,19 +60,19 @@ MUTANTS = (
     Mutant("nothing is forgotten", scenarios.knob, "        cache.clear()\n\n\ndef", "        pass\n\n\ndef"),
     Mutant("plans share a cache", scenarios.two_plans, "_caches.append(cache)",
            "_caches.append(cache)\n    cache = _caches[0]"),
-    Mutant("the cache has no bound", scenarios.many_keys, "if len(cache) >= _MOST", "if False"),
+    Mutant("the cache has no bound", scenarios.many_keys, "if len(cache) >= MAX_KEYS", "if False"),
 )  # fmt: skip
 
 
 def module_with(mutant: Mutant) -> ModuleType:
-    """launch.py with the fault."""
-    with open(launch.__file__) as file:
+    """launch_cache.py with the fault."""
+    with open(launch_cache.__file__) as file:
         source = file.read()
     if mutant.text not in source:
-        raise ValueError(f"launch.py does not contain {mutant.text!r}: change this mutant with it.")
-    module = ModuleType("llama_kernels.launch_with_a_fault")
+        raise ValueError(f"launch_cache.py does not contain {mutant.text!r}: change this mutant with it.")
+    module = ModuleType("llama_kernels.core.launch_cache_with_a_fault")
     module._current_stream = lambda: current_stream(state.current)
-    exec(compile(source.replace(mutant.text, mutant.instead), launch.__file__, "exec"), vars(module))
+    exec(compile(source.replace(mutant.text, mutant.instead), launch_cache.__file__, "exec"), vars(module))
     return module
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton import knobs
 
 import llama_kernels as lk
-from llama_kernels.launch import Launch
+from llama_kernels.core.launch_cache import Launch
 from tests.launcher import cases
 from tests.launcher.compare import Comparisons
 from tests.launcher.substitute import on_stream, state, tensors_on
@@ -41,7 +41,7 @@ def _plan(x, y, z, number, flag) -> Iterator[Launch]:
 
 def launcher(comparisons: Comparisons) -> Callable[..., None]:
     """Of a plan of the tests' own: launcher(x, y, z, number, flag), y and z optional."""
-    return comparisons.compared("tests._plan", comparisons.cache.remembered(_plan))
+    return comparisons.compared("tests._plan", comparisons.cache.cached_launch(_plan))
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, shift: int = 0) -> torch.Tensor:
@@ -123,7 +123,7 @@ def tensors_in_tuples(comparisons: Comparisons) -> None:
     def gives(x: torch.Tensor, y: torch.Tensor) -> Iterator[Launch]:
         yield Launch(_kernel, (1,), (x, None, None, (y, y), 1.0), {"FLAG": 0, "BLOCK": 16, "num_warps": 1})
 
-    taking, giving = (comparisons.compared("tests", comparisons.cache.remembered(plan)) for plan in (takes, gives))
+    taking, giving = (comparisons.compared("tests", comparisons.cache.cached_launch(plan)) for plan in (takes, gives))
     for _ in range(4):
         taking(tensor(4, 4), (tensor(4), tensor(4)))
         giving(tensor(4, 4), tensor(4))
@@ -136,7 +136,7 @@ def two_plans(comparisons: Comparisons) -> None:
         for each in _plan(x, y, z, number, flag):
             yield each._replace(grid=(2, 3))
 
-    calls = launcher(comparisons), comparisons.compared("tests.another", comparisons.cache.remembered(another))
+    calls = launcher(comparisons), comparisons.compared("tests.another", comparisons.cache.cached_launch(another))
     in_turns(lambda call: call(tensor(4, 4), None, None, 1.0, 0), calls)
 
 
@@ -301,7 +301,7 @@ def collected_inputs(comparisons: Comparisons) -> None:
 def many_keys(comparisons: Comparisons) -> None:
     """More keys than the cache holds: those that it drops are bound again."""
     call, cache = launcher(comparisons), comparisons.cache._caches[-1]
-    x, most = tensor(4, 4), comparisons.cache._MOST
+    x, most = tensor(4, 4), comparisons.cache.MAX_KEYS
     for number in (*range(most + 100), 1, 2, 3):
         for _ in range(2):
             call(x, None, None, float(number), 0)

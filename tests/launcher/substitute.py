@@ -193,7 +193,7 @@ def _note_kernels(torch: Any) -> None:
 def _serve_cpu_tensors(torch: Any) -> None:
     import warnings
 
-    from llama_kernels import runtime
+    from llama_kernels.core import device, registry
 
     def noting(name: str, kernel: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -205,13 +205,13 @@ def _serve_cpu_tensors(torch: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an implementation is replaced, on purpose
         for name, kernel in kernels.items():
-            runtime.LIBRARY.impl(name, noting(name, kernel), "CPU", allow_override=True)
+            registry.LIBRARY.impl(name, noting(name, kernel), "CPU", allow_override=True)
     torch.Tensor.is_cuda = property(lambda _: True)
     torch.Tensor.get_device = lambda _: state.home
     torch.Tensor.device = property(lambda _: torch.device("cpu", state.home))
     torch.cuda.current_device = lambda: state.current
     torch.cuda.device = current_device
-    original = runtime.arch_of
+    original = device.arch_of
     for module in [module for name, module in sys.modules.items() if name.startswith("llama_kernels")]:
         if getattr(module, "arch_of", None) is original:
             module.arch_of = lambda device: ARCHITECTURES[device.index]

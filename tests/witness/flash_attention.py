@@ -19,7 +19,7 @@ import torch
 from einops import rearrange, repeat
 
 import llama_kernels as lk
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 from tests.witness import shims
 from tests.witness.shims import on_suite_device, pick  # noqa: F401  the fixture
 

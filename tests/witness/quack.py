@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 from tests.witness import shims
 from tests.witness.shims import on_suite_device, pick  # noqa: F401  the fixture
 

@@ -27,7 +27,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import llama_kernels as lk
-from llama_kernels.language import INTERPRETED
+from llama_kernels.core.language import INTERPRETED
 
 GPU = torch.cuda.is_available()
 _CASES = int(os.environ.get("CASES") or (0 if GPU else 2 if INTERPRETED else 48))  # 0: all

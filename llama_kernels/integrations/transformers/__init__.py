@@ -16,7 +16,7 @@ The forwards of the model's own classes run. What changes inside them:
 import importlib.util
 import warnings
 
-from llama_kernels.versions import untested
+from llama_kernels.core.versions import untested
 
 if importlib.util.find_spec("transformers") is None:
     raise ImportError("llama_kernels.integrations.transformers needs transformers: pip install 'transformers>=4.57'")

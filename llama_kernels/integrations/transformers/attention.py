@@ -18,6 +18,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llama_kernels.core.checks import KERNEL_DTYPES, message
+from llama_kernels.core.registry import Differentiable, needs_grad
 from llama_kernels.integrations.transformers.intervals import Window
 from llama_kernels.integrations.transformers.masks import (
     KeyRanges,
@@ -33,7 +35,6 @@ from llama_kernels.integrations.transformers.source import decorated, mask_is_on
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
-from llama_kernels.runtime import KERNEL_DTYPES, Differentiable, message, needs_grad
 
 NAME = "llama_kernels"  # a name with "flash" or "/" in it would be looked up elsewhere
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules of a patched model: its masks know its documents

@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
+from llama_kernels.core.checks import KERNEL_DTYPES
+from llama_kernels.core.device import KERNEL_DEVICES
 from llama_kernels.integrations.transformers.known_code import Norm, Rotary
 from llama_kernels.integrations.transformers.source import called_by
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
-from llama_kernels.runtime import KERNEL_DEVICES, KERNEL_DTYPES
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _DEVICES = (*KERNEL_DEVICES, "meta")

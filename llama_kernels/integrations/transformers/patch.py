@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llama_kernels.core.checks import message
 from llama_kernels.integrations.transformers.attention import FOLLOWS_MASK, NAME
 from llama_kernels.integrations.transformers.classes import KINDS, class_of, found_in
 from llama_kernels.integrations.transformers.fusions import ADD_NORM, QK_NORM_ROPE
 from llama_kernels.integrations.transformers.masks import forget_position_ids, note_position_ids
 from llama_kernels.integrations.transformers.modules import Patched, parts_of
-from llama_kernels.runtime import message
 
 logger = logging.getLogger(__name__)
 

@@ -11,23 +11,13 @@ import itertools
 
 import torch
 
+from llama_kernels.core.checks import check_tensors, message, shape_of, values_are_checked
+from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.tensors import autocast_dtype, last_dim_contiguous
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.cpu import plain_backward, plain_forward
 from llama_kernels.ops.attention.forward import launch_forward
 from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
-from llama_kernels.runtime import (
-    Differentiable,
-    autocast_dtype,
-    check_tensors,
-    last_dim_contiguous,
-    message,
-    needs_grad,
-    refuse_double_backward,
-    register,
-    register_gradient,
-    shape_of,
-    values_are_checked,
-)
 
 # --- registered ops --------------------------------------------------------------------------------------------------
 

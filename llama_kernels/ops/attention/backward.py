@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from llama_kernels.language import LN2, LOG2E, cast, dot, tl, triton
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core.language import LN2, LOG2E, cast, dot, tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.tensors import cdiv, empty_in_order_of, strides_of
 from llama_kernels.ops.attention import hopper
 from llama_kernels.ops.attention.layout import (
     Sizes,
@@ -42,7 +43,6 @@ from llama_kernels.ops.attention.tiles import (
     visible,
 )
 from llama_kernels.ops.pairs import Rotation, turn_back
-from llama_kernels.runtime import cdiv, empty_in_order_of, strides_of
 
 # --- delta, and the gradient of the sinks ----------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ def _dq_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-@remembered
+@cached_launch
 def _plan_delta(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes) -> Iterator[Launch]:
     BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _delta_rows(o)
     yield Launch(
@@ -356,7 +356,7 @@ def _launch_delta(o, do, lse, dlse, sinks, dsinks, dq_sum, cu_seqlens_q, sizes):
     return lse2, delta, dsinks if sinks is None else shares.sum(0).to(sinks.dtype)
 
 
-@remembered
+@cached_launch
 def _plan(
     q, k, v, do, lse2, delta, dq, dk, dv, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, sizes,
     scale, softcap, left, right, cos, sin, position_ids, *rotation,

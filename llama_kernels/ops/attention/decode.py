@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from llama_kernels.language import LN2, LOG2E, cast, tl, triton
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core.language import LN2, LOG2E, cast, tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.tensors import cdiv, next_power_of_2, strides_of
 from llama_kernels.ops.attention.layout import (
     bound_strides,
     call_scoring,
@@ -24,7 +25,6 @@ from llama_kernels.ops.attention.layout import (
 )
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix, no_probs
-from llama_kernels.runtime import cdiv, next_power_of_2, strides_of
 
 _COMBINED_AT_ONCE = 32  # chunks
 MOST_ROWS = 32  # query rows times the heads of a group; more are a prefill, and fill a GPU by themselves
@@ -157,7 +157,7 @@ def _combine_kernel(
     tl.store(lse_ptr + b * lse_strides[0] + h * lse_strides[1] + i, (state.peak + tl.log2(mass)) * LN2)
 
 
-@remembered
+@cached_launch
 def _plan(
     q, k, v, part, lse2, o, lse, sinks, kv_start, kv_end, key_mask, scale, softcap, left, right
 ) -> Iterator[Launch]:

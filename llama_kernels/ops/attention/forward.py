@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from llama_kernels.language import LN2, LOG2E, tl, triton
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core.language import LN2, LOG2E, tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention import hopper
 from llama_kernels.ops.attention.decode import launch_decode, splits
 from llama_kernels.ops.attention.layout import (
@@ -37,7 +38,6 @@ from llama_kernels.ops.attention.tiles import (
     sequence,
     store_tile,
 )
-from llama_kernels.runtime import cdiv, strides_of
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _forward_kernel(
     tl.store(lse_ptr + offset(lse_strides, b, h, q_start) + rows, lse, mask=rows < Sq)
 
 
-@remembered
+@cached_launch
 def _plan(
     q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
     scale, softcap, left, right,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama_kernels.runtime import empty_in_order_of, next_power_of_2, sizes_of
+from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes_of
 
 
 class Sizes(NamedTuple):

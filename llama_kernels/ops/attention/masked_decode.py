@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 
 from llama_kernels import reference
+from llama_kernels.core.checks import check_tensors, message, shape_of
+from llama_kernels.core.registry import needs_grad, register
+from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention import check_call, numbers_of, to_autocast
 from llama_kernels.ops.attention.decode import MOST_ROWS, fits_decode, launch_decode
 from llama_kernels.ops.attention.layout import empty_outputs
-from llama_kernels.runtime import check_tensors, last_dim_contiguous, message, needs_grad, register, shape_of
 
 __all__ = ["decode_attention", "fits_decode"]
 

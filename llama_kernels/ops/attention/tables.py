@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from llama_kernels.language import TRITON_VERSION
-from llama_kernels.runtime import arch_of
+from llama_kernels.core.device import arch_of
+from llama_kernels.core.language import TRITON_VERSION
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llama_kernels.language import LOG2E, cast, dot, tl, triton
+from llama_kernels.core.language import LOG2E, cast, dot, tl, triton
 
 
 class Matrix(NamedTuple):

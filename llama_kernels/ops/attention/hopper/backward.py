@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llama_kernels.language import tl, triton
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core.language import tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.tensors import cdiv, empty_in_order_of, strides_of
 from llama_kernels.ops.attention.hopper.choice import HopperTile
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -53,7 +54,6 @@ from llama_kernels.ops.attention.tiles import (
     visible,
 )
 from llama_kernels.ops.pairs import Rotation, turn_back
-from llama_kernels.runtime import cdiv, empty_in_order_of, strides_of
 
 
 class Where(NamedTuple):
@@ -305,7 +305,7 @@ def _round_dq_kernel(
     store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 
-@remembered
+@cached_launch
 def _plan(
     q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, unturned, cu_seqlens_q, cu_seqlens_k, sizes,
     scale, softcap, left, right, padding, tile, cos, sin, position_ids, *rotation,

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from llama_kernels.core.device import arch_of
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
-from llama_kernels.runtime import arch_of
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llama_kernels.language import LN2, LOG2E, TRITON_VERSION
-from llama_kernels.launch import Launch, remembered
+from llama_kernels.core.language import LN2, LOG2E, TRITON_VERSION
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.tensors import cdiv
 from llama_kernels.ops.attention.hopper.choice import HopperTile
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
 from llama_kernels.ops.attention.hopper.gluon import (
@@ -38,7 +39,6 @@ from llama_kernels.ops.attention.layout import (
     size_arguments,
 )
 from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
-from llama_kernels.runtime import cdiv
 
 # Two registers beside a window, at width 256, are more than there are in the code of Triton 3.9.
 _ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
@@ -258,7 +258,7 @@ def _hopper_forward_kernel(
         )  # fmt: skip
 
 
-@remembered
+@cached_launch
 def _plan(
     q, k, v, o, lse, sinks, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right, tile
 ) -> Iterator[Launch]:

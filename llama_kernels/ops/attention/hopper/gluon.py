@@ -6,7 +6,7 @@ missing or has moved on, HAS_GLUON is False, `WHY_NOT` says so, and attention ta
 
 from __future__ import annotations
 
-from llama_kernels.language import HAS_TRITON, INTERPRETED, triton
+from llama_kernels.core.language import HAS_TRITON, INTERPRETED, triton
 
 HAS_GLUON, WHY_NOT = False, "Triton is not installed"
 if INTERPRETED:

@@ -11,7 +11,7 @@ import dis
 from collections.abc import Iterator
 from typing import Any
 
-from llama_kernels.language import HAS_TRITON, INTERPRETED
+from llama_kernels.core.language import HAS_TRITON, INTERPRETED
 
 if HAS_TRITON:
     from triton.runtime.jit import JITCallable

@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_kernels.cache_keys import settled
-from llama_kernels.language import INTERPRETED
-from llama_kernels.runtime import on_device_of
+from llama_kernels.core.device import on_device_of
+from llama_kernels.core.kernel_hashes import settled
+from llama_kernels.core.language import INTERPRETED
 
 # AMD's compiler also asks how large a tensor's storage is, which is not in the cache key: there Triton binds every
 # launch.
 _CACHES = not INTERPRETED and torch.version.hip is None
 # Multiply and add in one rounding, and one instruction: said, because from Triton 3.10 on silence means two.
 _ALWAYS = {"enable_fp_fusion": True}
-_MOST = 1024  # keys a plan; a cache that is full is emptied
+MAX_KEYS = 1024  # keys a plan; a cache that is full is emptied
 
 
 class Launch(NamedTuple):
@@ -40,14 +40,14 @@ class _Bound(NamedTuple):
 
     run: Callable[..., None]
     args: list[Any]
-    places: tuple[tuple[int, int], ...]  # in args, and of the plan's argument that goes there
-    described: tuple[tuple[int, int], ...]  # likewise, where a descriptor in args is to describe that argument
+    tensor_slots: tuple[tuple[int, int], ...]  # in args, and of the plan's argument that goes there
+    descriptor_slots: tuple[tuple[int, int], ...]  # likewise, where a descriptor in args is to describe that argument
 
 
 _caches: list[dict[Any, Any]] = []  # one a plan
 
 
-def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
+def cached_launch(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
     """The launcher of `plan`: call it with the plan's arguments, positionally, the first of them a tensor.
 
     All tensors among the arguments are on one device. Other arguments are hashable; tuples hold no floats. What a plan
@@ -63,11 +63,11 @@ def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
         with on_device_of(args[0]):
             key = _cache_key(args) if _CACHES else None
             if found := cache.get(key):
-                for run, filled, places, described in found:
+                for run, filled, tensor_slots, descriptor_slots in found:
                     filled = filled.copy()
-                    for place, source in places:
+                    for place, source in tensor_slots:
                         filled[place] = args[source]
-                    for place, source in described:
+                    for place, source in descriptor_slots:
                         filled[place] = _describing(filled[place], args[source])
                     run(*filled)
                 return
@@ -80,7 +80,7 @@ def remembered(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
                 bound = [_bind(each, compiled, args) for each, compiled in launched]
                 cache[key] = None if None in bound else bound
             else:
-                if len(cache) >= _MOST:
+                if len(cache) >= MAX_KEYS:
                     cache.clear()
                 cache[key] = None
 
@@ -147,8 +147,8 @@ def _bind(each: Launch, compiled: Any, args: tuple[Any, ...]) -> _Bound | None:
         return None
     filled = [*each.args, *(each.options[name] for name in each.kernel.arg_names[len(each.args) :])]
     sources = {id(x): i for i, x in enumerate(args)}
-    places: list[tuple[int, int]] = []
-    described: list[tuple[int, int]] = []
+    tensor_slots: list[tuple[int, int]] = []
+    descriptor_slots: list[tuple[int, int]] = []
     for place, x in enumerate(filled):
         tensor = getattr(x, "base", None) if hasattr(x, "block_shape") else x
         if _holds_tensor(x):
@@ -156,9 +156,9 @@ def _bind(each: Launch, compiled: Any, args: tuple[Any, ...]) -> _Bound | None:
         if isinstance(tensor, torch.Tensor):
             if id(tensor) not in sources:
                 return None
-            (places if tensor is x else described).append((place, sources[id(tensor)]))
+            (tensor_slots if tensor is x else descriptor_slots).append((place, sources[id(tensor)]))
             filled[place] = None if tensor is x else _describing(x, None)  # no tensor is kept alive
-    return _Bound(compiled[(*each.grid, 1, 1)[:3]], filled, tuple(places), tuple(described))
+    return _Bound(compiled[(*each.grid, 1, 1)[:3]], filled, tuple(tensor_slots), tuple(descriptor_slots))
 
 
 def _holds_tensor(x: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_kernels.versions import check, interpreter_fault, number
+from llama_kernels.core.versions import check, interpreter_fault, number
 
 try:
     import triton

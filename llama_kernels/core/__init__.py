@@ -1,0 +1,1 @@
+"""What every op shares: the language of the kernels, the device, tensors, op registration, checks, the launch cache."""

@@ -1,0 +1,94 @@
+"""Argument checks and their error messages."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import is_fake
+
+from llama_kernels.core.device import KERNEL_DEVICES
+
+_FLOAT32_EPS = torch.finfo(torch.float32).eps
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def message(op: str, argument: str, got: Any, wanted: Any, fix: str = "") -> str:
+    """Every error of the package reads alike: op, argument, what it got, what it takes, how to mend it."""
+    text = f"llama_kernels.{op}: {argument} is {got}; wanted {wanted}."
+    return f"{text} {fix}" if fix else text
+
+
+_checked: ContextVar[bool] = ContextVar("llama_kernels.checked", default=False)
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Inside, the values of position_ids and cu_seqlens are checked too, and what is wrong raises a ValueError.
+
+    Outside they are never trusted either: the kernels clamp them, so that nothing is read or written out of bounds, but
+    a mistake gives wrong numbers without a word. To check is to wait for the GPU at every call: for debugging. What
+    torch.compile traces is not checked. Holds for this thread and the tasks that it starts.
+    """
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def values_are_checked(x: torch.Tensor) -> bool:
+    """Whether the values of `x` are to be read: inside `checked`, where it has any."""
+    return not torch.compiler.is_compiling() and _checked.get() and not (x.is_meta or is_fake(x))
+
+
+def check_eps(op: str, eps: float | None) -> float:
+    """`eps` as a number: None is F.rms_norm's own, that of the float32 in which it computes."""
+    if eps is None:
+        return _FLOAT32_EPS
+    if not eps >= 0:
+        raise ValueError(message(op, "eps", eps, "a number that is not negative, or None"))
+    return eps
+
+
+DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
+
+
+def fix_for_device(op: str) -> str:
+    """What to call on a device that the kernels do not run on."""
+    from llama_kernels import reference  # which imports nothing of ours
+
+    if op not in reference.__all__:
+        return ""
+    return f"llama_kernels.reference.{op} is the same in plain PyTorch, for any device."
+
+
+def shape_of(x: torch.Tensor) -> str:
+    return f"of shape {tuple(x.shape)}"
+
+
+def check_tensors(
+    op: str, dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES, **tensors: torch.Tensor | None
+) -> None:
+    """Each is a tensor of one of `dtypes` (None: any floating dtype), on the device of the first. None passes."""
+    device = None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(message(op, name, f"a {type(x).__name__}", "a torch.Tensor"))
+        if dtypes is None:
+            if not x.dtype.is_floating_point:
+                raise TypeError(message(op, name, x.dtype, "a floating-point tensor"))
+        elif x.dtype not in dtypes:
+            fix = f"llama_kernels.reference.{op} takes any floating dtype." if x.dtype == torch.float64 else ""
+            raise TypeError(message(op, name, x.dtype, " or ".join(map(str, dtypes)), fix))
+        if device is None:
+            first, device = name, x.device
+            if device.type not in KERNEL_DEVICES and device.type != "meta":
+                raise ValueError(message(op, name, f"on {device}", DEVICES_TAKEN, fix_for_device(op)))
+        elif x.device != device:
+            raise ValueError(message(op, name, f"on {x.device}", f"the device of {first}, {device}"))
