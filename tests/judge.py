@@ -9,9 +9,9 @@ Three computations of the same inputs stand beside a kernel's result K:
 
 A GPU's exp2, log2, rsqrt and division are not rounded to nearest: their documented errors (tests/hardware.py) are
 larger than a rounding of float32, and show in float32 results. So I uses functions with these errors. Which way each
-one errs is not documented; so I is drawn with all errors upwards, all downwards, some of each, and none, and the rules
-below take the worst of the draws. Plain PyTorch eager has no such errors: what they add to I is added to what E has.
-The results of Triton's interpreter, which has none either, are judged by the same rules as those of a GPU.
+one errs is not documented; so I is drawn with all errors one way, all the other way, some of each, and none, and the
+rules below take the worst of the draws. Plain PyTorch eager has no such errors: what they add to I is added to what E
+has. The results of Triton's interpreter, which has none either, are judged by the same rules as those of a GPU.
 
 `judge` holds K against them, for an output or a gradient. u is the relative error that one rounding to the dtype makes.
 
@@ -134,7 +134,8 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rounds_p(device: torch.device) -> bool:
-    """Whether P is rounded before it meets v: by the kernels, not by the plain PyTorch that CPU tensors take."""
+    """Whether kernels compute on this device, which round P before it meets v. Plain PyTorch, which CPU tensors take
+    outside of Triton's interpreter, does not."""
     return device.type != "cpu" or INTERPRETED
 
 
