@@ -1,4 +1,4 @@
-"""Calls with sizes of 1, for the compile gate: `bench.codegen` compiles them, and they must not spill.
+"""Calls with sizes of 1, for the compile gate: they must compile, and fit into shared memory.
 
 Triton makes a constant of an integer argument that is 1, and compiles a kernel of its own. So each size that a user can
 make 1 is 1 in some call: the length of documents, all tokens, the batch, the heads, the rows, the width of a row.
