@@ -64,6 +64,7 @@ def compiles(test: Any) -> Any:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hopper", action="store_true", help="attention takes the Hopper kernels, opt-in so far")
+    parser.addoption("--compiled-table", action="store_true", help="all of tests/test_compiled.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,7 +79,11 @@ def pytest_report_header() -> str:
     return f"llama_kernels on {DEVICE}: {path}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("compiled_table"):
+        rest = [item for item in items if item.get_closest_marker("compiled_table")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if not item.get_closest_marker("compiled_table")]
     for item in items:
         if item.get_closest_marker("gpu") and DEVICE != "cuda":
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

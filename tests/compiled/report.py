@@ -1,0 +1,33 @@
+"""What a launch did, and what it did wrong."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+
+@dataclasses.dataclass
+class Report:
+    """Of one launch. An error that stops a kernel raises a Fault; the others are findings.
+
+    findings: what a sanitizer would print -> how often.
+    blocks: basic block -> how many warps ran it.
+    counts: bytes and operations, by name.
+    """
+
+    kernel: str
+    findings: dict[str, int] = dataclasses.field(default_factory=dict)
+    blocks: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, what: str) -> None:
+        self.findings[what] = self.findings.get(what, 0) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """races: look for races in shared memory. seed: None runs warps in lockstep as far as they go; a number draws a
+    schedule of the warps and of the copies, for kernels whose warps wait for each other one by one."""
+
+    races: bool = True
+    seed: int | None = None
