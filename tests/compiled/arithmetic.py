@@ -39,6 +39,19 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 @called
+def fma_to_odd(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c of narrow floats in float64, which holds the product. An inexact sum becomes the neighbour with an odd
+    last bit, so that to round it once more is to round it once."""
+    product = a * b
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    even = np.ascontiguousarray(total).view("u8") & np.uint64(1) == 0
+    inexact = even & (error != 0) & np.isfinite(total)
+    return np.where(inexact, np.nextafter(total, np.copysign(np.inf, error)), total)
+
+
+@called
 def saturated(x: np.ndarray) -> np.ndarray:
     return np.fmin(np.fmax(x, np.float32(0)), np.float32(1))
 

@@ -10,7 +10,7 @@ from .descriptors import Descriptor
 from .emit import load_opcodes
 from .global_memory import Global, Region
 from .machine import Machine
-from .parse import parse
+from .parse import Entry, parse
 from .program import DESCRIPTORS, Program
 from .report import Checks, Report
 
@@ -18,9 +18,11 @@ LANES = 4096  # threads at once; more thread blocks wait
 
 
 class Kernel:
-    def __init__(self, ptx: str) -> None:
+    """PTX text, or an entry that was read from one, ready to launch."""
+
+    def __init__(self, ptx: str | Entry) -> None:
         load_opcodes()
-        self.program = Program(parse(ptx))
+        self.program = Program(parse(ptx) if isinstance(ptx, str) else ptx)
         self.name = self.program.entry.name
 
     def launch(

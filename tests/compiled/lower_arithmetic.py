@@ -76,7 +76,7 @@ def _mad(g: Lines, i: Instruction, mods: list[str]) -> None:
     if {"rz", "rm", "rp", "cc"} & set(mods) or ("sat" in mods and "s32" in mods):
         raise unsupported(i)
     if mods[-1] in NARROW_FLOATS:
-        return _narrow(g, i, mods[-1], "relu(a * b + c)" if "relu" in mods else "a * b + c")
+        return _narrow(g, i, mods[-1], "relu(fma_to_odd(a, b, c))" if "relu" in mods else "fma_to_odd(a, b, c)")
     if mods[-1] in ("f32", "f64"):
         t = TYPES[mods[-1]]
         a, b, c = (_float_operand(g, x, t, mods) for x in i.args[1:])

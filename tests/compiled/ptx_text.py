@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,7 +70,7 @@ def evaluate(text: str, result: int, operands: Sequence[int], rows: Sequence[Seq
             lines.append(f"ld.global.b{width} {names[name]}, [%rd12+{8 * i}];")
     prefix, width = _REGISTER[result]
     names["d"] = f"%{prefix}{8 if prefix == 'p' else next(numbers)}"
-    words = [names.get(word, word) for word in text.replace(",", " , ").replace(";", " ;").split()]
+    words = [names.get(word, word) for word in re.sub(r"([,;{}])", r" \1 ", text).split()]
     lines.append(" ".join(words))
     if result == 1:
         lines.append(f"selp.b32 %r60, 1, 0, {names['d']}; st.global.b32 [%rd11], %r60;")
