@@ -1,4 +1,4 @@
-"""The sensitivity of tests/compiled on the package's kernels: `python -m tests.compiled_survey sm_80 [--kernels NAME ...]`.
+"""The sensitivity of tests/compiled on the package's kernels: `python -m tests.compiled_survey sm_80 [--kernels ...]`.
 
 Runs calls that reach every kernel, then every kernel again with one synchronisation spoiled at a time, and prints how
 many of each kind were seen, and each one that was not.
@@ -52,7 +52,7 @@ def launches(target: str, hopper: bool) -> list:
             name = Path(launched.ptx).stem
             dtypes = {str(t.dtype)[6:] for t in launched.tensors if t.dtype in (torch.bfloat16, torch.float16)}
             found.setdefault((name, *sorted(dtypes or {"float32"})), launched)
-    return [(name, launched) for name, launched in found.items()]
+    return list(found.items())
 
 
 def main(argv: list[str] | None = None) -> int:

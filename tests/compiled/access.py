@@ -97,9 +97,13 @@ class SharedAccess(GlobalAccess):
             self.fault(k, what, i if chosen is None else int(chosen[i]))
         return places + base
 
-    def _check_read(self, k: int, places: np.ndarray, size: int, warps: np.ndarray) -> None:
-        if self.shared.states(places, size).any():
-            pending = self.shared.is_pending(places, size)
+    def _check_read(
+        self, k: int, places: np.ndarray, size: int, warps: np.ndarray, used: tuple[np.ndarray, int] | None = None
+    ) -> None:
+        """used: places and size of the elements that somebody reads on; None: all."""
+        at = (places, size) if used is None else used
+        if self.shared.states(places, size).any() and self.shared.states(*at).any():
+            pending = self.shared.is_pending(*at)
             what = "an asynchronous copy is yet to write" if pending else "nothing has written"
             self.finding(k, f"read of shared memory that {what}")
         if self.races:
@@ -127,14 +131,17 @@ class SharedAccess(GlobalAccess):
         shared.store(places, size, containers)
 
     def load_shared(
-        self, k: int, address: np.ndarray, dtype: Any, count: int, M: np.ndarray | None
+        self, k: int, address: np.ndarray, dtype: Any, count: int, M: np.ndarray | None, used: tuple[int, ...]
     ) -> list[np.ndarray]:
+        """used: the elements of the vector that an instruction reads."""
         chosen, size = self._chosen(M), dtype.itemsize * count
         if chosen is not None and not len(chosen):
             return [np.zeros(self.lanes, dtype)] * count
         places = self._shared(k, address, size, chosen)
         self.report.counts["shared bytes read"] += size * len(places)
-        self._check_read(k, places, size, self._warp_of(chosen))
+        each = dtype.itemsize
+        needed = np.concatenate([places + i * each for i in used]) if used else places[:0]
+        self._check_read(k, places, size, self._warp_of(chosen), (needed, each))
         return self._spread(self.shared.load(places, size), dtype, count, chosen)
 
     def store_shared(self, k: int, address: np.ndarray, values: list[np.ndarray], M: np.ndarray | None) -> None:

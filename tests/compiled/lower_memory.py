@@ -22,7 +22,12 @@ def _ld(g: Lines, i: Instruction, mods: list[str]) -> None:
         raise unsupported(i)
     space = "shared" if "shared" in mods else "global"
     address = g.address(source, "u4" if space == "shared" else "u8")
-    return g.put_all(to, t, f"m.load_{space}({g.k}, {address}, {t}, {len(to)}, {g.mask})")
+    call = f"{g.k}, {address}, {t}, {len(to)}, {g.mask}"
+    if space == "global":
+        return g.put_all(to, t, f"m.load_global({call})")
+    # The compiler also loads, with what it needs, bytes that nothing has written and nobody reads.
+    used = tuple(i for i, x in enumerate(to) if x in g.program.used)
+    return g.put_all(to, t, f"m.load_shared({call}, {used})")
 
 
 @opcode("st")

@@ -1,8 +1,7 @@
 """The scheduler: runs all lanes of some thread blocks to their end, basic block by basic block.
 
 Every live lane stands at the beginning of a basic block. The first block that a lane can run is run for all lanes that
-stand there, so lanes that part at a branch meet again behind it. With a seed the warps of a kernel that synchronises
-them one by one run in an order drawn by chance.
+stand there, so lanes that part at a branch meet again behind it. With a seed warps run in an order drawn by chance.
 """
 
 from __future__ import annotations

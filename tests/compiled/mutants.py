@@ -1,4 +1,4 @@
-"""How sensitive the machine is: compiled kernels with one synchronisation spoiled, each run on what the whole one ran on.
+"""How sensitive the machine is: compiled kernels with one synchronisation spoiled, on what the whole one ran on.
 
 with running("sm_80") as log:
     log.launches = []
@@ -64,8 +64,7 @@ def _moved(code: list[Instruction | str], i: int, step: int) -> list[Instruction
     while 0 <= j < len(code) and not _ends_block(code[j]):
         if _touches_shared(code[j]):
             rest = code[:i] + code[i + 1 :]
-            at = j if step > 0 else j
-            return [*rest[:at], code[i], *rest[at:]]
+            return [*rest[:j], code[i], *rest[j:]]
         j += step
     return None
 

@@ -46,6 +46,7 @@ class Program:
         self.blocks: list[Block] = []
         self.namespace: dict[str, Any] = dict(FUNCTIONS)
         self._cut(entry.code)
+        self.used = set().union(*(read(each, entry) for each in self.code))  # registers that an instruction reads
         self.storage = self._storage()
         pending = self._pending()
         self.local = self._local() - pending

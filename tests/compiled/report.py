@@ -27,7 +27,7 @@ class Report:
 @dataclasses.dataclass(frozen=True)
 class Checks:
     """races: look for races in shared memory. seed: None runs warps in lockstep as far as they go; a number draws a
-    schedule of the warps and of the copies, for kernels whose warps wait for each other one by one."""
+    schedule of the warps and of the copies by chance."""
 
     races: bool = True
     seed: int | None = None

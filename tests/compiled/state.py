@@ -33,8 +33,7 @@ class State:
         if checks.races:
             self.races = ClockRaces(self.shared) if program.specialised else BarrierRaces(self.shared)
         self.clocks = self.races if isinstance(self.races, ClockRaces) else None
-        seeded = checks.seed is not None and program.specialised
-        self.random = random.Random(checks.seed) if seeded else None
+        self.random = None if checks.seed is None else random.Random(checks.seed)
         lane = np.arange(self.lanes)
         self.warp = lane // 32  # over all CTAs
         self.base = (lane // threads * self.shared.size).astype("i8")  # place of its CTA's shared memory

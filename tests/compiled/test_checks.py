@@ -76,8 +76,15 @@ def test_bounds_and_alignment_of_shared_memory():
 
 
 def test_shared_memory_that_nothing_has_written():
-    assert "nothing has written" in findings("ld.shared.b32 %r5, [%r2];")[0]
-    assert not findings("st.shared.b32 [%r2], %r0; ld.shared.b32 %r5, [%r2];")
+    assert "nothing has written" in findings("ld.shared.b32 %r5, [%r2]; add.s32 %r5, %r5, 1;")[0]
+    assert not findings("st.shared.b32 [%r2], %r0; ld.shared.b32 %r5, [%r2]; add.s32 %r5, %r5, 1;")
+
+
+def test_elements_of_a_vector_that_nobody_reads_need_not_be_written():
+    body = "mad.lo.u32 %r2, %r0, 8, %r1; st.shared.b32 [%r2], %r0;"
+    body += "ld.shared.v2.b32 {{%r5, %r6}}, [%r2]; add.s32 %r7, {}, 1;"
+    assert not findings(body.format("%r5"))
+    assert "nothing has written" in findings(body.format("%r6"))[0]
 
 
 PASS_ON = "st.shared.b32 [%r2], %r0; {} ld.shared.b32 %r5, [%r3];"
@@ -177,7 +184,10 @@ def test_part_of_a_warp():
 
 # --- asynchronous copies and products ---------------------------------------------------------------------------------
 
-COPY = "cp.async.ca.shared.global [%r2], [%rd9], 4; cp.async.commit_group; {} bar.sync 0; ld.shared.b32 %r5, [%r3];"
+COPY = """
+cp.async.ca.shared.global [%r2], [%rd9], 4; cp.async.commit_group; {}
+bar.sync 0; ld.shared.b32 %r5, [%r3]; add.s32 %r5, %r5, 1;
+"""
 
 
 def test_a_copy_is_waited_for():
