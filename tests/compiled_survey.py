@@ -33,15 +33,15 @@ def launches(target: str, hopper: bool) -> list:
         log.launches = []
         for dtype in (torch.bfloat16,) if hopper else (torch.bfloat16, torch.float32):
             D = 64
-            for S, H in ((300, 1),) if hopper else ((200, 1),):
-                q, k, v = (torch.randn(1, S, n, D).to(dtype).transpose(1, 2).requires_grad_() for n in (H, 1, 1))
-                out = lk.attention(q, k, v)
-                torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+            S = 300
+            q, k, v = (torch.randn(1, S, 1, D).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+            out = lk.attention(q, k, v)
+            torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
             if hopper:
                 continue
             with torch.no_grad():
-                lk.attention(q[:, :, :1], *(torch.randn(1, 1, 600, D).to(dtype) for _ in range(2)))
-            x, w = torch.randn(9, 1000).to(dtype).requires_grad_(), torch.randn(1000).to(dtype).requires_grad_()
+                lk.attention(q[:, :, :1], *(torch.randn(1, 1, 3000, D).to(dtype) for _ in range(2)))
+            x, w = torch.randn(40, 1000).to(dtype).requires_grad_(), torch.randn(1000).to(dtype).requires_grad_()
             y = lk.rms_norm(x, w)
             torch.autograd.grad(y, (x, w), torch.randn_like(y))
             cos, sin = (torch.randn(S, D // 2) for _ in range(2))
