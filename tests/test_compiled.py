@@ -7,11 +7,14 @@ One table of calls; each runs forward and backward, for sm_80 and sm_90, and is 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import llama_kernels
 from tests import test_attention as attention
 from tests import test_decode as decode
 from tests import test_qk_norm_rope as qk_norm_rope
@@ -188,6 +191,27 @@ CALLS = [
 ]  # fmt: skip
 
 
+# Every kernel of the package, and a call of `make test` that reaches it.
+REACHED_BY = {
+    "_rms_norm_forward_kernel": "rms_norm-1000-add",
+    "_rms_norm_backward_kernel": "rms_norm-1000-add",
+    "_rms_norm_weight_grad_kernel": "rms_norm-16640",
+    "_sum_partials_kernel": "rms_norm-1000-add",
+    "_rope_kernel": "rope-64-64",
+    "_qk_norm_rope_forward_kernel": "qk_norm_rope-64-64",
+    "_qk_norm_rope_backward_kernel": "qk_norm_rope-64-64",
+    "_forward_kernel": "causal-64",
+    "_delta_kernel": "causal-64",
+    "_dkdv_kernel": "causal-64",
+    "_dq_kernel": "causal-64",
+    "_decode_kernel": "decode",
+    "_combine_kernel": "decode",
+    "_hopper_forward_kernel": "hopper-64",
+    "_hopper_backward_kernel": "hopper-64",
+    "_round_dq_kernel": "hopper-64",
+}
+
+
 def _parameters() -> list:
     out = []
     for call in CALLS:
@@ -208,5 +232,17 @@ def test_compiled_kernels(call, dtype, target):
     with kernels_on_cpu(target, hopper=call.hopper), running(target) as log:
         call.check(dtype)
     assert log.reports and not log.findings, "\n".join(log.findings)
-    if call.hopper:
-        assert "_hopper_forward_kernel" in {report.kernel for report in log.reports}
+    ran = {report.kernel for report in log.reports}
+    assert ran >= {kernel for kernel, name in REACHED_BY.items() if name == call.name}
+    assert "_hopper_forward_kernel" in ran or not call.hopper
+
+
+def test_every_kernel_is_reached():
+    package = Path(llama_kernels.__file__).parent
+    found = {
+        name
+        for path in package.rglob("*.py")
+        for name in re.findall(r"^@.*jit.*\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    fast = {call.name for call in CALLS if call.fast}
+    assert found == set(REACHED_BY) and set(REACHED_BY.values()) <= fast
