@@ -97,6 +97,19 @@ class SharedAccess(GlobalAccess):
             self.fault(k, what, i if chosen is None else int(chosen[i]))
         return places + base
 
+    def _count_banks(self, lanes: np.ndarray, places: np.ndarray, size: int) -> None:
+        """A pass serves one 4-byte word of each of 32 banks, to 32 lanes, or to 16 or 8 of 8 or 16 bytes each."""
+        if not self.checks.banks:
+            return
+        group, each = lanes // (32 if size <= 4 else 128 // size), max(1, size // 4)
+        words = (places[:, None] // 4 + np.arange(each)).reshape(-1)
+        _, group = np.unique(np.repeat(group, each), return_inverse=True)
+        pairs = np.unique(group << 40 | words)
+        group, words = pairs >> 40, pairs & (1 << 40) - 1
+        passes = np.bincount(group * 32 + words % 32, minlength=32 * (group.max() + 1)).reshape(-1, 32).max(1)
+        self.report.counts["shared passes"] += int(passes.sum())
+        self.report.counts["shared passes without conflicts"] += len(passes)
+
     def _check_read(
         self, k: int, places: np.ndarray, size: int, warps: np.ndarray, used: tuple[np.ndarray, int] | None = None
     ) -> None:
@@ -139,6 +152,7 @@ class SharedAccess(GlobalAccess):
             return [np.zeros(self.lanes, dtype)] * count
         places = self._shared(k, address, size, chosen)
         self.report.counts["shared bytes read"] += size * len(places)
+        self._count_banks(np.arange(self.lanes) if chosen is None else chosen, places, size)
         each = dtype.itemsize
         needed = np.concatenate([places + i * each for i in used]) if used else places[:0]
         self._check_read(k, places, size, self._warp_of(chosen), (needed, each))
@@ -150,6 +164,7 @@ class SharedAccess(GlobalAccess):
             return
         containers = pack(values, self.lanes, size)
         places = self._shared(k, address, size, chosen)
+        self._count_banks(np.arange(self.lanes) if chosen is None else chosen, places, size)
         self._store(k, self._warp_of(chosen), places, size, containers if chosen is None else containers[chosen])
 
     # --- matrices of 8 x 8 16-bit elements ------------------------------------------------------------------------
@@ -172,6 +187,7 @@ class SharedAccess(GlobalAccess):
         if not len(warps):
             return [np.zeros(self.lanes, "u4")] * count
         self.report.counts["shared bytes read"] += 16 * rows.size
+        self._count_banks(np.arange(rows.size), rows.reshape(-1), 16)  # 8 rows of 16 bytes are a pass
         self._check_read(k, rows.reshape(-1), 16, np.repeat(warps, 8 * count))
         tiles = self.shared.load(rows.reshape(-1), 16).view("u2").reshape(-1, count, 8, 8)  # warp, matrix, row, column
         tiles = tiles.transpose(1, 0, 3, 2) if transposed else tiles.transpose(1, 0, 2, 3)
@@ -192,4 +208,5 @@ class SharedAccess(GlobalAccess):
         tiles = np.stack([self._full(x) for x in values]).view("u2").reshape(count, -1, 8, 8)[:, warps]
         tiles = tiles.transpose(1, 0, 3, 2) if transposed else tiles.transpose(1, 0, 2, 3)
         containers = np.ascontiguousarray(tiles).reshape(-1).view("c16")
+        self._count_banks(np.arange(rows.size), rows.reshape(-1), 16)
         self._store(k, np.repeat(warps, 8 * count), rows.reshape(-1), 16, containers)

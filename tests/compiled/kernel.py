@@ -62,4 +62,6 @@ class Kernel:
         for first in range(0, total, at_once):
             ctas = np.arange(first, min(first + at_once, total))
             Machine(self.program, grid, ctas, params, descriptors, memory, dynamic_shared, checks, report).run()
+        blocks = self.program.blocks
+        report.counts["instructions"] = sum(n * (blocks[b].last - blocks[b].first) for b, n in report.blocks.items())
         return report

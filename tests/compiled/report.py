@@ -12,7 +12,8 @@ class Report:
 
     findings: what a sanitizer would print -> how often.
     blocks: basic block -> how many warps ran it.
-    counts: bytes and operations, by name.
+    counts: instructions (of a warp each), bytes, tensor-core operations; with Checks(banks=True) also the passes that
+        accesses of shared memory take, and those that they would take without a bank conflict.
     """
 
     kernel: str
@@ -27,7 +28,8 @@ class Report:
 @dataclasses.dataclass(frozen=True)
 class Checks:
     """races: look for races in shared memory. seed: None runs warps in lockstep as far as they go; a number draws a
-    schedule of the warps and of the copies by chance."""
+    schedule of the warps and of the copies by chance. banks: count bank conflicts of shared memory."""
 
     races: bool = True
     seed: int | None = None
+    banks: bool = False

@@ -25,7 +25,7 @@ class State:
         descriptors: dict[int, Descriptor], memory: Global, dynamic_shared: int, checks: Checks, report: Report,
     ) -> None:  # fmt: skip
         self.program, self.report, self.params, self.memory = program, report, params, memory
-        self.descriptors = descriptors
+        self.descriptors, self.checks = descriptors, checks
         self.threads = threads = program.entry.threads
         self.ctas, self.lanes, self.warps = len(ctas), len(ctas) * threads, threads // 32
         self.shared = Shared(self.ctas, self.warps, program.static_shared() + dynamic_shared)

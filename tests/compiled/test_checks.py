@@ -256,3 +256,19 @@ def test_an_instruction_that_is_not_supported_is_named():
         launch("fancy.op %r5, %r0;", np.zeros(1))
     with pytest.raises(NotImplementedError, match=r"add\.cc"):
         launch("add.cc.u32 %r5, %r0, %r0;", np.zeros(1))
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride, passes", [(4, 1), (8, 2), (12, 1), (128, 32), (0, 1)])
+def test_bank_conflicts(stride, passes):
+    body = f"mad.lo.u32 %r2, %r0, {stride}, %r1; ld.shared.b32 %r5, [%r2];"
+    counts = launch(body, np.zeros(1), shared=8192, checks=Checks(banks=True)).counts
+    assert (counts["shared passes"], counts["shared passes without conflicts"]) == (passes, 1)
+
+
+def test_instructions_and_bytes_are_counted():
+    counts = launch(OWN + "ld.global.b32 %r5, [%rd9]; st.shared.b32 [%r2], %r5;", np.zeros(64, "u4"), threads=64).counts
+    assert counts["global bytes read"] == counts["shared bytes written"] == 256
+    assert counts["instructions"] == 2 * (2 + 1 + 5 + 2 + 1)  # two warps: two moves, a parameter, OWN, the body, ret

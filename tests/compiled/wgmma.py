@@ -89,8 +89,7 @@ class Products(Warps):
         """For each warp group the product that a register waits for, or 0."""
         if len(x) == 1:
             return [0] * len(self.batches)
-        bits = x[::128].view("u4")
-        return np.where(bits >> np.uint32(22) == 0x1FE, bits & np.uint32(_NAMES), 0).tolist()
+        return [bits & _NAMES if bits >> 22 == 0x1FE else 0 for bits in x[::128].view("u4").tolist()]
 
     def _settled(self, x: np.ndarray, done: Container[int]) -> np.ndarray:
         """A register, with the results of the products that are done."""
