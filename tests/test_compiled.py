@@ -7,6 +7,7 @@ One table of calls; each runs forward and backward, for sm_80 and sm_90, and is 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -246,3 +247,18 @@ def test_every_kernel_is_reached():
     }
     fast = {call.name for call in CALLS if call.fast}
     assert found == set(REACHED_BY) and set(REACHED_BY.values()) <= fast
+
+
+@compiles
+@pytest.mark.compiled_table
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_kernels_execute_what_is_recorded(target):
+    import triton
+
+    from tests import compiled_counts
+
+    record = json.loads(compiled_counts.RECORD.read_text())
+    if triton.__version__ not in record:
+        pytest.skip(f"no counts are recorded for Triton {triton.__version__}; each compiler has its own")
+    found = compiled_counts.differences(compiled_counts.measure(target), record[triton.__version__][target])
+    assert not found, "If it is meant, record it: python -m tests.compiled_counts\n" + "\n".join(found)

@@ -119,6 +119,12 @@ def shows(gradients: bool) -> str | None:
 
 @compiles
 @pytest.mark.compiled_table
+def test_nothing_shows_where_nothing_is_planted():
+    assert shows(gradients=True) is None
+
+
+@compiles
+@pytest.mark.compiled_table
 @pytest.mark.parametrize("fault", ARITHMETIC)
 def test_wrong_arithmetic_shows(fault, tmp_path):
     with planted(tmp_path, *ARITHMETIC[fault]):

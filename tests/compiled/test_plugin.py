@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import compiles
-
 # A user's own test file. `planted` is the line that makes the kernel wrong.
 USERS_TEST = '''
 import torch
@@ -71,14 +69,12 @@ def _pytest(folder: Path, target: str, test: str, *options: str) -> str:
     return subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False).stdout
 
 
-@compiles
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_right_kernels_pass(target, tmp_path):
     said = _pytest(tmp_path, target, USERS_TEST.format(**RIGHT))
     assert "2 passed" in said and "row_sums" in said and "1 launches" in said, said
 
 
-@compiles
 def test_a_planted_read_out_of_bounds_fails(tmp_path):
     said = _pytest(tmp_path, "sm_80", USERS_TEST.format(**{**RIGHT, "mask": "j < BLOCK"}))
     assert "1 failed, 1 passed" in said
@@ -86,7 +82,6 @@ def test_a_planted_read_out_of_bounds_fails(tmp_path):
     assert "test_users_kernels.py:12" in said, said
 
 
-@compiles
 def test_a_planted_race_fails(tmp_path):
     said = _pytest(tmp_path, "sm_80", USERS_TEST.format(**{**RIGHT, "barrier": ""}))
     assert "1 failed, 1 passed" in said and "race in shared memory" in said, said

@@ -1,4 +1,4 @@
-"""The emulator itself, on kernels whose results nobody doubts."""
+"""Small Triton kernels, compiled and run on the machine, against PyTorch; and what is seen when one is spoiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .driver import running
 from .global_memory import Fault
+from .mutants import survey
 
 
 @triton.jit
@@ -163,3 +164,36 @@ def test_out_of_bounds_is_a_fault():
     x = torch.zeros(1001)[:1000]
     with running("sm_80"), pytest.raises(Fault, match=r"out of bounds.*test_triton_kernels.py:\d+"):
         add_kernel[(4,)](x, x, x, 1001, BLOCK=256)
+
+
+SPOILED = {
+    "sm_80": {"barrier dropped", "cp.async.wait_group dropped", "cp.async.wait_group waits for one less"},
+    "sm_90": {"barrier dropped", "cp.async.wait_group dropped", "wgmma.wait_group dropped"},
+}
+
+
+@TARGETS
+def test_a_spoiled_matmul_is_seen(target):
+    """Every wait that is spoiled; barriers too, but for some that the kernel does not need."""
+    a, b, c = torch.randn(64, 160).half(), torch.randn(160, 64).half(), torch.empty(64, 64)
+    with running(target) as log:
+        log.launches = []
+        matmul_kernel[(1, 1)](
+            a, b, c, 64, 64, 160, *a.stride(), *b.stride(), *c.stride(), 64, 64, 32, "ieee", num_stages=3
+        )
+    found = survey(log.launches[0], SPOILED[target])
+    assert {result.kind for result in found} == SPOILED[target]
+    unseen = [result for result in found if result.seen == "no"]
+    assert all(result.kind == "barrier dropped" for result in unseen), unseen
+    assert len(unseen) < sum(result.kind == "barrier dropped" for result in found), found
+
+
+def test_a_spoiled_chain_of_products_is_seen():
+    a, b = (torch.randn(64, 64).half() for _ in range(2))
+    with running("sm_90") as log:
+        log.launches = []
+        chain_kernel[(1,)](a, b, torch.empty(64, 64), 64)
+    found = survey(log.launches[0], {"fence.proxy.async dropped", "wgmma.wait_group dropped"})
+    assert {result.kind for result in found} == {"fence.proxy.async dropped", "wgmma.wait_group dropped"}
+    seen = {kind: [r.seen for r in found if r.kind == kind] for kind in {r.kind for r in found}}
+    assert all(any(each != "no" for each in outcomes) for outcomes in seen.values()), found
