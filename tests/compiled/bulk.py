@@ -236,6 +236,7 @@ class Bulk(Products):
 
     def _unfinished_bulk(self) -> None:
         for store in list(self.stores):
+            self.finding(store.k, "shared memory is given up before a copy out of it is waited for")
             self.stored(store)
         for load in self.loads:
             self.finding(load.k, "a copy is not waited for")

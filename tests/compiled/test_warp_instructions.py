@@ -9,6 +9,7 @@ from .descriptors import Descriptor
 from .global_memory import Fault, Region
 from .kernel import Kernel
 from .ptx_text import KERNEL, launch
+from .report import Report
 
 # %rd9: the address of the thread's own 4 bytes of array 0.
 OWN = "mul.wide.u32 %rd9, %r0, 4; add.s64 %rd9, %rd9, %rd0;"
@@ -344,34 +345,52 @@ def test_wgmma(kind, layout, from_registers):
 # --- the tensor memory accelerator ------------------------------------------------------------------------------------
 
 
+BOX = """
+setp.eq.u32 %p0, %r0, 0; mov.b32 %r2, {row}; mov.b32 %r3, {column};
+@%p0 mbarrier.init.shared::cta.b64 [%r1+8192], 1;
+fence.mbarrier_init.release.cluster;
+bar.sync 0;
+@%p0 mbarrier.arrive.expect_tx.shared.b64 _, [%r1+8192], {bytes};
+mov.b64 %rd5, k_param_1; mov.b64 %rd6, k_param_2;
+@%p0 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd5, {{%r3, %r2}}], [%r1+8192];
+{{ .reg .pred complete;
+waitLoop: mbarrier.try_wait.parity.shared::cta.b64 complete, [%r1+8192], 0;
+@!complete bra.uni waitLoop;
+}}
+shl.b32 %r4, %r0, 1; add.s32 %r6, %r4, %r1; mul.wide.u32 %rd8, %r4, 1; add.s64 %rd8, %rd8, %rd0;
+{read}
+@%p0 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd6, {{%r3, %r2}}], [%r1];
+@%p0 cp.async.bulk.commit_group;
+@%p0 cp.async.bulk.wait_group.read 0;
+"""  # noqa: E501
+
+
+def _copy_a_box(
+    at: tuple[int, int], swizzle: int, width: int, drop: str = "", more: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Report]:
+    """A box of 8 rows of a tensor (32, 64), to the same place of another: the tensor, the other, what was in shared
+    memory, and the report. drop: a part of the line to leave out. more: bytes too many that are expected."""
+    x = np.arange(32 * 64, dtype="u2").reshape(32, 64)
+    out, seen = np.full_like(x, 7), np.zeros(8 * width, "u2")
+    regions = [Region.of(i, f"array {i}", t.ctypes.data, t.nbytes) for i, t in enumerate((seen, x, out))]
+    boxes = [Descriptor(r.address, (32, 64), (64, 1), (8, width), 2, swizzle, "f2") for r in regions[1:]]
+    names = [".param .u64 .ptr .global .align 1 k_param_0", *(f".param .align 64 .b8 k_param_{i}[128]" for i in (1, 2))]
+    read = "".join(f"ld.shared.b16 %h1, [%r6+{64 * i}]; st.global.b16 [%rd8+{64 * i}], %h1;" for i in range(width // 4))
+    body = BOX.format(row=at[0], column=at[1], bytes=16 * width + more, read=read)
+    if drop:
+        assert drop in body
+        body = "\n".join(line for line in body.splitlines() if drop not in line)
+    loads = " ld.param.b64 %rd0, [k_param_0];"
+    text = KERNEL.format(target="sm_90", parameters=", ".join(names), threads=32, body=body, loads=loads)
+    return x, out, seen, Kernel(text).launch((1,), [regions[0].address, *boxes], regions, 16384)
+
+
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
 @pytest.mark.parametrize("at", [(0, 0), (3, 8), (-2, 0), (30, 24)])
 def test_a_box_is_copied_in_and_out(swizzle, at):
     """A box of 8 rows of 16, 32, 64 or 128 bytes; what lies outside of the tensor is zeros, and is not written."""
     width = {0: 8, 1: 16, 2: 32, 3: 64}[swizzle]
-    x = np.arange(32 * 64, dtype="u2").reshape(32, 64)
-    out, seen = np.full_like(x, 7), np.zeros(8 * width, "u2")
-    regions = [Region.of(i, f"array {i}", t.ctypes.data, t.nbytes) for i, t in enumerate((seen, x, out))]
-    boxes = [Descriptor(r.address, (32, 64), (64, 1), (8, width), 2, swizzle, "f2") for r in regions[1:]]
-    parameters = ", ".join([".param .u64 .ptr .global .align 1 k_param_0", *(
-        f".param .align 64 .b8 k_param_{i}[128]" for i in (1, 2))])  # fmt: skip
-    load = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-    body = f"""
-    setp.eq.u32 %p0, %r0, 0; mov.b32 %r2, {at[0]}; mov.b32 %r3, {at[1]};
-    @%p0 mbarrier.init.shared::cta.b64 [%r1+8192], 1; fence.mbarrier_init.release.cluster; bar.sync 0;
-    @%p0 mbarrier.arrive.expect_tx.shared.b64 _, [%r1+8192], {16 * width};
-    mov.b64 %rd5, k_param_1; mov.b64 %rd6, k_param_2;
-    @%p0 {load} [%r1], [%rd5, {{%r3, %r2}}], [%r1+8192];
-    {{ .reg .pred complete;
-    waitLoop: mbarrier.try_wait.parity.shared::cta.b64 complete, [%r1+8192], 0; @!complete bra.uni waitLoop; }}
-    shl.b32 %r4, %r0, 1; add.s32 %r6, %r4, %r1; mul.wide.u32 %rd8, %r4, 1; add.s64 %rd8, %rd8, %rd0;
-    {"".join(f"ld.shared.b16 %h1, [%r6+{64 * i}]; st.global.b16 [%rd8+{64 * i}], %h1;" for i in range(width // 4))}
-    @%p0 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd6, {{%r3, %r2}}], [%r1];
-    @%p0 cp.async.bulk.commit_group; @%p0 cp.async.bulk.wait_group.read 0;
-    """
-    text = KERNEL.format(target="sm_90", parameters=parameters, threads=32, body=body,
-                         loads=" ld.param.b64 %rd0, [k_param_0];")  # fmt: skip
-    report = Kernel(text).launch((1,), [regions[0].address, *boxes], regions, 16384)
+    x, out, seen, report = _copy_a_box(at, swizzle, width)
     chunks = {0: 1, 1: 2, 2: 4, 3: 8}[swizzle]
     for i in range(8):
         for j in range(width):
@@ -384,3 +403,18 @@ def test_a_box_is_copied_in_and_out(swizzle, at):
             if inside:
                 assert out[row, column] == x[row, column]
     assert (out == 7).sum() >= out.size - 8 * width and not report.findings
+
+
+@pytest.mark.parametrize("drop, said", [
+    ("fence.mbarrier_init", "no fence.mbarrier_init or fence.proxy.async between"),
+    ("bra.uni waitLoop", "read of shared memory that an asynchronous copy is yet to write"),
+    ("cp.async.bulk.wait_group", "given up before a copy out of it is waited for"),
+    ("cp.async.bulk.commit_group", "given up before a copy out of it is waited for"),
+])  # fmt: skip
+def test_copies_of_boxes_are_waited_for(drop, said):
+    assert any(said in each for each in _copy_a_box((0, 0), 0, 8, drop)[3].findings)
+
+
+def test_bytes_that_never_come_are_a_deadlock():
+    with pytest.raises(Fault, match="deadlock"):
+        _copy_a_box((0, 0), 0, 8, more=16)
