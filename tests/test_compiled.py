@@ -113,6 +113,10 @@ ATTENTION = {
         _square(130, 72, Sk=200, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
         (HALF,),
     ),
+    **{
+        f"everything-{D}": (_square(40, D, Sk=70, window_size=(30, 9), softcap=5.0, sinks=True, kv_start=anywhere), ())
+        for D in (64, 128, 256)
+    },
     "grouped": (Case(2, 6, 2, 70, 70, 64, 64), ()),
     # Packed sequences, some of them of no token or of one.
     "varlen": (packed((50, 0, 70, 1), (50, 0, 70, 1), 4, 2, 64, 64), (HALF,)),
@@ -211,6 +215,21 @@ REACHED_BY = {
     "_hopper_backward_kernel": "hopper-64",
     "_round_dq_kernel": "hopper-64",
 }
+# Likewise every operator.
+CALLED_BY = {
+    "rms_norm_forward": "rms_norm-1000-add",
+    "rms_norm_backward": "rms_norm-1000-add",
+    "rope": "rope-64-64",
+    "rope_": "rope-64-64",
+    "rope_qkv_backward": "rope_qkv",
+    "rope_into_cache": "rope_into_cache-one for all-heads first",
+    "qk_norm_rope": "qk_norm_rope-64-64",
+    "qk_norm_rope_backward": "qk_norm_rope-64-64",
+    "attention_forward": "causal-64",
+    "attention_backward": "causal-64",
+    "rope_attention_backward": "rope_attention-64-64",
+    "decode_attention": f"decode_attention-{decode.CASES[3]}",
+}
 
 
 def _parameters() -> list:
@@ -230,15 +249,18 @@ def test_compiled_kernels(call, dtype, target):
     from tests.compiled.llama import kernels_on_cpu
 
     torch.use_deterministic_algorithms(not call.hopper)
-    with kernels_on_cpu(target, hopper=call.hopper), running(target) as log:
+    with kernels_on_cpu(target, hopper=call.hopper) as called, running(target) as log:
         call.check(dtype)
     assert log.reports and not log.findings, "\n".join(log.findings)
     ran = {report.kernel for report in log.reports}
     assert ran >= {kernel for kernel, name in REACHED_BY.items() if name == call.name}
+    assert called >= {operator for operator, name in CALLED_BY.items() if name == call.name}
     assert "_hopper_forward_kernel" in ran or not call.hopper
 
 
-def test_every_kernel_is_reached():
+def test_every_kernel_and_operator_is_reached():
+    from tests.compiled.llama import operators
+
     package = Path(llama_kernels.__file__).parent
     found = {
         name
@@ -247,6 +269,7 @@ def test_every_kernel_is_reached():
     }
     fast = {call.name for call in CALLS if call.fast}
     assert found == set(REACHED_BY) and set(REACHED_BY.values()) <= fast
+    assert set(operators()) == set(CALLED_BY) and set(CALLED_BY.values()) <= fast
 
 
 @compiles

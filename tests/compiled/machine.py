@@ -22,7 +22,11 @@ class Machine(Bulk):
         self.asleep = np.zeros(self.lanes, bool)  # lanes whose mbarrier's phase is not over, as far as is known
         self.asked: set[int] = set()  # the mbarriers that those wait for
         unit = 128 if self.program.has_wgmma else 32
-        self.units = np.arange(self.lanes) // unit  # lanes that a schedule drawn by chance keeps together
+        # Of a schedule drawn by chance: lanes that it keeps together, and who runs first, as far as it can go.
+        self.units = np.arange(self.lanes) // unit
+        self.priorities = list(range(-(-self.lanes // unit)))
+        if self.random:
+            self.random.shuffle(self.priorities)
 
     def run(self) -> None:
         self.program.namespace.update(self.program.poisoned())
@@ -111,11 +115,12 @@ class Machine(Bulk):
                 can[b] = lanes
         if not can:
             return None
-        units = np.unique(self.units[functools.reduce(np.logical_or, can.values())])
-        first = self.random.choice(units.tolist())
-        b = min(b for b, lanes in can.items() if lanes[self.units == first].any())
-        chosen = [u for u in units.tolist() if u == first or self.random.random() < 0.5]
-        return b, can[b] & np.isin(self.units, chosen)
+        if self.random.random() < 0.02:
+            self.random.shuffle(self.priorities)
+        able = set(np.unique(self.units[functools.reduce(np.logical_or, can.values())]).tolist())
+        chosen = self.units == next(unit for unit in self.priorities if unit in able)
+        b = min(b for b, lanes in can.items() if (lanes & chosen).any())
+        return b, can[b] & chosen
 
     def _release(self, at: dict[int, np.ndarray]) -> bool:
         """Open the barriers at which as many lanes stand as they are for."""
