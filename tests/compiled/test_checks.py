@@ -155,6 +155,16 @@ def test_a_wait_for_an_mbarrier_orders(seed):
     assert any("race" in each or "nothing has written" in each for each in found)
 
 
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_a_wait_for_an_mbarrier_orders_a_write_after_a_read(seed):
+    """Warp 0 reads what warp 1 wrote before, arrives, and warp 1 writes anew."""
+    init, read = "st.shared.b32 [%r2], %r0; bar.sync 0;", "ld.shared.b32 %r5, [%r3]; add.s32 %r5, %r5, 1;"
+    text = HAND_OVER.replace("ld.shared.b32 %r5, [%r3];\nbra", "st.shared.b32 [%r2], %r1;\nbra")
+    assert not findings(text.format(**{**RIGHT, "init": init, "before": read}), checks=Checks(seed=seed))
+    found = findings(text.format(**{**RIGHT, "init": init, "before": "", "after": read}), checks=Checks(seed=seed))
+    assert len(found) == 1 and "race" in found[0]
+
+
 def test_an_mbarrier_is_made_before_it_is_used():
     assert any("race" in each for each in findings(HAND_OVER.format(**{**RIGHT, "init": ""})))
     with pytest.raises(Fault, match="no mbarrier was initialised at byte 512"):
@@ -195,6 +205,12 @@ def test_a_copy_is_waited_for():
     assert any("yet to write" in each for each in findings(COPY.format("cp.async.wait_group 1;")))
     assert any("race" in each for each in findings(COPY.format("cp.async.wait_group 0;").replace("bar.sync 0;", "")))
     assert any("not waited for" in each for each in findings("cp.async.ca.shared.global [%r2], [%rd9], 4;"))
+
+
+def test_a_copy_does_not_overwrite_a_copy():
+    again = COPY.format("").replace("cp.async.commit_group;", "cp.async.ca.shared.global [%r2], [%rd9], 4;", 1)
+    found = findings(again.replace("bar.sync 0;", "cp.async.wait_all; bar.sync 0;"))
+    assert len(found) == 1 and "write of shared memory that an asynchronous copy is yet to write" in found[0]
 
 
 def test_the_source_of_a_copy_has_bounds():
@@ -245,6 +261,8 @@ def test_what_a_product_reads_is_not_overwritten():
     of_another_warp = "sub.s32 %r2, %r2, %r1; xor.b32 %r2, %r2, 1024; add.s32 %r2, %r2, %r1; add.s32 %r5, %r5, 1;"
     assert any("race" in each for each in _product(after=of_another_warp + overwrite)[1])
     assert not _product(after="bar.sync 0;" + of_another_warp + overwrite)[1]
+    # The product may read until it is waited for, also after a barrier.
+    assert any("race" in each for each in _product(before="bar.sync 0;", after=of_another_warp + overwrite)[1])
 
 
 def test_what_threads_store_is_fenced():
