@@ -21,7 +21,8 @@ CONSTRAINTS := $(if $(filter 2.13.0,$(TORCH)),constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
-.PHONY: install demo examples test test-present bench newest gpu-check test-all fuzz witness matrix codegen lint clean
+.PHONY: install demo examples test test-present test-compiled bench newest gpu-check test-all fuzz witness matrix \
+	codegen lint clean
 
 install: $(INSTALLED)
 
@@ -109,6 +110,11 @@ test-all: test fuzz
 fuzz: $(INSTALLED)
 	$(call NEEDS,fuzz)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+# All calls of tests/test_compiled.py: what the compiler makes of the kernels, run without a GPU (tests/compiled/README.md).
+test-compiled: $(INSTALLED)
+	$(call NEEDS,test)
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --compiled-table tests/test_compiled.py tests/compiled
 
 # Others' suites against our ops: WITNESS=flash_attention SUITE=path/to/checkout (docs/reliability.md).
 WITNESS ?= flash_attention

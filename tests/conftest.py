@@ -1,10 +1,12 @@
 """How the suite runs: on a GPU the compiled kernels; without one the kernels in Triton's interpreter; with
-TRITON_INTERPRET=0 and no GPU the reference path that CPU tensors take otherwise. The tests are the same."""
+TRITON_INTERPRET=0 and no GPU the reference path that CPU tensors take otherwise; with --compiled sm_80 or sm_90 the PTX
+of the kernels, on CPU tensors (tests/compiled). The tests are the same."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import sys
 from typing import Any
 
 # Before NumPy is loaded, which multiplies for the interpreter: for its small products more threads only wait.
@@ -13,13 +15,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is decorated
+    compiled = any(argument.startswith("--compiled") for argument in sys.argv)
+    os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")  # before the first kernel is decorated
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product: cuBLAS is deterministic only so
 
 import pytest
 
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import HAS_TRITON, INTERPRETED
+
+pytest_plugins = ("tests.compiled.plugin", "tests.compiled.llama")
 
 torch.set_num_threads(1)  # tests run side by side, on tensors too small to share
 
@@ -74,6 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("high", "low", "mixed"),
         help="the interpreter's exp2, log2, rsqrt and division are off by what the PTX ISA allows: tests/hardware.py",
     )
+    parser.addoption("--compiled-table", action="store_true", help="all of tests/test_compiled.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,12 +98,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: arithmetic.__exit__(None, None, None))
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> str:
     path = "compiled kernels" if DEVICE == "cuda" else "kernels, interpreted" if INTERPRETED else "reference path"
+    if target := config.getoption("compiled"):
+        path = f"kernels as compiled for {target}"
     return f"llama_kernels on {DEVICE}: {path}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("compiled_table"):
+        rest = [item for item in items if item.get_closest_marker("compiled_table")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if not item.get_closest_marker("compiled_table")]
     for item in items:
         if item.get_closest_marker("gpu") and DEVICE != "cuda":
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -51,7 +51,7 @@ def install(python: str, folder: Path, torch: str, triton: str) -> str | None:
     pair = (("torch", torch), ("triton", triton))
     at = [name if version == "newest" else f"{name}=={version}" for name, version in pair]
     pip = [str(folder / "bin/python"), "-m", "pip", "install", "-q"]
-    numpy = "numpy<2.4" if triton.startswith("3.6.") else "numpy"  # llama_kernels.versions.interpreter_fault
+    numpy = "numpy<2.4" if triton.startswith("3.6.") else "numpy"  # llama_kernels.core.versions.interpreter_fault
     # Triton last, whatever torch asked for.
     for command in (
         [python, "-m", "venv", str(folder)],

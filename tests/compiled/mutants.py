@@ -1,0 +1,151 @@
+"""How sensitive the machine is: compiled kernels with one synchronisation spoiled, on what the whole one ran on.
+
+with running("sm_80") as log:
+    log.launches = []
+    kernel[grid](x, y, ...)
+for result in survey(log.launches[0]):
+    print(result)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from .driver import Launched
+from .global_memory import Fault
+from .kernel import Kernel
+from .parse import Entry, Instruction, parse
+from .report import Checks, Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """seen: "fault", "reported" or "numbers" for what showed the error; "no" where nothing did."""
+
+    kernel: str
+    kind: str
+    instruction: str
+    seen: str
+    said: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    kind: str
+    index: int  # in Entry.code
+    entry: Entry
+
+
+def _is(each: Instruction | str, *prefixes: str) -> bool:
+    return isinstance(each, Instruction) and each.op.startswith(prefixes)
+
+
+def _is_barrier(each: Instruction | str) -> bool:
+    return _is(each, "bar.sync", "barrier.sync")
+
+
+def _touches_shared(each: Instruction | str) -> bool:
+    return _is(each, "ldmatrix", "stmatrix", "cp.async.c", "wgmma.mma") or (
+        _is(each, "ld.", "st.") and "shared" in each.mods
+    )
+
+
+def _ends_block(each: Instruction | str) -> bool:
+    return isinstance(each, str) or each.mods[0] in ("bra", "brx", "ret", "exit") or _is_barrier(each)
+
+
+def _moved(code: list[Instruction | str], i: int, step: int) -> list[Instruction | str] | None:
+    """The barrier at i on the other side of the next access of shared memory, in its own basic block."""
+    j = i + step
+    while 0 <= j < len(code) and not _ends_block(code[j]):
+        if _touches_shared(code[j]):
+            rest = code[:i] + code[i + 1 :]
+            return [*rest[:j], code[i], *rest[j:]]
+        j += step
+    return None
+
+
+def mutants(entry: Entry) -> Iterator[Mutant]:
+    """Every synchronisation dropped, weakened or moved, one at a time."""
+    code = entry.code
+
+    def made(kind: str, i: int, changed: list[Instruction | str]) -> Mutant:
+        return Mutant(kind, i, dataclasses.replace(entry, code=changed))
+
+    def dropped(i: int, count: int = 1) -> list[Instruction | str]:
+        return code[:i] + code[i + count :]
+
+    def weaker(i: int) -> list[Instruction | str]:
+        more = dataclasses.replace(code[i], args=[str(int(code[i].args[0]) + 1)])
+        return [*code[:i], more, *code[i + 1 :]]
+
+    for i, each in enumerate(code):
+        if _is_barrier(each):
+            yield made("barrier dropped", i, dropped(i))
+            for step, how in ((1, "barrier after the next access"), (-1, "barrier before the last access")):
+                if moved := _moved(code, i, step):
+                    yield made(how, i, moved)
+        elif _is(each, "cp.async.wait_group", "wgmma.wait_group", "cp.async.bulk.wait_group"):
+            name = each.op.removesuffix(".read").removesuffix(".sync.aligned")
+            yield made(f"{name} dropped", i, dropped(i))
+            yield made(f"{name} waits for one less", i, weaker(i))
+        elif _is(each, "fence.proxy.async"):
+            yield made("fence.proxy.async dropped", i, dropped(i))
+        elif _is(each, "fence.mbarrier_init"):
+            yield made("fence.mbarrier_init dropped", i, dropped(i))
+        elif _is(each, "mbarrier.try_wait", "mbarrier.test_wait"):
+            yield made("mbarrier wait dropped", i, dropped(i, 2))  # and the branch that repeats it
+        elif _is(each, "mbarrier.arrive"):
+            yield made("mbarrier arrival dropped", i, dropped(i))
+        elif _is(each, "mbarrier.init"):
+            yield made("mbarrier.init dropped", i, dropped(i))
+
+
+def _ran(kernel: Kernel, report: Report) -> set[int]:
+    """The identities of the instructions that were run."""
+    blocks = kernel.program.blocks
+    return {id(kernel.program.code[k]) for b in report.blocks for k in range(blocks[b].first, blocks[b].last)}
+
+
+def survey(
+    launched: Launched, kinds: Iterable[str] | None = None, seeds: Iterable[int | None] = (None,)
+) -> list[Result]:
+    """What is seen of each mutant of a launch. Only what was run is spoiled; a mutant runs until one seed shows it."""
+    given = [t.detach() for t in launched.tensors]
+    before = [t.clone() for t in given]
+
+    def run(kernel: Kernel, seed: int | None) -> tuple[list[torch.Tensor], Report]:
+        for t, b in zip(given, before, strict=True):
+            t.copy_(b)
+        report = kernel.launch(launched.grid, launched.values, launched.regions, launched.shared, Checks(seed=seed))
+        return [t.clone().nan_to_num(7.5) for t in given], report
+
+    def look(kernel: Kernel) -> tuple[str, str]:
+        for seed in seeds:
+            try:
+                got, report = run(kernel, seed)
+            except Fault as fault:
+                return "fault", str(fault)
+            if report.findings:
+                return "reported", next(iter(report.findings))
+            if not all(map(torch.equal, got, expected)):
+                return "numbers", ""
+        return "no", ""
+
+    entry = parse(Path(launched.ptx).read_text())
+    whole = Kernel(entry)
+    expected, report = run(whole, None)
+    if report.findings:
+        raise ValueError(f"{whole.name} has findings before anything is spoiled: {report.findings}")
+    ran = _ran(whole, report)
+    out = []
+    for mutant in mutants(entry):
+        if id(entry.code[mutant.index]) in ran and (kinds is None or mutant.kind in kinds):
+            seen, said = look(Kernel(mutant.entry))
+            out.append(Result(whole.name, mutant.kind, str(entry.code[mutant.index]), seen, said))
+    run(whole, None)
+    return out

@@ -1,0 +1,164 @@
+"""wgmma: asynchronous products of a warp group (128 threads).
+
+The numbers are computed at once, but until the group waits for them the result registers hold NaNs that name the
+product, whatever moves them meanwhile. Operands in shared memory count as being read until then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container
+from typing import Any
+
+import numpy as np
+
+from . import fragments
+from .floats import tf32, widen
+from .global_memory import Fault
+from .program import SHARED_BASE
+from .warps import Warps
+
+_NAMES = 0x3FFFFF  # a NaN has room for this many products under way
+
+
+@dataclasses.dataclass
+class Product:
+    """One register of a product's result, of one warp group."""
+
+    warp_group: int
+    batch: int  # number of its wgmma group (commit_group)
+    value: np.ndarray
+
+
+class Products(Warps):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        groups = -(-self.lanes // 128)
+        self.products: dict[int, Product] = {}
+        self._last = 0
+        self.batches = np.zeros(groups, "i8")  # commit_groups of each warp group
+        self.reading: list[tuple[int, int, np.ndarray, int]] = []  # warp group, batch, chunks of 16 bytes, k
+
+    def fence_proxy(self, M: np.ndarray | None) -> None:
+        """What these warps stored can now be seen by wgmma and by copies."""
+        rows, M = self.shared.unfenced.reshape(-1, self.shared.unfenced.shape[-1]), self._mask(M)
+        if M is None:
+            rows[:] = 0
+        else:
+            rows[M.reshape(-1, 32).all(1)] = 0
+
+    def fence_products(self, M: np.ndarray | None) -> None:
+        """wgmma.fence orders registers, which are always in order here."""
+
+    def _warp_groups(self, k: int, M: np.ndarray | None) -> np.ndarray:
+        """Those that take part, which all their threads must."""
+        M = self._mask(M)
+        if M is None:
+            return np.arange(len(self.batches))
+        rows = M.reshape(-1, 128)
+        if (rows.any(1) != rows.all(1)).any():
+            raise Fault(f"{self.program.entry.name}: part of a warp group runs {self.program.code[k]}")
+        return np.flatnonzero(rows[:, 0])
+
+    def _operand(
+        self, k: int, descriptor: np.ndarray, rows: int, kk: int, kind: str, mn_major: bool, group: int
+    ) -> np.ndarray:
+        """The matrix (rows, kk) that a descriptor describes, as float32."""
+        lanes = self._full(descriptor).reshape(-1, 128)[group]
+        if (lanes != lanes[0]).any():
+            self.fault(k, "a matrix descriptor that differs between the threads", 128 * group)
+        shared, each, cta = self.shared, 4 if kind == "tf32" else 2, 128 * group // self.threads
+        places = fragments.descriptor_places(int(lanes[0]), rows, kk, each, mn_major) - SHARED_BASE
+        if places.min() < 0 or places.max() >= shared.size:
+            what = f"wgmma reads bytes {places.min()} to {places.max()} of shared memory, which has {shared.size}"
+            self.fault(k, what, 128 * group)
+        chunks = np.unique(places // 16)
+        if shared.unfenced[cta][:, chunks].any():
+            self.finding(k, "read of shared memory before a fence.proxy.async")
+        places, chunks = places + cta * shared.size, chunks + cta * (shared.size // 16)
+        for warp in range(4 * group, 4 * group + 4):
+            self._check_read(k, chunks * 16, 16, np.full(len(chunks), warp))
+        self.report.counts["shared bytes read"] += rows * kk * each
+        shared.busy(chunks, 1)
+        self.reading.append((group, int(self.batches[group]), chunks, k))
+        if each == 4:
+            return tf32(shared.views[4].view("f4")[places // 4])
+        return widen(shared.views[2][places // 2], kind)
+
+    def _names(self, x: np.ndarray) -> list[int]:
+        """For each warp group the product that a register waits for, or 0."""
+        if len(x) == 1:
+            return [0] * len(self.batches)
+        return [bits & _NAMES if bits >> 22 == 0x1FE else 0 for bits in x[::128].view("u4").tolist()]
+
+    def _settled(self, x: np.ndarray, done: Container[int]) -> np.ndarray:
+        """A register, with the results of the products that are done."""
+        for group, name in enumerate(self._names(x)):
+            if name in done and name in self.products:
+                x = x.copy()
+                x[128 * group : 128 * group + 128] = self.products[name].value.view(x.dtype)
+        return x
+
+    def product(
+        self, k: int, kind: str, kk: int, a: np.ndarray | list[np.ndarray], b: np.ndarray, c: list[np.ndarray],
+        kept: np.ndarray, turned: tuple[int, ...], M: np.ndarray | None,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """D = A B + D if `kept`, else A B, for every warp group that takes part."""
+        here = self._warp_groups(k, M)
+        columns = 2 * len(c)
+        sums = fragments.c_fragment([self._full(self._settled(x, self.products)) for x in c]).reshape(-1, 64, columns)
+        kept = self._full(kept).reshape(-1, 128)[:, 0]
+        sums = np.where(kept[:, None, None], sums, np.float32(0))
+        from_registers = isinstance(a, list)
+        if from_registers:
+            if any(name in self.products for x in a for name in self._names(x)):
+                self.finding(k, "read of a register that a wgmma is yet to write")
+            rows = fragments.a_fragment([self._full(x) for x in a], kind).reshape(-1, 64, kk)
+        for g in here:
+            left = rows[g] if from_registers else self._operand(k, a, 64, kk, kind, bool(turned[0]), g)
+            right = self._operand(k, b, columns, kk, kind, bool(turned[1]), g)
+            sums[g] += left @ right.T
+            self.report.counts["tensor core operations"] += 2 * 64 * columns * kk
+        for x in c:
+            for g, name in enumerate(self._names(x)):
+                if g in here:
+                    self.products.pop(name, None)
+        return [self._stand_in(value, here) for value in fragments.c_registers(sums.reshape(-1, 16, columns))]
+
+    def _stand_in(self, value: np.ndarray, here: np.ndarray) -> np.ndarray:
+        """NaNs that name what a register will be."""
+        out = np.zeros(self.lanes, "u4")
+        for g in here:
+            self._last = self._last % _NAMES + 1
+            lanes = slice(128 * g, 128 * g + 128)
+            self.products[self._last] = Product(int(g), int(self.batches[g]), value[lanes])
+            out[lanes] = 0x7F800000 | self._last
+        return out.view("f4")
+
+    def commit_products(self, k: int, M: np.ndarray | None) -> None:
+        self.batches[self._warp_groups(k, M)] += 1
+
+    def wait_products(self, k: int, left: int, M: np.ndarray | None) -> None:
+        """Finish all but the last `left` groups of these warp groups."""
+        here, until = set(self._warp_groups(k, M).tolist()), self.batches - left
+        done = {n for n, x in self.products.items() if x.warp_group in here and x.batch < until[x.warp_group]}
+        if done:
+            names = self.program.namespace
+            for name in self.program.pending_names:
+                names[name] = self._settled(names[name], done)
+            for number in done:
+                del self.products[number]
+        still, read = [], {}
+        for each in self.reading:
+            group, batch, chunks, by = each
+            if group in here and batch < until[group]:
+                self.shared.busy(chunks, -1)
+                read.setdefault((group, by), []).append(chunks)
+            else:
+                still.append(each)
+        self.reading = still
+        if self.races:
+            for (group, by), parts in read.items():
+                chunks = np.unique(np.concatenate(parts))
+                for warp in range(4 * group, 4 * group + 4):
+                    self._race(by, self.races.read(np.full(len(chunks), warp), chunks * 16, 16))
