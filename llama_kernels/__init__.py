@@ -1,4 +1,4 @@
-"""RoPE, RMSNorm and grouped-query attention: Triton kernels, forward and backward, proved against plain PyTorch."""
+"""RoPE, RMSNorm and grouped-query attention: Triton kernels, forward and backward, tested against plain PyTorch."""
 
 from llama_kernels import nn, reference
 from llama_kernels.core.checks import checked
