@@ -69,7 +69,7 @@ def compiles(test: Any) -> Any:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hopper", action="store_true", help="attention takes the Hopper kernels, opt-in so far")
-    parser.addoption("--compiled-table", action="store_true", help="all of tests/test_compiled.py")
+    parser.addoption("--compiled-table", action="store_true", help="also the tests that only `make test-compiled` runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
