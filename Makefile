@@ -111,10 +111,11 @@ fuzz: $(INSTALLED)
 	$(call NEEDS,fuzz)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
-# All calls of tests/test_compiled.py: what the compiler makes of the kernels, run without a GPU (tests/compiled/README.md).
+# What the compiler makes of the kernels, run without a GPU (tests/compiled/README.md): all calls, of which `test` has some.
 test-compiled: $(INSTALLED)
 	$(call NEEDS,test)
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --compiled-table tests/test_compiled.py tests/compiled
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --compiled-table \
+		tests/test_compiled.py tests/test_compiled_hopper.py tests/compiled
 
 # Others' suites against our ops: WITNESS=flash_attention SUITE=path/to/checkout (docs/reliability.md).
 WITNESS ?= flash_attention

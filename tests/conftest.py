@@ -79,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("high", "low", "mixed"),
         help="the interpreter's exp2, log2, rsqrt and division are off by what the PTX ISA allows: tests/hardware.py",
     )
-    parser.addoption("--compiled-table", action="store_true", help="all of tests/test_compiled.py")
+    parser.addoption("--compiled-table", action="store_true", help="also the tests that only `make test-compiled` runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -125,6 +125,10 @@ class _Arguments:
         self.tensors: list[torch.Tensor] = []
 
     def _address(self, name: str, x: torch.Tensor) -> int:
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"the kernel's argument {name} is on {x.device}; wanted CPU tensors: the machine has no GPU"
+            )
         self.tensors.append(x)
         self.regions.append(region(len(self.regions), name, x))
         return self.regions[-1].address

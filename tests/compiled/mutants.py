@@ -24,11 +24,14 @@ from .report import Checks, Report
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """seen: "fault", "reported" or "numbers" for what showed the error; "no" where nothing did."""
+    """seen: "fault", "reported" or "numbers" for what showed the error; "no" where nothing did.
+    runs: how often each warp ran the instruction, on the average. Of a loop that turned once, what a second turn needs
+    is not seen."""
 
     kernel: str
     kind: str
     instruction: str
+    runs: float
     seen: str
     said: str = ""
 
@@ -105,10 +108,14 @@ def mutants(entry: Entry) -> Iterator[Mutant]:
             yield made("mbarrier.init dropped", i, dropped(i))
 
 
-def _ran(kernel: Kernel, report: Report) -> set[int]:
-    """The identities of the instructions that were run."""
-    blocks = kernel.program.blocks
-    return {id(kernel.program.code[k]) for b in report.blocks for k in range(blocks[b].first, blocks[b].last)}
+def _runs(kernel: Kernel, report: Report) -> dict[int, float]:
+    """How often each warp ran an instruction, by the identity of the instruction."""
+    blocks, warps = kernel.program.blocks, report.blocks[0]
+    return {
+        id(kernel.program.code[k]): n / warps
+        for b, n in report.blocks.items()
+        for k in range(blocks[b].first, blocks[b].last)
+    }
 
 
 def survey(
@@ -141,11 +148,12 @@ def survey(
     expected, report = run(whole, None)
     if report.findings:
         raise ValueError(f"{whole.name} has findings before anything is spoiled: {report.findings}")
-    ran = _ran(whole, report)
+    runs = _runs(whole, report)
     out = []
     for mutant in mutants(entry):
-        if id(entry.code[mutant.index]) in ran and (kinds is None or mutant.kind in kinds):
+        instruction = entry.code[mutant.index]
+        if id(instruction) in runs and (kinds is None or mutant.kind in kinds):
             seen, said = look(Kernel(mutant.entry))
-            out.append(Result(whole.name, mutant.kind, str(entry.code[mutant.index]), seen, said))
+            out.append(Result(whole.name, mutant.kind, str(instruction), runs[id(instruction)], seen, said))
     run(whole, None)
     return out

@@ -166,6 +166,12 @@ def test_out_of_bounds_is_a_fault():
         add_kernel[(4,)](x, x, x, 1001, BLOCK=256)
 
 
+def test_tensors_are_on_the_cpu():
+    x = torch.empty(1000, device="meta")
+    with running("sm_80"), pytest.raises(ValueError, match="x_ptr is on meta; wanted CPU tensors"):
+        add_kernel[(4,)](x, x, x, 1000, BLOCK=256)
+
+
 SPOILED = {
     "sm_80": {"barrier dropped", "cp.async.wait_group dropped", "cp.async.wait_group waits for one less"},
     "sm_90": {"barrier dropped", "cp.async.wait_group dropped", "wgmma.wait_group dropped"},
