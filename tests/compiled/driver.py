@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
@@ -30,6 +32,7 @@ from .kernel import Kernel
 from .report import Checks, Report
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+_CACHE = "without-ptxas"
 _MOST_ELEMENTS = 2**26  # of an extent whose elements are looked at one by one
 
 
@@ -181,12 +184,16 @@ class Driver:
 def running(target: str, checks: Checks | None = None) -> Iterator[Log]:
     """Inside, kernels launched on CPU tensors are compiled for `target` (sm_80 or sm_90) and run on the machine.
 
-    Triton's cache then holds empty binaries: give it a TRITON_CACHE_DIR of its own where a GPU uses the cache too.
+    What is compiled here has no machine code, so it is kept in a folder of its own of Triton's cache.
     """
     log, before = Log(checks or Checks()), driver._active
+    cache = str(Path(knobs.cache.dir) / _CACHE) if Path(knobs.cache.dir).name != _CACHE else knobs.cache.dir
     driver.set_active(Driver(target, log))
     try:
-        with mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"none"):
+        with (
+            mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+            mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"none"),
+        ):
             yield log
     finally:
         driver._active = before

@@ -115,7 +115,7 @@ class Machine(Bulk):
                 can[b] = lanes
         if not can:
             return None
-        if self.random.random() < 0.02:
+        if self.random.random() < 0.1:
             self.random.shuffle(self.priorities)
         able = set(np.unique(self.units[functools.reduce(np.logical_or, can.values())]).tolist())
         chosen = self.units == next(unit for unit in self.priorities if unit in able)

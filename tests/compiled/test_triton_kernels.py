@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 from .driver import running
 from .global_memory import Fault
@@ -164,6 +165,20 @@ def test_out_of_bounds_is_a_fault():
     x = torch.zeros(1001)[:1000]
     with running("sm_80"), pytest.raises(Fault, match=r"out of bounds.*test_triton_kernels.py:\d+"):
         add_kernel[(4,)](x, x, x, 1001, BLOCK=256)
+
+
+def test_the_cache_that_a_gpu_uses_stays_as_it_is(tmp_path, monkeypatch):
+    """What is compiled here has no machine code."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with running("sm_80"):
+        copied_nowhere_else[(1,)](torch.zeros(4), 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["without-ptxas"]
+    assert knobs.cache.dir == str(tmp_path)
+
+
+@triton.jit
+def copied_nowhere_else(x_ptr, n):
+    tl.store(x_ptr, n)
 
 
 def test_tensors_are_on_the_cpu():
