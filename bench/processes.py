@@ -125,7 +125,8 @@ def supervise(
     on a journal in `folder` that cannot be read.
     """
     end, status = time.monotonic() + 60 * minutes, LOST
-    Journal(folder, fresh=not resume).end()  # what was under way when an earlier run was stopped is nobody's fault
+    # A step that was interrupted with an earlier run is not a failure of its provider.
+    Journal(folder, fresh=not resume).end()
     for _ in range(MOST_CHILDREN):
         left = max(end - time.monotonic(), 1.0) / 60
         # Not the terminal's process group: a Ctrl-C reaches the child once, from here. It ends when the pipe closes.

@@ -137,7 +137,7 @@ def _output(*command: str) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` so that whoever reads `path`, at any moment, finds all of the old text or all of the new."""
+    """Replace the content of `path` by `text` atomically: a reader finds all of the old text or all of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text)
@@ -145,7 +145,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write(run: Run, path: Path) -> None:
-    """Whoever reads `path` meanwhile, or after this process was killed, finds a whole file: the old or the new."""
+    """Replace `path` atomically: a reader, also after this process was killed, finds the whole old or new file."""
     whole = {"schema": SCHEMA, "machine": run.machine, "ceilings": run.ceilings, **run.extra}
     whole["records"] = [{name: _known(x) for name, x in dataclasses.asdict(r).items()} for r in run.records]
     replace_text(path, json.dumps(whole, indent=1, allow_nan=False) + "\n")

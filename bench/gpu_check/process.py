@@ -81,7 +81,7 @@ class _Running:
 
     def ended(self, over: bool) -> Ended | None:
         seconds = time.monotonic() - self.start
-        # The leader is waited for only after its group was killed: until then nobody else can have its number.
+        # The leader is waited for after its group was killed. Until then no other process can get its process ID.
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return Ended(self.job, self.kill(), seconds)
         if over or seconds > self.job.seconds:

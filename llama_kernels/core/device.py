@@ -69,7 +69,7 @@ def gpu_of(device: torch.device) -> GPU:
 
 
 def family_of(gpu: GPU) -> str:
-    """The family of tiles for `gpu`, a key of SHARED_KIB. `why_not_compiled` tells whether it can run them."""
+    """The family of tiles for `gpu`, a key of SHARED_KIB. `why_not_compiled` gives the reason if it cannot run them."""
     if isinstance(gpu.arch, str):
         return "gfx942"
     if gpu.arch == (8, 0):

@@ -113,7 +113,7 @@ class SharedAccess(GlobalAccess):
     def _check_read(
         self, k: int, places: np.ndarray, size: int, warps: np.ndarray, used: tuple[np.ndarray, int] | None = None
     ) -> None:
-        """used: places and size of the elements that somebody reads on; None: all."""
+        """used: places and size of the elements whose value is used later; None: all."""
         at = (places, size) if used is None else used
         if self.shared.states(places, size).any() and self.shared.states(*at).any():
             pending = self.shared.is_pending(*at)
