@@ -22,7 +22,7 @@ from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from llama_kernels.ops.attention.layout import call_sizes
-from llama_kernels.ops.pairs import rotation_of
+from llama_kernels.ops.rotation import rotation_of
 from tests.conftest import COMPILES
 
 pytestmark = COMPILES

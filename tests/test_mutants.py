@@ -12,11 +12,12 @@ import torch
 
 from llama_kernels.core.language import INTERPRETED, cast, tl, triton
 from llama_kernels.core.launch_cache import Launch
-from llama_kernels.ops import pairs, qk_norm_rope, rms_norm, rope
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, forward, tiles
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, Probs, SoftmaxState
 from llama_kernels.ops.partials import sum_partials
+from llama_kernels.ops.rotation import Angles, inverse_rotation, load_angles, load_pairs
 from tests import test_attention, test_decode, test_qk_norm_rope, test_rms_norm, test_rope, test_rope_attention
 
 pytestmark = pytest.mark.interpreter
@@ -28,8 +29,7 @@ probs_and_score_grads, load_summed, load_scale = (
     rms_norm._load_summed,
     rms_norm._load_scale,
 )
-load_pairs, add_chunks, turn_back = pairs.load_pairs, decode._add_chunks, pairs.turn_back
-load_angles, Angles = pairs.load_angles, pairs.Angles
+add_chunks = decode._add_chunks
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def turned_on_instead_of_back(
     """By the transpose of what turns back: the same angles, the other way."""
     x0, x1 = tl.split(x.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
     swapped = tl.join(x1, x0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
-    y = turn_back(
+    y = inverse_rotation(
         swapped, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
@@ -191,7 +191,7 @@ def turned_back_by_the_next_row(
     x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    return turn_back(
+    return inverse_rotation(
         x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s + 1, live, positions,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
@@ -203,7 +203,7 @@ def turned_back_after_rounding(
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x = cast(x, tl.bfloat16).to(tl.float32)
-    return turn_back(
+    return inverse_rotation(
         x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
@@ -318,9 +318,9 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "inverse for the transpose": ((rope,), "load_angles", inverse_for_the_transpose, rotation_by_element),
     "inverse for the transpose, heads": (
         (qk_norm_rope,), "load_angles", inverse_for_the_transpose, heads_by_element),
-    "gradients turned on, not back": ((backward,), "turn_back", turned_on_instead_of_back, rotated),
-    "gradients turned back by the next row": ((backward,), "turn_back", turned_back_by_the_next_row, rotated),
-    "gradients turned back after rounding": ((backward,), "turn_back", turned_back_after_rounding, rotated),
+    "gradients turned on, not back": ((backward,), "inverse_rotation", turned_on_instead_of_back, rotated),
+    "gradients turned back by the next row": ((backward,), "inverse_rotation", turned_back_by_the_next_row, rotated),
+    "gradients turned back after rounding": ((backward,), "inverse_rotation", turned_back_after_rounding, rotated),
 }  # fmt: skip
 
 

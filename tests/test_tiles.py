@@ -22,7 +22,7 @@ from llama_kernels.core.language import INTERPRETED, TRITON_VERSION
 from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import decode, tables
 from llama_kernels.ops.attention.tables import Tile
-from llama_kernels.ops.pairs import head_tile
+from llama_kernels.ops.rotation import head_tile
 from tests import test_attention, test_qk_norm_rope, test_rms_norm, test_rope, test_rope_attention
 from tests.conftest import DEVICE
 from tests.judge import drawn, ideal_rms_norm, judge

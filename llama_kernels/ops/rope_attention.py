@@ -1,7 +1,7 @@
 """RoPE of q and k, then attention, whose backward turns dq and dk back where they are made: op, autograd, function.
 
 The forward is `rope` and `attention`, each as it is; the kernels of the backward are attention's, which end with the
-inverse rotation (`turn_back`). The one op made of two others.
+inverse rotation (`inverse_rotation`). The one op made of two others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from llama_kernels.ops.attention import attention_forward, check_call, numbers_o
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.layout import empty_grads
-from llama_kernels.ops.pairs import check_angles, full_width, rotation_of, tokens_of, turns_in_registers
 from llama_kernels.ops.rope import _rope as rotate
+from llama_kernels.ops.rotation import check_angles, full_width, rotates_in_registers, rotation_of, tokens_of
 
 # --- registered op ---------------------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ def _backward_by(attention_backward: Callable[..., Any]) -> Callable[..., Any]:
     ):  # fmt: skip
         S, needed = q.shape[2], (need_dq, need_dk, need_dv, need_dsinks)
         call = (do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, None, None, S, S, scale, softcap, left, right)
-        if not full_width(cos, q.shape[-1]) and turns_in_registers(cos.shape[-1], interleaved):
+        if not full_width(cos, q.shape[-1]) and rotates_in_registers(cos.shape[-1], interleaved):
             rotation = rotation_of(cos, sin, position_ids, interleaved)
             return attention_backward(*call, *needed, deterministic, rotation)
         dq, dk, *others = attention_backward(*call, *needed, deterministic)

@@ -42,7 +42,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.ops.pairs import Rotation, turn_back
+from llama_kernels.ops.rotation import Rotation, inverse_rotation
 
 # --- delta, and the gradient of the sinks ----------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ def _dkdv_kernel(
         dk = dk * scoring.scale
         if HALF:
             s = n + tl.arange(0, BLOCK_N)
-            dk = turn_back(
+            dk = inverse_rotation(
                 dk, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
                 b, k_start + s, s < Sk, positions, HALF, INTERLEAVED, BLOCK_N, BLOCK_D,
             )  # fmt: skip
@@ -311,7 +311,7 @@ def _dq_kernel(
     dq = dq * scoring.scale
     if HALF:
         s = m + tl.arange(0, BLOCK_M)
-        dq = turn_back(
+        dq = inverse_rotation(
             dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
             b, q_start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
         )  # fmt: skip

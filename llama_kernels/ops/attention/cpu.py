@@ -9,7 +9,7 @@ import torch
 
 from llama_kernels import reference
 from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
-from llama_kernels.ops.pairs import Rotation
+from llama_kernels.ops.rotation import Rotation
 from llama_kernels.reference.attention import spans, unseen, visible
 
 

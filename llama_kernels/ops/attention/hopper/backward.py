@@ -53,7 +53,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.ops.pairs import Rotation, turn_back
+from llama_kernels.ops.rotation import Rotation, inverse_rotation
 
 
 class Where(NamedTuple):
@@ -298,7 +298,7 @@ def _round_dq_kernel(
     dq = dq.to(tl.float32) * scale
     if HALF:
         s = m + tl.arange(0, BLOCK_M)
-        dq = turn_back(
+        dq = inverse_rotation(
             dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
             b, start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
         )  # fmt: skip
