@@ -22,7 +22,7 @@ from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from llama_kernels.ops.attention.layout import call_sizes
-from llama_kernels.ops.rotation import rotation_of
+from llama_kernels.ops.rotation import Rotation
 from tests.conftest import COMPILES
 
 pytestmark = COMPILES
@@ -156,7 +156,7 @@ def _hopper_attention():
 def _hopper_attention_backward():
     q, k, v, do, dq, dk, dv = (heads(H) for H in (4, 2, 2, 4, 4, 2, 2))
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
-    sizes, turned = call_sizes(q, k, None, 32, 32), rotation_of(*rotation(), False)
+    sizes, turned = call_sizes(q, k, None, 32, 32), Rotation(*rotation(), False)
     given = (q, k, v, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, None, None, sizes, 0.125, None, None, 0, 128)
     return hopper_backward.launch_hopper_backward, (choice.TILES["backward"][0], do, *given, turned)
 

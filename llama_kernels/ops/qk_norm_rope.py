@@ -23,17 +23,16 @@ from llama_kernels.core.tensors import (
 )
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.ops.rotation import (
-    angle_arguments,
-    check_angles,
-    check_heads,
+    Tables,
+    angle_strides,
     head_tile,
     load_angles,
     load_pairs,
     pairs_of,
     rotate,
     store_pairs,
-    tokens_of,
 )
+from llama_kernels.ops.rotation_checks import check_angles, check_heads, tokens_of
 from llama_kernels.reference.rope import rope_transpose
 
 # Programs a processor in the backward, of 128 threads each: enough to hide the sums across a head.
@@ -163,10 +162,8 @@ def _qk_norm_rope_forward_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     live = s < S
-    angles = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
-        HALF, FULL, INTERLEAVED, False, BLOCK_R,
-    )  # fmt: skip
+    tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+    angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
     _forward_heads(
         q_ptr, q_weight_ptr, q_out_ptr, q_strides, q_out_strides, b, s, live, angles, Hq, eps, offset,
         D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
@@ -180,9 +177,8 @@ def _qk_norm_rope_forward_kernel(
 
 @triton.jit
 def _backward_heads(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, cos_ptr, sin_ptr, position_ids_ptr,
-    dy_strides, x_strides, dx_strides, cos_strides, sin_strides, position_strides,
-    first, programs, B, S, H, positions, eps, offset,
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, dy_strides, x_strides, dx_strides, tables,
+    first, programs, B, S, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -200,10 +196,7 @@ def _backward_heads(
         s = tile // groups % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         live = s < S
         there = live[:, None] & (h < H)[None, :]
-        angles = load_angles(
-            cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
-            HALF, FULL, INTERLEAVED, True, BLOCK_R,
-        )  # fmt: skip
+        angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
         heads = h.to(tl.int64)[None, :]
         x_ptrs = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None] + heads * x_strides[1]
         dy_ptrs = dy_ptr + (b * dy_strides[0] + s * dy_strides[2])[:, None] + heads * dy_strides[1]
@@ -250,18 +243,19 @@ def _qk_norm_rope_backward_kernel(
     Bytes: x and dy in, dx out, once each; table rows once a tile. FLOPs: 17 a element.
     """
     pid = tl.program_id(0)
+    tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
     if pid < q_programs:
         _backward_heads(
-            dq_ptr, q_ptr, q_weight_ptr, dq_out_ptr, dq_weight_ptr, cos_ptr, sin_ptr, position_ids_ptr,
-            dq_strides, q_strides, dq_out_strides, cos_strides, sin_strides, position_strides,
-            pid, q_programs, B, S, Hq, positions, eps, offset,
+            dq_ptr, q_ptr, q_weight_ptr, dq_out_ptr, dq_weight_ptr,
+            dq_strides, q_strides, dq_out_strides, tables,
+            pid, q_programs, B, S, Hq, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif k_ptr is not None:
         _backward_heads(
-            dk_ptr, k_ptr, k_weight_ptr, dk_out_ptr, dk_weight_ptr, cos_ptr, sin_ptr, position_ids_ptr,
-            dk_strides, k_strides, dk_out_strides, cos_strides, sin_strides, position_strides,
-            pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, positions, eps, offset,
+            dk_ptr, k_ptr, k_weight_ptr, dk_out_ptr, dk_weight_ptr,
+            dk_strides, k_strides, dk_out_strides, tables,
+            pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
@@ -293,14 +287,13 @@ def _plan_forward(
     Hkv = Hq if k is None else sizes_of(k)[1]
     if not B * S * max(Hq, Hkv):
         return
-    angles, angle_strides = angle_arguments(cos, sin, position_ids)
     blocks = _blocks(max(min(Hq, Hkv), 1), pairs_of(cos, q.shape[-1])["HALF"], q.device)
     yield Launch(
         _qk_norm_rope_forward_kernel,
         (B * cdiv(S, blocks["BLOCK_T"]),),
         (
-            q, k, q_weight, k_weight, q_out, k_out, *angles,
-            *map(_optional_strides, (q, k, q_out, k_out)), *angle_strides,
+            q, k, q_weight, k_weight, q_out, k_out, cos, sin, position_ids,
+            *map(_optional_strides, (q, k, q_out, k_out)), *angle_strides(cos, sin, position_ids),
             S, Hq, Hkv, cos.shape[0], eps, offset,
         ),
         {"INTERLEAVED": interleaved, **_widths(q, cos), **blocks},
@@ -322,13 +315,12 @@ def _plan_backward(
     """The weights' gradients and their partial sums are None where none is needed. programs: for q, and for k."""
     B, Hq, S = sizes_of(q)
     Hkv = 0 if k is None else sizes_of(k)[1]
-    angles, angle_strides = angle_arguments(cos, sin, position_ids)
     yield Launch(
         _qk_norm_rope_backward_kernel,
         (sum(programs),),
         (
-            dq, dk, q, k, q_weight, k_weight, dq_out, dk_out, q_partials, k_partials, *angles,
-            *map(_optional_strides, (dq, dk, q, k, dq_out, dk_out)), *angle_strides,
+            dq, dk, q, k, q_weight, k_weight, dq_out, dk_out, q_partials, k_partials, cos, sin, position_ids,
+            *map(_optional_strides, (dq, dk, q, k, dq_out, dk_out)), *angle_strides(cos, sin, position_ids),
             B, S, Hq, Hkv, cos.shape[0], programs[0], eps, offset,
         ),
         {"INTERLEAVED": interleaved, **_widths(q, cos), **_backward_blocks(q, k, cos)},

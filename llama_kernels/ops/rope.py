@@ -22,10 +22,8 @@ from llama_kernels.core.registry import (
 )
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, sizes_of, strides_of
 from llama_kernels.ops.rotation import (
-    angle_arguments,
-    check_angles,
-    check_heads,
-    check_rows,
+    Tables,
+    angle_strides,
     head_tile,
     load_angles,
     load_pairs,
@@ -33,8 +31,8 @@ from llama_kernels.ops.rotation import (
     rotate,
     row_strides,
     store_pairs,
-    tokens_of,
 )
+from llama_kernels.ops.rotation_checks import check_angles, check_heads, check_rows, tokens_of
 from llama_kernels.reference.rope import rope_transpose
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -90,10 +88,8 @@ def _rope_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     live = s < S
-    angles = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
-        HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
-    )  # fmt: skip
+    tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+    angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
     _rotate_heads(
         q_ptr, q_out_ptr, q_strides, q_out_strides, b, s, s, live, angles, Hq,
         D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
@@ -128,16 +124,15 @@ def _launch(
         return
     pairs = pairs_of(cos, q.shape[-1])
     tile = head_tile(pairs["HALF"], max(min(Hq, Hkv), 1), lanes_of(q.device))
-    angles, angle_strides = angle_arguments(cos, sin, position_ids)
     outs = (q, k, v_out) if q_out is None else (q_out, k_out, v_out)
     moved = (q, k, v, *outs)
     yield Launch(
         _rope_kernel,
         (B * cdiv(S, tile.BLOCK_T),),
         (
-            *moved, *angles, slots,
-            *[None if x is None else strides_of(x) for x in moved], *angle_strides,
-            row_strides(slots, slots is not None and slots.ndim == 2),
+            *moved, cos, sin, position_ids, slots,
+            *[None if x is None else strides_of(x) for x in moved], *angle_strides(cos, sin, position_ids),
+            row_strides(slots),
             S, Hq, Hkv, cos.shape[0], None if slots is None else sizes_of(k_out)[2],
         ),
         {

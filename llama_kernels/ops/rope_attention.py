@@ -19,7 +19,8 @@ from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.layout import empty_grads
 from llama_kernels.ops.rope import _rope as rotate
-from llama_kernels.ops.rotation import check_angles, full_width, rotates_in_registers, rotation_of, tokens_of
+from llama_kernels.ops.rotation import Rotation, full_width, rotates_in_registers
+from llama_kernels.ops.rotation_checks import check_angles, tokens_of
 
 # --- registered op ---------------------------------------------------------------------------------------------------
 
@@ -34,8 +35,7 @@ def _backward_by(attention_backward: Callable[..., Any]) -> Callable[..., Any]:
         S, needed = q.shape[2], (need_dq, need_dk, need_dv, need_dsinks)
         call = (do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, None, None, S, S, scale, softcap, left, right)
         if not full_width(cos, q.shape[-1]) and rotates_in_registers(cos.shape[-1], interleaved):
-            rotation = rotation_of(cos, sin, position_ids, interleaved)
-            return attention_backward(*call, *needed, deterministic, rotation)
+            return attention_backward(*call, *needed, deterministic, Rotation(cos, sin, position_ids, interleaved))
         dq, dk, *others = attention_backward(*call, *needed, deterministic)
         if need_dq:
             dq, turned = rotate(dq, dk if need_dk else None, cos, sin, position_ids, interleaved, True)

@@ -42,7 +42,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.ops.rotation import Rotation, inverse_rotation
+from llama_kernels.ops.rotation import Rotation, Tables, inverse_rotation
 
 # --- delta, and the gradient of the sinks ----------------------------------------------------------------------------
 
@@ -228,10 +228,8 @@ def _dkdv_kernel(
         dk = dk * scoring.scale
         if HALF:
             s = n + tl.arange(0, BLOCK_N)
-            dk = inverse_rotation(
-                dk, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-                b, k_start + s, s < Sk, positions, HALF, INTERLEAVED, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+            tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+            dk = inverse_rotation(dk, tables, b, k_start + s, s < Sk, HALF, INTERLEAVED, BLOCK_N, BLOCK_D)
         store_tile(matrix(dk_ptr, dk_strides, b, h_kv, k_start), n, Sk, dk, D, FAR, BLOCK_N, BLOCK_D)
     if dv_ptr is not None:
         store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)
@@ -311,10 +309,8 @@ def _dq_kernel(
     dq = dq * scoring.scale
     if HALF:
         s = m + tl.arange(0, BLOCK_M)
-        dq = inverse_rotation(
-            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-            b, q_start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+        dq = inverse_rotation(dq, tables, b, q_start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
     store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 
@@ -359,13 +355,13 @@ def _launch_delta(o, do, lse, dlse, sinks, dsinks, dq_sum, cu_seqlens_q, sizes):
 @cached_launch
 def _plan(
     q, k, v, do, lse2, delta, dq, dk, dv, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, sizes,
-    scale, softcap, left, right, cos, sin, position_ids, *rotation,
+    scale, softcap, left, right, *rotation,
 ) -> Iterator[Launch]:  # fmt: skip
     """dq, dk and dv are None where not needed."""
-    turned = Rotation((cos, sin, position_ids), *rotation)
+    turned = Rotation(*rotation)
     # What both kernels take, in their order.
     given, given_strides = (q, k, v, do, lse2, delta), (*map(strides_of, (q, k, v, do)), lse_strides(delta))
-    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *turned.tensors)
+    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *turned[:3])
     bounds_strides = (bound_strides(kv_start), bound_strides(kv_end), *turned.strides)
     window = call_window(left, right, sizes.longest_q, sizes.longest_k)
     rest = (size_arguments(sizes), call_scoring(scale, softcap), window, turned.positions)
@@ -420,5 +416,5 @@ def launch_backward(
         if hopper.try_backward(tile, *given):
             return dq, dk, dv, dsinks
     grads = (grad if need else None for grad, need in zip((dq, dk, dv), needed, strict=True))
-    _plan(q, k, v, do, lse2, delta, *grads, kv_start, kv_end, *call, *rotation.tensors, *rotation[1:])
+    _plan(q, k, v, do, lse2, delta, *grads, kv_start, kv_end, *call, *rotation)
     return dq, dk, dv, dsinks

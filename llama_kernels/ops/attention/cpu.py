@@ -49,8 +49,8 @@ def plain_backward(
                 result[s] += part[0].transpose(0, 1)
             results[3] += parts[3]
     if rotation.half:
-        cos, sin, position_ids = rotation.tensors
-        turned = reference.rope(*results[:2], cos, -sin, position_ids, interleaved=rotation.interleaved)
+        cos, sin, position_ids, interleaved = rotation
+        turned = reference.rope(*results[:2], cos, -sin, position_ids, interleaved=interleaved)
         results = (*turned, *results[2:])
     for grad, result in zip(grads, results, strict=True):
         if grad.numel():

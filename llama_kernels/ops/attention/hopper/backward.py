@@ -53,7 +53,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.ops.rotation import Rotation, inverse_rotation
+from llama_kernels.ops.rotation import Rotation, Tables, inverse_rotation
 
 
 class Where(NamedTuple):
@@ -298,17 +298,15 @@ def _round_dq_kernel(
     dq = dq.to(tl.float32) * scale
     if HALF:
         s = m + tl.arange(0, BLOCK_M)
-        dq = inverse_rotation(
-            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-            b, start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+        dq = inverse_rotation(dq, tables, b, start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
     store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 
 @cached_launch
 def _plan(
     q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, unturned, cu_seqlens_q, cu_seqlens_k, sizes,
-    scale, softcap, left, right, padding, tile, cos, sin, position_ids, *rotation,
+    scale, softcap, left, right, padding, tile, *rotation,
 ) -> Iterator[Launch]:  # fmt: skip
     """unturned: where there is a rotation, dk before it."""
     made = dk if unturned is None else unturned
@@ -324,7 +322,7 @@ def _plan(
         ),
         {"PADDING": padding, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4},
     )  # fmt: skip
-    by = Rotation((cos, sin, position_ids), *rotation)
+    by = Rotation(*rotation)
     yield _round(dq_sum, dq, cu_seqlens_q, sizes, scale, by)
     if unturned is not None:
         keys_as_rows = sizes._replace(Hq=sizes.Hq // sizes.group, Sq=sizes.Sk, longest_q=sizes.longest_k)
@@ -338,7 +336,7 @@ def _round(made, grad, cu_seqlens, sizes: Sizes, scale: float, rotation: Rotatio
         _round_dq_kernel,
         (cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq,),
         (
-            made, grad, cu_seqlens, *rotation.tensors, strides_of(made), strides_of(grad), *rotation.strides,
+            made, grad, cu_seqlens, *rotation[:3], strides_of(made), strides_of(grad), *rotation.strides,
             size_arguments(sizes), scale, rotation.positions,
         ),
         {
@@ -359,4 +357,4 @@ def launch_hopper_backward(
     """
     unturned = empty_in_order_of(dk) if rotation.half else None
     call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right, padding)
-    _plan(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, unturned, *call, tile, *rotation.tensors, *rotation[1:])
+    _plan(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, unturned, *call, tile, *rotation)
