@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -275,6 +275,11 @@ class Rotation(NamedTuple):
     def strides(self) -> tuple[Strides | None, ...]:
         """Of cos, sin and position_ids, as `Tables` has them."""
         return angle_strides(*self[:3])
+
+
+def rotation_of(call: Any) -> Rotation:
+    """The rotation of a call with fields of these names."""
+    return Rotation(call.cos, call.sin, call.position_ids, call.interleaved)
 
 
 def rotates_in_registers(half: int, interleaved: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_are_checked
-from llama_kernels.core.registry import is_differentiated
+from llama_kernels.core.registry import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
 from llama_kernels.core.tensors import sizes_of
 from llama_kernels.ops.rotation import full_width
 
@@ -102,3 +102,49 @@ def check_rows(
         first, last = (int(row) for row in rows.aminmax())
         if first < 0 or last >= count:
             raise ValueError(message(op, name, f"from {first} to {last}", f"{what}, 0 to {count - 1}"))
+
+
+def check_writable(op: str, **heads: torch.Tensor | None) -> None:
+    """Each of `heads` can be rotated in place."""
+    for name, x in heads.items():
+        if x is None:
+            continue
+        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+            fix = "Rotate a view or the result of an op, or leave inplace off."
+            raise ValueError(message(op, name, "a leaf that requires grad", "no leaf where inplace=True", fix))
+        if x.stride(-1) != 1 or any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
+            wanted = "a tensor without expanded dimensions and with a contiguous last one, where inplace=True"
+            raise ValueError(message(op, name, f"of strides {x.stride()}", wanted))
+
+
+def check_caches(
+    op: str, *, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+) -> None:
+    """k and v fit their caches, and no gradient is wanted of any of these tensors."""
+    tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    check_heads(op, q, k, v=v, k_cache=k_cache, v_cache=v_cache)
+    if q.ndim != 4:
+        raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D)"))
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(message(op, "v", shape_of(v), f"of k's shape {tuple(k.shape)} but for the last dimension"))
+    if v.dtype != k.dtype:
+        raise TypeError(message(op, "v", v.dtype, f"the dtype of k, {k.dtype}"))
+    length = k_cache.shape[2] if k_cache.ndim == 4 else None
+    for name, cache, x in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
+        B, H, _, D = x.shape
+        if cache.shape != (B, H, length, D):
+            raise ValueError(message(op, name, shape_of(cache), f"({B}, {H}, L, {D}), both caches of one length L"))
+        if cache.dtype != x.dtype:
+            raise TypeError(message(op, name, cache.dtype, f"the dtype of {name[0]}, {x.dtype}"))
+        if cache.stride(-1) != 1 and D > 1:
+            wanted = "a contiguous last dimension: it is written in place"
+            raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
+    if transforms_are_active():
+        refuse_forward_mode(op, *tensors.values())
+        if torch._C._are_functorch_transforms_active():
+            wanted, fix = "a tensor outside of them: caches are written in place", "Use llama_kernels.rope."
+            raise ValueError(message(op, "q", "inside of a torch.func transform", wanted, fix))
+    if needs_grad(*tensors.values()) and any(x.requires_grad for x in tensors.values()):
+        name = next(name for name, x in tensors.items() if x.requires_grad)
+        fix = "Call it under torch.no_grad(), or use llama_kernels.rope."
+        raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))
