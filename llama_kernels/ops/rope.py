@@ -141,7 +141,7 @@ def _launch(x: _Heads, y: _Heads, rotation: Rotation, inverse: bool, slots: torc
         _rope_kernel,
         (B * cdiv(S, tile.BLOCK_T),),
         (
-            *tensors, *rotation[:3], slots,
+            *tensors, *rotation.tensors, slots,
             *map(optional_strides_of, tensors), *rotation.strides, row_strides(slots),
             S, Hq, Hkv, rotation.cos.shape[0], None if slots is None else sizes_of(y.k)[2],
         ),

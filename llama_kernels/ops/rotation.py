@@ -262,6 +262,10 @@ class Rotation(NamedTuple):
     interleaved: bool = False
 
     @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.cos, self.sin, self.position_ids
+
+    @property
     def half(self) -> int:
         """Pairs of a head that are rotated."""
         return 0 if self.cos is None else self.cos.shape[-1]
@@ -274,7 +278,7 @@ class Rotation(NamedTuple):
     @property
     def strides(self) -> tuple[Strides | None, ...]:
         """Of cos, sin and position_ids, as `Tables` has them."""
-        return angle_strides(*self[:3])
+        return angle_strides(*self.tensors)
 
 
 def rotation_of(call: Any) -> Rotation:

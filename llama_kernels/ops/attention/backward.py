@@ -361,7 +361,7 @@ def _plan(
     turned = Rotation(*rotation)
     # What both kernels take, in their order.
     given, given_strides = (q, k, v, do, lse2, delta), (*map(strides_of, (q, k, v, do)), lse_strides(delta))
-    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *turned[:3])
+    bounds = (kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, *turned.tensors)
     bounds_strides = (bound_strides(kv_start), bound_strides(kv_end), *turned.strides)
     window = call_window(left, right, sizes.longest_q, sizes.longest_k)
     rest = (size_arguments(sizes), call_scoring(scale, softcap), window, turned.positions)

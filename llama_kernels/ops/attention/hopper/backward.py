@@ -336,7 +336,7 @@ def _round(made, grad, cu_seqlens, sizes: Sizes, scale: float, rotation: Rotatio
         _round_dq_kernel,
         (cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq,),
         (
-            made, grad, cu_seqlens, *rotation[:3], strides_of(made), strides_of(grad), *rotation.strides,
+            made, grad, cu_seqlens, *rotation.tensors, strides_of(made), strides_of(grad), *rotation.strides,
             size_arguments(sizes), scale, rotation.positions,
         ),
         {
