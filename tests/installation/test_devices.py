@@ -21,6 +21,8 @@ from llama_kernels.ops.attention import decode, forward, tables
 from tests.support.devices import on
 from tests.support.ops import sample
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
 
