@@ -10,15 +10,20 @@ import torch
 
 pytest.importorskip("rich", reason="the bench's commands print with rich")
 
-from bench import contain, end_to_end, memory_bound, records, runner
-from bench.capture import Lost
-from bench.processes import CAPTURE, Journal
-from bench.providers import Eager, Provider
+from bench.measuring import contain, records, runner
+from bench.measuring.capture import Lost
+from bench.measuring.journal import CAPTURE, Journal
+from bench.providers.eager import Eager
+from bench.providers.provider import Provider
+from bench.training import runner as training_runner
+from bench.training.variations import Stock
+from bench.works.norms import AddRMSNorm, RMSNorm
+from bench.works.rotations import Rope
 from tests.conftest import DEVICE
 from tests.test_bench import ABOUT, CEILINGS, NORM, FakeClock, tiny_model
 
-ADD = memory_bound.AddRMSNorm(shape="add", M=10, N=32, dtype=torch.float16)
-ROPE = memory_bound.Rope(shape="rope", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16)
+ADD = AddRMSNorm(shape="add", M=10, N=32, dtype=torch.float16)
+ROPE = Rope(shape="rope", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16)
 
 
 class Bad(Provider):
@@ -140,7 +145,7 @@ def test_what_a_failed_provider_held_is_free_before_the_gpu_is_tested(monkeypatc
 
 
 def test_work_without_inputs_is_listed(monkeypatch):
-    monkeypatch.setattr(memory_bound.RMSNorm, "draw", lambda *_: fail(torch.cuda.OutOfMemoryError("much"))())
+    monkeypatch.setattr(RMSNorm, "draw", lambda *_: fail(torch.cuda.OutOfMemoryError("much"))())
     made, _ = run([NORM, ADD], Eager(), clock=FakeClock())
     assert {(r.op, r.reason) for r in made} == {
         ("rms_norm", "inputs or float64 results: out of memory"), ("add_rms_norm", None)}  # fmt: skip
@@ -163,14 +168,14 @@ def test_errors_that_are_no_numbers_do_not_end_a_run(tmp_path):
 def test_a_variation_of_training_that_fails_ends_nothing():
     pytest.importorskip("transformers")
 
-    class Broken(end_to_end.Stock):
+    class Broken(Stock):
         def change(self, model):
             raise SystemExit("not here")
 
     broken = Broken(False)
     broken.name = "broken"
     options = {"device": "cpu", "clock": FakeClock(4.0), "ceilings": CEILINGS, "about": ABOUT}
-    (made,) = end_to_end.run([tiny_model(False, 1)], [broken, end_to_end.Stock(False)], **options)
+    (made,) = training_runner.run([tiny_model(False, 1)], [broken, Stock(False)], **options)
     assert [(r.reason, r.ms) for r in made] == [("SystemExit: not here", None), (None, 4.0)]
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import records
 from bench.gpu_check import page, state
 from bench.gpu_check.stages import Machine, stages
 from bench.gpu_check.state import FAILED, PASSED, UNFINISHED, Outcome
-from bench.records import Run
+from bench.measuring import records
+from bench.measuring.records import Run
 from tests.test_goals import HEADS, norm, record
 
 ABOUT = {"torch": "2.13.0", "triton": "3.6.0", "python": "3.11.7", "gpu": "Imitated GPU", "driver": "1.0",
