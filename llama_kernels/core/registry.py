@@ -16,6 +16,7 @@ from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.tensors import last_dim_contiguous
 
 LIBRARY = torch.library.Library("llama_kernels", "DEF")
+launchers: dict[str, Callable[..., Any]] = {}  # by registered op: what runs its kernels
 
 
 def register(
@@ -39,6 +40,7 @@ def register(
 
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    launchers[name] = kernel
     LIBRARY.impl(name, kernel, "CUDA")
     LIBRARY.impl(name, kernel if INTERPRETED else outside_autocast, "CPU")
     torch.library.register_fake(f"llama_kernels::{name}", fake, lib=LIBRARY)
