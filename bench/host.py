@@ -25,7 +25,7 @@ from triton import knobs
 from triton.runtime import driver
 
 import llama_kernels as lk
-from bench.codegen import StandInDriver
+from bench.codegen.cases import StandInDriver
 from llama_kernels.core import launch_cache, registry
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
 from llama_kernels.ops.attention import backward, forward, tables

@@ -296,7 +296,7 @@ def test_weight_gradient_added_up_in_half_precision(device):
 def test_scalars_become_doubles_and_float32_becomes_tf32(op, label):
     """A Python float that reaches a kernel as float64 halves its speed (Liger#1350, unsloth#4110); tl.dot takes TF32
     unless told not to (triton#5895). Read from what Triton makes of the kernels."""
-    from bench import codegen
+    from bench.codegen import cases as codegen
 
     case = next(c for c in codegen.cases() if (c.op, c.label) == (op, label))
     for name, kernel in codegen.compile_case("sm_90", case):
@@ -621,7 +621,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr(launch_cache, "on_device_of", on_device_of)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
-    from bench import codegen
+    from bench.codegen import cases as codegen
 
     wanted = {"attention": "D=64 bfloat16 all", "decode": "D=64 bfloat16 all", "rope": "D=64 R=64 heads=32/8",
               "qk_norm_rope": "D=64 R=64 heads=32/8", "rms_norm": "N=32768"}  # fmt: skip
