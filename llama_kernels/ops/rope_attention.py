@@ -57,8 +57,6 @@ def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tup
     return backward
 
 
-backward_kernels = _backward_by(_rotating(launch_backward))
-
 # q and k as the forward rotated them -> dq and dk of q and k before that, dv, dsinks; without elements where not needed
 _rope_attention_backward = register(
     "rope_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -66,7 +64,7 @@ _rope_attention_backward = register(
     "float scale, float? softcap, SymInt? left, SymInt? right, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=backward_kernels,
+    kernel=_backward_by(_rotating(launch_backward)),
     reference=_backward_by(_rotating(plain_backward)),
     fake=_backward_by(lambda call, results, wanted, rotated: empty_grads(call, wanted)),
 )

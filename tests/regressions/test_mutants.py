@@ -12,7 +12,7 @@ import torch
 
 from llama_kernels.core.language import INTERPRETED, cast, tl, triton
 from llama_kernels.core.launch_cache import Launch
-from llama_kernels.ops import pairs, qk_norm_rope, rms_norm, rope
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rotation
 from llama_kernels.ops.attention import backward, decode, forward, tiles
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, Probs, SoftmaxState
@@ -33,8 +33,8 @@ probs_and_score_grads, load_summed, load_scale = (
     rms_norm._load_summed,
     rms_norm._load_scale,
 )
-load_pairs, add_chunks, inverse_rotation = pairs.load_pairs, decode._add_chunks, pairs.inverse_rotation
-load_angles, Angles = pairs.load_angles, pairs.Angles
+load_pairs, add_chunks, inverse_rotation = rotation.load_pairs, decode._add_chunks, rotation.inverse_rotation
+load_angles, Angles = rotation.load_angles, rotation.Angles
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from llama_kernels.core.launch_cache import Launch
+from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, strides_of
 from llama_kernels.ops.attention import dispatch, hopper
 from llama_kernels.ops.attention.call import (
@@ -18,7 +18,6 @@ from llama_kernels.ops.attention.call import (
     Results,
     Rotated,
     Wanted,
-    cached,
     empty_grads,
     far,
     lse_strides,
@@ -31,11 +30,11 @@ from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.rotation import Rotation, rotation_of
 
 
-@cached
-def _launches(call: AttentionCall, do, lse2, delta, dq, dk, dv, *rotated) -> list[Launch]:
-    """dq, dk and dv are None where they are not wanted. rotated: the fields of `Rotated`, or nothing."""
+@cached_launch
+def _launches(call: AttentionCall, do, lse2, delta, dq, dk, dv, rotated: Rotated | None) -> list[Launch]:
+    """dq, dk and dv are None where they are not wanted."""
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
-    rotation = rotation_of(*rotated) if rotated else Rotation()
+    rotation = Rotation() if rotated is None else rotation_of(*rotated)
     # What both kernels take, in their order: before the gradients, after them, after the gradients' strides.
     inputs = (q, k, v, do, lse2, delta)
     bounds = (call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors)
@@ -52,7 +51,7 @@ def _launches(call: AttentionCall, do, lse2, delta, dq, dk, dv, *rotated) -> lis
             args = (*inputs, *pair, *bounds, *input_strides, *map(optional_strides, pair), *bound_strides, *numbers)
             launches.append(Launch(_dkdv_kernel, (programs,), args, {**flags, **tile.launch_options}))
 
-    tile = tile_for("dq", q, v, call.crowded or bool(rotated))
+    tile = tile_for("dq", q, v, call.crowded or rotated is not None)
     programs = cdiv(call.longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
     if programs and dq is not None:
         args = (*inputs, dq, *bounds, *input_strides, strides_of(dq), *bound_strides, *numbers)
@@ -76,5 +75,5 @@ def launch_backward(call: AttentionCall, results: Results, wanted: Wanted, rotat
     if dq_sum is not None and hopper.try_backward(call, choice.tile, do, lse2, delta, dq_sum, grads, rotated):
         return grads
     needed = (grad if need else None for grad, need in zip(grads[:3], wanted[:3], strict=True))
-    _launches(call, do, lse2, delta, *needed, *(rotated or ()))
+    _launches(call, do, lse2, delta, *needed, rotated)
     return grads

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes_of, strides_of
 
 # --- what the kernels are launched with ------------------------------------------------------------------------------
@@ -171,21 +169,6 @@ class Rotated(NamedTuple):
     sin: torch.Tensor
     position_ids: torch.Tensor | None
     interleaved: bool
-
-
-def cached(launches: Callable[..., Iterable[Launch]]) -> Callable[..., None]:
-    """`cached_launch` of a function whose first argument is an AttentionCall.
-
-    Its fields go into the cache key one by one, since launches of tensors inside a tuple are not cached.
-    """
-    count = len(AttentionCall._fields)
-
-    @functools.wraps(launches)
-    def of_fields(*args: Any) -> Iterable[Launch]:
-        return launches(AttentionCall(*args[:count]), *args[count:])
-
-    launch = cached_launch(of_fields)
-    return lambda call, *others: launch(*call, *others)
 
 
 # --- shapes and strides ----------------------------------------------------------------------------------------------

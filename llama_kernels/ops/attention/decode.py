@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from llama_kernels.core.language import LN2, LOG2E, cast, tl, triton
-from llama_kernels.core.launch_cache import Launch
+from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, next_power_of_2, strides_of
-from llama_kernels.ops.attention.call import AttentionCall, cached, empty_outputs, far, lse_strides
+from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, lse_strides
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix, no_probs
 
@@ -143,7 +143,7 @@ def _combine_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-@cached
+@cached_launch
 def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]:
     q, k, v, sizes, widths = call.q, call.k, call.v, call.sizes, call.widths
     if not sizes.B:

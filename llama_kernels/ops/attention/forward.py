@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from llama_kernels.core.language import LN2, LOG2E, tl, triton
-from llama_kernels.core.launch_cache import Launch
+from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention import dispatch, hopper
-from llama_kernels.ops.attention.call import AttentionCall, cached, far, lse_strides, outputs_without_keys
+from llama_kernels.ops.attention.call import AttentionCall, far, lse_strides, outputs_without_keys
 from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import (
@@ -95,7 +95,7 @@ def _forward_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-@cached
+@cached_launch
 def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor) -> list[Launch]:
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
     tile = tile_for("forward", q, v, call.crowded)

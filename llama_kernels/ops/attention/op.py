@@ -21,10 +21,6 @@ _OPTIONS = (
 )
 
 
-def _forward_by(run: Callable[[AttentionCall], Any]) -> Callable[..., Any]:
-    return lambda *fields: run(AttentionCall(*fields))
-
-
 def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callable[..., Any]:
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
@@ -40,21 +36,20 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callab
     return backward
 
 
-forward_kernels, backward_kernels = _forward_by(launch_forward), _backward_by(launch_backward)
-
 # -> out, lse (float32)
 attention_forward = register(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-    kernel=forward_kernels,
-    reference=_forward_by(plain_forward),
-    fake=_forward_by(empty_outputs),
+    call=AttentionCall,
+    kernel=launch_forward,
+    reference=plain_forward,
+    fake=empty_outputs,
 )
 # -> dq, dk, dv, dsinks; without elements where not needed
 _attention_backward = register(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=backward_kernels,
+    kernel=_backward_by(launch_backward),
     reference=_backward_by(plain_backward),
     fake=_backward_by(lambda call, results, wanted: empty_grads(call, wanted)),
 )

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llama_kernels.core.language import tl
-from llama_kernels.core.launch_cache import Launch
+from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
-from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated, cached
+from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
 from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -270,11 +270,11 @@ def _hopper_backward_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-@cached
+@cached_launch
 def _launches(
-    call: AttentionCall, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, tile: HopperTile, *rotated
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotated: Rotated | None
 ) -> list[Launch]:
-    """unrotated: dk before the inverse rotation; None without one. rotated: the fields of `Rotated`, or nothing."""
+    """unrotated: dk before the inverse rotation; None where there is none."""
     sizes = call.sizes
     dk_sum = dk if unrotated is None else unrotated
     args = (
@@ -285,7 +285,7 @@ def _launches(
     )  # fmt: skip
     options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
     programs = cdiv(call.longest_k, 128) * sizes.B * sizes.Hkv
-    rotation = rotation_of(*rotated) if rotated else Rotation()
+    rotation = Rotation() if rotated is None else rotation_of(*rotated)
     launches = [
         Launch(_hopper_backward_kernel, (programs,), args, options),
         round_launch(dq_sum, dq, call.cu_seqlens_q, sizes, call.scale, rotation),
@@ -304,5 +304,5 @@ def launch_hopper_backward(
     rotated: q and k were rotated so. dq gets the inverse rotation where its sum is rounded; dk, which the kernel writes
     rounded, in a launch of its own.
     """
-    unrotated = empty_in_order_of(grads.dk) if rotated else None
-    _launches(call, do, lse2, delta, dq_sum, grads.dq, grads.dk, grads.dv, unrotated, tile, *(rotated or ()))
+    unrotated = None if rotated is None else empty_in_order_of(grads.dk)
+    _launches(call, tile, do, lse2, delta, dq_sum, grads.dq, grads.dk, grads.dv, unrotated, rotated)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from llama_kernels.core.language import LN2, LOG2E, TRITON_VERSION
-from llama_kernels.core.launch_cache import Launch
+from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv
-from llama_kernels.ops.attention.call import AttentionCall, cached, lse_strides, outputs_without_keys
+from llama_kernels.ops.attention.call import AttentionCall, lse_strides, outputs_without_keys
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
@@ -254,7 +254,7 @@ def _hopper_forward_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-@cached
+@cached_launch
 def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, tile: HopperTile) -> list[Launch]:
     sizes = call.sizes
     programs = cdiv(call.longest_q, 128) * sizes.B * sizes.Hq
