@@ -23,7 +23,7 @@ OPS = ("attention", "attention_varlen", "rope_attention")
 class Choice(NamedTuple):
     """A kernel, and the reason for it."""
 
-    kernel: str  # "portable", "decode", "masked decode" or "Hopper"
+    kernel: str  # "portable", "decode", "masked decode" or "Hopper kernel"
     reason: str
     tile: HopperTile | None = None  # of a Hopper kernel
 
@@ -51,9 +51,22 @@ def backward(call: AttentionCall, do: torch.Tensor, wanted: Wanted, family: str 
     return _hopper("backward", call, (call.q, call.k, call.v, do), family)
 
 
+def for_heads(pass_: str, family: str, D: int, dtype: torch.dtype = torch.bfloat16, Sq: int = 4096) -> Choice:
+    """The kernel for a plain causal call on a GPU of `family`: dense, aligned, D wide, 4,096 keys, no other option.
+
+    pass_: "forward" or "backward", whose gradients need not repeat bit for bit.
+    """
+    q, k = (torch.empty(1, H, S, D, dtype=dtype, device="meta") for H, S in ((8, Sq), (2, 4096)))
+    call = AttentionCall(q, k, k, None, None, None, None, None, Sq, 4096, D**-0.5, None, None, 0)
+    if pass_ == "forward":
+        return forward(call, family)
+    return backward(call, q, Wanted(dq=True, dk=True, dv=True, dsinks=False, deterministic=False), family)
+
+
 DECODE = Choice("decode", "few query rows per key head and many keys, which are split over the programs")
 MASKED_DECODE = Choice("masked decode", "a mask hides single keys, which no other kernel takes")
 PORTABLE = Choice("portable", "no Hopper kernel is switched on")
+
 
 # --- Hopper ----------------------------------------------------------------------------------------------------------
 
@@ -64,7 +77,7 @@ def _hopper(pass_: str, call: AttentionCall, copied: tuple[torch.Tensor, ...], f
     refusal = _refusal(pass_, call, tile, family or arch_of(call.q.device)) or _layout_refusal(copied)
     if refusal or tile is None:
         return Choice("portable", str(refusal))
-    return Choice("Hopper", tile.record or "switched on by llama_kernels.hopper_attention()", tile)
+    return Choice("Hopper kernel", tile.record or "switched on, though not measured yet", tile)
 
 
 def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: str) -> str | None:
