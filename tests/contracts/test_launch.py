@@ -15,13 +15,14 @@ import torch
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
-from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
+from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
-from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
-from llama_kernels.ops.attention.layout import call_sizes
-from llama_kernels.ops.rotation import rotation_of
+from llama_kernels.ops.attention.hopper import round_dq
+from llama_kernels.ops.attention.hopper.tables import TILES
 from tests.support.environment import COMPILES
 from tests.support.launching_nothing import _twice_kernel
 
@@ -73,26 +74,26 @@ def _rms_norm_backward(N: int = 256):
 
 
 def _attention():
-    return forward.launch_forward, (heads(4), heads(2), heads(2), *_CALL)
+    return KERNELS["attention_forward"], (heads(4), heads(2), heads(2), *_CALL)
 
 
 def _decode():
-    return forward.launch_forward, (heads(4, 1), heads(2, 600), heads(2, 600), *_CALL[:5], 1, 600, *_CALL[7:])
+    given = (heads(4, 1), heads(2, 600), heads(2, 600), *_CALL[:5], 1, 600, *_CALL[7:])
+    return KERNELS["attention_forward"], given
 
 
 def _masked_decode():
     key_mask, sinks, kv_end = torch.ones(2, 600, dtype=torch.bool), torch.zeros(4), torch.zeros(2, 1, dtype=torch.int32)
-    numbers = (0.125, 5.0, None, None)
-    return decode.launch_decode, (
-        heads(4, 1), heads(2, 600), heads(2, 600), sinks, None, kv_end, *numbers, key_mask
-    )  # fmt: skip
+    q, k, v = heads(4, 1), heads(2, 600), heads(2, 600)
+    given = (q, k, v, sinks, None, kv_end, None, None, 1, 600, 0.125, 5.0, None, None, key_mask)
+    return lambda *args: decode.launch_decode(AttentionCall(*args[:-1]), args[-1]), given
 
 
 def _packed():
     cu_seqlens = torch.tensor([0, 20, 64], dtype=torch.int32)
     q, k, v = (heads(H).flatten(0, 1).reshape(64, H, 64) for H in (4, 2, 2))
     start = torch.zeros(64, dtype=torch.int32)
-    return forward.launch_forward, (
+    return KERNELS["attention_forward"], (
         q, k, v, torch.zeros(4), start, None, cu_seqlens, cu_seqlens, 44, 44, 0.1, 30.0, 8, 0
     )  # fmt: skip
 
@@ -100,29 +101,36 @@ def _packed():
 def _attention_backward():
     q, k, v, o = heads(4), heads(2), heads(2), heads(4)
     lse, needs = torch.zeros(2, 4, 32), (True, True, True, False)
-    return backward.launch_backward, (heads(4), None, q, k, v, o, lse, *_CALL, *needs, False)
+    return KERNELS["attention_backward"], (heads(4), None, q, k, v, o, lse, *_CALL, *needs, False)
 
 
 def _rope_attention_backward():
     q, k, v, o = heads(4), heads(2), heads(2), heads(4)
     rest = (torch.zeros(2, 4, 32), torch.zeros(4), None, None, *rotation(), True, 0.125, None, None, 0)
-    return rope_attention.backward_kernels, (heads(4), None, q, k, v, o, *rest, True, True, True, True, False)
+    given = (heads(4), None, q, k, v, o, *rest, True, True, True, True, False)
+    return KERNELS["rope_attention_backward"], given
 
 
 _CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
 
 
 def _hopper_attention():
-    tile = choice.TILES["forward"][0]
-    return hopper_forward.launch_hopper_forward, (tile, heads(4), heads(2), heads(2), None, None, None, *_CALL[5:])
+    def launch(*call):
+        return hopper_forward.launch_hopper_forward(AttentionCall(*call), TILES["forward"][0])
+
+    return launch, (heads(4), heads(2), heads(2), *_CALL)
 
 
 def _hopper_attention_backward():
     q, k, v, do, dq, dk, dv = (heads(H) for H in (4, 2, 2, 4, 4, 2, 2))
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
-    sizes, turned = call_sizes(q, k, None, 32, 32), rotation_of(*rotation(), False)
-    given = (q, k, v, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, None, None, sizes, 0.125, None, None, 0, 128)
-    return hopper_backward.launch_hopper_backward, (choice.TILES["backward"][0], do, *given, turned)
+
+    def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
+        call, grads = AttentionCall(q, k, v, *_CALL), Grads(dq, dk, dv, dq.new_empty(0))
+        rotated = Rotated(*tables, False)
+        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], do, lse2, delta, dq_sum, grads, rotated)
+
+    return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())
 
 
 LAUNCHERS = [
@@ -172,7 +180,9 @@ def test_every_launcher_is_compared_with_triton():
         for case in (*LAUNCHERS, lambda: _rms_norm_backward(20000)):
             launcher, given = case()
             launcher(*given)
-    modules = (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward)
+    modules = (
+        rope, rms_norm, qk_norm_rope, forward, delta, dkdv, dq, decode, hopper_forward, hopper_backward, round_dq
+    )  # fmt: skip
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels <= covered
 
