@@ -38,7 +38,13 @@ def test_the_reference_knows_nothing_of_us():
         for node in ast.walk(ast.parse(source.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert {name.split(".")[0] for name in names} <= {"__future__", "torch", "itertools", "typing", "typing_extensions"}, source
+            assert {name.split(".")[0] for name in names} <= {
+                "__future__",
+                "torch",
+                "itertools",
+                "typing",
+                "typing_extensions",
+            }, source
 
 
 def test_import_touches_no_gpu_and_loads_nothing_heavy():

@@ -24,8 +24,8 @@ from torch.library import opcheck
 import llama_kernels as lk
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import INTERPRETED
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, forward
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check, packed, tiles
 from tests.support.environment import DEVICE, compiles
@@ -125,14 +125,14 @@ def test_grid_beyond_65535():
     lse, x = torch.zeros(many, 1, 1), torch.zeros(many, 16)
     call = (None, None, None, None, None, 1, 1, 0.25, None, None, 0)
     with mock.patch.object(JITFunction, "run", lambda self, *args, grid, **options: grids.append(grid)):
-        forward.launch_forward(q, q, q, *call)
-        backward.launch_backward(q, None, q, q, q, q, lse, *call, True, True, True, False)
+        KERNELS["attention_forward"](q, q, q, *call)
+        KERNELS["attention_backward"](q, None, q, q, q, q, lse, *call, True, True, True, False, None)
         rope._rotated(q, q, torch.zeros(1, 8), torch.zeros(1, 8), None, False, False)
         rms_norm._forward(x, None, None, 1e-6, 0.0)
         rms_norm._backward(x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
         qk_norm_rope._forward(q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
         few, wide = torch.zeros(2, 1, 4, 16).half(), torch.zeros(2, 1, 4096, 16).half()
-        forward.launch_forward(few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
+        KERNELS["attention_forward"](few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
     assert len(grids) == 11 and max(grid[0] for grid in grids) >= many
     assert all(n <= 65535 for grid in grids for n in grid[1:])
 
