@@ -16,8 +16,6 @@ from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.tensors import last_dim_contiguous
 
 LIBRARY = torch.library.Library("llama_kernels", "DEF")
-
-
 # What runs on a GPU, by the name of the op. It takes the op's arguments by position.
 KERNELS: dict[str, Callable[..., Any]] = {}
 
