@@ -22,7 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python examples/demo.py`
+
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -135,9 +138,9 @@ def train(runs: list[Run], batches: Batches, steps: int, snapshot: Callable[[int
 
 
 def verify(paths: list[Path], device: str) -> dict[str, Any]:
-    """examples.verify on `device`, in a process of its own: Triton decides at its import whether to interpret."""
+    """examples/verify.py in a process of its own, since Triton decides at its import whether to interpret."""
     env = {**os.environ, "TRITON_INTERPRET": "0" if device == "cuda" else "1"}
-    command = [sys.executable, "-m", "examples.verify", "--device", device, *map(str, paths)]
+    command = [sys.executable, str(Path(__file__).with_name("verify.py")), "--device", device, *map(str, paths)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -162,13 +165,9 @@ def show_proof(proof: dict[str, Any], where: str) -> None:
 
 
 def plot(runs: list[Run], proof: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     stock_run, our_run, nudged = runs
-    figure, (top, below) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained")
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     top.plot(stock_run.losses, color="#9ec5e8", lw=5, solid_capstyle="round", label="stock torch")
     top.plot(our_run.losses, color="#1b3a5c", lw=1.1, label="llama_kernels")
     top.set(ylabel="training loss (nats a byte)", title="A Llama learns Python from the standard library")
