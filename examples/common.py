@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,16 @@ def standard_library(*parts: str) -> list[tuple[str, str]]:
     named = [(path.relative_to(root), path) for path in paths if path.is_file()]
     sources = [(name.as_posix(), path.read_bytes()) for name, path in named if "test" not in name.parts]
     return [(name, source.decode()) for name, source in sources if source.isascii()]
+
+
+def pieces(units: Iterable[str], characters: int) -> Iterator[tuple[int, str]]:
+    """(first character, text): consecutive units joined, at most `characters` long. A longer unit stands alone."""
+    start, text = 0, ""
+    for unit in [*units, "\n" * (characters + 1)]:
+        if text and len(text) + len(unit) > characters:
+            yield start, text
+            start, text = start + len(text), ""
+        text += unit
 
 
 def shuffled(items: list[Any], seed: int) -> list[Any]:

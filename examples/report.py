@@ -109,25 +109,19 @@ def _table(runs: list[Run], baseline: dict[str, Any]) -> Table:
 
 
 def _plot(runs: list[Run], name: str, draw: Callable[[Any], None], path: Path) -> None:
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subfigures(1, 2)
-    if len(runs) == 2:
-        top, below = left.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        floor = 1e-8  # where two losses are the same float32
-        apart = [max(difference, floor) for difference in _differences(runs)]
-        below.semilogy(apart, color=COLORS["patched"], lw=1.1)
-        below.set(xlabel="step", ylabel="difference", ylim=(floor / 2, max(1e-2, 2 * max(apart))))
-        below.spines[["top", "right"]].set_visible(False)
-    else:
-        top = left.subplots()
-        top.set(xlabel="step")
+    figure = Figure(figsize=(5.5 * (1 + len(runs)), 4.6), layout="constrained")
+    axes = figure.subplots(1, 1 + len(runs))
     for run in runs:
         wide = run.name == "stock" and len(runs) == 2  # so that both are seen where they coincide
-        top.plot(run.losses, color=COLORS[run.name], lw=5 if wide else 1.1, solid_capstyle="round", label=run.name)
-    top.set(ylabel="training loss", title=name)
-    top.legend(frameon=False)
-    axes = right.subplots()
-    for spines in (top.spines, axes.spines):
-        spines[["top", "right"]].set_visible(False)
-    draw(axes)
+        axes[0].plot(run.losses, color=COLORS[run.name], lw=5 if wide else 1.1, solid_capstyle="round", label=run.name)
+    axes[0].set(xlabel="step", ylabel="training loss", title=name)
+    axes[0].legend(frameon=False)
+    if len(runs) == 2:
+        floor = 1e-8  # where two losses are the same float32
+        apart = [max(difference, floor) for difference in _differences(runs)]
+        axes[1].semilogy(apart, color=COLORS["patched"], lw=1.1)
+        axes[1].set(xlabel="step", ylabel="difference of the losses", ylim=(floor / 2, max(1e-2, 2 * max(apart))))
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    draw(axes[-1])
     figure.savefig(path, dpi=150)

@@ -7,6 +7,8 @@ baseline is the best guess without reading the question.
 from __future__ import annotations
 
 import ast
+import bisect
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from examples import report
-from examples.common import Examples, f1, standard_library
+from examples.common import Examples, f1, pieces, standard_library
 
 
 class QuestionAnswering:
@@ -52,23 +54,21 @@ class QuestionAnswering:
         examples = []
         for file, source in standard_library(*PACKAGES):
             lines = source.splitlines(keepends=True)
-            answers: dict[int, list[tuple[str, int, str]]] = defaultdict(list)  # of each line: question, column, answer
-            for node in ast.walk(ast.parse(source)):
-                for question, part in asked(node):
-                    if part.lineno == part.end_lineno and part.end_col_offset - part.col_offset <= 30:
-                        text = lines[part.lineno - 1][part.col_offset : part.end_col_offset]
-                        answers[part.lineno - 1].append((question, part.col_offset, text))
-            context, inside = "", []
-            for n, line in enumerate([*lines, ""]):
-                if context and (not line or len(context) + len(line) > characters):
-                    times = Counter(question for question, _, _ in inside)
-                    examples += [
-                        {"question": question, "context": context, "answer": answer, "start": start, "group": file}
-                        for question, start, answer in inside if times[question] == 1
-                    ]  # fmt: skip
-                    context, inside = "", []
-                inside += [(question, len(context) + column, answer) for question, column, answer in answers[n]]
-                context += line
+            starts = [0, *itertools.accumulate(map(len, lines))]
+            answers = sorted(
+                (starts[part.lineno - 1] + part.col_offset, question, part.end_col_offset - part.col_offset)
+                for node in ast.walk(ast.parse(source)) for question, part in asked(node)
+                if part.lineno == part.end_lineno and part.end_col_offset - part.col_offset <= 30
+            )  # fmt: skip
+            for start, context in pieces(lines, characters):
+                end = start + len(context)
+                inside = answers[bisect.bisect_left(answers, (start,)) : bisect.bisect_left(answers, (end,))]
+                times = Counter(question for _, question, _ in inside)
+                examples += [
+                    {"question": question, "context": context, "answer": source[first : first + length],
+                     "start": first - start, "group": file}
+                    for first, question, length in inside if times[question] == 1
+                ]  # fmt: skip
         return examples
 
     def metrics(self, logits: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from examples.common import Examples, f1, standard_library
+from examples.common import Examples, f1, pieces, standard_library
 from examples.report import Run
 
 FAMILIES = {
@@ -52,16 +52,12 @@ class SequenceClassification:
     @staticmethod
     def built_in(characters: int = 400) -> Examples:
         """Whole lines of a file, together at most `characters` long."""
-        examples = []
-        for family, parts in FAMILIES.items():
-            for file, source in standard_library(*parts):
-                text = ""
-                for line in [*source.splitlines(keepends=True), ""]:
-                    if text and (not line or len(text) + len(line) > characters):
-                        examples.append({"text": text, "label": family, "group": file})
-                        text = ""
-                    text += line
-        return examples
+        return [
+            {"text": text, "label": family, "group": file}
+            for family, parts in FAMILIES.items()
+            for file, source in standard_library(*parts)
+            for _, text in pieces(source.splitlines(keepends=True), characters)
+        ]
 
     def metrics(self, logits: Any) -> dict[str, Any]:
         """logits (examples, classes)."""

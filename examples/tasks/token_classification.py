@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PreTrainedTokenizerFast
 
 from examples import report
-from examples.common import Examples, f1, standard_library
+from examples.common import Examples, f1, pieces, standard_library
 
 IGNORED = -100  # cross_entropy's label for special tokens, and the collator's for padding
 Span = tuple[int, int, str]  # first character, the one past the last, class
@@ -78,14 +78,10 @@ class TokenClassification:
         for file, source in standard_library("asyncio", "email", "http", "json", "logging", "unittest"):
             spans, ends = python_tokens(source)
             firsts = [first for first, _, _ in spans]
-            begin, last = 0, 0
-            for end in [*ends, len(source) + characters]:
-                if end - begin > characters and last > begin:
-                    inside = spans[bisect.bisect_left(firsts, begin) : bisect.bisect_left(firsts, last)]
-                    inside = [(a - begin, b - begin, kind) for a, b, kind in inside]
-                    examples.append({"text": source[begin:last], "spans": inside, "group": file})
-                    begin = last
-                last = end
+            for start, text in pieces((source[a:b] for a, b in zip([0, *ends], ends, strict=False)), characters):
+                inside = spans[bisect.bisect_left(firsts, start) : bisect.bisect_left(firsts, start + len(text))]
+                inside = [(first - start, end - start, kind) for first, end, kind in inside]
+                examples.append({"text": text, "spans": inside, "group": file})
         return examples
 
     def metrics(self, logits: Any) -> dict[str, Any]:
