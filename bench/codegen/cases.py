@@ -16,8 +16,10 @@ from triton.runtime.jit import JITFunction
 
 from bench.codegen import hopper, ones
 from llama_kernels.core import device
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
-from llama_kernels.ops.attention import backward, decode, forward, tables
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops.attention import decode, tables
+from llama_kernels.ops.attention.call import AttentionCall
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -174,12 +176,11 @@ def _decode(D: int, dtype: torch.dtype, everything: bool, masked: bool = False) 
     Hq, Sq = (8 * Hkv, decode.MOST_ROWS // 8) if everything else (4 * Hkv, 1)
     q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for S, H in ((Sq, Hq), (Sk, Hkv), (Sk, Hkv)))
     bound = torch.zeros(B, Sq, dtype=torch.int32)
-    options = (
-        (torch.empty(Hq), bound, bound, 0.1, 30.0, 64, 0) if everything else (None, None, None, 0.1, None, None, 0)
-    )
-    if masked:
-        options = (*options[:-2], None, None, torch.empty(B, Sk, dtype=torch.bool))
-    decode.launch_decode(q, k, v, *options)
+    given = (torch.empty(Hq), bound, bound) if everything else (None, None, None)
+    softcap, window = 30.0 if everything else None, (64, 0) if everything else (None, 0)
+    window = (None, None) if masked else window
+    call = AttentionCall(q, k, v, *given, None, None, Sq, Sk, 0.1, softcap, *window)
+    decode.launch_decode(call, torch.empty(B, Sk, dtype=torch.bool) if masked else None)
 
 
 def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
@@ -198,8 +199,8 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
     else:
         rest = (None, None, None, None, S, S, 0.1, None, None, 0)
         sinks = dlse = None
-    forward.launch_forward(q, k, v, sinks, *rest)
-    backward.launch_backward(do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything)
+    KERNELS["attention_forward"](q, k, v, sinks, *rest)
+    KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything, None)
 
 
 def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, everything: bool) -> None:
@@ -209,7 +210,8 @@ def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, every
     angles = (torch.empty(S, R // 2), torch.empty(S, R // 2), torch.zeros(1, S, dtype=torch.int64), interleaved)
     bounds, numbers = ((bound, bound), (0.1, 30.0, 64, 0)) if everything else ((None, None), (0.1, None, None, 0))
     needed = (True, True, True, False)
-    rope_attention.backward_kernels(q, None, q, k, v, q, lse, None, *bounds, *angles, *numbers, *needed, None)
+    backward = KERNELS["rope_attention_backward"]
+    backward(q, None, q, k, v, q, lse, None, *bounds, *angles, *numbers, *needed, None)
 
 
 # --- compiling under a stand-in driver -------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ from unittest import mock
 import torch
 
 from bench.codegen import sass
-from llama_kernels.ops import rope_attention
-from llama_kernels.ops.attention import backward, forward
-from llama_kernels.ops.attention.hopper import choice
+from llama_kernels import hopper_attention
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention import dispatch
+from llama_kernels.ops.attention.call import AttentionCall, Wanted
+from llama_kernels.ops.attention.hopper.tables import TILES
 
 SHOWN = (
     "HGMMA",
@@ -74,19 +76,21 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
     softcap = 30.0 if "softcap" in options else None
     rest = (sinks, None, None, cu_seqlens, cu_seqlens, S, S, 0.1, softcap, left, right)
     with (
-        mock.patch.object(choice, "arch_of", lambda _: "sm_90"),
-        choice.hopper_attention(),
+        mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"),
+        hopper_attention(),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile is said, and stepped over
-        forward.launch_forward(q, k, v, *rest)
+        KERNELS["attention_forward"](q, k, v, *rest)
         if "rotated" in options:
             tables = (torch.empty(S, D // 2), torch.empty(S, D // 2), None)
             gradients = (True, True, True, False, False)
             call = (q, None, q, k, v, q, lse, None, None, None, *tables, False, *rest[-4:])
-            rope_attention.backward_kernels(*call, *gradients)
-        elif not isinstance(choice.choose("backward", None, None, softcap, q, k, v), str):
-            backward.launch_backward(q, None, q, k, v, q, lse, *rest, True, True, True, sinks is not None, False)
+            KERNELS["rope_attention_backward"](*call, *gradients)
+            return
+        wanted = Wanted(True, True, True, sinks is not None, False)
+        if dispatch.backward(AttentionCall(q, k, v, *rest), q, wanted).tile is not None:
+            KERNELS["attention_backward"](q, None, q, k, v, q, lse, *rest, *wanted)
 
 
 # --- reading loops ---------------------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def faults(kernel: str, label: str, compiled: Any) -> list[str]:
         if what not in ptx:
             wrong.append(f"without {needed}")
     pass_, D = re.match(r"hopper_(\w+)_kernel", kernel)[1], int(re.search(r"D=(\d+)", label)[1])
-    tile = next(tile for tile in choice.TILES[pass_] if tile.width >= D)
+    tile = next(tile for tile in TILES[pass_] if tile.width >= D)
     # Two products of 64 rows and BLOCK_N keys in the forward, five of 64 keys and BLOCK_M rows in the backward.
     products, across = (2, tile.BLOCK_N) if pass_ == "forward" else (5, tile.BLOCK_M)
     wanted = products * 2 * 64 * across * tile.width // 4096

@@ -14,16 +14,17 @@ from unittest import mock
 import pytest
 import torch
 
-from llama_kernels.core import launch_cache, registry
+from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
+from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
-from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
-from llama_kernels.ops.attention.layout import call_sizes
-from llama_kernels.ops.pairs import rotation_of
+from llama_kernels.ops.attention.hopper import round_dq
+from llama_kernels.ops.attention.hopper.tables import TILES
 from tests.support.environment import COMPILES
 from tests.support.launching_nothing import _twice_kernel
 from tests.support.ops import REGISTERED, Make, Shape, registered_calls
@@ -45,23 +46,29 @@ SHAPE = Shape(S=32, D=64, N=256)
 def _registered(label: str, shape: Shape = SHAPE) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The launcher of a registered op, and arguments of it."""
     op, args = registered_calls(shape, Make(dtype=torch.bfloat16))[label]
-    return registry.launchers[op], args
+    return KERNELS[op], args
 
 
 _CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
 
 
 def _hopper_attention():
-    tile = choice.TILES["forward"][0]
-    return hopper_forward.launch_hopper_forward, (tile, heads(4), heads(2), heads(2), None, None, None, *_CALL[5:])
+    def launch(*call):
+        return hopper_forward.launch_hopper_forward(AttentionCall(*call), TILES["forward"][0])
+
+    return launch, (heads(4), heads(2), heads(2), *_CALL)
 
 
 def _hopper_attention_backward():
     q, k, v, do, dq, dk, dv = (heads(H) for H in (4, 2, 2, 4, 4, 2, 2))
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
-    sizes, turned = call_sizes(q, k, None, 32, 32), rotation_of(*rotation(), False)
-    given = (q, k, v, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, None, None, sizes, 0.125, None, None, 0, 128)
-    return hopper_backward.launch_hopper_backward, (choice.TILES["backward"][0], do, *given, turned)
+
+    def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
+        call, grads = AttentionCall(q, k, v, *_CALL), Grads(dq, dk, dv, dq.new_empty(0))
+        rotated = Rotated(*tables, False)
+        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], do, lse2, delta, dq_sum, grads, rotated)
+
+    return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())
 
 
 LAUNCHERS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
@@ -112,7 +119,9 @@ def test_every_launcher_is_compared_with_triton():
         for case in (*LAUNCHERS.values(), lambda: _registered("rms_norm backward", SHAPE._replace(N=20000))):
             launcher, given = case()
             launcher(*given)
-    modules = (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward)
+    modules = (
+        rope, rms_norm, qk_norm_rope, forward, delta, dkdv, dq, decode, hopper_forward, hopper_backward, round_dq
+    )  # fmt: skip
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels <= covered
 

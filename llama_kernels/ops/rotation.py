@@ -1,4 +1,4 @@
-"""What the ops that rotate share: the tile, pairs in and out of registers, a token's angles, the checks of both."""
+"""What the ops that rotate share: the tile, pairs in registers, the angles of a token, their arguments and checks."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def rotate(x0, x1, angles):
 
 
 @triton.jit
-def _turn_pairs(
+def _inverse_rotation_of_pairs(
     x0, x1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
     HALF: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -134,12 +134,12 @@ def _turn_pairs(
         SOME: tl.constexpr = PAIRS // 2
         y0, z0 = tl.split(x0.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
         y1, z1 = tl.split(x1.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
-        y0, y1 = _turn_pairs(
+        y0, y1 = _inverse_rotation_of_pairs(
             y0, y1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
             b, s, live, positions, HALF, BLOCK, SOME,
         )  # fmt: skip
         if HALF > SOME:
-            z0, z1 = _turn_pairs(
+            z0, z1 = _inverse_rotation_of_pairs(
                 z0, z1, cos_ptr + SOME * tl.cast(cos_strides[2], tl.int64),
                 sin_ptr + SOME * tl.cast(sin_strides[2], tl.int64), position_ids_ptr, cos_strides, sin_strides,
                 position_strides, b, s, live, positions, HALF - SOME, BLOCK, SOME,
@@ -159,7 +159,7 @@ def _turn_pairs(
 
 
 @triton.jit
-def turn_back(
+def inverse_rotation(
     x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +168,7 @@ def turn_back(
 
     For the end of a kernel whose x is a sum of products. The pairs are told apart by reshaping, which leaves every
     element where it is: the thread that has one of a pair has the other too, however tensor cores lay x out.
-    `turns_in_registers` says which pairs can be told apart so.
+    `rotates_in_registers` says which pairs it takes.
     """
     PAIRS: tl.constexpr = BLOCK_D // 2
     RUNS: tl.constexpr = PAIRS // HALF  # of 2 HALF elements, where pairs are halves: the first is rotated
@@ -177,7 +177,7 @@ def turn_back(
     else:
         x0, x1 = tl.split(x.reshape(BLOCK, RUNS, 2, HALF).permute(0, 1, 3, 2))
         x0, x1 = x0.reshape(BLOCK, PAIRS), x1.reshape(BLOCK, PAIRS)
-    y0, y1 = _turn_pairs(
+    y0, y1 = _inverse_rotation_of_pairs(
         x0, x1, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
         tl.cast(b, tl.int64), s, live, positions, HALF, BLOCK, PAIRS,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def angle_arguments(
 
 
 class Rotation(NamedTuple):
-    """What a kernel that ends with `turn_back` is launched with: tables of half width."""
+    """What a kernel that ends with `inverse_rotation` is launched with: tables of half width."""
 
     tensors: tuple[torch.Tensor | None, ...] = (None, None, None)  # cos, sin, position_ids
     strides: tuple[tuple[int, ...] | None, ...] = (None, None, None)
@@ -235,9 +235,12 @@ def rotation_of(cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor
     return Rotation(*angle_arguments(cos, sin, position_ids), cos.shape[-2], cos.shape[-1], interleaved)
 
 
-def turns_in_registers(half: int, interleaved: bool) -> bool:
-    """Whether `turn_back` is to take such pairs: halves only of a power of two, and no more of either kind than 64, for
-    whose angles there are registers beside the widest x."""
+def rotates_in_registers(half: int, interleaved: bool) -> bool:
+    """Whether `inverse_rotation` takes tables of `half` pairs.
+
+    At most 64: for more angles there are too few registers beside the widest x. Where the pairs are not interleaved,
+    only a power of two, since reshaping tells them apart.
+    """
     return half <= 64 and (interleaved or half & (half - 1) == 0)
 
 
