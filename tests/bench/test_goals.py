@@ -24,13 +24,7 @@ def standing(
 
 
 def test_a_share_of_the_copy_is_that_of_the_slowest_shape():
-    rs = [
-        norm_row(2048, 97),
-        norm_row(4096, 96),
-        norm_row(131072, 50),
-        norm_row(1024, 50),
-        norm_row(64, 93),
-    ]
+    rs = [norm_row(2048, 97), norm_row(4096, 96), norm_row(131072, 50), norm_row(1024, 50), norm_row(64, 93)]
     rows = standing("RMSNorm, rows of 2k to 65k", "forward", goals.COPY, rs)
     assert rows.value == 0.96 and rows.met
     assert standing("RMSNorm, rows of 64 and 128", "forward", goals.COPY, rs).value == 0.93
