@@ -12,7 +12,7 @@ from llama_kernels.ops.attention import backward, delta, forward, tables
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.environment import COMPILES
 
-pytestmark = COMPILES
+pytestmark = [*COMPILES, pytest.mark.once]
 
 
 def reports(target: str, op: str, label: str, tile: Tile | None = None):
