@@ -18,13 +18,14 @@ Function = types.FunctionType
 _FORWARD_OF_KERNELS = "def function(self, *args, **kwargs):\n    return func(*args, **kwargs)"
 
 
+@functools.lru_cache(maxsize=4096)  # models hold copies of one another's functions
 def normalised(source: str) -> str:
     """The text of the one function that `source` defines."""
     function = ast.parse(textwrap.dedent(source)).body[0]
     if not isinstance(function, ast.FunctionDef):
         raise ValueError("source is not one function definition")
     function.name, function.decorator_list, function.returns = "function", [], None
-    return ast.unparse(ast.fix_missing_locations(_Plain().visit(function)))
+    return ast.unparse(_Plain().visit(function))
 
 
 def without_unused_defaults(text: str) -> str:
