@@ -18,9 +18,8 @@ import torch
 from llama_kernels import hopper_attention
 from llama_kernels.core import device as core_device
 from llama_kernels.core import launch_cache
+from llama_kernels.ops.attention import dispatch, tables
 from llama_kernels.ops.attention import hopper as hopper_kernels
-from llama_kernels.ops.attention import tables
-from llama_kernels.ops.attention.hopper import choice
 from tests.support import judge
 
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -57,7 +56,7 @@ def kernels_on_cpu(target: str, hopper: bool = False) -> Iterator[set[str]]:
             library.impl(name, _launcher(name, called.add), "CPU", allow_override=True)
         stack.callback(launch_cache.forget)
         stack.callback(library._destroy)
-        for module in (core_device, tables, choice):
+        for module in (core_device, tables, dispatch):
             stack.enter_context(mock.patch.object(module, "arch_of", functools.partial(_answer, target)))
         stack.enter_context(mock.patch.object(judge, "rounds_p", lambda device: True))
         if hopper:

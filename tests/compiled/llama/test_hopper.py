@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.ops.attention.hopper import choice
+from llama_kernels.ops.attention.hopper.tables import TILES
 from tests.support.attention import Case, check
 from tests.support.environment import compiles
 from tests.support.hopper import check_of_hopper_kernels
@@ -32,10 +32,10 @@ def on_the_machine() -> Iterator[None]:
 
 @compiles
 @pytest.mark.compiled_table
-@pytest.mark.parametrize("tile", choice.TILES["forward"], ids=str)
+@pytest.mark.parametrize("tile", TILES["forward"], ids=str)
 def test_every_tile_is_run(tile):
     """Rows and keys that fill tiles, and some that are left over."""
-    case, backward = Case(1, 1, 1, 130, 130, tile.width, tile.width), choice.TILES["backward"]
+    case, backward = Case(1, 1, 1, 130, 130, tile.width, tile.width), TILES["backward"]
     with on_the_machine(), kernels_launched() as launches:
         check(case, torch.float16, CPU)
     ran = {launched.name: launched.options for launched in launches}
@@ -44,7 +44,7 @@ def test_every_tile_is_run(tile):
     of_backward = [other for other in backward if other.width == tile.width]
     assert ("_hopper_backward_kernel" in ran) == bool(of_backward)
     assert all(ran["_hopper_backward_kernel"]["STAGES"] == other.STAGES for other in of_backward)
-    assert {other.width for other in backward} <= {other.width for other in choice.TILES["forward"]}
+    assert {other.width for other in backward} <= {other.width for other in TILES["forward"]}
 
 
 @compiles

@@ -73,8 +73,8 @@ def planted(folder: Path, file: str, line: str, by: str) -> Iterator[None]:
             changed = re.sub(line, by, text) if line.startswith("mbarrier") else text.replace(line, by)
             assert changed != text, f"{line!r} is not in {file}"
             text = changed
-        # The language and the choice stay the package's own.
-        path.write_text(re.sub(rf"{PACKAGE}\.(?!gluon|choice)", f"{name}.", text))
+        # The language, the switch and the tiles stay the package's own.
+        path.write_text(re.sub(rf"{PACKAGE}\.(?!gluon|switch|tables)", f"{name}.", text))
     sys.path.insert(0, str(folder))
     try:
         forward, backward = (importlib.import_module(f"{name}.{part}") for part in ("forward", "backward"))
