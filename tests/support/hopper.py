@@ -11,20 +11,20 @@ from tests.support.launches import kernels_launched, names
 # rows without keys, keys without rows; packed sequences of any length.
 CASES = {
     "64": Case(1, 2, 1, 150, 200, 64, 64),
-    "64-long": Case(1, 4, 2, 300, 300, 64, 64),
+    "64-long": Case(1, 2, 1, 300, 300, 64, 64),
     "80": Case(2, 2, 2, 70, 150, 80, 80),
     "96-rows-without-keys": Case(1, 2, 1, 260, 130, 96, 96),
     "128": Case(1, 2, 1, 150, 150, 128, 128),
     "128-group": Case(1, 3, 1, 200, 200, 128, 128),
     "256": Case(1, 2, 1, 70, 140, 256, 256),
-    "full": Case(2, 2, 1, 130, 257, 64, 64, is_causal=False),
+    "full": Case(1, 2, 1, 130, 257, 64, 64, is_causal=False),
     "window": Case(1, 2, 1, 300, 500, 64, 64, window_size=(90, 0)),
     "two-sided-window": Case(1, 2, 2, 300, 200, 128, 128, is_causal=False, window_size=(20, 70)),
     "window-sinks": Case(1, 2, 1, 150, 200, 64, 64, window_size=(40, 0), sinks=True),
     "softcap": Case(1, 2, 1, 150, 150, 64, 64, softcap=3.0),
-    "sinks": Case(1, 4, 2, 290, 200, 128, 128, sinks=True),
+    "sinks": Case(1, 2, 1, 290, 200, 128, 128, sinks=True),
     "scale": Case(1, 2, 2, 140, 140, 64, 64, scale=-0.3),
-    "varlen": packed((50, 0, 200, 1), (50, 0, 200, 1), 4, 2, 64, 64),
+    "varlen": packed((50, 0, 200, 1), (50, 0, 200, 1), 2, 1, 64, 64),
     "varlen-window-sinks": packed(
         (150, 3, 90), (70, 200, 130), 2, 1, 128, 128, is_causal=False, window_size=(60, 30), sinks=True
     ),
