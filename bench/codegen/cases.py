@@ -4,6 +4,8 @@ The package's own launchers run: Triton specialises and compiles just what it wo
 dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit its kernel fails here.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -29,18 +29,9 @@ from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check, packed, tiles
 from tests.support.environment import DEVICE, compiles
-from tests.support.judge import (
-    UNIT,
-    attention_mask,
-    drawn,
-    guarded,
-    guarded_allocations,
-    ideal_attention,
-    ideal_rms_norm,
-    judge,
-    relaid,
-    relative_error,
-)
+from tests.support.guards import guarded, guarded_allocations, relaid
+from tests.support.ideal import attention_mask, drawn, ideal_attention, ideal_rms_norm
+from tests.support.judge import UNIT, judge, relative_error
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
 from tests.support.ops import CALLS, Make, Shape, calls
 from tests.support.rms_norm import check as check_norm
