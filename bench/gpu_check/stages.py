@@ -1,4 +1,4 @@
-"""The stages, in the order of what one wants to know first. Each is a list of jobs with one clock."""
+"""The stages, the most valuable first. Each is a list of jobs with one time limit for all."""
 
 from __future__ import annotations
 
