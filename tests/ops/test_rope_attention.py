@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from tests.ops.test_hopper import machine
 from tests.support.attention import (
     SMALL_TILES,
     anywhere,
@@ -186,11 +185,3 @@ def test_empty_inputs_give_empty_outputs(shapes, device):
     grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
     assert not any(grad.any() for grad in grads)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("D, R, interleaved", [(64, 64, False), (128, 64, True), (80, 80, False)])
-def test_the_hopper_backward_applies_the_inverse_rotation(D, R, interleaved, device):
-    with machine() as (on_forward, on_backward):
-        check(square(150, D, B=2), torch.float16, device, R, interleaved=interleaved)
-    assert on_forward.launches == on_backward.launches == 1

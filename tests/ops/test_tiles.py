@@ -3,7 +3,7 @@
 On a GPU, each tile of its family that calls take under the installed Triton runs as it is: at its head width, with its
 warps and stages. Triton's interpreter knows neither warps nor stages and runs tiles of any family, so there tiles of
 the same blocks are run once, on narrow heads. That a tile ran is read from the recorded launches. The tiles of the
-Hopper kernels are run in test_hopper.py.
+Hopper kernels are run, compiled, by tests/compiled/llama/test_hopper.py.
 """
 
 from __future__ import annotations
