@@ -33,7 +33,7 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotated], Any]) 
         sequences = (None, None, q.shape[2], k.shape[2])
         call = AttentionCall(q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, left, right)
         wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
-        return tuple(run(call, Results(out, lse, do, dlse), wanted, Rotated(cos, sin, position_ids, interleaved)))
+        return run(call, Results(out, lse, do, dlse), wanted, Rotated(cos, sin, position_ids, interleaved))
 
     return backward
 
@@ -86,26 +86,25 @@ class _RopeAttention(Differentiable):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, _, _, *others = inputs
+        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, *fields = inputs
+        call = AttentionCall(*fields)
         out, lse, q, k = output
-        call = AttentionCall(q, k, *others)
-        ctx.numbers = call.numbers
-        ctx.save_for_backward(out, lse, cos, sin, position_ids, *call.tensors)
+        ctx.numbers = (call.scale, call.softcap, call.left, call.right)
+        bounds = (call.kv_start, call.kv_end)
+        ctx.save_for_backward(q, k, call.v, out, lse, call.sinks, *bounds, cos, sin, position_ids)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse, *_):
-        out, lse, cos, sin, position_ids, *tensors = ctx.saved_tensors
-        call = AttentionCall(*tensors, *ctx.numbers)
+        q, k, v, out, lse, sinks, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad[6:10]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
         grads = _rope_attention_backward(
-            do, dlse, call.q, call.k, call.v, out, lse, call.sinks, call.kv_start, call.kv_end, cos, sin, position_ids,
-            ctx.interleaved, call.scale, call.softcap, call.left, call.right, *needed, ctx.deterministic,
+            do, dlse, q, k, v, out, lse, sinks, *others, ctx.interleaved, *ctx.numbers, *needed, ctx.deterministic
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        grads = refuse_double_backward(ctx.op, grads, (do, dlse, call.q, call.k, call.v, call.sinks))
-        return *[None] * 6, *grads, *[None] * (len(call) - len(grads))
+        grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
+        return *[None] * 6, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
 
 
 # --- public function -------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from llama_kernels.core.tensors import cdiv, empty_in_order_of, strides_of
 from llama_kernels.ops.attention import dispatch, hopper
 from llama_kernels.ops.attention.call import (
     AttentionCall,
-    Grads,
     Results,
     Rotated,
     Wanted,
@@ -59,21 +58,24 @@ def _launches(call: AttentionCall, do, lse2, delta, dq, dk, dv, rotated: Rotated
     return launches
 
 
-def launch_backward(call: AttentionCall, results: Results, wanted: Wanted, rotated: Rotated | None = None) -> Grads:
-    """The gradients of `call`, by the kernels that dispatch.py says.
+def launch_backward(
+    call: AttentionCall, results: Results, wanted: Wanted, rotated: Rotated | None = None
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv and dsinks of `call`, by the kernels that dispatch.py says.
 
     rotated: q and k were rotated so; dq and dk get the inverse rotation before they are rounded.
     """
-    grads, sizes, do = empty_grads(call, wanted), call.sizes, results.do
+    sizes, do = call.sizes, results.do
+    dq, dk, dv, dsinks = empty_grads(call, wanted)
     if call.packed or not sizes.Hq:  # no program visits a token that no sequence owns, or keys that no head reads
-        for grad in grads[:3]:
+        for grad in (dq, dk, dv):
             grad.zero_()
     choice = dispatch.backward(call, do, wanted)
-    dq_sum = None if choice.tile is None else empty_in_order_of(grads.dq, dtype=torch.float32)
-    lse2, delta, dsinks = launch_delta(call, results, sizes, grads, dq_sum)
-    grads = Grads(grads.dq, grads.dk, grads.dv, dsinks)
-    if dq_sum is not None and hopper.try_backward(call, choice.tile, do, lse2, delta, dq_sum, grads, rotated):
-        return grads
-    needed = (grad if need else None for grad, need in zip(grads[:3], wanted[:3], strict=True))
-    _launches(call, do, lse2, delta, *needed, rotated)
-    return grads
+    dq_sum = None if choice.tile is None else empty_in_order_of(dq, dtype=torch.float32)
+    lse2, delta, dsinks = launch_delta(call, results, sizes, dsinks, dq_sum)
+    if choice.tile is None or not hopper.try_backward(call, choice.tile, do, lse2, delta, dq_sum, dq, dk, dv, rotated):
+        _launches(
+            call, do, lse2, delta,
+            dq if wanted.dq else None, dk if wanted.dk else None, dv if wanted.dv else None, rotated,
+        )  # fmt: skip
+    return dq, dk, dv, dsinks

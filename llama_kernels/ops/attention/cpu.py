@@ -9,7 +9,6 @@ import torch
 
 from llama_kernels.ops.attention.call import (
     AttentionCall,
-    Grads,
     Results,
     Rotated,
     Wanted,
@@ -35,7 +34,9 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def plain_backward(call: AttentionCall, results: Results, wanted: Wanted, rotated: Rotated | None = None) -> Grads:
+def plain_backward(
+    call: AttentionCall, results: Results, wanted: Wanted, rotated: Rotated | None = None
+) -> tuple[torch.Tensor, ...]:
     """The gradients of `call`; arguments as `launch_backward`."""
     made = _packed_backward(call, results) if call.packed else _dense_backward(call, results)
     if rotated is not None:

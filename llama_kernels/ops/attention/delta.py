@@ -9,7 +9,6 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention.call import (
     AttentionCall,
-    Grads,
     Results,
     Sizes,
     far,
@@ -79,7 +78,8 @@ def _delta_kernel(
 
 
 @cached_launch
-def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes: Sizes) -> list[Launch]:
+def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes) -> list[Launch]:
+    sizes = Sizes(*sizes)
     BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _rows_per_program(o)
     args = (
         o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
@@ -100,20 +100,21 @@ def _tiles(sizes: Sizes, BLOCK_M: int) -> int:
 
 
 def launch_delta(
-    call: AttentionCall, results: Results, sizes: Sizes, grads: Grads, dq_sum: torch.Tensor | None
+    call: AttentionCall, results: Results, sizes: Sizes, dsinks: torch.Tensor, dq_sum: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks, where `grads` has it.
+    """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks.
 
-    dq_sum, unless it is None, is zeroed.
+    dsinks has no elements where it is not wanted. dq_sum, unless it is None, is zeroed.
     """
     out, lse, do, dlse = results
-    dsinks, sinks, shares = grads.dsinks, None, None
+    sinks, shares = None, None
     rows = (cdiv(sizes.Sq, PADDING.value) + (sizes.B if call.packed else 0)) * PADDING.value
-    lse2, delta = lse.new_empty(2, *lse.shape[:-1], rows)
+    shape = (*lse.shape[:-1], rows)
+    lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
     tiles = _tiles(sizes, _rows_per_program(out)) * sizes.B
     if not tiles * sizes.Hq:
         return lse2, delta, dsinks.zero_()
     if dsinks.numel():
         sinks, shares = call.sinks, lse.new_empty(tiles, sizes.Hq)  # heads run fastest over the programs
-    _launches(out, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, call.cu_seqlens_q, sizes)
+    _launches(out, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, call.cu_seqlens_q, tuple(sizes))
     return lse2, delta, dsinks if shares is None else shares.sum(0).to(dsinks.dtype)

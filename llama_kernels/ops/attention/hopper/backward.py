@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
-from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
+from llama_kernels.ops.attention.call import AttentionCall, Rotated
 from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -297,12 +297,12 @@ def _launches(
 
 
 def launch_hopper_backward(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, grads: Grads, rotated: Rotated | None
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, rotated: Rotated | None
 ) -> None:
-    """Fill dq, dk and dv of `grads`. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
+    """Fill dq, dk and dv. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
 
     rotated: q and k were rotated so. dq gets the inverse rotation where its sum is rounded; dk, which the kernel writes
     rounded, in a launch of its own.
     """
-    unrotated = None if rotated is None else empty_in_order_of(grads.dk)
-    _launches(call, tile, do, lse2, delta, dq_sum, grads.dq, grads.dk, grads.dv, unrotated, rotated)
+    unrotated = None if rotated is None else empty_in_order_of(dk)
+    _launches(call, tile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotated)
