@@ -28,7 +28,7 @@ def register(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    call: type[tuple[Any, ...]] | None = None,
+    call: Any = None,
 ) -> Callable[..., Any]:
     """Define the op `llama_kernels::<schema>`, and return the function by which the package calls it.
 
@@ -42,16 +42,16 @@ def register(
         kernel: runs for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter. It launches Triton kernels.
         reference: runs for CPU tensors otherwise. It gives the same results in plain PyTorch.
         fake: gives results of the right shape, dtype and strides while PyTorch traces.
-        call: a NamedTuple whose fields are the parameters of `schema`. The three functions above take one such tuple.
-            None: they take the op's arguments by position.
+        call: a NamedTuple whose fields are the parameters of `schema`, and maybe more that have defaults. The three
+            functions above take one such tuple. None: they take the op's arguments by position.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.llama_kernels, name).default
     if call is not None:
-        parameters = tuple(argument.name for argument in op._schema.arguments)
-        if call._fields != parameters:  # type: ignore[attr-defined]
-            raise ValueError(f"{call.__name__} has fields {call._fields}, but {name} takes {parameters}.")
+        parameters, fields = tuple(argument.name for argument in op._schema.arguments), call._fields
+        if fields[: len(parameters)] != parameters:
+            raise ValueError(f"{call.__name__} has the fields {fields}, but the op {name} takes {parameters}.")
         kernel, reference, fake = (_given_whole(call, function) for function in (kernel, reference, fake))
     KERNELS[name] = kernel
     LIBRARY.impl(name, kernel, "CUDA")
@@ -79,8 +79,7 @@ def register(
 
 def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
     """`function`, which takes a `call`, as a function of its fields."""
-    make = call._make
-    return lambda *args: function(make(args))
+    return lambda *args: function(call(*args))
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

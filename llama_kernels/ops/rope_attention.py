@@ -15,17 +15,18 @@ from llama_kernels.core.checks import message, shape_of
 from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import launch_backward
-from llama_kernels.ops.attention.call import AttentionCall, Results, Rotated, Wanted, empty_grads
+from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.op import attention_forward
 from llama_kernels.ops.rope import _rope as rotate
-from llama_kernels.ops.rotation import check_angles, full_width, rotates_in_registers, tokens_of
+from llama_kernels.ops.rotation import Rotation, full_width, rotates_in_registers
+from llama_kernels.ops.rotation_checks import check_angles, tokens_of
 
 # --- registered op ---------------------------------------------------------------------------------------------------
 
 
-def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotated], Any]) -> Callable[..., Any]:
+def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotation], Any]) -> Callable[..., Any]:
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cos, sin, position_ids, interleaved,
         scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic,
@@ -33,7 +34,7 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotated], Any]) 
         sequences = (None, None, q.shape[2], k.shape[2])
         call = AttentionCall(q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, left, right)
         wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
-        return run(call, Results(out, lse, do, dlse), wanted, Rotated(cos, sin, position_ids, interleaved))
+        return run(call, Results(out, lse, do, dlse), wanted, Rotation(cos, sin, position_ids, interleaved))
 
     return backward
 
@@ -41,17 +42,17 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotated], Any]) 
 def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
     """`run`, a backward of attention, with dq and dk rotated afterwards where it cannot do so itself."""
 
-    def backward(call: AttentionCall, results: Results, wanted: Wanted, rotated: Rotated) -> tuple[torch.Tensor, ...]:
-        cos, interleaved = rotated.cos, rotated.interleaved
+    def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
+        cos, interleaved = rotation.cos, rotation.interleaved
         if not full_width(cos, call.q.shape[-1]) and rotates_in_registers(cos.shape[-1], interleaved):
-            return run(call, results, wanted, rotated)
+            return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:
-            dq, dk = rotate(dq, dk, *rotated, True)
+            dq, dk = rotate(dq, dk, *rotation, True)
         elif wanted.dq:
-            dq, _ = rotate(dq, None, *rotated, True)
+            dq, _ = rotate(dq, None, *rotation, True)
         elif wanted.dk:
-            dk, _ = rotate(dk, None, *rotated, True)
+            dk, _ = rotate(dk, None, *rotation, True)
         return dq, dk, *others
 
     return backward
@@ -66,7 +67,7 @@ _rope_attention_backward = register(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_by(_rotating(launch_backward)),
     reference=_backward_by(_rotating(plain_backward)),
-    fake=_backward_by(lambda call, results, wanted, rotated: empty_grads(call, wanted)),
+    fake=_backward_by(lambda call, results, wanted, rotation: empty_grads(call, wanted)),
 )
 
 
@@ -74,7 +75,7 @@ _rope_attention_backward = register(
 
 
 class _RopeAttention(Differentiable):
-    """The fields of Rotated and of an AttentionCall -> (out, lse, q and k after the rotation).
+    """The fields of Rotation and of an AttentionCall -> (out, lse, q and k after the rotation).
 
     q and k are results, so that autograd knows that the backward depends on them, and refuses to differentiate it.
     """
@@ -163,9 +164,9 @@ def rope_attention(
         fix = "Rotate them apart with llama_kernels.rope, then call llama_kernels.attention."
         raise ValueError(message(op, "k", shape_of(k), wanted, fix))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
-    rotated = Rotated(cos, sin, position_ids, interleaved)
+    rotation = Rotation(cos, sin, position_ids, interleaved)
     if needs_grad(q, k, call.v, call.sinks):
-        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotated, *call)
+        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, *call)
     else:
-        out, lse = attention_forward(*rotate(q, k, *rotated, False), *others)
+        out, lse = attention_forward(*rotate(q, k, *rotation, False), *others)
     return (out, lse) if return_lse else out

@@ -18,11 +18,12 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
-from llama_kernels.ops.attention.call import AttentionCall, Rotated
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from llama_kernels.ops.attention.hopper import round_dq
 from llama_kernels.ops.attention.hopper.tables import TILES
+from llama_kernels.ops.rotation import Rotation
 from tests.support.environment import COMPILES
 from tests.support.launching_nothing import _twice_kernel
 
@@ -38,39 +39,59 @@ def rotation() -> tuple[torch.Tensor, ...]:
 
 
 def _rope():
-    return rope._rotated, (heads(4), heads(2), *rotation(), False, False)
+    return KERNELS["rope"], (heads(4), heads(2), *rotation(), False, False)
 
 
 def _rope_in_place():
-    return rope._rotate_in_place, (heads(4), heads(2), *rotation(), False)
+    return KERNELS["rope_"], (heads(4), heads(2), *rotation(), False)
 
 
 def _rope_qkv_backward():
-    return rope._packed_backward, (heads(4), heads(2), heads(2), *rotation(), True)
+    return KERNELS["rope_qkv_backward"], (heads(4), heads(2), heads(2), *rotation(), True)
 
 
 def _rope_into_cache():
     slots = torch.arange(32)
-    return rope._into_cache, (heads(4), heads(2), heads(2), heads(2, 48), heads(2, 48), slots, *rotation(), False)
+    return KERNELS["rope_into_cache"], (
+        heads(4),
+        heads(2),
+        heads(2),
+        heads(2, 48),
+        heads(2, 48),
+        slots,
+        *rotation(),
+        False,
+    )
 
 
 def _qk_norm_rope():
-    return qk_norm_rope._forward, (heads(4), heads(2), torch.ones(64), torch.ones(64), *rotation(), 1e-6, 0.0, False)
+    return KERNELS["qk_norm_rope"], (heads(4), heads(2), torch.ones(64), torch.ones(64), *rotation(), 1e-6, 0.0, False)
 
 
 def _qk_norm_rope_backward():
     given = [heads(H) for H in (4, 2, 4, 2)]
     weights = torch.ones(64), torch.ones(64)
-    return qk_norm_rope._backward, (*given, *weights, *rotation(), 1e-6, 0.0, False, True)
+    return KERNELS["qk_norm_rope_backward"], (*given, *weights, *rotation(), 1e-6, 0.0, False, True)
 
 
 def _rms_norm():
-    return rms_norm._forward, (torch.randn(6, 256), torch.randn(6, 256), torch.ones(256), 1e-6, 0.0)
+    return KERNELS["rms_norm_forward"], (torch.randn(6, 256), torch.randn(6, 256), torch.ones(256), 1e-6, 0.0)
 
 
 def _rms_norm_backward(N: int = 256):
     dy, ds, x = (torch.randn(6, N) for _ in range(3))
-    return rms_norm._backward, (dy, ds, x, torch.ones(N), torch.ones(6, 1), 1e-6, 0.0, torch.float32, True, True)
+    return KERNELS["rms_norm_backward"], (
+        dy,
+        ds,
+        x,
+        torch.ones(N),
+        torch.ones(6, 1),
+        1e-6,
+        0.0,
+        torch.float32,
+        True,
+        True,
+    )
 
 
 def _attention():
@@ -126,8 +147,8 @@ def _hopper_attention_backward():
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
 
     def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
-        call, rotated = AttentionCall(q, k, v, *_CALL), Rotated(*tables, False)
-        rest = (do, lse2, delta, dq_sum, dq, dk, dv, rotated)
+        call, rotation = AttentionCall(q, k, v, *_CALL), Rotation(*tables, False)
+        rest = (do, lse2, delta, dq_sum, dq, dk, dv, rotation)
         hopper_backward.launch_hopper_backward(call, TILES["backward"][0], *rest)
 
     return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())

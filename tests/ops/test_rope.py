@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_kernels as lk
+from llama_kernels.core.registry import KERNELS
 from tests.support.environment import compiles
 from tests.support.judge import eager_rope, judge
 from tests.support.rope import (
@@ -187,17 +188,15 @@ def test_launchers_take_tables_as_they_are(layout, R):
     """Around the launches the ops allocate results, and nothing else runs on the device."""
     from triton.runtime.jit import JITFunction
 
-    from llama_kernels.ops import qk_norm_rope, rope
-
     device = torch.device("cpu")
     q, k = qk(2, 4, 2, 13, 64, torch.float32, device)
     angles = [TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16)]
     launched: list[Any] = []
     with mock.patch.object(JITFunction, "run", lambda self, *args, **_: launched.append(args)), Called() as called:
-        rope._rotated(q, k, *angles, None, False, False)
-        rope._rotated(q, k, *angles, None, True, True)
-        qk_norm_rope._forward(q, k, None, None, *angles, None, 1e-6, 0.0, False)
-        qk_norm_rope._backward(q, k, q, k, None, None, *angles, None, 1e-6, 0.0, False, False)
+        KERNELS["rope"](q, k, *angles, None, False, False)
+        KERNELS["rope"](q, k, *angles, None, True, True)
+        KERNELS["qk_norm_rope"](q, k, None, None, *angles, None, 1e-6, 0.0, False)
+        KERNELS["qk_norm_rope_backward"](q, k, q, k, None, None, *angles, None, 1e-6, 0.0, False, False)
     assert called.names <= {"aten.empty_strided.default", "aten.new_empty.default"}
     assert len(launched) == 4
     for args in launched:

@@ -11,12 +11,13 @@ import torch
 
 from llama_kernels.core.language import INTERPRETED, cast, tl, triton
 from llama_kernels.core.launch_cache import Launch
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rotation
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, decode, dkdv, dq, forward, tiles
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, Probs, SoftmaxState
 from llama_kernels.ops.partials import sum_partials
+from llama_kernels.ops.rotation import Angles, inverse_rotation, load_angles, load_pairs
 from tests.support import attention as attention_cases
 from tests.support import decode as decode_cases
 from tests.support import qk_norm_rope as qk_norm_rope_cases
@@ -33,8 +34,7 @@ probs_and_score_grads, load_summed, load_scale = (
     rms_norm._load_summed,
     rms_norm._load_scale,
 )
-load_pairs, add_chunks, inverse_rotation = rotation.load_pairs, decode._add_chunks, rotation.inverse_rotation
-load_angles, Angles = rotation.load_angles, rotation.Angles
+add_chunks = decode._add_chunks
 
 
 @triton.jit
@@ -146,11 +146,11 @@ def pairs_swapped(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 
 @triton.jit
 def first_entries_twice(
-    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    tables, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     angles = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        tables, b, s, live,
         HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
     )  # fmt: skip
     return Angles(angles.cos0, angles.cos0, angles.sin0, angles.sin0)
@@ -158,11 +158,11 @@ def first_entries_twice(
 
 @triton.jit
 def inverse_for_the_transpose(
-    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    tables, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     angles = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        tables, b, s, live,
         HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
     )  # fmt: skip
     if INVERSE:
@@ -177,14 +177,14 @@ def sum_over_the_rotated_dims(a, b):
 
 @triton.jit
 def turned_on_instead_of_back(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """By the transpose of what turns back: the same angles, the other way."""
     x0, x1 = tl.split(x.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
     swapped = tl.join(x1, x0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
     y = inverse_rotation(
-        swapped, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        swapped, tables, b, s, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
     y0, y1 = tl.split(y.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
@@ -193,23 +193,23 @@ def turned_on_instead_of_back(
 
 @triton.jit
 def turned_back_by_the_next_row(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     return inverse_rotation(
-        x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s + 1, live, positions,
+        x, tables, b, s + 1, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def turned_back_after_rounding(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x = cast(x, tl.bfloat16).to(tl.float32)
     return inverse_rotation(
-        x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        x, tables, b, s, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
 

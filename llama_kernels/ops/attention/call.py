@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes_of, strides_of
+from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes_of
 
 # --- what the kernels are launched with ------------------------------------------------------------------------------
 
@@ -142,15 +142,6 @@ class Results(NamedTuple):
     dlse: torch.Tensor | None
 
 
-class Rotated(NamedTuple):
-    """How q and k of a call were rotated before it: arguments of `llama_kernels.rope`."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    position_ids: torch.Tensor | None
-    interleaved: bool
-
-
 # --- shapes and strides ----------------------------------------------------------------------------------------------
 
 
@@ -162,10 +153,6 @@ def width_class(D: int) -> int:
 def far(*tensors: torch.Tensor) -> bool:
     """Whether rows lie so far apart that the offsets inside one tile, of 256 rows at most, need 64 bits."""
     return any(x.stride(-2 if x.ndim == 4 else 0) >= 2**23 for x in tensors)
-
-
-def optional_strides(x: torch.Tensor | None) -> tuple[int, int, int] | None:
-    return None if x is None else strides_of(x)
 
 
 def lse_strides(lse: torch.Tensor) -> tuple[int, ...]:

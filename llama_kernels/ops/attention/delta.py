@@ -6,14 +6,13 @@ import torch
 
 from llama_kernels.core.language import LN2, LOG2E, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.tensors import cdiv, strides_of
+from llama_kernels.core.tensors import cdiv, optional_strides_of, strides_of
 from llama_kernels.ops.attention.call import (
     AttentionCall,
     Results,
     Sizes,
     far,
     lse_strides,
-    optional_strides,
     width_class,
 )
 from llama_kernels.ops.attention.tiles import load_tile, matrix, offset, query_tile, sequence, store_tile
@@ -84,7 +83,7 @@ def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q
     args = (
         o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
         strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
-        lse_strides(delta), optional_strides(dq_sum), sizes.as_arguments(),
+        lse_strides(delta), optional_strides_of(dq_sum), sizes.as_arguments(),
     )  # fmt: skip
     options = {"DV": o.shape[-1], "FAR": far(o, do), "BLOCK_M": BLOCK_M, "BLOCK_DV": BLOCK_DV, "num_warps": 4}
     return [Launch(_delta_kernel, (_tiles(sizes, BLOCK_M) * sizes.B * sizes.Hq,), args, options)]

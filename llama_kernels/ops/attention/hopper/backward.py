@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
-from llama_kernels.ops.attention.call import AttentionCall, Rotated
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -38,7 +38,7 @@ from llama_kernels.ops.attention.hopper.schedule import (
 )
 from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.tiles import Mask, logits, sequence, visible
-from llama_kernels.ops.rotation import Rotation, rotation_of
+from llama_kernels.ops.rotation import Rotation
 
 
 class Where(NamedTuple):
@@ -272,7 +272,7 @@ def _hopper_backward_kernel(
 
 @cached_launch
 def _launches(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotated: Rotated | None
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation: Rotation
 ) -> list[Launch]:
     """unrotated: dk before the inverse rotation; None where there is none."""
     sizes = call.sizes
@@ -285,7 +285,6 @@ def _launches(
     )  # fmt: skip
     options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
     programs = cdiv(call.longest_k, 128) * sizes.B * sizes.Hkv
-    rotation = Rotation() if rotated is None else rotation_of(*rotated)
     launches = [
         Launch(_hopper_backward_kernel, (programs,), args, options),
         round_launch(dq_sum, dq, call.cu_seqlens_q, sizes, call.scale, rotation),
@@ -297,12 +296,12 @@ def _launches(
 
 
 def launch_hopper_backward(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, rotated: Rotated | None
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, rotation: Rotation
 ) -> None:
     """Fill dq, dk and dv. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
 
-    rotated: q and k were rotated so. dq gets the inverse rotation where its sum is rounded; dk, which the kernel writes
+    rotation: of q and k before the call. dq gets its inverse where its sum is rounded; dk, which the kernel writes
     rounded, in a launch of its own.
     """
-    unrotated = None if rotated is None else empty_in_order_of(dk)
-    _launches(call, tile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotated)
+    unrotated = empty_in_order_of(dk) if rotation.half else None
+    _launches(call, tile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation)
