@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from llama_kernels.ops.attention import tiles
+from llama_kernels.ops.attention import masks, softmax, tiles
 from llama_kernels.ops.attention.hopper import backward, descriptors, forward, schedule
 from tests.support.hardware import EXACT, Arithmetic
 from tests.support.launches import record
 
-_MODULES = (tiles, descriptors, schedule, forward, backward)
+_MODULES = (masks, tiles, softmax, descriptors, schedule, forward, backward)
 
 
 class Broken(AssertionError):

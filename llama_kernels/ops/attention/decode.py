@@ -12,8 +12,10 @@ from llama_kernels.core.language import LN2, LOG2E, cast, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, next_power_of_2, strides_of
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, lse_strides
+from llama_kernels.ops.attention.masks import Mask, key_blocks
+from llama_kernels.ops.attention.softmax import SoftmaxState, attend, no_probs
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix, no_probs
+from llama_kernels.ops.attention.tiles import load_bound, matrix
 
 _CHUNKS_PER_STEP = 32  # of the sum over the chunks
 MOST_ROWS = 32  # query rows per key head; more of them fill a GPU without splitting the keys

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from llama_kernels.core.language import cast, dot, tl, triton
 from llama_kernels.ops.attention.delta import padded_start
-from llama_kernels.ops.attention.tiles import (
-    Mask,
-    load_bound,
-    load_tile,
-    matrix,
-    offset,
-    probs_and_score_grads,
-    query_blocks,
-    sequence,
-    store_tile,
-    visible,
-)
+from llama_kernels.ops.attention.masks import Mask, query_blocks, visible
+from llama_kernels.ops.attention.softmax import probs_and_score_grads
+from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, sequence, store_tile
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 

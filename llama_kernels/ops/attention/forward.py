@@ -10,23 +10,10 @@ from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention import dispatch, hopper
 from llama_kernels.ops.attention.call import AttentionCall, far, lse_strides, outputs_without_keys
 from llama_kernels.ops.attention.decode import launch_decode
+from llama_kernels.ops.attention.masks import Mask, key_blocks
+from llama_kernels.ops.attention.softmax import SoftmaxState, attend, first_scores, last_values, no_probs
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import (
-    Mask,
-    SoftmaxState,
-    attend,
-    first_scores,
-    key_blocks,
-    last_values,
-    load_bound,
-    load_tile,
-    matrix,
-    no_probs,
-    offset,
-    query_tile,
-    sequence,
-    store_tile,
-)
+from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, query_tile, sequence, store_tile
 
 
 @triton.jit

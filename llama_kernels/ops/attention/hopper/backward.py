@@ -37,7 +37,9 @@ from llama_kernels.ops.attention.hopper.schedule import (
     slot_of,
 )
 from llama_kernels.ops.attention.hopper.tables import HopperTile
-from llama_kernels.ops.attention.tiles import Mask, logits, sequence, visible
+from llama_kernels.ops.attention.masks import Mask, visible
+from llama_kernels.ops.attention.softmax import logits
+from llama_kernels.ops.attention.tiles import sequence
 from llama_kernels.ops.rotation import Rotation
 
 

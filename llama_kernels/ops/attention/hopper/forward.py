@@ -31,7 +31,9 @@ from llama_kernels.ops.attention.hopper.schedule import (
     turn_phase,
 )
 from llama_kernels.ops.attention.hopper.tables import HopperTile
-from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
+from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
+from llama_kernels.ops.attention.softmax import logits
+from llama_kernels.ops.attention.tiles import offset, query_tile, sequence
 
 # Two registers beside a window, at width 256, are more than there are in the code of Triton 3.9.
 _ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
