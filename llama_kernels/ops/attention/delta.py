@@ -17,8 +17,8 @@ from llama_kernels.ops.attention.call import (
 )
 from llama_kernels.ops.attention.tiles import load_tile, matrix, offset, query_tile, sequence, store_tile
 
-# lse2 and delta, which the two big kernels read in tiles, are padded to whole tiles of any BLOCK_M: every sequence of a
-# packed batch starts at a multiple of this, so that no tile of one reads the rows of the next.
+# Rows of lse2 and delta are padded to a multiple of this, which every BLOCK_M divides. In a packed batch each sequence
+# starts at a multiple of it, so that a tile of one sequence never loads the rows of the next.
 PADDING: tl.constexpr = tl.constexpr(128)
 
 
@@ -41,9 +41,9 @@ def _delta_kernel(
     """delta = sum(o * do) - dlse and lse2 = lse / log(2), BLOCK_M rows of one head, and dsinks = -sum(p_sink * delta).
 
     o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows
-    past Sq, up to the padding, get lse2 = inf and delta = 0; rows without keys lse2 = inf: their probabilities are 0.
-    dlse and sinks may be None, and so may dq_sum, as o in float32, which is zeroed on the way for a backward that adds
-    to it. Bytes: o and do once. FLOPs: 2 DV a row.
+    without visible keys, and padding rows, get lse2 = inf, so that their probabilities are 0. dlse and sinks may be
+    None. dq_sum, float32 as o, or None, is zeroed for a backward that adds to it. Bytes: o and do once. FLOPs: 2 DV for
+    each row.
     """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
@@ -65,7 +65,7 @@ def _delta_kernel(
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, start)) + i
     tl.store(delta_ptr + padded, delta)
-    # Divided by what the forward multiplied with, to come back to the very bits it had; * LOG2E would be off by a few.
+    # The inverse of the forward's * LN2. Division gives back the forward's bits; * LOG2E would be a few ulps off.
     lse2 = tl.div_rn(lse, tl.full([BLOCK_M], LN2, tl.float32))
     tl.store(lse2_ptr + padded, lse2)
     if sinks_ptr is not None:
