@@ -22,7 +22,7 @@ PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
 .PHONY: install demo examples test test-present test-compiled bench newest gpu-check test-all fuzz witness matrix \
-	codegen lint clean
+	codegen lint typecheck clean
 
 install: $(INSTALLED)
 
@@ -63,12 +63,14 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(DEMO)
 
 # Each side by side, stock and patched, half as long as its default; pictures and numbers in build/examples.
-EXAMPLES ?= finetune_sequence_classification finetune_token_classification question_answering pretrain generate
+TASKS := sequence-classification token-classification question-answering
+EXAMPLES ?= $(TASKS) pretrain generate
 STEPS ?= 120
+script = $(if $(filter $(TASKS),$(1)),finetune --task $(1),$(1))
 
 examples: $(INSTALLED)
 	$(call NEEDS,examples)
-	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --compare --steps $(STEPS) || exit 1; done
+	@set -ex; $(foreach name,$(EXAMPLES),$(BIN)/python -m examples.$(call script,$(name)) --compare --steps $(STEPS);)
 
 # The kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run: tests/run.py.
 # PYTEST='tests/ops/test_rope.py -k heads' and the like choose tests.
@@ -154,7 +156,7 @@ build/triton-$(RECORDED): $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$(RECORDED)
 	touch $@
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) typecheck
 ifeq ($(TORCH),present)
 	$(call NEEDS,lint) || { echo "lint is left out."; exit 0; }; $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 else
@@ -162,6 +164,16 @@ else
 	$(BIN)/ruff format --check .
 endif
 
+# [tool.mypy] in pyproject.toml. The types of torch differ between releases: other TORCHes are not checked.
+typecheck: $(INSTALLED)
+ifeq ($(TORCH),present)
+	$(call NEEDS,typecheck) || { echo "typecheck is left out."; exit 0; }; $(PYTHON) -m mypy
+else ifeq ($(CONSTRAINTS),)
+	@echo "typecheck is left out: it is for torch 2.13.0."
+else
+	$(BIN)/mypy
+endif
+
 clean:
-	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ from triton import knobs
 from triton.runtime import driver
 
 import llama_kernels as lk
-from bench.codegen import StandInDriver
+from bench.codegen.cases import StandInDriver
 from llama_kernels.core import launch_cache, registry
 from llama_kernels.ops.attention import tables
 
@@ -93,8 +93,8 @@ def _step(call: Callable[[], torch.Tensor], leaves: tuple[torch.Tensor, ...], dy
 def measure() -> list[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an implementation is replaced: so it shall be
-        for name, kernel in registry.KERNELS.items():
-            registry.LIBRARY.impl(name, kernel, "CPU", allow_override=True)
+        for name, launcher in registry.KERNELS.items():
+            registry.LIBRARY.impl(name, launcher, "CPU", allow_override=True)
     before = driver._active
     driver.set_active(LaunchingNothing("sm_90"))
     rows = []

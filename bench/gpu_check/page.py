@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import goals, records
-from bench.compare import THRESHOLD
 from bench.gpu_check.state import ABSENT, PASSED, UNFINISHED, Outcome
-from bench.providers import OURS
-from bench.records import Run
+from bench.measuring import records
+from bench.measuring.records import Run
+from bench.providers.provider import OURS
+from bench.reporting import goals
+from bench.reporting.compare import THRESHOLD
 from llama_kernels.ops.attention import dispatch
 
 COLUMNS, LINES = 110, 60
@@ -27,7 +28,7 @@ class Findings(NamedTuple):
 
     folder: Path
     outcomes: Sequence[Outcome]
-    about: Mapping[str, Any]  # bench.records.machine(); empty where there was no run
+    about: Mapping[str, Any]  # bench.measuring.machine.describe(); empty where there was no run
     speed: Run | None
     hopper: Run | None
     parity: Run | None

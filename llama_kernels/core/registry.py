@@ -16,8 +16,6 @@ from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.tensors import last_dim_contiguous
 
 LIBRARY = torch.library.Library("llama_kernels", "DEF")
-
-
 # What runs on a GPU, by the name of the op. It takes the op's arguments by position.
 KERNELS: dict[str, Callable[..., Any]] = {}
 
@@ -42,15 +40,15 @@ def register(
         kernel: runs for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter. It launches Triton kernels.
         reference: runs for CPU tensors otherwise. It gives the same results in plain PyTorch.
         fake: gives results of the right shape, dtype and strides while PyTorch traces.
-        call: a NamedTuple whose fields are the parameters of `schema`, and maybe more that have defaults. The three
-            functions above take one such tuple. None: they take the op's arguments by position.
+        call: a NamedTuple whose fields are the parameters of `schema`. The three functions above take one such tuple.
+            None: they take the op's arguments by position.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.llama_kernels, name).default
     if call is not None:
         parameters, fields = tuple(argument.name for argument in op._schema.arguments), call._fields
-        if fields[: len(parameters)] != parameters:
+        if fields != parameters:
             raise ValueError(f"{call.__name__} has the fields {fields}, but the op {name} takes {parameters}.")
         kernel, reference, fake = (_given_whole(call, function) for function in (kernel, reference, fake))
     KERNELS[name] = kernel
@@ -78,8 +76,9 @@ def register(
 
 
 def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`function`, which takes a `call`, as a function of its fields."""
-    return lambda *args: function(call(*args))
+    """`function`, which takes a `call`, as a function of its fields. The dispatcher sees to their number."""
+    new = tuple.__new__
+    return lambda *args: function(new(call, args))
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -454,9 +454,9 @@ class _QKNormRope(Differentiable):
     """A `_Forward` -> q and k normed and rotated, or q alone. Saves q, k, the weights and the tables."""
 
     @staticmethod
-    def forward(op, *call):
-        q_out, k_out = _qk_norm_rope(*call)
-        return (q_out,) if _Forward(*call).k is None else (q_out, k_out)
+    def forward(op, q, k, *rest):
+        q_out, k_out = _qk_norm_rope(q, k, *rest)
+        return (q_out,) if k is None else (q_out, k_out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -526,8 +526,9 @@ def qk_norm_rope(
     if k is None and k_weight is not None:
         raise ValueError(message(op, "k_weight", "given without k", "None where k is None"))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
-    tensors = (None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight))
-    call = _Forward(*tensors, cos, sin, position_ids, check_eps(op, eps), offset, interleaved)
+    eps = check_eps(op, eps)
+    heads = [None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight)]
+    call = _Forward(*heads, cos, sin, position_ids, eps, offset, interleaved)
     if needs_grad(q, k, q_weight, k_weight):
         q_out, k_out = (*_QKNormRope.call(op, *call), None)[:2]
     else:

@@ -334,9 +334,9 @@ def _widest(*tensors: torch.Tensor | None) -> int:
 
 
 @cached_launch
-def _launch_forward(call: _Forward, y: torch.Tensor, s: torch.Tensor, rstd: torch.Tensor) -> list[Launch]:
+def _launch_forward(call: _Forward, y: torch.Tensor, s: torch.Tensor | None, rstd: torch.Tensor) -> list[Launch]:
     x, residual, weight, eps, offset = call
-    rows = rows_of(x, residual, y, None if residual is None else s, rstd)
+    rows = rows_of(x, residual, y, s, rstd)
     if not rows.count or not x.shape[-1]:
         return []
     tile = row_tile("forward", x.shape[-1], _widest(x, residual, weight))
@@ -407,9 +407,9 @@ def _forward_fake(call):
 
 
 def _forward(call):
-    outs = _forward_fake(call)
-    _launch_forward(call, *outs)
-    return outs
+    y, s, rstd = _forward_fake(call)
+    _launch_forward(call, y, None if call.residual is None else s, rstd)
+    return y, s, rstd
 
 
 def _forward_reference(call):
@@ -489,9 +489,9 @@ class _RMSNorm(Differentiable):
     KEPT = 1
 
     @staticmethod
-    def forward(op, *call):
-        y, s, rstd = _rms_norm_forward(*call)
-        return (y, rstd) if _Forward(*call).residual is None else (y, s, rstd)
+    def forward(op, x, residual, *rest):
+        y, s, rstd = _rms_norm_forward(x, residual, *rest)
+        return (y, rstd) if residual is None else (y, s, rstd)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -550,7 +550,9 @@ class _RMSNormOp(Differentiable):
 register_gradient(
     "rms_norm_forward",
     ("x", "residual", "weight"),
-    by=lambda *call: _RMSNormOp.call("rms_norm" if _Forward(*call).residual is None else "add_rms_norm", *call),
+    by=lambda x, residual, *rest: _RMSNormOp.call(
+        "rms_norm" if residual is None else "add_rms_norm", x, residual, *rest
+    ),
 )
 
 
@@ -626,9 +628,10 @@ def _normed(
         raise ValueError(message(op, "residual", shape_of(residual), f"the shape of x, {tuple(x.shape)}"))
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(message(op, "weight", shape_of(weight), f"({x.shape[-1]},), one element a column of x"))
+    x = last_dim_contiguous(x)
+    residual = None if residual is None else last_dim_contiguous(residual)
+    weight = None if weight is None else last_dim_contiguous(weight)
     eps = check_eps(op, eps)
-    tensors = (None if t is None else last_dim_contiguous(t) for t in (x, residual, weight))
-    call = _Forward(*tensors, eps, offset)
-    if needs_grad(call.x, call.residual, call.weight):
-        return _RMSNorm.call(op, *call)
-    return _rms_norm_forward(*call)[:2]
+    if needs_grad(x, residual, weight):
+        return _RMSNorm.call(op, x, residual, weight, eps, offset)
+    return _rms_norm_forward(x, residual, weight, eps, offset)[:2]

@@ -119,6 +119,18 @@ def _rope_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
+class _Call(NamedTuple):
+    """The parameters of the op `rope`."""
+
+    q: torch.Tensor
+    k: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+    position_ids: torch.Tensor | None
+    interleaved: bool
+    inverse: bool  # rotate by the transpose, as the backward does
+
+
 class _Heads(NamedTuple):
     """Heads of the same tokens."""
 
@@ -128,44 +140,34 @@ class _Heads(NamedTuple):
 
 
 @cached_launch
-def _launch(x: _Heads, y: _Heads, rotation: Rotation, inverse: bool, slots: torch.Tensor | None = None) -> list[Launch]:
-    """y: where the results go; x itself to rotate in place. slots: where in the caches y.k and y.v the tokens go."""
-    B, Hq, S = sizes_of(x.q)
-    Hkv = Hq if x.k is None else sizes_of(x.k)[1]
+def _launch(
+    call: _Call, outs: _Heads, v: torch.Tensor | None = None, slots: torch.Tensor | None = None
+) -> list[Launch]:
+    """outs: where the results go; q and k themselves to rotate in place. v is copied to outs.v.
+
+    slots: where in the caches outs.k and outs.v the tokens go.
+    """
+    q, k, rotation = call.q, call.k, rotation_of(call)
+    B, Hq, S = sizes_of(q)
+    Hkv = Hq if k is None else sizes_of(k)[1]
     if not B * S * max(Hq, Hkv):
         return []
-    pairs = pairs_of(rotation.cos, x.q.shape[-1])
-    tile = head_tile(pairs["HALF"], max(min(Hq, Hkv), 1), lanes_of(x.q.device))
-    tensors = (*x, y.q, None if x.k is None else y.k, y.v)
-    launch = Launch(
-        _rope_kernel,
-        (B * cdiv(S, tile.BLOCK_T),),
-        (
-            *tensors, *rotation.tensors, slots,
-            *map(optional_strides_of, tensors), *rotation.strides, row_strides(slots),
-            S, Hq, Hkv, rotation.cos.shape[0], None if slots is None else sizes_of(y.k)[2],
-        ),
-        {
-            "D": x.q.shape[-1], "DV": None if x.v is None else x.v.shape[-1], **pairs,
-            "INTERLEAVED": rotation.interleaved, "INVERSE": inverse, "INPLACE": y.q is x.q, **tile._asdict(),
-        },
+    pairs = pairs_of(call.cos, q.shape[-1])
+    tile = head_tile(pairs["HALF"], max(min(Hq, Hkv), 1), lanes_of(q.device))
+    heads = (q, k, v, outs.q, None if k is None else outs.k, outs.v)
+    args = (
+        *heads, *rotation.tensors, slots,
+        *map(optional_strides_of, heads), *rotation.strides, row_strides(slots),
+        S, Hq, Hkv, call.cos.shape[0], None if slots is None else sizes_of(outs.k)[2],
     )  # fmt: skip
-    return [launch]
+    options = {
+        "D": q.shape[-1], "DV": None if v is None else v.shape[-1], **pairs, **tile._asdict(),
+        "INTERLEAVED": call.interleaved, "INVERSE": call.inverse, "INPLACE": outs.q is q,
+    }  # fmt: skip
+    return [Launch(_rope_kernel, (B * cdiv(S, tile.BLOCK_T),), args, options)]
 
 
 # --- registered ops --------------------------------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    """The parameters of the ops `rope` and `rope_`; the latter has no `inverse`."""
-
-    q: torch.Tensor
-    k: torch.Tensor | None
-    cos: torch.Tensor
-    sin: torch.Tensor
-    position_ids: torch.Tensor | None
-    interleaved: bool
-    inverse: bool = False  # rotate by the transpose, as the backward does
 
 
 def _fake(call):
@@ -174,7 +176,7 @@ def _fake(call):
 
 def _rotated(call):
     outs = _fake(call)
-    _launch(_Heads(call.q, call.k), _Heads(*outs), rotation_of(call), call.inverse)
+    _launch(call, _Heads(*outs))
     return outs
 
 
@@ -187,13 +189,12 @@ def _rotated_reference(call):
     return outs
 
 
-def _rotate_in_place(call):
-    x = _Heads(call.q, call.k)
-    _launch(x, x, rotation_of(call), False)
+def _rotate_in_place(q, k, *rotation):
+    _launch(_Call(q, k, *rotation, False), _Heads(q, k))
 
 
-def _rotate_in_place_reference(call):
-    reference.rope(call.q, call.k, **rotation_of(call)._asdict(), inplace=True)
+def _rotate_in_place_reference(q, k, *rotation):
+    reference.rope(q, k, **Rotation(*rotation)._asdict(), inplace=True)
 
 
 # -> q, k (empty without k)
@@ -207,10 +208,9 @@ _rope = register(
 )
 _rope_inplace = register(
     "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved) -> ()",
-    call=_Call,
     kernel=_rotate_in_place,
     reference=_rotate_in_place_reference,
-    fake=lambda call: None,
+    fake=lambda *_: None,
 )
 
 
@@ -230,7 +230,7 @@ def _packed_fake(dq, dk, dv, *rotation):
 
 def _packed_backward(dq, dk, dv, *rotation):
     dqkv = _packed_fake(dq, dk, dv)
-    _launch(_Heads(dq, dk, dv), _parts(dqkv, dq.shape[1], dk.shape[1]), Rotation(*rotation), True)
+    _launch(_Call(dq, dk, *rotation, True), _parts(dqkv, dq.shape[1], dk.shape[1]), dv)
     return dqkv
 
 
@@ -249,9 +249,9 @@ _rope_qkv_backward = register(
 
 
 def _into_cache(q, k, v, k_cache, v_cache, cache_position, *rotation):
-    outs = _Heads(empty_in_order_of(q), k_cache, v_cache)
-    _launch(_Heads(q, k, v), outs, Rotation(*rotation), False, cache_position)
-    return outs.q
+    q_out = empty_in_order_of(q)
+    _launch(_Call(q, k, *rotation, False), _Heads(q_out, k_cache, v_cache), v, cache_position)
+    return q_out
 
 
 def _into_cache_reference(q, k, v, k_cache, v_cache, cache_position, *rotation):
@@ -275,16 +275,14 @@ class _Rope(Differentiable):
     """A `_Call` -> the rotated q and k, or q alone. Saves the tables only: the backward is the inverse rotation."""
 
     @staticmethod
-    def forward(op, *call):
-        q_out, k_out = _rope(*call)
-        return (q_out,) if _Call(*call).k is None else (q_out, k_out)
+    def forward(op, q, k, *rest):
+        q_out, k_out = _rope(q, k, *rest)
+        return (q_out,) if k is None else (q_out, k_out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, *call = inputs
-        call = _Call(*call)
-        ctx.save_for_backward(call.cos, call.sin, call.position_ids)
-        ctx.interleaved, ctx.inverse = call.interleaved, call.inverse
+        ctx.op, _, _, *tables, ctx.interleaved, ctx.inverse = inputs
+        ctx.save_for_backward(*tables)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -388,17 +386,17 @@ def rope(
     check_angles("rope", "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
     if inplace:
         check_writable("rope", q=q, k=k)
-    rotation = Rotation(cos, sin, position_ids, interleaved)
     if inplace and not (torch.compiler.is_compiling() or transforms_are_active()):
         # First what autograd may refuse (a view made by split(), say), then the launch that cannot be taken back.
+        rotation = Rotation(cos, sin, position_ids, interleaved)
         q, k = _declare_rotated(q, rotation), None if k is None else _declare_rotated(k, rotation)
         _rope_inplace(q.detach(), None if k is None else k.detach(), *rotation)
         return q, k
-    call = _Call(last_dim_contiguous(q), None if k is None else last_dim_contiguous(k), *rotation)
+    q_, k_ = last_dim_contiguous(q), None if k is None else last_dim_contiguous(k)
     if needs_grad(q, k):
-        q_out, k_out = (*_Rope.call("rope", *call), None)[:2]
+        q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved, False), None)[:2]
     else:
-        q_out, k_out = _rope(*call)
+        q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False)
     if inplace:  # compilers and transforms see through this copy, not through a Function that modifies its input
         return q.copy_(q_out), None if k is None else k.copy_(k_out)
     return q_out, None if k is None else k_out
@@ -442,10 +440,11 @@ def rope_qkv(
         raise ValueError(message("rope_qkv", "qkv", shape_of(qkv), wanted))
     tokens = (qkv.shape[0], qkv.shape[1]) if qkv.ndim == 3 else (None, qkv.shape[0])
     check_angles("rope_qkv", "qkv", qkv, tokens, qkv.shape[-1] // heads, cos, sin, position_ids)
-    qkv, rotation = last_dim_contiguous(qkv), Rotation(cos, sin, position_ids, interleaved)
+    qkv = last_dim_contiguous(qkv)
     if needs_grad(qkv):
-        return _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, *rotation)
-    return _RopeQKV.forward("rope_qkv", qkv, q_heads, kv_heads, *rotation)
+        return _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
+    q, k, v = _parts(qkv, q_heads, kv_heads)
+    return *_rope(q, k, cos, sin, position_ids, interleaved, False), v
 
 
 def rope_into_cache(

@@ -1,13 +1,12 @@
 """A run that ends early goes on: its records are on disk, and a process that is lost is replaced.
 
-Providers, clocks and GPU faults are made up here, except in the last test, which needs a GPU.
+Providers, clocks and GPU faults are made up here; tests/bench/test_gpu.py has a real one.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,16 +16,19 @@ import torch
 
 pytest.importorskip("rich", reason="the bench's commands print with rich")
 
-from bench import measure as measuring
-from bench import processes, providers, records, without_gpu
-from bench.__main__ import main, parser
-from bench.providers import Eager
+from bench.commands import session, without_gpu
+from bench.commands.arguments import main, parser
+from bench.measuring import machine, processes, records
+from bench.providers.eager import Eager
+from bench.providers.ours import Ours
 from llama_kernels.core.language import INTERPRETED
-from tests.bench.fakes import CEILINGS, NORM, FakeClock
-from tests.bench.faults import ADD, ROPE, Bad, fail, reasons
+from tests.bench.child import supervised
+from tests.bench.fakes import ADD, CEILINGS, NORM, ROPE, Bad, FailingClock, FakeClock, fail, reasons
 from tests.support.environment import DEVICE
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.once
 
 
 # --- records after each piece of work --------------------------------------------------------------------------------
@@ -35,26 +37,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
     """measure(works, clock, *options): the run, of `eager` and `bad` on a CPU, with its records in tmp_path."""
-    monkeypatch.setattr(measuring, "PROVIDERS", (Eager(), Bad(lambda: None)))
+    monkeypatch.setattr(session, "PROVIDERS", (Eager(), Bad(lambda: None)))
 
     def measure(works, clock, *options):
         args = parser().parse_args(["run", "--out", str(tmp_path), "--seconds", "0.01", *options])
-        return measuring.measure(args, works, [], "cpu", clock)
+        return session.measure(args, works, [], "cpu", clock)
 
     return measure
-
-
-class Interrupting(FakeClock):
-    """Ctrl-C, or what `e` is, at the n-th sampler."""
-
-    def __init__(self, n, e=KeyboardInterrupt) -> None:
-        super().__init__()
-        self.n, self.e = n, e
-
-    def sampler(self, calls, by_events=None):
-        if len(self.calls) == self.n:
-            raise self.e
-        return super().sampler(calls, by_events)
 
 
 def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeypatch):
@@ -63,7 +52,7 @@ def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeyp
     run = measure([NORM, ADD, ROPE], FakeClock())
     assert counts == [0, 6, 9, 12] and len(records.read(tmp_path / "records.json").records) == 12
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert measuring.status_of(run) is None
+    assert session.status_of(run) is None
 
 
 def test_a_file_that_is_being_written_is_the_old_one(tmp_path, monkeypatch):
@@ -80,8 +69,9 @@ def test_a_file_that_is_being_written_is_the_old_one(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_keeps_its_records_and_goes_on(measure, tmp_path, capsys):
-    stopped = measure([NORM, ADD, ROPE], Interrupting(7))  # six samplers of the norm, and one of what follows
-    assert measuring.status_of(stopped) == processes.INTERRUPTED
+    clock = FailingClock(7, KeyboardInterrupt())  # six samplers of the norm, and one of what follows
+    stopped = measure([NORM, ADD, ROPE], clock)
+    assert session.status_of(stopped) == processes.INTERRUPTED
     kept = records.read(tmp_path / "records.json")
     assert kept.extra["stopped"] == "interrupted" and {r.op for r in kept.records} == {"rms_norm"}
     assert "--resume goes on" in capsys.readouterr().out
@@ -125,10 +115,10 @@ def test_records_of_another_machine_are_not_gone_on_from(measure, tmp_path):
 
 
 def test_parity_goes_on_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bench.parity.works", lambda dtypes: iter([NORM, ROPE]))
+    monkeypatch.setattr("bench.works.presets.small", lambda dtypes: iter([NORM, ROPE]))
     options = ["parity", "--device", "cpu", "--out", str(tmp_path), "--providers", "llama_kernels"]
     assert main(options) == 0 and len(records.read(tmp_path / "records.json").records) == 6
-    monkeypatch.setattr(providers.Ours, "rope", lambda *_: lambda q, k: (q, k))
+    monkeypatch.setattr(Ours, "rope", lambda *_: lambda q, k: (q, k))
     assert main([*options, "--resume"]) == 0  # it was right before
     assert main(options) == 1
     (tmp_path / "journal.json").write_text("{")
@@ -146,8 +136,8 @@ def test_a_cpu_is_measured_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
 
     before = used()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(records, "_smi", fail(AssertionError("the GPU is asked for")))
-    monkeypatch.setattr("bench.parity.works", lambda dtypes: iter([NORM, ROPE]))
+    monkeypatch.setattr(machine, "_smi", fail(AssertionError("the GPU is asked for")))
+    monkeypatch.setattr("bench.works.presets.small", lambda dtypes: iter([NORM, ROPE]))
     options = ["--device", "cpu", "--out", str(tmp_path)]
     assert main(["parity", *options, "--providers", "llama_kernels", "eager"]) == 0
     assert main(["providers", "--device", "cpu"]) == 0 and "needs a GPU" in capsys.readouterr().out
@@ -155,8 +145,8 @@ def test_a_cpu_is_measured_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
         assert main(["run", *options]) == 2  # an interpreter is not timed
         return
     extra = {"host": [], "codegen": {"kernels": []}}
-    monkeypatch.setattr("bench.without_gpu.run", lambda say, workers: ([], extra))
-    monkeypatch.setattr("bench.report.write", lambda run, folder: [folder / "report.html"])
+    monkeypatch.setattr("bench.commands.without_gpu.run", lambda say, workers: ([], extra))
+    monkeypatch.setattr("bench.reporting.report.write", lambda run, folder: [folder / "report.html"])
     assert main(["run", *options, "--ops", "rms_norm", "--shapes", "Llama 3.2 1B"]) == 0
     assert used() == before
 
@@ -177,52 +167,7 @@ def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
 
 # --- processes -------------------------------------------------------------------------------------------------------
 
-CHILD = """
-import os, signal, sys, time
-from bench import contain, measure, processes
-from bench.__main__ import parser
-from tests.bench.fakes import FakeClock, NORM
-from tests.bench.faults import ADD, ROPE, Bad
-from bench.providers import Eager
 
-def lost():
-    contain.gpu_fault = lambda device: "CUDA error: an illegal memory access was encountered"
-    raise RuntimeError("the kernel failed")
-
-does = {"segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "lost": lost, "hang": lambda: time.sleep(600),
-        "exit": lambda: os._exit(9)}[os.environ["BAD_DOES"]]
-measure.PROVIDERS = (Eager(), Bad(does))
-run = measure.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cpu", FakeClock())
-status = measure.status_of(run) or 0
-sys.stdout.flush()
-os._exit(status)
-"""
-
-
-def supervised(folder: Path, child: str, does: str, monkeypatch, patience: float = 10) -> tuple[int, list[str]]:
-    """Exit status, and what was said."""
-    (folder / "child.py").write_text(child)
-    monkeypatch.setenv("BAD_DOES", does)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    said: list[str] = []
-
-    def command(resume: bool, minutes: float) -> list[str]:
-        options = [
-            "--out",
-            str(folder),
-            "--minutes",
-            str(minutes),
-            "--seconds",
-            "0.01",
-            *(["--resume"] if resume else []),
-        ]
-        return [sys.executable, str(folder / "child.py"), "run", *options]
-
-    status = processes.supervise(command, folder, resume=False, minutes=10, patience=patience, say=said.append)
-    return status, said
-
-
-@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
 @pytest.mark.parametrize(
     "does, patience, reason",
     [
@@ -232,8 +177,8 @@ def supervised(folder: Path, child: str, does: str, monkeypatch, patience: float
     ],
     ids=["segfault", "lost", "hang"],
 )
-def test_a_run_goes_on_in_a_new_process(tmp_path, monkeypatch, does, patience, reason):
-    status, said = supervised(tmp_path, CHILD, does, monkeypatch, patience)
+def test_a_run_goes_on_in_a_new_process(tmp_path, does, patience, reason):
+    status, said = supervised(tmp_path, does, patience)
     run = records.read(tmp_path / "records.json")
     assert status == 0 and len(said) == 1 and "going on in a new process" in said[0]
     assert reasons(run.records) == {f"left out: {reason}, in the step 'numbers and memory'"}
@@ -242,9 +187,8 @@ def test_a_run_goes_on_in_a_new_process(tmp_path, monkeypatch, does, patience, r
     assert all(r.ms == 2.0 for r in others) and "stopped" not in run.extra
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
-def test_a_child_that_exits_by_itself_is_believed(tmp_path, monkeypatch):
-    status, said = supervised(tmp_path, CHILD, "exit", monkeypatch)
+def test_a_child_that_exits_by_itself_is_believed(tmp_path):
+    status, said = supervised(tmp_path, "exit")
     assert (status, said) == (9, [])
     assert {r.op for r in records.read(tmp_path / "records.json").records} == {"add_rms_norm"}
 
@@ -260,16 +204,15 @@ def test_a_child_that_dies_in_no_step_is_not_started_again(tmp_path):
 
 def test_a_child_is_the_same_command_in_one_process(tmp_path):
     options = ["--device", "cpu", "--ops", "rms_norm", "--dtypes", "fp32", "--providers", "llama_kernels"]
-    command = [sys.executable, "-m", "bench.processes", "parity", *options, "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.commands.child", "parity", *options, "--out", str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as child:
         assert "right in 2 pieces of work" in child.stdout.read() and child.wait(timeout=60) == 0
     assert len(records.read(tmp_path / "records.json").records) == 6
 
 
 def test_a_child_ends_with_its_parent():
-    code = (
-        "from bench import processes; import time; processes.end_with_parent(); print('up', flush=True); time.sleep(99)"
-    )
+    watch = "from bench.measuring.processes import end_with_parent; end_with_parent()"
+    code = f"import time; {watch}; print('up', flush=True); time.sleep(99)"
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **options) as child:
         assert child.stdout.readline() == "up\n"
@@ -277,7 +220,6 @@ def test_a_child_ends_with_its_parent():
         assert child.wait(timeout=30) == processes.INTERRUPTED
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
 def test_runs_on_a_gpu_are_supervised(tmp_path, monkeypatch):
     seen = {}
 
@@ -289,38 +231,8 @@ def test_runs_on_a_gpu_are_supervised(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "supervise", supervise)
     argv = ["run", "--device", "cuda", "--ops", "rope", "--out", str(tmp_path)]
     assert main(argv) == 7
-    assert seen["first"][1:] == ["-m", "bench.processes", *argv, "--minutes", "1.5"]
+    assert seen["first"][1:] == ["-m", "bench.commands.child", *argv, "--minutes", "1.5"]
     assert seen["second"][-3:] == ["--minutes", "0.5", "--resume"] and seen["folder"] == tmp_path
     assert (seen["minutes"], seen["patience"], seen["resume"]) == (30, 10, False)
     assert main(["parity", "--device", "cuda", "--out", str(tmp_path)]) == 7
     assert seen["first"][-2:] == ["--minutes", "1.5"] and math.isinf(seen["minutes"])
-
-
-ON_A_GPU = """
-import os, sys
-import torch
-from bench import measure, processes, timing
-from bench.__main__ import parser
-from tests.bench.faults import ADD, ROPE, Bad
-from tests.bench.fakes import NORM
-from bench.providers import Eager, Ours
-
-def reads_outside():
-    torch.zeros(4, device="cuda")[torch.tensor([10**6], device="cuda")]
-
-measure.PROVIDERS = (Ours(), Eager(), Bad(reads_outside))
-run = measure.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cuda", timing.Gpu())
-sys.stdout.flush()
-os._exit(measure.status_of(run) or 0)
-"""
-
-
-@pytest.mark.gpu
-def test_a_provider_whose_kernel_fails_on_a_gpu_is_left_out(tmp_path, monkeypatch):
-    """A device-side assertion: no call on the GPU succeeds in that process any more."""
-    status, said = supervised(tmp_path, ON_A_GPU, "fail", monkeypatch)
-    run = records.read(tmp_path / "records.json")
-    assert status == 0 and len(said) == 1 and "of bad at rms_norm, norm" in said[0], said
-    assert all(r.reason.startswith("left out: ") for r in run.records if r.provider == "bad")
-    others = [r for r in run.records if r.provider != "bad"]
-    assert len(others) == 18 and all(r.ms > 0 for r in others), others

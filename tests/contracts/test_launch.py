@@ -4,8 +4,10 @@ tests/contracts/launcher compares what reaches the CUDA driver; here it is what 
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -26,6 +28,7 @@ from llama_kernels.ops.attention.hopper.tables import TILES
 from llama_kernels.ops.rotation import Rotation
 from tests.support.environment import COMPILES
 from tests.support.launching_nothing import _twice_kernel
+from tests.support.ops import REGISTERED, Make, Shape, registered_calls
 
 pytestmark = COMPILES
 
@@ -38,98 +41,13 @@ def rotation() -> tuple[torch.Tensor, ...]:
     return torch.randn(32, 32), torch.randn(32, 32), torch.randint(32, (2, 32))
 
 
-def _rope():
-    return KERNELS["rope"], (heads(4), heads(2), *rotation(), False, False)
+SHAPE = Shape(S=32, D=64, N=256)
 
 
-def _rope_in_place():
-    return KERNELS["rope_"], (heads(4), heads(2), *rotation(), False)
-
-
-def _rope_qkv_backward():
-    return KERNELS["rope_qkv_backward"], (heads(4), heads(2), heads(2), *rotation(), True)
-
-
-def _rope_into_cache():
-    slots = torch.arange(32)
-    return KERNELS["rope_into_cache"], (
-        heads(4),
-        heads(2),
-        heads(2),
-        heads(2, 48),
-        heads(2, 48),
-        slots,
-        *rotation(),
-        False,
-    )
-
-
-def _qk_norm_rope():
-    return KERNELS["qk_norm_rope"], (heads(4), heads(2), torch.ones(64), torch.ones(64), *rotation(), 1e-6, 0.0, False)
-
-
-def _qk_norm_rope_backward():
-    given = [heads(H) for H in (4, 2, 4, 2)]
-    weights = torch.ones(64), torch.ones(64)
-    return KERNELS["qk_norm_rope_backward"], (*given, *weights, *rotation(), 1e-6, 0.0, False, True)
-
-
-def _rms_norm():
-    return KERNELS["rms_norm_forward"], (torch.randn(6, 256), torch.randn(6, 256), torch.ones(256), 1e-6, 0.0)
-
-
-def _rms_norm_backward(N: int = 256):
-    dy, ds, x = (torch.randn(6, N) for _ in range(3))
-    return KERNELS["rms_norm_backward"], (
-        dy,
-        ds,
-        x,
-        torch.ones(N),
-        torch.ones(6, 1),
-        1e-6,
-        0.0,
-        torch.float32,
-        True,
-        True,
-    )
-
-
-def _attention():
-    return KERNELS["attention_forward"], (heads(4), heads(2), heads(2), *_CALL)
-
-
-def _decode():
-    given = (heads(4, 1), heads(2, 600), heads(2, 600), *_CALL[:5], 1, 600, *_CALL[7:])
-    return KERNELS["attention_forward"], given
-
-
-def _masked_decode():
-    key_mask, sinks, kv_end = torch.ones(2, 600, dtype=torch.bool), torch.zeros(4), torch.zeros(2, 1, dtype=torch.int32)
-    q, k, v = heads(4, 1), heads(2, 600), heads(2, 600)
-    given = (q, k, v, sinks, None, kv_end, None, None, 1, 600, 0.125, 5.0, None, None, key_mask)
-    return lambda *args: decode.launch_decode(AttentionCall(*args[:-1]), args[-1]), given
-
-
-def _packed():
-    cu_seqlens = torch.tensor([0, 20, 64], dtype=torch.int32)
-    q, k, v = (heads(H).flatten(0, 1).reshape(64, H, 64) for H in (4, 2, 2))
-    start = torch.zeros(64, dtype=torch.int32)
-    return KERNELS["attention_forward"], (
-        q, k, v, torch.zeros(4), start, None, cu_seqlens, cu_seqlens, 44, 44, 0.1, 30.0, 8, 0
-    )  # fmt: skip
-
-
-def _attention_backward():
-    q, k, v, o = heads(4), heads(2), heads(2), heads(4)
-    lse, needs = torch.zeros(2, 4, 32), (True, True, True, False)
-    return KERNELS["attention_backward"], (heads(4), None, q, k, v, o, lse, *_CALL, *needs, False)
-
-
-def _rope_attention_backward():
-    q, k, v, o = heads(4), heads(2), heads(2), heads(4)
-    rest = (torch.zeros(2, 4, 32), torch.zeros(4), None, None, *rotation(), True, 0.125, None, None, 0)
-    given = (heads(4), None, q, k, v, o, *rest, True, True, True, True, False)
-    return KERNELS["rope_attention_backward"], given
+def _registered(label: str, shape: Shape = SHAPE) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The launcher of a registered op, and arguments of it."""
+    op, args = registered_calls(shape, Make(dtype=torch.bfloat16))[label]
+    return KERNELS[op], args
 
 
 _CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
@@ -154,11 +72,11 @@ def _hopper_attention_backward():
     return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())
 
 
-LAUNCHERS = [
-    _rope, _rope_in_place, _rope_qkv_backward, _rope_into_cache, _qk_norm_rope, _qk_norm_rope_backward, _rms_norm,
-    _rms_norm_backward, _attention, _attention_backward, _rope_attention_backward, _decode, _masked_decode,
-    _packed, _hopper_attention, _hopper_attention_backward,
-]  # fmt: skip
+LAUNCHERS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    **{label: functools.partial(_registered, label) for label in REGISTERED},
+    "hopper attention": _hopper_attention,
+    "hopper attention backward": _hopper_attention_backward,
+}
 
 
 def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
@@ -173,8 +91,9 @@ def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
     return first == second and (a is b or not any(x is y for x in (a, b) for y in given))
 
 
-@pytest.mark.parametrize("case", LAUNCHERS, ids=lambda case: case.__name__[1:])
-def test_a_cached_launch_is_the_one_triton_makes(case, launched):
+@pytest.mark.parametrize("label", LAUNCHERS)
+def test_a_cached_launch_is_the_one_triton_makes(label, launched):
+    case = LAUNCHERS[label]
     launcher, _ = case()
     for _ in range(2):  # what comes once need not come again
         launcher(*case()[1])
@@ -198,7 +117,7 @@ def test_every_launcher_is_compared_with_triton():
         covered.add(self.__name__)
 
     with mock.patch.object(triton.runtime.JITFunction, "run", note):
-        for case in (*LAUNCHERS, lambda: _rms_norm_backward(20000)):
+        for case in (*LAUNCHERS.values(), lambda: _registered("rms_norm backward", SHAPE._replace(N=20000))):
             launcher, given = case()
             launcher(*given)
     modules = (
@@ -240,7 +159,7 @@ def test_one_tensor_in_two_places_is_not_two_tensors(launched):
         assert got[0] is a and got[1] is b
 
 
-def test_a_plan_that_makes_tensors_is_not_cached(launched):
+def test_launches_of_tensors_that_the_launcher_makes_are_not_cached(launched):
     def into_new(x, scale):
         yield from _twice_plan(x, torch.empty_like(x), scale)
 
