@@ -366,7 +366,7 @@ def _shares(M: int, N: int, dx_itemsize: int, dw_itemsize: int, need_dx: bool, p
 
 @cached_launch
 def _launch_backward(
-    call: _Backward, dx: torch.Tensor, dw: torch.Tensor, partials: torch.Tensor | None, shares: _Shares
+    call: _Backward, shares: _Shares, dx: torch.Tensor, dw: torch.Tensor, partials: torch.Tensor | None
 ) -> list[Launch]:
     """partials: (shares.partials, N) float32, or None where dw is not needed."""
     weight, N, device = call.weight, call.x.shape[-1], call.x.device
@@ -399,7 +399,7 @@ def _launch_backward(
 
 
 def _forward_fake(call):
-    x, residual, *_ = call
+    x, residual = call.x, call.residual
     y = empty_in_order_of(x)
     s = x.new_empty(0) if residual is None else empty_in_order_of(residual)
     rstd = empty_in_order_of(x, (*x.shape[:-1], 1), torch.float32)
@@ -434,14 +434,13 @@ def _backward_fake(call):
 
 def _backward(call):
     dx, dw = _backward_fake(call)
-    dy, ds, x, weight, *_ = call
-    N = x.shape[-1]
+    x, dy, N = call.x, call.dy, call.x.shape[-1]
     if not x.numel():
         return dx, dw.zero_()
-    widths = _widest(x, dy, ds, weight), _widest(x, dy)
+    widths = _widest(x, dy, call.ds, call.weight), _widest(x, dy)
     shares = _shares(x.numel() // N, N, *widths, call.need_dx, processors_of(x.device))
     partials = x.new_empty((shares.partials, N), dtype=torch.float32) if call.need_dw else None
-    _launch_backward(call, dx, dw, partials, shares)
+    _launch_backward(call, shares, dx, dw, partials)
     return dx, dw
 
 
@@ -489,8 +488,8 @@ class _RMSNorm(Differentiable):
     KEPT = 1
 
     @staticmethod
-    def forward(op, x, residual, *rest):
-        y, s, rstd = _rms_norm_forward(x, residual, *rest)
+    def forward(op, x, residual, weight, eps, offset):
+        y, s, rstd = _rms_norm_forward(x, residual, weight, eps, offset)
         return (y, rstd) if residual is None else (y, s, rstd)
 
     @staticmethod
