@@ -7,7 +7,7 @@ dq and dk before they are rounded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -22,6 +22,10 @@ from llama_kernels.ops.attention.op import attention_forward
 from llama_kernels.ops.rope import _rope as rotate
 from llama_kernels.ops.rotation import Rotation, full_width, rotates_in_registers
 from llama_kernels.ops.rotation_checks import check_angles, tokens_of
+from llama_kernels.reference.attention import AttentionOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # --- registered op ---------------------------------------------------------------------------------------------------
 
@@ -109,6 +113,30 @@ class _RopeAttention(Differentiable):
 
 
 # --- public function -------------------------------------------------------------------------------------------------
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: Literal[False] = False,
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: Literal[True],
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: bool,
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def rope_attention(
