@@ -14,15 +14,17 @@ override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
 endif
 VENV := .venv
 BIN := $(VENV)/bin
+RUFF = $(if $(filter present,$(TORCH)),$(PYTHON) -m ruff,$(BIN)/ruff)
 # A stamp for each choice of versions: another choice installs anew.
 ENVIRONMENT := $(VENV)/made-with-$(subst /,_,$(PYTHON))-$(TORCH)
 INSTALLED := $(ENVIRONMENT)-$(TRITON)
+DOCS_INSTALLED := $(INSTALLED)$(if $(filter-out present,$(TORCH)),-docs)
 CONSTRAINTS := $(if $(filter 2.13.0,$(TORCH)),constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
 .PHONY: install demo examples test test-present test-compiled bench newest gpu-check test-all fuzz witness matrix \
-	codegen lint clean
+	codegen lint fmt quick docs clean
 
 install: $(INSTALLED)
 
@@ -160,6 +162,27 @@ ifeq ($(TORCH),present)
 else
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+endif
+
+fmt: $(INSTALLED)
+	$(call NEEDS,fmt)
+	$(RUFF) check --fix .
+	$(RUFF) format .
+
+# For every change, in under a minute: lint, and each op once in the interpreter, forward and gradients.
+quick: lint
+	$(call NEEDS,test)
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -o addopts= -q $(QUICK)
+
+# The site, in build/site. A warning or a broken link is an error.
+docs: $(DOCS_INSTALLED)
+	$(call NEEDS,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+ifneq ($(TORCH),present)
+$(INSTALLED)-docs: $(INSTALLED) pyproject.toml $(CONSTRAINTS)
+	$(PIP_INSTALL) -e '.[docs]'
+	touch $@
 endif
 
 clean:
