@@ -73,14 +73,14 @@ examples: $(INSTALLED)
 	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --compare --steps $(STEPS) || exit 1; done
 
 # The kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run: tests/run.py.
-# PYTEST='tests/test_rope.py -k heads' and the like choose tests.
+# PYTEST='tests/ops/test_rope.py -k heads' and the like choose tests.
 test: lint codegen
 	$(call NEEDS,test)
 	$(BIN)/python -m tests.run --workers $(JOBS) $(PYTEST)
 
 # `make` with TORCH=present on a machine made for it: a virtual environment in another one, without a network.
 test-present: $(INSTALLED)
-	$(BIN)/python -m tests.present_environment
+	$(BIN)/python -m tests.installation.present_environment
 
 # The suite with the newest release of every package, in an environment of its own; each run upgrades it.
 # TRANSFORMERS=git+https://github.com/huggingface/transformers tests the main branch of Transformers.
@@ -111,24 +111,24 @@ test-all: test fuzz
 # Random calls of everything; a failure is shrunk to a line of tests/reproducers.txt.
 fuzz: $(INSTALLED)
 	$(call NEEDS,fuzz)
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+	$(BIN)/python -m tests.regressions.fuzz --minutes $(MINUTES)
 
 # What the compiler makes of the kernels, run without a GPU (tests/compiled/README.md): all calls, of which `test` has some.
 test-compiled: $(INSTALLED)
 	$(call NEEDS,test)
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --compiled-table \
-		tests/test_compiled.py tests/test_compiled_hopper.py tests/compiled
+		tests/compiled/llama/test_kernels.py tests/compiled/llama/test_hopper_faults.py tests/compiled
 
 # Others' suites against our ops: WITNESS=flash_attention SUITE=path/to/checkout (docs/reliability.md).
 WITNESS ?= flash_attention
 witness: $(INSTALLED)
 	$(if $(filter present,$(TORCH)),,$(PIP_INSTALL) einops)
 	$(call NEEDS,witness)
-	SUITE=$(SUITE) $(BIN)/python -m pytest -o addopts= -q tests/witness/$(WITNESS).py
+	SUITE=$(SUITE) $(BIN)/python -m pytest -o addopts= -q tests/regressions/witness/$(WITNESS).py
 
 # Import, interpreter and compiler under each torch with each Triton: an environment a pair, so some gigabytes.
 matrix: $(INSTALLED)
-	$(BIN)/python -m tests.matrix
+	$(BIN)/python -m tests.installation.matrix
 
 # The compile gate. Its recorded figures are of Triton 3.6.0, by whose code most tiles were chosen, so that is installed
 # aside for it: build/codegen.json has all families. With TRITON=newest the gate is of the newest release and of sm_90

@@ -21,15 +21,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first 
 
 import pytest
 
-from llama_kernels.core import launch_cache
-from llama_kernels.core.language import HAS_TRITON, INTERPRETED
+pytest.register_assert_rewrite("tests.support")  # before they are imported
 
-pytest_plugins = ("tests.compiled.plugin", "tests.compiled.llama")
+from llama_kernels.core import launch_cache  # noqa: E402
+from tests.support.environment import DEVICE, INTERPRETED  # noqa: E402
+
+pytest_plugins = ("tests.compiled.plugin", "tests.compiled.llama.plugin", "tests.support.launching_nothing")
 
 torch.set_num_threads(1)  # tests run side by side, on tensors too small to share
-
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
 
 _BUILTINS: dict[Any, list[str]] = {}  # by module of the language, or class
 
@@ -53,19 +52,6 @@ if INTERPRETED:
     if inspect.signature(interpreter._patch_builtin).parameters.keys() == {"pkg", "builder", "scope"}:
         interpreter._patch_builtin = _patch_builtin
 
-# Of what compiles kernels, or launches them into nothing, under a driver that stands in for a GPU's.
-COMPILES = [
-    pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this run; the other run of the suite compiles"),
-    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
-    pytest.mark.skipif(DEVICE == "cuda", reason="replaces Triton's driver, which the other tests need"),
-]
-
-
-def compiles(test: Any) -> Any:
-    for mark in COMPILES:
-        test = mark(test)
-    return test
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -77,7 +63,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--hardware-errors",
         choices=("high", "low", "mixed"),
-        help="the interpreter's exp2, log2, rsqrt and division are off by what the PTX ISA allows: tests/hardware.py",
+        help="the interpreter's exp2, log2, rsqrt and division have the errors that the PTX ISA allows: see "
+        "tests/support/hardware.py",
     )
     parser.addoption("--compiled-table", action="store_true", help="also the tests that only `make test-compiled` runs")
 
@@ -91,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if error := config.getoption("hardware_errors"):
         if not INTERPRETED:
             raise pytest.UsageError("--hardware-errors is for Triton's interpreter, which does not run here")
-        from tests import hardware
+        from tests.support import hardware
 
         arithmetic = hardware.interpreted(hardware.ERRORS[error])
         arithmetic.__enter__()

@@ -1,7 +1,7 @@
 """`make test`: the suite twice. First the kernels, compiled on a GPU or else in Triton's interpreter; then the path
-that CPU tensors take otherwise.
+that CPU tensors take otherwise. Tests marked `once` do not depend on how kernels run: only the second run has them.
 
-    python -m tests.run --workers 8 tests/test_rope.py     other arguments go to pytest
+    python -m tests.run --workers 8 tests/ops/test_rope.py     other arguments go to pytest
 
 Where Triton's interpreter cannot run, and there is no GPU, the first run is left out, and the reason is printed.
 """
@@ -27,10 +27,11 @@ def main() -> int:
     if args.workers > 1 and not parallel:
         print("pytest-xdist is not installed: the tests run in one process.", flush=True)
     command = [sys.executable, "-m", "pytest", *(["-n", str(args.workers)] if parallel else []), *arguments]
+    kernels_only = [] if "-m" in arguments else ["-m", "not once"]
     why_not = None if torch.cuda.is_available() else why_not_interpreted()
     if why_not:
         print(f"The kernels are not tested. There is no GPU, and {why_not}", flush=True)
-    elif code := subprocess.run(command).returncode:
+    elif code := subprocess.run([*command, *kernels_only]).returncode:
         return code
     return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}).returncode
 

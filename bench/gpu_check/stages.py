@@ -20,7 +20,7 @@ _PACKAGE = ("llama_kernels", "reference")
 _BENCH, _TESTS = (*_PACKAGE, "bench"), (*_PACKAGE, "bench", "tests")
 
 # Under compute-sanitizer: what ends inside a block, and sums over programs.
-SANITIZED = ("tests/test_corpus.py", "-k", "tail_block or first_rows")
+SANITIZED = ("tests/regressions/test_corpus.py", "-k", "tail_block or first_rows")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # Each allocation is one of its own, so that an access past its end is seen.
 _NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -121,7 +121,7 @@ def _all_measured(folder: Path) -> bool:
 def _determinism() -> list[Job]:
     """The same repeats in several processes: each is the load of the others."""
     names = [f"under-load.{i}" for i in range(1, UNDER_LOAD + 1)]
-    return [suite.pytest_job(name, "tests/test_gpu.py", "-k", suite.REPEATS, seconds=120) for name in names]
+    return [suite.pytest_job(name, "tests/gpu/test_gpu.py", "-k", suite.REPEATS, seconds=120) for name in names]
 
 
 def _sanitizers(program: str) -> list[Job]:

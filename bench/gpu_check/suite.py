@@ -19,7 +19,12 @@ PART = 40
 SECONDS = 300.0  # of a part: its kernels may all be new
 COLLECT_SECONDS = 60.0
 # Slow, and least likely to say something new about a GPU.
-LAST = ("tests/integrations/", "tests/test_examples.py", "tests/test_fuzz.py", "tests/test_large.py")
+LAST = (
+    "tests/integrations/",
+    "tests/examples/",
+    "tests/regressions/test_fuzz.py",
+    "tests/gpu/test_large.py",
+)
 # Hundreds of launches that must be alike, which the determinism stage repeats while others use the GPU.
 REPEATS = "repeat or races"
 
@@ -73,8 +78,8 @@ def parts(ids: Iterable[str], *options: str) -> list[Job]:
 
 
 def is_repeated(test: str) -> bool:
-    """Whether the determinism stage runs `test`: the same choice as pytest's -k REPEATS in tests/test_gpu.py."""
-    return test.startswith("tests/test_gpu.py::") and any(word in test.lower() for word in REPEATS.split(" or "))
+    """Whether the determinism stage runs `test`: the same choice as pytest's -k REPEATS in tests/gpu/test_gpu.py."""
+    return test.startswith("tests/gpu/test_gpu.py::") and any(word in test.lower() for word in REPEATS.split(" or "))
 
 
 def reaches_attention(test: str) -> bool:
@@ -83,7 +88,7 @@ def reaches_attention(test: str) -> bool:
     if file.startswith("tests/integrations/"):
         return False
     text = (ROOT / file).read_text()
-    return re.search(r"\b(?:lk|llama_kernels)\.(?:rope_)?attention|from tests\.test_attention", text) is not None
+    return re.search(r"\b(?:lk|llama_kernels)\.(?:rope_)?attention|from tests\.support\.attention", text) is not None
 
 
 def counts(output: str) -> dict[str, int]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from tests.integrations.families import UNDEFINED, Batch, batch, stock
-from tests.judge import UNIT
+from tests.support.judge import UNIT
 
 PADDED = 6  # tokens of padding of the first sequence
 FAR = 1000  # beyond every length in a config
@@ -141,8 +141,8 @@ class DoubleSoftmax(TorchFunctionMode):
 def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> None:
     """|ours - truth| <= 2 |theirs - truth| + u |truth|, in the norm of the logits and in that of all gradients: two
     float32 computations in different orders. One parameter's gradient and the last logits may be off by 4 times, one
-    element by 3 times what it is in stock, since of few numbers the error is luck, as in tests/judge.py. Terms that
-    cancel add up to a gradient, to zero for the bias of keys: u counts in the norm of all gradients."""
+    element by 3 times what it is in stock, since of few numbers the error is luck, as in tests/support/judge.py. Terms
+    that cancel add up to a gradient, to zero for the bias of keys: u counts in the norm of all gradients."""
     assert ours.keys() == theirs.keys() == truth.keys(), f"gradients of {sorted(ours.keys() ^ theirs.keys())}"
     u, ulp = UNIT[torch.float32], torch.finfo(torch.float32).eps
     for name, exact in truth.items():

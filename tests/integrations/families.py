@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.conftest import DEVICE
+from tests.support.environment import DEVICE
 
 # A config gets those that it has a field for. All experts are chosen, so that rounding changes no routing. The epsilon
 # of norms is large enough to be seen.

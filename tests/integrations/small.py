@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_kernels.core.language import INTERPRETED
-from tests.conftest import DEVICE
 from tests.integrations.checks import DoubleSoftmax, close
+from tests.support.environment import DEVICE
 
 # What these tests are about is what runs where; the kernels have their own tests, and interpreting takes minutes.
 not_interpreted = pytest.mark.skipif(

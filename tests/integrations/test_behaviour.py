@@ -15,7 +15,6 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llama_kernels.integrations.transformers import patch, report, unpatch
-from tests.conftest import DEVICE
 from tests.integrations.checks import DoubleSoftmax, DropoutInFloat32
 from tests.integrations.small import (
     FAMILIES,
@@ -28,7 +27,8 @@ from tests.integrations.small import (
     small,
     tokens,
 )
-from tests.judge import relative_error
+from tests.support.environment import DEVICE
+from tests.support.judge import relative_error
 
 families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -13,7 +13,6 @@ pytest.importorskip("transformers", minversion="4.57")
 from transformers import StaticCache
 
 from llama_kernels.integrations.transformers import patch
-from tests.conftest import DEVICE
 from tests.integrations.small import (
     VERSION,
     as_stock,
@@ -24,6 +23,7 @@ from tests.integrations.small import (
     small,
     tokens,
 )
+from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
 

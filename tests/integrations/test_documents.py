@@ -15,8 +15,8 @@ import transformers
 from transformers import StaticCache
 
 from llama_kernels.integrations.transformers import patch
-from tests.conftest import DEVICE
 from tests.integrations.small import FAMILIES, VERSION, Calls, as_stock, logits_of, not_interpreted, small, tokens
+from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
 

@@ -12,10 +12,10 @@ pytest.importorskip("transformers", minversion="5.0")
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.conftest import INTERPRETED
 from tests.integrations import families_table
 from tests.integrations.checks import Baseline
 from tests.integrations.families import EVERY_FAMILY, FAMILIES, MULTIMODAL, NO_ROW, decoder_families
+from tests.support.environment import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED, reason="runs on the reference path, or on a GPU, with compiled kernels, whose tests are others"

@@ -19,9 +19,9 @@ pytest.importorskip("transformers", minversion="4.57")
 import transformers
 
 from llama_kernels.integrations.transformers import classes, fusions, known_code, modules, source
-from tests.conftest import DEVICE
 from tests.integrations.small import VERSION, Calls, not_interpreted
-from tests.judge import judge, relative_error
+from tests.support.environment import DEVICE
+from tests.support.judge import judge, relative_error
 
 pytestmark = not_interpreted
 

@@ -16,9 +16,9 @@ from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 from llama_kernels.integrations.transformers import masks
 from llama_kernels.integrations.transformers.attention import NAME, attention_forward
 from llama_kernels.integrations.transformers.intervals import Window
-from tests.conftest import DEVICE
 from tests.integrations.small import VERSION, WithoutWaiting, not_interpreted
-from tests.judge import drawn, ideal_attention, judge
+from tests.support.environment import DEVICE
+from tests.support.judge import drawn, ideal_attention, judge
 
 pytestmark = not_interpreted
 

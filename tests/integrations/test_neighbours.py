@@ -19,10 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_kernels.integrations.transformers import patch, report, source, unpatch
 from llama_kernels.integrations.transformers.attention import attention_forward
-from tests.conftest import DEVICE, INTERPRETED
 from tests.integrations import families_table, tensor_parallel
 from tests.integrations.checks import CHECKS, Baseline, close
 from tests.integrations.families import batch, stock
+from tests.support.environment import DEVICE, INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="runs on the reference path; compiled kernels have other tests"),

@@ -22,7 +22,6 @@ from transformers.models.llama import modeling_llama
 
 from llama_kernels.integrations.transformers import patch, report, unpatch
 from llama_kernels.integrations.transformers.modules import Patched
-from tests.conftest import DEVICE
 from tests.integrations.small import (
     FAMILIES,
     Calls,
@@ -33,6 +32,7 @@ from tests.integrations.small import (
     small,
     tokens,
 )
+from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
 

@@ -13,9 +13,9 @@ pytest.importorskip("transformers", minversion="4.57")
 import llama_kernels as lk
 from llama_kernels.integrations.transformers import patch
 from llama_kernels.ops.attention import backward, forward
-from tests.conftest import compiles
 from tests.integrations.small import VERSION, Calls, not_interpreted, padded, small, tokens
-from tests.test_launch import launched  # noqa: F401  a fixture
+from tests.support.environment import compiles
+from tests.support.launching_nothing import launched  # noqa: F401  a fixture
 
 pytestmark = not_interpreted
 

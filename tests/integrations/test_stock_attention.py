@@ -15,7 +15,6 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llama_kernels.integrations.transformers import attention, patch, report
-from tests.conftest import DEVICE
 from tests.integrations.checks import DoubleSoftmax
 from tests.integrations.small import (
     VERSION,
@@ -28,6 +27,7 @@ from tests.integrations.small import (
     small,
     tokens,
 )
+from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
 

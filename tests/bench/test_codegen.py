@@ -1,0 +1,240 @@
+"""The offline compile gate: it sees what it must see. Its verdict on the package is `make codegen`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from llama_kernels.ops.attention import backward, forward, tables
+from llama_kernels.ops.attention.tables import Tile
+from tests.support.environment import COMPILES
+
+pytestmark = COMPILES
+
+
+def reports(target: str, op: str, label: str, tile: Tile | None = None):
+    from bench import codegen
+
+    case = next(c for c in codegen.cases() if (c.op, c.label) == (op, label))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (forward, backward) if tile else ():
+            patch.setattr(module, "tile_for", lambda *_: tile)
+        return [codegen.read(target, case, name, kernel) for name, kernel in codegen.compile_case(target, case)]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_attention_runs_on_tensor_cores(target):
+    kernels = {r.kernel: r for r in reports(target, "attention", "D=64 bfloat16 causal")}
+    assert set(kernels) == {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"}
+    assert all(r.tensor_core for name, r in kernels.items() if name != "delta_kernel")
+    assert not any(r.faults for r in kernels.values())
+
+
+def test_documents_of_one_token_run_the_kernels_of_longer_ones():
+    """Their length is no constant of the kernel: ptxas crashes on some code in which it is (Triton 3.6, sm_90). Without
+    causal mask and window, which calls of documents of one token do not need."""
+    from bench import codegen, ones
+
+    def machine_code(length: int) -> list[bytes]:
+        size = ones._Size("documents", Sq=length, Sk=length, tokens=512)
+        case = codegen.Case("attention", "", lambda: ones._attention(64, torch.bfloat16, size, "bounds"))
+        return [kernel.asm["cubin"] for _, kernel in codegen.compile_case("sm_90", case)]
+
+    assert machine_code(1) == machine_code(7)
+
+
+@pytest.mark.parametrize("op, label", [("rope", "D=128 R=128 heads=32/8"), ("rms_norm", "N=4096 +residual")])
+def test_memory_bound_kernels_move_16_bytes_at_a_time(op, label):
+    for r in reports("sm_90", op, label):
+        assert max(r.loads) == 128 and not r.spill_bytes and not r.faults
+        assert max(r.stores) == 128 or r.kernel == "sum_partials_kernel"
+
+
+@pytest.mark.parametrize("op, label", [("rope", "D=128 R=128 heads=32/8"), ("rms_norm", "N=8192"),
+                                       ("qk_norm_rope", "D=128 R=128 heads=32/8")])  # fmt: skip
+def test_instructions_a_byte_are_counted(op, label):
+    """RoPE moves 32 bytes in and out for 8 pairs a thread: at least 4 products or sums for each, and 64 bytes."""
+    from bench import traffic
+
+    for r in reports("sm_90", op, label):
+        assert r.moves and all(loop.bytes for loop in r.moves)
+        if r.kernel == "rope_kernel":
+            assert {loop.bytes for loop in r.moves} == {64} and all(32 < loop.instructions < 128 for loop in r.moves)
+        if "sum_partials" not in r.kernel:
+            assert 0.1 < traffic.heaviest(r.moves).share_of_issue("sm_90") < 0.8
+
+
+def test_narrow_accesses_and_too_many_instructions_are_faults():
+    from bench.traffic import Loop, faults, loops
+
+    wide = Loop(100, {128: 2, 32: 1}, {128: 2})
+    assert faults([wide], "sm_90") == []
+    assert faults([wide, Loop(100, {64: 4}, {128: 2})], "sm_90") == ["a loop without a 128-bit load"]
+    assert faults([Loop(100, {128: 4}, {32: 8})], "sm_90") == ["a loop without a 128-bit store"]
+    assert "instructions that fit" in faults([Loop(1000, {128: 4}, {128: 4})], "sm_90")[0]
+    code = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0010*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0030*/                   FADD R4, R4, R5 ;
+        /*0040*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0050*/              @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0060*/                   BRA `(.L_x_1) ;
+"""
+    assert loops(code) == [Loop(5, {64: 1, 128: 1}, {16: 1})]
+    assert loops(code.replace("@P0 BRA `(.L_x_0)", "EXIT")) == [Loop(7, {64: 1, 128: 2}, {16: 1})]
+
+
+def test_a_tile_too_large_is_a_fault():
+    faults = [f for r in reports("sm_90", "attention", "D=128 bfloat16 causal", Tile(128, 128, 4, 2)) for f in r.faults]
+    assert any("spills" in f for f in faults) and "local memory in a loop" in faults
+    faults = [f for r in reports("sm_80", "attention", "D=256 bfloat16 causal", Tile(128, 128, 8, 3)) for f in r.faults]
+    assert any("shared memory" in f for f in faults)
+
+
+def test_exponentials_with_nothing_above_them_are_a_fault():
+    """The textbook order, of which one program fills a processor."""
+    forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal", Tile(128, 128, 8, 2))[0]
+    assert forward_kernel.faults == ["0% of the exponentials beneath a product"]
+    forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal")[0]
+    assert not forward_kernel.faults and all(loop.covered == 1 for loop in forward_kernel.loops)
+
+
+def test_products_computed_twice_are_a_fault():
+    """Eight warps on 64 rows: the two warpgroups share them."""
+    dkdv = next(
+        r for r in reports("sm_90", "attention", "D=64 bfloat16 causal", Tile(64, 64, 8, 2)) if "dkdv" in r.kernel
+    )
+    (loop,) = dkdv.loops
+    assert dkdv.faults == ["products computed more than once"] and loop.cycles["tensor"] == 1.5 * loop.ideal
+
+
+PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+FLOPS = 2 * 64 * 64 * 16
+
+
+def loops_of(*body: str, flops: int = FLOPS):
+    from bench import sass
+
+    code = (".L_x_1:", *body, "@!P0 BRA `(.L_x_1)", "EXIT")
+    text = "\n".join(
+        line if line.startswith(".") else f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(code)
+    )
+    return sass.loops(text, "sm_90", registers=168, shared=1 << 16, warps=4, flops=flops)
+
+
+def test_a_loop_is_read_as_it_stands():
+    (loop,) = loops_of(WAIT, "MUFU.EX2 R1, R2", "@P1 FSEL R1, R1, -INF, P0", PRODUCT, "MUFU.EX2 R3, R4", "BAR.SYNC 0x0")
+    assert loop.instructions == 7 and loop.covered == 0.5
+    assert (loop.mix["tensor"], loop.mix["exp"], loop.mix["select"], loop.mix["barrier"]) == (1, 2, 1, 1)
+    assert loop.cycles["tensor"] == loop.ideal == 32 and loop.cycles["mufu"] == 16
+    assert loop.programs == 3 and loop.step >= 32 and 0 < loop.share <= 1
+    # A product of 32 cycles that nothing waits for, and exponentials of 16: they run beneath it. With a wait, after it.
+    (loop,) = loops_of(PRODUCT, *["MUFU.EX2 R1, R2"] * 2)
+    assert loop.covered == 1 and loop.step == 32
+    (loop,) = loops_of(PRODUCT, WAIT, *["MUFU.EX2 R1, R2"] * 2)
+    assert loop.covered == 0 and loop.step >= 48
+    assert not loops_of("MUFU.EX2 R1, R2")
+
+
+@pytest.mark.parametrize(
+    "body, flops, fault",
+    [
+        ((PRODUCT, "FSEL R1, R1, -INF, P0"), FLOPS, "a select in the unmasked loop"),
+        ((PRODUCT, "LDL R1, [R2]"), FLOPS, "local memory in a loop"),
+        ((PRODUCT, PRODUCT), FLOPS, "products computed more than once"),
+        ((PRODUCT, WAIT, "MUFU.EX2 R1, R2"), FLOPS, "0% of the exponentials beneath a product"),
+        (("MUFU.EX2 R1, R2",), FLOPS, "no loop around tensor-core instructions"),
+    ],
+)
+def test_what_a_loop_must_not_show(body, flops, fault):
+    from bench import sass
+
+    found = loops_of(*body, flops=flops)
+    assert sass.faults(found, "sm_90", "forward_kernel", plain=True) == [fault]
+    always = fault.startswith(("products", "no loop"))
+    assert sass.faults(found, "sm_90", "forward_kernel", plain=False) == [fault] * always
+    assert not sass.faults(loops_of(PRODUCT, "MUFU.EX2 R1, R2"), "sm_90", "forward_kernel", plain=True)
+
+
+def test_options_that_hold_registers_take_another_tile(monkeypatch):
+    monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
+    q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
+    row = tables.tile_for("forward", q, q)
+    assert row.crowded and tables.tile_for("forward", q, q, True) == row.crowded
+    assert tables.tile_for("decode", q, q, True) == tables.tile_for("decode", q, q)
+
+
+def test_a_row_may_differ_by_compiler_and_by_the_width_of_v(monkeypatch):
+    monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
+    older, newer = (tables.tile("sm_90", "forward", 128, torch.bfloat16, triton) for triton in ((3, 8), (3, 10)))
+    assert older.newer == newer and not newer.newer
+    q, v = (torch.empty(1, 1, 1, D, dtype=torch.bfloat16) for D in (192, 128))
+    assert tables.tile_for("forward", q, v) == tables.tile_for("forward", q, q).narrow_v
+    assert tables.tile_for("forward", v, v).narrow_v is None
+
+
+@pytest.mark.corpus(67, 68)
+def test_every_row_of_the_tables_is_there():
+    from bench import codegen
+
+    assert set(tables.FAMILIES) == set(codegen.TARGETS)
+    for family in tables.FAMILIES:
+        for pass_ in tables.PASSES:
+            for width in (1, *tables.WIDTHS):
+                for dtype in (torch.bfloat16, torch.float32):
+                    rows = [tables.tile(family, pass_, width, dtype, triton) for triton in ((3, 6), (3, 9))]
+                    rows += [row.narrow_v for row in rows if row.narrow_v]
+                    for tile in filter(None, (*rows, *(row.crowded for row in rows))):
+                        assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
+                        assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
+                        # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
+                        assert family != "sm_100" or tile.num_stages not in (2, 3)
+
+
+def test_a_plain_kernel_that_changes_is_told():
+    from bench import codegen
+
+    found = reports("sm_90", "attention", "D=64 bfloat16 causal")
+    now = {"triton": codegen.triton.__version__, "kernels": codegen.plain(found)}
+    assert len(now["kernels"]) == len(found) and not codegen.changes(found, now)
+    found[0].instructions += 1
+    (told,) = codegen.changes(found, now)
+    count = found[0].instructions
+    assert told == f"sm_90 attention forward_kernel D=64 bfloat16 causal: instructions {count - 1} -> {count}"
+    assert not codegen.changes(found, {**now, "triton": "0.0.0"})
+    assert len(codegen.changes(found, {**now, "kernels": {}})) == len(found)
+
+
+def test_the_record_is_whole():
+    record = json.loads(Path(bench.__file__).with_name("machine_code.json").read_text())
+    assert f"RECORDED := {record['triton']}\n" in (Path(__file__).parents[2] / "Makefile").read_text()
+    for family in tables.FAMILIES:
+        kernels = {name.split()[2] for name in record["kernels"] if name.startswith(family)}
+        assert kernels >= {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel", "decode_kernel"}
+
+
+@pytest.mark.parametrize("options", ["causal", "causal window softcap sinks packed"])
+def test_the_hopper_kernels_hide_their_softmax(options):
+    kernels = {r.kernel: r for r in reports("sm_90", "hopper", f"D=64 bfloat16 {options}")}
+    assert set(kernels) == {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_dq_kernel"}
+    assert not any(r.faults or r.spill_bytes for r in kernels.values())
+
+
+def test_what_a_loop_hides_is_read_from_its_machine_code():
+    from bench import hopper
+
+    product, exp = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", "MUFU.EX2 R1, R2"
+    one_left, none_left = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    pipelined = hopper._loop([product, product, one_left, exp, exp, none_left])
+    assert pipelined.covered == 1 and pipelined.tensor_cycles == 2 * 64 and pipelined.mix["MUFU.EX2"] == 2
+    assert hopper._loop([product, product, one_left, exp, none_left, exp]).covered == 0.5
+    assert hopper._loop([exp, product, none_left]).covered == 0
+    assert hopper._loop([exp, none_left, product]).covered == 1  # left under way by the trip before

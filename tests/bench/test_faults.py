@@ -1,0 +1,209 @@
+"""What a provider does wrong ends nothing but its own rows. Providers, clocks and GPU faults are made up here."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the bench's commands print with rich")
+
+from bench import contain, end_to_end, memory_bound, records, runner
+from bench.capture import Lost
+from bench.processes import CAPTURE, Journal
+from bench.providers import Eager, Provider
+from tests.bench.fakes import ABOUT, CEILINGS, NORM, FakeClock, tiny_model
+from tests.bench.faults import ADD, ROPE, Bad, fail, reasons
+from tests.support.environment import DEVICE
+
+
+def run(works, *chosen, clock=None, **options):
+    """All records, and the Lost that ended the run, or None."""
+    made, options = [], {"device": DEVICE, "clock": clock, "ceilings": CEILINGS, "about": ABOUT} | options
+    try:
+        for rs in runner.run(works, chosen, **options):
+            made += rs
+    except Lost as e:
+        return made, e
+    return made, None
+
+
+# --- containment -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["build", "call"])
+@pytest.mark.parametrize(
+    "e, reason",
+    [
+        (ValueError("no"), "ValueError: no"),
+        (SystemExit(3), "SystemExit: 3"),
+        (torch.cuda.OutOfMemoryError("much"), "out of memory"),
+        (torch._dynamo.exc.Unsupported("a graph break"), "Unsupported: a graph break"),
+        (AssertionError(), "AssertionError"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else "",
+)
+def test_what_a_provider_raises_is_its_reason(e, reason, when):
+    made, lost = run([NORM, ADD], Bad(fail(e), when), Eager(), clock=FakeClock())
+    assert lost is None and reasons(made) == {reason}
+    others = [r for r in made if r.provider == "eager"]
+    assert {r.op for r in others} == {"rms_norm", "add_rms_norm"} and all(r.ms == 2.0 for r in others)
+
+
+def test_a_failure_while_clocks_run_costs_one_direction():
+    class Failing(FakeClock):
+        def sampler(self, calls, by_events=None):
+            sampling = super().sampler(calls, by_events)
+            return sampling._replace(sampler=fail(RuntimeError("in a sample"))) if len(self.calls) == 3 else sampling
+
+    made, _ = run([NORM], Bad(lambda: None), Eager(), clock=Failing())
+    assert [r.reason for r in made if r.provider == "bad"] == [None, "RuntimeError: in a sample", None]
+    assert [r.ms for r in made] == [2.0, None, 2.0, 2.0, 2.0, 2.0]
+    assert all(r.method is None for r in made if r.ms is None)
+
+
+def test_a_failure_before_the_samples_costs_one_direction():
+    class Failing(FakeClock):
+        def sampler(self, calls, by_events=None):
+            if len(self.calls) == 2:
+                self.calls.append(0)
+                raise RuntimeError("in the warm-up")
+            return super().sampler(calls, by_events)
+
+    made, _ = run([NORM], Bad(lambda: None), Eager(), clock=Failing())
+    assert [r.reason for r in made if r.provider == "bad"] == [None, "RuntimeError: in the warm-up", None]
+    assert all(r.ms == 2.0 for r in made if r.provider == "eager")
+
+
+def test_no_time_is_no_measurement():
+    made, _ = run([NORM], Eager(), clock=FakeClock(0.0), directions=["forward"])
+    assert reasons(made, "eager") == {"took no time: it does not work on the current stream"} and made[0].ms is None
+
+
+def test_what_a_failed_provider_held_is_free_before_the_gpu_is_tested(monkeypatch):
+    held, left = [], []
+
+    class Large(Provider):
+        name, cpu = "bad", True
+
+        def rms_norm(self, work, device):
+            def f(x, weight):
+                large = torch.ones(1000)
+                held.append(weakref.ref(large))
+                try:
+                    raise KeyError(large.sum())
+                except KeyError:
+                    raise torch.cuda.OutOfMemoryError("much") from None
+
+            return f
+
+    monkeypatch.setattr(contain, "gpu_fault", lambda device: left.append(held[0]()) or "out of memory")
+    made, lost = run([NORM], Large())
+    assert left == [None] and reasons(made) == {"out of memory"}
+    assert lost is None  # what others hold is no fault of the process
+
+
+def test_work_without_inputs_is_listed(monkeypatch):
+    monkeypatch.setattr(memory_bound.RMSNorm, "draw", lambda *_: fail(torch.cuda.OutOfMemoryError("much"))())
+    made, _ = run([NORM, ADD], Eager(), clock=FakeClock())
+    assert {(r.op, r.reason) for r in made} == {
+        ("rms_norm", "inputs or float64 results: out of memory"), ("add_rms_norm", None)}  # fmt: skip
+
+
+def test_errors_that_are_no_numbers_do_not_end_a_run(tmp_path):
+    class Infinite(Provider):
+        name, cpu = "infinite", True
+
+        def rms_norm(self, work, device):
+            return lambda x, weight: Eager().rms_norm(work, device)(x, weight) * math.inf
+
+    made, _ = run([NORM], Infinite(), clock=FakeClock())
+    assert all(r.reason.startswith("wrong numbers") and r.error is None for r in made)
+    made[0].error = math.nan  # should one be left all the same
+    records.write(records.Run({}, {}, made, {}), tmp_path / "x.json")
+    assert records.read(tmp_path / "x.json").records[0].error is None
+
+
+def test_a_variation_of_training_that_fails_ends_nothing():
+    pytest.importorskip("transformers")
+
+    class Broken(end_to_end.Stock):
+        def change(self, model):
+            raise SystemExit("not here")
+
+    broken = Broken(False)
+    broken.name = "broken"
+    options = {"device": "cpu", "clock": FakeClock(4.0), "ceilings": CEILINGS, "about": ABOUT}
+    (made,) = end_to_end.run([tiny_model(False, 1)], [broken, end_to_end.Stock(False)], **options)
+    assert [(r.reason, r.ms) for r in made] == [("SystemExit: not here", None), (None, 4.0)]
+
+
+# --- a process that is lost ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sticky(monkeypatch):
+    """A function that fails as a kernel with an illegal access does: from then on the GPU fails every test."""
+    faults = []
+    monkeypatch.setattr(contain, "gpu_fault", lambda device: faults[0] if faults else None)
+
+    def does():
+        faults.append("AcceleratorError: CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(faults[0])
+
+    return does
+
+
+def test_a_lost_process_ends_the_run_and_names_the_provider(sticky):
+    journal = Journal()
+    made, lost = run([NORM, ADD], Eager(), Bad(sticky), clock=FakeClock(), journal=journal)
+    assert "illegal memory access" in str(lost) and "'numbers and memory' of bad at rms_norm, norm" in str(lost)
+    assert {r.op for r in made} == {"rms_norm"}  # and nothing after it
+    assert reasons(made, "eager") == {"not run: the process was lost"} and not any(r.finished for r in made[:3])
+    assert all("illegal memory access" in r.reason and r.finished for r in made if r.provider == "bad")
+    assert [i.provider for i in journal.incidents] == ["bad"] and journal.step is None
+
+    # The process after it: the provider is left out here, and only here.
+    made, lost = run([NORM, ADD], Eager(), Bad(lambda: None), clock=FakeClock(), journal=journal)
+    assert lost is None and all(r.ms for r in made if r.provider == "eager")
+    (reason,) = reasons(made)
+    assert reason.startswith("left out: RuntimeError: AcceleratorError: CUDA error") and "numbers and memory" in reason
+
+
+def test_a_provider_that_ended_two_processes_is_left_out_everywhere(sticky):
+    journal = Journal()
+    for work in (ADD, ROPE):
+        journal.begin(runner.rows_of(work, [Eager()], ABOUT)["eager"][0].work, "bad", "numbers and memory")
+        journal.blame("the process ended by SIGSEGV")
+    made, _ = run([NORM], Bad(sticky), Eager(), clock=FakeClock(), journal=journal)
+    (reason,) = reasons(made)
+    assert reason.startswith("left out: it ended 2 processes, the last one at rope, rope (")
+
+
+def test_a_lost_capture_is_not_tried_again():
+    class Losing(FakeClock):
+        def sampler(self, calls, by_events=None):
+            if by_events is None and len(self.calls) == 1:
+                raise Lost("its capture failed: RuntimeError: x; then the generator fails")
+            return super().sampler(calls, by_events)
+
+    journal = Journal()
+    made, lost = run([NORM], Eager(), Bad(lambda: None), clock=Losing(), journal=journal)
+    assert "'capture' of bad" in str(lost) and journal.incidents[0].doing == CAPTURE
+    assert [r.ms for r in made] == [None] * 6
+    made, lost = run([NORM], Eager(), Bad(lambda: None), clock=Losing(), journal=journal)
+    assert lost is None and all(r.ms == 2.0 for r in made)
+    assert {r.method for r in made if r.provider == "bad"} == {"events"}
+    assert "an earlier capture of it ended a process" in reasons(made).pop()
+    assert {r.method for r in made if r.provider == "eager"} == {"graph"}
+
+
+def test_inputs_that_end_a_process_are_not_drawn_again(monkeypatch):
+    journal = Journal()
+    journal.begin(runner.rows_of(NORM, [Eager()], ABOUT)["eager"][0].work, "", "inputs")
+    journal.blame("the process ended by SIGKILL")
+    made, _ = run([NORM, ADD], Eager(), clock=FakeClock(), journal=journal)
+    assert {r.reason for r in made} == {
+        "inputs or float64 results: left out: the process ended by SIGKILL, in the step 'inputs'", None}  # fmt: skip

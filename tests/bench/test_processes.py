@@ -1,0 +1,326 @@
+"""A run that ends early goes on: its records are on disk, and a process that is lost is replaced.
+
+Providers, clocks and GPU faults are made up here, except in the last test, which needs a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the bench's commands print with rich")
+
+from bench import measure as measuring
+from bench import processes, providers, records, without_gpu
+from bench.__main__ import main, parser
+from bench.providers import Eager
+from llama_kernels.core.language import INTERPRETED
+from tests.bench.fakes import CEILINGS, NORM, FakeClock
+from tests.bench.faults import ADD, ROPE, Bad, fail, reasons
+from tests.support.environment import DEVICE
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- records after each piece of work --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """measure(works, clock, *options): the run, of `eager` and `bad` on a CPU, with its records in tmp_path."""
+    monkeypatch.setattr(measuring, "PROVIDERS", (Eager(), Bad(lambda: None)))
+
+    def measure(works, clock, *options):
+        args = parser().parse_args(["run", "--out", str(tmp_path), "--seconds", "0.01", *options])
+        return measuring.measure(args, works, [], "cpu", clock)
+
+    return measure
+
+
+class Interrupting(FakeClock):
+    """Ctrl-C, or what `e` is, at the n-th sampler."""
+
+    def __init__(self, n, e=KeyboardInterrupt) -> None:
+        super().__init__()
+        self.n, self.e = n, e
+
+    def sampler(self, calls, by_events=None):
+        if len(self.calls) == self.n:
+            raise self.e
+        return super().sampler(calls, by_events)
+
+
+def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeypatch):
+    counts, write = [], records.write
+    monkeypatch.setattr(records, "write", lambda run, path: (write(run, path), counts.append(len(run.records))))
+    run = measure([NORM, ADD, ROPE], FakeClock())
+    assert counts == [0, 6, 9, 12] and len(records.read(tmp_path / "records.json").records) == 12
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert measuring.status_of(run) is None
+
+
+def test_a_file_that_is_being_written_is_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    records.replace_text(path, "old")
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(Path, "write_text", lambda self, text: (self.open("w").write(text[:1]), fail(Killed())()))
+    with pytest.raises(Killed):
+        records.replace_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_an_interrupted_run_keeps_its_records_and_goes_on(measure, tmp_path, capsys):
+    stopped = measure([NORM, ADD, ROPE], Interrupting(7))  # six samplers of the norm, and one of what follows
+    assert measuring.status_of(stopped) == processes.INTERRUPTED
+    kept = records.read(tmp_path / "records.json")
+    assert kept.extra["stopped"] == "interrupted" and {r.op for r in kept.records} == {"rms_norm"}
+    assert "--resume goes on" in capsys.readouterr().out
+
+    class Other(FakeClock):
+        def ceilings(self):
+            raise AssertionError("those of the first process count")
+
+    clock = Other(3.0)
+    whole = measure([NORM, ADD, ROPE], clock, "--resume")
+    assert {r.op: r.ms for r in whole.records if r.provider == "eager"} == {
+        "rms_norm": 2.0, "add_rms_norm": 3.0, "rope": 3.0}  # fmt: skip
+    assert len(clock.calls) == 6 and whole.ceilings == CEILINGS and "stopped" not in whole.extra
+    assert records.read(tmp_path / "records.json").extra == {}
+
+
+def test_what_was_not_run_is_run_by_the_resumed(measure):
+    measure([NORM, ADD], FakeClock(), "--minutes", "1e-9")
+    again = measure([NORM, ADD], FakeClock(), "--resume")
+    assert len(again.records) == 9 and all(r.ms == 2.0 for r in again.records)
+
+
+def test_new_providers_and_directions_are_measured_by_the_resumed(measure):
+    measure([NORM, ADD], FakeClock(), "--directions", "forward", "--providers", "eager")
+    clock = FakeClock(3.0)
+    again = measure([NORM, ADD], clock, "--directions", "forward", "--resume")
+    assert [(r.op, r.provider, r.ms) for r in again.records] == [
+        ("add_rms_norm", "eager", 2.0), ("rms_norm", "eager", 3.0), ("rms_norm", "bad", 3.0)]  # fmt: skip
+
+
+def test_records_of_another_machine_are_not_gone_on_from(measure, tmp_path):
+    measure([NORM], FakeClock())
+    whole = json.loads((tmp_path / "records.json").read_text())
+    whole["machine"]["gpu"] = "Another GPU"
+    (tmp_path / "records.json").write_text(json.dumps(whole))
+    with pytest.raises(
+        ValueError, match=r"--resume: .*records.json was measured with gpu 'Another GPU', this is 'none'"
+    ):
+        measure([NORM], FakeClock(), "--resume")
+    assert measure([NORM], FakeClock()).records  # without --resume, everything anew
+
+
+def test_parity_goes_on_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bench.parity.works", lambda dtypes: iter([NORM, ROPE]))
+    options = ["parity", "--device", "cpu", "--out", str(tmp_path), "--providers", "llama_kernels"]
+    assert main(options) == 0 and len(records.read(tmp_path / "records.json").records) == 6
+    monkeypatch.setattr(providers.Ours, "rope", lambda *_: lambda q, k: (q, k))
+    assert main([*options, "--resume"]) == 0  # it was right before
+    assert main(options) == 1
+    (tmp_path / "journal.json").write_text("{")
+    assert main([*options, "--resume"]) == 2 and "not a journal of the bench" in capsys.readouterr().out
+
+
+# --- a CPU where there is a GPU --------------------------------------------------------------------------------------
+
+
+def test_a_cpu_is_measured_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
+    """Every command that takes --device. Without a GPU, torch says that there is one, and any use of it fails."""
+
+    def used():
+        return torch.cuda.memory_stats().get("allocation.all.allocated", 0) if DEVICE == "cuda" else 0
+
+    before = used()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(records, "_smi", fail(AssertionError("the GPU is asked for")))
+    monkeypatch.setattr("bench.parity.works", lambda dtypes: iter([NORM, ROPE]))
+    options = ["--device", "cpu", "--out", str(tmp_path)]
+    assert main(["parity", *options, "--providers", "llama_kernels", "eager"]) == 0
+    assert main(["providers", "--device", "cpu"]) == 0 and "needs a GPU" in capsys.readouterr().out
+    if INTERPRETED:
+        assert main(["run", *options]) == 2  # an interpreter is not timed
+        return
+    extra = {"host": [], "codegen": {"kernels": []}}
+    monkeypatch.setattr("bench.without_gpu.run", lambda say, workers: ([], extra))
+    monkeypatch.setattr("bench.report.write", lambda run, folder: [folder / "report.html"])
+    assert main(["run", *options, "--ops", "rms_norm", "--shapes", "Llama 3.2 1B"]) == 0
+    assert used() == before
+
+
+def test_without_a_gpu_no_process_sees_one(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(without_gpu.subprocess, "Popen", lambda command, env, **_: seen.update(env))
+    without_gpu._start("bench.host")
+    assert seen["CUDA_VISIBLE_DEVICES"] == seen["HIP_VISIBLE_DEVICES"] == ""
+
+
+def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["run", "--device", "cuda"])
+    assert "argument --device: torch sees no GPU here" in capsys.readouterr().err
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys, time
+from bench import contain, measure, processes
+from bench.__main__ import parser
+from tests.bench.fakes import FakeClock, NORM
+from tests.bench.faults import ADD, ROPE, Bad
+from bench.providers import Eager
+
+def lost():
+    contain.gpu_fault = lambda device: "CUDA error: an illegal memory access was encountered"
+    raise RuntimeError("the kernel failed")
+
+does = {"segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "lost": lost, "hang": lambda: time.sleep(600),
+        "exit": lambda: os._exit(9)}[os.environ["BAD_DOES"]]
+measure.PROVIDERS = (Eager(), Bad(does))
+run = measure.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cpu", FakeClock())
+status = measure.status_of(run) or 0
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+def supervised(folder: Path, child: str, does: str, monkeypatch, patience: float = 10) -> tuple[int, list[str]]:
+    """Exit status, and what was said."""
+    (folder / "child.py").write_text(child)
+    monkeypatch.setenv("BAD_DOES", does)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    said: list[str] = []
+
+    def command(resume: bool, minutes: float) -> list[str]:
+        options = [
+            "--out",
+            str(folder),
+            "--minutes",
+            str(minutes),
+            "--seconds",
+            "0.01",
+            *(["--resume"] if resume else []),
+        ]
+        return [sys.executable, str(folder / "child.py"), "run", *options]
+
+    status = processes.supervise(command, folder, resume=False, minutes=10, patience=patience, say=said.append)
+    return status, said
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
+@pytest.mark.parametrize(
+    "does, patience, reason",
+    [
+        ("segfault", 10, "the process ended by SIGSEGV"),
+        ("lost", 10, "RuntimeError: the kernel failed; then CUDA error: an illegal memory access was encountered"),
+        ("hang", 0.05, "the process did not finish within 0.05 minutes"),
+    ],
+    ids=["segfault", "lost", "hang"],
+)
+def test_a_run_goes_on_in_a_new_process(tmp_path, monkeypatch, does, patience, reason):
+    status, said = supervised(tmp_path, CHILD, does, monkeypatch, patience)
+    run = records.read(tmp_path / "records.json")
+    assert status == 0 and len(said) == 1 and "going on in a new process" in said[0]
+    assert reasons(run.records) == {f"left out: {reason}, in the step 'numbers and memory'"}
+    others = [r for r in run.records if r.provider == "eager"]
+    assert [r.op for r in others] == ["add_rms_norm"] * 3 + ["rms_norm"] * 3 + ["rope"] * 3
+    assert all(r.ms == 2.0 for r in others) and "stopped" not in run.extra
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
+def test_a_child_that_exits_by_itself_is_believed(tmp_path, monkeypatch):
+    status, said = supervised(tmp_path, CHILD, "exit", monkeypatch)
+    assert (status, said) == (9, [])
+    assert {r.op for r in records.read(tmp_path / "records.json").records} == {"add_rms_norm"}
+
+
+def test_a_child_that_dies_in_no_step_is_not_started_again(tmp_path):
+    said: list[str] = []
+    (tmp_path / "journal.json").write_text(json.dumps({"step": ["work", "bad", "sampling"], "incidents": []}))  # stale
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"]
+    options = {"resume": True, "minutes": 1, "patience": 10, "say": said.append}
+    assert processes.supervise(lambda *_: command, tmp_path, **options) == 128 + 6
+    assert said == ["bench: the measuring process ended (SIGABRT), in no step of any provider"]
+
+
+def test_a_child_is_the_same_command_in_one_process(tmp_path):
+    options = ["--device", "cpu", "--ops", "rms_norm", "--dtypes", "fp32", "--providers", "llama_kernels"]
+    command = [sys.executable, "-m", "bench.processes", "parity", *options, "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as child:
+        assert "right in 2 pieces of work" in child.stdout.read() and child.wait(timeout=60) == 0
+    assert len(records.read(tmp_path / "records.json").records) == 6
+
+
+def test_a_child_ends_with_its_parent():
+    code = (
+        "from bench import processes; import time; processes.end_with_parent(); print('up', flush=True); time.sleep(99)"
+    )
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **options) as child:
+        assert child.stdout.readline() == "up\n"
+        child.stdin.close()
+        assert child.wait(timeout=30) == processes.INTERRUPTED
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
+def test_runs_on_a_gpu_are_supervised(tmp_path, monkeypatch):
+    seen = {}
+
+    def supervise(command, folder, **options):
+        seen.update(options, first=command(False, 1.5), second=command(True, 0.5), folder=folder)
+        return 7
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes, "supervise", supervise)
+    argv = ["run", "--device", "cuda", "--ops", "rope", "--out", str(tmp_path)]
+    assert main(argv) == 7
+    assert seen["first"][1:] == ["-m", "bench.processes", *argv, "--minutes", "1.5"]
+    assert seen["second"][-3:] == ["--minutes", "0.5", "--resume"] and seen["folder"] == tmp_path
+    assert (seen["minutes"], seen["patience"], seen["resume"]) == (30, 10, False)
+    assert main(["parity", "--device", "cuda", "--out", str(tmp_path)]) == 7
+    assert seen["first"][-2:] == ["--minutes", "1.5"] and math.isinf(seen["minutes"])
+
+
+ON_A_GPU = """
+import os, sys
+import torch
+from bench import measure, processes, timing
+from bench.__main__ import parser
+from tests.bench.faults import ADD, ROPE, Bad
+from tests.bench.fakes import NORM
+from bench.providers import Eager, Ours
+
+def reads_outside():
+    torch.zeros(4, device="cuda")[torch.tensor([10**6], device="cuda")]
+
+measure.PROVIDERS = (Ours(), Eager(), Bad(reads_outside))
+run = measure.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cuda", timing.Gpu())
+sys.stdout.flush()
+os._exit(measure.status_of(run) or 0)
+"""
+
+
+@pytest.mark.gpu
+def test_a_provider_whose_kernel_fails_on_a_gpu_is_left_out(tmp_path, monkeypatch):
+    """A device-side assertion: no call on the GPU succeeds in that process any more."""
+    status, said = supervised(tmp_path, ON_A_GPU, "fail", monkeypatch)
+    run = records.read(tmp_path / "records.json")
+    assert status == 0 and len(said) == 1 and "of bad at rms_norm, norm" in said[0], said
+    assert all(r.reason.startswith("left out: ") for r in run.records if r.provider == "bad")
+    others = [r for r in run.records if r.provider != "bad"]
+    assert len(others) == 18 and all(r.ms > 0 for r in others), others

@@ -1,0 +1,282 @@
+"""What Triton's compiler makes of the kernels, run on tests/compiled: numbers, bounds, races, on CPU tensors.
+
+One table of calls; each runs forward and backward, for sm_80 and sm_90, and is judged as the same call is on a GPU.
+`make test` runs the calls with `fast`, which reach every kernel of the package; `make test-compiled` runs all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama_kernels
+from tests.support import attention, decode, qk_norm_rope, rms_norm, rope, rope_attention
+from tests.support.attention import Case, anywhere, packed, padded_left, so_far
+from tests.support.environment import compiles
+
+CPU = torch.device("cpu")
+HALF, FP16, SINGLE = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {HALF: "bf16", FP16: "fp16", SINGLE: "fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """check: the check of the op's own tests, of a dtype. hopper: with the Gluon kernels, on sm_90."""
+
+    name: str
+    check: Callable[[torch.dtype], None]
+    fast: tuple[torch.dtype, ...] = ()  # in `make test`
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)
+    hopper: bool = False
+
+
+def _norm(N: int, residual: bool, rows: int = 9, **options) -> Callable[[torch.dtype], None]:
+    return lambda dtype: rms_norm.check((rows, N), dtype, CPU, residual=residual, **options)
+
+
+def _rope(D: int, R: int, interleaved: bool, tokens: int = 9) -> Callable[[torch.dtype], None]:
+    def check(dtype: torch.dtype) -> None:
+        q, k = rope.qk(2, 4, 2, tokens, D, dtype, CPU)
+        rope.check(q, k, *rope.tables(60, R, CPU), torch.randint(60, (2, tokens)), interleaved=interleaved)
+        rope.check(q, k, *rope.tables(60, R, CPU), interleaved=interleaved, inplace=True)
+
+    return check
+
+
+def _packed_rope(D: int, R: int, interleaved: bool) -> Callable[[torch.dtype], None]:
+    return lambda dtype: rope.check_a_packed_projection((2, 13), 4, 2, D, R, interleaved, dtype, CPU)
+
+
+def _cache(slots: str, order: str, interleaved: bool, tables=rope.tables) -> Callable[[torch.dtype], None]:
+    return lambda dtype: rope.check_into_a_cache(tables, slots, order, interleaved, CPU)
+
+
+def _norm_rope(D: int, R: int, interleaved: bool, **options) -> Callable[[torch.dtype], None]:
+    def check(dtype: torch.dtype) -> None:
+        q, k = rope.qk(2, 4, 2, 9, D, dtype, CPU)
+        weights, angles = qk_norm_rope.weights(D, dtype, CPU), rope.tables(60, R, CPU)
+        position_ids = torch.randint(60, (2, 9))
+        qk_norm_rope.check(q, k, *weights, *angles, position_ids, interleaved=interleaved, **options)
+
+    return check
+
+
+def _attention(case: Case, **options) -> Callable[[torch.dtype], None]:
+    return lambda dtype: attention.check(case, dtype, CPU, **options)
+
+
+def _rope_attention(case: Case, R: int, interleaved: bool) -> Callable[[torch.dtype], None]:
+    return lambda dtype: rope_attention.check(case, dtype, CPU, R, interleaved=interleaved)
+
+
+def _masked_decode(case: decode.Case) -> Callable[[torch.dtype], None]:
+    return lambda dtype: decode.check(case, dtype, CPU)
+
+
+def _square(S: int, D: int, **on) -> Case:
+    return Case(1, 2, 1, S, on.pop("Sk", S), D, on.pop("DV", D), **on)
+
+
+ATTENTION = {
+    # Of every width of the tile table; odd widths; other widths of v.
+    "causal-64": (_square(130, 64), (HALF, SINGLE)),
+    "causal-128": (_square(130, 128), (HALF,)),
+    "causal-256": (_square(70, 256), ()),
+    "one-token": (_square(1, 64), ()),
+    "odd-width": (_square(70, 80, DV=48), (FP16,)),
+    "narrow": (_square(70, 24), ()),
+    "v-narrower": (_square(70, 192, DV=128), ()),
+    "rows-without-keys": (_square(150, 64, Sk=70), ()),
+    # Masks and options, alone and together.
+    "full": (_square(70, 64, Sk=150, is_causal=False), ()),
+    "window": (_square(130, 64, Sk=200, window_size=(20, 0)), ()),
+    "two-sided-window": (_square(130, 64, is_causal=False, window_size=(9, 30)), ()),
+    "softcap": (_square(130, 64, softcap=3.0), ()),
+    "softcap-128": (_square(70, 128, softcap=3.0), ()),
+    "softcap-256": (_square(40, 256, softcap=3.0), ()),
+    "scale": (_square(70, 64, scale=-0.3), ()),
+    "sinks": (_square(130, 64, sinks=True), ()),
+    "kv_start": (_square(130, 64, kv_start=anywhere), ()),
+    "bounds": (_square(70, 64, Sk=150, is_causal=False, kv_start=padded_left, kv_end=so_far, sinks=True), ()),
+    "everything": (
+        _square(130, 72, Sk=200, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
+        (HALF,),
+    ),
+    **{
+        f"everything-{D}": (_square(40, D, Sk=70, window_size=(30, 9), softcap=5.0, sinks=True, kv_start=anywhere), ())
+        for D in (64, 128, 256)
+    },
+    "grouped": (Case(2, 6, 2, 70, 70, 64, 64), ()),
+    # Packed sequences, some of them of no token or of one.
+    "varlen": (packed((50, 0, 70, 1), (50, 0, 70, 1), 4, 2, 64, 64), (HALF,)),
+    "varlen-apart": (packed((30, 0, 1, 40), (70, 5, 1, 0), 2, 1, 64, 64, sinks=True), ()),
+    "varlen-all": (
+        packed((30, 60), (60, 90), 2, 1, 80, 80, is_causal=False, window_size=(40, 9), softcap=4.0, kv_start=anywhere),
+        (),
+    ),
+    # Few queries, split over the keys.
+    "decode": (Case(1, 4, 2, 1, 600, 64, 64), (HALF, SINGLE)),
+    "decode-128": (Case(2, 4, 1, 3, 600, 128, 128, sinks=True, softcap=5.0), ()),
+    "decode-256": (Case(1, 2, 1, 1, 600, 256, 256), ()),
+    "decode-bounds": (Case(1, 8, 2, 2, 600, 64, 64, kv_start=padded_left, kv_end=so_far, is_causal=False), ()),
+    "decode-window": (Case(1, 4, 2, 5, 600, 80, 80, window_size=(300, 0)), ()),
+}
+HOPPER = {
+    "hopper-64": (_square(150, 64, Sk=200), (HALF,)),
+    "hopper-80": (_square(150, 80), ()),
+    "hopper-128": (_square(150, 128), (FP16,)),
+    "hopper-256": (_square(130, 256), ()),
+    "hopper-long": (_square(300, 64), ()),
+    "hopper-full": (_square(70, 64, Sk=150, is_causal=False), ()),
+    "hopper-window-sinks": (_square(150, 64, Sk=200, window_size=(40, 0), sinks=True), ()),
+    "hopper-softcap": (_square(130, 64, softcap=5.0), ()),
+    "hopper-varlen": (packed((37, 0, 93), (60, 5, 97), 2, 1, 64, 64), ()),
+    "hopper-rows-without-keys": (_square(150, 64, Sk=40), ()),
+    "hopper-group": (Case(1, 6, 2, 140, 140, 128, 128), ()),
+}
+CALLS = [
+    *(
+        Call(f"rms_norm-{N}{'-add' * residual}", _norm(N, residual), fast)
+        for N, residual, fast in (
+            (1, False, ()), (64, True, (FP16,)), (80, False, ()), (1000, True, (SINGLE,)), (4096, False, (HALF,)),
+            (5120, True, ()), (16640, False, (HALF,)), (16640, True, ()),
+        )
+    ),
+    Call("rms_norm-offset", _norm(128, True, weight_dtype=SINGLE, offset=1.0)),
+    Call("rms_norm-no-weight", _norm(128, False, weight=False)),
+    Call("rms_norm-many-rows", _norm(64, True, rows=300)),
+    *(
+        Call(f"rope-{D}-{R}{'-interleaved' * interleaved}", _rope(D, R, interleaved), fast)
+        for D, R, interleaved, fast in (
+            (64, 64, False, (HALF, SINGLE)), (64, 64, True, (FP16,)), (128, 128, False, ()), (128, 96, True, ()),
+            (80, 80, False, ()), (80, 20, True, ()), (256, 256, False, ()), (5, 4, False, ()), (5, 4, True, ()),
+        )
+    ),
+    Call("rope_qkv", _packed_rope(64, 64, False), (HALF,)),
+    Call("rope_qkv-interleaved", _packed_rope(80, 20, True)),
+    *(
+        Call(f"rope_into_cache-{slots}-{order}", _cache(slots, order, interleaved), fast, dtypes=(HALF,))
+        for slots, order, interleaved, fast in (
+            ("one for all", "heads first", False, (HALF,)), ("one each", "tokens first", True, ()),
+            ("some outside", "heads first", True, ()),
+        )
+    ),
+    *(
+        Call(f"qk_norm_rope-{D}-{R}{'-interleaved' * interleaved}", _norm_rope(D, R, interleaved), fast)
+        for D, R, interleaved, fast in (
+            (64, 64, False, (HALF,)), (128, 96, True, (SINGLE,)), (80, 20, False, ()), (256, 256, False, ()),
+        )
+    ),
+    Call("qk_norm_rope-offset", _norm_rope(64, 64, False, offset=1.0)),
+    *(Call(name, _attention(case), fast) for name, (case, fast) in ATTENTION.items()),
+    Call("attention-strides", _attention(Case(2, 4, 2, 70, 70, 64, 64), layout=3), (HALF,)),
+    *(
+        Call(f"rope_attention-{D}-{R}{'-pairs' * pairs}", _rope_attention(_square(100, D), R, pairs), fast)
+        for D, R, pairs, fast in (
+            (64, 64, False, (HALF,)), (64, 32, True, ()), (128, 128, False, ()), (128, 96, True, ()),
+            (80, 20, False, ()),
+        )
+    ),
+    *(
+        Call(f"decode_attention-{case}", _masked_decode(case), (HALF,) * (case == decode.CASES[3]))
+        for case in decode.CASES
+    ),
+    *(Call(name, _attention(case), fast, (HALF, FP16), hopper=True) for name, (case, fast) in HOPPER.items()),
+]  # fmt: skip
+
+
+# Every kernel of the package, and a call of `make test` that reaches it.
+REACHED_BY = {
+    "_rms_norm_forward_kernel": "rms_norm-1000-add",
+    "_rms_norm_backward_kernel": "rms_norm-1000-add",
+    "_rms_norm_weight_grad_kernel": "rms_norm-16640",
+    "_sum_partials_kernel": "rms_norm-1000-add",
+    "_rope_kernel": "rope-64-64",
+    "_qk_norm_rope_forward_kernel": "qk_norm_rope-64-64",
+    "_qk_norm_rope_backward_kernel": "qk_norm_rope-64-64",
+    "_forward_kernel": "causal-64",
+    "_delta_kernel": "causal-64",
+    "_dkdv_kernel": "causal-64",
+    "_dq_kernel": "causal-64",
+    "_decode_kernel": "decode",
+    "_combine_kernel": "decode",
+    "_hopper_forward_kernel": "hopper-64",
+    "_hopper_backward_kernel": "hopper-64",
+    "_round_dq_kernel": "hopper-64",
+}
+# Likewise every operator.
+CALLED_BY = {
+    "rms_norm_forward": "rms_norm-1000-add",
+    "rms_norm_backward": "rms_norm-1000-add",
+    "rope": "rope-64-64",
+    "rope_": "rope-64-64",
+    "rope_qkv_backward": "rope_qkv",
+    "rope_into_cache": "rope_into_cache-one for all-heads first",
+    "qk_norm_rope": "qk_norm_rope-64-64",
+    "qk_norm_rope_backward": "qk_norm_rope-64-64",
+    "attention_forward": "causal-64",
+    "attention_backward": "causal-64",
+    "rope_attention_backward": "rope_attention-64-64",
+    "decode_attention": f"decode_attention-{decode.CASES[3]}",
+}
+
+
+def _parameters() -> list:
+    out = []
+    for call in CALLS:
+        for dtype in call.dtypes:
+            for target in ("sm_90",) if call.hopper else ("sm_80", "sm_90"):
+                marks = () if dtype in call.fast else (pytest.mark.compiled_table,)
+                out.append(pytest.param(call, dtype, target, id=f"{call.name}-{DTYPES[dtype]}-{target}", marks=marks))
+    return out
+
+
+@compiles
+@pytest.mark.parametrize("call, dtype, target", _parameters())
+def test_compiled_kernels(call, dtype, target):
+    from tests.compiled.driver import running
+    from tests.compiled.llama.plugin import kernels_on_cpu
+
+    torch.use_deterministic_algorithms(not call.hopper)
+    with kernels_on_cpu(target, hopper=call.hopper) as called, running(target) as log:
+        call.check(dtype)
+    assert log.reports and not log.findings, "\n".join(log.findings)
+    ran = {report.kernel for report in log.reports}
+    assert ran >= {kernel for kernel, name in REACHED_BY.items() if name == call.name}
+    assert called >= {operator for operator, name in CALLED_BY.items() if name == call.name}
+    assert "_hopper_forward_kernel" in ran or not call.hopper
+
+
+def test_every_kernel_and_operator_is_reached():
+    from tests.compiled.llama.plugin import operators
+
+    package = Path(llama_kernels.__file__).parent
+    found = {
+        name
+        for path in package.rglob("*.py")
+        for name in re.findall(r"^@.*jit.*\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    fast = {call.name for call in CALLS if call.fast}
+    assert found == set(REACHED_BY) and set(REACHED_BY.values()) <= fast
+    assert set(operators()) == set(CALLED_BY) and set(CALLED_BY.values()) <= fast
+
+
+@compiles
+@pytest.mark.compiled_table
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_kernels_execute_what_is_recorded(target):
+    import triton
+
+    from tests.compiled.llama.plugin import counts as compiled_counts
+
+    record = json.loads(compiled_counts.RECORD.read_text())
+    if triton.__version__ not in record:
+        pytest.skip(f"no counts are recorded for Triton {triton.__version__}; each compiler has its own")
+    found = compiled_counts.differences(compiled_counts.measure(target), record[triton.__version__][target])
+    assert not found, "If it is meant, record it: python -m tests.compiled.llama.counts\n" + "\n".join(found)

@@ -1,0 +1,118 @@
+"""`make test-present`: the make targets with TORCH=present, on a machine made for it, without a network.
+
+    python -m tests.installation.present_environment
+
+There, python3 is itself a virtual environment, whose torch and other packages are links to those of this Python. ruff
+and pytest-xdist are missing, and the repository is a copy without .git. Where pip can download, numpy is the newest
+release and Triton is 3.6.0, whose interpreter does not work with it. What a target computes takes seconds. Exits with 1
+where one fails, does not print what it has to, or installs something.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+# Beginnings of names in site-packages: what is missing, and what makes this repository's package importable.
+NOT_LINKED = ("ruff", "xdist", "pytest_xdist", "llama_kernels", "__editable__", "__pycache__")
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "HF_HUB_OFFLINE": "1"}
+ASK = """
+import numpy, torch, triton, llama_kernels
+from llama_kernels.core.language import why_not_interpreted
+print(f"numpy {numpy.__version__}, torch {torch.__version__}, Triton {triton.__version__}, {llama_kernels.__file__}")
+print(why_not_interpreted() or "the interpreter works")
+"""
+
+
+class Target(NamedTuple):
+    """A make target and its variables, what it has to print, and its exit status."""
+
+    arguments: tuple[str, ...]
+    prints: tuple[str, ...]
+    status: int = 0
+
+
+def targets(interpreter_works: bool) -> Iterator[Target]:
+    """Each target once, install first."""
+    not_run = () if torch.cuda.is_available() or interpreter_works else ("The kernels are not tested.", "wanted numpy")
+    named = ("ruff            make lint", "pytest-xdist    tests in parallel", "python -m pip install pytest-xdist")
+    yield Target(("install",), named)
+    yield Target(("lint",), ("make lint needs ruff", "lint is left out."))
+    yield Target(("codegen",), ("codegen is left out",))
+    tests = "PYTEST=-o addopts= tests/installation/test_package.py -k 'public or signature'"
+    yield Target(("test", tests, "JOBS=2"), (" passed", "pytest-xdist is not installed", *not_run))
+    yield Target(("demo", "DEMO=--steps 2 --batch 1 --seq 16"), ("build/demo/demo.json",))
+    yield Target(("bench", "BENCH=--help"), ("--preset",))
+    if torch.cuda.is_available():
+        yield Target(("gpu-check", "GPU_CHECK=--help"), ("usage: ",))
+    else:
+        yield Target(("gpu-check",), ("torch sees no GPU",), status=2)
+    yield Target(("examples", "EXAMPLES=pretrain", "STEPS=2"), ("pretrain.json",))
+    yield Target(("install", "TRITON=3.7.1"), ("it takes TRITON=present only",), status=2)
+
+
+def make_python(folder: Path) -> Path:
+    """A virtual environment with links to the packages of this Python."""
+    venv.create(folder, symlinks=True, with_pip=False)
+    site_packages = next(folder.glob("lib/python3*/site-packages"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", site_packages]
+    for package in ("numpy", "triton==3.6.0"):
+        if subprocess.run([*pip, package], stderr=subprocess.DEVNULL).returncode:
+            print(f"pip cannot download {package}: the environment has the one of {sys.executable}")
+    there = {entry.name.split("-")[0].split(".")[0] for entry in site_packages.iterdir()}
+    for path in map(Path, sys.path):
+        for entry in path.iterdir() if path.name in ("site-packages", "dist-packages") else ():
+            name = entry.name.split("-")[0].split(".")[0]
+            if not entry.name.startswith(NOT_LINKED) and name not in there and entry.suffix != ".pth":
+                (site_packages / entry.name).symlink_to(entry)
+    return folder / "bin" / "python"
+
+
+def fault_of(target: Target, folder: Path, python: Path) -> str | None:
+    """Run the target in `folder`. What is wrong with it, or None."""
+    command = ["make", *target.arguments, "TORCH=present", f"PYTHON={python}"]
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "PYTHONPATH")}
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=folder, env={**env, **OFFLINE}, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    missing, status = [text for text in target.prints if text not in said], done.returncode
+    print(f"{time.monotonic() - start:4.0f} s  make {' '.join(target.arguments)}", flush=True)
+    if status == target.status and not missing:
+        return None
+    return f"exit status {status}, not {target.status}; not printed: {missing}; it printed:\n{said[-3000:]}"
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as name:
+        python, repository = make_python(Path(name, "python")), Path(name, "repository")
+        shutil.copytree(ROOT, repository, symlinks=True, ignore=NOT_COPIED)
+        site_packages = next(Path(name).glob("python/lib/python3*/site-packages"))
+        before, failed = sorted(site_packages.iterdir()), False
+        about = subprocess.run([python, "-c", ASK], cwd=repository, capture_output=True, text=True, check=True).stdout
+        print(about, end="", flush=True)
+        for target in targets("the interpreter works" in about):
+            if fault := fault_of(target, repository, python):
+                print(f"FAILS: {fault}")
+                failed = True
+        own = sorted(p.name for p in next(repository.glob(".venv/lib/python3*/site-packages")).iterdir())
+        if sorted(site_packages.iterdir()) != before or len(own) != 1:
+            print(f"FAILS: something was installed: .venv has {own}")
+            failed = True
+    print("make with TORCH=present:", "FAILS" if failed else "every target does what it has to")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

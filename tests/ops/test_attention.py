@@ -1,0 +1,232 @@
+"""Attention: outputs and gradients against float64 by the rules of judge.py, and exact probes of mask and heads."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import llama_kernels as lk
+from llama_kernels.ops.attention import decode
+from llama_kernels.ops.attention.tables import Tile
+from tests.support.attention import (
+    CHUNK,
+    SMALL_TILES,
+    Case,
+    anywhere,
+    check,
+    check_never_worse_than_eager,
+    packed,
+    padded_left,
+    so_far,
+)
+from tests.support.hardware import EXACT, Arithmetic
+from tests.support.judge import (
+    LOG2E,
+    drawn,
+    judge,
+)
+from tests.support.launches import KERNELS_RUN, kernels_launched, names
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def documents(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    """Three packed in one row."""
+    return i // 45 * 45
+
+
+def backwards(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    return (Sk - 2 * i).clamp_min(-5)
+
+
+CASES = (
+    Case(1, 4, 2, 100, 100, 64, 64),
+    Case(2, 4, 1, 70, 150, 80, 48),
+    Case(2, 4, 1, 150, 70, 80, 48),  # the first 80 rows see no key
+    Case(2, 3, 3, 65, 130, 16, 16, is_causal=False),
+    Case(1, 6, 2, 33, 33, 96, 96),
+    Case(1, 2, 1, 40, 40, 192, 128),
+    Case(1, 2, 1, 40, 70, 256, 256),
+    Case(1, 8, 1, 1, 77, 64, 64),  # decoding
+    Case(2, 2, 2, 3, 200, 24, 40),
+    Case(1, 1, 1, 1, 1, 1, 1),
+    Case(1, 2, 2, 130, 200, 32, 32, window_size=(20, 0)),
+    Case(1, 2, 2, 200, 130, 32, 32, window_size=(0, -1)),
+    Case(1, 2, 1, 130, 200, 32, 32, is_causal=False, window_size=(-1, 30)),
+    Case(1, 2, 1, 60, 60, 32, 32, window_size=(1000, 1000)),
+    Case(1, 2, 2, 150, 150, 32, 32, softcap=3.0),
+    Case(1, 2, 2, 60, 60, 32, 32, scale=-0.3),
+    Case(1, 4, 2, 90, 60, 32, 32, sinks=True),
+    Case(2, 2, 1, 150, 150, 32, 32, kv_start=anywhere),
+    Case(2, 2, 1, 70, 150, 32, 32, is_causal=False, kv_start=padded_left),
+    Case(1, 2, 2, 135, 135, 32, 32, kv_start=documents, sinks=True),
+    Case(2, 2, 1, 70, 150, 32, 32, is_causal=False, kv_start=padded_left, kv_end=so_far),
+    Case(1, 4, 1, 150, 130, 32, 32, kv_end=anywhere, sinks=True),
+    Case(1, 2, 2, 130, 70, 32, 32, is_causal=False, kv_start=backwards, kv_end=anywhere),
+    Case(1, 4, 2, 130, 200, 72, 72, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
+    packed((50, 0, 100, 1), (50, 0, 100, 1), 4, 2, 64, 64),
+    packed((50, 0, 100, 1), (70, 5, 30, 0), 4, 2, 32, 32, sinks=True),
+    packed((30, 90), (90, 130), 4, 1, 80, 80, is_causal=False, window_size=(40, 9), softcap=4.0, kv_start=anywhere),
+    packed((30, 90), (90, 130), 4, 2, 32, 32, is_causal=False, kv_start=documents, kv_end=so_far),
+    packed((33,) * 4, (33,) * 4, 2, 2, 32, 32, window_size=(8, -1), sinks=True, kv_start=padded_left),
+)
+DECODING = (
+    Case(2, 4, 1, 1, 100, 32, 32),
+    Case(1, 2, 2, 1, 33, 64, 64),
+    Case(1, 2, 1, 1, 64, 16, 16),
+    Case(1, 6, 2, 3, 97, 24, 40, sinks=True),
+    Case(1, 8, 2, 8, 70, 32, 32, is_causal=False, softcap=5.0),
+    Case(1, 4, 2, 5, 130, 32, 32, window_size=(20, 0)),
+    Case(1, 2, 2, 2, 90, 32, 32, scale=-0.3, is_causal=False, window_size=(30, 4)),
+    Case(2, 8, 2, 6, 150, 32, 32, kv_start=padded_left),
+    Case(2, 8, 2, 4, 150, 32, 32, is_causal=False, kv_start=padded_left, kv_end=so_far, sinks=True),
+    Case(1, 2, 1, 7, 100, 32, 32, kv_start=anywhere, kv_end=backwards),
+)
+
+
+@pytest.mark.corpus(14, 15, 18, 34, 44)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients(case, dtype, device):
+    check(case, dtype, device)
+
+
+@pytest.mark.corpus(16, 33)
+@pytest.mark.parametrize("tile", SMALL_TILES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.D <= 64], ids=str)
+def test_every_edge_between_masked_and_whole_blocks(case, tile, device):
+    check(case, torch.float16, device, tile=tile, gradients=not tile.carry)  # which only the forward does
+
+
+@pytest.mark.parametrize("carry", [False, True], ids=["", "carry"])
+@pytest.mark.parametrize("before", range(3))
+def test_any_number_of_blocks_masked_and_whole(before, carry, device):
+    """One row tile: the blocks that kv_start cuts, those that every row sees whole, those that kv_end cuts."""
+    N = 16
+    for whole, after in itertools.product(range(4), range(3)):
+
+        def start(i: torch.Tensor, Sk: int) -> torch.Tensor:
+            return i * N * before // (N - 1)
+
+        def end(i: torch.Tensor, Sk: int, first: int = before + whole, more: int = after) -> torch.Tensor:
+            return N * first + i * N * more // (N - 1)
+
+        Sk = N * (before + whole + after) + 5  # the last five nobody sees
+        bounds = {"kv_start": start if before else None, "kv_end": end}
+        case = Case(1, 2, 1, N, Sk, 16, 16, is_causal=False, **bounds)
+        check(case, torch.float16, device, tile=Tile(N, N, 4, 1, carry=carry), gradients=not carry)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DECODING, ids=str)
+def test_few_queries_split_over_the_keys(case, dtype, device, monkeypatch):
+    monkeypatch.setattr(decode, "chunk_of", lambda Sk: CHUNK)
+    with kernels_launched() as launches:
+        check(case, dtype, device, tile=Tile(32, 16, 4, 1))
+    ran = names(launches)
+    assert not KERNELS_RUN or (ran[:2] == ["_decode_kernel", "_combine_kernel"] and "_forward_kernel" not in ran)
+
+
+@pytest.mark.parametrize("family", ["peaky", "huge"])
+def test_few_queries_of_every_size(family, device):
+    check(Case(1, 8, 2, 1, 600, 64, 64), torch.float16, device, family=family)
+
+
+def test_which_calls_are_split():
+    def takes(Hq, Hkv, Sq, Sk):
+        return decode.splits(torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, Sk, 16))
+
+    assert takes(32, 8, 1, 257) and takes(32, 8, 8, 4096) and takes(64, 2, 1, 1024)
+    assert not takes(32, 8, 1, 256) and not takes(32, 8, 9, 4096) and not takes(0, 0, 1, 4096)
+    chunks = [decode.chunk_of(Sk) for Sk in (257, 4096, 16384, 16385, 32768, 131072)]
+    assert chunks == [256, 256, 256, 512, 512, 1024]
+
+
+@pytest.mark.corpus(35)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["peaky", "tiny", "huge"])
+def test_inputs_of_every_size(family, dtype, device):
+    check(Case(1, 4, 2, 100, 130, 64, 64), dtype, device, family=family)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_never_worse_than_eager(dtype, device):
+    check_never_worse_than_eager(dtype, device)
+
+
+@pytest.mark.parametrize("Hq, Hkv", [(0, 0), (0, 2)])
+def test_keys_that_no_head_reads_have_no_gradient(Hq, Hkv, device):
+    q, k, v = (torch.randn(2, H, 7, 8, device=device).requires_grad_() for H in (Hq, Hkv, Hkv))
+    out = lk.attention(q, k, v)
+    assert not any(grad.any() for grad in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
+
+
+def test_a_softcap_of_zero_is_none(device):
+    """As in flash-attn."""
+    q, k, v = (torch.randn(1, H, 9, 16, device=device) for H in (4, 2, 2))
+    cu, (cos, sin) = torch.tensor([0, 9], dtype=torch.int32, device=device), lk.rope_tables(torch.rand(8), 9)
+    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+    calls = {
+        "attention": lambda m, cap: m.attention(q, k, v, softcap=cap),
+        "attention_varlen": lambda m, cap: m.attention_varlen(*packed, cu, cu, 9, 9, softcap=cap),
+        "rope_attention": lambda m, cap: m.rope_attention(q, k, v, cos.to(device), sin.to(device), softcap=cap),
+    }
+    for call in calls.values():
+        for module in (lk, lk.reference):
+            assert torch.equal(call(module, 0.0), call(module, None))
+
+
+def _gradients_of_a_block(q, k, v, do, out, lse, scale, rounding, closing, by: Arithmetic = EXACT):
+    """dq, dk and dv of a block of keys, of whose rows `out` and `lse` tell the rest."""
+    G = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(G, 1) for x in (k, v))
+    p = by.exp2((q @ k.mT * scale - lse[..., None]) * LOG2E)
+    ds, p = rounding(p * (do @ v.mT - (out * do).sum(-1, keepdim=True))), rounding(p)
+    dk, dv = (x.unflatten(1, (-1, G)).sum(2) for x in (ds.mT @ q * scale, p.mT @ do))
+    return closing(ds @ k * scale), closing(dk), dv
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "rotated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_block_of_keys(layout, dtype, device):
+    """out and lse may be those of longer rows, as in context parallelism: dq is then the share of this block."""
+    Hq, Hkv, S, D = 4, 2, 33, 32
+    scale, ops = D**-0.5, torch.ops.llama_kernels
+    q, do = (torch.randn(1, Hq, S, D, device=device).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, Hkv, 2 * S, D, device=device).to(dtype) for _ in range(2))
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    exact, exact_lse = lk.reference.attention(*wide, is_causal=False, return_lse=True)
+    whole_dq, *_ = torch.autograd.grad(exact, wide, do.double())
+    exact, exact_lse = exact.detach(), exact_lse.detach()
+    out, lse = exact.to(dtype), exact_lse.float()
+    cos, sin = (x.to(device) for x in lk.rope_tables(torch.rand(D // 2), S))
+
+    def turned_back(x):
+        return lk.reference.rope(x, None, cos, -sin)[0] if layout == "rotated" else x
+
+    total = 0
+    for block in (slice(0, S), slice(S, 2 * S)):
+        k_, v_ = k[:, :, block], v[:, :, block]
+        call, wanted = (scale, None, None, None), (True, True, True, False, None)
+        if layout == "packed":
+            cu = torch.tensor([0, S], dtype=torch.int32, device=device)
+            do_, *tensors = (x[0].transpose(0, 1) for x in (do, q, k_, v_, out))
+            bounds = (None, None, None, cu, cu.clone(), S, S)
+            results = ops.attention_backward(do_, None, *tensors, lse[0], *bounds, *call, *wanted)
+            results = [x.transpose(0, 1)[None] for x in results[:3]]
+        elif layout == "rotated":
+            rest = (None, None, None, cos, sin, None, False, *call, *wanted)
+            results = ops.rope_attention_backward(do, None, q, k_, v_, out, lse, *rest)
+        else:
+            rest = (None, None, None, None, None, S, S, *call, *wanted)
+            results = ops.attention_backward(do, None, q, k_, v_, out, lse, *rest)
+        R = (*(x.double() for x in (q, k_, v_, do)), exact, exact_lse)
+        R = _gradients_of_a_block(*R, scale, lambda x: x, turned_back)
+        I = (*(x.float() for x in (q, k_, v_, do, out)), lse)
+        I = drawn(_gradients_of_a_block, *I, scale, lambda x: x.to(dtype).float(), turned_back)
+        for name, K, r, draws in zip(("dq", "dk", "dv"), results, R, I, strict=False):
+            judge(f"{layout} {name}", K, r, [draw.to(dtype) for draw in draws])
+        total = total + R[0]
+    torch.testing.assert_close(total, turned_back(whole_dq))  # the truth itself: shares that sum to the whole

@@ -1,0 +1,101 @@
+"""RoPE's angles: equal to Transformers' own, bit for bit, and to the definition."""
+
+from __future__ import annotations
+
+import decimal
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import llama_kernels as lk
+from tests.support.rotary import SCALINGS, config
+
+
+def theirs(scaling: dict[str, Any], seq_len: int | None) -> tuple[torch.Tensor, float]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    if scaling["rope_type"] in ROPE_INIT_FUNCTIONS:
+        return ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config(scaling), torch.device("cpu"), seq_len=seq_len)
+    return LlamaRotaryEmbedding.compute_default_rope_parameters(config(scaling))
+
+
+@pytest.mark.parametrize("seq_len", [None, 100, 9000, 20000])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_frequencies_are_transformers_to_the_bit(name, seq_len):
+    expected, factor = theirs(SCALINGS[name], seq_len)
+    rule = {"seq_len": seq_len, "max_position_embeddings": 8192}
+    inv_freq, attention_factor = lk.rope_frequencies(64, scaling=SCALINGS[name], **rule)
+    assert inv_freq.dtype == torch.float32 and torch.equal(inv_freq, expected) and attention_factor == factor
+    if seq_len is not None:  # on the device, without a sync
+        inv_freq, _ = lk.rope_frequencies(64, scaling=SCALINGS[name], **{**rule, "seq_len": torch.tensor(seq_len)})
+        torch.testing.assert_close(inv_freq, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("head_dim, factor", [(64, 1.0), (80, 0.25), (128, 0.5), (2, 1.0)])
+def test_default_is_the_paper(head_dim, factor):
+    R = int(head_dim * factor)
+    inv_freq, attention_factor = lk.rope_frequencies(head_dim, 500000.0, {"partial_rotary_factor": factor})
+    expected = 500000.0 ** (-2 * torch.arange(R // 2, dtype=torch.float64) / R)
+    torch.testing.assert_close(inv_freq.double(), expected, rtol=1e-6, atol=0)
+    assert attention_factor == 1.0
+
+
+def test_tables_are_cosines_and_sines():
+    inv_freq, _ = lk.rope_frequencies(64)
+    cos, sin = lk.rope_tables(inv_freq, 50, attention_factor=1.5)
+    angles = torch.arange(50).double()[:, None] * inv_freq.double()
+    torch.testing.assert_close(cos.double(), 1.5 * angles.cos(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sin.double(), 1.5 * angles.sin(), rtol=0, atol=1e-5)
+    assert cos.shape == sin.shape == (50, 32) and cos.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_float64_frequencies_are_the_same_rule(name):
+    for seq_len in (None, 20000):
+        rule = {"scaling": SCALINGS[name], "seq_len": seq_len, "max_position_embeddings": 8192}
+        exact, factor = lk.rope_frequencies(64, **rule, dtype=torch.float64)
+        rounded, same = lk.rope_frequencies(64, **rule)
+        assert exact.dtype == torch.float64 and factor == same
+        torch.testing.assert_close(rounded.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_tables_of_distant_positions():
+    """Against whole numbers: cos(10,000,000 / 10,000^(2i/64)), the argument reduced with 60 digits."""
+    decimal.getcontext().prec = 60
+    pi = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494")
+    inv_freq, _ = lk.rope_frequencies(64, dtype=torch.float64)
+    for position in (131_071, 1_000_000, 10_000_000):
+        cos, sin = lk.rope_tables(inv_freq, torch.tensor([position]))
+        assert cos.shape == (1, 32) and cos.dtype == torch.float32
+        for i in range(32):
+            angle = float(position * decimal.Decimal(10000) ** (decimal.Decimal(-2 * i) / 64) % (2 * pi))
+            assert abs(cos[0, i].item() - math.cos(angle)) < 1e-6 and abs(sin[0, i].item() - math.sin(angle)) < 1e-6
+
+
+def test_angles_are_float64_in_tables():
+    """Those of float32 frequencies too: at position 131,071 a float32 angle is off by up to 0.008."""
+    inv_freq, _ = lk.rope_frequencies(64)
+    cos, _ = lk.rope_tables(inv_freq, torch.tensor([131_071]))
+    torch.testing.assert_close(cos.double(), (131_071 * inv_freq.double()).cos()[None], rtol=0, atol=1e-7)
+    whole = lk.rope_tables(inv_freq, 9)
+    assert all(torch.equal(a, b) for a, b in zip(whole, lk.rope_tables(inv_freq, torch.arange(9)), strict=True))
+
+
+def test_frequencies_of_another_dtype_are_refused():
+    with pytest.raises(TypeError, match=r"llama_kernels.rope_frequencies: dtype is torch.bfloat16"):
+        lk.rope_frequencies(64, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("scaling, said", [
+    ({"rope_type": "ntk"}, "rope_type"),
+    ({"rope_type": "linear"}, "factor"),
+    ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor"),
+    ({"rope_type": "longrope", "factor": 8.0}, "original_max_position_embeddings"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.01}, "head_dim"),
+])  # fmt: skip
+def test_what_is_missing_is_named(scaling, said):
+    with pytest.raises(ValueError, match=f"llama_kernels.rope_frequencies: .*{said}"):
+        lk.rope_frequencies(64, scaling=scaling)

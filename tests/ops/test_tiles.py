@@ -1,0 +1,254 @@
+"""Every tile that the tables of attention, or the rules of the other ops, can give is run and judged.
+
+On a GPU, each tile of its family that calls take under the installed Triton runs as it is: at its head width, with its
+warps and stages. Triton's interpreter knows neither warps nor stages and runs tiles of any family, so there tiles of
+the same blocks are run once, on narrow heads. That a tile ran is read from the recorded launches. The tiles of the
+Hopper kernels are run in test_hopper.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import llama_kernels as lk
+from llama_kernels.core.device import arch_of, lanes_of
+from llama_kernels.core.language import INTERPRETED, TRITON_VERSION
+from llama_kernels.ops import rms_norm
+from llama_kernels.ops.attention import decode, tables
+from llama_kernels.ops.attention.tables import Tile
+from llama_kernels.ops.pairs import head_tile
+from tests.support import attention as attention_cases
+from tests.support import qk_norm_rope as qk_norm_rope_cases
+from tests.support import rms_norm as rms_norm_cases
+from tests.support import rope as rope_cases
+from tests.support import rope_attention as rope_attention_cases
+from tests.support.attention import Case
+from tests.support.environment import DEVICE
+from tests.support.judge import drawn, ideal_rms_norm, judge
+from tests.support.launches import KERNELS_RUN, Launched, kernels_launched
+
+pytestmark = pytest.mark.skipif(not KERNELS_RUN, reason="CPU tensors take the reference in this run: it has no tiles")
+
+# --- the tables of attention -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tile of the tables, and where it stands there."""
+
+    family: str
+    pass_: str
+    width: int
+    dtype: torch.dtype
+    variant: tuple[str, ...]  # the fields of Tile that lead to it from its row: (), ("crowded",), ("newer", "crowded")
+    tile: Tile
+    taken: bool  # by calls under this Triton
+
+
+def variants(tile: Tile, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tile]]:
+    """The tile, and every tile that a field of it holds."""
+    yield path, tile
+    for field in dataclasses.fields(tile):
+        if isinstance(other := getattr(tile, field.name), Tile):
+            yield from variants(other, (*path, field.name))
+
+
+def entries() -> Iterator[Entry]:
+    for dtype, rows in ((torch.float16, tables._HALF), (torch.float32, tables._FLOAT32)):
+        for (family, pass_), row in rows.items():
+            for width, column in zip(tables.WIDTHS, row, strict=True):
+                for variant, tile in variants(column):
+                    taken = not column.newer or ("newer" in variant) == (TRITON_VERSION >= (3, 9))
+                    yield Entry(family, pass_, width, dtype, variant, tile, taken)
+
+
+ENTRIES = list(entries())
+
+
+@pytest.fixture(autouse=True)
+def _portable_kernels() -> Iterator[None]:
+    """Under `pytest --hopper` too: these are their tiles."""
+    with lk.hopper_attention(False):
+        yield
+
+
+def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
+    """None stands where no call looks, as the tile for more options of a pass that never asks for it."""
+    taken = set()
+    for family, triton, dtype in itertools.product(tables.FAMILIES, ((3, 6), (3, 9)), (torch.float16, torch.float32)):
+        monkeypatch.setattr(tables, "arch_of", lambda _, family=family: family)
+        monkeypatch.setattr(tables, "tile", functools.partial(TILE, triton=triton))
+        for pass_, D, narrow, crowded in itertools.product(tables.PASSES, tables.WIDTHS, (1, 2), (False, True)):
+            if not (pass_ == "decode" and crowded):
+                q, v = torch.empty(1, D, dtype=dtype), torch.empty(1, D // narrow, dtype=dtype)
+                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, v, crowded)))
+    assert not [e for e in ENTRIES if (e.family, e.pass_, e.width, e.dtype, e.tile) not in taken]
+
+
+TILE = tables.tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One call that takes a tile in each pass."""
+
+    dtype: torch.dtype
+    width: int  # of the heads of q and k
+    DV: int
+    options: bool  # with those that hold registers, which a crowded tile is for
+    tiles: tuple[tuple[str, Tile], ...]
+
+    def __str__(self) -> str:
+        on = f"{str(self.dtype)[6:]}, D={self.width}/{self.DV}" + ", options" * self.options
+        return f"{on}: " + "; ".join(f"{pass_} {tile}" for pass_, tile in self.tiles)
+
+
+def blocks(tile: Tile) -> Tile:
+    """What the interpreter sees of a tile."""
+    return Tile(tile.BLOCK_M, tile.BLOCK_N, 4, 1, tile.split, tile.carry)
+
+
+def runs(*passes: str, rotated: bool = False) -> list[Run]:
+    """Few calls that take all tiles of the passes: side by side, large ones with large ones. Where dq is `rotated`, the
+    crowded tile is taken, if there is one."""
+    kinds: dict[tuple[torch.dtype, int, int, bool], dict[str, set[Tile]]] = {}
+    family = None if INTERPRETED else arch_of(torch.device(DEVICE))
+    for entry in ENTRIES:
+        here = family is None or (family == entry.family and entry.taken)
+        if not here or entry.pass_ not in passes or (rotated and entry.pass_ == "dq" and entry.tile.crowded):
+            continue
+        tile = dataclasses.replace(entry.tile, crowded=None, narrow_v=None, newer=None)
+        DV = entry.width // (2 if "narrow_v" in entry.variant else 1)
+        kind = (entry.dtype, entry.width, DV, "crowded" in entry.variant)
+        if family is None:
+            tile, kind = blocks(tile), (entry.dtype, 16, 16, False)
+        kinds.setdefault(kind, {}).setdefault(entry.pass_, set()).add(tile)
+    found = []
+    for kind, by_pass in kinds.items():
+        columns = [sorted(by_pass.get(p, ()), key=lambda t: (-t.BLOCK_M * t.BLOCK_N, str(t))) for p in passes]
+        for number in range(max(map(len, columns))):
+            rest = [tiles[min(number, len(tiles) - 1)] if tiles else SMALL for tiles in columns]
+            found.append(Run(*kind, tuple(zip(passes, rest, strict=True))))
+    return found
+
+
+SMALL = Tile(16, 16, 4, 1)
+
+
+def assert_ran(launches: list[Launched], kernel: str, count: int = 1, **options: object) -> None:
+    """`kernel` was launched so often, each time with these options."""
+    found = [launched.options for launched in launches if launched.name == kernel]
+    assert len(found) == count, f"{kernel} was launched {len(found)} times, not {count}"
+    for given in found:
+        assert {name: given[name] for name in options} == options, kernel
+
+
+@pytest.mark.corpus(67)
+@pytest.mark.parametrize("run", runs("forward", "dq", "dkdv"), ids=str)
+def test_every_tile_of_the_tables_is_right(run, device):
+    """Rows and keys that fill a block, keys that all rows of a block see, and a rest in each that does not fill one."""
+    tiles = dict(run.tiles)
+    M, N = (max(getattr(tile, side) for tile in tiles.values()) for side in ("BLOCK_M", "BLOCK_N"))
+    options = {"window_size": (M + 2 * N, 0), "softcap": 5.0} if run.options else {}
+    Sk = M + (3 if run.options else 1) * N + 8
+    case = Case(1, 2, 1, M + 5, Sk, run.width, run.DV, **options)
+    with kernels_launched() as launches:
+        attention_cases.check(case, run.dtype, device, tile=tiles)
+    assert_ran(launches, "_forward_kernel", **tiles["forward"].launch_options, CARRY=tiles["forward"].carry)
+    assert_ran(launches, "_dq_kernel", **tiles["dq"].launch_options)
+    assert_ran(launches, "_dkdv_kernel", 1 + tiles["dkdv"].split, **tiles["dkdv"].launch_options)
+
+
+@pytest.mark.parametrize("run", runs("dq", "dkdv", rotated=True), ids=str)
+def test_gradients_are_rotated_back_in_every_tile(run, device):
+    """The rows of a tile of dq, and the keys of one of dk, are rotated where their sums lie."""
+    tiles = {**dict(run.tiles), "forward": SMALL}
+    S = max(tiles["dq"].BLOCK_M, tiles["dkdv"].BLOCK_N) + 5
+    with kernels_launched() as launches:
+        rope_attention_cases.check(Case(1, 1, 1, S, S, run.width, run.DV), run.dtype, device, tile=tiles)
+    assert_ran(launches, "_dq_kernel", **tiles["dq"].launch_options, HALF=run.width // 2)
+    assert_ran(launches, "_dkdv_kernel", 1 + tiles["dkdv"].split, **tiles["dkdv"].launch_options, HALF=run.width // 2)
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("run", runs("decode"), ids=str)
+def test_every_tile_of_decoding_is_right(run, rows, device, monkeypatch):
+    """A chunk of two whole blocks, and one that ends within its second; as few rows as there are, and the most."""
+    tile = dict(run.tiles)["decode"]
+    monkeypatch.setattr(decode, "chunk_of", lambda Sk: 2 * tile.BLOCK_N)
+    case = Case(1, 4 if rows > 1 else 1, 1, -(-rows // 4), 3 * tile.BLOCK_N + 5, run.width, run.DV)
+    with kernels_launched() as launches:
+        attention_cases.check(case, run.dtype, device, tile={"decode": tile}, gradients=False)
+    assert_ran(launches, "_decode_kernel", **{**tile.launch_options, "BLOCK_M": max(rows, 16)})
+    assert_ran(launches, "_combine_kernel")
+
+
+# --- the rules of the other ops --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [8, 16, 32, 64, 128])
+def test_every_tile_of_heads_is_right(half, device):
+    """Of rope and of qk_norm_rope: tokens and heads that fill a tile, and a rest of each."""
+    chosen = {head_tile(half, 2**power, lanes_of(device)) for power in range(11)}
+    assert {tile.BLOCK_R for tile in chosen} == {half} and len(chosen) == (1024 // half).bit_length()
+    for tile in chosen:
+        q, k = rope_cases.qk(1, tile.BLOCK_H + 1, tile.BLOCK_H, tile.BLOCK_T + 1, 2 * half, torch.float16, device)
+        angles = rope_cases.tables(tile.BLOCK_T + 1, 2 * half, device)
+        with kernels_launched() as launches:
+            rope_cases.check(q, k, *angles, inplace=True)
+            qk_norm_rope_cases.check(q, k, *qk_norm_rope_cases.weights(2 * half, q.dtype, device), *angles)
+        assert_ran(launches, "_rope_kernel", **tile._asdict())
+        assert_ran(launches, "_qk_norm_rope_forward_kernel", **tile._asdict())
+        assert_ran(launches, "_qk_norm_rope_backward_kernel", **tile._asdict())
+
+
+def row_tiles() -> Iterator[tuple[int, torch.dtype]]:
+    """Widths up to which rows take tiles of other blocks than any shorter ones."""
+    for dtype in (torch.float16, torch.float32):
+        seen = set()
+        for width in (2**power for power in range(4, 21)):
+            tiles = [rms_norm.row_tile(pass_, width, dtype.itemsize)[:2] for pass_ in ("forward", "backward")]
+            if not seen.issuperset(enumerate(tiles)):
+                yield width, dtype
+            seen.update(enumerate(tiles))
+
+
+@pytest.mark.parametrize("width, dtype", list(row_tiles()), ids=str)
+def test_every_tile_of_rows_is_right(width, dtype, device):
+    """Of rms_norm: a tile of rows that is full, and one that is not; columns that fill no tile, or no step."""
+    tiles = {p: rms_norm.row_tile(p, width, dtype.itemsize) for p in ("forward", "backward", "weight_grad")}
+    rows = 1 + max(tiles[pass_].BLOCK_R for pass_ in ("forward", "backward"))
+    with kernels_launched() as launches:
+        rms_norm_cases.check((rows, width - 3), dtype, device)
+    for pass_ in ("forward", "backward"):
+        assert_ran(launches, f"_rms_norm_{pass_}_kernel", **blocks_of(tiles[pass_], device))
+    if width > tiles["backward"].BLOCK_N:
+        assert_ran(launches, "_rms_norm_weight_grad_kernel", **blocks_of(tiles["weight_grad"], device))
+    if width <= 2 * tiles["weight_grad"].BLOCK_N:  # wider rows take the tile of this width
+        rows = tiles["weight_grad"].BLOCK_R + 1
+        weight_gradient_alone((rows, width - 3), dtype, device, tiles["weight_grad"])
+
+
+def blocks_of(tile: rms_norm.RowTile, device: torch.device) -> dict[str, int]:
+    return {"BLOCK_R": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_N, "num_warps": tile.threads // lanes_of(device)}
+
+
+def weight_gradient_alone(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, tile: rms_norm.RowTile
+) -> None:
+    """Where x needs no gradient, a kernel of its own makes the weight's."""
+    x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    w = torch.randn(shape[-1], device=device).to(dtype).requires_grad_()
+    with kernels_launched() as launches:
+        (dw,) = torch.autograd.grad(lk.rms_norm(x, w), w, dy)
+    wide = w.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(lk.reference.rms_norm(x.double(), wide), wide, dy.double())
+    judge("dweight", dw, truth, drawn(ideal_rms_norm, x, None, w.detach(), 1e-6, 0.0, dy, None)[-1])
+    assert_ran(launches, "_rms_norm_weight_grad_kernel", **blocks_of(tile, device))
+    assert not [launched for launched in launches if launched.name == "_rms_norm_backward_kernel"]

@@ -1,0 +1,44 @@
+"""Random calls, shrunk by hypothesis to the smallest that fails: any shape, mask, packing, position, stride."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from llama_kernels.core.language import INTERPRETED
+from tests.regressions.draws import DRAWN, replay
+from tests.support.environment import DEVICE
+
+# Derandomised: a failure that comes and goes teaches people to press the button again. Grow max_examples to hunt.
+few = settings(
+    max_examples=12 if INTERPRETED or DEVICE == "cuda" else 100,  # slow to interpret, and to compile
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.mark.corpus(14, 16, 24, 40)
+@pytest.mark.parametrize("attempt", DRAWN, ids=lambda attempt: attempt.__name__)
+def test_draws(attempt, device):
+    @few
+    @given(**DRAWN[attempt])
+    def drawn(**arguments):
+        torch.manual_seed(0)
+        attempt(**arguments, device=device)
+
+    drawn()
+
+
+def test_what_was_found_once_stays_mended(device):
+    """A line a failure that fuzzing found, shrunk: tests/reproducers.txt."""
+    for line in reproducers():
+        replay(line, device)
+
+
+def reproducers() -> list[str]:
+    lines = Path(__file__).with_name("reproducers.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]

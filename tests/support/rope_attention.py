@@ -1,0 +1,100 @@
+"""The check of a rope_attention call: out, lse and every gradient against float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+import llama_kernels as lk
+from llama_kernels.ops.attention.tables import Tile
+from llama_kernels.ops.pairs import full_width, turns_in_registers
+from tests.support.attention import (
+    Case,
+    Inputs,
+    in_float64,
+    make,
+    score_bound,
+    sink_terms,
+    tiles,
+)
+from tests.support.judge import (
+    attention_mask,
+    drawn,
+    eager_rope,
+    guarded,
+    guarded_allocations,
+    ideal_attention,
+    judge,
+    memory_order,
+    relaid,
+    transposed,
+    unchanged,
+)
+from tests.support.launches import Launched, kernels_launched, names
+from tests.support.rope import rows, tables
+
+
+def run(ops: Any, case: Case, x: Inputs, *angles: torch.Tensor | None, interleaved: bool = False) -> list[torch.Tensor]:
+    """out, lse and the gradients of `ops`' rope_attention, lk or lk.reference."""
+    options = {name: getattr(case, name) for name in ("is_causal", "window_size", "softcap", "scale")}
+    options.update(sinks=x.sinks, kv_start=x.kv_start, kv_end=x.kv_end, return_lse=True, interleaved=interleaved)
+    out, lse = ops.rope_attention(x.q, x.k, x.v, *angles, **options)
+    return [out, lse, *torch.autograd.grad((out, lse), x.tensors, (x.do, x.dlse))]
+
+
+@torch.no_grad()
+def ideal(
+    case: Case, x: Inputs, cos, sin, position_ids, interleaved: bool, launches: Sequence[Launched] = ()
+) -> list[list[torch.Tensor]]:
+    """The draws of each result of `run`, float32 that rounds where the kernels' contract does: q and k as rotated, and
+    dq and dk as turned back, where that is done in registers; else before it too. The Hopper backward, where it is
+    among the launches, turns a dk that is rounded."""
+    turn = functools.partial(eager_rope, interleaved=interleaved)
+    c, s = (rows(x.q, table.float(), position_ids) for table in (cos, sin))
+    q, k = (turn(t.float(), c, s).to(t.dtype) for t in (x.q, x.k))
+    see = attention_mask(case.Sq, case.Sk, case.is_causal, case.window_size, x.kv_start, x.kv_end, x.q.device)
+    scale = case.D**-0.5 if case.scale is None else case.scale
+    call = (q, k, x.v, see, scale, case.softcap, x.sinks, x.do, x.dlse)
+
+    def turned_back(grad: torch.Tensor) -> torch.Tensor:
+        return turn(grad.float(), c, transposed(s, case.D, interleaved))
+
+    out, lse, *grads = drawn(ideal_attention, *call)
+    grads[:2] = ([turned_back(grad).to(grad.dtype) for grad in draws] for draws in grads[:2])
+    if not full_width(cos, case.D) and turns_in_registers(cos.shape[-1], interleaved):
+        in_registers = slice(1) if "_hopper_backward_kernel" in names(launches) else slice(2)
+        grads[in_registers] = drawn(ideal_attention, *call, closing=turned_back)[2:][in_registers]
+    return [out, lse, *grads]
+
+
+def check(
+    case: Case, dtype: torch.dtype, device: torch.device, R: int | None = None,
+    position_ids: torch.Tensor | None = None, *, interleaved: bool = False,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None, family: str = "randn",
+    tile: Tile | Mapping[str, Tile] | None = None, layout: int | None = None,
+) -> None:  # fmt: skip
+    x = make(case, dtype, device, family)
+    if layout is not None:
+        x.q, x.k, x.v, x.do = (relaid(t, layout + i) for i, t in enumerate((x.q, x.k, x.v, x.do)))
+    cos, sin = angles or tables(max(case.Sq, 60), case.D if R is None else R, device)
+    safe = Inputs(*(None if t is None else guarded(t) for t in vars(x).values()))
+    given = [guarded(cos), guarded(sin), None if position_ids is None else guarded(position_ids)]
+    with guarded_allocations(), tiles(tile), unchanged(*vars(safe).values(), *given), kernels_launched() as launches:
+        results = run(lk, case, safe, *given, interleaved=interleaved)
+    wide = in_float64(x)
+    truth = run(lk.reference, case, wide, cos.double(), sin.double(), position_ids, interleaved=interleaved)
+    named = ["out", "lse", "dq", "dk", "dv", "dsinks"][: len(results)]
+    terms = {"lse": score_bound(case, x)} | ({"dsinks": sink_terms(x, *truth[:2])} if case.sinks else {})
+    ideals = ideal(case, x, cos, sin, position_ids, interleaved, launches)
+    for name, K, R_, I in zip(named, results, truth, ideals, strict=True):
+        judge(name, K, R_, I, terms=terms.get(name, 0.0))
+    for name, K, t in zip(named[2:], results[2:], x.tensors, strict=True):
+        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
+    assert (results[0].dtype, results[1].dtype) == (dtype, torch.float32)
+
+
+def square(S: int, D: int = 32, DV: int | None = None, B: int = 1, heads: tuple[int, int] = (4, 2), **on: Any) -> Case:
+    return Case(B, *heads, S, S, D, D if DV is None else DV, **on)
