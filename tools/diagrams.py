@@ -61,9 +61,18 @@ def _definitions(module: str) -> dict[str, ast.stmt]:
         if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             found[statement.name] = statement
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            found.update({target.id: statement for target in targets if isinstance(target, ast.Name)})
+            for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
+                found.update(_assigned(target, statement))
     return found
+
+
+def _assigned(target: ast.expr, statement: ast.Assign | ast.AnnAssign) -> Iterator[tuple[str, ast.stmt]]:
+    """(name, statement that gives it its value) of what is assigned to. `a, b = x, y` is two assignments."""
+    if isinstance(target, ast.Name):
+        yield target.id, statement
+    elif isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple):
+        for each, value in zip(target.elts, statement.value.elts, strict=True):
+            yield from _assigned(each, ast.Assign(targets=[each], value=value))
 
 
 def _imports(module: str) -> Iterator[tuple[str, str, str | None]]:
@@ -74,7 +83,7 @@ def _imports(module: str) -> Iterator[tuple[str, str, str | None]]:
             continue
         parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
         source = ".".join([*parents, *([node.module] if node.module else [])])
-        if source.split(".")[0] != PACKAGE:
+        if source not in modules():
             continue
         for alias in node.names:
             inside = f"{source}.{alias.name}"
@@ -141,9 +150,8 @@ def import_edges() -> list[tuple[str, str]]:
 
 
 def import_diagram() -> str:
-    """Which folders import which, as mermaid. What everything imports, core and the reference, has no arrows of its
-    own: the arrows to it are drawn from the groups."""
-    edges = import_edges()
+    """Which folders import which, as mermaid. Core and the reference, which everything imports, have no arrows."""
+    edges = [(a, b) for a, b in import_edges() if b not in ("core", "reference")]
     boxes = sorted({box for edge in edges for box in edge})
     ops = [box for box in boxes if box.startswith("ops/")]
     lines = ["flowchart TD", "    subgraph ops"]
@@ -205,9 +213,8 @@ def kind_of(definition: Definition) -> str | None:
         return "kernel"
     if isinstance(node, ast.ClassDef):
         return "autograd.Function" if any(_named(base, "Differentiable") for base in node.bases) else None
-    if isinstance(node, ast.FunctionDef) and any(_named(each, "cached_launch") for each in node.decorator_list):
-        return "launcher"
-    return None
+    launches = any(isinstance(part, ast.Call) and _named(part.func, "Launch") for part in ast.walk(node))
+    return "launcher" if isinstance(node, ast.FunctionDef) and launches else None
 
 
 def _named(node: ast.AST, name: str) -> bool:
@@ -273,18 +280,22 @@ def call_diagram(name: str) -> str:
 
 
 def table() -> str:
-    """For each public function, the autograd.Function, registered ops and kernels of its calls, and their files."""
-    lines = ["| public function | autograd.Function | registered ops | kernels |", "|---|---|---|---|"]
+    """For each public function, the autograd.Function, registered ops and kernels of its calls, and their files.
+    Functions whose calls go through the same share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name in public_functions():
         nodes = list(dict.fromkeys(definition for edge in _chain(name) for definition in edge))
-        cells = [f"`{name}` in {_link(nodes[0])}"]
+        cells = [_link(nodes[0])]
         for kind in ("autograd.Function", "registered op"):
             labels = (label_of(each).removeprefix("llama_kernels::") for each in nodes if kind_of(each) == kind)
             cells.append("<br>".join(f"`{label}`" for label in dict.fromkeys(labels)))
         kernels = sorted((each.file, each) for each in nodes if kind_of(each) == "kernel")
         by_file = {_link(each): [other.name for name, other in kernels if name == file] for file, each in kernels}
         cells.append("<br>".join(f"{link}: {', '.join(f'`{n}`' for n in names)}" for link, names in by_file.items()))
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.setdefault(tuple(cells), []).append(name)
+    lines = ["| public function | in | autograd.Function | registered ops | kernels |", "|---|---|---|---|---|"]
+    for cells, names in rows.items():
+        lines.append("| " + " | ".join(["<br>".join(f"`{name}`" for name in names), *cells]) + " |")
     return "\n".join(lines)
 
 
