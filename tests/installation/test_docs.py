@@ -14,10 +14,10 @@ from tests.conftest import INTERPRETED
 from tools import diagrams
 
 ROOT = Path(lk.__file__).parent.parent
+FOLDERS = ["docs", "examples", "bench", "tests"]
 PAGES = [
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/**/README.md")]
-    if not path.relative_to(ROOT).parts[0].startswith((".", "build"))
+    for path in [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.md")))]
 ]
 
 # --- code ------------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def folder_with_a_llama(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the samples run as they do for a reader, who does not set TRITON_INTERPRET")
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("tests/") and code_of(page)])
 def test_the_code_of_a_page_runs(page, folder_with_a_llama, monkeypatch):
     """The blocks of a page run one after another and share their variables."""
     monkeypatch.chdir(folder_with_a_llama)
