@@ -24,7 +24,7 @@ PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
 .PHONY: install demo examples test test-present test-compiled bench newest gpu-check test-all fuzz witness matrix \
-	codegen lint fmt quick docs clean
+	codegen lint typecheck fmt quick docs clean
 
 install: $(INSTALLED)
 
@@ -156,12 +156,22 @@ build/triton-$(RECORDED): $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$(RECORDED)
 	touch $@
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) typecheck
 ifeq ($(TORCH),present)
 	$(call NEEDS,lint) || { echo "lint is left out."; exit 0; }; $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 else
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+endif
+
+# [tool.mypy] in pyproject.toml. The types of torch differ between releases: other TORCHes are not checked.
+typecheck: $(INSTALLED)
+ifeq ($(TORCH),present)
+	$(call NEEDS,typecheck) || { echo "typecheck is left out."; exit 0; }; $(PYTHON) -m mypy
+else ifeq ($(CONSTRAINTS),)
+	@echo "typecheck is left out: it is for torch 2.13.0."
+else
+	$(BIN)/mypy
 endif
 
 fmt: $(INSTALLED)
@@ -187,5 +197,5 @@ $(INSTALLED)-docs: $(INSTALLED) pyproject.toml $(CONSTRAINTS)
 endif
 
 clean:
-	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

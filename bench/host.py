@@ -25,26 +25,12 @@ from triton import knobs
 from triton.runtime import driver
 
 import llama_kernels as lk
-from bench.codegen import StandInDriver
+from bench.codegen.cases import StandInDriver
 from llama_kernels.core import launch_cache, registry
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
-from llama_kernels.ops.attention import backward, forward, tables
+from llama_kernels.ops.attention import tables
 
 GOAL = 25.0  # microseconds of a forward call
 BATCHES, CALLS = 20, 50
-
-_LAUNCHERS = {
-    "rms_norm_forward": rms_norm._forward,
-    "rms_norm_backward": rms_norm._backward,
-    "rope": rope._rotated,
-    "rope_qkv_backward": rope._packed_backward,
-    "rope_into_cache": rope._into_cache,
-    "qk_norm_rope": qk_norm_rope._forward,
-    "qk_norm_rope_backward": qk_norm_rope._backward,
-    "attention_forward": forward.launch_forward,
-    "attention_backward": backward.launch_backward,
-    "rope_attention_backward": rope_attention.backward_kernels,
-}
 
 
 class _Utils:
@@ -107,7 +93,7 @@ def _step(call: Callable[[], torch.Tensor], leaves: tuple[torch.Tensor, ...], dy
 def measure() -> list[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an implementation is replaced: so it shall be
-        for name, launcher in _LAUNCHERS.items():
+        for name, launcher in registry.KERNELS.items():
             registry.LIBRARY.impl(name, launcher, "CPU", allow_override=True)
     before = driver._active
     driver.set_active(LaunchingNothing("sm_90"))

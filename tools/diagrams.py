@@ -187,12 +187,8 @@ def _kernels() -> frozenset[Definition]:
 
 def public_functions() -> list[str]:
     """Of the package, those that lead to a kernel."""
-    (names,) = (node.value for node in _tree(PACKAGE).body if isinstance(node, ast.Assign) and _targets(node, "__all__"))
-    return [name for name in ast.literal_eval(names) if _chain(name)]
-
-
-def _targets(node: ast.Assign, name: str) -> bool:
-    return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+    names = ast.literal_eval(_definitions(PACKAGE)["__all__"].value)
+    return [name for name in names if _chain(name)]
 
 
 def _registration(definition: Definition) -> ast.Call | None:

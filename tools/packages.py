@@ -35,7 +35,7 @@ PACKAGES = (
     Package("accelerate", "accelerate", "the tests of models whose weights are offloaded"),
     Package("einops", "einops", "the suites of other projects (make witness)", ("witness",)),
     Package("ruff", "ruff", "make lint", ("lint", "fmt", "quick")),
-    Package("mypy", "mypy", "make typecheck", ("typecheck", "quick")),
+    Package("mypy", "mypy", "make typecheck, a part of make lint", ("typecheck", "quick")),
     Package("mkdocs-material", "material", "the documentation", ("docs",)),
     Package("mkdocstrings", "mkdocstrings", "the documentation", ("docs",)),
 )

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from bench import records
 from bench.gpu_check import page, run, state
 from bench.gpu_check.stages import Machine, Missing, Stage, find_sanitizer, stages
 from bench.gpu_check.state import ABSENT, UNFINISHED, Outcome
+from bench.measuring import machine
 from llama_kernels.core.device import arch_of
 
 PASSED, WRONG, NO_GPU, LEFT = 0, 1, 2, 3
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error(f"--only: no stage is called {', '.join(sorted(unknown))}; there are {known}")
     wanted = chosen(every, args.only)
     if not args.page:
-        about = records.machine("cuda")
+        about = machine.describe("cuda")
         for stage in every:
             outdated = isinstance(stage, Stage) and not run.is_current(stage, args.out, about)
             if outdated or (args.fresh and stage in wanted):

@@ -18,11 +18,15 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import llama_kernels as lk
-from bench import end_to_end, parity
-from bench.__main__ import works_of
-from bench.providers import OURS, PROVIDERS, Unsupported
-from bench.runner import Step
-from bench.work import Work
+from bench.measuring.step import Step
+from bench.providers.provider import OURS, Unsupported
+from bench.providers.registry import PROVIDERS
+from bench.training import scale as training
+from bench.training.step import Step as TrainingStep
+from bench.training.step import llama
+from bench.training.variations import Ours
+from bench.works import presets
+from bench.works.work import Work
 from llama_kernels.core.device import arch_of, processors_of
 
 
@@ -52,15 +56,15 @@ class Call(NamedTuple):
 
 def calls(target: Target) -> list[Call]:
     """Attention, whose kernels compile longest, comes first."""
-    works = [("bench", False, work) for work in works_of("smoke")]
+    works = [("bench", False, work) for work in presets.works_of("smoke")]
     if target.family == "sm_90":
         works += [("bench, Hopper", True, work) for kind, _, work in works if "attention" in work.op]
-    works += [("parity", False, work) for work in parity.works()]
+    works += [("parity", False, work) for work in presets.small()]
     found = [
         Call(f"{kind}: {work.op}, {work.shape}, {str(work.dtype)[6:]}", lambda w=work, h=hopper: _work(w, h))
         for kind, hopper, work in sorted(works, key=lambda each: "attention" not in each[2].op)
     ]
-    layers = (scale for scale in end_to_end.scales() if not scale.whole)
+    layers = (scale for scale in training.scales() if not scale.whole)
     return [*found, *(Call(f"patched layer: {scale.shape}", lambda s=scale: _layer(s)) for scale in layers)]
 
 
@@ -76,10 +80,10 @@ def _work(work: Work, hopper: bool) -> None:
                     step.backward()
 
 
-def _layer(scale: end_to_end.Scale) -> None:
+def _layer(scale: training.Scale) -> None:
     with contextlib.suppress(Unsupported):  # without transformers
-        stock = end_to_end._llama(scale, "meta", scale.dtype)
-        step = end_to_end._Step(scale, end_to_end.Ours(False), "meta", scale.dtype, stock)
+        stock = llama(scale, "meta", scale.dtype)
+        step = TrainingStep(scale, Ours(False), "meta", scale.dtype, stock)
         step.backward(step.forward())
 
 

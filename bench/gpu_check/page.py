@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from bench import goals, records
-from bench.compare import THRESHOLD
 from bench.gpu_check.state import ABSENT, PASSED, UNFINISHED, Outcome
-from bench.providers import OURS
-from bench.records import Run
-from llama_kernels.ops.attention.hopper.choice import row
+from bench.measuring import records
+from bench.measuring.records import Run
+from bench.providers.provider import OURS
+from bench.reporting import goals
+from bench.reporting.compare import THRESHOLD
+from llama_kernels.ops.attention import dispatch
 
 COLUMNS, LINES = 110, 60
 SHAPE = "Llama 3.1 8B"  # whose attention is looked at: heads of 128, 32 and 8
@@ -29,7 +28,7 @@ class Findings(NamedTuple):
 
     folder: Path
     outcomes: Sequence[Outcome]
-    about: Mapping[str, Any]  # bench.records.machine(); empty where there was no run
+    about: Mapping[str, Any]  # bench.measuring.machine.describe(); empty where there was no run
     speed: Run | None
     hopper: Run | None
     parity: Run | None
@@ -164,8 +163,7 @@ def _attention(found: Findings) -> Iterator[str]:
         yield _short(f"{'attention' if name == plain[0][0] else '':14}{name}: {tile}")
     said = []
     for pass_ in ("forward", "backward"):
-        why = row(pass_, family, torch.bfloat16, 128, 128)
-        said.append(f"{pass_}: {why if isinstance(why, str) else f'Hopper kernel, {why}'}")
+        said.append(f"{pass_}: {dispatch.for_heads(pass_, family, 128)}")
     yield from _wrapped("  why", said[0] if len({s.split(": ", 1)[1] for s in said}) == 1 else "; ".join(said))
     if said := _fallbacks(found.folder):
         yield from _wrapped("  Hopper", said)
@@ -243,5 +241,5 @@ def _next(found: Findings) -> list[str]:
     if not steps:
         steps.append("python -m bench --save keeps the records of published shapes; commit bench/results/")
         if found.hopper:
-            steps.append("where Hopper goals are met: name the record in TILES of ops/attention/hopper/choice.py")
+            steps.append("where Hopper goals are met: name the record in TILES of ops/attention/hopper/tables.py")
     return steps[:5]

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import records
 from bench.gpu_check import suite
 from bench.gpu_check.process import Job
+from bench.measuring import records
 
 _PYTHON = (sys.executable, "-m")
 _PACKAGE = ("llama_kernels", "reference")

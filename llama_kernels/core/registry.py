@@ -16,39 +16,51 @@ from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.tensors import last_dim_contiguous
 
 LIBRARY = torch.library.Library("llama_kernels", "DEF")
+# What runs on a GPU, by the name of the op. It takes the op's arguments by position.
+KERNELS: dict[str, Callable[..., Any]] = {}
 
 
 def register(
-    schema: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    call: type[tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
-    """Define `llama_kernels::<schema>` and say what it runs. Returns how the package calls it: without autograd.
+    """Define the op `llama_kernels::<schema>`, and return the function by which the package calls it.
 
-    kernel: launches Triton, for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter.
-    reference: the same results from plain PyTorch, for CPU tensors otherwise.
-    fake: only shapes, dtypes and strides, for tracing.
+    That function takes the op's arguments by position and runs it without autograd: the package puts a
+    torch.autograd.Function of its own around it. A call from elsewhere, such as an exported graph, has the gradient
+    that `register_gradient` gives the op, or raises. Under torch.func.vmap the op runs once for each example; an op
+    that writes into its arguments has no vmap.
 
-    Under torch.func.vmap the op runs once an example, unless it writes into its arguments: then it has no vmap.
-
-    The package puts its own torch.autograd.Function around the op, so it needs no gradient of the op itself. A call
-    from elsewhere, an exported graph for one, has the gradient that `register_gradient` gives the op, or else an error.
+    Args:
+        schema: the op's, as torch.library takes it.
+        kernel: runs for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter. It launches Triton kernels.
+        reference: runs for CPU tensors otherwise. It gives the same results in plain PyTorch.
+        fake: gives results of the right shape, dtype and strides while PyTorch traces.
+        call: a NamedTuple whose fields are the parameters of `schema`. The three functions above take one such tuple.
+            None: they take the op's arguments by position.
     """
-
-    def outside_autocast(*args: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return reference(*args)
-
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CUDA")
-    LIBRARY.impl(name, kernel if INTERPRETED else outside_autocast, "CPU")
-    torch.library.register_fake(f"llama_kernels::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.llama_kernels, name).default
+    if call is not None:
+        parameters = tuple(argument.name for argument in op._schema.arguments)
+        if call._fields != parameters:  # type: ignore[attr-defined]
+            raise ValueError(f"{call.__name__} has fields {call._fields}, but {name} takes {parameters}.")
+        kernel, reference, fake = (_given_whole(call, function) for function in (kernel, reference, fake))
+    KERNELS[name] = kernel
+    LIBRARY.impl(name, kernel, "CUDA")
+    LIBRARY.impl(name, kernel if INTERPRETED else _outside_autocast(reference), "CPU")
+    torch.library.register_fake(f"llama_kernels::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, _refuse_device_of(op), "CompositeExplicitAutograd")  # every other device and layout
     if not op._schema.is_mutable:
         torch.library.register_vmap(f"llama_kernels::{name}", _example_by_example(op), lib=LIBRARY)
     LIBRARY.impl(name, _autograd_of(op), "Autograd", with_keyset=True)
 
-    def call(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         if _is_compiling():  # the guard cannot be traced
             return op(*args)
         if _functorch_is_active():  # it would undo the guard
@@ -59,6 +71,20 @@ def register(
                 _without_autograd.reset(token)
         with _below_autograd():  # half a microsecond, where the kernel of autograd takes three
             return op(*args)
+
+    return run
+
+
+def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`function`, which takes a `call`, as a function of its fields."""
+    make = call._make
+    return lambda *args: function(make(args))
+
+
+def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
 
     return call
 

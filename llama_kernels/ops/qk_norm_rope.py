@@ -21,7 +21,8 @@ from llama_kernels.core.tensors import (
     sizes_of,
     strides_of,
 )
-from llama_kernels.ops.pairs import (
+from llama_kernels.ops.partials import sum_partials
+from llama_kernels.ops.rotation import (
     angle_arguments,
     check_angles,
     check_heads,
@@ -33,7 +34,6 @@ from llama_kernels.ops.pairs import (
     store_pairs,
     tokens_of,
 )
-from llama_kernels.ops.partials import sum_partials
 from llama_kernels.reference.rope import rope_transpose
 
 # Programs a processor in the backward, of 128 threads each: enough to hide the sums across a head.

@@ -21,7 +21,7 @@ from llama_kernels.core.registry import (
     transforms_are_active,
 )
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, sizes_of, strides_of
-from llama_kernels.ops.pairs import (
+from llama_kernels.ops.rotation import (
     angle_arguments,
     check_angles,
     check_heads,

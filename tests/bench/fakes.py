@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from bench import (
-    end_to_end,
-    memory_bound,
-    timing,
-)
-from bench import work as work_module
+from bench.measuring import timing
+from bench.training.scale import Scale
+from bench.works.models import Model
+from bench.works.norms import RMSNorm
 
-NORM = memory_bound.RMSNorm(shape="norm", M=40, N=64, dtype=torch.float16)
+NORM = RMSNorm(shape="norm", M=40, N=64, dtype=torch.float16)
 ABOUT = {"torch": "2", "triton": "3", "gpu": "Fake GPU", "driver": "1", "date": "2026-01-01T00:00:00+00:00"}
 CEILINGS = {"copy": 1000.0, "bfloat16": 100.0, "float16": 100.0, "float32": 10.0}
 
 
-def tiny_model(whole: bool, B: int) -> end_to_end.Scale:
-    model = work_module.Model(64, 96, 2 if whole else 1, 4, 2, 16, 40)
-    return end_to_end.Scale("tiny", whole, model, B, 32)
+def tiny_model(whole: bool, B: int) -> Scale:
+    model = Model(64, 96, 2 if whole else 1, 4, 2, 16, 40)
+    return Scale("tiny", whole, model, B, 32)
 
 
 class FakeClock:

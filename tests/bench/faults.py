@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from bench import memory_bound
-from bench.providers import Eager, Provider
+from bench.providers.eager import Eager
+from bench.providers.provider import Provider
+from bench.works.norms import AddRMSNorm
+from bench.works.rotations import Rope
 
-ADD = memory_bound.AddRMSNorm(shape="add", M=10, N=32, dtype=torch.float16)
-ROPE = memory_bound.Rope(shape="rope", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16)
+ADD = AddRMSNorm(shape="add", M=10, N=32, dtype=torch.float16)
+ROPE = Rope(shape="rope", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16)
 
 
 class Bad(Provider):

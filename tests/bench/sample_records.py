@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.providers import OURS
-from bench.records import Record
+from bench.measuring.records import Record
+from bench.providers.provider import OURS
 
 HEADS = {"B": 4, "S": 4096, "Hq": 32, "Hkv": 8, "D": 128}
 

@@ -18,24 +18,27 @@ import torch
 pytest.importorskip("rich", reason="the bench's commands print with rich")
 
 import llama_kernels as lk
-from bench import (
-    attention,
-    compare,
-    end_to_end,
-    memory_bound,
-    parity,
-    plots,
-    providers,
-    records,
-    report,
-    roofline,
-    runner,
-    timing,
-)
-from bench import work as work_module
-from bench.__main__ import main, measure, parser, works_of
-from bench.providers import OURS, PROVIDERS, Eager, Ours, Provider, Unsupported
-from bench.records import Record, Run
+from bench.commands import session
+from bench.commands.arguments import main, parser
+from bench.estimate import bounds
+from bench.gpus import GPUS
+from bench.measuring import machine, records, runner, step, timing
+from bench.measuring.records import Record, Run
+from bench.providers import ours as ours_module
+from bench.providers import provider as provider_module
+from bench.providers.eager import Eager
+from bench.providers.ours import Ours
+from bench.providers.provider import OURS, Provider, Unsupported
+from bench.providers.registry import PROVIDERS
+from bench.reporting import compare, report
+from bench.reporting.sweeps import sweeps
+from bench.training import runner as training_runner
+from bench.training import scale as training
+from bench.training import step as training_step
+from bench.training import variations as training_variations
+from bench.works import attention, errors, norms, presets, rotations
+from bench.works import work as work_module
+from bench.works.presets import works_of
 from tests.bench.fakes import ABOUT, CEILINGS, NORM, FakeClock, tiny_model
 from tests.support.environment import DEVICE, compiles
 
@@ -43,11 +46,11 @@ DENSE = attention.Attention(shape="dense", B=2, S=40, Hq=4, Hkv=2, D=16, dtype=t
 PACKED = attention.AttentionVarlen(shape="packed", lengths=(12, 1, 20), Hq=4, Hkv=2, D=16, dtype=torch.float16)
 TINY = (
     NORM,
-    memory_bound.AddRMSNorm(shape="add", M=10, N=32, dtype=torch.float16),
-    memory_bound.Rope(shape="rope", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
-    memory_bound.QKNormRope(shape="heads", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
-    memory_bound.RopeQKV(shape="projection", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
-    memory_bound.RopeIntoCache(shape="cache", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    norms.AddRMSNorm(shape="add", M=10, N=32, dtype=torch.float16),
+    rotations.Rope(shape="rope", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    rotations.QKNormRope(shape="heads", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    rotations.RopeQKV(shape="projection", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
+    rotations.RopeIntoCache(shape="cache", B=2, S=9, Hq=4, Hkv=2, D=16, dtype=torch.float16),
     DENSE,
     attention.RopeAttention(shape="rotated", B=2, S=40, Hq=4, Hkv=2, D=16, dtype=torch.float16),
     attention.Attention(shape="window", B=1, S=40, Hq=4, Hkv=2, D=16, window=9, dtype=torch.float16),
@@ -76,15 +79,15 @@ def test_pairs_are_those_of_the_mask():
 
 
 def test_floors_by_hand():
-    norm = memory_bound.RMSNorm(shape="", M=10, N=8)
+    norm = norms.RMSNorm(shape="", M=10, N=8)
     assert [norm.bytes(d) for d in work_module.DIRECTIONS] == [2 * 160 + 16, 3 * 160 + 32, 5 * 160 + 48]
-    add = memory_bound.AddRMSNorm(shape="", M=10, N=8)
+    add = norms.AddRMSNorm(shape="", M=10, N=8)
     assert [add.bytes(d) for d in work_module.DIRECTIONS] == [4 * 160 + 16, 4 * 160 + 32, 8 * 160 + 48]
-    rope = memory_bound.Rope(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
+    rope = rotations.Rope(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
     assert rope.bytes("forward") == rope.bytes("backward") == 2 * (2 * 3 * 5 * 8 * 2) + 2 * 3 * 4 * 4
-    heads = memory_bound.QKNormRope(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
+    heads = rotations.QKNormRope(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
     assert heads.bytes("backward") - heads.bytes("forward") == 2 * 3 * 5 * 8 * 2
-    packed = memory_bound.RopeQKV(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
+    packed = rotations.RopeQKV(shape="", B=2, S=3, Hq=4, Hkv=1, D=8)
     assert packed.bytes("forward") == rope.bytes("forward")
     assert packed.bytes("backward") == rope.bytes("backward") + 2 * (2 * 3 * 1 * 8 * 2)
     dense = attention.Attention(shape="", B=2, S=4, Hq=4, Hkv=2, D=8)
@@ -102,7 +105,7 @@ def test_floors_by_hand():
 
 def test_documents_fill_the_batch():
     for tokens in (16384, 32768):
-        lengths = attention.documents(tokens)
+        lengths = presets.documents(tokens)
         assert sum(lengths) == tokens and min(lengths) >= 128 and max(lengths) >= tokens // 4
 
 
@@ -116,10 +119,10 @@ def whole_reference(work):
         return lk.reference.attention_varlen(q, k, v, cu, cu, longest, longest).transpose(0, 1)[None]
 
     return {
-        "rms_norm": lambda x, w: lk.reference.rms_norm(x, w, memory_bound.EPS),
-        "add_rms_norm": lambda x, r, w: lk.reference.add_rms_norm(x, r, w, memory_bound.EPS),
+        "rms_norm": lambda x, w: lk.reference.rms_norm(x, w, norms.EPS),
+        "add_rms_norm": lambda x, r, w: lk.reference.add_rms_norm(x, r, w, norms.EPS),
         "rope": lambda q, k: lk.reference.rope(q, k, *work.tables("cpu")),
-        "qk_norm_rope": lambda *args: lk.reference.qk_norm_rope(*args, *work.tables("cpu"), eps=memory_bound.EPS),
+        "qk_norm_rope": lambda *args: lk.reference.qk_norm_rope(*args, *work.tables("cpu"), eps=norms.EPS),
         "rope_qkv": lambda qkv: lk.reference.rope_qkv(qkv, work.Hq, work.Hkv, *work.tables("cpu")),
         "rope_into_cache": lambda q, k, v: (*lk.reference.rope(q, k, *work.angles("cpu")), v),
         "attention": lambda q, k, v: lk.reference.attention(q, k, v, window_size=window),
@@ -133,7 +136,7 @@ def whole_reference(work):
 def test_the_truth_in_pieces_is_the_whole(work, monkeypatch):
     """Small pieces add up to what the reference says at once; the yardstick to what plain PyTorch says."""
     call = work.draw("cpu")
-    monkeypatch.setattr(memory_bound, "ROWS", 7)
+    monkeypatch.setattr(norms, "ROWS", 7)
     monkeypatch.setattr(attention, "QUERIES", 8)
     pieces = list(work.pieces(call))
     assert len(pieces) > 1 or work.op in ("decode", "rope_into_cache")
@@ -145,8 +148,8 @@ def test_the_truth_in_pieces_is_the_whole(work, monkeypatch):
     for name, x in truth.items():
         torch.testing.assert_close(x, work.judged(name, whole[name]))
     plain = work_module.compute(work, Eager().function(work, "cpu"), call, backward)
-    bars = work_module.errors(work, work.yardstick(call), truth)
-    assert work_module.disparity(work, plain, truth, bars)[1] is None
+    bars = errors.errors(work, work.yardstick(call), truth)
+    assert errors.disparity(work, plain, truth, bars)[1] is None
 
 
 # --- parity ----------------------------------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def test_everything_is_timed_on_a_gpu(work):
 @pytest.mark.parametrize("provider", [p for p in PROVIDERS if p.module], ids=lambda p: p.name)
 def test_a_peer_that_is_not_installed_is_listed(provider, monkeypatch):
     """Whether or not it is installed here."""
-    monkeypatch.setattr(providers, "_importable", lambda module: False)
+    monkeypatch.setattr(provider_module, "_importable", lambda module: False)
     work = next(w for w in TINY if provider.has(w.op))
     assert {r.reason for r in run(work, provider)} == {f"not installed (pip install {provider.package})"}
 
@@ -199,7 +202,7 @@ class Wrong(Provider):
         self.change = change
 
     def rms_norm(self, work, device):
-        return lambda x, weight: self.change(lk.rms_norm(x, weight, memory_bound.EPS), x, weight)
+        return lambda x, weight: self.change(lk.rms_norm(x, weight, norms.EPS), x, weight)
 
     def attention(self, work, device):
         return lambda q, k, v: self.change(lk.attention(q, k, v), q, k, v)
@@ -261,7 +264,7 @@ def test_a_provider_that_writes_over_its_arguments_harms_nobody():
 
         def rms_norm(self, work, device):
             def f(x, weight):
-                y = lk.rms_norm(x, weight, memory_bound.EPS)
+                y = lk.rms_norm(x, weight, norms.EPS)
                 with torch.no_grad():
                     x.data.fill_(math.nan)
                 return y + 0
@@ -425,7 +428,7 @@ def two_gpus(monkeypatch):
             field = command[1].rsplit(",", 1)[-1]
             return listed.format(*FIELDS[field])
 
-        monkeypatch.setattr(records, "_output", output)
+        monkeypatch.setattr(machine, "_output", output)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(**properties))
@@ -437,30 +440,30 @@ def two_gpus(monkeypatch):
 def test_the_gpu_is_found_by_its_uuid(two_gpus, uuid, mhz):
     """Device 0 of CUDA is either of nvidia-smi's, by CUDA_VISIBLE_DEVICES or by CUDA_DEVICE_ORDER."""
     two_gpus(uuid=f"{uuid}-1111-2222-3333-444444444444")
-    assert records.clock("cuda") == mhz
-    made = records.machine("cuda")
+    assert machine.clock("cuda") == mhz
+    made = machine.describe("cuda")
     assert (made["gpu"], made["driver"]) == ("Fake GPU", "580.65.06")
 
 
 def test_a_mig_slice_is_found_by_the_address_of_its_gpu(two_gpus):
     slice_of_the_second = {"uuid": "cccccccc-1111-2222-3333-444444444444", "pci_domain_id": 0, "pci_bus_id": 0xAF}
     two_gpus(**slice_of_the_second, pci_device_id=0)
-    assert records.clock("cuda") == 345
+    assert machine.clock("cuda") == 345
 
 
 def test_what_is_not_known_of_a_gpu_is_not_guessed(two_gpus):
     two_gpus()  # neither UUID nor address
-    assert records.clock("cuda") is None and records.machine("cuda")["driver"] == "580.65.06"  # which both have
+    assert machine.clock("cuda") is None and machine.describe("cuda")["driver"] == "580.65.06"  # which both have
     two_gpus(listed="", uuid="x")  # no nvidia-smi
-    assert records.clock("cuda") is None and records.machine("cuda")["driver"] == "unknown"
+    assert machine.clock("cuda") is None and machine.describe("cuda")["driver"] == "unknown"
 
 
 def test_on_a_cpu_no_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: 1 / 0)
-    monkeypatch.setattr(records, "_smi", lambda field: 1 / 0)
-    made = records.machine("cpu")
-    assert (made["gpu"], made["driver"], records.clock("cpu")) == ("none", "none", None)
+    monkeypatch.setattr(machine, "_smi", lambda field: 1 / 0)
+    made = machine.describe("cpu")
+    assert (made["gpu"], made["driver"], machine.clock("cpu")) == ("none", "none", None)
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -516,34 +519,32 @@ def test_the_command_compares(tmp_path, capsys):
 
 def test_bytes_and_flops_of_ops_are_counted():
     x, w = torch.empty(8, 32, device="meta"), torch.empty(32, 16, device="meta")
-    tally = roofline.count(lambda: (x @ w).view(-1).t() + 1)
+    tally = bounds.count(lambda: (x @ w).view(-1).t() + 1)
     assert [(op.name, op.bytes, op.flops) for op in tally.ops] == [
         ("aten.mm", (8 * 32 + 32 * 16 + 8 * 16) * 4, 2 * 8 * 32 * 16),
         ("aten.add", 2 * 8 * 16 * 4, 0),
     ]
-    tally = roofline.count(lambda: torch.empty(4, device="meta").expand(100, 4) * x.new_empty(100, 1).expand(100, 4))
+    tally = bounds.count(lambda: torch.empty(4, device="meta").expand(100, 4) * x.new_empty(100, 1).expand(100, 4))
     assert [op.bytes for op in tally.ops] == [(4 + 100 + 400) * 4]  # what is broadcast is there once
     # 1 GB/s is a byte a nanosecond
-    assert roofline.count(lambda: x + 1).milliseconds({"copy": 1.0, "float32": 1.0}, "float32") == pytest.approx(
-        2048e-6
-    )
+    assert bounds.count(lambda: x + 1).milliseconds({"copy": 1.0, "float32": 1.0}, "float32") == pytest.approx(2048e-6)
 
 
 @named([dataclasses.replace(w, dtype=torch.bfloat16) for w in TINY])
 def test_our_ops_move_the_floor_and_little_else(work):
-    made = roofline.estimates([work], [Ours()], ABOUT)
-    assert {r.gpu for r in made} == set(roofline.GPUS) and all(r.estimate and r.method == "model" for r in made)
+    made = bounds.estimates([work], [Ours()], ABOUT)
+    assert {r.gpu for r in made} == set(GPUS) and all(r.estimate and r.method == "model" for r in made)
     most = 2.0 if work.op == "rope_attention" else 1.4  # rotated q and k are written, and read again
     for r in made:
-        floor = max(work.bytes(r.direction) / roofline.GPUS[r.gpu].ceilings["copy"] / 1e6,
-                    work.flops(r.direction) / roofline.GPUS[r.gpu].ceilings["bfloat16"] / 1e9)  # fmt: skip
+        floor = max(work.bytes(r.direction) / GPUS[r.gpu].ceilings["copy"] / 1e6,
+                    work.flops(r.direction) / GPUS[r.gpu].ceilings["bfloat16"] / 1e9)  # fmt: skip
         assert 0.9 * floor <= r.ms <= most * floor, r  # rstd, delta; scores twice in a backward
 
 
 def test_plain_pytorch_moves_more():
-    work = memory_bound.RMSNorm(shape="", M=4096, N=4096)
+    work = norms.RMSNorm(shape="", M=4096, N=4096)
     by = {
-        (r.provider, r.direction): r.ms for r in roofline.estimates([work], [Ours(), Eager()], ABOUT) if r.gpu == "H100"
+        (r.provider, r.direction): r.ms for r in bounds.estimates([work], [Ours(), Eager()], ABOUT) if r.gpu == "H100"
     }
     assert by["eager", "forward"] > 5 * by[OURS, "forward"]
 
@@ -552,14 +553,14 @@ def test_flops_of_a_step_are_those_that_are_counted():
     pytest.importorskip("transformers")
     for whole in (False, True):
         scale = tiny_model(whole, 2)
-        stock = end_to_end._llama(scale, "meta", scale.dtype)
-        step = end_to_end._Step(scale, end_to_end.Stock(False), "meta", scale.dtype, stock)
+        stock = training_step.llama(scale, "meta", scale.dtype)
+        one_step = training_step.Step(scale, training_variations.Stock(False), "meta", scale.dtype, stock)
         no_mask = pytest.MonkeyPatch()
         no_mask.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda *_, **__: None)
-        with roofline.counting_flash():
-            tally = roofline.count(lambda step=step: step.backward(step.forward()))
+        with bounds.counting_flash():
+            tally = bounds.count(lambda made=one_step: made.backward(made.forward()))
         no_mask.undo()
-        assert sum(op.flops for op in tally.ops) == end_to_end.flops(scale)
+        assert sum(op.flops for op in tally.ops) == training.flops(scale)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -570,15 +571,16 @@ def test_training_runs_stock_and_ours(whole):
     pytest.importorskip("transformers")
     scale = tiny_model(whole, 1)
 
-    class Broken(end_to_end.Stock):
+    class Broken(training_variations.Stock):
         def change(self, model):
             model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
             return model
 
     broken = Broken(False)
     broken.name = "broken"
-    variations = [v for v in end_to_end.VARIATIONS if not v.compiled] + [broken]
-    (made,) = end_to_end.run([scale], variations, device="cpu", clock=FakeClock(4.0), ceilings=CEILINGS, about=ABOUT)
+    variations = [v for v in training_variations.VARIATIONS if not v.compiled] + [broken]
+    options = {"device": "cpu", "clock": FakeClock(4.0), "ceilings": CEILINGS, "about": ABOUT}
+    (made,) = training_runner.run([scale], variations, **options)
     by = {r.provider: r for r in made}
     for name in ("stock", OURS):
         assert by[name].reason is None and by[name].rate == pytest.approx(32 / 4e-3) and by[name].unit == "tokens/s"
@@ -590,7 +592,7 @@ def test_training_runs_stock_and_ours(whole):
 def test_what_liger_replaces_is_there_only_while_it_runs():
     modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
     stock = modeling.apply_rotary_pos_emb
-    liger = end_to_end.Liger(False)
+    liger = training_variations.Liger(False)
     liger._names = {"apply_rotary_pos_emb": len}
     with liger.active():
         assert modeling.apply_rotary_pos_emb is len
@@ -613,13 +615,13 @@ def measured() -> Run:
                     r.reason = "not installed (pip install <liger> & more)"
                 else:
                     r.ms, r.spread, r.method = floor * (1.1 + i), 0.01, "graph"
-                    runner.put_rate(r, work, CEILINGS)
+                    step.put_rate(r, work, CEILINGS)
                 rs.append(r)
-    for scale in end_to_end.scales():
-        for v in end_to_end.VARIATIONS:
-            r = end_to_end._row(scale, v.name, {**ABOUT})
+    for scale in training.scales():
+        for v in training_variations.VARIATIONS:
+            r = training_runner.row_of(scale, v.name, {**ABOUT})
             r.ms, r.memory = 10.0, 2**30
-            end_to_end._put_rate(r, scale, CEILINGS)
+            training.put_rate(r, scale, CEILINGS)
             rs.append(r)
     return Run(
         {"gpu": "Fake GPU", "driver": "1"}, CEILINGS, records.with_ratios(rs), {"providers": {OURS: {"rope": "yes"}}}
@@ -668,7 +670,7 @@ def test_a_report_of_one_direction(tmp_path, direction):
 def test_a_report_of_estimates_says_so(tmp_path):
     pytest.importorskip("matplotlib")
     works = [dataclasses.replace(w, shape="Llama 3.1 8B", dtype=torch.bfloat16) for w in TINY]
-    rs = roofline.estimates(works, [Ours(), Eager(), roofline.FLASH], ABOUT)
+    rs = bounds.estimates(works, [Ours(), Eager(), bounds.FLASH], ABOUT)
     host = [
         {"op": "rope", "forward": 20.0, "training": 60.0, "goal": 25.0},
         {"op": "decode", "forward": 30.0, "goal": 25.0},
@@ -684,7 +686,7 @@ def test_a_report_of_estimates_says_so(tmp_path):
 
 
 def test_sweeps_are_found():
-    found = plots.sweeps(measured().records)
+    found = sweeps(measured().records)
     assert {key[0] for key in found} == set(SWEPT)
     norm = found["rms_norm", "forward", "bfloat16", ""]
     assert norm.keys() == {OURS, "eager", "flash-attn-2"}
@@ -715,25 +717,25 @@ def test_a_whole_run_but_for_the_clock(tmp_path, monkeypatch):
     small = [dataclasses.replace(w, dtype=torch.bfloat16) for w in TINY]
     scale = tiny_model(False, 1)
     options = ["--out", str(tmp_path), "--seconds", "0.01", "--providers", OURS, "eager", "sdpa"]
-    monkeypatch.setattr(end_to_end, "VARIATIONS", [v for v in end_to_end.VARIATIONS if not v.compiled])  # takes minutes
+    monkeypatch.setattr(session, "VARIATIONS", [v for v in session.VARIATIONS if not v.compiled])  # takes minutes
     args = parser().parse_args(["run", "--directions", "forward", *options])
-    made = measure(args, small, [scale], DEVICE, FakeClock())
+    made = session.measure(args, small, [scale], DEVICE, FakeClock())
     assert {r.op for r in made.records} == {*(w.op for w in TINY), "decoder_layer"}
     assert all(r.ms == 2.0 for r in made.records if r.provider == OURS)
     assert (tmp_path / "report.html") in report.write(made, tmp_path)
     args = parser().parse_args(["run", "--minutes", "1e-9", *options])
-    late = measure(args, small, [scale], DEVICE, FakeClock())
+    late = session.measure(args, small, [scale], DEVICE, FakeClock())
     assert late.records and all(r.reason == "not run: out of time" for r in late.records)
 
 
 def test_parity_is_a_gate(tmp_path, monkeypatch, capsys):
     small = [NORM, TINY[2]]
-    monkeypatch.setattr(parity, "works", lambda dtypes: iter(small))
+    monkeypatch.setattr(presets, "small", lambda dtypes: iter(small))
     options = ["--in-process", "--out", str(tmp_path)]
     assert main(["parity", *options, "--json", str(tmp_path / "p.json")]) == 0
     assert "right in 2 pieces of work" in capsys.readouterr().out
     assert {r.op for r in records.read(tmp_path / "p.json").records} == {"rms_norm", "rope"}
-    monkeypatch.setattr(providers.Ours, "rope", lambda *_: lambda q, k: (q, k))
+    monkeypatch.setattr(ours_module.Ours, "rope", lambda *_: lambda q, k: (q, k))
     assert main(["parity", *options]) == 1
     assert "WRONG" in capsys.readouterr().out
 

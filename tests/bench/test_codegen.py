@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-import bench
+from bench.codegen import cases, hopper, ones, reading, record, sass, traffic
 from llama_kernels.ops.attention import backward, forward, tables
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.environment import COMPILES
@@ -17,13 +16,11 @@ pytestmark = COMPILES
 
 
 def reports(target: str, op: str, label: str, tile: Tile | None = None):
-    from bench import codegen
-
-    case = next(c for c in codegen.cases() if (c.op, c.label) == (op, label))
+    case = next(c for c in cases.cases() if (c.op, c.label) == (op, label))
     with pytest.MonkeyPatch.context() as patch:
         for module in (forward, backward) if tile else ():
             patch.setattr(module, "tile_for", lambda *_: tile)
-        return [codegen.read(target, case, name, kernel) for name, kernel in codegen.compile_case(target, case)]
+        return [reading.read(target, case, name, kernel) for name, kernel in cases.compile_case(target, case)]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -37,12 +34,11 @@ def test_attention_runs_on_tensor_cores(target):
 def test_documents_of_one_token_run_the_kernels_of_longer_ones():
     """Their length is no constant of the kernel: ptxas crashes on some code in which it is (Triton 3.6, sm_90). Without
     causal mask and window, which calls of documents of one token do not need."""
-    from bench import codegen, ones
 
     def machine_code(length: int) -> list[bytes]:
         size = ones._Size("documents", Sq=length, Sk=length, tokens=512)
-        case = codegen.Case("attention", "", lambda: ones._attention(64, torch.bfloat16, size, "bounds"))
-        return [kernel.asm["cubin"] for _, kernel in codegen.compile_case("sm_90", case)]
+        case = cases.Case("attention", "", lambda: ones._attention(64, torch.bfloat16, size, "bounds"))
+        return [kernel.asm["cubin"] for _, kernel in cases.compile_case("sm_90", case)]
 
     assert machine_code(1) == machine_code(7)
 
@@ -58,8 +54,6 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(op, label):
                                        ("qk_norm_rope", "D=128 R=128 heads=32/8")])  # fmt: skip
 def test_instructions_a_byte_are_counted(op, label):
     """RoPE moves 32 bytes in and out for 8 pairs a thread: at least 4 products or sums for each, and 64 bytes."""
-    from bench import traffic
-
     for r in reports("sm_90", op, label):
         assert r.moves and all(loop.bytes for loop in r.moves)
         if r.kernel == "rope_kernel":
@@ -69,8 +63,7 @@ def test_instructions_a_byte_are_counted(op, label):
 
 
 def test_narrow_accesses_and_too_many_instructions_are_faults():
-    from bench.traffic import Loop, faults, loops
-
+    faults, loops, Loop = traffic.faults, traffic.loops, traffic.Loop
     wide = Loop(100, {128: 2, 32: 1}, {128: 2})
     assert faults([wide], "sm_90") == []
     assert faults([wide, Loop(100, {64: 4}, {128: 2})], "sm_90") == ["a loop without a 128-bit load"]
@@ -121,8 +114,6 @@ FLOPS = 2 * 64 * 64 * 16
 
 
 def loops_of(*body: str, flops: int = FLOPS):
-    from bench import sass
-
     code = (".L_x_1:", *body, "@!P0 BRA `(.L_x_1)", "EXIT")
     text = "\n".join(
         line if line.startswith(".") else f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(code)
@@ -155,8 +146,6 @@ def test_a_loop_is_read_as_it_stands():
     ],
 )
 def test_what_a_loop_must_not_show(body, flops, fault):
-    from bench import sass
-
     found = loops_of(*body, flops=flops)
     assert sass.faults(found, "sm_90", "forward_kernel", plain=True) == [fault]
     always = fault.startswith(("products", "no loop"))
@@ -183,9 +172,7 @@ def test_a_row_may_differ_by_compiler_and_by_the_width_of_v(monkeypatch):
 
 @pytest.mark.corpus(67, 68)
 def test_every_row_of_the_tables_is_there():
-    from bench import codegen
-
-    assert set(tables.FAMILIES) == set(codegen.TARGETS)
+    assert set(tables.FAMILIES) == set(cases.TARGETS)
     for family in tables.FAMILIES:
         for pass_ in tables.PASSES:
             for width in (1, *tables.WIDTHS):
@@ -200,24 +187,22 @@ def test_every_row_of_the_tables_is_there():
 
 
 def test_a_plain_kernel_that_changes_is_told():
-    from bench import codegen
-
     found = reports("sm_90", "attention", "D=64 bfloat16 causal")
-    now = {"triton": codegen.triton.__version__, "kernels": codegen.plain(found)}
-    assert len(now["kernels"]) == len(found) and not codegen.changes(found, now)
+    now = {"triton": record.triton.__version__, "kernels": record.plain(found)}
+    assert len(now["kernels"]) == len(found) and not record.changes(found, now)
     found[0].instructions += 1
-    (told,) = codegen.changes(found, now)
+    (told,) = record.changes(found, now)
     count = found[0].instructions
     assert told == f"sm_90 attention forward_kernel D=64 bfloat16 causal: instructions {count - 1} -> {count}"
-    assert not codegen.changes(found, {**now, "triton": "0.0.0"})
-    assert len(codegen.changes(found, {**now, "kernels": {}})) == len(found)
+    assert not record.changes(found, {**now, "triton": "0.0.0"})
+    assert len(record.changes(found, {**now, "kernels": {}})) == len(found)
 
 
 def test_the_record_is_whole():
-    record = json.loads(Path(bench.__file__).with_name("machine_code.json").read_text())
-    assert f"RECORDED := {record['triton']}\n" in (Path(__file__).parents[2] / "Makefile").read_text()
+    recorded = record.read()
+    assert f"RECORDED := {recorded['triton']}\n" in (Path(__file__).parents[2] / "Makefile").read_text()
     for family in tables.FAMILIES:
-        kernels = {name.split()[2] for name in record["kernels"] if name.startswith(family)}
+        kernels = {name.split()[2] for name in recorded["kernels"] if name.startswith(family)}
         assert kernels >= {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel", "decode_kernel"}
 
 
@@ -229,8 +214,6 @@ def test_the_hopper_kernels_hide_their_softmax(options):
 
 
 def test_what_a_loop_hides_is_read_from_its_machine_code():
-    from bench import hopper
-
     product, exp = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", "MUFU.EX2 R1, R2"
     one_left, none_left = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
     pipelined = hopper._loop([product, product, one_left, exp, exp, none_left])

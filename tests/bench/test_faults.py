@@ -10,10 +10,14 @@ import torch
 
 pytest.importorskip("rich", reason="the bench's commands print with rich")
 
-from bench import contain, end_to_end, memory_bound, records, runner
-from bench.capture import Lost
-from bench.processes import CAPTURE, Journal
-from bench.providers import Eager, Provider
+from bench.measuring import contain, records, runner
+from bench.measuring.capture import Lost
+from bench.measuring.journal import CAPTURE, Journal
+from bench.providers.eager import Eager
+from bench.providers.provider import Provider
+from bench.training import runner as training_runner
+from bench.training.variations import Stock
+from bench.works.norms import RMSNorm
 from tests.bench.fakes import ABOUT, CEILINGS, NORM, FakeClock, tiny_model
 from tests.bench.faults import ADD, ROPE, Bad, fail, reasons
 from tests.support.environment import DEVICE
@@ -106,7 +110,7 @@ def test_what_a_failed_provider_held_is_free_before_the_gpu_is_tested(monkeypatc
 
 
 def test_work_without_inputs_is_listed(monkeypatch):
-    monkeypatch.setattr(memory_bound.RMSNorm, "draw", lambda *_: fail(torch.cuda.OutOfMemoryError("much"))())
+    monkeypatch.setattr(RMSNorm, "draw", lambda *_: fail(torch.cuda.OutOfMemoryError("much"))())
     made, _ = run([NORM, ADD], Eager(), clock=FakeClock())
     assert {(r.op, r.reason) for r in made} == {
         ("rms_norm", "inputs or float64 results: out of memory"), ("add_rms_norm", None)}  # fmt: skip
@@ -129,14 +133,14 @@ def test_errors_that_are_no_numbers_do_not_end_a_run(tmp_path):
 def test_a_variation_of_training_that_fails_ends_nothing():
     pytest.importorskip("transformers")
 
-    class Broken(end_to_end.Stock):
+    class Broken(Stock):
         def change(self, model):
             raise SystemExit("not here")
 
     broken = Broken(False)
     broken.name = "broken"
     options = {"device": "cpu", "clock": FakeClock(4.0), "ceilings": CEILINGS, "about": ABOUT}
-    (made,) = end_to_end.run([tiny_model(False, 1)], [broken, end_to_end.Stock(False)], **options)
+    (made,) = training_runner.run([tiny_model(False, 1)], [broken, Stock(False)], **options)
     assert [(r.reason, r.ms) for r in made] == [("SystemExit: not here", None), (None, 4.0)]
 
 

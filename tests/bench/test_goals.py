@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from bench import goals
-from bench.records import Record
+from bench.measuring.records import Record
+from bench.reporting import goals
+from bench.works.presets import works_of
 from tests.bench.sample_records import HEADS, norm, record
 
 
@@ -79,8 +80,6 @@ def test_what_is_wrong_or_was_not_run_is_no_speed():
 
 def test_each_goal_picks_work_that_the_bench_has():
     """A size or an op that is renamed would leave a goal without records, in silence."""
-    from bench.__main__ import works_of
-
     missing = []
     for goal in goals.GOALS:
         sizes = [{"S": 4096, "Hq": 32, "Hkv": 8, "D": 128} | w.sizes for w in works_of("all") if w.op == goal.op]

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import records
 from bench.gpu_check import __main__ as gpu_check
 from bench.gpu_check import run, state
 from bench.gpu_check.process import Job, run_all
 from bench.gpu_check.stages import Missing, Stage
 from bench.gpu_check.state import ABSENT, FAILED, PASSED, STOPPED, UNFINISHED
-from bench.records import Run
+from bench.measuring import machine, records
+from bench.measuring.records import Run
 from tests.bench.sample_page import ABOUT
 from tests.bench.sample_records import norm
 from tests.bench.sample_stages import carry_out, stage
@@ -237,13 +237,13 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
-from bench import records
+from bench.measuring import machine, records
 from bench.gpu_check import __main__ as gpu_check
 from bench.gpu_check.process import Job
 from bench.gpu_check.stages import Missing, Stage
 about, described, argv = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
-gpu_check.arch_of, records.machine, records.latest = lambda _: "sm_90", lambda device: about, lambda gpu: None
+gpu_check.arch_of, machine.describe, records.latest = lambda _: "sm_90", lambda device: about, lambda gpu: None
 def one(name, minutes, *jobs):
     made = [Job(n, (sys.executable, "-c", *command), seconds) for n, seconds, command in jobs]
     return Stage(name, minutes, lambda _: made, ("bench",))
@@ -333,7 +333,7 @@ def main(whole: Whole, monkeypatch, *argv: str) -> int:
     monkeypatch.setattr(gpu_check._Clock, "__init__", lambda self, minutes: setattr(self, "end", float("inf")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(records, "machine", lambda device: ABOUT)
+    monkeypatch.setattr(machine, "describe", lambda device: ABOUT)
     monkeypatch.setattr(records, "latest", lambda gpu: None)
     return gpu_check.main(["--out", str(whole.out), *argv])
 

@@ -25,11 +25,11 @@ import sys, torch
 from unittest import mock
 from triton import knobs
 from triton.runtime import driver
-from bench import parity
+from bench.works.presets import small
 from bench.gpu_check import launches
 from bench.host import LaunchingNothing
 shapes = ("head norm 128", "heads 8/2", "cache of 700", "packed")
-works = [w for w in parity.works([torch.bfloat16]) if w.shape in shapes]
+works = [w for w in small([torch.bfloat16]) if w.shape in shapes]
 target, hits = launches.Target("cuda", 90, 32, "sm_90", 132), []
 knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
 if sys.argv[1] == "compile":
@@ -49,8 +49,8 @@ else:
         module.processors_of = lambda _: 132
     for module in (device, tables):
         module.arch_of = lambda _: "sm_90"
-    from bench.providers import Ours
-    from bench.runner import Step
+    from bench.providers.ours import Ours
+    from bench.measuring.step import Step
     for work in reversed(works):
         step = Step(Ours().function(work, "cpu"), work.draw("cpu"), "backward" in work.directions)
         step.forward_once()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import records
 from bench.gpu_check import page, state
 from bench.gpu_check.stages import stages
 from bench.gpu_check.state import FAILED, PASSED, UNFINISHED, Outcome
-from bench.records import Run
+from bench.measuring import records
+from bench.measuring.records import Run
 from tests.bench.sample_page import ABOUT, HOPPER
 from tests.bench.sample_records import HEADS, norm, record
 

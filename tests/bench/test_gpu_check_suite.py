@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from bench import records
 from bench.gpu_check import state, suite
 from bench.gpu_check.process import run_all
 from bench.gpu_check.stages import SANITIZED, Machine, Missing, find_sanitizer, stages
 from bench.gpu_check.state import ABSENT, FAILED, PASSED
-from bench.records import Run
+from bench.measuring import records
+from bench.measuring.records import Run
 from tests.bench.sample_page import ABOUT, HOPPER
 from tests.bench.sample_records import norm
 from tests.bench.sample_stages import carry_out, stage
@@ -58,7 +58,7 @@ def test_commands_of_the_stages_exist(tmp_path):
 
 
 def test_options_of_the_bench_exist(tmp_path):
-    from bench.__main__ import parser
+    from bench.commands.arguments import parser
 
     for each in stages(HOPPER):
         for job in each.jobs(tmp_path):

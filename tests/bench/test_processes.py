@@ -17,10 +17,11 @@ import torch
 
 pytest.importorskip("rich", reason="the bench's commands print with rich")
 
-from bench import measure as measuring
-from bench import processes, providers, records, without_gpu
-from bench.__main__ import main, parser
-from bench.providers import Eager
+from bench.commands import session, without_gpu
+from bench.commands.arguments import main, parser
+from bench.measuring import machine, processes, records
+from bench.providers.eager import Eager
+from bench.providers.ours import Ours
 from llama_kernels.core.language import INTERPRETED
 from tests.bench.fakes import CEILINGS, NORM, FakeClock
 from tests.bench.faults import ADD, ROPE, Bad, fail, reasons
@@ -35,11 +36,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
     """measure(works, clock, *options): the run, of `eager` and `bad` on a CPU, with its records in tmp_path."""
-    monkeypatch.setattr(measuring, "PROVIDERS", (Eager(), Bad(lambda: None)))
+    monkeypatch.setattr(session, "PROVIDERS", (Eager(), Bad(lambda: None)))
 
     def measure(works, clock, *options):
         args = parser().parse_args(["run", "--out", str(tmp_path), "--seconds", "0.01", *options])
-        return measuring.measure(args, works, [], "cpu", clock)
+        return session.measure(args, works, [], "cpu", clock)
 
     return measure
 
@@ -63,7 +64,7 @@ def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeyp
     run = measure([NORM, ADD, ROPE], FakeClock())
     assert counts == [0, 6, 9, 12] and len(records.read(tmp_path / "records.json").records) == 12
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert measuring.status_of(run) is None
+    assert session.status_of(run) is None
 
 
 def test_a_file_that_is_being_written_is_the_old_one(tmp_path, monkeypatch):
@@ -81,7 +82,7 @@ def test_a_file_that_is_being_written_is_the_old_one(tmp_path, monkeypatch):
 
 def test_an_interrupted_run_keeps_its_records_and_goes_on(measure, tmp_path, capsys):
     stopped = measure([NORM, ADD, ROPE], Interrupting(7))  # six samplers of the norm, and one of what follows
-    assert measuring.status_of(stopped) == processes.INTERRUPTED
+    assert session.status_of(stopped) == processes.INTERRUPTED
     kept = records.read(tmp_path / "records.json")
     assert kept.extra["stopped"] == "interrupted" and {r.op for r in kept.records} == {"rms_norm"}
     assert "--resume goes on" in capsys.readouterr().out
@@ -125,10 +126,10 @@ def test_records_of_another_machine_are_not_gone_on_from(measure, tmp_path):
 
 
 def test_parity_goes_on_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bench.parity.works", lambda dtypes: iter([NORM, ROPE]))
+    monkeypatch.setattr("bench.works.presets.small", lambda dtypes: iter([NORM, ROPE]))
     options = ["parity", "--device", "cpu", "--out", str(tmp_path), "--providers", "llama_kernels"]
     assert main(options) == 0 and len(records.read(tmp_path / "records.json").records) == 6
-    monkeypatch.setattr(providers.Ours, "rope", lambda *_: lambda q, k: (q, k))
+    monkeypatch.setattr(Ours, "rope", lambda *_: lambda q, k: (q, k))
     assert main([*options, "--resume"]) == 0  # it was right before
     assert main(options) == 1
     (tmp_path / "journal.json").write_text("{")
@@ -146,8 +147,8 @@ def test_a_cpu_is_measured_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
 
     before = used()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(records, "_smi", fail(AssertionError("the GPU is asked for")))
-    monkeypatch.setattr("bench.parity.works", lambda dtypes: iter([NORM, ROPE]))
+    monkeypatch.setattr(machine, "_smi", fail(AssertionError("the GPU is asked for")))
+    monkeypatch.setattr("bench.works.presets.small", lambda dtypes: iter([NORM, ROPE]))
     options = ["--device", "cpu", "--out", str(tmp_path)]
     assert main(["parity", *options, "--providers", "llama_kernels", "eager"]) == 0
     assert main(["providers", "--device", "cpu"]) == 0 and "needs a GPU" in capsys.readouterr().out
@@ -155,8 +156,8 @@ def test_a_cpu_is_measured_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
         assert main(["run", *options]) == 2  # an interpreter is not timed
         return
     extra = {"host": [], "codegen": {"kernels": []}}
-    monkeypatch.setattr("bench.without_gpu.run", lambda say, workers: ([], extra))
-    monkeypatch.setattr("bench.report.write", lambda run, folder: [folder / "report.html"])
+    monkeypatch.setattr("bench.commands.without_gpu.run", lambda say, workers: ([], extra))
+    monkeypatch.setattr("bench.reporting.report.write", lambda run, folder: [folder / "report.html"])
     assert main(["run", *options, "--ops", "rms_norm", "--shapes", "Llama 3.2 1B"]) == 0
     assert used() == before
 
@@ -179,11 +180,12 @@ def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
 
 CHILD = """
 import os, signal, sys, time
-from bench import contain, measure, processes
-from bench.__main__ import parser
+from bench.commands import session
+from bench.commands.arguments import parser
+from bench.measuring import contain
 from tests.bench.fakes import FakeClock, NORM
 from tests.bench.faults import ADD, ROPE, Bad
-from bench.providers import Eager
+from bench.providers.eager import Eager
 
 def lost():
     contain.gpu_fault = lambda device: "CUDA error: an illegal memory access was encountered"
@@ -191,9 +193,9 @@ def lost():
 
 does = {"segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "lost": lost, "hang": lambda: time.sleep(600),
         "exit": lambda: os._exit(9)}[os.environ["BAD_DOES"]]
-measure.PROVIDERS = (Eager(), Bad(does))
-run = measure.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cpu", FakeClock())
-status = measure.status_of(run) or 0
+session.PROVIDERS = (Eager(), Bad(does))
+run = session.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cpu", FakeClock())
+status = session.status_of(run) or 0
 sys.stdout.flush()
 os._exit(status)
 """
@@ -260,16 +262,15 @@ def test_a_child_that_dies_in_no_step_is_not_started_again(tmp_path):
 
 def test_a_child_is_the_same_command_in_one_process(tmp_path):
     options = ["--device", "cpu", "--ops", "rms_norm", "--dtypes", "fp32", "--providers", "llama_kernels"]
-    command = [sys.executable, "-m", "bench.processes", "parity", *options, "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.commands.child", "parity", *options, "--out", str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as child:
         assert "right in 2 pieces of work" in child.stdout.read() and child.wait(timeout=60) == 0
     assert len(records.read(tmp_path / "records.json").records) == 6
 
 
 def test_a_child_ends_with_its_parent():
-    code = (
-        "from bench import processes; import time; processes.end_with_parent(); print('up', flush=True); time.sleep(99)"
-    )
+    watch = "from bench.measuring.processes import end_with_parent; end_with_parent()"
+    code = f"import time; {watch}; print('up', flush=True); time.sleep(99)"
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **options) as child:
         assert child.stdout.readline() == "up\n"
@@ -289,7 +290,7 @@ def test_runs_on_a_gpu_are_supervised(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "supervise", supervise)
     argv = ["run", "--device", "cuda", "--ops", "rope", "--out", str(tmp_path)]
     assert main(argv) == 7
-    assert seen["first"][1:] == ["-m", "bench.processes", *argv, "--minutes", "1.5"]
+    assert seen["first"][1:] == ["-m", "bench.commands.child", *argv, "--minutes", "1.5"]
     assert seen["second"][-3:] == ["--minutes", "0.5", "--resume"] and seen["folder"] == tmp_path
     assert (seen["minutes"], seen["patience"], seen["resume"]) == (30, 10, False)
     assert main(["parity", "--device", "cuda", "--out", str(tmp_path)]) == 7
@@ -299,19 +300,21 @@ def test_runs_on_a_gpu_are_supervised(tmp_path, monkeypatch):
 ON_A_GPU = """
 import os, sys
 import torch
-from bench import measure, processes, timing
-from bench.__main__ import parser
+from bench.commands import session
+from bench.commands.arguments import parser
+from bench.measuring import timing
 from tests.bench.faults import ADD, ROPE, Bad
 from tests.bench.fakes import NORM
-from bench.providers import Eager, Ours
+from bench.providers.eager import Eager
+from bench.providers.ours import Ours
 
 def reads_outside():
     torch.zeros(4, device="cuda")[torch.tensor([10**6], device="cuda")]
 
-measure.PROVIDERS = (Ours(), Eager(), Bad(reads_outside))
-run = measure.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cuda", timing.Gpu())
+session.PROVIDERS = (Ours(), Eager(), Bad(reads_outside))
+run = session.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cuda", timing.Gpu())
 sys.stdout.flush()
-os._exit(measure.status_of(run) or 0)
+os._exit(session.status_of(run) or 0)
 """
 
 

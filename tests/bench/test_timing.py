@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from bench import capture, timing
+from bench.measuring import capture, timing
 from tests.support.environment import DEVICE
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_what_waits_is_never_captured_on_a_gpu(how, monkeypatch):
 # A capture that fails for certain: the wait is there only while capturing, so that no test before the capture finds it.
 FAILING_CAPTURE = """
 import torch
-from bench import capture, timing
+from bench.measuring import capture, timing
 
 clock = timing.Gpu()
 x = torch.randn(1000, device="cuda")

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import llama_kernels as lk
 from llama_kernels.core.language import INTERPRETED
 from tests.support.judge import UNIT, relative_error
+from tests.support.ops import CALLS, REGISTERED, Call, Make, Shape, calls, registered_calls
 from tests.support.rope import tables
 
 ops = torch.ops.llama_kernels
@@ -51,53 +52,16 @@ def with_grads(function, t: dict[str, torch.Tensor], *args: Any) -> list[torch.T
 # --- opcheck ---------------------------------------------------------------------------------------------------------
 
 
-def _calls(device: torch.device) -> dict[str, tuple[Any, tuple]]:
-    t = tensors(device)
-    x, residual, weight, q, k, v = t.values()
-    rstd = torch.rand(2, 12, 1, device=device)
-    cos, sin = tables(12, 32, device)
-    positions = torch.randint(0, 12, (2, 12), device=device)
-    caches, head = [torch.randn(2, 2, 12, 32, device=device) for _ in range(2)], torch.randn(32, device=device)
-    dense = (None, None, None, None, None, 12, 12, 0.2, None, None, 0)
-    sinks, kv_start = torch.randn(4, device=device), torch.randint(0, 5, (2, 12), device=device, dtype=torch.int32)
-    features = (sinks, kv_start, kv_start + 5, None, None, 12, 12, 0.2, 5.0, 7, 3)
-    cu = torch.tensor([0, 5, 12], device=device, dtype=torch.int32)
-    packed = (None, None, None, cu, cu.clone(), 7, 7, 0.2, None, None, 0)
-    pq, pk, pv = (x[0].transpose(0, 1) for x in (q, k, v))
-    out, lse = torch.randn_like(q), torch.randn(2, 4, 12, device=device)
-    return {
-        "norm": (ops.rms_norm_forward, (x, None, weight, 1e-6, 0.0)),
-        "add+norm": (ops.rms_norm_forward, (x, residual, None, 1e-6, 1.0)),
-        "norm backward": (ops.rms_norm_backward, (x, None, residual, weight, rstd, 1e-6, 0.0, x.dtype, True, True)),
-        "dweight alone": (ops.rms_norm_backward, (x, None, residual, weight, rstd, 1e-6, 0.0, x.dtype, False, True)),
-        "rope": (ops.rope, (q, k, cos, sin, positions, False, False)),
-        "rope of q": (ops.rope, (q, None, cos, sin, None, True, True)),
-        "rope in place": (ops.rope_, (q.clone(), k.clone(), cos, sin, None, False)),
-        "packed projection backward": (ops.rope_qkv_backward, (q, k, v, cos, sin, positions, False)),
-        "into a cache": (ops.rope_into_cache, (q, k, v, *caches, positions, cos, sin, positions, False)),
-        "heads": (ops.qk_norm_rope, (q, k, head, head, cos, sin, positions, 1e-6, 0.0, False)),
-        "heads of q": (ops.qk_norm_rope, (q, None, None, None, cos, sin, None, 1e-6, 0.0, True)),
-        "heads backward": (ops.qk_norm_rope_backward, (q, k, q, k, head, None, cos, sin, None, 1e-6, 1.0, False, True)),
-        "attention": (ops.attention_forward, (q, k, v, *dense)),
-        "attention, options": (ops.attention_forward, (q, k, v, *features)),
-        "attention, packed": (ops.attention_forward, (pq, pk, pv, *packed)),
-        "attention backward": (
-            ops.attention_backward, (out, None, q, k, v, out, lse, *dense, True, True, True, False, None)),
-        "attention backward, options": (
-            ops.attention_backward, (out, lse, q, k, v, out, lse, *features, False, True, True, True, None)),
-        "rotated attention backward": (ops.rope_attention_backward, (
-            out, lse, q, k, v, out, lse, sinks, kv_start, None, cos, sin, positions, True, 0.2, 5.0, 7, 0,
-            True, True, True, True, None)),
-        "rotated attention backward, turned afterwards": (ops.rope_attention_backward, (
-            out, None, q, k, v, out, lse, None, None, None, *tables(12, 24, device), None, False, 0.2, None, None, 0,
-            False, True, True, False, None)),
-    }  # fmt: skip
+def registered(name: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
+    """A registered op, and arguments of it."""
+    op, args = registered_calls(Shape(S=12, D=32, N=96), Make(device))[name]
+    return getattr(ops, op), args
 
 
 @pytest.mark.corpus(62, 64)
-@pytest.mark.parametrize("name", list(_calls(torch.device("cpu"))))
+@pytest.mark.parametrize("name", REGISTERED)
 def test_opcheck(name, device):
-    op, args = _calls(device)[name]
+    op, args = registered(name, device)
     opcheck(op.default, args)
 
 
@@ -176,31 +140,23 @@ def test_exports(device):
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 def test_exports_any_length_from_two(strict, device):
     """No check of ours, stride or cache says more of the length than the user did."""
-    t, w, angles = tensors(device), torch.ones(32, device=device), tables(64, 32, device)
-    calls = {
-        "rms_norm": (lambda x, r: lk.rms_norm(x), ("x", "residual"), 1),
-        "add_rms_norm": (lambda x, r: lk.add_rms_norm(x, r)[0], ("x", "residual"), 1),
-        "rope": (lambda q, k: lk.rope(q, k, *angles)[1], ("q", "k"), 2),
-        "qk_norm_rope": (lambda q, k: lk.qk_norm_rope(q, k, w, w, *angles)[1], ("q", "k"), 2),
-        "rope_qkv": (lambda x, r: lk.rope_qkv(torch.cat((x, r[..., :32]), -1), 2, 1, *angles)[0], ("x", "residual"), 1),
-        "attention": (lambda q, k: lk.attention(q, k, k), ("q", "k"), 2),
-        "window": (lambda q, k: lk.attention(q, k, k, window_size=(5, 0)), ("q", "k"), 2),
-        "rope_attention": (lambda q, k: lk.rope_attention(q, k, k, *angles), ("q", "k"), 2),
-    }
-    for op, (call, names, dim) in calls.items():
+    length = torch.export.Dim("length", min=2, max=64)
+    for label, call in calls(Shape(S=64, D=16, N=32), Make(device)):
+        if label in ("rope, in place", "attention_varlen"):  # writes into its inputs; has lengths of its own
+            continue
+        dims = [None if x.ndim == 1 else x.ndim - 2 for x in call.tensors]  # where the tokens are
+        shapes = tuple({} if dim is None else {dim: length} for dim in dims)
+        args = tuple(x.detach() for x in call.tensors)
 
-        class Call(torch.nn.Module):
-            def forward(self, a, b, call=call):
-                return call(a, b)
+        class Module(torch.nn.Module):
+            def forward(self, *tensors, call=call):
+                return call(lk, *tensors)
 
-        length = torch.export.Dim("length", min=2, max=64)
-        args = tuple(t[name].detach() for name in names)
         with torch.no_grad():
-            shapes = {"a": {dim: length}, "b": {dim: length}}
-            program = torch.export.export(Call(), args, dynamic_shapes=shapes, strict=strict)
+            program = torch.export.export(Module(), args, dynamic_shapes={"tensors": shapes}, strict=strict)
             for n in (2, 9):
-                cut = [x.narrow(dim, 0, n) for x in args]
-                torch.testing.assert_close(program.module()(*cut), call(*cut), msg=op)
+                cut = [x if dim is None else x.narrow(dim, 0, n) for x, dim in zip(args, dims, strict=True)]
+                torch.testing.assert_close(program.module()(*cut), call(lk, *cut), msg=label)
 
 
 # --- autocast --------------------------------------------------------------------------------------------------------
@@ -287,39 +243,16 @@ def test_selective_checkpointing_keeps_attention(device):
 # --- derivatives of every op -----------------------------------------------------------------------------------------
 
 
-def _differentiable(device: torch.device) -> dict[str, tuple[Any, tuple[torch.Tensor, ...]]]:
-    """A call of each op, by lk or by lk.reference, and all tensors that have a gradient."""
+def differentiable(op: str, device: torch.device) -> tuple[Call, tuple[torch.Tensor, ...]]:
+    """A call of each op with options, by lk or by lk.reference, and all tensors that have a gradient."""
     torch.manual_seed(0)
-    x, residual, qkv = (torch.randn(2, 5, n, device=device) for n in (16, 16, 128))
-    weight, sinks = torch.rand(16, device=device), torch.randn(4, device=device)
-    q, k, v = (torch.randn(2, 5, H, 16, device=device).transpose(1, 2) for H in (4, 2, 2))
-    packed = [t[0].transpose(0, 1) for t in (q, k, v)]
-    angles, positions = tables(8, 16, device), torch.randint(0, 8, (2, 5), device=device)
-    cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
-
-    def attention_varlen(m, q, k, v, s):
-        return m.attention_varlen(q, k, v, cu, cu.clone(), 3, 3, sinks=s, return_lse=True)
-
-    return {
-        "rms_norm": (lambda m, x, w: m.rms_norm(x, w), (x, weight)),
-        "add_rms_norm": (lambda m, x, r, w: m.add_rms_norm(x, r, w), (x, residual, weight)),
-        "rope": (lambda m, q, k: m.rope(q, k, *angles, positions), (q, k)),
-        "rope of q": (lambda m, q: m.rope(q, None, *angles)[0], (q,)),
-        "rope in place": (lambda m, q, k: m.rope(q * 1, k * 1, *angles, inplace=True), (q, k)),
-        "rope_qkv": (lambda m, qkv: m.rope_qkv(qkv, 4, 2, *angles, positions), (qkv,)),
-        "qk_norm_rope": (
-            lambda m, q, k, a, b: m.qk_norm_rope(q, k, a, b, *angles, positions), (q, k, weight, weight + 1)),
-        "attention": (lambda m, q, k, v, s: m.attention(q, k, v, sinks=s, return_lse=True), (q, k, v, sinks)),
-        "attention_varlen": (attention_varlen, (*packed, sinks)),
-        "rope_attention": (
-            lambda m, q, k, v, s: m.rope_attention(q, k, v, *angles, sinks=s, return_lse=True), (q, k, v, sinks)),
-    }  # fmt: skip
+    call = dict(calls(Shape(S=5, D=16, N=16), Make(device), options=True))[op]
+    return call, call.tensors
 
 
-OPS = list(_differentiable(torch.device("cpu")))
 # What runs here is wiring, the same on every path; the interpreter takes minutes for these.
 wiring = pytest.mark.skipif(INTERPRETED, reason="wiring, which the run of the reference path tests")
-LIGHT_OPS = [pytest.param(op, marks=wiring) if op in ("attention_varlen", "rope_attention") else op for op in OPS]
+LIGHT_OPS = [pytest.param(op, marks=wiring) if op in ("attention_varlen", "rope_attention") else op for op in CALLS]
 
 
 def _loss(call: Any, module: Any) -> Any:
@@ -338,9 +271,9 @@ def _stacked(results: list[Any]) -> list[torch.Tensor]:
     return [torch.stack(each) for each in zip(*map(tree_leaves, results), strict=True)]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_torch_func_differentiates(op, device):
-    call, tensors = _differentiable(device)[op]
+    call, tensors = differentiable(op, device)
     everything = tuple(range(len(tensors)))
     expected = torch.func.grad(_loss(call, lk.reference), everything)(*tensors)
     _same(torch.func.grad(_loss(call, lk), everything)(*tensors), expected)
@@ -353,8 +286,8 @@ def test_torch_func_differentiates(op, device):
 def test_torch_func_maps(op, last, device):
     """vmap of the op, gradients an example, and gradients through a vmap. A batch that lies innermost leaves the last
     dimension of an example not contiguous."""
-    call, tensors = _differentiable(device)[op]
-    if last and op == "rope in place":
+    call, tensors = differentiable(op, device)
+    if last and op == "rope, in place":
         pytest.skip("in place takes no copy of what is not contiguous")
     everything, dim = tuple(range(len(tensors))), -1 if last else 0
     examples = [[t * scale for t in tensors] for scale in (1.0, -0.5, 1.5)]
@@ -370,10 +303,10 @@ def test_torch_func_maps(op, last, device):
 
 
 @wiring
-@pytest.mark.parametrize("op", [op for op in OPS if op != "rope in place"])
+@pytest.mark.parametrize("op", [op for op in CALLS if op != "rope, in place"])
 def test_torch_func_maps_one_tensor(op, device):
     """The others are shared: their gradients are sums over the batch."""
-    call, (first, *others) = _differentiable(device)[op]
+    call, (first, *others) = differentiable(op, device)
     batch, everything = torch.stack((first, 2 * first)), tuple(range(1 + len(others)))
     dims = (0, *[None] * len(others))
     _same(torch.func.vmap(lambda *t: call(lk, *t), dims)(batch, *others),
@@ -384,9 +317,9 @@ def test_torch_func_maps_one_tensor(op, device):
     _same(through, (torch.stack(ours), *map(sum, shared)))
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "rope of q", pytest.param("attention", marks=wiring)])
+@pytest.mark.parametrize("op", ["rms_norm", "rope, q alone", pytest.param("attention", marks=wiring)])
 def test_jacobians(op, device):
-    call, tensors = _differentiable(device)[op]
+    call, tensors = differentiable(op, device)
     everything = tuple(range(len(tensors)))
 
     def summed(module):
@@ -466,10 +399,10 @@ def _gradients(module: torch.nn.Module, scale: torch.Tensor) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=wiring)], ids=["traced", "strict"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_exported_modules_have_gradients(op, strict, device):
     """An exported graph holds the registered ops alone, and not the autograd.Function around them."""
-    module, scale = _Calls(*_differentiable(device)[op]), torch.ones((), device=device)
+    module, scale = _Calls(*differentiable(op, device)), torch.ones((), device=device)
     exported = torch.export.export(module, (scale,), strict=strict).module()
     _same(_gradients(exported, scale), expected := _gradients(module, scale))
     assert all(grad.any() for grad in expected)
@@ -478,14 +411,14 @@ def test_exported_modules_have_gradients(op, strict, device):
 @pytest.mark.parametrize("op", ["rms_norm", "rope", "attention"])
 def test_exported_modules_compile(op, device):
     torch._dynamo.reset()
-    module, scale = _Calls(*_differentiable(device)[op]), torch.ones((), device=device)
+    module, scale = _Calls(*differentiable(op, device)), torch.ones((), device=device)
     exported = torch.export.export(module, (scale,)).module()
     _same(_gradients(torch.compile(exported, backend="aot_eager"), scale), _gradients(module, scale))
 
 
 @pytest.mark.parametrize("op", ["add_rms_norm", "qk_norm_rope", "rope_attention"])
 def test_double_backward_through_an_exported_module_is_refused(op, device):
-    module, scale = _Calls(*_differentiable(device)[op]), torch.ones((), device=device)
+    module, scale = _Calls(*differentiable(op, device)), torch.ones((), device=device)
     exported = torch.export.export(module, (scale,)).module()
     leaves = list(exported.parameters())
     (grad,) = torch.autograd.grad(sum(y.sin().sum() for y in exported(scale)), leaves[:1], create_graph=True)
@@ -495,9 +428,10 @@ def test_double_backward_through_an_exported_module_is_refused(op, device):
 
 def _op_calls(device: torch.device) -> dict[str, tuple[Any, Any, tuple[torch.Tensor, ...]]]:
     """Of each registered op that has a gradient: a call of it, the same by lk.reference, and what has a gradient."""
-    calls = _differentiable(device)
     (cos, sin), positions = tables(8, 16, device), torch.randint(0, 8, (2, 5), device=device)
-    (x, residual, weight), (q, k, v, sinks) = calls["add_rms_norm"][1], calls["attention"][1]
+    (_, (x, residual, weight)), (_, (q, k, v, sinks)) = (
+        differentiable(op, device) for op in ("add_rms_norm", "attention")
+    )
     rotation, scoring = (cos, sin, positions), (None, None, None, None, 5, 5, 0.25, None, None, 0)
 
     def rstd(s):
@@ -562,13 +496,12 @@ def test_derivatives_that_registered_ops_lack_are_refused(name, device):
             transform(lambda x: tree_leaves(call(x, *tensors[1:]))[0].sum())(tensors[0])
 
 
-WITHOUT_GRADIENT = ("norm backward", "rope in place", "packed projection backward", "into a cache", "heads backward",
-                    "attention backward, options", "rotated attention backward")  # fmt: skip
+WITHOUT_GRADIENT = [name for name in REGISTERED if "backward" in name or name in ("rope, in place", "rope_into_cache")]
 
 
 @pytest.mark.parametrize("name", WITHOUT_GRADIENT)
 def test_registered_ops_without_a_gradient_are_refused(name, device):
-    op, args = _calls(device)[name]
+    op, args = registered(name, device)
     floating = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
     before = [args[i].clone() for i in floating]
     for i in floating:
@@ -625,11 +558,11 @@ def _forward_mode(call: Any, x: torch.Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_forward_mode_is_refused(op, grad_mode, device):
     """Whichever tensor has the tangent, whether or not the others require grad."""
-    call, tensors = _differentiable(device)[op]
-    name = op.split()[0]
+    call, tensors = differentiable(op, device)
+    name = call.op
     for i, x in enumerate(tensors):
         others = [t.detach().requires_grad_(i % 2 == 0) for t in tensors]
 
@@ -643,10 +576,10 @@ def test_forward_mode_is_refused(op, grad_mode, device):
             assert f"llama_kernels.reference.{name}" in str(error.value)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_ops_work_beside_dual_numbers(op, device):
     """Where no tensor has a tangent there is nothing to refuse."""
-    call, tensors = _differentiable(device)[op]
+    call, tensors = differentiable(op, device)
     leaves = [t.detach().requires_grad_() for t in tensors]
     with forward_ad.dual_level():
         forward_ad.make_dual(torch.ones(1), torch.ones(1))
@@ -674,14 +607,16 @@ def test_forward_mode_is_refused_into_a_cache(device):
     assert not caches.any()
 
 
-DEPENDENT = [op for op in OPS if not op.startswith("rope") or op == "rope_attention"]  # gradients that depend on inputs
+DEPENDENT = [
+    op for op in CALLS if not op.startswith("rope") or op == "rope_attention"
+]  # gradients that depend on inputs
 
 
 @pytest.mark.corpus(56)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_double_backward_is_refused(op, device):
-    call, tensors = _differentiable(device)[op]
-    name = op.split()[0]
+    call, tensors = differentiable(op, device)
+    name = call.op
     for i in range(len(tensors)):
         leaves = [t.detach().requires_grad_() for t in tensors]
         (grad,) = torch.autograd.grad(_loss(call, lk)(*leaves), leaves[i], create_graph=True)
@@ -702,7 +637,7 @@ def test_double_backward_is_refused(op, device):
 @pytest.mark.parametrize("op", DEPENDENT)
 def test_double_backward_is_refused_where_the_upstream_gradient_is_constant(op, device):
     """Where once_differentiable would let the second derivative go missing; one tensor at a time requires grad."""
-    call, tensors = _differentiable(device)[op]
+    call, tensors = differentiable(op, device)
     leaves = [tensors[0].detach().requires_grad_(), *tensors[1:]]
     (grad,) = torch.autograd.grad(tree_leaves(call(lk, *leaves))[0].sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match=rf"llama_kernels.{op}: double backward"):

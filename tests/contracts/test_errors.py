@@ -16,28 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama_kernels as lk
 from llama_kernels.core.language import INTERPRETED
-from tests.support.bad_inputs import (
-    ARGS,
-    TYPE_ERRORS,
-    VALUE_ERRORS,
-    F,
-    attention_args,
-    ints,
-    rope_args,
-    varlen_args,
-)
+from tests.support.bad_inputs import TYPE_ERRORS, VALUE_ERRORS, F, ints
+from tests.support.ops import OPS, sample
 
 ROOT = Path(__file__).parents[2]
-MAIN = [(op, name) for op, names in {
-    "rope": ["q", "k"], "rms_norm": ["x", "weight"], "add_rms_norm": ["x", "residual"], "attention": ["q", "k", "v"],
-    "attention_varlen": ["q", "k", "v"], "rope_qkv": ["qkv"], "rope_into_cache": ["q", "k", "v", "k_cache", "v_cache"],
-    "qk_norm_rope": ["q", "k", "q_weight", "k_weight"], "rope_attention": ["q", "k", "v"],
-}.items() for name in names]  # fmt: skip
+MAIN = [(op.name, name) for op in OPS.values() for name in op.tensors]
 
 
 def refused(op: str, argument: str, error: type[Exception], got: str, **changed: Any) -> None:
     with pytest.raises(error, match=rf"^llama_kernels\.{op}: {argument} is {got}.*; wanted .+"):
-        getattr(lk, op)(**{**ARGS[op](), **changed})
+        getattr(lk, op)(**{**sample(op), **changed})
 
 
 # --- what holds for every tensor -------------------------------------------------------------------------------------
@@ -51,7 +39,7 @@ def test_what_is_no_tensor(op, argument):
 @pytest.mark.parametrize("op, argument", MAIN)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.bool])
 def test_dtypes(op, argument, dtype):
-    refused(op, argument, TypeError, str(dtype), **{argument: ARGS[op]()[argument].to(dtype)})
+    refused(op, argument, TypeError, str(dtype), **{argument: sample(op)[argument].to(dtype)})
 
 
 def test_float64_is_told_where_to_go():
@@ -59,34 +47,19 @@ def test_float64_is_told_where_to_go():
         lk.rms_norm(torch.randn(3, 8, dtype=torch.float64))
 
 
-SECOND = [(op, name) for op, name in MAIN if name not in ("q", "x", "qkv")]
-SECOND += [(op, name) for op in ("rope", "rope_qkv", "rope_into_cache", "qk_norm_rope", "rope_attention")
-           for name in ("cos", "sin")]  # fmt: skip
+SECOND = [(op, name) for op, name in MAIN if name != OPS[op].tensors[0]]
+SECOND += [(op, name) for op in OPS for name in ("cos", "sin") if name in sample(op)]
 
 
 @pytest.mark.parametrize("op, argument", SECOND)
 def test_devices(op, argument):
-    refused(op, argument, ValueError, "on meta", **{argument: ARGS[op]()[argument].to("meta")})
+    refused(op, argument, ValueError, "on meta", **{argument: sample(op)[argument].to("meta")})
 
 
 @pytest.mark.corpus(60)
-@pytest.mark.parametrize(
-    "op, argument",
-    [
-        ("rope", "k"),
-        ("attention", "k"),
-        ("attention", "v"),
-        ("attention_varlen", "v"),
-        ("qk_norm_rope", "k"),
-        ("rope_attention", "k"),
-        ("rope_attention", "v"),
-        ("rope_into_cache", "k"),
-        ("rope_into_cache", "v"),
-        ("rope_into_cache", "v_cache"),
-    ],
-)
+@pytest.mark.parametrize("op, argument", [(op, name) for op, name in MAIN if name in ("k", "v", "k_cache", "v_cache")])
 def test_dtypes_of_one_call(op, argument):
-    refused(op, argument, TypeError, "torch.bfloat16", **{argument: ARGS[op]()[argument].bfloat16()})
+    refused(op, argument, TypeError, "torch.bfloat16", **{argument: sample(op)[argument].bfloat16()})
 
 
 def _name(case: Any) -> str | None:
@@ -104,7 +77,7 @@ def test_types(op, argument, got, changed):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written():
-    args = rope_args()
+    args = sample("rope")
     before = args["q"].clone()
     with pytest.raises(ValueError, match=r"llama_kernels\.rope: k"):
         lk.rope(**{**args, "k": torch.randn(2, 1, 6, 8).expand(2, 2, 6, 8)}, inplace=True)
@@ -113,7 +86,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
 
 def test_what_autograd_refuses_is_refused_before_anything_is_written():
     """Views made by split() may not be modified in place; q, which comes first, may."""
-    args = rope_args()
+    args = sample("rope")
     before = args["q"].clone()
     both = (torch.randn(2, 4, 6, 8).requires_grad_() * 1).split(2, dim=1)
     with pytest.raises(RuntimeError, match="view"):
@@ -129,7 +102,7 @@ def test_what_autograd_refuses_is_refused_before_anything_is_written():
     ("rope", "position_ids", "from -3 to 5", "0 to 8", {"position_ids": ints(0, 1, 2, -3, 4, 5)}),
     ("rope", "position_ids", "from 0 to 9", "0 to 8", {"position_ids": ints(0, 1, 2, 3, 4, 9)}),
     ("rope_qkv", "position_ids", "from 0 to 9", "0 to 8", {"position_ids": ints(0, 1, 2, 3, 4, 9)}),
-    ("rope_into_cache", "cache_position", "from 5 to 5", "positions of the cache, 0 to 4", {"cache_position": ints(5)}),
+    ("rope_into_cache", "cache_position", "from 6 to 6", "positions of the cache, 0 to 5", {"cache_position": ints(6)}),
     ("qk_norm_rope", "position_ids", "from -3 to 5", "0 to 8", {"position_ids": ints(0, 1, 2, -3, 4, 5)}),
     ("rope_attention", "position_ids", "from -3 to 5", "0 to 8", {"position_ids": ints(0, 1, 2, -3, 4, 5)}),
     ("attention_varlen", "cu_seqlens_q", "-1 at its start", "0 or more", {"cu_seqlens_q": ints(-1, 2, 6)}),
@@ -139,7 +112,7 @@ def test_what_autograd_refuses_is_refused_before_anything_is_written():
     ("attention_varlen", "max_seqlen_q", "3", "at least 4, the length of sequence 1", {"max_seqlen_q": 3}),
 ])  # fmt: skip
 def test_values_of_metadata_are_checked_where_asked(op, argument, got, wanted, changed):
-    call = functools.partial(getattr(lk, op), **{**ARGS[op](), **changed})
+    call = functools.partial(getattr(lk, op), **{**sample(op), **changed})
     call()  # clamped
     with (
         lk.checked(),
@@ -151,16 +124,16 @@ def test_values_of_metadata_are_checked_where_asked(op, argument, got, wanted, c
 
 def test_checking_lets_good_values_pass():
     with lk.checked():
-        lk.rope(**rope_args(), position_ids=torch.tensor([8, 0, 3, 3, 1, 7]))
-        lk.attention_varlen(**varlen_args())
+        lk.rope(**sample("rope"), position_ids=torch.tensor([8, 0, 3, 3, 1, 7]))
+        lk.attention_varlen(**sample("attention_varlen"))
         cu = torch.tensor([1, 3, 5], dtype=torch.int32)  # tokens that nobody owns are no mistake
-        lk.attention_varlen(**{**varlen_args(), "cu_seqlens_q": cu})
-        torch.compile(lk.rope, backend="eager", fullgraph=True)(**rope_args(), position_ids=torch.arange(6))
+        lk.attention_varlen(**{**sample("attention_varlen"), "cu_seqlens_q": cu})
+        torch.compile(lk.rope, backend="eager", fullgraph=True)(**sample("rope"), position_ids=torch.arange(6))
 
 
 def test_checking_is_of_one_thread():
     with lk.checked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(lk.rope, **rope_args(), position_ids=torch.full((6,), -1)).result()
+        pool.submit(lk.rope, **sample("rope"), position_ids=torch.full((6,), -1)).result()
 
 
 # --- the same everywhere ---------------------------------------------------------------------------------------------
@@ -169,7 +142,7 @@ def test_checking_is_of_one_thread():
 @pytest.mark.parametrize("op, argument, got, changed", [*VALUE_ERRORS, *TYPE_ERRORS], ids=_name)
 def test_tensors_without_data_are_refused_alike(op, argument, got, changed):
     """Tracing meets the same checks: on fake tensors the same type and the same words."""
-    args = {**ARGS[op](), **changed}
+    args = {**sample(op), **changed}
     with pytest.raises((ValueError, TypeError)) as real:
         getattr(lk, op)(**args)
     with FakeTensorMode() as mode:
@@ -184,13 +157,14 @@ def test_checks_are_no_assertions():
     """python -O takes assertions away, and the checks stay."""
     program = """
 import torch, llama_kernels as lk
-from tests.support.bad_inputs import ARGS, TYPE_ERRORS, VALUE_ERRORS
+from tests.support.bad_inputs import TYPE_ERRORS, VALUE_ERRORS
+from tests.support.ops import sample
 assert False, "assertions are on"
 count = 0
 for errors, kind in ((VALUE_ERRORS, ValueError), (TYPE_ERRORS, TypeError)):
     for op, argument, got, changed in errors:
         try:
-            getattr(lk, op)(**{**ARGS[op](), **changed})
+            getattr(lk, op)(**{**sample(op), **changed})
         except kind as error:
             count += str(error).startswith(f"llama_kernels.{op}: {argument} is ")
 print(count)
@@ -207,13 +181,13 @@ print(count)
     {"softcap": 30}, {"softcap": 0.0}, {"softcap": 0}, {"sinks": F(4).bfloat16()},
     {"deterministic": True}, {"deterministic": False},
     {"q": F(2, 4, 0, 8)}, {"k": F(2, 2, 0, 8), "v": F(2, 2, 0, 8)},
-    {"q": F(0, 4, 6, 8), "k": F(0, 2, 7, 8), "v": F(0, 2, 7, 8)},
-    {"q": F(2, 0, 6, 8)}, {"q": F(2, 0, 6, 8), "k": F(2, 0, 7, 8), "v": F(2, 0, 7, 8)}, {"v": F(2, 2, 7, 3)},
+    {"q": F(0, 4, 6, 8), "k": F(0, 2, 6, 8), "v": F(0, 2, 6, 8)},
+    {"q": F(2, 0, 6, 8)}, {"q": F(2, 0, 6, 8), "k": F(2, 0, 6, 8), "v": F(2, 0, 6, 8)}, {"v": F(2, 2, 6, 3)},
     {"q": F(2, 4, 8, 6).mT}, {"q": F(1, 4, 6, 8).expand(2, 4, 6, 8)},
 ], ids=lambda changed: ", ".join(f"{name}" for name in changed))  # fmt: skip
 def test_attention_takes(changed):
-    out, lse = lk.attention(**{**attention_args(), **changed}, return_lse=True)
-    q, v = changed.get("q", attention_args()["q"]), changed.get("v", attention_args()["v"])
+    out, lse = lk.attention(**{**sample("attention"), **changed}, return_lse=True)
+    q, v = changed.get("q", sample("attention")["q"]), changed.get("v", sample("attention")["v"])
     assert out.shape == (*q.shape[:-1], v.shape[-1]) and lse.shape == q.shape[:-1]
     assert out.isfinite().all()
 
@@ -223,7 +197,7 @@ def test_attention_takes(changed):
 def test_packed_attention_takes(bounds):
     cu = torch.tensor(bounds, dtype=torch.int32)
     whole = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 6, "max_seqlen_k": 6}
-    out, lse = lk.attention_varlen(**{**varlen_args(), **whole}, return_lse=True)
+    out, lse = lk.attention_varlen(**{**sample("attention_varlen"), **whole}, return_lse=True)
     owned = torch.zeros(6, dtype=torch.bool)
     owned[bounds[0] : bounds[-1]] = True
     assert torch.equal(lse[0].isfinite(), owned) and torch.equal(out.abs().sum((1, 2)) > 0, owned)

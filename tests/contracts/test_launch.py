@@ -4,8 +4,10 @@ tests/contracts/launcher compares what reaches the CUDA driver; here it is what 
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -15,15 +17,17 @@ import torch
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
-from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
+from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
-from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
-from llama_kernels.ops.attention.layout import call_sizes
-from llama_kernels.ops.pairs import rotation_of
+from llama_kernels.ops.attention.hopper import round_dq
+from llama_kernels.ops.attention.hopper.tables import TILES
 from tests.support.environment import COMPILES
 from tests.support.launching_nothing import _twice_kernel
+from tests.support.ops import REGISTERED, Make, Shape, registered_calls
 
 pytestmark = COMPILES
 
@@ -36,100 +40,42 @@ def rotation() -> tuple[torch.Tensor, ...]:
     return torch.randn(32, 32), torch.randn(32, 32), torch.randint(32, (2, 32))
 
 
-def _rope():
-    return rope._rotated, (heads(4), heads(2), *rotation(), False, False)
+SHAPE = Shape(S=32, D=64, N=256)
 
 
-def _rope_in_place():
-    return rope._rotate_in_place, (heads(4), heads(2), *rotation(), False)
-
-
-def _rope_qkv_backward():
-    return rope._packed_backward, (heads(4), heads(2), heads(2), *rotation(), True)
-
-
-def _rope_into_cache():
-    slots = torch.arange(32)
-    return rope._into_cache, (heads(4), heads(2), heads(2), heads(2, 48), heads(2, 48), slots, *rotation(), False)
-
-
-def _qk_norm_rope():
-    return qk_norm_rope._forward, (heads(4), heads(2), torch.ones(64), torch.ones(64), *rotation(), 1e-6, 0.0, False)
-
-
-def _qk_norm_rope_backward():
-    given = [heads(H) for H in (4, 2, 4, 2)]
-    weights = torch.ones(64), torch.ones(64)
-    return qk_norm_rope._backward, (*given, *weights, *rotation(), 1e-6, 0.0, False, True)
-
-
-def _rms_norm():
-    return rms_norm._forward, (torch.randn(6, 256), torch.randn(6, 256), torch.ones(256), 1e-6, 0.0)
-
-
-def _rms_norm_backward(N: int = 256):
-    dy, ds, x = (torch.randn(6, N) for _ in range(3))
-    return rms_norm._backward, (dy, ds, x, torch.ones(N), torch.ones(6, 1), 1e-6, 0.0, torch.float32, True, True)
-
-
-def _attention():
-    return forward.launch_forward, (heads(4), heads(2), heads(2), *_CALL)
-
-
-def _decode():
-    return forward.launch_forward, (heads(4, 1), heads(2, 600), heads(2, 600), *_CALL[:5], 1, 600, *_CALL[7:])
-
-
-def _masked_decode():
-    key_mask, sinks, kv_end = torch.ones(2, 600, dtype=torch.bool), torch.zeros(4), torch.zeros(2, 1, dtype=torch.int32)
-    numbers = (0.125, 5.0, None, None)
-    return decode.launch_decode, (
-        heads(4, 1), heads(2, 600), heads(2, 600), sinks, None, kv_end, *numbers, key_mask
-    )  # fmt: skip
-
-
-def _packed():
-    cu_seqlens = torch.tensor([0, 20, 64], dtype=torch.int32)
-    q, k, v = (heads(H).flatten(0, 1).reshape(64, H, 64) for H in (4, 2, 2))
-    start = torch.zeros(64, dtype=torch.int32)
-    return forward.launch_forward, (
-        q, k, v, torch.zeros(4), start, None, cu_seqlens, cu_seqlens, 44, 44, 0.1, 30.0, 8, 0
-    )  # fmt: skip
-
-
-def _attention_backward():
-    q, k, v, o = heads(4), heads(2), heads(2), heads(4)
-    lse, needs = torch.zeros(2, 4, 32), (True, True, True, False)
-    return backward.launch_backward, (heads(4), None, q, k, v, o, lse, *_CALL, *needs, False)
-
-
-def _rope_attention_backward():
-    q, k, v, o = heads(4), heads(2), heads(2), heads(4)
-    rest = (torch.zeros(2, 4, 32), torch.zeros(4), None, None, *rotation(), True, 0.125, None, None, 0)
-    return rope_attention.backward_kernels, (heads(4), None, q, k, v, o, *rest, True, True, True, True, False)
+def _registered(label: str, shape: Shape = SHAPE) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The launcher of a registered op, and arguments of it."""
+    op, args = registered_calls(shape, Make(dtype=torch.bfloat16))[label]
+    return KERNELS[op], args
 
 
 _CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
 
 
 def _hopper_attention():
-    tile = choice.TILES["forward"][0]
-    return hopper_forward.launch_hopper_forward, (tile, heads(4), heads(2), heads(2), None, None, None, *_CALL[5:])
+    def launch(*call):
+        return hopper_forward.launch_hopper_forward(AttentionCall(*call), TILES["forward"][0])
+
+    return launch, (heads(4), heads(2), heads(2), *_CALL)
 
 
 def _hopper_attention_backward():
     q, k, v, do, dq, dk, dv = (heads(H) for H in (4, 2, 2, 4, 4, 2, 2))
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
-    sizes, turned = call_sizes(q, k, None, 32, 32), rotation_of(*rotation(), False)
-    given = (q, k, v, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, None, None, sizes, 0.125, None, None, 0, 128)
-    return hopper_backward.launch_hopper_backward, (choice.TILES["backward"][0], do, *given, turned)
+
+    def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
+        call, grads = AttentionCall(q, k, v, *_CALL), Grads(dq, dk, dv, dq.new_empty(0))
+        rotated = Rotated(*tables, False)
+        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], do, lse2, delta, dq_sum, grads, rotated)
+
+    return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())
 
 
-LAUNCHERS = [
-    _rope, _rope_in_place, _rope_qkv_backward, _rope_into_cache, _qk_norm_rope, _qk_norm_rope_backward, _rms_norm,
-    _rms_norm_backward, _attention, _attention_backward, _rope_attention_backward, _decode, _masked_decode,
-    _packed, _hopper_attention, _hopper_attention_backward,
-]  # fmt: skip
+LAUNCHERS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    **{label: functools.partial(_registered, label) for label in REGISTERED},
+    "hopper attention": _hopper_attention,
+    "hopper attention backward": _hopper_attention_backward,
+}
 
 
 def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
@@ -144,8 +90,9 @@ def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
     return first == second and (a is b or not any(x is y for x in (a, b) for y in given))
 
 
-@pytest.mark.parametrize("case", LAUNCHERS, ids=lambda case: case.__name__[1:])
-def test_a_cached_launch_is_the_one_triton_makes(case, launched):
+@pytest.mark.parametrize("label", LAUNCHERS)
+def test_a_cached_launch_is_the_one_triton_makes(label, launched):
+    case = LAUNCHERS[label]
     launcher, _ = case()
     for _ in range(2):  # what comes once need not come again
         launcher(*case()[1])
@@ -169,10 +116,12 @@ def test_every_launcher_is_compared_with_triton():
         covered.add(self.__name__)
 
     with mock.patch.object(triton.runtime.JITFunction, "run", note):
-        for case in (*LAUNCHERS, lambda: _rms_norm_backward(20000)):
+        for case in (*LAUNCHERS.values(), lambda: _registered("rms_norm backward", SHAPE._replace(N=20000))):
             launcher, given = case()
             launcher(*given)
-    modules = (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward)
+    modules = (
+        rope, rms_norm, qk_norm_rope, forward, delta, dkdv, dq, decode, hopper_forward, hopper_backward, round_dq
+    )  # fmt: skip
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels <= covered
 

@@ -12,10 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_kernels as lk
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, forward, hopper
-from llama_kernels.ops.attention.hopper.choice import TILES
+from llama_kernels.ops.attention import dispatch
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
+from llama_kernels.ops.attention.hopper.tables import TILES
 from tests.support.environment import compiles
 from tests.support.rope import TABLE_LAYOUTS, tables, unlike_tables
 
@@ -131,13 +132,13 @@ ROW_NUMBERS = 2 * B * Hq * PADDED * 4  # lse2 and delta
 def test_attention_allocates_its_results_and_two_numbers_a_row():
     q, k, v, do, lse = heads(Hq), heads(Hkv), heads(Hkv), heads(Hq), torch.zeros(B, Hq, S)
     with allocations() as found:
-        forward.launch_forward(q, k, v, *CALL)
+        KERNELS["attention_forward"](q, k, v, *CALL)
     assert sum(found.made.values()) == size(q, lse)
     with allocations() as found:
-        backward.launch_backward(do, None, q, k, v, do, lse, *CALL, True, True, True, False)
+        KERNELS["attention_backward"](do, None, q, k, v, do, lse, *CALL, True, True, True, False, None)
     assert sum(found.made.values()) == size(q, k, v) + ROW_NUMBERS
     with allocations() as found:
-        backward.launch_backward(do, None, q, k, v, do, lse, *CALL, False, True, True, False)
+        KERNELS["attention_backward"](do, None, q, k, v, do, lse, *CALL, False, True, True, False, None)
     assert sum(found.made.values()) == size(k, v) + ROW_NUMBERS
 
 
@@ -146,11 +147,12 @@ def test_attention_allocates_its_results_and_two_numbers_a_row():
 def test_the_hopper_backward_allocates_one_sum_of_dq_more():
     q, k, v, do, lse = heads(Hq), heads(Hkv), heads(Hkv), heads(Hq), torch.zeros(B, Hq, S)
     with (
-        mock.patch.object(hopper, "wanted", lambda _: True),
-        mock.patch.object(hopper, "choose", lambda pass_, *_: TILES[pass_][0]),
+        mock.patch.object(
+            dispatch, "backward", lambda *_: dispatch.Choice("Hopper kernel", "a test", TILES["backward"][0])
+        ),
         allocations() as found,
     ):
-        backward.launch_backward(do, None, q, k, v, do, lse, *CALL, True, True, True, False, False)
+        KERNELS["attention_backward"](do, None, q, k, v, do, lse, *CALL, True, True, True, False, False)
     assert sum(found.made.values()) == size(q, k, v) + ROW_NUMBERS + 4 * q.numel()
 
 

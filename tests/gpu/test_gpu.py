@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import llama_kernels as lk
 from llama_kernels.core import launch_cache
@@ -14,6 +15,7 @@ from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
 from tests.ops.test_hopper import ON_MACHINE, check_of_hopper_kernels
 from tests.support.judge import UNIT, relative_error
 from tests.support.launches import Launched, kernels_launched, names
+from tests.support.ops import CALLS, OPS, Make, Shape, calls
 from tests.support.rope import tables
 
 # Most compare gradients bit for bit.
@@ -82,33 +84,22 @@ def test_forward_is_captured_in_a_graph(device):
     assert torch.equal(out, forward())
 
 
-def _ops(device: torch.device) -> dict[str, Callable[[], Sequence[torch.Tensor]]]:
-    """A forward call of every op on tensors that stay, "x" among them first."""
-    q, k, v = (x.detach() for x in inputs(device))
-    x, w, head = q[0, 0], torch.randn(128, device=device), torch.randn(128, device=device).bfloat16()
-    angles, cu = tables(300, 128, device), torch.tensor([0, 100, 300], dtype=torch.int32, device=device)
-    qkv = torch.randn(2, 300, 12 * 128, device=device).bfloat16()
-    caches, slot = [torch.zeros_like(k) for _ in range(2)], torch.tensor([7], device=device)
-    return {
-        "rms_norm": lambda: (lk.rms_norm(x, w),),
-        "add_rms_norm": lambda: lk.add_rms_norm(x, x, w),
-        "rope": lambda: lk.rope(q, k, *angles),
-        "rope in place": lambda: lk.rope(q.clone(), k.clone(), *angles, inplace=True),
-        "rope_qkv": lambda: lk.rope_qkv(qkv, 8, 2, *angles),
-        "rope_into_cache": lambda: (
-            lk.rope_into_cache(q[:, :, :1], k[:, :, :1], v[:, :, :1], *caches, slot, *angles), *caches),
-        "qk_norm_rope": lambda: lk.qk_norm_rope(q, k, head, head, *angles),
-        "attention": lambda: lk.attention(q, k, v, return_lse=True),
-        "rope_attention": lambda: lk.rope_attention(q, k, v, *angles, return_lse=True),
-        "attention_varlen": lambda: (
-            lk.attention_varlen(*(t[0].transpose(0, 1) for t in (q, k, v)), cu, cu, 200, 200),),
-    }  # fmt: skip
+def _call(label: str, options: bool, device: torch.device) -> Callable[[], list[torch.Tensor]]:
+    """A forward call on tensors that stay: its results, and what it writes into."""
+    shape, make = Shape(B=2, Hq=8, Hkv=2, S=300, D=128, N=128), Make(device, torch.bfloat16)
+    if label != "rope_into_cache":
+        call = dict(calls(shape, make, options))[label]
+        return lambda: list(tree_leaves(call(lk, *call.tensors)))
+    op = OPS[label]
+    arguments = {**op.arguments(shape, make), **(op.options(shape, make) if options else {})}
+    return lambda: [lk.rope_into_cache(**arguments), *(arguments[name] for name in op.written)]
 
 
 @pytest.mark.corpus(70)
-@pytest.mark.parametrize("name", list(_ops(torch.device("cpu"))))
-def test_every_op_is_captured_in_a_graph(name, device):
-    call = _ops(device)[name]
+@pytest.mark.parametrize("options", [False, True], ids=["", "options"])
+@pytest.mark.parametrize("label", [*CALLS, "rope_into_cache"])
+def test_every_op_is_captured_in_a_graph(label, options, device):
+    call = _call(label, options, device)
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -117,7 +108,8 @@ def test_every_op_is_captured_in_a_graph(name, device):
         if not out._is_view():
             out.zero_()
     graph.replay()
-    for out, expected in zip(outs, call(), strict=True):
+    replayed = [out.clone() for out in outs]
+    for out, expected in zip(replayed, call(), strict=True):
         assert torch.equal(out, expected)
 
 

@@ -16,10 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import llama_kernels as lk
 from llama_kernels.core import device as core_device
 from llama_kernels.core.device import GPU, SHARED_KIB, arch_of, family_of, lanes_of, shared_bytes_of, why_not_compiled
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode, forward, tables
-from tests.support.bad_inputs import ARGS
+from llama_kernels.ops.attention.call import AttentionCall
 from tests.support.devices import on
+from tests.support.ops import sample
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
@@ -149,11 +153,13 @@ def _launches() -> dict[str, Any]:
         ),
         "rope": lambda: rope._rotated(q, k, *angles, False, False),
         "qk_norm_rope": lambda: qk_norm_rope._forward(q, k, weight, weight, *angles, 1e-6, 0.0, False),
-        "attention": lambda: forward.launch_forward(
+        "attention": lambda: KERNELS["attention_forward"](
             torch.ones(1, 2, 64, 64), torch.ones(1, 1, 64, 64), torch.ones(1, 1, 64, 64),
             None, None, None, None, None, 64, 64, *scores,
         ),
-        "attention, decoding": lambda: decode.launch_decode(q[:, :, :1], k, k, None, None, None, *scores),
+        "attention, decoding": lambda: decode.launch_decode(
+            AttentionCall(q[:, :, :1], k, k, *[None] * 5, 1, 4, *scores)
+        ),
     }  # fmt: skip
 
 
@@ -184,7 +190,7 @@ OTHERS = ["mps", "xpu", "vulkan"]  # for the last, torch has no autocast
 @pytest.mark.parametrize("op", lk.reference.__all__)
 @pytest.mark.parametrize("device", OTHERS)
 def test_other_devices_are_refused_by_name(op, device):
-    args = ARGS[op]()
+    args = sample(op)
     with FakeTensorMode(), pytest.raises(ValueError) as error:
         getattr(lk, op)(**on(device, args))
     said = str(error.value)
@@ -197,7 +203,7 @@ def test_meta_and_fake_tensors_give_shapes(op):
     def shapes(results: Any) -> list[torch.Size]:
         return [x.shape for x in (results if isinstance(results, tuple) else (results,))]
 
-    expected, args = shapes(getattr(lk.reference, op)(**ARGS[op]())), ARGS[op]()
+    expected, args = shapes(getattr(lk.reference, op)(**sample(op))), sample(op)
     assert shapes(getattr(lk, op)(**on("meta", args))) == expected
     for device in ("cpu", "cuda"):
         with FakeTensorMode():
@@ -226,8 +232,8 @@ def in_a_backend(code: str) -> str:
 def test_a_backend_of_its_own_is_refused_and_has_the_reference():
     """Real dispatch, of public functions and of registered ops."""
     out = in_a_backend("""
-from tests.support.bad_inputs import ARGS
 from tests.support.devices import on
+from tests.support.ops import sample
 
 there, here = torch._C._acc.create_empty_tensor((3, 8), torch.float32), torch.ones(3, 8)
 op = torch.ops.llama_kernels.rms_norm_forward
@@ -239,7 +245,7 @@ for call in (lambda: lk.rms_norm(there), lambda: lk.rms_norm(here, there), lambd
         print(type(error).__name__, error)
 for name in set(lk.reference.__all__) - {"attention_varlen", "rope_into_cache"}:  # which read values: a fake has none
     with FakeTensorMode():
-        results = getattr(lk.reference, name)(**on("npu", ARGS[name]()))
+        results = getattr(lk.reference, name)(**on("npu", sample(name)))
     results = results if isinstance(results, tuple) else (results,)
     assert all(x.device.type == "npu" for x in results), name
 """)
@@ -301,7 +307,7 @@ BESIDE = {  # what tests/contracts/test_errors.py does not move away from the fi
 
 @pytest.mark.parametrize("op, argument", [(op, name) for op, names in BESIDE.items() for name in names])
 def test_a_tensor_on_another_device_is_refused_by_both_names(op, argument):
-    args = ARGS[op]()
+    args = sample(op)
     rows = args["q"].shape[:1] if op == "attention_varlen" else (2, 6)
     tensors = {
         "position_ids": torch.zeros(1 if op == "rope_into_cache" else 6, dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/: the code in them runs, their links lead somewhere, and what is generated is current."""
+"""README, CONTRIBUTING and docs/: their code runs, their links lead somewhere, and what is generated is current."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ import llama_kernels as lk
 from llama_kernels.core.versions import OLDEST, interpreter_fault, untested
 from tools import packages
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(lk.__file__).parent.parent
 IMPORT = "import llama_kernels as lk, torch; lk.rms_norm(torch.ones(2, 8))"
 

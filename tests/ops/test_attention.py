@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.ops.attention import decode
+from llama_kernels.ops.attention import decode, dispatch
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import (
     CHUNK,
@@ -136,7 +137,9 @@ def test_few_queries_of_every_size(family, device):
 
 def test_which_calls_are_split():
     def takes(Hq, Hkv, Sq, Sk):
-        return decode.splits(torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, Sk, 16))
+        q, k = torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, Sk, 16)
+        call = AttentionCall(q, k, k, None, None, None, None, None, Sq, Sk, 0.25, None, None, 0)
+        return dispatch.forward(call) is dispatch.DECODE
 
     assert takes(32, 8, 1, 257) and takes(32, 8, 8, 4096) and takes(64, 2, 1, 1024)
     assert not takes(32, 8, 1, 256) and not takes(32, 8, 9, 4096) and not takes(0, 0, 1, 4096)

@@ -25,10 +25,11 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.ops.attention import hopper, tiles
-from llama_kernels.ops.attention.backward import launch_backward
-from llama_kernels.ops.attention.forward import launch_forward
-from llama_kernels.ops.attention.hopper import choice, schedule
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention import dispatch, hopper, tiles
+from llama_kernels.ops.attention.call import AttentionCall, Wanted
+from llama_kernels.ops.attention.hopper import schedule, switch
+from llama_kernels.ops.attention.hopper.tables import TILES, HopperTile
 from tests.ops import hopper_machine
 from tests.support.attention import Case, check, make, packed, run
 from tests.support.launches import kernels_launched, names
@@ -161,8 +162,8 @@ def machine(**planted: Any) -> Iterator[list[hopper_machine.Launcher]]:
         for module, name, value in hopper_machine.patches(**planted):
             stack.enter_context(mock.patch.object(module, name, value))
             launchers += [value] if isinstance(value, hopper_machine.Launcher) else []
-        stack.enter_context(mock.patch.object(choice, "arch_of", lambda _: "sm_90"))
-        stack.enter_context(mock.patch.object(choice, "HAS_GLUON", True))
+        stack.enter_context(mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"))
+        stack.enter_context(mock.patch.object(dispatch, "HAS_GLUON", True))
         # What fails here is to be seen, not stepped over.
         stack.enter_context(mock.patch.object(hopper, "attempt", lambda _, launch, *args: (True, launch(*args))))
         stack.enter_context(lk.hopper_attention())
@@ -223,10 +224,10 @@ def test_a_portable_kernel_is_not_taken_for_a_hopper_kernel(without, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("tile", choice.TILES["forward"], ids=str)
+@pytest.mark.parametrize("tile", TILES["forward"], ids=str)
 def test_every_tile_of_the_hopper_kernels_is_run(tile, device):
     """Rows and keys that fill tiles, and a rest of each."""
-    case, backward = Case(1, 1, 1, 130, 130, tile.width, tile.width), choice.TILES["backward"]
+    case, backward = Case(1, 1, 1, 130, 130, tile.width, tile.width), TILES["backward"]
     with machine() as (on_forward, on_backward), kernels_launched() as launches:
         check(case, torch.float16, device)
     ran = {launched.name: launched.options for launched in launches}
@@ -235,7 +236,7 @@ def test_every_tile_of_the_hopper_kernels_is_run(tile, device):
     of_backward = [other for other in backward if other.width == tile.width]
     assert on_backward.launches == len(of_backward)
     assert all(ran["_hopper_backward_kernel"]["STAGES"] == other.STAGES for other in of_backward)
-    assert {other.width for other in backward} <= {other.width for other in choice.TILES["forward"]}
+    assert {other.width for other in backward} <= {other.width for other in TILES["forward"]}
 
 
 @pytest.mark.interpreter
@@ -328,24 +329,39 @@ def tensors(D: int = 128, S: int = 64, dtype: torch.dtype = torch.bfloat16) -> l
 @pytest.fixture
 def on_hopper(monkeypatch):
     """As if the tensors' device were one."""
-    monkeypatch.setattr(choice, "arch_of", lambda _: "sm_90")
-    monkeypatch.setattr(choice, "HAS_GLUON", True)
-    monkeypatch.setattr(choice, "_failed", {})
+    monkeypatch.setattr(dispatch, "arch_of", lambda _: "sm_90")
+    monkeypatch.setattr(dispatch, "HAS_GLUON", True)
+    monkeypatch.setattr(switch, "failures", {})
+
+
+def attention_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changed: Any) -> AttentionCall:
+    """A plain causal call."""
+    call = AttentionCall(q, k, v, None, None, None, None, None, q.shape[2], k.shape[2], 0.1, None, None, 0)
+    return call._replace(**changed)
+
+
+def chosen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changed: Any) -> dispatch.Choice:
+    return dispatch.forward(attention_call(q, k, v, **changed))
+
+
+def tile_of_backward(wanted: Wanted, **changed: Any) -> HopperTile | None:
+    call = attention_call(*tensors(), **changed)
+    return dispatch.backward(call, call.q, wanted).tile
 
 
 def test_it_is_off_until_it_is_switched_on(on_hopper):
     with lk.hopper_attention(False):  # as it is but for `pytest --hopper`
-        assert "opt-in" in choice.choose("forward", None, None, None, *tensors())
-        assert not choice.wanted("forward")
+        assert chosen(*tensors()) is dispatch.PORTABLE
+        assert "opt-in" in dispatch.for_heads("forward", "sm_90", 128).reason
         with lk.hopper_attention():
-            assert choice.wanted("forward") and choice.choose("forward", None, None, None, *tensors()).width == 128
-        assert not choice.wanted("forward")
+            assert chosen(*tensors()).tile.width == 128
+        assert chosen(*tensors()) is dispatch.PORTABLE
 
 
 @pytest.mark.parametrize("D, width", [(40, 64), (64, 64), (80, 128), (96, 128), (128, 128), (192, 256), (256, 256)])
 def test_narrower_heads_take_the_next_width(D, width, on_hopper):
     with lk.hopper_attention():
-        assert choice.choose("forward", None, None, None, *tensors(D)).width == width
+        assert chosen(*tensors(D)).tile.width == width
 
 
 def unaligned() -> list[torch.Tensor]:
@@ -377,33 +393,33 @@ def expanded() -> list[torch.Tensor]:
 )
 def test_what_the_copy_engine_cannot_take_is_told(made, why, on_hopper):
     with lk.hopper_attention():
-        assert why in choice.choose("forward", None, None, None, *made())
+        assert chosen(*made()).kernel == "portable" and why in chosen(*made()).reason
         bound = torch.zeros(2, 64, dtype=torch.int32)
-        assert "kv_start" in choice.choose("forward", bound, None, None, *tensors())
+        assert "kv_start" in chosen(*tensors(), kv_start=bound).reason
 
 
 def test_no_other_device_is_ever_asked(monkeypatch):
     with lk.hopper_attention():
-        assert "not Hopper" in choice.choose("forward", None, None, None, *tensors())
-        monkeypatch.setattr(choice, "arch_of", lambda _: "sm_90")
-        monkeypatch.setattr(choice, "HAS_GLUON", False)
-        monkeypatch.setattr(choice, "WHY_NOT", "no Gluon here")
-        assert choice.choose("forward", None, None, None, *tensors()) == "no Gluon here"
+        assert "not Hopper" in chosen(*tensors()).reason
+        monkeypatch.setattr(dispatch, "arch_of", lambda _: "sm_90")
+        monkeypatch.setattr(dispatch, "HAS_GLUON", False)
+        monkeypatch.setattr(dispatch, "WHY_NOT", "no Gluon here")
+        assert chosen(*tensors()) == ("portable", "no Gluon here", None)
         q, k, v = tensors(64)
         assert lk.attention(q, k, v).shape == q.shape
 
 
 def test_a_kernel_that_fails_is_told_once_and_not_tried_again(on_hopper):
     q, k, v = tensors()
-    call = (q, k, v, None, None, None, None, None, 64, 64, 0.1, None, None, 0)
+    call = attention_call(q, k, v)
     failing = mock.Mock(side_effect=RuntimeError("PassManager::run failed\nat length"))
     with lk.hopper_attention(), mock.patch.object(hopper, "launch_hopper_forward", failing):
         with pytest.warns(UserWarning, match="portable kernel.*PassManager::run failed$"):
-            assert hopper.try_forward(*call) is None
+            assert hopper.try_forward(call, TILES["forward"][1]) is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert hopper.try_forward(*call) is None
-        assert "PassManager" in choice.choose("forward", None, None, None, q, k, v)
+            assert dispatch.forward(call).tile is None
+        assert "PassManager" in dispatch.forward(call).reason
     assert failing.call_count == 1
 
 
@@ -421,7 +437,7 @@ def test_the_sum_of_dq_begins_at_zero_and_is_rounded_once(packed, on_hopper):
         cu_seqlens, longest = torch.tensor([3, 40, 61], dtype=torch.int32), 40
     rest = (None, None, None, cu_seqlens, cu_seqlens, longest, longest, 0.1, None, None, 0)
     with lk.hopper_attention(False):
-        out, lse = launch_forward(q, k, v, *rest)
+        out, lse = KERNELS["attention_forward"](q, k, v, *rest)
     owned = torch.zeros(q.shape[0 if packed else 2], dtype=torch.bool)
     owned[3 if packed else 0 : 61 if packed else 70] = True
     by_token = (lambda x: x) if packed else (lambda x: x.transpose(1, 2).transpose(0, 1))
@@ -440,10 +456,10 @@ def test_the_sum_of_dq_begins_at_zero_and_is_rounded_once(packed, on_hopper):
         mock.patch.object(on_backward, "_hopper_backward_kernel", {(n,): kernel for n in range(99)}),
         mock.patch.object(on_backward, "describe", lambda x, *_: x),
         mock.patch.object(on_backward, "describe_rows", lambda x, *_: x),
-        mock.patch.object(choice, "_failed", {}),
+        mock.patch.object(switch, "failures", {}),
     ):
-        grads = launch_backward(out, None, q, k, v, out, lse, *rest, True, True, True, False, False)
-        assert not choice._failed
+        grads = KERNELS["attention_backward"](out, None, q, k, v, out, lse, *rest, True, True, True, False, False)
+        assert not switch.failures
     assert padded == [0]
     expected = torch.where(owned.view(-1, *[1] * (q.ndim - 1)), by_token(total) * 0.1, 0.0).to(q.dtype)
     assert (by_token(grads[0]).float() - expected.float()).abs().max() <= 2e-3  # a rounding of the interpreter's
@@ -454,19 +470,16 @@ def test_the_sum_of_dq_begins_at_zero_and_is_rounded_once(packed, on_hopper):
 @pytest.mark.parametrize("deterministic, taken", [(True, False), (None, False), (False, True)])
 def test_gradients_that_must_repeat_are_left_to_the_portable_kernels(deterministic, taken, on_hopper):
     """None asks PyTorch, which is told to be deterministic here."""
-    q, k, v = tensors()
     with lk.hopper_attention():
-        tile = hopper.backward_tile(q, q, k, v, None, None, None, deterministic, True, True, True)
-        assert (tile is not None) == taken
-        assert hopper.backward_tile(q, q, k, v, None, None, None, False, True, True, False) is None
-        assert hopper.backward_tile(q, q, k, v, None, None, 30.0, False, True, True, True) is None
+        assert (tile_of_backward(Wanted(True, True, True, False, deterministic)) is not None) == taken
+        assert tile_of_backward(Wanted(True, True, False, False, False)) is None
+        assert tile_of_backward(Wanted(True, True, True, False, False), softcap=30.0) is None
 
 
 def test_under_the_option_gradients_come_from_the_hopper_kernel(request, on_hopper):
     """`pytest --hopper` asks PyTorch for no deterministic algorithms, which would rule the Hopper backward out."""
-    q, k, v = tensors()
     with lk.hopper_attention():
-        tile = hopper.backward_tile(q, q, k, v, None, None, None, None, True, True, True)
+        tile = tile_of_backward(Wanted(True, True, True, False, None))
     assert (tile is not None) == request.config.getoption("hopper")
 
 

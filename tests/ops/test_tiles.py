@@ -22,7 +22,7 @@ from llama_kernels.core.language import INTERPRETED, TRITON_VERSION
 from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import decode, tables
 from llama_kernels.ops.attention.tables import Tile
-from llama_kernels.ops.pairs import head_tile
+from llama_kernels.ops.rotation import head_tile
 from tests.support import attention as attention_cases
 from tests.support import qk_norm_rope as qk_norm_rope_cases
 from tests.support import rms_norm as rms_norm_cases

@@ -24,8 +24,8 @@ from torch.library import opcheck
 import llama_kernels as lk
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import INTERPRETED
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, forward
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check, packed, tiles
 from tests.support.environment import DEVICE, compiles
@@ -42,6 +42,7 @@ from tests.support.judge import (
     relative_error,
 )
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
+from tests.support.ops import CALLS, Make, Shape, calls
 from tests.support.rms_norm import check as check_norm
 from tests.support.rope import qk
 from tests.support.rope import tables as rope_tables
@@ -49,31 +50,24 @@ from tests.support.rope import tables as rope_tables
 corpus = pytest.mark.corpus
 ROOT = Path(lk.__file__).parent.parent
 SOURCES = sorted(Path(lk.__file__).parent.rglob("*.py"))
-Ops = dict[str, tuple[Callable[..., Any], list[torch.Tensor]]]
 
 
-def every_op(device: torch.device, dtype: torch.dtype = torch.float32, B: int = 2, S: int = 20) -> Ops:
-    """Each op as a function of tensors that take gradients, to its first output, and such tensors."""
-    q, k, v = (torch.randn(B, S, H, 16, device=device).to(dtype).transpose(1, 2) for H in (4, 2, 2))
-    x, residual = (torch.randn(B, S, 32, device=device).to(dtype) for _ in range(2))
-    weight = torch.randn(32, device=device).to(dtype)
-    cos, sin = rope_tables(S, 16, device)
-    cu = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device)
-    flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
-    ops: Ops = {
-        "rope": (lambda q, k: lk.rope(q, k, cos, sin)[0], [q, k]),
-        "rms_norm": (lk.rms_norm, [x, weight]),
-        "add_rms_norm": (lambda x, r, w: lk.add_rms_norm(x, r, w)[0], [x, residual, weight]),
-        "attention": (lk.attention, [q, k, v]),
-        "attention_varlen": (lambda q, k, v: lk.attention_varlen(q, k, v, cu, cu, S, S), flat),
-        "rope_attention": (lambda q, k, v: lk.rope_attention(q, k, v, cos, sin), [q, k, v]),
-    }
-    return {name: (f, [t.detach().requires_grad_() for t in tensors]) for name, (f, tensors) in ops.items()}
+def an_op(
+    op: str, device: torch.device, dtype: torch.dtype = torch.float32, B: int = 2, S: int = 20
+) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+    """The op as a function of tensors that take gradients, to its first output, and such tensors."""
+    call = dict(calls(Shape(B=B, S=S, D=16, N=32), Make(device, dtype)))[op]
+
+    def first(*tensors: torch.Tensor) -> torch.Tensor:
+        results = call(lk, *tensors)
+        return results[0] if isinstance(results, tuple) else results
+
+    return first, [x.detach().requires_grad_() for x in call.tensors]
 
 
 def every(test: Callable[..., None]) -> Any:
-    names = ["rope", "rms_norm", "add_rms_norm", "attention", "attention_varlen", "rope_attention"]
-    return pytest.mark.parametrize("op", names)(test)
+    """For each op that has a gradient. What is rotated in place is a copy, so that form has tests of its own."""
+    return pytest.mark.parametrize("op", [op for op in CALLS if op != "rope, in place"])(test)
 
 
 def outcome(f: Callable[..., torch.Tensor], tensors: list[torch.Tensor], upstream: Any = None) -> list[torch.Tensor]:
@@ -131,14 +125,14 @@ def test_grid_beyond_65535():
     lse, x = torch.zeros(many, 1, 1), torch.zeros(many, 16)
     call = (None, None, None, None, None, 1, 1, 0.25, None, None, 0)
     with mock.patch.object(JITFunction, "run", lambda self, *args, grid, **options: grids.append(grid)):
-        forward.launch_forward(q, q, q, *call)
-        backward.launch_backward(q, None, q, q, q, q, lse, *call, True, True, True, False)
+        KERNELS["attention_forward"](q, q, q, *call)
+        KERNELS["attention_backward"](q, None, q, q, q, q, lse, *call, True, True, True, False, None)
         rope._rotated(q, q, torch.zeros(1, 8), torch.zeros(1, 8), None, False, False)
         rms_norm._forward(x, None, None, 1e-6, 0.0)
         rms_norm._backward(x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
         qk_norm_rope._forward(q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
         few, wide = torch.zeros(2, 1, 4, 16).half(), torch.zeros(2, 1, 4096, 16).half()
-        forward.launch_forward(few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
+        KERNELS["attention_forward"](few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
     assert len(grids) == 11 and max(grid[0] for grid in grids) >= many
     assert all(n <= 65535 for grid in grids for n in grid[1:])
 
@@ -302,7 +296,7 @@ def test_weight_gradient_added_up_in_half_precision(device):
 def test_scalars_become_doubles_and_float32_becomes_tf32(op, label):
     """A Python float that reaches a kernel as float64 halves its speed (Liger#1350, unsloth#4110); tl.dot takes TF32
     unless told not to (triton#5895). Read from what Triton makes of the kernels."""
-    from bench import codegen
+    from bench.codegen import cases as codegen
 
     case = next(c for c in codegen.cases() if (c.op, c.label) == (op, label))
     for name, kernel in codegen.compile_case("sm_90", case):
@@ -404,7 +398,7 @@ UPSTREAMS = {
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 def test_gradient_that_is_not_contiguous(op, upstream, device):
     """`.sum().backward()` gives a stride of 0: flash-attention#355, quack#88, unsloth#10617."""
-    f, tensors = every_op(device)[op]
+    f, tensors = an_op(op, device)
     make = UPSTREAMS[upstream]
     assert same(outcome(f, tensors, make), outcome(f, tensors, lambda dy: make(dy).contiguous()))
 
@@ -413,7 +407,7 @@ def test_gradient_that_is_not_contiguous(op, upstream, device):
 @corpus(42, 45)
 def test_expanded_input_after_a_contiguous_one(op, device):
     """Stride 0 met where alignment was learnt from a contiguous call: flash-attention#2189, unsloth#3782."""
-    f, tensors = every_op(device)[op]
+    f, tensors = an_op(op, device)
     one = [t.detach()[:1] if t.ndim > 2 else t.detach() for t in tensors]
     if op == "attention_varlen":
         one = [t.detach()[:1].expand_as(t) for t in tensors]
@@ -436,7 +430,7 @@ def test_gradient_written_with_the_strides_of_another_tensor(seed, device):
 @pytest.mark.parametrize("shift", [1, 3])
 def test_misaligned_slice_after_an_aligned_call(op, shift, device):
     """A kernel specialised for 16-byte alignment, met by x[1:]: pytorch#184714, triton#11583."""
-    f, tensors = every_op(device, torch.float16)[op]
+    f, tensors = an_op(op, device, torch.float16)
     expected = outcome(f, tensors)
 
     def shifted(x: torch.Tensor) -> torch.Tensor:
@@ -451,7 +445,7 @@ def test_misaligned_slice_after_an_aligned_call(op, shift, device):
 @corpus(47)
 def test_strides_of_dimensions_of_one_element(op, device):
     """They mean nothing and may be anything: cudnn-frontend's random configurations."""
-    f, tensors = every_op(device, B=1, S=1)[op]
+    f, tensors = an_op(op, device, B=1, S=1)
     strange = [relaid(t.detach(), seed).requires_grad_() for seed, t in enumerate(tensors)]
     assert any(a.stride() != b.stride() for a, b in zip(strange, tensors, strict=True))
     assert same(outcome(f, tensors), outcome(f, strange))
@@ -461,7 +455,7 @@ def test_strides_of_dimensions_of_one_element(op, device):
 @corpus(48)
 def test_gradient_with_two_readers(op, device):
     """dx written over dy, which another branch still needs: Liger#370, #376 (Gemma 2)."""
-    f, tensors = every_op(device)[op]
+    f, tensors = an_op(op, device)
     x = tensors[0]
     y = f(*tensors)
     (expected,) = torch.autograd.grad(y, x, torch.ones_like(y))
@@ -507,7 +501,7 @@ def test_packed_projection_shares_its_storage(device):
 @corpus(58)
 def test_saved_tensors_pass_through_hooks(op, device):
     """TransformerEngine#1334, xformers#1152: saved tensors that are read twice, or that no hook sees."""
-    f, tensors = every_op(device)[op]
+    f, tensors = an_op(op, device)
     expected = outcome(f, tensors)
     packed_away = []
     with saved_tensors_hooks(lambda x: packed_away.append(x) or x.clone(), lambda x: x):
@@ -522,7 +516,7 @@ def test_saved_tensors_pass_through_hooks(op, device):
 def test_fake_strides_are_the_real_ones(op, device):
     """pytorch#178499, prime-rl#3567: a compiler believes the fake kernel's strides. No op returns its input."""
     for seed in range(3):
-        f, tensors = every_op(device)[op]
+        f, tensors = an_op(op, device)
         tensors = [relaid(t.detach(), seed + i).requires_grad_() for i, t in enumerate(tensors)]
         real = f(*tensors)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -627,7 +621,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr(launch_cache, "on_device_of", on_device_of)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
-    from bench import codegen
+    from bench.codegen import cases as codegen
 
     wanted = {"attention": "D=64 bfloat16 all", "decode": "D=64 bfloat16 all", "rope": "D=64 R=64 heads=32/8",
               "qk_norm_rope": "D=64 R=64 heads=32/8", "rms_norm": "N=32768"}  # fmt: skip
@@ -673,7 +667,7 @@ def test_home_that_cannot_be_written():
 def test_the_table_of_the_documentation_is_true():
     """Every entry has a row; every row names just the tests that carry its number, or says why there is none."""
     marked: dict[int, set[str]] = {}
-    for file in Path(__file__).parent.glob("test_*.py"):
+    for file in Path(__file__).parents[1].rglob("test_*.py"):
         for node in ast.parse(file.read_text()).body:
             for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) in ("corpus", "pytest.mark.corpus"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ import torch
 
 from llama_kernels.core.language import INTERPRETED, cast, tl, triton
 from llama_kernels.core.launch_cache import Launch
-from llama_kernels.ops import pairs, qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, decode, forward, tiles
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rotation
+from llama_kernels.ops.attention import backward, decode, dkdv, dq, forward, tiles
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, Probs, SoftmaxState
 from llama_kernels.ops.partials import sum_partials
@@ -33,8 +33,8 @@ probs_and_score_grads, load_summed, load_scale = (
     rms_norm._load_summed,
     rms_norm._load_scale,
 )
-load_pairs, add_chunks, turn_back = pairs.load_pairs, decode._add_chunks, pairs.turn_back
-load_angles, Angles = pairs.load_angles, pairs.Angles
+load_pairs, add_chunks, inverse_rotation = rotation.load_pairs, decode._add_chunks, rotation.inverse_rotation
+load_angles, Angles = rotation.load_angles, rotation.Angles
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def turned_on_instead_of_back(
     """By the transpose of what turns back: the same angles, the other way."""
     x0, x1 = tl.split(x.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
     swapped = tl.join(x1, x0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
-    y = turn_back(
+    y = inverse_rotation(
         swapped, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def turned_back_by_the_next_row(
     x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    return turn_back(
+    return inverse_rotation(
         x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s + 1, live, positions,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
@@ -208,7 +208,7 @@ def turned_back_after_rounding(
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x = cast(x, tl.bfloat16).to(tl.float32)
-    return turn_back(
+    return inverse_rotation(
         x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
@@ -218,8 +218,8 @@ def last_partial_dropped(partials: torch.Tensor, out: torch.Tensor) -> Launch:
     return sum_partials(partials[:-1], out)
 
 
-def _one_head_for_all(*call: Any) -> Any:
-    sizes = _call_sizes(*call)
+def _one_head_for_all(call: AttentionCall) -> Any:
+    sizes = _sizes.fget(call)
     return sizes._replace(group=sizes.Hq)
 
 
@@ -228,7 +228,7 @@ def _delta_forgotten(*call: Any) -> Any:
     return lse2, delta.zero_(), dsinks
 
 
-_call_sizes, _launch_delta = forward.call_sizes, backward._launch_delta
+_sizes, _launch_delta = AttentionCall.sizes, backward.launch_delta
 _DENSE = attention_cases.Case(1, 4, 2, 70, 90, 32, 32)
 _WINDOW = attention_cases.Case(1, 2, 2, 70, 90, 32, 32, window_size=(20, 0))
 _DECODING = attention_cases.Case(1, 4, 2, 2, 150, 32, 32)
@@ -242,7 +242,7 @@ def attention(case: attention_cases.Case, dtype: torch.dtype = torch.float16, ca
 def decoding() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "chunk_of", lambda Sk: attention_cases.CHUNK)
-        patch.setattr(decode, "_COMBINED_AT_ONCE", 2)
+        patch.setattr(decode, "_CHUNKS_PER_STEP", 2)
         attention(_DECODING)
 
 
@@ -287,7 +287,7 @@ def rotated() -> None:
 
 
 # name: (modules, what is replaced there, by what, and the check that must fail)
-MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
+MUTANTS: dict[str, tuple[tuple[Any, ...], str, Any, Any]] = {
     "accumulator in half precision": (
         (tiles,), "add_values", accumulator_in_half_precision, lambda: attention(_LONG, torch.bfloat16)),
     "mass not rescaled": ((tiles,), "online_softmax_step", mass_not_rescaled, lambda: attention(_DENSE)),
@@ -295,20 +295,20 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "first scores twice": ((forward,), "first_scores", first_scores_twice, lambda: attention(_DENSE, carry=True)),
     "carried without rescaling": (
         (tiles,), "add_values", carried_without_rescaling, lambda: attention(_DENSE, carry=True)),
-    "one key too many": ((tiles, backward), "visible", one_key_too_many, lambda: attention(_DENSE)),
-    "one key too many, backward": ((backward,), "visible", one_key_too_many, lambda: attention(_DENSE)),
-    "window one short": ((tiles, backward), "visible", window_one_short, lambda: attention(_WINDOW)),
+    "one key too many": ((tiles, dkdv, dq), "visible", one_key_too_many, lambda: attention(_DENSE)),
+    "one key too many, backward": ((dkdv, dq), "visible", one_key_too_many, lambda: attention(_DENSE)),
+    "window one short": ((tiles, dkdv, dq), "visible", window_one_short, lambda: attention(_WINDOW)),
     "last keys dropped": ((forward,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
-    "last keys dropped, backward": ((backward,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
+    "last keys dropped, backward": ((dq,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
     "boundary block not masked": ((forward,), "key_blocks", boundary_block_not_masked, lambda: attention(_DENSE)),
     "last keys dropped, decoding": ((decode,), "key_blocks", last_keys_dropped, decoding),
     "chunks not rescaled": ((decode,), "_add_chunks", chunks_not_rescaled, decoding),
     "key mask forgotten": ((tiles,), "visible", key_mask_forgotten, masked_decoding),
     "key mask of a whole block": ((tiles,), "visible", key_mask_of_the_block, masked_decoding),
-    "one head for all": ((forward, backward), "call_sizes", _one_head_for_all, lambda: attention(_DENSE)),
-    "delta forgotten": ((backward,), "_launch_delta", _delta_forgotten, lambda: attention(_DENSE)),
+    "one head for all": ((AttentionCall,), "sizes", property(_one_head_for_all), lambda: attention(_DENSE)),
+    "delta forgotten": ((backward,), "launch_delta", _delta_forgotten, lambda: attention(_DENSE)),
     "scores in half precision": (
-        (backward,), "probs_and_score_grads", tile_of_the_scores_in_half_precision,
+        (dkdv, dq), "probs_and_score_grads", tile_of_the_scores_in_half_precision,
         lambda: attention(_DENSE, torch.float32)),
     "sum not rounded": (
         (rms_norm,), "_load_summed", sum_not_rounded, lambda: rms_norm_cases.add_is_two_ops(torch.device("cpu"))),
@@ -323,14 +323,14 @@ MUTANTS: dict[str, tuple[tuple[ModuleType, ...], str, Any, Any]] = {
     "inverse for the transpose": ((rope,), "load_angles", inverse_for_the_transpose, rotation_by_element),
     "inverse for the transpose, heads": (
         (qk_norm_rope,), "load_angles", inverse_for_the_transpose, heads_by_element),
-    "gradients turned on, not back": ((backward,), "turn_back", turned_on_instead_of_back, rotated),
-    "gradients turned back by the next row": ((backward,), "turn_back", turned_back_by_the_next_row, rotated),
-    "gradients turned back after rounding": ((backward,), "turn_back", turned_back_after_rounding, rotated),
+    "gradients turned on, not back": ((dkdv, dq), "inverse_rotation", turned_on_instead_of_back, rotated),
+    "gradients turned back by the next row": ((dkdv, dq), "inverse_rotation", turned_back_by_the_next_row, rotated),
+    "gradients turned back after rounding": ((dkdv, dq), "inverse_rotation", turned_back_after_rounding, rotated),
 }  # fmt: skip
 
 
 @contextlib.contextmanager
-def planted(modules: tuple[ModuleType, ...], name: str, mutant: Any) -> Iterator[None]:
+def planted(modules: tuple[Any, ...], name: str, mutant: Any) -> Iterator[None]:
     """The interpreter resolves a kernel's names once and remembers: forget before and after."""
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -12,6 +12,8 @@ are larger than a rounding of float32, and show in float32 results. So I uses fu
 each one errs is not documented; so I is drawn with all errors one way, all the other way, some of each, and none, and
 the rules below take the worst of the draws. Plain PyTorch eager has no such errors: what they add to I is added to what
 E has. The results of Triton's interpreter, which has none either, are judged by the same rules as those of a GPU.
+The draws of attention also round P at other places (Arithmetic.above): the error of a sum over all rows, as the
+gradient of a sink is, is otherwise one random number for I, and now and then close to zero.
 
 `judge` holds K against them, for an output or a gradient. u is the relative error that one rounding to the dtype makes.
 
@@ -209,7 +211,7 @@ def ideal_attention(
     s, sink = s * LOG2E, None if sink is None else sink * LOG2E
     m = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
     m = m if sink is None else torch.maximum(m, sink)
-    m = m.masked_fill(m == -math.inf, 0)
+    m = m.masked_fill(m == -math.inf, 0) + by.above
     p = by.exp2(s - m)
     mass = p.sum(-1, keepdim=True) + (0 if sink is None else by.exp2(sink - m))
     empty = mass == 0

@@ -25,7 +25,7 @@ def found_in(cls: type) -> dict[str, Found]:
     return _found_in(cls, _functions_of(cls))
 
 
-def class_of(stock: type[nn.Module], kinds: tuple[str, ...]) -> type[nn.Module]:
+def class_of(stock: type, kinds: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of `stock` that runs our operations of these kinds, all of which `found_in` knows."""
     return _class_of(stock, kinds, _functions_of(stock))
 
@@ -58,7 +58,7 @@ def _rotary_names(inner: Any) -> list[str]:
 def _base_that_rotates(cls: type) -> type | None:
     """The class whose forward has rotary embeddings, where that of `cls` is another one around it."""
     bases = (base for base in cls.__mro__[1:] if "forward" in vars(base))
-    return next((base for base in bases if _rotary_names(source.decorated(base.forward)[-1])), None)
+    return next((base for base in bases if _rotary_names(source.decorated(vars(base)["forward"])[-1])), None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,7 +99,7 @@ def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
 
 
 @functools.lru_cache(maxsize=1024)
-def _class_of(stock: type[nn.Module], kinds: tuple[str, ...], functions: tuple[Any, ...]) -> type[nn.Module]:
+def _class_of(stock: type, kinds: tuple[str, ...], functions: tuple[Any, ...]) -> type[nn.Module]:
     forward, found = functions[0], _found_in(stock, functions)
     parts: dict[str, Any] = {
         "_kinds": kinds,

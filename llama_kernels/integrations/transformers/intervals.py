@@ -7,6 +7,7 @@ A function that is not among them is unknown, and so is every composition with i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,9 +97,9 @@ def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -
         inner = interval_of(parts["mask_function"], rows._replace(at=positions), made_by_caller)
         if inner is None:
             return None
-        bounds = (None if b is None else (rows.own + (b - positions)).ceil_() if b.is_floating_point()
-                  else rows.own + (b - positions) for b in inner[:2])  # fmt: skip
-        return Interval(*bounds, *inner[2:])
+        moved = [None if b is None else rows.own + (b - positions) for b in (inner.start, inner.end)]
+        whole = [b.ceil() if b is not None and b.is_floating_point() else b for b in moved]
+        return inner._replace(start=whole[0], end=whole[1])
     if name == "blockwise_overlay":
         return _block_of(parts["block_sequence_ids"], rows)
     if name in ("and_masks", "or_masks"):
@@ -168,17 +169,18 @@ def _combined(name: str, parts: list[Interval | None]) -> Interval | None:
     union = name == "or_masks"
     if len(known) < len(parts) or (union and not all(part.has_own for part in known)):
         return None
-    bounds = []
-    for side, inner, outer in ((0, torch.maximum, torch.minimum), (1, torch.minimum, torch.maximum)):
-        given = [part[side] for part in known if part[side] is not None]
-        if union and len(given) < len(known):
-            given = []
-        bound = given[0] if given else None
-        for other in given[1:]:
-            bound = (outer if union else inner)(bound, other)
-        bounds.append(bound)
+
+    def bound(given: list[torch.Tensor | None], inner: Callable[..., Any], outer: Callable[..., Any]) -> Any:
+        """The inner or, of a union, the outer of the bounds. A part without a bound leaves a union without one."""
+        there = [x for x in given if x is not None]
+        if not there or (union and len(there) < len(given)):
+            return None
+        return functools.reduce(outer if union else inner, there)
+
+    start = bound([part.start for part in known], torch.maximum, torch.minimum)
+    end = bound([part.end for part in known], torch.minimum, torch.maximum)
     sound = [part.sound for part in known if part.sound is not None]
-    return Interval(*bounds, all(part.has_own for part in known), torch.stack(sound).all(0) if sound else None)
+    return Interval(start, end, all(part.has_own for part in known), torch.stack(sound).all(0) if sound else None)
 
 
 def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

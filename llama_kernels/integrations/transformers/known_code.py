@@ -86,10 +86,11 @@ NORMS = (
 
 def norm_of(cls: type) -> Norm | None:
     """What a module of this class computes, if its forward is a known RMSNorm."""
-    norm = _norms().get(source.text_of(getattr(cls, "forward", None)))
+    forward = getattr(cls, "forward", None)
+    norm = _norms().get(source.text_of(forward))
     if norm is None or (norm.norm and source.text_of(getattr(cls, "_norm", None)) != source.normalised(norm.norm)):
         return None
-    return norm if _globals_are_torch(cls.forward) else None
+    return norm if _globals_are_torch(forward) else None
 
 
 def rotary_of(function: Any) -> tuple[Rotary, bool] | None:

@@ -140,7 +140,7 @@ def document_starts(position_ids: torch.Tensor | None, Sq: int) -> torch.Tensor 
 def key_ranges(
     batch_size: int,
     kv_length: int,
-    q_length: int | None = None,
+    q_length: int = 0,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
     mask_function: MaskFunction = causal_mask_function,
@@ -175,8 +175,8 @@ def key_ranges(
     # decoding step in a static cache. Transformers 4 leaves out none in a static cache.
     static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)
     combined = window is not None and not skip and not static_step and cache_position is None
-    plain = window is not None and attention_mask is None and documents is None and not combined
-    if plain and (aligned or window == Window(-1, -1)):
+    unmasked = attention_mask is None and documents is None and not combined
+    if window is not None and unmasked and (aligned or window == Window(-1, -1)):
         return pack_window(window, device)
 
     own = torch.arange(q_length, device=device) + q_offset
@@ -188,7 +188,7 @@ def key_ranges(
         else:
             interval = interval_of(mask_function, rows, use_vmap)
     if interval is None:
-        call = {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
+        call: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
         if cache_position is not None:
             call = {"cache_position": cache_position}
         return sdpa_mask(

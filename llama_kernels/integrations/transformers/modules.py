@@ -11,7 +11,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ from torch.nn.modules import module as torch_module
 
 from llama_kernels.core.checks import KERNEL_DTYPES
 from llama_kernels.core.device import KERNEL_DEVICES
-from llama_kernels.integrations.transformers.known_code import Norm, Rotary
+from llama_kernels.integrations.transformers.known_code import Norm
+from llama_kernels.integrations.transformers.known_rotaries import Rotary
 from llama_kernels.integrations.transformers.source import called_by
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
@@ -30,6 +31,11 @@ from llama_kernels.ops.rope import rope
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _DEVICES = (*KERNEL_DEVICES, "meta")
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object  # a patched module is an nn.Module by its stock class
 
 
 def is_plain(x: Any) -> bool:
@@ -60,7 +66,7 @@ def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.promote_types(x.dtype, other.dtype) == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
-class Patched:
+class Patched(_Module):
     """Base of the classes of patched modules. They are made on the fly: pickling names what they are made from."""
 
     _stock_forward: Callable[..., Any]
@@ -73,7 +79,7 @@ class Patched:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = module = type(self).__new__(type(self))
-        module.__setstate__(copy.deepcopy(self.__dict__, memo))
+        module.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return module
 
 
@@ -89,6 +95,7 @@ class RMSNorm(Patched):
     """`rms_norm` in the place of a forward that `known` describes."""
 
     known: Norm
+    weight: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         (x,) = (*args, *kwargs.values())
@@ -116,7 +123,7 @@ def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
     )
 
 
-def is_unwatched(norm: Any) -> bool:
+def is_unwatched(norm: Any) -> TypeGuard[RMSNorm]:
     """Whether a patched norm need not be called as a module: it has no hooks, no wrapper and is not compiled."""
     return (
         isinstance(norm, RMSNorm)
@@ -128,7 +135,7 @@ def is_unwatched(norm: Any) -> bool:
     )
 
 
-def add_and_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """norm(residual + x) and the sum, in one pass over the rows where the norm can be skipped as a module."""
     if (
         is_unwatched(norm)
@@ -150,32 +157,28 @@ def add_and_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tu
 def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
     """`rope` in the place of the function `replaced`, which `known` describes. It takes the same arguments."""
     stock = called_by(replaced)
-    if known.tables == "complex":
 
-        def apply(xq: Any, xk: Any, freqs_cis: Any) -> tuple[Any, Any]:
-            tables = (freqs_cis.real, freqs_cis.imag)
-            if not _can_rotate(known, xq, xk, *tables, known.heads):
-                return stock(xq, xk, freqs_cis)
-            return _rotate(known, True, xq, xk, *tables, known.heads)
+    def of_complex(xq: Any, xk: Any, freqs_cis: Any) -> Any:
+        cos, sin = freqs_cis.real, freqs_cis.imag
+        if not _can_rotate(known, xq, xk, cos, sin, known.heads):
+            return stock(xq, xk, freqs_cis)
+        return _rotate(known, True, xq, xk, cos, sin, known.heads)
 
-    elif known.tables == "sections":
+    def of_sections(q: Any, k: Any, cos: Any, sin: Any, mrope_section: Any, unsqueeze_dim: int = 1) -> Any:
+        c, s = (torch.cat([m[i % 3] for i, m in enumerate(x.split(mrope_section * 2, dim=-1))], dim=-1)
+                for x in (cos, sin))  # fmt: skip
+        if not _can_rotate(known, q, k, c, s, unsqueeze_dim):
+            return stock(q, k, cos, sin, mrope_section, unsqueeze_dim)
+        return _rotate(known, interleaved, q, k, c, s, unsqueeze_dim)
 
-        def apply(q: Any, k: Any, cos: Any, sin: Any, mrope_section: Any, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
-            merged = [torch.cat([m[i % 3] for i, m in enumerate(x.split(mrope_section * 2, dim=-1))], dim=-1)
-                      for x in (cos, sin)]  # fmt: skip
-            if not _can_rotate(known, q, k, *merged, unsqueeze_dim):
-                return stock(q, k, cos, sin, mrope_section, unsqueeze_dim)
-            return _rotate(known, interleaved, q, k, *merged, unsqueeze_dim)
+    def of_rows(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        heads = kwargs.get("unsqueeze_dim", 1) if known.heads is None else known.heads
+        if args or not _can_rotate(known, q, k, cos, sin, heads):
+            return stock(q, k, cos, sin, *args, **kwargs)
+        return _rotate(known, interleaved, q, k, cos, sin, heads)
 
-    else:
-
-        def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            heads = kwargs.get("unsqueeze_dim", 1) if known.heads is None else known.heads
-            if args or not _can_rotate(known, q, k, cos, sin, heads):
-                return stock(q, k, cos, sin, *args, **kwargs)
-            return _rotate(known, interleaved, q, k, cos, sin, heads)
-
-    ours = functools.wraps(stock)(apply)
+    kinds: dict[str, Callable[..., Any]] = {"complex": of_complex, "sections": of_sections}
+    ours = functools.wraps(stock)(kinds.get(known.tables, of_rows))
     if stock is replaced:
         return ours
     return lambda *args, **kwargs: (replaced if _is_kernelized(replaced) else ours)(*args, **kwargs)
@@ -186,7 +189,7 @@ def _is_kernelized(replaced: Any) -> bool:
     return isinstance(replaced, nn.Module) and "forward" in replaced.__dict__
 
 
-def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: int) -> bool:
+def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -> bool:
     """Whether `rope` computes what stock does: q and k (B, H, S, D), or (B, S, H, D) with heads 2, and a row of cos for
     each token; (S, H, D) with heads -2, as in vision towers."""
     if not (_takes(q) and _takes(k) and is_plain(cos) and is_plain(sin)):
@@ -194,7 +197,8 @@ def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: int) -
     packed = q.ndim == 3 and heads == -2
     if not packed and (q.ndim != 4 or heads not in (1, 2)):
         return False
-    tokens, H = ((q.shape[0],), 1) if packed else ((q.shape[0], q.shape[3 - heads]), heads)
+    tokens = q.shape[:1] if packed else (q.shape[0], q.shape[3 - heads])
+    H = 1 if packed else heads
     R = cos.shape[-1] * (2 if known.tables in ("pairs", "complex") else 1)
     return (
         k.ndim == q.ndim
@@ -214,7 +218,7 @@ def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: int) -
     )
 
 
-def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any, heads: int) -> tuple[Any, Any]:
+def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -> Any:
     cos, sin, R = _tables(known, cos, sin)
     if heads == 2:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
@@ -223,8 +227,8 @@ def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any
         interleaved = False
     D = q.shape[-1]
     if cos.shape[-1] == R and 2 * R <= D:  # `rope` would take so narrow a table to hold an angle for each pair
-        turned = rope(q[..., :R], k[..., :R], cos, sin, interleaved=interleaved)
-        q, k = (torch.cat((x, rest[..., R:]), -1) for x, rest in zip(turned, (q, k), strict=True))
+        rotated = rope(q[..., :R], k[..., :R], cos, sin, interleaved=interleaved)
+        q, k = (torch.cat((x, rest[..., R:]), -1) for x, rest in zip(rotated, (q, k), strict=True))
     else:
         q, k = rope(q, k, cos, sin, interleaved=interleaved)
     return (q.transpose(1, 2), k.transpose(1, 2)) if heads == 2 else (q, k)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -20,6 +20,8 @@ from llama_kernels.integrations.transformers.modules import Patched, parts_of
 
 logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=nn.Module)
+
 _STOCK_CONFIG = "_config_before_llama_kernels"
 _NEEDS = {ADD_NORM: ("rms_norm",), QK_NORM_ROPE: ("rms_norm", "rope")}  # kinds that a fusion is made of
 
@@ -29,7 +31,7 @@ class Row(NamedTuple):
 
     kind: str  # attention, rms_norm, rope; add_rms_norm and qk_norm_rope: fusions of these
     cls: str
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
     ours: bool
     why: str
 
@@ -56,14 +58,14 @@ class Place(NamedTuple):
 
 
 def patch(
-    model: nn.Module,
+    model: Model,
     *,
     attention: bool = True,
     rms_norm: bool = True,
     rope: bool = True,
     fuse: bool = True,
     strict: bool = False,
-) -> nn.Module:
+) -> Model:
     """Run our operations in this one model: attention, RMSNorm, RoPE, and fusions of these.
 
     The forwards of the model's classes stay in use. Inside them the attention function, RMSNorm modules and
@@ -111,7 +113,7 @@ def patch(
     return model
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: Model) -> Model:
     """Take our operations out of `model` again, or of a copy of one that was patched. Returns `model`.
 
     Raises:
@@ -130,7 +132,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             for name, held in vars(module).items():
                 if getattr(held, "__func__", None) is type(module).forward:  # kept by accelerate's hooks, which call it
                     vars(module)[name] = stock.forward.__get__(module)
-            module.__class__ = stock
+            module.__class__ = stock  # type: ignore[assignment]
         if _STOCK_CONFIG in module.__dict__:
             module.config = module.__dict__.pop(_STOCK_CONFIG)
         module.__dict__.pop(FOLLOWS_MASK, None)
@@ -153,7 +155,7 @@ def report(model: nn.Module) -> Report:
     now = []
     for place in _places(model, set(KINDS)):
         if place.kind == "attention":
-            runs = place.module.config._attn_implementation == NAME if hasattr(place.module, "config") else False
+            runs = getattr(getattr(place.module, "config", None), "_attn_implementation", None) == NAME
         else:
             runs = isinstance(place.module, Patched) and place.kind in parts_of(place.module)[0]
         why = "patch has not put it in" if place.ours and not runs else place.why
@@ -178,7 +180,7 @@ def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
             if kind not in found:
                 continue
             value, why, fused = found[kind]
-            parts = [getattr(module, name, None) for name in fused]
+            parts: list[Any] = [getattr(module, name, None) for name in fused]
             if fused and not any("rms_norm" in _found(part) for part in parts):
                 continue  # norms of another kind: there is nothing to fuse
             ours = bool(value)
@@ -208,7 +210,7 @@ def _own_forward(module: nn.Module) -> str | None:
     return "a forward is set on the instance (by accelerate or kernelize: patch before; by a tp_plan: it stays)"
 
 
-def _rows(places: Any) -> tuple[Row, ...]:
+def _rows(places: Iterable[Place]) -> tuple[Row, ...]:
     counts = Counter((KINDS.index(p.kind), type(p.module).__name__, p.ours, p.why) for p in places)
     return tuple(Row(KINDS[kind], cls, n, ours, why) for (kind, cls, ours, why), n in sorted(counts.items()))
 
@@ -236,13 +238,14 @@ def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:
     """Give the model copies of its configs; those of `attentions` name ours. `unpatch` brings the old ones back."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        config = module.__dict__.get("config")
+        config: Any = module.__dict__.get("config")
         if isinstance(config, PretrainedConfig):
             module.__dict__[_STOCK_CONFIG] = config
             module.config = copy.deepcopy(config, memo)
     ours = {id(module.config) for module in attentions}
     for module in attentions:
-        module.config._attn_implementation_internal = NAME  # the property would set it in sub-configs too
+        config = module.config
+        config._attn_implementation_internal = NAME  # the property would set it in sub-configs too
         module.__dict__[FOLLOWS_MASK] = True
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and id(module.config) in ours:

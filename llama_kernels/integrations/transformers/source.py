@@ -32,9 +32,10 @@ def without_unused_defaults(text: str) -> str:
     if not text:
         return text
     tree = ast.parse(text)
-    function = tree.body[0]
-    used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-    _drop_unused_defaults(function.args, used)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef):
+            _drop_unused_defaults(function.args, used)
     return ast.unparse(tree)
 
 
@@ -47,7 +48,7 @@ def text_of(function: Any) -> str:
 
 def called_by(function: Any) -> Any:
     """The plain function that an object of the package kernels stands for; any other as it is."""
-    forward = getattr(type(function), "forward", None)
+    forward: Any = getattr(type(function), "forward", None)
     if text_of(forward) != _FORWARD_OF_KERNELS or forward.__code__.co_freevars != ("func",):
         return function
     return forward.__closure__[0].cell_contents
@@ -84,11 +85,12 @@ def with_globals(function: Function, names: dict[str, Any], text: str | None = N
         code = _compiled(text, f"<llama_kernels: {inner.__module__}.{inner.__qualname__}>")
     copy = _copied(inner, code, globals_, inner.__closure__)
     for wrapper in reversed(wrappers):
-        held = [cell.cell_contents is inner for cell in wrapper.__closure__ or ()]
+        cells = wrapper.__closure__ or ()
+        held = [cell.cell_contents is inner for cell in cells]
         if not isinstance(wrapper, Function) or sum(held) != 1:
             return None
-        cells = (types.CellType(copy) if here else cell for here, cell in zip(held, wrapper.__closure__, strict=True))
-        inner, copy = wrapper, _copied(wrapper, wrapper.__code__, wrapper.__globals__, tuple(cells), wraps=copy)
+        cells = tuple(types.CellType(copy) if here else cell for here, cell in zip(held, cells, strict=True))
+        inner, copy = wrapper, _copied(wrapper, wrapper.__code__, wrapper.__globals__, cells, wraps=copy)
     return copy
 
 
@@ -116,8 +118,8 @@ def mask_is_only_handed_on(function: Function) -> bool:
         and any(isinstance(part, ast.Name) and part.id in masks for part in _choices(node.value))
     }
     for node in ast.walk(tree):
-        reads = isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load)
-        if reads and not _hands_on(node, parents):
+        is_mask = isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load)
+        if is_mask and not _hands_on(node, parents):
             return False
         if isinstance(node, ast.Call) and _is_attention(node.func):
             given = [k.value for k in node.keywords if k.arg == "attention_mask"] or node.args[4:5]
@@ -126,7 +128,7 @@ def mask_is_only_handed_on(function: Function) -> bool:
     return True
 
 
-def _hands_on(name: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
+def _hands_on(name: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     node: ast.AST = parents[name]
     if isinstance(node, ast.keyword):
         node = parents[node]
@@ -221,7 +223,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _copied(function: Function, code: types.CodeType, globals_: dict[str, Any], closure: Any, wraps: Any = None) -> Any:
-    copy = types.FunctionType(code, globals_, function.__name__, function.__defaults__, closure)
+    copy: Any = types.FunctionType(code, globals_, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
     copy.__dict__.update(function.__dict__)
     copy.__module__, copy.__doc__, copy.__annotations__ = (

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import torch
 
 from llama_kernels.core.language import LN2, LOG2E, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, strides_of
-from llama_kernels.ops.attention import hopper
-from llama_kernels.ops.attention.decode import launch_decode, splits
-from llama_kernels.ops.attention.layout import (
-    bound_strides,
-    call_scoring,
-    call_sizes,
-    call_widths,
-    call_window,
-    empty_outputs,
-    far,
-    lse_strides,
-    size_arguments,
-)
+from llama_kernels.ops.attention import dispatch, hopper
+from llama_kernels.ops.attention.call import AttentionCall, far, lse_strides, outputs_without_keys
+from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import (
     Mask,
@@ -103,39 +92,32 @@ def _forward_kernel(
     tl.store(lse_ptr + offset(lse_strides, b, h, q_start) + rows, lse, mask=rows < Sq)
 
 
+# --- launcher --------------------------------------------------------------------------------------------------------
+
+
 @cached_launch
-def _plan(
-    q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-    scale, softcap, left, right,
-) -> Iterator[Launch]:  # fmt: skip
-    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
-    crowded = softcap is not None or left is not None or kv_start is not None or kv_end is not None
-    tile = tile_for("forward", q, v, crowded)
-    if programs := cdiv(longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq:
-        yield Launch(
-            _forward_kernel,
-            (programs,),
-            (
-                q, k, v, o, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k,
-                *map(strides_of, (q, k, v, o)), lse_strides(lse), *map(bound_strides, (kv_start, kv_end)),
-                size_arguments(sizes), call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
-            ),
-            {**call_widths(q, v), "FAR": far(q, k, v, o), "CARRY": tile.carry, **tile.launch_options},
-        )  # fmt: skip
+def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor) -> list[Launch]:
+    q, k, v, sizes = call.q, call.k, call.v, call.sizes
+    tile = tile_for("forward", q, v, call.crowded)
+    programs = cdiv(call.longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
+    if not programs:
+        return []
+    args = (
+        q, k, v, o, lse, call.sinks, call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k,
+        *map(strides_of, (q, k, v, o)), lse_strides(lse), *call.bound_strides,
+        sizes.as_arguments(), call.scoring, call.window,
+    )  # fmt: skip
+    options = {**call.widths, "FAR": far(q, k, v, o), "CARRY": tile.carry, **tile.launch_options}
+    return [Launch(_forward_kernel, (programs,), args, options)]
 
 
-def launch_forward(
-    q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
-):
-    """Launch; arguments and results as `llama_kernels::attention_forward`."""
-    if cu_seqlens_q is None and splits(q, k):
-        return launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, left, right)
-    call = (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right)
-    if (done := hopper.try_forward(q, k, v, sinks, kv_start, kv_end, *call)) is not None:
-        return done
-    o, lse = empty_outputs(q, v)
-    if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
-        o.zero_()
-        lse.fill_(-math.inf)
-    _plan(q, k, v, o, lse, sinks, kv_start, kv_end, *call)
+def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of `call`, by the kernel that dispatch.py says."""
+    choice = dispatch.forward(call)
+    if choice is dispatch.DECODE:
+        return launch_decode(call)
+    if choice.tile is not None and (results := hopper.try_forward(call, choice.tile)) is not None:
+        return results
+    o, lse = outputs_without_keys(call)
+    _launches(call, o, lse)
     return o, lse

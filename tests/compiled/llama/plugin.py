@@ -18,8 +18,8 @@ import torch
 from llama_kernels import hopper_attention
 from llama_kernels.core import device as core_device
 from llama_kernels.core import launch_cache
-from llama_kernels.ops.attention import tables
-from llama_kernels.ops.attention.hopper import choice
+from llama_kernels.ops.attention import dispatch, tables
+from llama_kernels.ops.attention.hopper import switch
 from tests.support import judge
 
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -56,10 +56,10 @@ def kernels_on_cpu(target: str, hopper: bool = False) -> Iterator[set[str]]:
             library.impl(name, _launcher(name, called.add), "CPU", allow_override=True)
         stack.callback(launch_cache.forget)
         stack.callback(library._destroy)
-        for module in (core_device, tables, choice):
+        for module in (core_device, tables, dispatch):
             stack.enter_context(mock.patch.object(module, "arch_of", functools.partial(_answer, target)))
         stack.enter_context(mock.patch.object(judge, "rounds_p", lambda device: True))
-        stack.enter_context(mock.patch.dict(choice._failed, clear=True))
+        stack.enter_context(mock.patch.dict(switch.failures, clear=True))
         stack.enter_context(hopper_attention(hopper))
         launch_cache.forget()
         yield called

@@ -2,85 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import llama_kernels as lk
 from llama_kernels.ops.attention.masked_decode import decode_attention
+from tests.support.ops import OPS, Make, Shape, calls
 
 S, D = 32, 64
+SHAPE, MAKE = Shape(S=S, D=D, N=256), Make(dtype=torch.bfloat16)
 
 
 def heads(H: int, length: int = S, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> torch.Tensor:
     return torch.randn(2, length, H, D).to(dtype).transpose(1, 2).requires_grad_(grad)
 
 
-def tables() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.randn(S, D // 2), torch.randn(S, D // 2), torch.randint(S, (2, S))
-
-
-def train(*outs: torch.Tensor) -> None:
+def train(results: Any) -> None:
+    outs = results if isinstance(results, tuple) else (results,)
     torch.autograd.backward(outs, [torch.randn_like(out) for out in outs])
 
 
-def rms_norm() -> None:
-    train(lk.rms_norm(torch.randn(6, 256, requires_grad=True), torch.ones(256, requires_grad=True)))
+def of_table(label: str, options: bool, shape: Shape = SHAPE) -> None:
+    call = dict(calls(shape, MAKE, options))[label]
+    train(call(lk, *(x.detach().requires_grad_() for x in call.tensors)))
 
 
-def rms_norm_wide() -> None:
-    """Too wide for one pass of the backward: the weight's gradient has a kernel of its own."""
-    train(lk.rms_norm(torch.randn(2, 20000, requires_grad=True), torch.ones(20000, requires_grad=True)))
+def in_place() -> None:
+    lk.rope(**OPS["rope"].arguments(SHAPE, MAKE), inplace=True)
 
 
-def add_rms_norm() -> None:
-    x, residual = (torch.randn(2, 3, 256).bfloat16().requires_grad_() for _ in range(2))
-    train(*lk.add_rms_norm(x, residual, torch.ones(256, requires_grad=True), offset=1.0))
-
-
-def rope() -> None:
-    train(*lk.rope(heads(4), heads(2), *tables()))
-
-
-def rope_inplace() -> None:
-    lk.rope(heads(4, grad=False), heads(2, grad=False), *tables(), inplace=True)
-
-
-def rope_qkv() -> None:
-    qkv = torch.randn(2, S, 8 * D, requires_grad=True)
-    train(*lk.rope_qkv(qkv, 4, 2, *tables()[:2], interleaved=True))
-
-
-def rope_into_cache() -> None:
-    cache = (heads(2, 48, grad=False), heads(2, 48, grad=False))
-    given = (heads(H, grad=False) for H in (4, 2, 2))
-    lk.rope_into_cache(*given, *cache, torch.arange(S), *tables())
-
-
-def qk_norm_rope() -> None:
-    weights = [torch.ones(D, requires_grad=True) for _ in range(2)]
-    train(*lk.qk_norm_rope(heads(4), heads(2), *weights, *tables()))
-
-
-def attention() -> None:
-    train(lk.attention(heads(4), heads(2), heads(2)))
+def into_cache() -> None:
+    lk.rope_into_cache(**OPS["rope_into_cache"].arguments(SHAPE, MAKE))
 
 
 def attention_with_everything() -> None:
     bound = torch.zeros(2, S, dtype=torch.int32)
     sinks = torch.zeros(4, requires_grad=True)
     options = {"scale": 0.1, "window_size": (8, 0), "softcap": 30.0, "kv_start": bound, "kv_end": bound + S}
-    train(*lk.attention(heads(4), heads(2), heads(2), sinks=sinks, **options, return_lse=True))
-
-
-def attention_varlen() -> None:
-    cu_seqlens = torch.tensor([0, 20, 2 * S], dtype=torch.int32)
-    q, k, v = (torch.randn(2 * S, H, D).half().requires_grad_() for H in (4, 2, 2))
-    train(lk.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 44, 44))
-
-
-def rope_attention() -> None:
-    train(lk.rope_attention(heads(4), heads(2), heads(2), *tables()))
+    train(lk.attention(heads(4), heads(2), heads(2), sinks=sinks, **options, return_lse=True))
 
 
 def decode() -> None:
@@ -95,18 +57,24 @@ def masked_decode() -> None:
 
 def hopper_rope_attention() -> None:
     with lk.hopper_attention():
-        train(lk.rope_attention(heads(4), heads(2), heads(2), *tables(), deterministic=False))
+        of_table("rope_attention", options=False)
 
 
 def hopper_attention_varlen() -> None:
     """Forward: packed tokens have descriptors of their own."""
-    cu_seqlens = torch.tensor([0, 20, 2 * S], dtype=torch.int32)
-    q, k, v = (torch.randn(2 * S, H, D).half() for H in (4, 2, 2))
     with lk.hopper_attention():
-        lk.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 44, 44)
+        lk.attention_varlen(**OPS["attention_varlen"].arguments(SHAPE, MAKE))
 
 
-PORTABLE: tuple[Callable[[], None], ...] = (
-    rms_norm, rms_norm_wide, add_rms_norm, rope, rope_inplace, rope_qkv, rope_into_cache, qk_norm_rope, attention,
-    attention_with_everything, attention_varlen, rope_attention, decode, masked_decode,
-)  # fmt: skip
+# Too wide for one pass of the norm's backward: the weight's gradient has a kernel of its own.
+WIDE = SHAPE._replace(B=1, S=2, N=20000)
+PORTABLE: dict[str, Callable[[], None]] = {
+    **{label: functools.partial(of_table, label, False) for label, _ in calls(SHAPE, MAKE)},
+    **{f"{label}, options": functools.partial(of_table, label, True) for label in OPS if OPS[label].differentiable},
+    "rms_norm, wide": functools.partial(of_table, "rms_norm", False, WIDE),
+    "rope in place, no gradient": in_place,
+    "rope_into_cache": into_cache,
+    "attention, everything": attention_with_everything,
+    "decode": decode,
+    "masked decode": masked_decode,
+}

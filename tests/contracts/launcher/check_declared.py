@@ -48,7 +48,7 @@ def test_every_op_and_public_function_is_called(comparisons):
     with contextlib.ExitStack() as stack:
         functions = {name: mock.patch.object(lk, name, wraps=getattr(lk, name)) for name in set(lk.__all__) - not_ops}
         calls = {name: stack.enter_context(patched) for name, patched in functions.items()}
-        for case in cases.PORTABLE:
+        for case in cases.PORTABLE.values():
             case()
     assert [name for name, call in calls.items() if not call.called] == []
     assert set(kernels) - called == set()
@@ -58,7 +58,7 @@ def test_every_op_and_public_function_is_called(comparisons):
 
 def test_tuples_among_the_arguments_of_plans_hold_integers(comparisons):
     """In a cache key 1, 1.0 and True are told apart, but not inside of tuples."""
-    for case in cases.PORTABLE:
+    for case in cases.PORTABLE.values():
         case()
     inside = {(each.launcher, type(item)) for each in comparisons.made for item in _items_of_tuples(each.numbers)}
     assert {kind for _, kind in inside} <= {int, bool, type(None)}, inside

@@ -310,12 +310,12 @@ def many_keys(comparisons: Comparisons) -> None:
 
 def repeats(comparisons: Comparisons) -> None:
     """Every case, on devices of two architectures; from the third call on, Triton binds nothing."""
-    for device, case in itertools.product((0, 1), cases.PORTABLE):
+    for device, (label, case) in itertools.product((0, 1), cases.PORTABLE.items()):
         with tensors_on(device):
             for _ in range(4):
                 comparisons.check()
                 case()
-        assert [each.launcher for each in comparisons.made if each.bound] == [], case.__name__
+        assert [each.launcher for each in comparisons.made if each.bound] == [], label
 
 
 def descriptors(comparisons: Comparisons) -> None:

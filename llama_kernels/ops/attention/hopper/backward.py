@@ -7,13 +7,13 @@ engine, tile of keys by tile of keys, in whatever order they come. Its last bits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from llama_kernels.core.language import tl, triton
+from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.tensors import cdiv, empty_in_order_of, strides_of
-from llama_kernels.ops.attention.hopper.choice import HopperTile
+from llama_kernels.core.tensors import cdiv, empty_in_order_of
+from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
+from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
 from llama_kernels.ops.attention.hopper.gluon import (
@@ -28,6 +28,7 @@ from llama_kernels.ops.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from llama_kernels.ops.attention.hopper.round_dq import round_launch
 from llama_kernels.ops.attention.hopper.schedule import (
     filled_phase,
     freed_phase,
@@ -35,25 +36,9 @@ from llama_kernels.ops.attention.hopper.schedule import (
     row_walk,
     slot_of,
 )
-from llama_kernels.ops.attention.layout import (
-    Sizes,
-    call_scoring,
-    call_window,
-    far,
-    size_arguments,
-    width_class,
-)
-from llama_kernels.ops.attention.tiles import (
-    Mask,
-    load_tile,
-    logits,
-    matrix,
-    query_tile,
-    sequence,
-    store_tile,
-    visible,
-)
-from llama_kernels.ops.pairs import Rotation, turn_back
+from llama_kernels.ops.attention.hopper.tables import HopperTile
+from llama_kernels.ops.attention.tiles import Mask, logits, sequence, visible
+from llama_kernels.ops.rotation import Rotation, rotation_of
 
 
 class Where(NamedTuple):
@@ -282,81 +267,42 @@ def _hopper_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["positions"])
-def _round_dq_kernel(
-    sum_ptr, dq_ptr, cu_seqlens_q_ptr, cos_ptr, sin_ptr, position_ids_ptr,
-    sum_strides, dq_strides, cos_strides, sin_strides, position_strides,
-    sizes, scale, positions,
-    D: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dq = sum scale, rounded once: BLOCK_M rows of one head. Bytes: the float32 sum in, dq out. With HALF, q was
-    rotated by the tables, and dq is turned back by them; for that dk comes by here too."""
-    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
-    start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    dq = load_tile(matrix(sum_ptr, sum_strides, b, h, start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    dq = dq.to(tl.float32) * scale
-    if HALF:
-        s = m + tl.arange(0, BLOCK_M)
-        dq = turn_back(
-            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-            b, start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-    store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
+# --- launcher --------------------------------------------------------------------------------------------------------
 
 
 @cached_launch
-def _plan(
-    q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, unturned, cu_seqlens_q, cu_seqlens_k, sizes,
-    scale, softcap, left, right, padding, tile, cos, sin, position_ids, *rotation,
-) -> Iterator[Launch]:  # fmt: skip
-    """unturned: where there is a rotation, dk before it."""
-    made = dk if unturned is None else unturned
-    yield Launch(
-        _hopper_backward_kernel,
-        (cdiv(sizes.longest_k, 128) * sizes.B * (sizes.Hq // sizes.group),),
-        (
-            *(describe(x, 64, tile.width) for x in (q, k, v, do)), describe_rows(lse2, 64), describe_rows(delta, 64),
-            describe(dq_sum, 64, 64), describe(made, 64, tile.width), describe(dv, 64, tile.width),
-            cu_seqlens_q, cu_seqlens_k,
-            size_arguments(sizes), call_scoring(scale, softcap),
-            call_window(left, right, sizes.longest_q, sizes.longest_k),
-        ),
-        {"PADDING": padding, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4},
+def _launches(
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotated: Rotated | None
+) -> list[Launch]:
+    """unrotated: dk before the inverse rotation; None where there is none."""
+    sizes = call.sizes
+    dk_sum = dk if unrotated is None else unrotated
+    args = (
+        *(describe(x, 64, tile.width) for x in (call.q, call.k, call.v, do)),
+        describe_rows(lse2, 64), describe_rows(delta, 64),
+        describe(dq_sum, 64, 64), describe(dk_sum, 64, tile.width), describe(dv, 64, tile.width),
+        call.cu_seqlens_q, call.cu_seqlens_k, sizes.as_arguments(), call.scoring, call.window,
     )  # fmt: skip
-    by = Rotation((cos, sin, position_ids), *rotation)
-    yield _round(dq_sum, dq, cu_seqlens_q, sizes, scale, by)
-    if unturned is not None:
-        keys_as_rows = sizes._replace(Hq=sizes.Hq // sizes.group, Sq=sizes.Sk, longest_q=sizes.longest_k)
-        yield _round(unturned, dk, cu_seqlens_k, keys_as_rows, 1.0, by)
-
-
-def _round(made, grad, cu_seqlens, sizes: Sizes, scale: float, rotation: Rotation) -> Launch:
-    D, BLOCK_D = grad.shape[-1], width_class(grad.shape[-1])
-    BLOCK_M = 4096 // BLOCK_D  # 32 elements a thread
-    return Launch(
-        _round_dq_kernel,
-        (cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq,),
-        (
-            made, grad, cu_seqlens, *rotation.tensors, strides_of(made), strides_of(grad), *rotation.strides,
-            size_arguments(sizes), scale, rotation.positions,
-        ),
-        {
-            "D": D, "FAR": far(grad), "HALF": rotation.half, "INTERLEAVED": rotation.interleaved,
-            "BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D, "num_warps": 4,
-        },
-    )  # fmt: skip
+    options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
+    programs = cdiv(call.longest_k, 128) * sizes.B * sizes.Hkv
+    rotation = Rotation() if rotated is None else rotation_of(*rotated)
+    launches = [
+        Launch(_hopper_backward_kernel, (programs,), args, options),
+        round_launch(dq_sum, dq, call.cu_seqlens_q, sizes, call.scale, rotation),
+    ]
+    if unrotated is not None:
+        keys_as_rows = sizes._replace(Hq=sizes.Hkv, Sq=sizes.Sk, longest_q=sizes.longest_k)
+        launches.append(round_launch(unrotated, dk, call.cu_seqlens_k, keys_as_rows, 1.0, rotation))
+    return launches
 
 
 def launch_hopper_backward(
-    tile: HopperTile, do, q, k, v, lse2, delta, dq_sum, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, sizes: Sizes,
-    scale, softcap, left, right, padding: int, rotation: Rotation,
-):  # fmt: skip
-    """Fill dq, dk and dv. dq_sum: zeros, as dq in float32. lse2 and delta as the portable kernels take them, every
-    sequence of a packed batch starting at a multiple of `padding`.
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, grads: Grads, rotated: Rotated | None
+) -> None:
+    """Fill dq, dk and dv of `grads`. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
 
-    dq is turned back by `rotation` where its sum is rounded; dk, which comes rounded, in a pass of its own.
+    rotated: q and k were rotated so. dq gets the inverse rotation where its sum is rounded; dk, which the kernel writes
+    rounded, in a launch of its own.
     """
-    unturned = empty_in_order_of(dk) if rotation.half else None
-    call = (cu_seqlens_q, cu_seqlens_k, sizes, scale, softcap, left, right, padding)
-    _plan(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, unturned, *call, tile, *rotation.tensors, *rotation[1:])
+    unrotated = None if rotated is None else empty_in_order_of(grads.dk)
+    _launches(call, tile, do, lse2, delta, dq_sum, grads.dq, grads.dk, grads.dv, unrotated, rotated)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
+
+import torch
 
 from llama_kernels.core.language import LN2, LOG2E, TRITON_VERSION
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv
-from llama_kernels.ops.attention.hopper.choice import HopperTile
+from llama_kernels.ops.attention.call import AttentionCall, lse_strides, outputs_without_keys
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
@@ -30,14 +30,7 @@ from llama_kernels.ops.attention.hopper.schedule import (
     slot_of,
     turn_phase,
 )
-from llama_kernels.ops.attention.layout import (
-    call_scoring,
-    call_sizes,
-    call_window,
-    empty_outputs,
-    lse_strides,
-    size_arguments,
-)
+from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
 
 # Two registers beside a window, at width 256, are more than there are in the code of Triton 3.9.
@@ -258,33 +251,27 @@ def _hopper_forward_kernel(
         )  # fmt: skip
 
 
+# --- launcher --------------------------------------------------------------------------------------------------------
+
+
 @cached_launch
-def _plan(
-    q, k, v, o, lse, sinks, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right, tile
-) -> Iterator[Launch]:
-    sizes = call_sizes(q, k, cu_seqlens_q, longest_q, longest_k)
-    if programs := cdiv(longest_q, 128) * sizes.B * sizes.Hq:
-        yield Launch(
-            _hopper_forward_kernel,
-            (programs,),
-            (
-                describe(q, 64, tile.width), describe(k, tile.BLOCK_N, tile.width),
-                describe(v, tile.BLOCK_N, tile.width), describe(o, 64, tile.width),
-                lse, sinks, cu_seqlens_q, cu_seqlens_k, lse_strides(lse),
-                size_arguments(sizes), call_scoring(scale, softcap), call_window(left, right, longest_q, longest_k),
-            ),
-            {"BLOCK_N": tile.BLOCK_N, "STAGES": tile.STAGES, "num_warps": 4},
-        )  # fmt: skip
+def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, tile: HopperTile) -> list[Launch]:
+    sizes = call.sizes
+    programs = cdiv(call.longest_q, 128) * sizes.B * sizes.Hq
+    if not programs:
+        return []
+    args = (
+        describe(call.q, 64, tile.width), describe(call.k, tile.BLOCK_N, tile.width),
+        describe(call.v, tile.BLOCK_N, tile.width), describe(o, 64, tile.width),
+        lse, call.sinks, call.cu_seqlens_q, call.cu_seqlens_k, lse_strides(lse),
+        sizes.as_arguments(), call.scoring, call.window,
+    )  # fmt: skip
+    options = {"BLOCK_N": tile.BLOCK_N, "STAGES": tile.STAGES, "num_warps": 4}
+    return [Launch(_hopper_forward_kernel, (programs,), args, options)]
 
 
-def launch_hopper_forward(
-    tile: HopperTile, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
-):
-    """Launch; arguments and results as `launch_forward`, but for the tile that `choose` gave and what it refuses."""
-    o, lse = empty_outputs(q, v)
-    if cu_seqlens_q is not None:  # no program visits a token that no sequence owns
-        o.zero_()
-        lse.fill_(-math.inf)
-    call = (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right)
-    _plan(q, k, v, o, lse, sinks, *call, tile)
+def launch_hopper_forward(call: AttentionCall, tile: HopperTile) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of `call`, which dispatch.py gave this tile."""
+    o, lse = outputs_without_keys(call)
+    _launches(call, o, lse, tile)
     return o, lse

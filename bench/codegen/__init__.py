@@ -1,0 +1,1 @@
+"""The compile gate: what every kernel compiles to, read without a GPU."""

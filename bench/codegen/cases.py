@@ -1,0 +1,254 @@
+"""The calls that the compile gate compiles, and their compilation under a driver that stands in for a GPU's.
+
+The package's own launchers run: Triton specialises and compiles just what it would on the target, and the launch is
+dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit its kernel fails here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bench.codegen import hopper, ones
+from llama_kernels.core import device
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops.attention import decode, tables
+from llama_kernels.ops.attention.call import AttentionCall
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+# --- what is compiled ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of a launcher. `label` names the shape and the options."""
+
+    op: str
+    label: str
+    launch: Callable[[], Any]
+    full: bool = False  # only with --full
+    only: str | None = None  # a target; None: all
+    ones: bool = False  # with sizes of 1: it must compile and fit; how fast such code is does not matter
+
+
+def cases() -> Iterator[Case]:
+    yield from _rms_norm_cases()
+    yield from _rope_cases()
+    yield from _qk_norm_rope_cases()
+    yield from _attention_cases()
+    yield from _rope_attention_cases()
+    yield from _decode_cases()
+    for call in hopper.calls():
+        yield Case("hopper", call.label, call.launch, call.full, only="sm_90")
+    for call in ones.calls():
+        yield Case(call.op, call.label, call.launch, call.full, ones=True)
+
+
+def _rms_norm_cases() -> Iterator[Case]:
+    half, single = torch.bfloat16, torch.float32
+    # Each row of the tile table once, and a width that is no power of two; its neighbours are left to --full.
+    for N in (64, 128, 1024, 2048, 4096, 5120, 8192, 14336, 16384, 32768, 65536, 262144):
+        yield from _rows_of(N, half, half, N in (64, 2048, 14336, 65536))
+    for N in (128, 4096, 8192, 16384, 32768):
+        yield from _rows_of(N, single, single, N not in (4096, 16384))
+    for N in (16384, 32768):
+        yield from _rows_of(N, half, single, N != 16384)
+
+
+def _rows_of(N: int, dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) -> Iterator[Case]:
+    x, weight, rstd = torch.empty(64, N, dtype=dtype), torch.empty(N, dtype=weight_dtype), torch.empty(64, 1)
+    for residual in (None, x):
+        label = f"N={N}" + " float32" * (dtype == torch.float32) + " float32 weight" * (weight_dtype != dtype)
+        label += "" if residual is None else " +residual"
+        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): rms_norm._forward(*a), full)
+        grads = (x, residual, x, weight, rstd, 1e-6, 0.0, dtype, True, True)
+        yield Case("rms_norm", label, lambda a=grads: rms_norm._backward(*a), full)
+
+
+def _rope_cases() -> Iterator[Case]:
+    for D, R, Hq, Hkv in ((64, 64, 32, 8), (80, 80, 32, 32), (96, 96, 32, 8), (128, 128, 32, 8), (128, 64, 32, 8),
+                          (128, 128, 32, 1), (256, 256, 8, 4)):  # fmt: skip
+        for interleaved in (False, True):
+            q, k, *angles = _heads(D, R, Hq, Hkv)
+            label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
+            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): rope._rotated(*a))
+    q, k, *angles = _heads(128, 128, 32, 8)
+    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): rope._packed_backward(*a))
+    cache, slots = torch.empty(1, 8, 64, 128, dtype=q.dtype), angles[-1]
+    into = (q, k, k, cache, cache, slots, *angles, False)
+    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: rope._into_cache(*a))
+    for interleaved in (False, True):
+        label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
+        wide = (*_wide_tables(128), angles[-1], interleaved)
+        yield Case("rope", label, lambda a=(q, k, *wide, True): rope._rotated(*a), interleaved)
+
+
+def _qk_norm_rope_cases() -> Iterator[Case]:
+    for D, R, Hq, Hkv in ((64, 64, 32, 8), (80, 80, 32, 32), (128, 128, 32, 8), (128, 64, 32, 8), (256, 256, 16, 8)):
+        for interleaved in (False, True):
+            q, k, *angles = _heads(D, R, Hq, Hkv)
+            weights = (torch.empty(D, dtype=q.dtype),) * 2
+            label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
+            rest, full = (*weights, *angles, 1e-6, 0.0, interleaved), D == 80 or (interleaved and (D, R) != (128, 128))
+            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): qk_norm_rope._forward(*a), full)
+            yield Case("qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): qk_norm_rope._backward(*a), full)
+    q, k, *_, position_ids = _heads(128, 128, 32, 8)
+    for interleaved in (False, True):
+        label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
+        weights = (torch.empty(128, dtype=q.dtype),) * 2
+        rest = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
+        yield Case("qk_norm_rope", label, lambda a=rest: qk_norm_rope._backward(*a), interleaved)
+
+
+def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:
+    """q, k in the memory order of a projection, cos, sin, position_ids."""
+    q, k = (torch.empty(1, 32, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv))
+    return q, k, torch.empty(32, R // 2), torch.empty(32, R // 2), torch.zeros(1, 32, dtype=torch.int64)
+
+
+def _wide_tables(D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin as a Hugging Face model in bfloat16 has them."""
+    return torch.empty(32, D, dtype=torch.bfloat16), torch.empty(32, D, dtype=torch.bfloat16)
+
+
+def _attention_cases() -> Iterator[Case]:
+    # Every width class with and without masked columns; v narrower than q as multi-head latent attention has it.
+    widths = ((16, 16), (32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+    for D, DV in widths:
+        for dtype in (torch.bfloat16, torch.float32):
+            for features in ("causal", "all"):
+                # What a class shares with a wider case of its own is left to --full.
+                full = (D, DV) not in ((64, 64), (128, 128), (192, 128), (256, 256)) or (
+                    dtype == torch.float32 and (features == "all" or D != 128)
+                )
+                label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
+                yield Case("attention", label, lambda a=(D, DV, dtype, features == "all"): _attention(*a), full)
+
+
+def _rope_attention_cases() -> Iterator[Case]:
+    """The backward's big kernels, which end with a rotation; the rest is compiled above. Whole heads and parts of them,
+    halves and neighbours, the options that hold registers."""
+    for D, R, interleaved, dtype, features in (
+        (64, 64, False, torch.bfloat16, "causal"), (128, 128, False, torch.bfloat16, "causal"),
+        (128, 128, True, torch.bfloat16, "causal"), (128, 64, False, torch.bfloat16, "causal"),
+        (256, 128, False, torch.bfloat16, "causal"), (192, 64, True, torch.bfloat16, "causal"),
+        (128, 128, False, torch.bfloat16, "all"), (256, 128, True, torch.bfloat16, "all"),
+        (128, 128, False, torch.float32, "causal"), (80, 80, True, torch.bfloat16, "causal"),
+        (64, 64, True, torch.bfloat16, "all"), (64, 64, False, torch.float32, "causal"),
+        (256, 128, False, torch.float32, "causal"), (128, 128, True, torch.bfloat16, "all"),
+    ):  # fmt: skip
+        label = f"rotated D={D} R={R}" + " interleaved" * interleaved + f" {str(dtype)[6:]} {features}"
+        full = (D, R, interleaved, dtype, features) not in (
+            (128, 128, False, torch.bfloat16, "causal"), (256, 128, True, torch.bfloat16, "all"),
+        )  # fmt: skip
+        call = (D, R, interleaved, dtype, features == "all")
+        yield Case("attention", label, lambda a=call: _rope_attention(*a), full)
+
+
+def _decode_cases() -> Iterator[Case]:
+    for D in (64, 128, 256):
+        for dtype, features in ((torch.bfloat16, "causal"), (torch.bfloat16, "all"), (torch.float32, "all")):
+            label = f"D={D} {str(dtype)[6:]} {features}"
+            yield Case("decode", label, lambda a=(D, dtype, features == "all"): _decode(*a))
+        for dtype in (torch.bfloat16, torch.float32):
+            call, full = (D, dtype, True, True), (D, dtype) != (128, torch.bfloat16)
+            yield Case("decode", f"D={D} {str(dtype)[6:]} key mask", lambda a=call: _decode(*a), full)
+
+
+def _decode(D: int, dtype: torch.dtype, everything: bool, masked: bool = False) -> None:
+    """One token for four heads a key head, or the most rows that are split, with all options. No call has a window and
+    a mask of keys."""
+    B, Hkv, Sk = 2, 2, 2048
+    Hq, Sq = (8 * Hkv, decode.MOST_ROWS // 8) if everything else (4 * Hkv, 1)
+    q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for S, H in ((Sq, Hq), (Sk, Hkv), (Sk, Hkv)))
+    bound = torch.zeros(B, Sq, dtype=torch.int32)
+    given = (torch.empty(Hq), bound, bound) if everything else (None, None, None)
+    softcap, window = 30.0 if everything else None, (64, 0) if everything else (None, 0)
+    window = (None, None) if masked else window
+    call = AttentionCall(q, k, v, *given, None, None, Sq, Sk, 0.1, softcap, *window)
+    decode.launch_decode(call, torch.empty(B, Sk, dtype=torch.bool) if masked else None)
+
+
+def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
+    B, Hq, Hkv, S = 2, 8, 2, 512
+    # 512 tokens hold packed sequences too, whose options are compiled together with all the others.
+    q, k, v, do = (
+        torch.empty(B, S, H, d, dtype=dtype).transpose(1, 2) for H, d in ((Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV))
+    )
+    lse = torch.empty(B, Hq, S)
+    if everything:
+        q, k, v, do = (x[0].transpose(0, 1) for x in (q, k, v, do))
+        lse = lse[0]
+        cu_seqlens, bound = torch.zeros(3, dtype=torch.int32), torch.zeros(S, dtype=torch.int32)
+        rest = (bound, bound, cu_seqlens, cu_seqlens, S, S, 0.1, 30.0, 64, 0)
+        sinks, dlse = torch.empty(Hq), lse
+    else:
+        rest = (None, None, None, None, S, S, 0.1, None, None, 0)
+        sinks = dlse = None
+    KERNELS["attention_forward"](q, k, v, sinks, *rest)
+    KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything, None)
+
+
+def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, everything: bool) -> None:
+    B, Hq, Hkv, S = 2, 8, 2, 512
+    q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for H in (Hq, Hkv, Hkv))
+    lse, bound = torch.empty(B, Hq, S), torch.zeros(B, S, dtype=torch.int32)
+    angles = (torch.empty(S, R // 2), torch.empty(S, R // 2), torch.zeros(1, S, dtype=torch.int64), interleaved)
+    bounds, numbers = ((bound, bound), (0.1, 30.0, 64, 0)) if everything else ((None, None), (0.1, None, None, 0))
+    needed = (True, True, True, False)
+    backward = KERNELS["rope_attention_backward"]
+    backward(q, None, q, k, v, q, lse, None, *bounds, *angles, *numbers, *needed, None)
+
+
+# --- compiling under a stand-in driver -------------------------------------------------------------------------------
+
+
+class StandInDriver:
+    """What Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self._name]
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self._name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
+    """The kernels that `case` launches on target `name`: (kernel name, triton's CompiledKernel)."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(tables, "arch_of", lambda _: name),
+        mock.patch.object(device, "arch_of", lambda _: name),
+    ):
+        driver.set_active(StandInDriver(name))
+        case.launch()
+    return compiled

@@ -1,0 +1,149 @@
+"""The Hopper kernels' inner loops, read offline: `python -m bench.hopper [D=128 causal ...]`. No GPU needed.
+
+`python -m bench.codegen` compiles the calls named here with everything else and holds the kernels against the rules
+below; this shows what one trip of each loop over blocks issues, a warp group. What the loop must not have is what makes
+such a kernel slow without a word: a spill, a mask where none is needed, a softmax that waits for the tensor cores, a
+product computed twice.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from bench.codegen import sass
+from llama_kernels import hopper_attention
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention import dispatch
+from llama_kernels.ops.attention.call import AttentionCall, Wanted
+from llama_kernels.ops.attention.hopper.tables import TILES
+
+SHOWN = (
+    "HGMMA",
+    "MUFU.EX2",
+    "FFMA",
+    "FMUL",
+    "FADD",
+    "FMNMX",
+    "F2FP",
+    "PRMT",
+    "ISETP",
+    "FSEL",
+    "BAR.SYNC",
+    "LDL",
+    "STL",
+)
+
+
+# --- what is compiled ------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    label: str
+    launch: Callable[[], Any]
+    full: bool  # only with --full
+
+
+def calls() -> Iterator[Call]:
+    """Each row of the table causal and with all options at once; the others on request."""
+    for D in (64, 128, 256, 80, 96, 192):
+        for options in ((), ("causal",), ("causal", "window"), ("causal", "packed"), ("causal", "softcap"),
+                        ("causal", "window", "softcap", "sinks", "packed")):  # fmt: skip
+            plain = options == ("causal",) or len(options) > 2
+            label = " ".join((f"D={D} bfloat16", *options))
+            yield Call(label, functools.partial(_attention, D, options), not plain or D not in (64, 128, 256))
+    yield Call("D=128 bfloat16 causal rotated", functools.partial(_attention, 128, ("causal", "rotated")), False)
+
+
+def _attention(D: int, options: tuple[str, ...]) -> None:
+    """Forward and backward, as on a Hopper GPU; a pass that the package would leave to the portable kernels is not
+    compiled."""
+    B, Hq, Hkv, S = 2, 8, 2, 512
+    q, k, v = (torch.empty(B, S, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv, Hkv))
+    lse, cu_seqlens = torch.empty(B, Hq, S), None
+    if "packed" in options:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        lse, cu_seqlens = lse[0], torch.zeros(3, dtype=torch.int32)
+    sinks = torch.empty(Hq) if "sinks" in options else None
+    left, right = 64 if "window" in options else None, 0 if "causal" in options else None
+    softcap = 30.0 if "softcap" in options else None
+    rest = (sinks, None, None, cu_seqlens, cu_seqlens, S, S, 0.1, softcap, left, right)
+    with (
+        mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"),
+        hopper_attention(),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile is said, and stepped over
+        KERNELS["attention_forward"](q, k, v, *rest)
+        if "rotated" in options:
+            tables = (torch.empty(S, D // 2), torch.empty(S, D // 2), None)
+            gradients = (True, True, True, False, False)
+            call = (q, None, q, k, v, q, lse, None, None, None, *tables, False, *rest[-4:])
+            KERNELS["rope_attention_backward"](*call, *gradients)
+            return
+        wanted = Wanted(True, True, True, sinks is not None, False)
+        if dispatch.backward(AttentionCall(q, k, v, *rest), q, wanted).tile is not None:
+            KERNELS["attention_backward"](q, None, q, k, v, q, lse, *rest, *wanted)
+
+
+# --- reading loops ---------------------------------------------------------------------------------------------------
+
+
+class Loop(NamedTuple):
+    """One trip of a loop with products in it, of one warp group."""
+
+    instructions: int
+    mix: dict[str, int]
+    tensor_cycles: int  # of a multiprocessor, for its products: 4096 FLOPs a cycle
+    covered: float  # share of the exponentials that are issued while a product is under way
+
+
+def loops(cubin: bytes) -> list[Loop]:
+    """The innermost loops that multiply, in the order of the machine code."""
+    return [_loop(body) for body in sass.innermost(*sass.instructions(sass.disassembled(cubin)), "HGMMA")]
+
+
+def _loop(body: list[str]) -> Loop:
+    mix: collections.Counter[str] = collections.Counter()
+    cycles = 0
+    for instruction in body:
+        op = instruction.split()[0]
+        if product := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
+            m, n, k = map(int, product.groups())
+            cycles += 2 * m * n * k // sass.PROCESSORS["sm_90"].tensor_flops
+        mix[next((shown for shown in SHOWN if op.startswith(shown)), op.split(".")[0])] += 1
+    return Loop(len(body), dict(mix), cycles, sass.covered(body))
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def faults(kernel: str, label: str, compiled: Any) -> list[str]:
+    """What the gate holds against a Hopper kernel, beyond what it asks of every kernel."""
+    found = loops(compiled.asm["cubin"])
+    wrong = [] if found else ["no loop that multiplies on tensor cores"]
+    ptx = compiled.asm["ptx"]
+    for what, needed in (("cp.async.bulk.tensor", "the copy engine"), ("setmaxnreg", "registers moved to consumers")):
+        if what not in ptx:
+            wrong.append(f"without {needed}")
+    pass_, D = re.match(r"hopper_(\w+)_kernel", kernel)[1], int(re.search(r"D=(\d+)", label)[1])
+    tile = next(tile for tile in TILES[pass_] if tile.width >= D)
+    # Two products of 64 rows and BLOCK_N keys in the forward, five of 64 keys and BLOCK_M rows in the backward.
+    products, across = (2, tile.BLOCK_N) if pass_ == "forward" else (5, tile.BLOCK_M)
+    wanted = products * 2 * 64 * across * tile.width // 4096
+    if any(loop.tensor_cycles != wanted for loop in found):
+        wrong.append(f"tensor cores busy for {[loop.tensor_cycles for loop in found]} cycles, not {wanted}")
+    # The exponentials of softcap's tanh are many, and come first.
+    if any(loop.covered < 0.9 for loop in found) and (pass_ == "forward" or "softcap" not in label):
+        wrong.append(f"{min(loop.covered for loop in found):.0%} of the exponentials under a product, wanted 90%")
+    plain = min(found, key=lambda loop: loop.instructions, default=None)
+    if plain and "softcap" not in label and plain.mix.get("FSEL", 0):
+        wrong.append("a select in the unmasked loop")
+    return wrong

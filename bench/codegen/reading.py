@@ -1,0 +1,104 @@
+"""The machine code of a compiled kernel, read by Triton's own cuobjdump and nvdisasm, and what is wrong with it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from typing import Any
+
+from bench.codegen import hopper, sass, traffic
+from bench.codegen.cases import TARGETS, Case
+from llama_kernels.core import device
+
+
+@dataclasses.dataclass
+class Report:
+    """One compiled kernel. Widths are in bits: of global accesses, with how many there are."""
+
+    target: str
+    op: str
+    kernel: str
+    label: str
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: int
+    tensor_core: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    moves: list[traffic.Loop] = dataclasses.field(default_factory=list)  # of RoPE and RMSNorm on NVIDIA's
+    loops: list[sass.Loop] = dataclasses.field(default_factory=list)  # of attention in half precision on NVIDIA's
+    faults: list[str] = dataclasses.field(default_factory=list)
+
+
+_SPILL_LIMITS = {"dkdv_kernel": 64}  # bytes; two accumulators fill the registers
+
+
+def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
+    reader = _read_nvidia if TARGETS[name].backend == "cuda" else _read_amd
+    report = Report(name, case.op, kernel, case.label, compiled.metadata.num_warps, 0, 0, compiled.metadata.shared,
+                    0, 0, {}, {})  # fmt: skip
+    serialised = reader(compiled, report)
+    if report.shared_bytes > 1024 * device.SHARED_KIB[name]:
+        report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {device.SHARED_KIB[name]} KiB")
+    if case.ones:
+        return report
+    if report.spill_bytes > _SPILL_LIMITS.get(kernel, 0) * (TARGETS[name].backend == "cuda"):
+        report.faults.append(f"spills {report.spill_bytes} bytes")
+    if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine|round", kernel):
+        if "float32" not in case.label and not report.tensor_core:
+            report.faults.append("no tensor-core instruction")
+        if case.op == "attention" and "float32" not in case.label and TARGETS[name].backend == "cuda":
+            report.faults += sass.faults(report.loops, name, kernel, case.label.endswith(" causal"))
+        if serialised:
+            report.faults.append("tensor-core pipeline serialised")
+        if kernel.startswith("hopper"):
+            report.faults += hopper.faults(kernel, case.label, compiled)
+    elif not re.search("combine|sum_partials", kernel):
+        writes_rows = case.op not in ("attention", "decode", "hopper") and "weight" not in kernel
+        if 128 not in report.loads or (writes_rows and 128 not in report.stores):
+            report.faults.append("no 128-bit global access")
+        report.faults += traffic.faults(report.moves, name)
+    return report
+
+
+def _read_nvidia(compiled: Any, report: Report) -> bool:
+    usage, code = sass.usage(compiled.asm["cubin"]), sass.disassembled(compiled.asm["cubin"])
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    report.registers, report.spill_bytes = registers, stack
+    report.instructions = len(sass.instructions(code)[0])
+    ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code))
+    report.tensor_core = sum(n for op, n in ops.items() if re.match(r"(HMMA|HGMMA|UTC\w*MMA)", op))
+    for into, pattern in ((report.loads, r"LDG(?!DEPBAR)"), (report.stores, r"STG")):
+        for op, n in ops.items():
+            if re.match(pattern, op):
+                bits = traffic.width(op)
+                into[bits] = into.get(bits, 0) + n
+    if report.op not in ("attention", "decode", "hopper"):
+        report.moves = traffic.loops(code)
+    if report.tensor_core and report.op == "attention":
+        constants = {compiled.src.fn.arg_names[at[0]]: x for at, x in compiled.src.constants.items() if len(at) == 1}
+        report.loops = sass.loops(code, report.target, registers, report.shared_bytes, report.warps,
+                                  sass.flops(report.kernel, constants))  # fmt: skip
+    matmuls = sum(n for op, n in ops.items() if op.startswith("HGMMA"))
+    return bool(matmuls) and ops["WARPGROUP.ARRIVE"] >= matmuls
+
+
+def _read_amd(compiled: Any, report: Report) -> bool:
+    text = compiled.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+
+    report.registers = number("vgpr_count")
+    report.spill_bytes = number("private_segment_fixed_size")  # scalar registers spill into vector ones, for free
+    report.instructions = len(re.findall(r"^\t[a-z]\w+\b", text, re.MULTILINE))
+    report.tensor_core = len(re.findall(r"\bv_mfma_", text))
+    for into, verb in ((report.loads, "load"), (report.stores, "store")):
+        for width in re.findall(rf"\b(?:global|buffer)_{verb}_(\w+)", text):
+            dwords = re.match(r"dwordx(\d)", width)
+            bits = 32 * int(dwords[1]) if dwords else 32 if width.startswith("dword") else 16
+            into[bits] = into.get(bits, 0) + 1
+    return False

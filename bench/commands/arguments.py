@@ -1,0 +1,121 @@
+"""`python -m bench`: kernels side by side. See docs/bench.md.
+
+python -m bench                       everyone at the shapes of published models; a report in build/bench
+python -m bench --preset sweeps       over sizes
+python -m bench parity                numbers only, small: a gate for CI
+python -m bench compare A.json B.json what became slower; exits with 1 past the threshold
+python -m bench report FILES          pictures and page again, from records
+python -m bench providers             who can be measured here, and why not
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.commands.kept import compare_runs, list_providers, redraw
+from bench.commands.parity import check_parity
+from bench.commands.run import run
+from bench.providers.registry import PROVIDERS
+from bench.reporting import compare
+from bench.training.scale import TRAINING
+from bench.works.presets import DTYPES, OPS, PRESETS
+from bench.works.work import DIRECTIONS
+
+
+def parser() -> argparse.ArgumentParser:
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    whole = argparse.ArgumentParser(prog="python -m bench", description=__doc__, **layout)
+    commands = whole.add_subparsers(dest="command")
+    names, ops = [p.name for p in PROVIDERS], (*OPS, *TRAINING)
+
+    def command(
+        name: str, do: Callable[[argparse.Namespace], int], text: str, **defaults: Any
+    ) -> Callable[..., argparse.Action]:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(do=do, **defaults)
+        return one.add_argument
+
+    def add_measuring(add: Callable[..., argparse.Action], folder: str, minutes: float) -> None:
+        """Where, how long, and in which process."""
+        add_device(add)
+        add(
+            "--minutes",
+            type=_positive,
+            default=minutes,
+            help="then the rest is listed as not run (default: %(default)s)",
+        )
+        add("--out", type=Path, default=Path(folder), metavar="FOLDER", help="default: %(default)s")
+        add("--resume", action="store_true", help="go on from FOLDER/records.json: what it has is not measured again")
+        add("--patience", type=_positive, default=10, metavar="MINUTES",
+            help="a provider that takes longer for one step is left out (default: %(default)s)")  # fmt: skip
+        add("--in-process", action="store_true",
+            help="in this process, for debuggers: a provider that crashes ends the run")  # fmt: skip
+
+    def add_device(add: Callable[..., argparse.Action]) -> None:
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        add("--device", type=_device, choices=("cpu", "cuda"), default=here, help="default here: %(default)s")
+
+    add = command("run", run, "measure (the default command)")
+    add("--preset", choices=PRESETS, default="models", help="which shapes (default: %(default)s)")
+    add("--ops", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)} (default: all)")
+    add("--shapes", default="", metavar="TEXT", help="only shapes with this in their name, as '8B'")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
+    add("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="default: all three")
+    add("--providers", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
+    add("--seconds", type=_positive, default=0.5, help="of samples, each direction (default: %(default)s)")
+    add_measuring(add, "build/bench", 30)
+    add("--json", type=Path, metavar="FILE", help="write the records there too")
+    add("--save", action="store_true", help="keep the records in bench/results/<gpu>/")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that compile, without a GPU")
+    add("--hopper", action="store_true", help="our attention takes its Hopper kernels, which are off by default")
+
+    add = command("parity", check_parity, "numbers only, at small shapes",
+                  directions=None, hopper=False, seconds=0.0)  # fmt: skip
+    add_measuring(add, "build/parity", math.inf)
+    add("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    add("--providers", nargs="+", choices=names, metavar="NAME")
+    add("--json", type=Path, metavar="FILE")
+
+    add = command("compare", compare_runs, "two files of records; exits with 1 on a regression, 2 if it cannot compare")
+    add("before", type=Path)
+    add("after", type=Path)
+    add("--threshold", type=_positive, default=100 * compare.THRESHOLD, metavar="PERCENT",
+        help="slower by more is a regression (default: %(default)s)")  # fmt: skip
+    add("--all", action="store_true", help="peers too, not only llama_kernels")
+
+    add = command("report", redraw, "pictures and page from records")
+    add("files", type=Path, nargs="+")
+    add("--out", type=Path, default=Path("build/bench"), metavar="FOLDER")
+
+    add_device(command("providers", list_providers, "who can be measured here, and why not"))
+    return whole
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _device(text: str) -> str:
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU here")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["run", *argv]
+    args = parser().parse_args(argv, argparse.Namespace(argv=argv))
+    return args.do(args)

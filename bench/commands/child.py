@@ -1,0 +1,23 @@
+"""`python -m bench.commands.child`: a command of the bench in the process that measures, which may be lost."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from bench.commands.arguments import main as bench
+from bench.measuring.processes import LOST, end_with_parent
+
+
+def main() -> None:
+    end_with_parent()
+    status = bench([*sys.argv[1:], "--in-process"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == LOST:
+        os._exit(status)  # CUDA's own clean-up would fail, and might not end
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Estimates of speed without a GPU."""

@@ -1,0 +1,201 @@
+"""One piece of work after another: everyone's numbers are checked, then everyone is timed, in turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from bench.measuring import machine, records, timing
+from bench.measuring.capture import Calls, Lost
+from bench.measuring.contain import Contained, mark_unfinished
+from bench.measuring.journal import CAPTURE, Journal
+from bench.measuring.records import NOT_RUN, Record
+from bench.measuring.step import Step, put_rate
+from bench.providers.provider import Provider
+from bench.works.errors import disparity, errors
+from bench.works.work import Call, Function, Results, Work, compute
+
+Bars = dict[str, tuple[float, float]]  # errors of plain PyTorch, as bench.works.errors.errors has them
+
+
+class Clock(Protocol):
+    """What takes the time. `timing.Gpu` is one."""
+
+    cache: int
+
+    def ceilings(self) -> dict[str, float]: ...
+
+    def sampler(self, calls: Calls, by_events: str | None = None) -> timing.Sampling: ...
+
+    def eager_sampler(self, step: Callable[[], object]) -> timing.Sampling: ...
+
+
+def run(
+    works: Iterable[Work],
+    providers: Sequence[Provider],
+    *,
+    device: str,
+    clock: Clock | None,
+    ceilings: Mapping[str, float],
+    about: Mapping[str, Any],
+    directions: Sequence[str] | None = None,
+    seconds: float = 1.0,
+    out_of_time: Callable[[], bool] = lambda: False,
+    journal: Journal | None = None,
+) -> Iterator[list[Record]]:
+    """The records of each of `works`. Without a clock: parity and memory, no time.
+
+    seconds: for the samples of one direction. Work that comes after `out_of_time` is listed as not run. What a provider
+    raises is the reason of its rows. Raises Lost, after the records of the work, if the process cannot use its GPU any
+    more; `journal` has the step that did it.
+    """
+    for work in works:
+        rows = rows_of(work, providers, about, directions)
+        every = [r for own in rows.values() for r in own]
+        if out_of_time():
+            for r in every:
+                r.reason = f"{NOT_RUN}: out of time"
+            yield every
+            continue
+        lost = None
+        try:
+            _Bench(work, rows, device, clock, ceilings, seconds, journal or Journal()).run(providers)
+        except Lost as e:
+            lost = e
+            mark_unfinished(every, clock is not None)
+        yield records.with_ratios(every)
+        if lost is not None:
+            raise lost
+
+
+def rows_of(
+    work: Work, providers: Sequence[Provider], about: Mapping[str, Any], directions: Sequence[str] | None = None
+) -> dict[str, list[Record]]:
+    """By provider that has the op, a record for each direction, still empty."""
+    chosen = [d for d in work.directions if directions is None or d in directions]
+    same = {"op": work.op, "shape": work.shape, "sizes": work.sizes, "dtype": str(work.dtype)[6:]}
+    same |= machine.repeated(about)
+    return {p.name: [Record(direction=d, provider=p.name, **same) for d in chosen] for p in providers if p.has(work.op)}
+
+
+class _Bench:
+    """One piece of work. Fills in `rows`."""
+
+    def __init__(
+        self,
+        work: Work,
+        rows: Mapping[str, list[Record]],
+        device: str,
+        clock: Clock | None,
+        ceilings: Mapping[str, float],
+        seconds: float,
+        journal: Journal,
+    ) -> None:
+        self.work, self.rows, self.device, self.clock, self.ceilings = work, rows, device, clock, ceilings
+        self.seconds, self.journal = seconds, journal
+        self.every = [r for own in rows.values() for r in own]
+        self.backward = "backward" in work.directions
+
+    def run(self, providers: Sequence[Provider]) -> None:
+        if not self.every:
+            return
+        self.contained = Contained(self.every[0].work, self.device, self.journal)
+        prepared = None
+        with self.contained.step("", "inputs", self.every):
+            self.contained.admit("")
+            prepared = self.prepare()
+        if prepared is None:
+            return
+        call, truth, bars = prepared
+        functions = {p.name: self.checked(p, call, truth, bars) for p in providers if p.name in self.rows}
+        functions = {name: f for name, f in functions.items() if f is not None}
+        del prepared, truth
+        if self.clock is not None:
+            for i, _ in enumerate(next(iter(self.rows.values()))):
+                self.time(call, functions, {name: own[i] for name, own in self.rows.items()})
+
+    def prepare(self) -> tuple[Call, Results, Bars]:
+        """Inputs, float64 results, and what plain PyTorch's errors are."""
+        torch.manual_seed(0)
+        torch.compiler.reset()  # each work starts as a user's process does
+        call = self.work.draw(self.device)
+        truth = self.work.truth(call)
+        return call, truth, errors(self.work, self.work.yardstick(call), truth)
+
+    def checked(self, provider: Provider, call: Call, truth: Results, bars: Bars) -> Function | None:
+        """The provider's function, if it gives right numbers. Fills in error and memory, or the reason."""
+        rows, right = self.rows[provider.name], None
+        with self.contained.step(provider.name, "numbers and memory", rows):
+            self.contained.admit(provider.name)
+            f = provider.function(self.work, self.device)
+            results = compute(self.work, f, call, self.backward)
+            error, reason = disparity(self.work, results, truth, bars)
+            del results
+            for r in rows:
+                r.error, r.reason = error if math.isfinite(error) else None, reason
+            if reason is None:
+                self.memory(f, call, rows)
+                right = f
+        return right
+
+    def memory(self, f: Function, call: Call, rows: list[Record]) -> None:
+        step = Step(f, call, self.backward)
+        saved = timing.saved_for_backward(step.forward) if self.backward else None
+        for r in rows:
+            r.saved = saved
+            if r.direction == "backward":
+                step.forward_once()
+            r.memory = timing.peak_memory(step.of(r.direction), self.device)
+            step.forget()
+
+    def time(self, call: Call, functions: Mapping[str, Function], rows: Mapping[str, Record]) -> None:
+        """All of `functions` in one direction; `rows` are theirs."""
+        sampled: dict[str, timing.Sampling] = {}
+        for name, f in functions.items():
+            if rows[name].reason is None:
+                by_events = self.journal.by_events(name)
+                doing = "timing by events" if by_events else CAPTURE
+                with self.contained.step(name, doing, [rows[name]]):
+                    sampled[name] = self.clock.sampler(self.calls(f, call, rows[name].direction), by_events)
+        for name in in_turns(sampled, self.seconds, self.contained, rows):
+            put_rate(rows[name], self.work, self.ceilings)
+
+    def calls(self, f: Function, call: Call, direction: str) -> list[Callable[[], object]]:
+        """On tensors of their own: some peers write over their arguments."""
+        sets = timing.sets_needed(self.work.bytes(direction), self.clock.cache)
+        steps = [Step(f, call, self.backward) for _ in range(sets)]
+        if direction == "backward":
+            for step in steps:
+                step.forward_once(getattr(self.clock, "stream", None))
+        return [step.of(direction) for step in steps]
+
+
+def in_turns(
+    sampled: Mapping[str, timing.Sampling], seconds: float, contained: Contained, rows: Mapping[str, Record]
+) -> list[str]:
+    """Take the samples; the names of those whose samples all succeeded. Fills in time and method, or the reason."""
+
+    def noted(name: str) -> timing.Sampler:
+        def sample() -> float:
+            contained.begin(name, "sampling")
+            return sampled[name].sampler()
+
+        return sample
+
+    if not sampled:
+        return []
+    samplers = {name: noted(name) for name in sampled}
+    timings = timing.in_turns(samplers, seconds, failed=lambda name, e: contained.failed(e, [rows[name]]))
+    contained.journal.end()
+    mhz = machine.clock(contained.device)
+    for name, timed in timings.items():
+        r = rows[name]
+        if timed.ms <= 0:
+            r.reason = "took no time: it does not work on the current stream"
+            continue
+        r.ms, r.spread, r.samples, r.clock = timed.ms, timed.spread, timed.samples, mhz
+        r.method, r.reason = sampled[name].method, sampled[name].reason
+    return [name for name in timings if rows[name].ms is not None]

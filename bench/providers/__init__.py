@@ -1,0 +1,1 @@
+"""Who is measured: llama_kernels, PyTorch and other libraries."""

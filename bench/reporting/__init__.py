@@ -1,0 +1,1 @@
+"""What is made of records: pages, pictures, comparisons, goals and tables."""

@@ -1,0 +1,159 @@
+"""One self-contained page from the records of a run: `python -m bench report FILES...` makes it again."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.estimate.bounds import ASSUMPTIONS
+from bench.measuring import records
+from bench.measuring.records import Record, Run
+from bench.providers.provider import OURS
+from bench.reporting.pictures import figures as drawn
+from bench.works.work import DIRECTIONS
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid #d5dbe1 }
+table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; margin: .6rem 0 }
+td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #eceff2; white-space: nowrap }
+td.t, th.t { text-align: left } td.why { text-align: left; color: #8a4b2d; white-space: normal }
+tr.ours td { background: #eef3f8; font-weight: 600 } tr.first td { border-top: 2px solid #b8c2cc }
+img { max-width: 100% } summary { cursor: pointer; color: #1b3a5c } dt { color: #66727f } dd { margin: 0 }
+.estimate { background: #fff3d6; border: 1px solid #e0a030; padding: .7rem 1rem; border-radius: 6px }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
+"""
+_HEAD = ("gpu", "driver", "torch", "triton", "python", "commit", "date")
+_ESTIMATES = (
+    "<b>ESTIMATES.</b> No GPU was there: every millisecond on this page is a bound computed from bytes and FLOPs, none "
+    "was measured. Errors, bytes kept for the backward, machine code and the host's cost are real."
+)
+
+
+def page(run: Run, pictures: Sequence[tuple[str, str, bytes]], note: str = "") -> str:
+    """The whole report; pictures (name, caption, PNG) are put inside, or `note` in their place."""
+    measured = any(r.ms is not None and not r.estimate for r in run.records)
+    title = f"llama_kernels on {run.machine['gpu']}" if measured else "llama_kernels: estimates without a GPU"
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_text(title)}</title><style>{_STYLE}</style>",
+        f"<h1>{_text(title)}</h1>",
+    ]
+    if any(r.estimate for r in run.records):
+        listed = "".join(f"<li>{_text(a)}</li>" for a in ASSUMPTIONS)
+        parts.append(f"<div class=estimate>{_ESTIMATES} Assumed: <ul>{listed}</ul></div>")
+    head = {name: run.machine[name] for name in _HEAD if run.machine.get(name)}
+    for name, rate in run.ceilings.items():
+        head[f"ceiling, {name}"] = f"{rate:,.0f} {'GB/s' if name == 'copy' else 'TFLOP/s'}"
+    parts.append("<dl>" + "".join(f"<dt>{name}</dt><dd>{_text(x)}</dd>" for name, x in head.items()) + "</dl>")
+    for name, caption, png in pictures:
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        parts.append(f'<h2>{_text(caption)}</h2><img alt="{_text(name)}" src="{source}">')
+    if note:
+        parts.append(f"<p>{_text(note)}</p>")
+    parts += _tables(run)
+    return "\n".join(parts) + "\n"
+
+
+def _text(x: object) -> str:
+    return html.escape(str(x))
+
+
+def _row(cells: Sequence[tuple[str, str]], classes: str = "") -> str:
+    """(class of the cell, its HTML)."""
+    return f'<tr class="{classes}">' + "".join(f'<td class="{kind}">{x}</td>' for kind, x in cells) + "</tr>"
+
+
+def _head(left: Sequence[str], right: Sequence[str]) -> str:
+    cells = [f"<th class=t>{_text(name)}</th>" for name in left] + [f"<th>{_text(name)}</th>" for name in right]
+    return f"<tr>{''.join(cells)}<th></th></tr>"
+
+
+def _tables(run: Run) -> Iterator[str]:
+    groups: dict[tuple[str, bool, str], list[Record]] = {}
+    for r in run.records:
+        groups.setdefault((r.op, r.estimate, r.gpu if r.estimate else ""), []).append(r)
+    yield "<h2>Every number</h2>"
+    for (op, estimate, gpu), rs in groups.items():
+        kind = f": estimate for {gpu}" if estimate else "" if any(r.ms for r in rs) else ": parity"
+        yield f"<details><summary>{_text(op + kind)}, {len(rs)} rows</summary>{_table(rs)}</details>"
+    if kernels := run.extra.get("codegen", {}).get("kernels"):
+        yield (f"<details><summary>machine code for {_text(kernels[0]['target'])}, {len(kernels)} kernels</summary>"
+               f"{_codegen(kernels)}</details>")  # fmt: skip
+    if state := run.extra.get("providers"):
+        yield "<h2>Who has what</h2>" + _matrix(state)
+
+
+COLUMNS = (
+    ("ms", lambda r: None if r.ms is None else f"{r.ms:.4f}" if r.ms < 1 else f"{r.ms:.3f}"),
+    ("±", lambda r: None if r.spread is None else f"{r.spread:.1%}"),
+    ("rate", lambda r: None if r.rate is None else f"{r.rate:,.0f} {r.unit}"),
+    ("% of ceiling", lambda r: None if r.percent is None else f"{r.percent:.0f}"),
+    ("best other", lambda r: None if r.ratio is None else f"{r.ratio:.2f}x"),
+    ("peak MiB", lambda r: None if r.memory is None else f"{r.memory / 2**20:,.1f}"),
+    ("kept MiB", lambda r: None if r.saved is None else f"{r.saved / 2**20:,.2f}"),
+    ("error", lambda r: None if r.error is None else f"{r.error:.1e}"),
+)
+
+
+def _table(rs: list[Record]) -> str:
+    rows = [_head(("shape", "direction", "dtype", "provider"), [name for name, _ in COLUMNS])]
+    before = None
+    for r in sorted(rs, key=lambda r: _first_seen(rs, r)):
+        group = (r.shape, str(r.sizes), r.direction, r.dtype)
+        sizes = ", ".join(f"{name}={n}" for name, n in r.sizes.items())
+        named = (f'<span title="{_text(sizes)}">{_text(r.shape)}</span>', r.direction, r.dtype)
+        cells = [("t", x) for x in (named if group != before else ("", "", ""))]
+        cells += [("t", _text(r.provider)), *(("", column(r) or "") for _, column in COLUMNS)]
+        classes = ("ours " if r.provider.startswith(OURS) else "") + ("first" if group != before else "")
+        rows.append(_row([*cells, ("why", _text(r.reason or ""))], classes))
+        before = group
+    return "<table>" + "\n".join(rows) + "</table>"
+
+
+def _first_seen(rs: list[Record], r: Record) -> tuple[int, int]:
+    """Rows of one piece of work together, in one direction after the other; within them as they came."""
+    same = next(i for i, o in enumerate(rs) if (o.shape, o.sizes, o.dtype) == (r.shape, r.sizes, r.dtype))
+    return same, (*DIRECTIONS, "step").index(r.direction)
+
+
+def _codegen(kernels: list[dict[str, Any]]) -> str:
+    numbers = ("warps", "registers", "spill_bytes", "shared_bytes", "tensor_core")
+    rows = [_head(("kernel", "case"), [name.replace("_", " ") for name in numbers])]
+    for k in kernels:
+        cells = [("t", _text(k["kernel"])), ("t", _text(k["label"])), *(("", str(k[name])) for name in numbers)]
+        rows.append(_row([*cells, ("why", _text("; ".join(k["faults"])))]))
+    return "<table>" + "\n".join(rows) + "</table>"
+
+
+def _matrix(state: dict[str, dict[str, str]]) -> str:
+    """Provider and op: usable here, or why not."""
+    ops = list(dict.fromkeys(op for row in state.values() for op in row))
+    rows = [_head(("provider", *ops), ())]
+    rows += [_row([("t", _text(name)), *(("t", _text(row.get(op, ""))) for op in ops)]) for name, row in state.items()]
+    return "<table>" + "\n".join(rows) + "</table>"
+
+
+def write(run: Run, folder: Path) -> list[Path]:
+    """records.json, PNGs and report.html in `folder`: what was written. Without matplotlib, a page without pictures."""
+    written, pictures, figures, note = [folder / "records.json"], [], iter(()), ""
+    records.write(run, written[0])  # first: pictures may fail
+    try:
+        from matplotlib import pyplot as plt
+
+        figures = drawn(run)
+    except ImportError:
+        note = "No pictures: matplotlib is not installed here (pip install matplotlib)."
+    for name, caption, figure in figures:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        plt.close(figure)
+        pictures.append((name, caption, buffer.getvalue()))
+        written.append(folder / f"{name}.png")
+        written[-1].write_bytes(buffer.getvalue())
+    written.append(folder / "report.html")
+    written[-1].write_text(page(run, pictures, note))
+    return written

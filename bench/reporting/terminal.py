@@ -1,0 +1,44 @@
+"""What the commands show: the console, a progress bar, a table for each piece of work."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.measuring.records import Record
+from bench.providers.provider import OURS
+from bench.reporting.report import COLUMNS
+
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+def progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console)
+
+
+def table(rs: list[Record]) -> Table:
+    """One piece of work: a row for each provider and direction. Those with one reason for all share a row."""
+    first = rs[0]
+    sizes = ", ".join(f"{name} {n}" for name, n in first.sizes.items() if type(n) is int and n >= 0)
+    estimate = f" [yellow]ESTIMATE for {first.gpu}[/]" if first.estimate else ""
+    shown = Table(title=f"{first.op}, {first.shape} ({sizes}), {first.dtype}{estimate}", title_justify="left", box=None)
+    for name in ("provider", "direction"):
+        shown.add_column(name)
+    for name, _ in COLUMNS:
+        shown.add_column(name, justify="right")
+    shown.add_column("")
+    told = set()
+    for r in rs:
+        if r.ms is None:
+            if r.provider in told:
+                continue
+            told.add(r.provider)
+        cells = [column(r) or "" for _, column in COLUMNS]
+        style = "bold" if r.provider.startswith(OURS) else "" if r.ms is not None or r.reason is None else "dim"
+        shown.add_row(r.provider, r.direction if r.ms is not None else "", *cells, escape(r.reason or ""), style=style)
+    return shown

@@ -1,0 +1,127 @@
+"""Decoder layers and whole Llama models of Transformers, one training step of each variation: checked, then timed.
+
+All variations have the same weights and tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.measuring import machine, records, timing
+from bench.measuring.capture import Lost
+from bench.measuring.contain import Contained, mark_unfinished
+from bench.measuring.journal import Journal
+from bench.measuring.records import NOT_RUN, Record
+from bench.measuring.runner import Clock, in_turns
+from bench.training.scale import Scale, put_rate
+from bench.training.step import Step, disparity, llama
+from bench.training.variations import Stock, Variation
+from bench.works.errors import relative_errors
+
+
+def run(
+    scales: Iterable[Scale],
+    variations: Sequence[Variation],
+    *,
+    device: str,
+    clock: Clock | None,
+    ceilings: Mapping[str, float],
+    about: Mapping[str, Any],
+    seconds: float = 4.0,
+    out_of_time: Callable[[], bool] = lambda: False,
+    journal: Journal | None = None,
+) -> Iterator[list[Record]]:
+    """The records of each scale: time of a step, tokens a second, memory, parity on its first 256 tokens.
+
+    What a variation raises is the reason of its row. Raises Lost as bench.measuring.runner.run does.
+    """
+    for scale in scales:
+        rows = rows_of(scale, variations, about)
+        if out_of_time():
+            for r in rows.values():
+                r.reason = f"{NOT_RUN}: out of time"
+            yield list(rows.values())
+            continue
+        lost = None
+        try:
+            contained = Contained(next(iter(rows.values())).work, device, journal or Journal())
+            _Bench(scale, rows, device, clock, ceilings, seconds, contained).run(variations)
+        except Lost as e:
+            lost = e
+            mark_unfinished(rows.values(), clock is not None)
+        yield records.with_ratios(rows.values())
+        if lost is not None:
+            raise lost
+
+
+def rows_of(scale: Scale, variations: Sequence[Variation], about: Mapping[str, Any]) -> dict[str, Record]:
+    """By variation, a record that is still empty."""
+    return {v.name: row_of(scale, v.name, about) for v in variations}
+
+
+def row_of(scale: Scale, name: str, about: Mapping[str, Any]) -> Record:
+    return Record(op=scale.op, direction=scale.direction, shape=scale.shape, sizes=scale.sizes,
+                  dtype=str(scale.dtype)[6:], provider=name,
+                  **machine.repeated(about))  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Bench:
+    """One scale. Fills in `rows`."""
+
+    scale: Scale
+    rows: Mapping[str, Record]
+    device: str
+    clock: Clock | None
+    ceilings: Mapping[str, float]
+    seconds: float
+    contained: Contained
+
+    def run(self, variations: Sequence[Variation]) -> None:
+        prepared = None
+        with self.contained.step("", "inputs", self.rows.values()):
+            self.contained.admit("")
+            prepared = self.prepare()
+        if prepared is None:
+            return
+        sampled: dict[str, timing.Sampling] = {}
+        for variation in variations:
+            name, step = variation.name, None
+            with self.contained.step(name, "numbers and memory", [self.rows[name]]):
+                self.contained.admit(name)
+                step = self.checked(variation, *prepared)
+            if step is not None and self.clock is not None:
+                with self.contained.step(name, "timing by events", [self.rows[name]]):
+                    sampled[name] = self.clock.eager_sampler(step)
+        del prepared
+        for name in in_turns(sampled, self.seconds, self.contained, self.rows):
+            put_rate(self.rows[name], self.scale, self.ceilings)
+
+    def prepare(self) -> tuple[Scale, nn.Module, list[torch.Tensor], list[float]]:
+        """The first tokens, the stock model, and there its float64 gradients and the errors of its own."""
+        torch.compiler.reset()
+        short = dataclasses.replace(self.scale, B=1, S=min(self.scale.S, 256))
+        stock = llama(self.scale, self.device, self.scale.dtype)
+        truth = Step(short, Stock(False), self.device, torch.float64, stock).gradients()
+        plain = Step(short, Stock(False), self.device, self.scale.dtype, stock).gradients()
+        return short, stock, truth, [relative_errors(g, exact)[0] for g, exact in zip(plain, truth, strict=True)]
+
+    def checked(
+        self, variation: Variation, short: Scale, stock: nn.Module, truth: list[torch.Tensor], theirs: list[float]
+    ) -> Step | None:
+        """A step of `variation`, if it gives right gradients."""
+        r, dtype = self.rows[variation.name], self.scale.dtype
+        r.error, r.reason = disparity(Step(short, variation, self.device, dtype, stock), truth, theirs)
+        if r.reason is not None:
+            return None
+        step = Step(self.scale, variation, self.device, dtype, stock)
+        step()  # compiled, and the optimizer has its state
+        with variation.active():
+            r.saved = timing.saved_for_backward(step.forward)
+        r.memory = timing.peak_memory(step, self.device)
+        return step

@@ -1,0 +1,190 @@
+"""Attention: dense, packed and decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+import llama_kernels as lk
+from bench.works.rotations import Rope, plain_rotation
+from bench.works.work import Call, Piece, Work
+
+QUERIES = 1024  # of a piece
+PLAIN_LIMIT = 2**31  # elements of a score matrix that plain PyTorch is still asked to write
+
+
+def pairs(S: int, window: int = -1) -> int:
+    """(query, key) that a causal mask of S tokens lets see each other; `window` keys to the left at most."""
+    reach = S if window < 0 else min(window + 1, S)
+    return reach * (reach + 1) // 2 + (S - reach) * reach
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Attention(Work):
+    Hq: int
+    Hkv: int
+    D: int
+
+    arguments: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    outputs: ClassVar[tuple[str, ...]] = ("o",)
+
+    def reference(self, q, k, v):
+        return lk.reference.attention(q, k, v, window_size=(self._window, -1))
+
+    def plain(self, q, k, v):
+        return plain_attention(q, k, v, self._window)
+
+    @property
+    def _window(self) -> int:
+        return getattr(self, "window", -1)
+
+    def judged(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The last key head and its queries, of the last of the batch: what lies furthest from the origin."""
+        return x[-1:, -(1 if name in ("dk", "dv") else self.Hq // self.Hkv) :]
+
+    def _cut(self, call: Call, ends: list[int]) -> Iterator[Piece]:
+        """Pieces of QUERIES rows within sequences that end at `ends`. q, k, v (B, H, T, D)."""
+        q, k, v = (self.judged(name, x) for name, x in zip(("dq", "dk", "dv"), call.args, strict=True))
+        do = self.judged("o", call.grads[0])
+        every, start = slice(None), 0
+        for end in ends:
+            for a in range(start, end, QUERIES):
+                b = min(a + QUERIES, end)
+                first = start if self._window < 0 else max(start, a - self._window)
+                rows, keys = (every, every, slice(a, b)), (every, every, slice(first, b))
+                yield Piece(Call((q[rows], k[keys], v[keys]), (do[rows],)), (rows,), (rows, keys, keys))
+            start = end
+
+    def _bytes(self, queries: int, keys: int, direction: str) -> int:
+        q, k = (n * self.D * self.dtype.itemsize for n in (queries, keys))
+        lse = queries * 4
+        forward, backward = 2 * q + 2 * k + lse, 4 * q + 4 * k + lse  # q, k, v, o; the same, do, dq, dk, dv
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+    def _flops(self, pairs: int, direction: str) -> int:
+        """Two products a visible pair forward, five backward."""
+        return {"forward": 4, "backward": 10, "both": 14}[direction] * self.Hq * self.D * pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention(_Attention):
+    """Causal, `window` keys to the left at most. q (B, Hq, S, D), k, v (B, Hkv, S, D), views of (B, S, H, D) -> o."""
+
+    B: int
+    S: int
+    window: int = -1
+
+    op: ClassVar[str] = "attention"
+
+    def draw(self, device: str) -> Call:
+        q, k, v, do = (
+            torch.randn(self.B, self.S, H, self.D, device=device, dtype=self.dtype).transpose(1, 2)
+            for H in (self.Hq, self.Hkv, self.Hkv, self.Hq)
+        )
+        return Call((q, k, v), (do,))
+
+    def bytes(self, direction: str) -> int:
+        return self._bytes(self.B * self.Hq * self.S, self.B * self.Hkv * self.S, direction)
+
+    def flops(self, direction: str) -> int:
+        return self._flops(self.B * pairs(self.S, self.window), direction)
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        return self._cut(call, [self.S])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeAttention(Attention):
+    """Attention of q and k that come unrotated, at positions 0 to S - 1: both are rotated, dq and dk turned back."""
+
+    op: ClassVar[str] = "rope_attention"
+
+    tables, wide_tables = Rope.tables, Rope.wide_tables
+
+    def bytes(self, direction: str) -> int:
+        return super().bytes(direction) + 2 * self.S * (self.D // 2) * 4 * (2 if direction == "both" else 1)
+
+    # Of a piece the last query stands at the last key, and only distances count.
+
+    def reference(self, q, k, v):
+        cos, sin = self.tables(q.device)
+        stands = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        q, k = lk.reference.rope(q, None, cos, sin, stands)[0], lk.reference.rope(k, None, cos, sin)[0]
+        return super().reference(q, k, v)
+
+    def plain(self, q, k, v):
+        tables, (Sq, Sk) = self.wide_tables(q.device, q.dtype), (q.shape[2], k.shape[2])
+        q = plain_rotation(q, *(table[:, Sk - Sq : Sk] for table in tables))
+        return super().plain(q, plain_rotation(k, *(table[:, :Sk] for table in tables)), v)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionVarlen(_Attention):
+    """Causal within each of packed documents. q (1, Hq, T, D), k, v (1, Hkv, T, D), views of (T, H, D) -> o."""
+
+    lengths: tuple[int, ...]
+
+    op: ClassVar[str] = "attention_varlen"
+
+    def draw(self, device: str) -> Call:
+        q, k, v, do = (
+            torch.randn(1, sum(self.lengths), H, self.D, device=device, dtype=self.dtype).transpose(1, 2)
+            for H in (self.Hq, self.Hkv, self.Hkv, self.Hq)
+        )
+        return Call((q, k, v), (do,))
+
+    @property
+    def ends(self) -> list[int]:
+        return torch.tensor(self.lengths).cumsum(0).tolist()
+
+    def cu_seqlens(self, device: str) -> torch.Tensor:
+        return torch.tensor([0, *self.ends], dtype=torch.int32, device=device)
+
+    def bytes(self, direction: str) -> int:
+        return self._bytes(self.Hq * sum(self.lengths), self.Hkv * sum(self.lengths), direction)
+
+    def flops(self, direction: str) -> int:
+        return self._flops(sum(map(pairs, self.lengths)), direction)
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        return self._cut(call, self.ends)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode(_Attention):
+    """One token against a cache. q (B, Hq, 1, D), k, v (B, Hkv, Sk, D) -> o."""
+
+    B: int
+    Sk: int
+
+    op: ClassVar[str] = "decode"
+    directions: ClassVar[tuple[str, ...]] = ("forward",)
+
+    def draw(self, device: str) -> Call:
+        q, do = (torch.randn(self.B, self.Hq, 1, self.D, device=device, dtype=self.dtype) for _ in range(2))
+        k, v = (torch.randn(self.B, self.Hkv, self.Sk, self.D, device=device, dtype=self.dtype) for _ in range(2))
+        return Call((q, k, v), (do,))
+
+    def bytes(self, direction: str) -> int:
+        return self._bytes(self.B * self.Hq, self.B * self.Hkv * self.Sk, direction)
+
+    def flops(self, direction: str) -> int:
+        return self._flops(self.B * self.Sk, direction)
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        args = tuple(self.judged(name, x) for name, x in zip(("dq", "dk", "dv"), call.args, strict=True))
+        yield Piece(Call(args, (self.judged("o", call.grads[0]),)), (...,), (..., ..., ...))
+
+
+def plain_attention(q, k, v, window: int = -1) -> torch.Tensor:
+    """Transformers' eager attention: k and v repeated, scores written out. The last query stands at the last key."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
+    j = torch.arange(k.shape[2], device=q.device)
+    hidden = j > i if window < 0 else (j > i) | (i - j > window)
+    p = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1, dtype=torch.float32).to(q.dtype)
+    return p @ v

@@ -1,0 +1,137 @@
+"""Which work a run measures: the shapes of published models, sweeps over sizes, and small shapes for parity."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
+from bench.works.models import MODELS, models_by
+from bench.works.norms import AddRMSNorm, RMSNorm
+from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
+from bench.works.work import Work
+
+KINDS: tuple[type[Work], ...] = (
+    *(RMSNorm, AddRMSNorm, Rope, QKNormRope, RopeQKV, RopeIntoCache),
+    *(Attention, RopeAttention, AttentionVarlen, Decode),
+)
+OPS = tuple(kind.op for kind in KINDS)
+PRESETS = ("models", "sweeps", "attention", "memory_bound", "training", "smoke", "all")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def works_of(preset: str) -> Iterator[Work]:
+    packed = AttentionVarlen(shape="packed documents", lengths=documents(16384), Hq=32, Hkv=8, D=128)
+    if preset in ("models", "all"):
+        yield from (*_memory_bound_models(), *_attention_models(), packed)
+    if preset in ("sweeps", "memory_bound", "all"):
+        yield from _memory_bound_sweeps()
+    if preset in ("sweeps", "attention", "all"):
+        yield from _attention_sweeps()
+    if preset == "smoke":
+        some = itertools.chain(_memory_bound_models(), _attention_models())
+        yield from (*(work for work in some if work.shape.startswith(("Llama 3.2 1B", "Llama 3.1 8B"))), packed)
+
+
+# --- memory-bound ops ------------------------------------------------------------------------------------------------
+
+
+def _memory_bound_models(tokens: int = 16384) -> Iterator[Work]:
+    """Each op at the widths of published models."""
+    for name, m in models_by("hidden"):
+        yield RMSNorm(shape=name, M=tokens, N=m.hidden)
+        yield AddRMSNorm(shape=name, M=tokens, N=m.hidden)
+    for name, m in MODELS.items():
+        if m.qk_norm:
+            yield RMSNorm(shape=f"{name}, heads of q and k", M=tokens * (m.heads + m.kv_heads), N=m.head_dim)
+            yield QKNormRope(shape=name, B=4, S=tokens // 4, Hq=m.heads, Hkv=m.kv_heads, D=m.head_dim)
+    for name, m in models_by("heads", "kv_heads", "head_dim"):
+        heads = {"Hq": m.heads, "Hkv": m.kv_heads, "D": m.head_dim}
+        yield Rope(shape=name, B=4, S=tokens // 4, **heads)
+        yield RopeQKV(shape=name, B=4, S=tokens // 4, **heads)
+        yield RopeIntoCache(shape=name, B=16, S=4096, **heads)
+
+
+def _memory_bound_sweeps() -> Iterator[Work]:
+    """From head norms to the longest rows, 512 MB a tensor or less; RoPE over sequence lengths; few rows."""
+    for N in (64, 128):
+        yield RMSNorm(shape=f"head norm {N}", M=2**20, N=N)
+    for log in range(10, 19):
+        N = 2**log
+        rows = min(2**15, 2**28 // N)
+        yield RMSNorm(shape=f"rows of {N}", M=rows, N=N)
+        if N <= 2**14:
+            yield AddRMSNorm(shape=f"rows of {N}", M=rows, N=N)
+    for M in (1, 16, 128):
+        yield RMSNorm(shape=f"{M} rows", M=M, N=4096)
+    for S in (512, 2048, 8192, 32768):
+        for kind in (Rope, QKNormRope, RopeQKV):
+            yield kind(shape=f"32k tokens, S={S}", B=32768 // S, S=S, Hq=32, Hkv=8, D=128)
+    for B in (1, 16, 128):
+        yield RopeIntoCache(shape=f"{B} sequences", B=B, S=4096, Hq=32, Hkv=8, D=128)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def documents(tokens: int, shortest: int = 128) -> tuple[int, ...]:
+    """Lengths that add up to `tokens`, long and short as in pretraining data, the same every time."""
+    shares = [1, 8, 2, 32, 4, 1, 16, 2, 4, 8, 1, 16, 2, 4, 8, 19]
+    lengths = [max(share * tokens // 128, shortest) for share in shares[:-1]]
+    return (*lengths, tokens - sum(lengths))
+
+
+def _attention_models(tokens: int = 16384) -> Iterator[Work]:
+    """Training at 4k tokens a sequence, and a step of decoding, at the heads of published models."""
+    for name, m in models_by("heads", "kv_heads", "head_dim", "window"):
+        heads = {"Hq": m.heads, "Hkv": m.kv_heads, "D": m.head_dim}
+        S = min(4096, tokens)
+        yield Attention(shape=name, B=tokens // S, S=S, **heads)
+        yield RopeAttention(shape=name, B=tokens // S, S=S, **heads)
+        if m.window > 0:
+            yield Attention(shape=f"{name}, window", B=tokens // S, S=S, window=m.window - 1, **heads)
+        yield Decode(shape=name, B=16, Sk=4096, **heads)
+
+
+def _attention_sweeps(tokens: int = 32768) -> Iterator[Work]:
+    """Over sequence length at a fixed number of tokens, head widths and ratios, packed documents, caches."""
+    for heads in ((32, 8, 128), (32, 8, 64), (16, 8, 256)):
+        Hq, Hkv, D = heads
+        for S in (512, 1024, 2048, 4096, 8192, 16384, 32768):
+            yield Attention(shape=f"32k tokens, S={S}", B=tokens // S, S=S, Hq=Hq, Hkv=Hkv, D=D)
+            if S in (512, 2048, 8192, 32768):
+                yield RopeAttention(shape=f"32k tokens, S={S}", B=tokens // S, S=S, Hq=Hq, Hkv=Hkv, D=D)
+    for Hq, Hkv in ((16, 16), (64, 8)):
+        yield Attention(shape=f"heads {Hq}/{Hkv}", B=tokens // 8192, S=8192, Hq=Hq, Hkv=Hkv, D=128)
+    yield Attention(shape="window 1024", B=tokens // 8192, S=8192, window=1023, Hq=32, Hkv=8, D=128)
+    yield AttentionVarlen(shape="packed documents", lengths=documents(tokens), Hq=32, Hkv=8, D=128)
+    for B, Sk in ((1, 1024), (1, 4096), (1, 32768), (1, 131072), (16, 1024), (16, 4096), (16, 32768), (64, 4096)):
+        yield Decode(shape=f"batch {B}, cache {Sk}", B=B, Sk=Sk, Hq=32, Hkv=8, D=128)
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------
+
+
+def small(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> Iterator[Work]:
+    """Every op and option of the bench, small enough for an interpreter."""
+    works: tuple[Work, ...] = (
+        RMSNorm(shape="rows of 4096", M=48, N=4096),
+        RMSNorm(shape="head norm 128", M=512, N=128),
+        AddRMSNorm(shape="rows of 2048", M=48, N=2048),
+        Rope(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
+        QKNormRope(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
+        RopeQKV(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
+        RopeIntoCache(shape="3 sequences", B=3, S=48, Hq=8, Hkv=2, D=128),
+        Attention(shape="heads 4/2", B=2, S=160, Hq=4, Hkv=2, D=64),
+        RopeAttention(shape="heads 4/2", B=2, S=160, Hq=4, Hkv=2, D=64),
+        Attention(shape="head width 128", B=1, S=130, Hq=2, Hkv=1, D=128),
+        Attention(shape="window", B=1, S=200, Hq=4, Hkv=2, D=64, window=70),
+        AttentionVarlen(shape="packed", lengths=(70, 5, 120, 1), Hq=4, Hkv=2, D=64),
+        Decode(shape="cache of 700", B=2, Sk=700, Hq=8, Hkv=2, D=64),
+    )
+    for dtype in dtypes:
+        for work in works:
+            yield dataclasses.replace(work, dtype=dtype)

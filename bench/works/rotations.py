@@ -1,0 +1,178 @@
+"""RoPE, alone and together with head norms, a packed projection or a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+import llama_kernels as lk
+from bench.works.norms import EPS, plain_norm
+from bench.works.work import Call, Piece, Work
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope(Work):
+    """q (B, Hq, S, D), k (B, Hkv, S, D), both views of (B, S, H, D) memory -> q, k rotated."""
+
+    B: int
+    S: int
+    Hq: int
+    Hkv: int
+    D: int
+
+    op: ClassVar[str] = "rope"
+    arguments: ClassVar[tuple[str, ...]] = ("q", "k")
+    outputs: ClassVar[tuple[str, ...]] = ("q_rotated", "k_rotated")
+
+    def draw(self, device: str) -> Call:
+        q, k, dq, dk = (
+            torch.randn(self.B, self.S, H, self.D, device=device, dtype=self.dtype).transpose(1, 2)
+            for H in (self.Hq, self.Hkv, self.Hq, self.Hkv)
+        )
+        return Call((q, k), (dq, dk))
+
+    def tables(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (S, D/2) float32."""
+        inv_freq, _ = lk.rope_frequencies(self.D, 500000.0)
+        return lk.rope_tables(inv_freq.to(device), self.S)
+
+    def wide_tables(self, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (1, S, D), both halves written out: as Transformers passes them from layer to layer."""
+        cos, sin = (torch.cat((x, x), -1)[None].to(dtype) for x in self.tables(device))
+        return cos, sin
+
+    def bytes(self, direction: str) -> int:
+        heads = self.B * self.S * (self.Hq + self.Hkv) * self.D * self.dtype.itemsize
+        one_way = 2 * heads + 2 * self.S * (self.D // 2) * 4
+        return one_way * (2 if direction == "both" else 1)
+
+    def reference(self, q, k):
+        return lk.reference.rope(q, k, *self.tables(q.device))
+
+    def plain(self, q, k):
+        return plain_rope(q, k, *self.wide_tables(q.device, q.dtype))
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        for b in range(self.B):
+            one = slice(b, b + 1)
+            yield Piece(Call(*(tuple(x[one] for x in tensors) for tensors in call)), (one, one), (one, one))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QKNormRope(Rope):
+    """q, k as in Rope, weights (D,) each -> q, k with every head normed, then rotated."""
+
+    op: ClassVar[str] = "qk_norm_rope"
+    arguments: ClassVar[tuple[str, ...]] = ("q", "k", "q_weight", "k_weight")
+
+    def draw(self, device: str) -> Call:
+        (q, k), grads = super().draw(device)
+        weights = (torch.rand(self.D, device=device, dtype=self.dtype) + 0.5 for _ in range(2))
+        return Call((q, k, *weights), grads)
+
+    def bytes(self, direction: str) -> int:
+        heads = self.B * self.S * (self.Hq + self.Hkv) * self.D * self.dtype.itemsize
+        rest = 2 * self.S * (self.D // 2) * 4 + 2 * self.D * self.dtype.itemsize
+        forward, backward = 2 * heads + rest, 3 * heads + rest  # x, y; x, dy, dx
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+    def reference(self, q, k, q_weight, k_weight):
+        return lk.reference.qk_norm_rope(q, k, q_weight, k_weight, *self.tables(q.device), eps=EPS)
+
+    def plain(self, q, k, q_weight, k_weight):
+        return super().plain(plain_norm(q, q_weight), plain_norm(k, k_weight))
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        for (q_and_k, grads), outputs, arguments in super().pieces(Call(call.args[:2], call.grads)):
+            yield Piece(Call((*q_and_k, *call.args[2:]), grads), outputs, (*arguments, ..., ...))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeQKV(Rope):
+    """qkv (B, S, (Hq + 2 Hkv) D), a packed projection -> q, k rotated, v, each (B, H, S, D)."""
+
+    op: ClassVar[str] = "rope_qkv"
+    arguments: ClassVar[tuple[str, ...]] = ("qkv",)
+    outputs: ClassVar[tuple[str, ...]] = ("q_rotated", "k_rotated", "v")
+
+    def draw(self, device: str) -> Call:
+        _, (dq, dk) = super().draw(device)
+        qkv = torch.randn(self.B, self.S, (self.Hq + 2 * self.Hkv) * self.D, device=device, dtype=self.dtype)
+        return Call((qkv,), (dq, dk, torch.randn_like(dk)))
+
+    def bytes(self, direction: str) -> int:
+        v = self.B * self.S * self.Hkv * self.D * self.dtype.itemsize
+        forward = super().bytes("forward")  # v stays where it is
+        return {"forward": forward, "backward": forward + 2 * v, "both": 2 * forward + 2 * v}[direction]
+
+    def reference(self, qkv):
+        return lk.reference.rope_qkv(qkv, self.Hq, self.Hkv, *self.tables(qkv.device))
+
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k, v as views."""
+        heads = qkv.unflatten(-1, (-1, self.D)).transpose(1, 2)
+        return heads.split((self.Hq, self.Hkv, self.Hkv), 1)
+
+    def plain(self, qkv):
+        q, k, v = self.split(qkv)
+        return *super().plain(q, k), v
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        for b in range(self.B):
+            one = slice(b, b + 1)
+            yield Piece(Call(*(tuple(x[one] for x in tensors) for tensors in call)), (one,) * 3, (one,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeIntoCache(Rope):
+    """One new token: q (B, Hq, 1, D), k, v (B, Hkv, 1, D) -> q rotated, and what then stands in caches of S tokens.
+
+    `caches` gives a provider its own.
+    """
+
+    op: ClassVar[str] = "rope_into_cache"
+    arguments: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    outputs: ClassVar[tuple[str, ...]] = ("q_rotated", "k_cached", "v_cached")
+    directions: ClassVar[tuple[str, ...]] = ("forward",)
+
+    @property
+    def position(self) -> int:
+        return self.S // 2
+
+    def caches(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.zeros(self.B, self.Hkv, self.S, self.D, device=device, dtype=self.dtype) for _ in range(2))
+
+    def draw(self, device: str) -> Call:
+        sizes = (self.Hq, self.Hkv, self.Hkv)
+        args = tuple(torch.randn(self.B, H, 1, self.D, device=device, dtype=self.dtype) for H in sizes)
+        return Call(args, tuple(torch.zeros_like(x) for x in args))
+
+    def bytes(self, direction: str) -> int:
+        return 2 * self.B * (self.Hq + 2 * self.Hkv) * self.D * self.dtype.itemsize + 2 * (self.D // 2) * 4
+
+    def angles(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (1, D/2) of the position."""
+        return tuple(x[self.position, None] for x in self.tables(device))
+
+    def reference(self, q, k, v):
+        return *lk.reference.rope(q, k, *self.angles(q.device)), v
+
+    def plain(self, q, k, v):
+        cos, sin = (x[:, self.position, None] for x in self.wide_tables(q.device, q.dtype))
+        return *plain_rope(q, k, cos, sin), v
+
+    def pieces(self, call: Call) -> Iterator[Piece]:
+        yield Piece(call, (..., ..., ...), (..., ..., ...))
+
+
+def plain_rope(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transformers' apply_rotary_pos_emb; cos, sin (1, S, D)."""
+    return tuple(plain_rotation(x, cos, sin) for x in (q, k))
+
+
+def plain_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x0, x1 = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-x1, x0), dim=-1) * sin.unsqueeze(1)
