@@ -65,12 +65,14 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(DEMO)
 
 # Each side by side, stock and patched, half as long as its default; pictures and numbers in build/examples.
-EXAMPLES ?= finetune_sequence_classification finetune_token_classification question_answering pretrain generate
+TASKS := sequence-classification token-classification question-answering
+EXAMPLES ?= $(TASKS) pretrain generate
 STEPS ?= 120
+script = $(if $(filter $(TASKS),$(1)),finetune --task $(1),$(1))
 
 examples: $(INSTALLED)
 	$(call NEEDS,examples)
-	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --compare --steps $(STEPS) || exit 1; done
+	@set -ex; $(foreach name,$(EXAMPLES),$(BIN)/python -m examples.$(call script,$(name)) --compare --steps $(STEPS);)
 
 # The kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run: tests/run.py.
 # PYTEST='tests/ops/test_rope.py -k heads' and the like choose tests.

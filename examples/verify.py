@@ -1,15 +1,19 @@
-"""`python -m examples.verify SNAPSHOT...`: the kernels on points of a training run, and op by op, against float64.
+"""`python -m examples.verify SNAPSHOT...`: steps of a training run, and each op, compared with float64.
 
-A snapshot holds a model's configuration, weights and one batch. With `--device cpu`, the default without a GPU, the
-kernels run in Triton's interpreter: start it with TRITON_INTERPRET=1, as the demo does. Prints one JSON object.
+A snapshot is a model's configuration, its weights and one batch. With `--device cpu`, the default without a GPU, the
+kernels run in Triton's interpreter if TRITON_INTERPRET=1 is set, as the demo does. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python examples/verify.py`
 
 import torch
 from torch.nn import functional as F

@@ -32,7 +32,7 @@ PACKAGES = (
     Package("matplotlib", "matplotlib", "pictures", ("demo", "bench", "examples", "gpu-check")),
     Package("transformers", "transformers", "Hugging Face models: the examples, and the tests of patch", ("examples",)),
     Package("peft", "peft", "low-rank adapters in the examples, and their tests"),
-    Package("accelerate", "accelerate", "the tests of models whose weights are offloaded"),
+    Package("accelerate", "accelerate", "the Trainer in the examples, and tests of offloaded weights", ("examples",)),
     Package("einops", "einops", "the suites of other projects (make witness)", ("witness",)),
     Package("ruff", "ruff", "make lint", ("lint", "fmt", "quick")),
     Package("mypy", "mypy", "make typecheck, a part of make lint", ("typecheck", "quick")),

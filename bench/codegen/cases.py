@@ -4,6 +4,8 @@ The package's own launchers run: Triton specialises and compiles just what it wo
 dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit its kernel fails here.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +19,6 @@ from triton.runtime.jit import JITFunction
 from bench.codegen import hopper, ones
 from llama_kernels.core import device
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode, tables
 from llama_kernels.ops.attention.call import AttentionCall
 
@@ -74,9 +75,9 @@ def _rows_of(N: int, dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) 
     for residual in (None, x):
         label = f"N={N}" + " float32" * (dtype == torch.float32) + " float32 weight" * (weight_dtype != dtype)
         label += "" if residual is None else " +residual"
-        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): rms_norm._forward(*a), full)
+        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): KERNELS["rms_norm_forward"](*a), full)
         grads = (x, residual, x, weight, rstd, 1e-6, 0.0, dtype, True, True)
-        yield Case("rms_norm", label, lambda a=grads: rms_norm._backward(*a), full)
+        yield Case("rms_norm", label, lambda a=grads: KERNELS["rms_norm_backward"](*a), full)
 
 
 def _rope_cases() -> Iterator[Case]:
@@ -85,16 +86,16 @@ def _rope_cases() -> Iterator[Case]:
         for interleaved in (False, True):
             q, k, *angles = _heads(D, R, Hq, Hkv)
             label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
-            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): rope._rotated(*a))
+            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): KERNELS["rope"](*a))
     q, k, *angles = _heads(128, 128, 32, 8)
-    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): rope._packed_backward(*a))
+    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): KERNELS["rope_qkv_backward"](*a))
     cache, slots = torch.empty(1, 8, 64, 128, dtype=q.dtype), angles[-1]
     into = (q, k, k, cache, cache, slots, *angles, False)
-    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: rope._into_cache(*a))
+    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: KERNELS["rope_into_cache"](*a))
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         wide = (*_wide_tables(128), angles[-1], interleaved)
-        yield Case("rope", label, lambda a=(q, k, *wide, True): rope._rotated(*a), interleaved)
+        yield Case("rope", label, lambda a=(q, k, *wide, True): KERNELS["rope"](*a), interleaved)
 
 
 def _qk_norm_rope_cases() -> Iterator[Case]:
@@ -104,14 +105,16 @@ def _qk_norm_rope_cases() -> Iterator[Case]:
             weights = (torch.empty(D, dtype=q.dtype),) * 2
             label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
             rest, full = (*weights, *angles, 1e-6, 0.0, interleaved), D == 80 or (interleaved and (D, R) != (128, 128))
-            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): qk_norm_rope._forward(*a), full)
-            yield Case("qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): qk_norm_rope._backward(*a), full)
+            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): KERNELS["qk_norm_rope"](*a), full)
+            yield Case(
+                "qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): KERNELS["qk_norm_rope_backward"](*a), full
+            )
     q, k, *_, position_ids = _heads(128, 128, 32, 8)
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         weights = (torch.empty(128, dtype=q.dtype),) * 2
         rest = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
-        yield Case("qk_norm_rope", label, lambda a=rest: qk_norm_rope._backward(*a), interleaved)
+        yield Case("qk_norm_rope", label, lambda a=rest: KERNELS["qk_norm_rope_backward"](*a), interleaved)
 
 
 def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:

@@ -75,11 +75,7 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
     left, right = 64 if "window" in options else None, 0 if "causal" in options else None
     softcap = 30.0 if "softcap" in options else None
     rest = (sinks, None, None, cu_seqlens, cu_seqlens, S, S, 0.1, softcap, left, right)
-    with (
-        mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"),
-        hopper_attention(),
-        warnings.catch_warnings(),
-    ):
+    with mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"), hopper_attention(), warnings.catch_warnings():
         warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile is said, and stepped over
         KERNELS["attention_forward"](q, k, v, *rest)
         if "rotated" in options:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode
 from llama_kernels.ops.attention.call import AttentionCall
 
@@ -101,10 +100,10 @@ def _rotations(D: int, interleaved: bool) -> None:
     q = torch.empty(1, 1, 1, D, dtype=torch.bfloat16)
     weights, cache = (torch.empty(D, dtype=q.dtype),) * 2, torch.empty(1, 1, 64, D, dtype=q.dtype)
     angles = (torch.empty(1, D // 2), torch.empty(1, D // 2), torch.zeros(1, 1, dtype=torch.int64))
-    rope._rotated(q, q, *angles, interleaved, False)
-    rope._into_cache(q, q, q, cache, cache, angles[-1], *angles, interleaved)
-    qk_norm_rope._forward(q, q, *weights, *angles, 1e-6, 0.0, interleaved)
-    qk_norm_rope._backward(q, q, q, q, *weights, *angles, 1e-6, 0.0, interleaved, True)
+    KERNELS["rope"](q, q, *angles, interleaved, False)
+    KERNELS["rope_into_cache"](q, q, q, cache, cache, angles[-1], *angles, interleaved)
+    KERNELS["qk_norm_rope"](q, q, *weights, *angles, 1e-6, 0.0, interleaved)
+    KERNELS["qk_norm_rope_backward"](q, q, q, q, *weights, *angles, 1e-6, 0.0, interleaved, True)
     lse, bound = torch.empty(1, 1, 1), torch.zeros(1, 1, dtype=torch.int32)
     rest = (interleaved, 0.1, None, None, 0, True, True, True, False, None)
     KERNELS["rope_attention_backward"](q, None, q, q, q, q, lse, None, bound, bound, *angles, *rest)
@@ -113,5 +112,5 @@ def _rotations(D: int, interleaved: bool) -> None:
 def _norms(N: int) -> None:
     x, weight, rstd = torch.empty(1, N, dtype=torch.bfloat16), torch.empty(N, dtype=torch.bfloat16), torch.empty(1, 1)
     for residual in (None, x):
-        rms_norm._forward(x, residual, weight, 1e-6, 0.0)
-        rms_norm._backward(x, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
+        KERNELS["rms_norm_forward"](x, residual, weight, 1e-6, 0.0)
+        KERNELS["rms_norm_backward"](x, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)

@@ -47,11 +47,7 @@ def in_new_processes(args: argparse.Namespace) -> int:
 
 
 def measure(
-    args: argparse.Namespace,
-    works: list[Work],
-    training: list[Scale],
-    device: str,
-    clock: runner.Clock | None,
+    args: argparse.Namespace, works: list[Work], training: list[Scale], device: str, clock: runner.Clock | None
 ) -> Run:
     """Everyone at `works` and `training`, as far as the minutes go. Without a clock: parity and memory.
 

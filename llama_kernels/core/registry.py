@@ -26,7 +26,7 @@ def register(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    call: type[tuple[Any, ...]] | None = None,
+    call: Any = None,
 ) -> Callable[..., Any]:
     """Define the op `llama_kernels::<schema>`, and return the function by which the package calls it.
 
@@ -47,9 +47,9 @@ def register(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.llama_kernels, name).default
     if call is not None:
-        parameters = tuple(argument.name for argument in op._schema.arguments)
-        if call._fields != parameters:  # type: ignore[attr-defined]
-            raise ValueError(f"{call.__name__} has fields {call._fields}, but {name} takes {parameters}.")
+        parameters, fields = tuple(argument.name for argument in op._schema.arguments), call._fields
+        if fields != parameters:
+            raise ValueError(f"{call.__name__} has the fields {fields}, but the op {name} takes {parameters}.")
         kernel, reference, fake = (_given_whole(call, function) for function in (kernel, reference, fake))
     KERNELS[name] = kernel
     LIBRARY.impl(name, kernel, "CUDA")
@@ -76,9 +76,9 @@ def register(
 
 
 def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`function`, which takes a `call`, as a function of its fields."""
-    make = call._make
-    return lambda *args: function(make(args))
+    """`function`, which takes a `call`, as a function of its fields. The dispatcher sees to their number."""
+    new = tuple.__new__
+    return lambda *args: function(new(call, args))
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

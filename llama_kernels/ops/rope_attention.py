@@ -20,7 +20,8 @@ from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.op import attention_forward
 from llama_kernels.ops.rope import _rope as rotate
-from llama_kernels.ops.rotation import check_angles, full_width, rotates_in_registers, tokens_of
+from llama_kernels.ops.rotation import full_width, rotates_in_registers
+from llama_kernels.ops.rotation_checks import check_angles, tokens_of
 
 # --- registered op ---------------------------------------------------------------------------------------------------
 

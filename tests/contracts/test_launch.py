@@ -158,7 +158,7 @@ def test_one_tensor_in_two_places_is_not_two_tensors(launched):
         assert got[0] is a and got[1] is b
 
 
-def test_a_plan_that_makes_tensors_is_not_cached(launched):
+def test_launches_of_tensors_that_the_launcher_makes_are_not_cached(launched):
     def into_new(x, scale):
         yield from _twice_plan(x, torch.empty_like(x), scale)
 

@@ -60,7 +60,8 @@ def targets(interpreter_works: bool) -> Iterator[Target]:
         yield Target(("gpu-check", "GPU_CHECK=--help"), ("usage: ",))
     else:
         yield Target(("gpu-check",), ("torch sees no GPU",), status=2)
-    yield Target(("examples", "EXAMPLES=pretrain", "STEPS=2"), ("pretrain.json",))
+    examples = "EXAMPLES=pretrain token-classification"
+    yield Target(("examples", examples, "STEPS=2"), ("pretrain.json", "classification.json"))
     yield Target(("install", "TRITON=3.7.1"), ("it takes TRITON=present only",), status=2)
 
 

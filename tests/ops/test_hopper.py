@@ -1,16 +1,11 @@
-"""The Hopper kernels without a GPU: their schedule on integers, themselves on a machine that plays one, their choice.
+"""The Hopper kernels without a GPU: their schedule on integers, when they are chosen, and what is done around them.
 
-What can go wrong in such a kernel and nowhere else is its schedule: a block left out, a wrong phase and the GPU hangs,
-a slot overwritten while tensor cores still read it. The functions of schedule.py are compared with the definition of
-the mask; then the kernels' own source runs on tests/ops/hopper_machine.py, held against float64 by the judge as any
-kernel here, and planted faults are caught. What the compiler makes of it, `python -m bench.codegen` shows; the rest,
-only a GPU (tests/gpu/test_gpu.py).
+The functions of schedule.py are compared with the definition of the mask. The kernels themselves run as compiled, in
+tests/compiled/llama, where faults planted in them are caught, and on a GPU in tests/gpu/test_gpu.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import random
 import subprocess
 import sys
@@ -30,9 +25,8 @@ from llama_kernels.ops.attention import dispatch, hopper, tiles
 from llama_kernels.ops.attention.call import AttentionCall, Wanted
 from llama_kernels.ops.attention.hopper import schedule, switch
 from llama_kernels.ops.attention.hopper.tables import TILES, HopperTile
-from tests.ops import hopper_machine
-from tests.support.attention import Case, check, make, packed, run
-from tests.support.launches import kernels_launched, names
+from tests.support.attention import Case
+from tests.support.hopper import check_of_hopper_kernels
 
 # --- the kernels' own functions, on integers -------------------------------------------------------------------------
 
@@ -149,174 +143,6 @@ def test_every_tile_of_queries_is_one_programs_longest_first(B, Hq, Sq):
         (h, b) for h in range(Hq) for b in range(B)
     }
     assert [m for m, _, _ in found] == sorted((m for m, _, _ in found), reverse=True)
-
-
-# --- the kernels themselves ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def machine(**planted: Any) -> Iterator[list[hopper_machine.Launcher]]:
-    """Attention takes the Hopper kernels, which run on the machine; the launchers of forward and backward."""
-    launchers = []
-    with contextlib.ExitStack() as stack:
-        for module, name, value in hopper_machine.patches(**planted):
-            stack.enter_context(mock.patch.object(module, name, value))
-            launchers += [value] if isinstance(value, hopper_machine.Launcher) else []
-        stack.enter_context(mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"))
-        stack.enter_context(mock.patch.object(dispatch, "HAS_GLUON", True))
-        # What fails here is to be seen, not stepped over.
-        stack.enter_context(mock.patch.object(hopper, "attempt", lambda _, launch, *args: (True, launch(*args))))
-        stack.enter_context(lk.hopper_attention())
-        torch.use_deterministic_algorithms(False)
-        yield launchers
-
-
-# Heads of every width class, full and not; every option alone and together; rows and keys that leave tiles half full;
-# rows without keys, keys without rows; packed sequences of any length.
-ON_MACHINE = (
-    Case(1, 4, 2, 300, 300, 64, 64),
-    Case(1, 3, 1, 200, 200, 128, 128),
-    Case(2, 2, 2, 70, 150, 80, 80),
-    Case(1, 2, 1, 260, 130, 96, 96),
-    Case(1, 2, 1, 70, 140, 256, 256),
-    Case(2, 2, 1, 130, 257, 64, 64, is_causal=False),
-    Case(1, 2, 1, 300, 500, 64, 64, window_size=(90, 0)),
-    Case(1, 2, 2, 300, 200, 128, 128, is_causal=False, window_size=(20, 70)),
-    Case(1, 2, 1, 150, 150, 64, 64, softcap=3.0),
-    Case(1, 4, 2, 290, 200, 128, 128, sinks=True),
-    Case(1, 2, 2, 140, 140, 64, 64, scale=-0.3),
-    packed((50, 0, 200, 1), (50, 0, 200, 1), 4, 2, 64, 64),
-    packed((150, 3, 90), (70, 200, 130), 2, 1, 128, 128, is_causal=False, window_size=(60, 30), sinks=True),
-    packed((33, 129), (170, 60), 2, 2, 64, 64, window_size=(40, 5), softcap=4.0),
-)
-
-
-def check_of_hopper_kernels(case: Case, dtype: torch.dtype, device: torch.device) -> None:
-    """`check`; and that the Hopper kernels ran, forward and backward, and no portable one in their place. The one
-    exception is the backward that they do not have: of heads wider than 128, and of softcap at heads wider than 64."""
-    with kernels_launched() as launches:
-        check(case, dtype, device)
-    backward = case.D <= 128 and (case.softcap is None or case.D <= 64)
-    expected = {"_hopper_forward_kernel", "_delta_kernel"}
-    expected |= {"_hopper_backward_kernel", "_round_dq_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
-    assert set(names(launches)) == expected
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("case", ON_MACHINE, ids=str)
-def test_the_kernels_are_right_on_a_machine_that_plays_the_gpu(case, device):
-    number = ON_MACHINE.index(case)
-    with machine(seed=number):
-        check_of_hopper_kernels(case, (torch.float16, torch.bfloat16)[number % 2], device)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("without", ["both", "backward"])
-def test_a_portable_kernel_is_not_taken_for_a_hopper_kernel(without, device):
-    """What the GPU's own test of the Hopper kernels would say if a portable kernel had run."""
-    case = Case(1, 2, 1, 70, 70, 64, 64)
-    with contextlib.ExitStack() as stack:
-        if without == "backward":
-            stack.enter_context(machine())
-            torch.use_deterministic_algorithms(True)
-        with pytest.raises(AssertionError, match="_dq_kernel"):
-            check_of_hopper_kernels(case, torch.float16, device)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("tile", TILES["forward"], ids=str)
-def test_every_tile_of_the_hopper_kernels_is_run(tile, device):
-    """Rows and keys that fill tiles, and a rest of each."""
-    case, backward = Case(1, 1, 1, 130, 130, tile.width, tile.width), TILES["backward"]
-    with machine() as (on_forward, on_backward), kernels_launched() as launches:
-        check(case, torch.float16, device)
-    ran = {launched.name: launched.options for launched in launches}
-    options = ran["_hopper_forward_kernel"]
-    assert on_forward.launches == 1 and (options["BLOCK_N"], options["STAGES"]) == (tile.BLOCK_N, tile.STAGES)
-    of_backward = [other for other in backward if other.width == tile.width]
-    assert on_backward.launches == len(of_backward)
-    assert all(ran["_hopper_backward_kernel"]["STAGES"] == other.STAGES for other in of_backward)
-    assert {other.width for other in backward} <= {other.width for other in TILES["forward"]}
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("D", [64, 128])
-def test_dimensions_of_one_may_have_any_stride(D, device):
-    """One token, one head, one of a batch: what it strides means nothing, and the copy engine still checks it."""
-    cases = (packed((1, 0), (170, 20), 1, 1, D, D), Case(1, 1, 1, 40, 150, D, D))
-    for case in cases:
-        with machine() as (on_forward, on_backward):
-            check(case, torch.float16, device, layout=3)
-        assert on_forward.launches == on_backward.launches == 1
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("D", [64, 128])
-def test_a_sequence_never_meets_what_lies_beside_it(D, device):
-    """NaN in one sequence of a packed batch, whose rows and keys share tiles with its neighbours'."""
-    q, k, v = (torch.randn(200, H, D, device=device).half() for H in (2, 1, 1))
-    bounds = torch.tensor([0, 70, 130, 200], dtype=torch.int32, device=device)
-    grads = []
-    for beside in (0.0, torch.nan):
-        for x in (q, k, v):
-            x.requires_grad_(False)[70:130] = beside
-            x.requires_grad_()
-        with machine():
-            out = lk.attention_varlen(q, k, v, bounds, bounds, 70, 70)
-            grads.append([out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
-    for clean, poisoned in zip(*grads, strict=True):
-        assert torch.equal(clean[:70], poisoned[:70]) and torch.equal(clean[130:], poisoned[130:])
-
-
-# --- planted faults --------------------------------------------------------------------------------------------------
-
-
-def results(D: int, **planted: Any) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    case = Case(1, 2, 1, 290, 290, D, D, window_size=(150, 0))
-    with machine(**planted):
-        return run(lk, case, make(case, torch.float16, torch.device("cpu")))
-
-
-_right = functools.cache(results)
-
-
-def caught(D: int, **planted: Any) -> bool:
-    """Whether a fault shows: the machine says so, or the numbers do, which are right without it."""
-    expected = _right(D)
-    for seed in range(6):
-        try:
-            torch.testing.assert_close(results(D, seed=seed, **planted), expected, atol=0.05, rtol=0.05)
-        except AssertionError:
-            return True
-    return False
-
-
-FAULTS = {
-    "a phase that flips a round late": {"filled_phase": lambda step, STAGES: (step // (2 * STAGES)) & 1},
-    "a ring of one slot more than there are": {"filled_phase": lambda step, STAGES: (step // (STAGES + 1)) & 1},
-    "an untouched slot that is waited for": {"freed_phase": lambda step, STAGES: (step // STAGES) & 1},
-    "a slot for two steps": {"slot_of": lambda step, STAGES: (step // 2) & (STAGES - 1)},
-    "both begin with the turn": {"turn_phase": lambda step, C: step & 1},
-    "nobody begins": {"turn_phase": lambda step, C: (step + 1) & 1},
-    "blocks in the order of the steps": {"block_of": lambda walk, step: step},
-    "another head of the group": {"head_and_block": lambda walk, step, group: (0, step % walk.count)},
-    "no fence": {"fence_async_shared": lambda: None},
-}
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("fault", FAULTS)
-def test_wrong_arithmetic_is_caught(fault):
-    assert caught(64, **FAULTS[fault])
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("without", ["q_filled", "k_filled", "k_freed", "v_filled", "v_freed", "o_filled", "kv_filled",
-                                     "do_filled", "freed", "ds_filled", "ds_freed", "dq_filled", "dq_freed",
-                                     "dkdv_filled"])  # fmt: skip
-def test_a_missing_wait_is_caught(without):
-    assert caught(128, without=without)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -489,6 +315,13 @@ def test_the_option():
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--hopper", __file__, "-k", tests]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.interpreter
+def test_a_portable_kernel_is_not_taken_for_a_hopper_kernel(device):
+    """What the check of the Hopper kernels says if a portable kernel ran."""
+    with pytest.raises(AssertionError, match="_dq_kernel"):
+        check_of_hopper_kernels(Case(1, 2, 1, 70, 70, 64, 64), torch.float16, device)
 
 
 @pytest.mark.gpu

@@ -146,11 +146,11 @@ def pairs_swapped(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 
 @triton.jit
 def first_entries_twice(
-    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    tables, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     angles = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        tables, b, s, live,
         HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
     )  # fmt: skip
     return Angles(angles.cos0, angles.cos0, angles.sin0, angles.sin0)
@@ -158,11 +158,11 @@ def first_entries_twice(
 
 @triton.jit
 def inverse_for_the_transpose(
-    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    tables, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     angles = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        tables, b, s, live,
         HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
     )  # fmt: skip
     if INVERSE:
@@ -177,14 +177,14 @@ def sum_over_the_rotated_dims(a, b):
 
 @triton.jit
 def turned_on_instead_of_back(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """By the transpose of what turns back: the same angles, the other way."""
     x0, x1 = tl.split(x.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
     swapped = tl.join(x1, x0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
     y = inverse_rotation(
-        swapped, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        swapped, tables, b, s, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
     y0, y1 = tl.split(y.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
@@ -193,23 +193,23 @@ def turned_on_instead_of_back(
 
 @triton.jit
 def turned_back_by_the_next_row(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     return inverse_rotation(
-        x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s + 1, live, positions,
+        x, tables, b, s + 1, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def turned_back_after_rounding(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x = cast(x, tl.bfloat16).to(tl.float32)
     return inverse_rotation(
-        x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        x, tables, b, s, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
 

@@ -116,11 +116,9 @@ DRAWS = (
 
 @contextlib.contextmanager
 def interpreted(arithmetic: Arithmetic) -> Iterator[None]:
-    """Inside, Triton's interpreter, and the machine of tests/ops/hopper_machine.py, compute by `arithmetic`."""
+    """Inside, Triton's interpreter computes by `arithmetic`."""
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    from tests.ops import hopper_machine
 
     def of_handles(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         def compute(_: Any, *handles: Any) -> Any:
@@ -131,14 +129,11 @@ def interpreted(arithmetic: Arithmetic) -> Iterator[None]:
 
         return compute
 
-    with (
-        mock.patch.multiple(
-            InterpreterBuilder,
-            create_exp2=of_handles(arithmetic.exp2),
-            create_log2=of_handles(arithmetic.log2),
-            create_rsqrt=of_handles(arithmetic.rsqrt),
-            create_fdiv=of_handles(arithmetic.divide),
-        ),
-        hopper_machine.computing_by(arithmetic),
+    with mock.patch.multiple(
+        InterpreterBuilder,
+        create_exp2=of_handles(arithmetic.exp2),
+        create_log2=of_handles(arithmetic.log2),
+        create_rsqrt=of_handles(arithmetic.rsqrt),
+        create_fdiv=of_handles(arithmetic.divide),
     ):
         yield

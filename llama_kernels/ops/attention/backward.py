@@ -27,14 +27,14 @@ from llama_kernels.ops.attention.delta import launch_delta
 from llama_kernels.ops.attention.dkdv import _dkdv_kernel
 from llama_kernels.ops.attention.dq import _dq_kernel
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.rotation import Rotation, rotation_of
+from llama_kernels.ops.rotation import Rotation
 
 
 @cached_launch
 def _launches(call: AttentionCall, do, lse2, delta, dq, dk, dv, rotated: Rotated | None) -> list[Launch]:
     """dq, dk and dv are None where they are not wanted."""
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
-    rotation = Rotation() if rotated is None else rotation_of(*rotated)
+    rotation = Rotation() if rotated is None else Rotation(*rotated)
     # What both kernels take, in their order: before the gradients, after them, after the gradients' strides.
     inputs = (q, k, v, do, lse2, delta)
     bounds = (call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors)

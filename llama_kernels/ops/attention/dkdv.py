@@ -16,7 +16,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.ops.rotation import inverse_rotation
+from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
 @triton.jit
@@ -136,10 +136,8 @@ def _dkdv_kernel(
         dk = dk * scoring.scale
         if HALF:
             s = n + tl.arange(0, BLOCK_N)
-            dk = inverse_rotation(
-                dk, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-                b, k_start + s, s < Sk, positions, HALF, INTERLEAVED, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+            tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+            dk = inverse_rotation(dk, tables, b, k_start + s, s < Sk, HALF, INTERLEAVED, BLOCK_N, BLOCK_D)
         store_tile(matrix(dk_ptr, dk_strides, b, h_kv, k_start), n, Sk, dk, D, FAR, BLOCK_N, BLOCK_D)
     if dv_ptr is not None:
         store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)

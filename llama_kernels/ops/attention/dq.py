@@ -17,7 +17,7 @@ from llama_kernels.ops.attention.tiles import (
     store_tile,
     visible,
 )
-from llama_kernels.ops.rotation import inverse_rotation
+from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
 @triton.jit
@@ -91,8 +91,6 @@ def _dq_kernel(
     dq = dq * scoring.scale
     if HALF:
         s = m + tl.arange(0, BLOCK_M)
-        dq = inverse_rotation(
-            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-            b, q_start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+        dq = inverse_rotation(dq, tables, b, q_start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
     store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)

@@ -38,7 +38,7 @@ from llama_kernels.ops.attention.hopper.schedule import (
 )
 from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.tiles import Mask, logits, sequence, visible
-from llama_kernels.ops.rotation import Rotation, rotation_of
+from llama_kernels.ops.rotation import Rotation
 
 
 class Where(NamedTuple):
@@ -285,7 +285,7 @@ def _launches(
     )  # fmt: skip
     options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
     programs = cdiv(call.longest_k, 128) * sizes.B * sizes.Hkv
-    rotation = Rotation() if rotated is None else rotation_of(*rotated)
+    rotation = Rotation() if rotated is None else Rotation(*rotated)
     launches = [
         Launch(_hopper_backward_kernel, (programs,), args, options),
         round_launch(dq_sum, dq, call.cu_seqlens_q, sizes, call.scale, rotation),

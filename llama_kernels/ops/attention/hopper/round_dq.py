@@ -9,7 +9,7 @@ from llama_kernels.core.launch_cache import Launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention.call import Sizes, far, width_class
 from llama_kernels.ops.attention.tiles import load_tile, matrix, query_tile, sequence, store_tile
-from llama_kernels.ops.rotation import Rotation, inverse_rotation
+from llama_kernels.ops.rotation import Rotation, Tables, inverse_rotation
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -28,10 +28,8 @@ def _round_dq_kernel(
     dq = dq.to(tl.float32) * scale
     if HALF:
         s = m + tl.arange(0, BLOCK_M)
-        dq = inverse_rotation(
-            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-            b, start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+        dq = inverse_rotation(dq, tables, b, start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
     store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 

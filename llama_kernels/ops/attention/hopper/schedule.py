@@ -1,8 +1,8 @@
 """The arithmetic of the pipeline: which blocks in which order, which slot of a ring, which phase of a barrier.
 
 A kernel of several warp groups that get one of these wrong does not fail, it hangs, or reads what is not there yet. So
-these are functions of integers alone, which the kernels compile and tests/ops/test_hopper.py runs, as they are, in a
-model of the pipeline on a CPU.
+these are functions of integers alone, which the kernels compile and tests/ops/test_hopper.py runs as plain Python and
+compares with the definition of the mask.
 """
 
 from __future__ import annotations
