@@ -63,6 +63,7 @@ def test_the_code_of_a_page_runs(page, folder_with_a_llama, monkeypatch):
             assert caught.type.__name__ == raised[1]
 
 
+@pytest.mark.once
 def test_the_main_pages_have_code_that_runs():
     assert {"README.md", "docs/index.md", "docs/quick_start.md", "docs/transformers.md"} <= {
         page for page in PAGES if code_of(page)
@@ -85,6 +86,7 @@ def _without_marks(code: re.Match[str]) -> str:
     return "" if code[0].startswith("```") else code[0].strip("`")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings(page):
     """Links to other hosts are not followed."""
@@ -97,6 +99,7 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in anchors_of(path), f"{page} links to {target}#{anchor}; {path.name} has no such heading"
 
 
+@pytest.mark.once
 def test_every_page_of_the_site_is_in_its_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     listed = set(re.findall(r"[\w/.-]+\.md", navigation)) - {"contributing.md", "changelog.md"}
@@ -106,15 +109,18 @@ def test_every_page_of_the_site_is_in_its_navigation():
 # --- what is generated -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_the_diagrams_are_those_of_the_source():
     page = diagrams.PAGE.read_text(encoding="utf-8")
     assert page == diagrams.with_sections(page), "docs/architecture.md is out of date: python -m tools.diagrams --write"
 
 
+@pytest.mark.once
 def test_the_table_of_calls_has_every_op_of_the_reference():
     assert set(diagrams.public_functions()) == set(lk.reference.__all__)
 
 
+@pytest.mark.once
 def test_the_api_reference_has_every_public_name():
     text = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
     documented = set(re.findall(r"^::: llama_kernels\.([\w.]+)$", text, re.MULTILINE))
