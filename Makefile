@@ -134,7 +134,7 @@ matrix: $(INSTALLED)
 
 # The compile gate. Its recorded figures are of Triton 3.6.0, by whose code most tiles were chosen, so that is installed
 # aside for it: build/codegen.json has all families. With TRITON=newest the gate is of the newest release and of sm_90
-# alone: build/codegen-newest.json. What the others are there: `python -m bench.codegen`, and docs/performance.md.
+# alone: build/codegen-newest.json. `python -m bench.codegen` shows the other families there; docs/lab has figures.
 RECORDED := 3.6.0
 REPORT := build/codegen$(if $(filter newest,$(TRITON)),-newest)
 ifeq ($(TORCH),present)
