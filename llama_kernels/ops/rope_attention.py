@@ -48,7 +48,8 @@ def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tup
 
     def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
         cos, interleaved = rotation.cos, rotation.interleaved
-        if not full_width(cos, call.q.shape[-1]) and rotates_in_registers(cos.shape[-1], interleaved):
+        half_width = cos is not None and not full_width(cos, call.q.shape[-1])
+        if half_width and rotates_in_registers(rotation.half, interleaved):
             return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:
