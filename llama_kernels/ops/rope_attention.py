@@ -171,16 +171,16 @@ def rope_attention(
     Args:
         q: (B, Hq, S, D), not rotated; bfloat16, float16 or float32. Any strides; a last dimension that is not
             contiguous is copied. Under autocast q, k and v are cast to its dtype.
-        k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), of q's dtype, Hq a multiple of Hkv. As many tokens as q: one position
-            for each token. To attend to a cache, call `rope` or `rope_into_cache`, then `attention`.
+        k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), of q's dtype. Hq is a multiple of Hkv. k has as many tokens as q, at
+            the same positions. To attend to a cache, call `rope` or `rope_into_cache`, then `attention`.
         cos, sin, position_ids, interleaved: as in `rope`.
-        Others as in `attention`.
+        Others: as in `attention`.
 
     Returns:
         out, (B, Hq, S, Dv) in q's dtype and memory order; with return_lse also lse, (B, Hq, S) float32.
 
     Raises:
-        TypeError, ValueError: as `attention` and `rope`; also where k has another number of tokens than q.
+        TypeError, ValueError: As `attention` and `rope`; also where k has another number of tokens than q.
     """
     op = "rope_attention"
     call = checked_call(

@@ -69,8 +69,8 @@ _HALF = {
         Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2), newer=Tile(32, 128, 8, 2)),
         Tile(32, 128, 8, 2, split=True),
     ),
-    # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with an
-    # inverse rotation spills 8 bytes with all options at once, outside the loop.
+    # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
+    # an inverse rotation spills 8 bytes with all options at once, outside the loop.
     ("sm_80", "forward"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 3),
