@@ -501,27 +501,7 @@ class _RMSNorm(Differentiable):
 
     @staticmethod
     def backward(ctx, dy, ds=None):
-        """ds: the gradient of residual_out."""
-        x, weight, rstd = ctx.saved_tensors
-        x_dtype, residual_dtype = ctx.grad_dtypes
-        need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
-        if dy is None:  # only residual_out was used
-            dx, dw = ds, None
-        else:
-            # x and residual have one gradient. Where their dtypes differ it is kept in the wider, and rounded once.
-            grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
-            dy, ds = last_dim_contiguous(dy), None if ds is None else last_dim_contiguous(ds)
-            call = _Backward(
-                dy, ds, x, weight, rstd, ctx.eps, ctx.offset,
-                grad_dtype=grad_dtype, need_dx=need_x or need_residual, need_dw=need_dw,
-            )  # fmt: skip
-            dx, dw = _rms_norm_backward(*call)
-        grads = (
-            dx.to(x_dtype) if need_x and dx is not None else None,
-            dx.to(residual_dtype) if need_residual and dx is not None else None,
-            dw if need_dw else None,
-        )
-        return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
+        return _gradients(ctx, dy, ds)
 
 
 class _RMSNormOp(Differentiable):
@@ -543,7 +523,31 @@ class _RMSNormOp(Differentiable):
         if drstd is not None:
             of_rstd = -drstd * rstd**3 / s.shape[-1] * s.float()
             ds = of_rstd if ds is None else of_rstd + ds.float()
-        return _RMSNorm.backward(ctx, dy, ds)
+        return _gradients(ctx, dy, ds)
+
+
+def _gradients(ctx, dy, ds):
+    """What the backward of both returns. ds: the gradient of residual_out."""
+    x, weight, rstd = ctx.saved_tensors
+    x_dtype, residual_dtype = ctx.grad_dtypes
+    need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
+    if dy is None:  # only residual_out was used
+        dx, dw = ds, None
+    else:
+        # x and residual have one gradient. Where their dtypes differ it is kept in the wider, and rounded once.
+        grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
+        dy, ds = last_dim_contiguous(dy), None if ds is None else last_dim_contiguous(ds)
+        call = _Backward(
+            dy, ds, x, weight, rstd, ctx.eps, ctx.offset,
+            grad_dtype=grad_dtype, need_dx=need_x or need_residual, need_dw=need_dw,
+        )  # fmt: skip
+        dx, dw = _rms_norm_backward(*call)
+    grads = (
+        dx.to(x_dtype) if need_x and dx is not None else None,
+        dx.to(residual_dtype) if need_residual and dx is not None else None,
+        dw if need_dw else None,
+    )
+    return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
 
 
 register_gradient(
