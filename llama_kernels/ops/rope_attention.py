@@ -193,7 +193,7 @@ def rope_attention(
         fix = "Rotate them apart with llama_kernels.rope, then call llama_kernels.attention."
         raise ValueError(message(op, "k", shape_of(k), wanted, fix))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
-    rotation = Rotation(cos, sin, position_ids, interleaved)
+    rotation = (cos, sin, position_ids, interleaved)
     if needs_grad(q, k, call.v, call.sinks):
         out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, *call)
     else:
