@@ -118,8 +118,7 @@ fuzz: $(INSTALLED)
 # What the compiler makes of the kernels, run without a GPU (tests/compiled/README.md): all calls, of which `test` has some.
 test-compiled: $(INSTALLED)
 	$(call NEEDS,test)
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --compiled-table \
-		tests/compiled/llama/test_kernels.py tests/compiled/llama/test_hopper_faults.py tests/compiled
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --compiled-table tests/compiled
 
 # Others' suites against our ops: WITNESS=flash_attention SUITE=path/to/checkout (docs/reliability.md).
 WITNESS ?= flash_attention
