@@ -268,7 +268,7 @@ def call_diagram(name: str) -> str:
     edges = _chain(name)
     nodes = list(dict.fromkeys(definition for edge in edges for definition in edge))
     ids = {definition: f"n{i}" for i, definition in enumerate(nodes)}
-    lines = ["flowchart TD"]
+    lines = ["flowchart LR"]
     for definition in nodes:
         kind = kind_of(definition) or KINDS[0]
         lines.append(f'    {ids[definition]}["{label_of(definition)}<br><i>{kind}, {definition.file}</i>"]')

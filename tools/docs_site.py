@@ -1,8 +1,8 @@
 """Hooks of `mkdocs build` (mkdocs.yml): pages made from files outside docs/, and links to such files.
 
 CONTRIBUTING.md and CHANGELOG.md stand at the root of the repository, where people look for them; the site has them as
-pages. A link to any other file outside docs/ leads to the file in the repository at `repo_url`, or becomes the plain
-path where no `repo_url` is set. A link to a file that does not exist is a warning, which `strict` makes an error.
+pages. A link to any other file outside docs/ leads to the file in the repository at `repo_url`, or becomes the path of
+the file where no `repo_url` is set. A link to a file that does not exist is a warning, which `strict` makes an error.
 """
 
 from __future__ import annotations
@@ -63,6 +63,6 @@ def replace_links(markdown: str, source: Path, page: Path, repo_url: str | None)
             return f"[{text}]({os.path.relpath(path, page.parent)}{anchor})"
         if repo_url:
             return f"[{text}]({repo_url.rstrip('/')}/blob/main/{inside}{anchor})"
-        return text if inside in text or "`" in text else f"{text} (`{inside}`)"
+        return f"`{inside}`" if inside.endswith(text.strip("`")) else f"{text} (`{inside}`)"
 
     return _LINK.sub(replaced, markdown)

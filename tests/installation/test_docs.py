@@ -99,6 +99,26 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in anchors_of(path), f"{page} links to {target}#{anchor}; {path.name} has no such heading"
 
 
+# "`name` in [file](path)" and "`name` and `other` in [file](path)"
+_NAMES_IN_FILE = re.compile(r"((?:`\w+`(?:, | and )?)+) in\s+\[[^\]]+\]\(([^)\s#]+\.py)\)")
+
+
+def names_in_files() -> list[tuple[str, str, str]]:
+    """(page, name, file as the page links to it) for each name that a page says is in a file."""
+    found = []
+    for page in PAGES:
+        for names, target in _NAMES_IN_FILE.findall((ROOT / page).read_text(encoding="utf-8")):
+            found += [(page, name, target) for name in re.findall(r"`(\w+)`", names)]
+    return found
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("page", "name", "target"), names_in_files())
+def test_names_are_in_the_files_that_a_page_gives(page, name, target):
+    file = Path(os.path.normpath((ROOT / page).parent / target))
+    assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{page}: there is no {name} in {target}"
+
+
 @pytest.mark.once
 def test_every_page_of_the_site_is_in_its_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]

@@ -78,6 +78,10 @@ def test_sources_are_typed_and_of_python_3_10():
         ast.parse(source.read_text(), feature_version=(3, 10))
 
 
+def test_the_citation_names_this_version():
+    assert re.search("^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == lk.__version__
+
+
 @pytest.mark.skipif(not (ROOT / ".github").exists(), reason="the workflows are not part of this copy")
 def test_ci_keeps_the_reports_of_the_compile_gate():
     pattern = re.search(r"path: (build/codegen\S+)", (ROOT / ".github/workflows/cpu.yml").read_text())[1]
