@@ -527,8 +527,8 @@ def qk_norm_rope(
         raise ValueError(message(op, "k_weight", "given without k", "None where k is None"))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
     eps = check_eps(op, eps)
-    heads = [None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight)]
-    call = _Forward(*heads, cos, sin, position_ids, eps, offset, interleaved)
+    heads_and_weights = [None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight)]
+    call = (*heads_and_weights, cos, sin, position_ids, eps, offset, interleaved)  # fields of _Forward
     if needs_grad(q, k, q_weight, k_weight):
         q_out, k_out = (*_QKNormRope.call(op, *call), None)[:2]
     else:

@@ -366,7 +366,7 @@ def _shares(M: int, N: int, dx_itemsize: int, dw_itemsize: int, need_dx: bool, p
 
 @cached_launch
 def _launch_backward(
-    call: _Backward, dx: torch.Tensor, dw: torch.Tensor, partials: torch.Tensor | None, shares: _Shares
+    call: _Backward, shares: _Shares, dx: torch.Tensor, dw: torch.Tensor, partials: torch.Tensor | None
 ) -> list[Launch]:
     """partials: (shares.partials, N) float32, or None where dw is not needed."""
     weight, N, device = call.weight, call.x.shape[-1], call.x.device
@@ -399,7 +399,7 @@ def _launch_backward(
 
 
 def _forward_fake(call):
-    x, residual, *_ = call
+    x, residual = call.x, call.residual
     y = empty_in_order_of(x)
     s = x.new_empty(0) if residual is None else empty_in_order_of(residual)
     rstd = empty_in_order_of(x, (*x.shape[:-1], 1), torch.float32)
@@ -434,14 +434,13 @@ def _backward_fake(call):
 
 def _backward(call):
     dx, dw = _backward_fake(call)
-    dy, ds, x, weight, *_ = call
-    N = x.shape[-1]
+    x, dy, N = call.x, call.dy, call.x.shape[-1]
     if not x.numel():
         return dx, dw.zero_()
-    widths = _widest(x, dy, ds, weight), _widest(x, dy)
+    widths = _widest(x, dy, call.ds, call.weight), _widest(x, dy)
     shares = _shares(x.numel() // N, N, *widths, call.need_dx, processors_of(x.device))
     partials = x.new_empty((shares.partials, N), dtype=torch.float32) if call.need_dw else None
-    _launch_backward(call, dx, dw, partials, shares)
+    _launch_backward(call, shares, dx, dw, partials)
     return dx, dw
 
 
@@ -489,8 +488,8 @@ class _RMSNorm(Differentiable):
     KEPT = 1
 
     @staticmethod
-    def forward(op, x, residual, *rest):
-        y, s, rstd = _rms_norm_forward(x, residual, *rest)
+    def forward(op, x, residual, weight, eps, offset):
+        y, s, rstd = _rms_norm_forward(x, residual, weight, eps, offset)
         return (y, rstd) if residual is None else (y, s, rstd)
 
     @staticmethod
@@ -502,27 +501,7 @@ class _RMSNorm(Differentiable):
 
     @staticmethod
     def backward(ctx, dy, ds=None):
-        """ds: the gradient of residual_out."""
-        x, weight, rstd = ctx.saved_tensors
-        x_dtype, residual_dtype = ctx.grad_dtypes
-        need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
-        if dy is None:  # only residual_out was used
-            dx, dw = ds, None
-        else:
-            # x and residual have one gradient. Where their dtypes differ it is kept in the wider, and rounded once.
-            grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
-            dy, ds = last_dim_contiguous(dy), None if ds is None else last_dim_contiguous(ds)
-            call = _Backward(
-                dy, ds, x, weight, rstd, ctx.eps, ctx.offset,
-                grad_dtype=grad_dtype, need_dx=need_x or need_residual, need_dw=need_dw,
-            )  # fmt: skip
-            dx, dw = _rms_norm_backward(*call)
-        grads = (
-            dx.to(x_dtype) if need_x and dx is not None else None,
-            dx.to(residual_dtype) if need_residual and dx is not None else None,
-            dw if need_dw else None,
-        )
-        return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
+        return _gradients(ctx, dy, ds)
 
 
 class _RMSNormOp(Differentiable):
@@ -544,7 +523,31 @@ class _RMSNormOp(Differentiable):
         if drstd is not None:
             of_rstd = -drstd * rstd**3 / s.shape[-1] * s.float()
             ds = of_rstd if ds is None else of_rstd + ds.float()
-        return _RMSNorm.backward(ctx, dy, ds)
+        return _gradients(ctx, dy, ds)
+
+
+def _gradients(ctx, dy, ds):
+    """What the backward of both returns. ds: the gradient of residual_out."""
+    x, weight, rstd = ctx.saved_tensors
+    x_dtype, residual_dtype = ctx.grad_dtypes
+    need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
+    if dy is None:  # only residual_out was used
+        dx, dw = ds, None
+    else:
+        # x and residual have one gradient. Where their dtypes differ it is kept in the wider, and rounded once.
+        grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
+        dy, ds = last_dim_contiguous(dy), None if ds is None else last_dim_contiguous(ds)
+        call = _Backward(
+            dy, ds, x, weight, rstd, ctx.eps, ctx.offset,
+            grad_dtype=grad_dtype, need_dx=need_x or need_residual, need_dw=need_dw,
+        )  # fmt: skip
+        dx, dw = _rms_norm_backward(*call)
+    grads = (
+        dx.to(x_dtype) if need_x and dx is not None else None,
+        dx.to(residual_dtype) if need_residual and dx is not None else None,
+        dw if need_dw else None,
+    )
+    return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
 
 
 register_gradient(

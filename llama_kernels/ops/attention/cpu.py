@@ -9,13 +9,12 @@ import torch
 
 from llama_kernels.ops.attention.call import (
     AttentionCall,
-    Grads,
     Results,
-    Rotated,
     Wanted,
     empty_grads,
     empty_outputs,
 )
+from llama_kernels.ops.rotation import Rotation
 from llama_kernels.reference.attention import attention, attention_varlen, spans, unseen, visible
 from llama_kernels.reference.rope import rope
 
@@ -35,11 +34,14 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def plain_backward(call: AttentionCall, results: Results, wanted: Wanted, rotated: Rotated | None = None) -> Grads:
+def plain_backward(
+    call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation = Rotation()
+) -> tuple[torch.Tensor, ...]:
     """The gradients of `call`; arguments as `launch_backward`."""
     made = _packed_backward(call, results) if call.packed else _dense_backward(call, results)
-    if rotated is not None:
-        dq, dk = rope(*made[:2], rotated.cos, -rotated.sin, rotated.position_ids, interleaved=rotated.interleaved)
+    if rotation.half:
+        cos, sin, position_ids, interleaved = rotation
+        dq, dk = rope(*made[:2], cos, -sin, position_ids, interleaved=interleaved)
         made = (dq, dk, *made[2:])
     grads = empty_grads(call, wanted)
     for grad, x in zip(grads, made, strict=True):
