@@ -127,8 +127,8 @@ def test_every_launcher_is_compared_with_triton():
     assert kernels <= covered
 
 
-def _twice_plan(x, y, scale):
-    yield Launch(_twice_kernel, (1,), (x, y, x.stride(0), scale), {"BLOCK": 16, "num_warps": 1})
+def _twice(x, y, scale):
+    return [Launch(_twice_kernel, (1,), (x, y, x.stride(0), scale), {"BLOCK": 16, "num_warps": 1})]
 
 
 def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -137,7 +137,7 @@ def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("other", ["dtype", "stride", "alignment", "scale", "size"])
 def test_another_cache_key_is_another_launch(other, launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     for _ in range(2):
         twice(torch.zeros(64), torch.zeros(64), 1.0)
     x = {
@@ -151,7 +151,7 @@ def test_another_cache_key_is_another_launch(other, launched):
 
 
 def test_one_tensor_in_two_places_is_not_two_tensors(launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     x, y = torch.zeros(16), torch.zeros(16)
     for a, b in ((x, x), (x, y), (y, y), (y, x)) * 3:
         twice(a, b, 1.0)
@@ -161,7 +161,7 @@ def test_one_tensor_in_two_places_is_not_two_tensors(launched):
 
 def test_launches_of_tensors_that_the_launcher_makes_are_not_cached(launched):
     def into_new(x, scale):
-        yield from _twice_plan(x, torch.empty_like(x), scale)
+        return _twice(x, torch.empty_like(x), scale)
 
     twice = cached_launch(into_new)
     x = torch.zeros(16)
@@ -171,7 +171,7 @@ def test_launches_of_tensors_that_the_launcher_makes_are_not_cached(launched):
 
 
 def test_tensors_are_not_kept_alive(launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     x = torch.zeros(16)
     gone = weakref.ref(x)
     for _ in range(3):
@@ -184,7 +184,7 @@ def test_tensors_are_not_kept_alive(launched):
 
 def test_the_cache_is_bounded(launched):
     with mock.patch.object(launch_cache, "MAX_KEYS", 3), mock.patch.object(launch_cache, "_caches", []):
-        twice = cached_launch(_twice_plan)
+        twice = cached_launch(_twice)
         (kept,) = launch_cache._caches
         for scale in range(8):
             for _ in range(2):

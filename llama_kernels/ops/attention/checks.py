@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,12 +54,13 @@ def checked_call(
         _check_bound(op, q, "kv_start", kv_start)
     if kv_end is not None:
         _check_bound(op, q, "kv_end", kv_end)
+    sequences: tuple[Any, Any, int, int]
     if packing is None:
         sequences = (None, None, q.shape[2], k.shape[2])
     else:
         _check_packing(op, q, k, packing)
-        cu_seqlens_q, cu_seqlens_k, *longest = packing
-        sequences = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *longest)
+        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = packing
+        sequences = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), longest_q, longest_k)
     left, right = window_size
     return AttentionCall(
         last_dim_contiguous(q),

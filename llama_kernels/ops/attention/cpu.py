@@ -15,21 +15,21 @@ from llama_kernels.ops.attention.call import (
     empty_outputs,
 )
 from llama_kernels.ops.rotation import Rotation
-from llama_kernels.reference.attention import attention, attention_varlen, spans, unseen, visible
+from llama_kernels.reference.attention import AttentionOptions, attention, attention_varlen, spans, unseen, visible
 from llama_kernels.reference.rope import rope
 
 
 def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of `call`."""
-    options = {
+    options: AttentionOptions = {
         "is_causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks,
-        "kv_start": call.kv_start, "kv_end": call.kv_end, "window_size": _window_size(call), "return_lse": True,
+        "kv_start": call.kv_start, "kv_end": call.kv_end, "window_size": _window_size(call),
     }  # fmt: skip
     if call.packed:
         lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_q, call.longest_k)
-        results = attention_varlen(call.q, call.k, call.v, *lengths, **options)
+        results = attention_varlen(call.q, call.k, call.v, *lengths, return_lse=True, **options)
     else:
-        results = attention(call.q, call.k, call.v, **options)
+        results = attention(call.q, call.k, call.v, return_lse=True, **options)
     out, lse = (empty.copy_(x) for empty, x in zip(empty_outputs(call), results, strict=True))
     return out, lse
 
@@ -41,7 +41,7 @@ def plain_backward(
     made = _packed_backward(call, results) if call.packed else _dense_backward(call, results)
     if rotation.half:
         cos, sin, position_ids, interleaved = rotation
-        dq, dk = rope(*made[:2], cos, -sin, position_ids, interleaved=interleaved)
+        dq, dk = rope(made[0], made[1], cos, -sin, position_ids, interleaved=interleaved)
         made = (dq, dk, *made[2:])
     grads = empty_grads(call, wanted)
     for grad, x in zip(grads, made, strict=True):

@@ -55,6 +55,8 @@ MUTANTS = (
            "filled[place] = x if tensor is x else"),
     Mutant("tensors inside tuples are cached", scenarios.tensors_in_tuples,
            "return isinstance(x, tuple) and", "return False and"),
+    Mutant("floats in named tuples are not in the key", scenarios.named_tuples, "float_bytes_of(args), args", "args"),
+    Mutant("inner named tuples are not expanded", scenarios.named_tuples, "while kinds.expand:", "if kinds.expand:"),
     Mutant("the stream is that of the first call", scenarios.streams,
            "_Bound(compiled[(*each.grid, 1, 1)[:3]],",
            "_Bound(functools.partial(compiled[(*each.grid, 1, 1)[:3]], stream=_current_stream()),"),
