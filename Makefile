@@ -95,8 +95,8 @@ newest:
 	$(BIN)/python -m pip freeze
 	$(BIN)/python -m tests.run --workers $(JOBS) $(PYTEST)
 
-# On a GPU everyone is measured; without one, what is true without: bounds, parity, machine code, the host's cost.
-# BENCH='--preset sweeps --ops rope' and the like; `python -m bench --help` has all of it.
+# On a GPU every provider is measured. Without one: bounds on times, parity, machine code and the host's cost of a call.
+# BENCH='--preset sweeps --ops rope' and the like; `python -m bench --help` lists the options.
 bench: $(INSTALLED)
 	$(call NEEDS,bench)
 	$(BIN)/python -m bench run $(BENCH)

@@ -25,7 +25,7 @@ from triton import knobs
 from triton.runtime import driver
 
 import llama_kernels as lk
-from bench.codegen.cases import StandInDriver
+from bench.codegen.compiling import StandInDriver
 from llama_kernels.core import launch_cache, registry
 from llama_kernels.ops.attention import tables
 from tests.support.ops import OPS, Make, Shape

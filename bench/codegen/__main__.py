@@ -25,7 +25,8 @@ from pathlib import Path
 import triton
 
 from bench.codegen import record, traffic
-from bench.codegen.cases import TARGETS, Case, cases, compile_case
+from bench.codegen.cases import cases
+from bench.codegen.compiling import TARGETS, Case, compile_case
 from bench.codegen.reading import Report, read
 
 
@@ -49,22 +50,8 @@ def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
 
 def show(reports: list[Report]) -> None:
     columns = "{:8}{:30}{:38}{:>6}{:>6}{:>7}{:>9}{:>8}{:>7}{:>7}  {:22}{:22}{}"
-    head = (
-        "target",
-        "kernel",
-        "case",
-        "warps",
-        "regs",
-        "spill",
-        "shared",
-        "tensor",
-        "a byte",
-        "issue",
-        "loads",
-        "stores",
-        "",
-    )
-    print(columns.format(*head))
+    head = "target kernel case warps regs spill shared tensor a_byte issue loads stores"
+    print(columns.format(*head.split(), ""))
     for r in reports:
         loads, stores = (" ".join(f"{n}x{bits}" for bits, n in sorted(w.items())) for w in (r.loads, r.stores))
         heaviest = traffic.heaviest(r.moves)
@@ -89,7 +76,7 @@ def main() -> int:
         parser.error("--record takes what is compiled by default")
     reports = collect(args.targets, args.full, args.workers)
     show(reports)
-    print("\na byte: instructions of a thread in the heaviest loop, for each byte of global memory that it moves")
+    print("\na_byte: instructions of a thread in the heaviest loop, for each byte of global memory that it moves")
     print(f"issue: of those that fit beside a byte at the bandwidth of a copy: {traffic.assumption()}")
     faulty = [r for r in reports if r.faults]
     print(f"\n{len(reports)} kernels with triton {triton.__version__}, {len(faulty)} at fault")

@@ -1,49 +1,20 @@
-"""The calls that the compile gate compiles, and their compilation under a driver that stands in for a GPU's.
+"""The calls that the compile gate compiles. bench/codegen/hopper.py and ones.py have more.
 
-The package's own launchers run: Triton specialises and compiles just what it would on the target, and the launch is
-dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit its kernel fails here.
+The package's own launchers run, so nothing here repeats a kernel's signature, and a launcher that does not fit its
+kernel fails here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
+from collections.abc import Iterator
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from bench.codegen import hopper, ones
-from llama_kernels.core import device
+from bench.codegen.compiling import Case
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops.attention import decode, tables
+from llama_kernels.ops.attention import decode
 from llama_kernels.ops.attention.call import AttentionCall
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-
-# --- what is compiled ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of a launcher. `label` names the shape and the options."""
-
-    op: str
-    label: str
-    launch: Callable[[], Any]
-    full: bool = False  # only with --full
-    only: str | None = None  # a target; None: all
-    ones: bool = False  # with sizes of 1: it must compile and fit; how fast such code is does not matter
 
 
 def cases() -> Iterator[Case]:
@@ -53,10 +24,8 @@ def cases() -> Iterator[Case]:
     yield from _attention_cases()
     yield from _rope_attention_cases()
     yield from _decode_cases()
-    for call in hopper.calls():
-        yield Case("hopper", call.label, call.launch, call.full, only="sm_90")
-    for call in ones.calls():
-        yield Case(call.op, call.label, call.launch, call.full, ones=True)
+    yield from hopper.cases()
+    yield from ones.cases()
 
 
 def _rms_norm_cases() -> Iterator[Case]:
@@ -215,43 +184,3 @@ def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, every
     needed = (True, True, True, False)
     backward = KERNELS["rope_attention_backward"]
     backward(q, None, q, k, v, q, lse, None, *bounds, *angles, *numbers, *needed, None)
-
-
-# --- compiling under a stand-in driver -------------------------------------------------------------------------------
-
-
-class StandInDriver:
-    """What Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self._name]
-
-    def get_current_device(self) -> int:
-        return list(TARGETS).index(self._name)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
-    """The kernels that `case` launches on target `name`: (kernel name, triton's CompiledKernel)."""
-    compiled = []
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append((self.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **kwargs)))
-
-    with (
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(tables, "arch_of", lambda _: name),
-        mock.patch.object(device, "arch_of", lambda _: name),
-    ):
-        driver.set_active(StandInDriver(name))
-        case.launch()
-    return compiled

@@ -10,13 +10,14 @@ import collections
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from bench.codegen import sass
+from bench.codegen.compiling import Case
 from llama_kernels import hopper_attention
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import dispatch
@@ -24,40 +25,25 @@ from llama_kernels.ops.attention.call import AttentionCall, Wanted
 from llama_kernels.ops.attention.hopper.tables import TILES
 
 SHOWN = (
-    "HGMMA",
-    "MUFU.EX2",
-    "FFMA",
-    "FMUL",
-    "FADD",
-    "FMNMX",
-    "F2FP",
-    "PRMT",
-    "ISETP",
-    "FSEL",
-    "BAR.SYNC",
-    "LDL",
-    "STL",
+    *("HGMMA", "MUFU.EX2", "FFMA", "FMUL", "FADD", "FMNMX", "F2FP"),
+    *("PRMT", "ISETP", "FSEL", "BAR.SYNC", "LDL", "STL"),
 )
 
 
 # --- what is compiled ------------------------------------------------------------------------------------------------
 
 
-class Call(NamedTuple):
-    label: str
-    launch: Callable[[], Any]
-    full: bool  # only with --full
-
-
-def calls() -> Iterator[Call]:
-    """Each row of the table causal and with all options at once; the others on request."""
+def cases() -> Iterator[Case]:
+    """Each row of the table of tiles, causal and with all options at once; the others with --full."""
     for D in (64, 128, 256, 80, 96, 192):
         for options in ((), ("causal",), ("causal", "window"), ("causal", "packed"), ("causal", "softcap"),
                         ("causal", "window", "softcap", "sinks", "packed")):  # fmt: skip
             plain = options == ("causal",) or len(options) > 2
             label = " ".join((f"D={D} bfloat16", *options))
-            yield Call(label, functools.partial(_attention, D, options), not plain or D not in (64, 128, 256))
-    yield Call("D=128 bfloat16 causal rotated", functools.partial(_attention, 128, ("causal", "rotated")), False)
+            full = not plain or D not in (64, 128, 256)
+            yield Case("hopper", label, functools.partial(_attention, D, options), full, only="sm_90")
+    rotated = functools.partial(_attention, 128, ("causal", "rotated"))
+    yield Case("hopper", "D=128 bfloat16 causal rotated", rotated, only="sm_90")
 
 
 def _attention(D: int, options: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.codegen import cases, hopper, ones, reading, record, sass, traffic
+from bench.codegen import cases, compiling, hopper, ones, reading, record, sass, traffic
 from llama_kernels.ops.attention import delta, tables
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import tiles
@@ -19,7 +19,7 @@ pytestmark = [*COMPILES, pytest.mark.once]
 def reports(target: str, op: str, label: str, tile: Tile | None = None):
     case = next(c for c in cases.cases() if (c.op, c.label) == (op, label))
     with tiles(tile):
-        return [reading.read(target, case, name, kernel) for name, kernel in cases.compile_case(target, case)]
+        return [reading.read(target, case, name, kernel) for name, kernel in compiling.compile_case(target, case)]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -36,8 +36,8 @@ def test_documents_of_one_token_run_the_kernels_of_longer_ones():
 
     def machine_code(length: int) -> list[bytes]:
         size = ones._Size("documents", Sq=length, Sk=length, tokens=512)
-        case = cases.Case("attention", "", lambda: ones._attention(64, torch.bfloat16, size, "bounds"))
-        return [kernel.asm["cubin"] for _, kernel in cases.compile_case("sm_90", case)]
+        case = compiling.Case("attention", "", lambda: ones._attention(64, torch.bfloat16, size, "bounds"))
+        return [kernel.asm["cubin"] for _, kernel in compiling.compile_case("sm_90", case)]
 
     assert machine_code(1) == machine_code(7)
 
@@ -171,7 +171,7 @@ def test_a_row_may_differ_by_compiler_and_by_the_width_of_v(monkeypatch):
 
 @pytest.mark.corpus(67, 68)
 def test_every_row_of_the_tables_is_there():
-    assert set(tables.FAMILIES) == set(cases.TARGETS)
+    assert set(tables.FAMILIES) == set(compiling.TARGETS)
     for family in tables.FAMILIES:
         for pass_ in tables.PASSES:
             for width in (1, *tables.WIDTHS):

@@ -158,6 +158,12 @@ def test_without_a_gpu_no_process_sees_one(monkeypatch):
     assert seen["CUDA_VISIBLE_DEVICES"] == seen["HIP_VISIBLE_DEVICES"] == ""
 
 
+def test_a_process_that_writes_nothing_is_an_error(tmp_path):
+    started = without_gpu._start("bench.host", "--no-such-option")
+    with pytest.raises(RuntimeError, match=r"-m bench.host failed:\n(.|\n)*unrecognized arguments: --no-such-option"):
+        without_gpu._wait(started, tmp_path / "host.json")
+
+
 def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

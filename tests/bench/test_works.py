@@ -57,6 +57,8 @@ def test_bytes_and_flops_of_attention():
 @pytest.mark.parametrize("tokens", [16384, 32768])
 def test_documents_fill_the_batch(tokens):
     lengths = documents(tokens)
+    (equal,) = [w.lengths for w in works_of("all") if w.shape == "equal documents" and sum(w.lengths) == tokens]
+    assert len(equal) == len(lengths) and len(set(equal)) == 1
     assert sum(lengths) == tokens and min(lengths) >= 128 and max(lengths) >= tokens // 4
 
 

@@ -287,10 +287,11 @@ def test_weight_gradient_added_up_in_half_precision(device):
 def test_scalars_become_doubles_and_float32_becomes_tf32(op, label):
     """A Python float that reaches a kernel as float64 halves its speed (Liger#1350, unsloth#4110); tl.dot takes TF32
     unless told not to (triton#5895). Read from what Triton makes of the kernels."""
-    from bench.codegen import cases as codegen
+    from bench.codegen.cases import cases
+    from bench.codegen.compiling import compile_case
 
-    case = next(c for c in codegen.cases() if (c.op, c.label) == (op, label))
-    for name, kernel in codegen.compile_case("sm_90", case):
+    case = next(c for c in cases() if (c.op, c.label) == (op, label))
+    for name, kernel in compile_case("sm_90", case):
         assert "f64" not in kernel.asm["ttir"], name
         assert "tf32" not in kernel.asm["ttir"], name
 
@@ -612,11 +613,11 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr(launch_cache, "on_device_of", on_device_of)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
-    from bench.codegen import cases as codegen
+    from bench.codegen.cases import cases
 
     wanted = {"attention": "D=64 bfloat16 all", "decode": "D=64 bfloat16 all", "rope": "D=64 R=64 heads=32/8",
               "qk_norm_rope": "D=64 R=64 heads=32/8", "rms_norm": "N=32768"}  # fmt: skip
-    for case in codegen.cases():
+    for case in cases():
         if wanted.get(case.op) == case.label:
             case.launch()
     assert len({name for name, _ in launches}) == 13 and all(where for _, where in launches), launches
@@ -629,7 +630,7 @@ def test_cold_starts_of_many_threads_and_processes(tmp_path):
     program = """
 import concurrent.futures, sys, torch
 from bench.host import LaunchingNothing
-from llama_kernels.ops import rms_norm
+from llama_kernels.core.registry import KERNELS
 from triton.runtime import driver
 driver.set_active(LaunchingNothing("sm_90"))
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
