@@ -3,7 +3,7 @@
 from llama_kernels import nn, reference
 from llama_kernels.core.checks import checked
 from llama_kernels.ops.attention import attention, attention_varlen
-from llama_kernels.ops.attention.hopper import hopper_attention
+from llama_kernels.ops.attention.hopper.switch import hopper_attention
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope, rope_into_cache, rope_qkv

@@ -19,7 +19,7 @@ from llama_kernels.ops.attention.tables import FAMILIES
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m llama_kernels",
         description="Print what a bug report needs: this machine, its settings, and which kernels run where.",
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _device(made: argparse.ArgumentParser, name: str | None) -> torch.device:
-    """Where to check. By default a GPU, unless kernels are interpreted, for which it is a detour."""
+    """Where to check. Default: the GPU, or the CPU where there is none or where kernels are interpreted."""
     available = torch.cuda.is_available()
     try:
         device = torch.device(name or ("cuda" if available and not INTERPRETED else "cpu"))

@@ -1,9 +1,9 @@
-"""The ops as modules, whose state_dicts are those of Hugging Face's Llama."""
+"""The ops as modules, with the state_dicts of Hugging Face's Llama."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -14,7 +14,14 @@ from llama_kernels.rotary import angles_of, original_length, rope_frequencies
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its weight, (hidden_size,). offset=1.0 is Gemma's, whose weights start at zero."""
+    """`rms_norm` as a module, with its weight (hidden_size,).
+
+    Args:
+        hidden_size: the size of the last dimension of the input.
+        eps: added to the mean of the squares. None: the epsilon of float32.
+        offset: added to the weight. The weight starts at 1 - offset. Gemma has offset 1.0.
+        device, dtype: of the weight.
+    """
 
     def __init__(
         self,
@@ -30,13 +37,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.offset = offset
 
+    @overload
+    def forward(self, x: torch.Tensor, *, residual: None = None) -> torch.Tensor: ...
+
+    @overload
+    def forward(self, x: torch.Tensor, *, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
     def forward(
         self, x: torch.Tensor, *positional: Any, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """y; with a residual, added first, (y, residual_out).
+        """y of x (..., hidden_size), or with a residual, which is added to x first, (y, residual_out).
 
-        The residual is taken by keyword only: hooks such as that of torch's SequenceParallel pass on nothing but the
-        first positional argument.
+        Raises:
+            TypeError: the residual is not given by keyword. Hooks such as the one of torch's SequenceParallel pass on
+                the first positional argument only.
         """
         if positional:
             got = f"given {1 + len(positional)} positional arguments"
@@ -45,20 +59,27 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps, offset=self.offset)
         return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset)
 
+    if TYPE_CHECKING:
+        __call__ = forward  # torch says that a call may return anything
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}" + (f", offset={self.offset}" if self.offset else "")
 
 
 class RotaryEmbedding(nn.Module):
-    """The angles of `rope_frequencies`, for `rope`: call it once a model forward and rotate in every layer.
+    """cos and sin for `rope`, of the frequencies of `rope_frequencies`. Call it once in a forward, for all layers.
 
-    Nothing of it is in the state_dict. The frequencies keep their dtype whatever `.to(dtype)` makes of the model.
-    frequency_dtype: of the frequencies and the angles. float32 gives the numbers of Transformers; float64 keeps cos and
-    sin, which are float32 in either case, right to 1e-6 at position 10,000,000.
+    It adds nothing to the state_dict. `.to(dtype)` of a model leaves the frequencies in their dtype.
+
+    Args:
+        head_dim, base, scaling, max_position_embeddings: those of `rope_frequencies`.
+        device: the device of the frequencies.
+        frequency_dtype: the dtype of frequencies and angles. float32 gives the numbers of Transformers. With float64,
+            cos and sin, which are float32 in either case, are right to 1e-6 at position 10,000,000.
     """
 
     inv_freq: torch.Tensor
-    long_inv_freq: torch.Tensor | None  # longrope's, past the original length
+    long_inv_freq: torch.Tensor | None  # of longrope, for sequences longer than the original length
 
     def __init__(
         self,
@@ -71,32 +92,40 @@ class RotaryEmbedding(nn.Module):
         frequency_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self._rule = (head_dim, base, scaling)
-        self._options = {"max_position_embeddings": max_position_embeddings, "dtype": frequency_dtype}
+        self._rule: dict[str, Any] = {
+            "head_dim": head_dim, "base": base, "scaling": scaling, "max_position_embeddings": max_position_embeddings,
+            "dtype": frequency_dtype,
+        }  # fmt: skip
         scaling = scaling or {}
         self._kind = scaling.get("rope_type", scaling.get("type", "default"))
         inv_freq, self.attention_factor = self._frequencies(device=device)
         long_inv_freq = None
         if self._kind == "longrope":
-            self._original_length = original_length(scaling, max_position_embeddings)
+            self._original_length = original_length(scaling, max_position_embeddings) or 0  # None has been refused
             long_inv_freq, _ = self._frequencies(seq_len=self._original_length + 1, device=device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
 
     def _frequencies(self, **options: Any) -> tuple[torch.Tensor, float]:
-        return rope_frequencies(*self._rule, **self._options, **options)
+        return rope_frequencies(**self._rule, **options)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, (*position_ids.shape, R/2) float32, on the device of `x`. Its values do not matter."""
+        """cos and sin of position_ids, (*position_ids.shape, R/2) float32 each, on the device of `x`.
+
+        Nothing but the device of `x` is used.
+        """
         position_ids = position_ids.to(x.device)
         inv_freq = self.inv_freq.to(x.device)
-        if self._kind == "longrope" and position_ids.numel():
+        if self.long_inv_freq is not None and position_ids.numel():
             past = position_ids.max() >= self._original_length
             inv_freq = torch.where(past, self.long_inv_freq.to(x.device), inv_freq)
         elif self._kind == "dynamic" and position_ids.numel():
             inv_freq, _ = self._frequencies(seq_len=position_ids.max() + 1, device=x.device)
         return angles_of(position_ids, inv_freq, self.attention_factor)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
         exact = dict(self.named_buffers())

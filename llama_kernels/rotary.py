@@ -1,12 +1,12 @@
-"""RoPE's angles: frequencies with the rescaling rules that Hugging Face configs name, and cos/sin tables.
+"""RoPE's angles: frequencies, with the rescaling rules that Hugging Face configs name, and tables of cos and sin.
 
-Formulas and their order of operations are those of transformers.modeling_rope_utils, so that the numbers are too.
+The formulas and the order of their operations are those of transformers.modeling_rope_utils, so results are bit-equal.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,28 +26,31 @@ def rope_frequencies(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, float]:
-    """The angle by which pair i of a head turns at each position, θ_i = base^(-2i/R), rescaled as `scaling` says.
+    """The angle in radians by which pair i of a head is rotated per position, θ_i = base^(-2i/R), rescaled.
 
     Args:
-        head_dim: width of a head; with scaling["partial_rotary_factor"] only that share of it, R, is rotated.
-        base: θ. scaling["rope_theta"], where there is one, takes its place.
+        head_dim: the width of a head. R of its elements are rotated: all, or the share
+            scaling["partial_rotary_factor"].
+        base: the base of θ_i. scaling["rope_theta"] overrides it.
         scaling: the `rope_scaling` or `rope_parameters` dict of a Hugging Face config, or None. "rope_type" (or "type")
-            is one of default, linear, dynamic (NTK), yarn (arXiv 2309.00071), longrope (arXiv 2402.13753) and llama3
+            is default, linear, dynamic (NTK), yarn (arXiv 2309.00071), longrope (arXiv 2402.13753) or llama3
             (arXiv 2407.21783).
-        seq_len: the length to serve, an int or a scalar tensor: dynamic stretches with it past
-            max_position_embeddings, longrope changes its factors past the original length. None: as at construction.
-        max_position_embeddings: of the config; may stand in `scaling` too. dynamic needs it with seq_len, yarn and
-            longrope where scaling does not say everything.
-        device: where the frequencies go.
-        dtype: float32, as in Transformers, or float64. A frequency is off by 6e-8 of itself in float32, and an angle
-            at position 1,000,000 by up to 0.06. float64 keeps cosines right to 1e-6 at position 10,000,000.
+        seq_len: the sequence length, an int or a scalar tensor. dynamic rescales for a length above
+            max_position_embeddings. longrope takes its long factors above the original length. None: no more than
+            either.
+        max_position_embeddings: that of the config. It may be in `scaling` instead. dynamic needs it with seq_len; yarn
+            and longrope need it unless `scaling` has both "factor" and "original_max_position_embeddings".
+        device: the device of the frequencies.
+        dtype: float32, as in Transformers, or float64. A float32 frequency has a relative error of 6e-8, which is an
+            error of 0.06 in the angle at position 1,000,000. With float64, cos and sin are right to 1e-6 at position
+            10,000,000.
 
     Returns:
-        inv_freq (R/2,) in dtype, and the factor by which cos and sin are multiplied (1.0 but for yarn and longrope).
+        inv_freq (R/2,) in dtype, and the factor of cos and sin, which is 1.0 except with yarn and longrope.
 
     Raises:
-        ValueError: an unknown rope_type, or a key that it needs is missing.
-        TypeError: another dtype.
+        ValueError: rope_type is unknown, a key that it needs is missing, or R is odd or zero.
+        TypeError: dtype is neither float32 nor float64.
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(message("rope_frequencies", "dtype", dtype, "torch.float32 or torch.float64"))
@@ -84,7 +87,7 @@ def rope_frequencies(
 
 
 def original_length(scaling: Mapping[str, Any], max_position_embeddings: int | None) -> int | None:
-    """The length before it was extended; that of the config where `scaling` does not say."""
+    """The length that the model was trained with before its context was extended."""
     longest = scaling.get("max_position_embeddings") if max_position_embeddings is None else max_position_embeddings
     original = scaling.get("original_max_position_embeddings")
     return longest if original is None else original
@@ -93,11 +96,15 @@ def original_length(scaling: Mapping[str, Any], max_position_embeddings: int | N
 def rope_tables(
     inv_freq: torch.Tensor, positions: int | torch.Tensor, attention_factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of positions 0 to positions - 1, (positions, R/2) float32, as `rope` takes them.
+    """Tables of cos and sin for `rope`, (positions, R/2) float32 each, of positions 0 to positions - 1.
 
-    `positions` may also be a tensor of positions, of any shape, for a table of those alone. The angles are computed in
-    float64, so that what is left of an error at a distant position is that of the frequencies:
-    `rope_frequencies(..., dtype=torch.float64)` has none.
+    Args:
+        inv_freq: (R/2,), from `rope_frequencies`.
+        positions: how many positions, or a tensor of positions of any shape, which gives (*positions.shape, R/2).
+        attention_factor: the factor of cos and sin, from `rope_frequencies`.
+
+    Angles are computed in float64, so the error at a distant position is that of the frequencies alone. For exact
+    tables take `rope_frequencies(..., dtype=torch.float64)`.
     """
     if not isinstance(positions, torch.Tensor):
         positions = torch.arange(positions, device=inv_freq.device)
@@ -107,23 +114,32 @@ def rope_tables(
 def angles_of(
     position_ids: torch.Tensor, inv_freq: torch.Tensor, attention_factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, (*position_ids.shape, R/2) float32, of angles in the dtype of `inv_freq`. The product is
-    elementwise: autocast, which would make it bfloat16 and positions past 256 alike, leaves it alone."""
+    """cos and sin, (*position_ids.shape, R/2) float32, of angles computed in the dtype of `inv_freq`."""
+    # An elementwise product, which autocast leaves in its dtype. A matmul in bfloat16 cannot tell 256 from 257.
     angles = position_ids.unsqueeze(-1).to(inv_freq.dtype) * inv_freq
     return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
 
 
-def _dynamic(base, exponents, R, factor, seq_len, longest_trained) -> torch.Tensor:
-    stretch = 1.0
+def _dynamic(
+    base: float,
+    exponents: torch.Tensor,
+    R: int,
+    factor: float,
+    seq_len: int | torch.Tensor | None,
+    longest_trained: Callable[[], int],
+) -> torch.Tensor:
+    stretch: float | torch.Tensor = 1.0
     if isinstance(seq_len, torch.Tensor):
         stretch = seq_len.double().clamp(min=longest_trained()) / longest_trained()
     elif seq_len is not None:
         stretch = max(seq_len, longest_trained()) / longest_trained()
-    base = base * (factor * stretch - (factor - 1)) ** (R / (R - 2))
-    return (1.0 / base**exponents).to(exponents.dtype)
+    stretched = base * (factor * stretch - (factor - 1)) ** (R / (R - 2))
+    return (1.0 / stretched**exponents).to(exponents.dtype)
 
 
-def _yarn(base, exponents, R, scaling, need) -> tuple[torch.Tensor, float]:
+def _yarn(
+    base: float, exponents: torch.Tensor, R: int, scaling: Mapping[str, Any], need: Callable[[str], Any]
+) -> tuple[torch.Tensor, float]:
     original = need("original_max_position_embeddings")
     factor = scaling.get("factor") or need("max_position_embeddings") / original
 
@@ -132,10 +148,11 @@ def _yarn(base, exponents, R, scaling, need) -> tuple[torch.Tensor, float]:
 
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
-        weights = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = mscale(weights[0]) / mscale(weights[1]) if all(weights) else mscale()
+        one, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention_factor = mscale(one) / mscale(all_dim) if one and all_dim else mscale()
 
-    def dim_of(turns: float) -> float:  # the dim that makes so many turns over the original length
+    def dim_of(turns: float) -> float:
+        """The dimension whose pair makes so many full rotations over the original length."""
         return R * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = dim_of(scaling.get("beta_fast") or 32), dim_of(scaling.get("beta_slow") or 1)
@@ -149,7 +166,13 @@ def _yarn(base, exponents, R, scaling, need) -> tuple[torch.Tensor, float]:
     return slow * (1 - keep) + fast * keep, float(attention_factor)
 
 
-def _longrope(base, exponents, scaling, need, seq_len) -> tuple[torch.Tensor, float]:
+def _longrope(
+    base: float,
+    exponents: torch.Tensor,
+    scaling: Mapping[str, Any],
+    need: Callable[[str], Any],
+    seq_len: int | torch.Tensor | None,
+) -> tuple[torch.Tensor, float]:
     original = need("original_max_position_embeddings")
     factor = scaling.get("factor") or need("max_position_embeddings") / original
     attention_factor = scaling.get("attention_factor")
@@ -164,7 +187,7 @@ def _longrope(base, exponents, scaling, need, seq_len) -> tuple[torch.Tensor, fl
     return long if seq_len and seq_len > original else short, float(attention_factor)
 
 
-def _llama3(inv_freq, need) -> torch.Tensor:
+def _llama3(inv_freq: torch.Tensor, need: Callable[[str], Any]) -> torch.Tensor:
     factor, low, high = need("factor"), need("low_freq_factor"), need("high_freq_factor")
     original = need("original_max_position_embeddings")
     wavelength = 2 * math.pi / inv_freq

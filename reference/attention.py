@@ -3,8 +3,45 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The keyword arguments of `attention` and its variants that do not change what kind of result they return."""
+
+    is_causal: bool
+    scale: float | None
+    window_size: tuple[int, int]
+    softcap: float | None
+    sinks: torch.Tensor | None
+    kv_start: torch.Tensor | None
+    kv_end: torch.Tensor | None
+    deterministic: bool | None
+
+
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool, **options: Unpack[AttentionOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def attention(
@@ -22,9 +59,24 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q @ k^T * scale + mask) @ v; query head h reads key and value head h // (Hq // Hkv).
+    """softmax(q @ k^T * scale + mask) @ v, where query head h attends with key and value head h // (Hq // Hkv).
 
-    q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq).
+    Args:
+        q: (B, Hq, Sq, D).
+        k: (B, Hkv, Sk, D).
+        v: (B, Hkv, Sk, Dv).
+        is_causal: query i sees keys j <= i + Sk - Sq.
+        scale: factor of the scores. Default: 1 / sqrt(D).
+        window_size: (left, right): query i sees keys from i + Sk - Sq - left to i + Sk - Sq + right. -1: no limit.
+        softcap: c replaces each score s by c tanh(s / c) (arXiv 2408.00118, section 2). None or 0: no cap.
+        sinks: (Hq,), one more score in the softmax of each row, which has no value.
+        kv_start, kv_end: (B, Sq) integers: row i sees keys from kv_start[i] to kv_end[i] - 1.
+        return_lse: return the logarithm of each row's sum of exp(score) too, sink included.
+        deterministic: has no effect here.
+
+    Returns:
+        out (B, Hq, Sq, Dv) in the dtype of q, and with return_lse also lse (B, Hq, Sq) in float32, or float64 for
+        float64 q. A row that sees no key gives 0, and -inf in lse if there are no sinks.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     Hkv, Sq, Sk = k.shape[1], q.shape[2], k.shape[2]
@@ -32,18 +84,18 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     see = visible(Sq, Sk, is_causal, window_size, kv_start, kv_end, q.device)  # (Sq, Sk) or (B, 1, 1, Sq, Sk)
-    k, v = (x.to(wide).masked_fill(unseen(see), 0) for x in (k, v))  # they may hold anything, and 0 * NaN is NaN
+    k, v = (x.to(wide).masked_fill(unseen(see), 0) for x in (k, v))  # keys that no query sees may hold NaN
     s = torch.einsum("bhgid,bhjd->bhgij", q.to(wide).unflatten(1, groups), k) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~see, -torch.inf)
 
-    # One more logit a row: it takes mass and gives no value. Without sinks it is -inf and takes none.
+    # A sink is one more score in each row, with no value. Without sinks it is -inf.
     sink = s.new_full(groups, -torch.inf) if sinks is None else sinks.to(wide).unflatten(0, groups)
     s = torch.cat((s, sink[:, :, None, None].expand(*s.shape[:-1], 1)), -1)  # (B, Hkv, G, Sq, Sk + 1)
 
     m = s.detach().amax(-1, keepdim=True)
-    m = m.masked_fill(m == -torch.inf, 0)  # a row that sees no key: exp(-inf - 0) is 0, exp(-inf + inf) is not
+    m = m.masked_fill(m == -torch.inf, 0)  # of a row that sees no key: exp(-inf - 0) is 0, exp(-inf + inf) is NaN
     p = torch.exp(s - m)
     mass = p.sum(-1)
     empty = mass == 0
@@ -54,7 +106,7 @@ def attention(
 
 
 def unseen(see: torch.Tensor) -> torch.Tensor:
-    """Keys that no query sees, (Sk, 1) or (B, 1, Sk, 1)."""
+    """OptionalTensor that no query sees, (Sk, 1) or (B, 1, Sk, 1)."""
     return ~(see if see.ndim == 2 else see[:, 0]).any(-2).unsqueeze(-1)
 
 
@@ -67,9 +119,12 @@ def visible(
     kv_end: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """May query i see key j? Both ends are aligned at the bottom right: query Sq - 1 stands at key Sk - 1."""
+    """Whether query i sees key j, bool (Sq, Sk), or (B, 1, 1, Sq, Sk) with kv_start or kv_end.
+
+    Queries are aligned with the last keys: query i is at the position of key i + Sk - Sq.
+    """
     left, right = window_size
-    i = torch.arange(Sq, device=device)[:, None] + (Sk - Sq)  # (Sq, 1): the key each query stands at
+    i = torch.arange(Sq, device=device)[:, None] + (Sk - Sq)  # (Sq, 1): the position of each query
     j = torch.arange(Sk, device=device)[None, :]  # (1, Sk)
     see = torch.ones(Sq, Sk, dtype=torch.bool, device=device)
     if is_causal:
@@ -81,6 +136,27 @@ def visible(
     if kv_start is not None:
         see = see & (j >= kv_start[:, None, None, :, None])
     return see if kv_end is None else see & (j < kv_end[:, None, None, :, None])
+
+
+@overload
+def attention_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, *, return_lse: Literal[False] = False, **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def attention_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, *, return_lse: Literal[True], **options: Unpack[AttentionOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def attention_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, *, return_lse: bool, **options: Unpack[AttentionOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def attention_varlen(
@@ -102,11 +178,21 @@ def attention_varlen(
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`attention` of each sequence of a packed batch on its own.
+    """`attention` of each sequence of a packed batch.
 
-    q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv) -> out (Tq, Hq, Dv), lse (Hq, Tq). Sequence b owns the query tokens
-    cu_seqlens_q[b] to cu_seqlens_q[b + 1] and keys likewise; kv_start and kv_end (Tq,) count from the sequence's own
-    first key. Tokens that no sequence owns give 0 and -inf.
+    Args:
+        q: (Tq, Hq, D).
+        k: (Tk, Hkv, D).
+        v: (Tk, Hkv, Dv).
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1,) integers. Sequence b is the queries cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1] - 1, and likewise the keys. Values outside 0 to T are clamped.
+        max_seqlen_q, max_seqlen_k: the length of the longest sequence. What is longer is cut.
+        kv_start, kv_end: (Tq,) integers, counted from the first key of the row's own sequence.
+
+    The other arguments are those of `attention`.
+
+    Returns:
+        out (Tq, Hq, Dv), and with return_lse also lse (Hq, Tq). Tokens of no sequence give 0 and -inf.
     """
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -129,6 +215,6 @@ def attention_varlen(
 
 
 def spans(cu_seqlens: torch.Tensor, tokens: int, longest: int) -> list[slice]:
-    """The tokens of each sequence, kept inside the tensor and no longer than `longest` whatever the user wrote."""
+    """The tokens of each sequence. Bounds are clamped to 0 to `tokens`, lengths to `longest`."""
     bounds = cu_seqlens.clamp(0, tokens).tolist()
     return [slice(a, min(max(a, b), a + longest)) for a, b in itertools.pairwise(bounds)]

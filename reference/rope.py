@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
+
+OptionalTensor = TypeVar(
+    "OptionalTensor", bound=torch.Tensor | None
+)  # the type of k, None or a tensor, is that of the rotated k
 
 
 def rope(
     q: torch.Tensor,
-    k: torch.Tensor | None,
+    k: OptionalTensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
     interleaved: bool = False,
     inplace: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rotate the pairs (x_i, x_j) of every head by its token's angles: x_i cos_i - x_j sin_i, x_j cos_j + x_i sin_j.
+) -> tuple[torch.Tensor, OptionalTensor]:
+    """Rotate each pair (x_i, x_j) of every head by the angles of its token (arXiv 2104.09864, section 3.2).
 
-    q (B, Hq, S, D) or packed (T, Hq, D); k likewise or None. cos, sin: tables (positions, R/2), or one row a token,
-    (B, S, R/2), with one angle for i and j; or R in place of R/2, where R > D/2, with one for each. Position ids
-    outside the table are clamped into it.
+    y_i = x_i cos_i - x_j sin_i and y_j = x_j cos_j + x_i sin_j. The pairs are (i, i + R/2), or (2i, 2i + 1) if
+    interleaved. Elements past the first R are copied.
+
+    Args:
+        q: (B, Hq, S, D), or packed (T, Hq, D).
+        k: (B, Hkv, S, D), or packed (T, Hkv, D), or None.
+        cos, sin: tables (positions, R/2), or a row for each token, (B, S, R/2). If R > D/2 they may have R columns
+            instead: an angle for each element of a pair.
+        position_ids: (S,), (B, S) or (T,), the row of the tables for each token. Default: 0, 1, 2, ... Values outside
+            the tables are clamped.
+        inplace: write the results into q and k.
+
+    Returns:
+        q and k rotated, in their own dtypes. None for a k that is None.
     """
     cos, sin = _rows(q, cos, sin, position_ids)
-    out = tuple(None if x is None else _rotate(x, cos, sin, interleaved) for x in (q, k))
-    if inplace:
-        out = tuple(None if x is None else x.copy_(y) for x, y in zip((q, k), out, strict=True))
-    return out
+
+    def rotated(x: Any) -> Any:
+        y = None if x is None else _rotate(x, cos, sin, interleaved)
+        return x.copy_(y) if inplace and x is not None else y
+
+    return rotated(q), rotated(k)
 
 
 def rope_transpose(
     dq: torch.Tensor,
-    dk: torch.Tensor | None,
+    dk: OptionalTensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
     interleaved: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The transpose of `rope`, which is its backward: dy_i cos_i + dy_j sin_j, dy_j cos_j - dy_i sin_i. Where i and j
-    have one angle, this is the inverse rotation."""
+) -> tuple[torch.Tensor, OptionalTensor]:
+    """The backward of `rope`, its transpose: dx_i = dy_i cos_i + dy_j sin_j and dx_j = dy_j cos_j - dy_i sin_i.
+
+    This is the inverse rotation where i and j have the same angle. Arguments and results are those of `rope`.
+    """
     cos, sin = _rows(dq, cos, sin, position_ids)
-    return tuple(None if dy is None else _rotate(dy, cos, sin, interleaved, transpose=True) for dy in (dq, dk))
+
+    def rotated(dy: Any) -> Any:
+        return None if dy is None else _rotate(dy, cos, sin, interleaved, transpose=True)
+
+    return rotated(dq), rotated(dk)
 
 
 def rope_qkv(
@@ -53,14 +78,16 @@ def rope_qkv(
     *,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v of a packed projection (..., (q_heads + 2 kv_heads) D), q and k rotated.
+    """q, k and v of a fused projection, with q and k rotated by `rope`.
 
-    (B, S, N) gives (B, H, S, D), packed (T, N) gives (T, H, D).
+    qkv is (B, S, (q_heads + 2 kv_heads) D) and gives (B, H, S, D) each, or packed (T, (q_heads + 2 kv_heads) D) and
+    gives (T, H, D) each.
     """
     counts = (q_heads, kv_heads, kv_heads)
     parts = qkv.unflatten(-1, (sum(counts), -1)).split(counts, -2)  # (..., H, D) each
     q, k, v = parts if qkv.ndim == 2 else (x.transpose(1, 2) for x in parts)
-    return *rope(q, k, cos, sin, position_ids, interleaved=interleaved), v
+    q, k = rope(q, k, cos, sin, position_ids, interleaved=interleaved)
+    return q, k, v
 
 
 def rope_into_cache(
@@ -76,7 +103,11 @@ def rope_into_cache(
     *,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """q (B, Hq, S, D) rotated; k, rotated, and v go to cache_position of the caches (B, Hkv, L, D), if it is there."""
+    """q (B, Hq, S, D) rotated. The rotated k and v (B, Hkv, S, D) are written into the caches (B, Hkv, L, D).
+
+    cache_position, (S,) or (B, S): the slot of each token in the caches, and its row of the tables unless position_ids
+    are given. Tokens whose slot is outside 0 to L - 1 are not written.
+    """
     if position_ids is None and cos.ndim == 2:
         position_ids = cache_position
     q, k = rope(q, k, cos, sin, position_ids, interleaved=interleaved)

@@ -1,11 +1,42 @@
-"""Rotary positions, then self-attention: what a layer of a Llama does between its projections."""
+"""RoPE, then self-attention: what a layer of Llama computes between its projections."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
 from .attention import attention
 from .rope import rope
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .attention import AttentionOptions
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, interleaved: bool = False, return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, interleaved: bool = False, return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, interleaved: bool = False, return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def rope_attention(
@@ -27,9 +58,10 @@ def rope_attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """attention(*rope(q, k, cos, sin, position_ids), v).
+    """attention(*rope(q, k, cos, sin, position_ids, interleaved=interleaved), v, is_causal=is_causal, ...).
 
-    q (B, Hq, S, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv) -> out (B, Hq, S, Dv), lse (B, Hq, S).
+    q (B, Hq, S, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv); the other arguments are those of `rope` and `attention`.
+    Returns out (B, Hq, S, Dv), and with return_lse also lse (B, Hq, S).
     """
     return attention(
         *rope(q, k, cos, sin, position_ids, interleaved=interleaved),

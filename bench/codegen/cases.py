@@ -4,6 +4,8 @@ The package's own launchers run: Triton specialises and compiles just what it wo
 dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit its kernel fails here.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +18,9 @@ from triton.runtime.jit import JITFunction
 
 from bench.codegen import hopper, ones
 from llama_kernels.core import device
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
-from llama_kernels.ops.attention import backward, decode, forward, tables
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention import decode, tables
+from llama_kernels.ops.attention.call import AttentionCall
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -72,9 +75,9 @@ def _rows_of(N: int, dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) 
     for residual in (None, x):
         label = f"N={N}" + " float32" * (dtype == torch.float32) + " float32 weight" * (weight_dtype != dtype)
         label += "" if residual is None else " +residual"
-        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): rms_norm._forward(*a), full)
+        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): KERNELS["rms_norm_forward"](*a), full)
         grads = (x, residual, x, weight, rstd, 1e-6, 0.0, dtype, True, True)
-        yield Case("rms_norm", label, lambda a=grads: rms_norm._backward(*a), full)
+        yield Case("rms_norm", label, lambda a=grads: KERNELS["rms_norm_backward"](*a), full)
 
 
 def _rope_cases() -> Iterator[Case]:
@@ -83,16 +86,16 @@ def _rope_cases() -> Iterator[Case]:
         for interleaved in (False, True):
             q, k, *angles = _heads(D, R, Hq, Hkv)
             label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
-            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): rope._rotated(*a))
+            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): KERNELS["rope"](*a))
     q, k, *angles = _heads(128, 128, 32, 8)
-    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): rope._packed_backward(*a))
+    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): KERNELS["rope_qkv_backward"](*a))
     cache, slots = torch.empty(1, 8, 64, 128, dtype=q.dtype), angles[-1]
     into = (q, k, k, cache, cache, slots, *angles, False)
-    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: rope._into_cache(*a))
+    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: KERNELS["rope_into_cache"](*a))
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         wide = (*_wide_tables(128), angles[-1], interleaved)
-        yield Case("rope", label, lambda a=(q, k, *wide, True): rope._rotated(*a), interleaved)
+        yield Case("rope", label, lambda a=(q, k, *wide, True): KERNELS["rope"](*a), interleaved)
 
 
 def _qk_norm_rope_cases() -> Iterator[Case]:
@@ -102,14 +105,16 @@ def _qk_norm_rope_cases() -> Iterator[Case]:
             weights = (torch.empty(D, dtype=q.dtype),) * 2
             label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
             rest, full = (*weights, *angles, 1e-6, 0.0, interleaved), D == 80 or (interleaved and (D, R) != (128, 128))
-            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): qk_norm_rope._forward(*a), full)
-            yield Case("qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): qk_norm_rope._backward(*a), full)
+            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): KERNELS["qk_norm_rope"](*a), full)
+            yield Case(
+                "qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): KERNELS["qk_norm_rope_backward"](*a), full
+            )
     q, k, *_, position_ids = _heads(128, 128, 32, 8)
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         weights = (torch.empty(128, dtype=q.dtype),) * 2
         rest = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
-        yield Case("qk_norm_rope", label, lambda a=rest: qk_norm_rope._backward(*a), interleaved)
+        yield Case("qk_norm_rope", label, lambda a=rest: KERNELS["qk_norm_rope_backward"](*a), interleaved)
 
 
 def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:
@@ -174,12 +179,11 @@ def _decode(D: int, dtype: torch.dtype, everything: bool, masked: bool = False) 
     Hq, Sq = (8 * Hkv, decode.MOST_ROWS // 8) if everything else (4 * Hkv, 1)
     q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for S, H in ((Sq, Hq), (Sk, Hkv), (Sk, Hkv)))
     bound = torch.zeros(B, Sq, dtype=torch.int32)
-    options = (
-        (torch.empty(Hq), bound, bound, 0.1, 30.0, 64, 0) if everything else (None, None, None, 0.1, None, None, 0)
-    )
-    if masked:
-        options = (*options[:-2], None, None, torch.empty(B, Sk, dtype=torch.bool))
-    decode.launch_decode(q, k, v, *options)
+    given = (torch.empty(Hq), bound, bound) if everything else (None, None, None)
+    softcap, window = 30.0 if everything else None, (64, 0) if everything else (None, 0)
+    window = (None, None) if masked else window
+    call = AttentionCall(q, k, v, *given, None, None, Sq, Sk, 0.1, softcap, *window)
+    decode.launch_decode(call, torch.empty(B, Sk, dtype=torch.bool) if masked else None)
 
 
 def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
@@ -198,8 +202,8 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
     else:
         rest = (None, None, None, None, S, S, 0.1, None, None, 0)
         sinks = dlse = None
-    forward.launch_forward(q, k, v, sinks, *rest)
-    backward.launch_backward(do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything)
+    KERNELS["attention_forward"](q, k, v, sinks, *rest)
+    KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything, None)
 
 
 def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, everything: bool) -> None:
@@ -209,7 +213,8 @@ def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, every
     angles = (torch.empty(S, R // 2), torch.empty(S, R // 2), torch.zeros(1, S, dtype=torch.int64), interleaved)
     bounds, numbers = ((bound, bound), (0.1, 30.0, 64, 0)) if everything else ((None, None), (0.1, None, None, 0))
     needed = (True, True, True, False)
-    rope_attention.backward_kernels(q, None, q, k, v, q, lse, None, *bounds, *angles, *numbers, *needed, None)
+    backward = KERNELS["rope_attention_backward"]
+    backward(q, None, q, k, v, q, lse, None, *bounds, *angles, *numbers, *needed, None)
 
 
 # --- compiling under a stand-in driver -------------------------------------------------------------------------------

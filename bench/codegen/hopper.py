@@ -1,9 +1,7 @@
-"""The Hopper kernels' inner loops, read offline: `python -m bench.hopper [D=128 causal ...]`. No GPU needed.
+"""The calls of the Hopper kernels that the compile gate compiles, and the rules for their loops.
 
-`python -m bench.codegen` compiles the calls named here with everything else and holds the kernels against the rules
-below; this shows what one trip of each loop over blocks issues, a warp group. What the loop must not have is what makes
-such a kernel slow without a word: a spill, a mask where none is needed, a softmax that waits for the tensor cores, a
-product computed twice.
+A loop over blocks must have no spill, no mask where none is needed, no softmax that waits for the tensor cores and no
+product that is computed twice: each makes the kernel slow and its results stay right. hopper_loops.py shows the loops.
 """
 
 from __future__ import annotations
@@ -19,9 +17,11 @@ from unittest import mock
 import torch
 
 from bench.codegen import sass
-from llama_kernels.ops import rope_attention
-from llama_kernels.ops.attention import backward, forward
-from llama_kernels.ops.attention.hopper import choice
+from llama_kernels import hopper_attention
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention import dispatch
+from llama_kernels.ops.attention.call import AttentionCall, Wanted
+from llama_kernels.ops.attention.hopper.tables import TILES
 
 SHOWN = (
     "HGMMA",
@@ -73,20 +73,18 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
     left, right = 64 if "window" in options else None, 0 if "causal" in options else None
     softcap = 30.0 if "softcap" in options else None
     rest = (sinks, None, None, cu_seqlens, cu_seqlens, S, S, 0.1, softcap, left, right)
-    with (
-        mock.patch.object(choice, "arch_of", lambda _: "sm_90"),
-        choice.hopper_attention(),
-        warnings.catch_warnings(),
-    ):
+    with mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"), hopper_attention(), warnings.catch_warnings():
         warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile is said, and stepped over
-        forward.launch_forward(q, k, v, *rest)
+        KERNELS["attention_forward"](q, k, v, *rest)
         if "rotated" in options:
             tables = (torch.empty(S, D // 2), torch.empty(S, D // 2), None)
             gradients = (True, True, True, False, False)
             call = (q, None, q, k, v, q, lse, None, None, None, *tables, False, *rest[-4:])
-            rope_attention.backward_kernels(*call, *gradients)
-        elif not isinstance(choice.choose("backward", None, None, softcap, q, k, v), str):
-            backward.launch_backward(q, None, q, k, v, q, lse, *rest, True, True, True, sinks is not None, False)
+            KERNELS["rope_attention_backward"](*call, *gradients)
+            return
+        wanted = Wanted(True, True, True, sinks is not None, False)
+        if dispatch.backward(AttentionCall(q, k, v, *rest), q, wanted).tile is not None:
+            KERNELS["attention_backward"](q, None, q, k, v, q, lse, *rest, *wanted)
 
 
 # --- reading loops ---------------------------------------------------------------------------------------------------
@@ -130,7 +128,7 @@ def faults(kernel: str, label: str, compiled: Any) -> list[str]:
         if what not in ptx:
             wrong.append(f"without {needed}")
     pass_, D = re.match(r"hopper_(\w+)_kernel", kernel)[1], int(re.search(r"D=(\d+)", label)[1])
-    tile = next(tile for tile in choice.TILES[pass_] if tile.width >= D)
+    tile = next(tile for tile in TILES[pass_] if tile.width >= D)
     # Two products of 64 rows and BLOCK_N keys in the forward, five of 64 keys and BLOCK_M rows in the backward.
     products, across = (2, tile.BLOCK_N) if pass_ == "forward" else (5, tile.BLOCK_M)
     wanted = products * 2 * 64 * across * tile.width // 4096

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rope_attention
-from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention import decode
+from llama_kernels.ops.attention.call import AttentionCall
 
 
 class Call(NamedTuple):
@@ -80,33 +81,36 @@ def _attention(D: int, dtype: torch.dtype, size: _Size, options: str) -> None:
     left, right = {"causal": (None, 0), "window": (1, 1), "bounds": (None, None), "all": (64, 0)}[options]
     sinks = torch.empty(Hq) if options == "all" else None
     call = (sinks, bound, bound, cu_seqlens, cu_seqlens, Sq, Sk, 0.1, softcap, left, right)
-    forward.launch_forward(q, k, v, *call)
+    KERNELS["attention_forward"](q, k, v, *call)
     dlse = lse if options == "all" else None
-    backward.launch_backward(do, dlse, q, k, v, do, lse, *call, True, True, True, sinks is not None)
+    needed = (True, True, True, sinks is not None)
+    KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, *call, *needed, None)
 
 
 def _decode(D: int) -> None:
     q, k = torch.empty(1, 1, 1, D, dtype=torch.bfloat16), torch.empty(1, 1, 2048, D, dtype=torch.bfloat16)
     bound, key_mask = torch.zeros(1, 1, dtype=torch.int32), torch.empty(1, 2048, dtype=torch.bool)
-    decode.launch_decode(q, k, k, None, bound, bound, 0.1, None, None, 0)
-    decode.launch_decode(q, k[:, :, :1], k[:, :, :1], None, None, None, 0.1, None, None, None, key_mask[:, :1])
+    KERNELS["attention_forward"](q, k, k, None, bound, bound, None, None, 1, 2048, 0.1, None, None, 0)
+    one_key = k[:, :, :1]
+    call = AttentionCall(q, one_key, one_key, None, None, None, None, None, 1, 1, 0.1, None, None, None)
+    decode.launch_decode(call, key_mask[:, :1])
 
 
 def _rotations(D: int, interleaved: bool) -> None:
     q = torch.empty(1, 1, 1, D, dtype=torch.bfloat16)
     weights, cache = (torch.empty(D, dtype=q.dtype),) * 2, torch.empty(1, 1, 64, D, dtype=q.dtype)
     angles = (torch.empty(1, D // 2), torch.empty(1, D // 2), torch.zeros(1, 1, dtype=torch.int64))
-    rope._rotated(q, q, *angles, interleaved, False)
-    rope._into_cache(q, q, q, cache, cache, angles[-1], *angles, interleaved)
-    qk_norm_rope._forward(q, q, *weights, *angles, 1e-6, 0.0, interleaved)
-    qk_norm_rope._backward(q, q, q, q, *weights, *angles, 1e-6, 0.0, interleaved, True)
+    KERNELS["rope"](q, q, *angles, interleaved, False)
+    KERNELS["rope_into_cache"](q, q, q, cache, cache, angles[-1], *angles, interleaved)
+    KERNELS["qk_norm_rope"](q, q, *weights, *angles, 1e-6, 0.0, interleaved)
+    KERNELS["qk_norm_rope_backward"](q, q, q, q, *weights, *angles, 1e-6, 0.0, interleaved, True)
     lse, bound = torch.empty(1, 1, 1), torch.zeros(1, 1, dtype=torch.int32)
     rest = (interleaved, 0.1, None, None, 0, True, True, True, False, None)
-    rope_attention.backward_kernels(q, None, q, q, q, q, lse, None, bound, bound, *angles, *rest)
+    KERNELS["rope_attention_backward"](q, None, q, q, q, q, lse, None, bound, bound, *angles, *rest)
 
 
 def _norms(N: int) -> None:
     x, weight, rstd = torch.empty(1, N, dtype=torch.bfloat16), torch.empty(N, dtype=torch.bfloat16), torch.empty(1, 1)
     for residual in (None, x):
-        rms_norm._forward(x, residual, weight, 1e-6, 0.0)
-        rms_norm._backward(x, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
+        KERNELS["rms_norm_forward"](x, residual, weight, 1e-6, 0.0)
+        KERNELS["rms_norm_backward"](x, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)

@@ -1,4 +1,4 @@
-"""The one page at the end, made of what the stages left on disk, so that a run cut short has one too."""
+"""The page at the end. It is made of the stages' files, so that a run that was cut short has a page too."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from bench.gpu_check.state import ABSENT, PASSED, UNFINISHED, Outcome
 from bench.measuring import records
 from bench.measuring.records import Run
 from bench.providers.provider import OURS
 from bench.reporting import goals
 from bench.reporting.compare import THRESHOLD
-from llama_kernels.ops.attention.hopper.choice import row
+from llama_kernels.ops.attention import dispatch
 
 COLUMNS, LINES = 110, 60
 SHAPE = "Llama 3.1 8B"  # whose attention is looked at: heads of 128, 32 and 8
@@ -26,7 +24,7 @@ _ATTENTION = ("forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel")
 
 
 class Findings(NamedTuple):
-    """All that the page tells. A run that is None was not made."""
+    """What the page shows. A run that is None was not made."""
 
     folder: Path
     outcomes: Sequence[Outcome]
@@ -165,8 +163,7 @@ def _attention(found: Findings) -> Iterator[str]:
         yield _short(f"{'attention' if name == plain[0][0] else '':14}{name}: {tile}")
     said = []
     for pass_ in ("forward", "backward"):
-        why = row(pass_, family, torch.bfloat16, 128, 128)
-        said.append(f"{pass_}: {why if isinstance(why, str) else f'Hopper kernel, {why}'}")
+        said.append(f"{pass_}: {dispatch.for_heads(pass_, family, 128)}")
     yield from _wrapped("  why", said[0] if len({s.split(": ", 1)[1] for s in said}) == 1 else "; ".join(said))
     if said := _fallbacks(found.folder):
         yield from _wrapped("  Hopper", said)
@@ -244,5 +241,5 @@ def _next(found: Findings) -> list[str]:
     if not steps:
         steps.append("python -m bench --save keeps the records of published shapes; commit bench/results/")
         if found.hopper:
-            steps.append("where Hopper goals are met: name the record in TILES of ops/attention/hopper/choice.py")
+            steps.append("where Hopper goals are met: name the record in TILES of ops/attention/hopper/tables.py")
     return steps[:5]

@@ -19,12 +19,7 @@ PART = 40
 SECONDS = 300.0  # of a part: its kernels may all be new
 COLLECT_SECONDS = 60.0
 # Slow, and least likely to say something new about a GPU.
-LAST = (
-    "tests/integrations/",
-    "tests/examples/",
-    "tests/regressions/test_fuzz.py",
-    "tests/gpu/test_large.py",
-)
+LAST = ("tests/integrations/", "tests/examples/", "tests/regressions/test_fuzz.py", "tests/gpu/test_large.py")
 # Hundreds of launches that must be alike, which the determinism stage repeats while others use the GPU.
 REPEATS = "repeat or races"
 

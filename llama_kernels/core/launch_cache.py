@@ -1,8 +1,9 @@
 """The launch cache: a repeated call reuses the launches that Triton bound for it.
 
-Triton binds every argument of every launch anew, which costs the host more than the rest of a call. Here a launcher is
-a plan: a generator of `Launch`es. From the second call with one cache key (shapes, strides, dtypes, alignments, device
-and numbers) on, its launches are kept as Triton compiled and bound them. A later call only puts its tensors into them.
+Triton binds every argument of every launch anew, which costs the host more than the rest of a call. So a launcher is a
+function that lists its launches, and `cached_launch` makes and caches them. A second call with the same cache key
+(shapes, strides, dtypes, alignments, device and numbers) stores its launches as Triton compiled and bound them. Every
+later call with that key only puts its own tensors into them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import functools
 import itertools
 import operator
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import torch
 
@@ -23,46 +24,54 @@ from llama_kernels.core.language import INTERPRETED
 # AMD's compiler also asks how large a tensor's storage is, which is not in the cache key: there Triton binds every
 # launch.
 _CACHES = not INTERPRETED and torch.version.hip is None
-# Multiply and add in one rounding, and one instruction: said, because from Triton 3.10 on silence means two.
+# Fuses a product and a sum into one instruction, which rounds once. Triton 3.10 and newer do so only where asked to.
 _ALWAYS = {"enable_fp_fusion": True}
-MAX_KEYS = 1024  # keys a plan; a cache that is full is emptied
+MAX_KEYS = 1024  # keys of one launcher; a cache that is full is emptied
+
+_P = ParamSpec("_P")
 
 
 class Launch(NamedTuple):
+    """One launch of a kernel."""
+
     kernel: Any  # triton.JITFunction
     grid: tuple[int, ...]
-    args: tuple[Any, ...]  # its first parameters
-    options: dict[str, Any]  # the others, by name, and num_warps and num_stages
+    args: tuple[Any, ...]  # the kernel's first parameters, in order
+    options: dict[str, Any]  # its other parameters by name, with num_warps and num_stages
 
 
 class _Bound(NamedTuple):
-    """A launch without its tensors."""
+    """A bound launch: what Triton compiled, and its arguments with a gap for each tensor."""
 
     run: Callable[..., None]
     args: list[Any]
-    tensor_slots: tuple[tuple[int, int], ...]  # in args, and of the plan's argument that goes there
-    descriptor_slots: tuple[tuple[int, int], ...]  # likewise, where a descriptor in args is to describe that argument
+    tensor_slots: tuple[tuple[int, int], ...]  # (gap in args, which leaf of the launcher's arguments fills it)
+    descriptor_slots: tuple[tuple[int, int], ...]  # likewise, where a descriptor in args describes that leaf
 
 
-_caches: list[dict[Any, Any]] = []  # one a plan
+_caches: list[dict[Any, Any]] = []  # one for each launcher
 
 
-def cached_launch(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
-    """The launcher of `plan`: call it with the plan's arguments, positionally, the first of them a tensor.
+def cached_launch(launcher: Callable[_P, list[Launch]]) -> Callable[_P, None]:
+    """A function that makes the launches `launcher` lists. It takes the launcher's arguments, by position.
 
-    All tensors among the arguments are on one device. Other arguments are hashable; tuples hold no floats. What a plan
-    yields depends on its arguments alone, and of a tensor on nothing but shape, strides, dtype, device and whether its
-    address is a multiple of 16. Launches of tensors that are no arguments, such as views, are not cached, nor are
-    tensors inside tuples; TensorDescriptors of arguments are.
+    Arguments are tensors, numbers and other hashable values, and named tuples of such, nested or not. Their leaves are
+    what is left once every named tuple is replaced by its fields. The first leaf is a tensor, and all tensors are on
+    its device. Tuples without names hold no floats.
+
+    The list may depend on the arguments alone, and of a tensor on nothing but its shape, strides, dtype, device and
+    whether its address is a multiple of 16. A launch is cached if all its tensors, and the tensors that its descriptors
+    describe, are leaves. It is not cached if it has other tensors, such as views, or tensors inside a tuple.
     """
     cache: dict[tuple[Any, ...], list[_Bound] | None] = {}  # None: called once, as many keys are
     _caches.append(cache)
 
-    @functools.wraps(plan)
-    def launch(*args: Any) -> None:
+    @functools.wraps(launcher)
+    def launch(*given: Any) -> None:
+        args, kinds = _leaves(given)
         with on_device_of(args[0]):
-            key = _cache_key(args) if _CACHES else None
-            if found := cache.get(key):
+            key = _cache_key(args, kinds) if _CACHES else None
+            if key is not None and (found := cache.get(key)):
                 for run, filled, tensor_slots, descriptor_slots in found:
                     filled = filled.copy()
                     for place, source in tensor_slots:
@@ -72,69 +81,106 @@ def cached_launch(plan: Callable[..., Iterator[Launch]]) -> Callable[..., None]:
                     run(*filled)
                 return
             launched = [
-                (each, settled(each.kernel)[each.grid](*each.args, **each.options, **_ALWAYS)) for each in plan(*args)
+                (each, settled(each.kernel)[each.grid](*each.args, **each.options, **_ALWAYS))
+                for each in launcher(*given)  # type: ignore[call-arg]
             ]
             if key is None or any(map(_holds_tensor, args)):
                 return
             if key in cache:
                 bound = [_bind(each, compiled, args) for each, compiled in launched]
-                cache[key] = None if None in bound else bound
+                cache[key] = None if None in bound else cast("list[_Bound]", bound)
             else:
                 if len(cache) >= MAX_KEYS:
                     cache.clear()
                 cache[key] = None
 
-    return launch
+    return cast("Callable[_P, None]", launch)
 
 
 def forget() -> None:
-    """Empty the launch caches: Triton binds every launch anew. For after a change of its driver or of a knob that it
-    compiles by, such as `triton.knobs.runtime.debug`."""
+    """Empty the launch caches, so that Triton binds every launch anew.
+
+    Call it after a change of Triton's driver, or of a knob that Triton compiles by, such as
+    `triton.knobs.runtime.debug`.
+    """
     for cache in _caches:
         cache.clear()
 
 
-def _cache_key(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Calls of one key launch the same machine code with the same numbers, and with their tensors in the same places.
-
-    1, 1.0 and True are equal but bound differently: types are in the key. So are floats as bytes, as 0.0 == -0.0.
-    """
-    types = tuple(map(type, args))
-    number, tensors_of, others_of, float_bytes_of = _kinds_of_types.get(types) or _kinds(types)
-    tensors = tensors_of(args)
-    key = [number, others_of(args), float_bytes_of(args), args[0].get_device()]
-    for x in tensors:
-        key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
-    ids = [*map(id, tensors)]
-    if len(set(ids)) < len(ids):  # which of them are one tensor
-        key += map(ids.index, ids)
-    return tuple(key)
-
-
 class _Kinds(NamedTuple):
-    """For arguments of certain types: functions that give the tensors, the others, and the floats as bytes."""
+    """What follows from the types of arguments: how to expand named tuples, or else what the cache key is made of."""
 
-    number: int  # stands for the types
+    number: int  # stands for the types, and for those of the arguments that these were expanded from
+    expand: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None  # None: there are no named tuples
+    inner: dict[tuple[type, ...], _Kinds]  # those of the expanded arguments, by their types
     tensors_of: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-    others_of: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    others_of: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # neither tensors nor floats
     float_bytes_of: Callable[[tuple[Any, ...]], bytes]
-
-
-def _kinds(types: tuple[type, ...]) -> _Kinds:
-    tensors = [i for i, t in enumerate(types) if issubclass(t, torch.Tensor)]
-    floats = [i for i, t in enumerate(types) if issubclass(t, float)]
-    others = [i for i in range(len(types)) if i not in tensors and i not in floats]
-    pack, floats_of = struct.Struct(f"{len(floats)}d").pack, _items(floats)
-    kinds = _Kinds(next(_numbers), _items(tensors), _items(others), lambda args: pack(*floats_of(args)))
-    return _kinds_of_types.setdefault(types, kinds)
 
 
 _kinds_of_types: dict[tuple[type, ...], _Kinds] = {}
 _numbers = itertools.count()
 
 
+def _leaves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], _Kinds]:
+    """The leaves of `args`, and their kinds."""
+    types = tuple(map(type, args))
+    kinds = _kinds_of_types.get(types) or _kinds(types, _kinds_of_types)
+    while kinds.expand:
+        args = kinds.expand(args)
+        types = tuple(map(type, args))
+        kinds = kinds.inner.get(types) or _kinds(types, kinds.inner)
+    return args, kinds
+
+
+def _kinds(types: tuple[type, ...], known: dict[tuple[type, ...], _Kinds]) -> _Kinds:
+    named_tuples = [i for i, t in enumerate(types) if hasattr(t, "_fields")]
+    tensors = [i for i, t in enumerate(types) if issubclass(t, torch.Tensor)]
+    floats = [i for i, t in enumerate(types) if issubclass(t, float)]
+    others = [i for i in range(len(types)) if i not in tensors and i not in floats]
+    pack, floats_of = struct.Struct(f"{len(floats)}d").pack, _items(floats)
+    float_bytes_of = lambda args: pack(*floats_of(args))  # noqa: E731
+    kinds = _Kinds(next(_numbers), _expanding(named_tuples), {}, _items(tensors), _items(others), float_bytes_of)
+    return known.setdefault(types, kinds)
+
+
+def _expanding(named_tuples: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+    """A function that replaces the named tuples at these places by their fields."""
+    if not named_tuples:
+        return None
+    if named_tuples == [0]:  # the usual cases, which every call waits for
+        return lambda args: args[0] + args[1:]
+    if named_tuples == [0, 1]:
+        return lambda args: args[0] + args[1] + args[2:]
+
+    last_first = named_tuples[::-1]
+
+    def expand(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        for i in last_first:
+            args = args[:i] + args[i] + args[i + 1 :]
+        return args
+
+    return expand
+
+
+def _cache_key(args: tuple[Any, ...], kinds: _Kinds) -> tuple[Any, ...]:
+    """Calls of one key launch the same machine code with the same numbers, and with their tensors in the same places.
+
+    1, 1.0 and True are equal but bound differently: types are in the key. So are floats as bytes, as 0.0 == -0.0.
+    """
+    number, _, _, tensors_of, others_of, float_bytes_of = kinds
+    tensors = tensors_of(args)
+    key = [number, others_of(args), float_bytes_of(args), args[0].get_device()]
+    for x in tensors:
+        key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+    if len({*map(id, tensors)}) < len(tensors):  # some are one tensor: which ones
+        ids = [*map(id, tensors)]
+        key += map(ids.index, ids)
+    return tuple(key)
+
+
 def _items(indices: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What gives the items of a tuple at `indices`, as a tuple."""
+    """A function that gives the items of a tuple at `indices`, as a tuple."""
     if len(indices) == 1:
         (index,) = indices
         return lambda items: (items[index],)
@@ -142,7 +188,7 @@ def _items(indices: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...
 
 
 def _bind(each: Launch, compiled: Any, args: tuple[Any, ...]) -> _Bound | None:
-    """The launch that Triton made, without its tensors. None where it cannot be cached."""
+    """The bound launch of `each`, which Triton compiled to `compiled`, or None where it cannot be cached."""
     if compiled is None:
         return None
     filled = [*each.args, *(each.options[name] for name in each.kernel.arg_names[len(each.args) :])]
@@ -162,12 +208,15 @@ def _bind(each: Launch, compiled: Any, args: tuple[Any, ...]) -> _Bound | None:
 
 
 def _holds_tensor(x: Any) -> bool:
-    """Whether a tensor is inside of the tuple `x`: kept, it would be launched again in place of the next call's."""
+    """Whether a tensor is inside the tuple `x`. If cached, it would be launched again in place of the next call's."""
     return isinstance(x, tuple) and any(isinstance(item, torch.Tensor) or _holds_tensor(item) for item in x)
 
 
 def _describing(descriptor: Any, base: torch.Tensor | None) -> Any:
-    """The TensorDescriptor, of another tensor of the same key: what it checked when it was made holds for that too."""
+    """A copy of a TensorDescriptor that describes `base`, a tensor with the same cache key.
+
+    The constructor's checks are not repeated: they hold for every tensor of that key.
+    """
     moved = object.__new__(type(descriptor))
     moved.__dict__.update(descriptor.__dict__, base=base)
     return moved

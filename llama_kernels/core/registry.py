@@ -16,41 +16,51 @@ from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.tensors import last_dim_contiguous
 
 LIBRARY = torch.library.Library("llama_kernels", "DEF")
-launchers: dict[str, Callable[..., Any]] = {}  # by registered op: what runs its kernels
+# What runs on a GPU, by the name of the op. It takes the op's arguments by position.
+KERNELS: dict[str, Callable[..., Any]] = {}
 
 
 def register(
-    schema: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    call: Any = None,
 ) -> Callable[..., Any]:
-    """Define `llama_kernels::<schema>` and say what it runs. Returns how the package calls it: without autograd.
+    """Define the op `llama_kernels::<schema>`, and return the function by which the package calls it.
 
-    kernel: launches Triton, for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter.
-    reference: the same results from plain PyTorch, for CPU tensors otherwise.
-    fake: only shapes, dtypes and strides, for tracing.
+    That function takes the op's arguments by position and runs it without autograd: the package puts a
+    torch.autograd.Function of its own around it. A call from elsewhere, such as an exported graph, has the gradient
+    that `register_gradient` gives the op, or raises. Under torch.func.vmap the op runs once for each example; an op
+    that writes into its arguments has no vmap.
 
-    Under torch.func.vmap the op runs once an example, unless it writes into its arguments: then it has no vmap.
-
-    The package puts its own torch.autograd.Function around the op, so it needs no gradient of the op itself. A call
-    from elsewhere, an exported graph for one, has the gradient that `register_gradient` gives the op, or else an error.
+    Args:
+        schema: the op's, as torch.library takes it.
+        kernel: runs for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter. It launches Triton kernels.
+        reference: runs for CPU tensors otherwise. It gives the same results in plain PyTorch.
+        fake: gives results of the right shape, dtype and strides while PyTorch traces.
+        call: a NamedTuple whose fields are the parameters of `schema`. The three functions above take one such tuple.
+            None: they take the op's arguments by position.
     """
-
-    def outside_autocast(*args: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return reference(*args)
-
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    launchers[name] = kernel
-    LIBRARY.impl(name, kernel, "CUDA")
-    LIBRARY.impl(name, kernel if INTERPRETED else outside_autocast, "CPU")
-    torch.library.register_fake(f"llama_kernels::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.llama_kernels, name).default
+    if call is not None:
+        parameters, fields = tuple(argument.name for argument in op._schema.arguments), call._fields
+        if fields != parameters:
+            raise ValueError(f"{call.__name__} has the fields {fields}, but the op {name} takes {parameters}.")
+        kernel, reference, fake = (_given_whole(call, function) for function in (kernel, reference, fake))
+    KERNELS[name] = kernel
+    LIBRARY.impl(name, kernel, "CUDA")
+    LIBRARY.impl(name, kernel if INTERPRETED else _outside_autocast(reference), "CPU")
+    torch.library.register_fake(f"llama_kernels::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, _refuse_device_of(op), "CompositeExplicitAutograd")  # every other device and layout
     if not op._schema.is_mutable:
         torch.library.register_vmap(f"llama_kernels::{name}", _example_by_example(op), lib=LIBRARY)
     LIBRARY.impl(name, _autograd_of(op), "Autograd", with_keyset=True)
 
-    def call(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         if _is_compiling():  # the guard cannot be traced
             return op(*args)
         if _functorch_is_active():  # it would undo the guard
@@ -61,6 +71,20 @@ def register(
                 _without_autograd.reset(token)
         with _below_autograd():  # half a microsecond, where the kernel of autograd takes three
             return op(*args)
+
+    return run
+
+
+def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`function`, which takes a `call`, as a function of its fields. The dispatcher sees to their number."""
+    new = tuple.__new__
+    return lambda *args: function(new(call, args))
+
+
+def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
 
     return call
 
@@ -76,7 +100,7 @@ _after_autograd = torch._C._after_autograd_keyset
 _any_requires_grad = torch._C._any_requires_grad
 
 # Of an op: the arguments that have a gradient, and the function of the op's arguments that gives results which know it.
-_gradients: dict[str, tuple[frozenset[str], Callable[..., Any]]] = {}
+_gradients: dict[str, tuple[frozenset[str], Any]] = {}
 
 
 def register_gradient(name: str, arguments: Sequence[str], by: Callable[..., Any]) -> None:
@@ -94,16 +118,16 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
     def with_gradient(keyset: Any, *args: Any) -> Any:
         forward_mode = forward_ad._current_level >= 0
-        wanted = torch.is_grad_enabled() and _any_requires_grad(*args)
-        if not (wanted or forward_mode) or _without_autograd.get():
+        differentiated = torch.is_grad_enabled() and _any_requires_grad(*args)
+        if not (differentiated or forward_mode) or _without_autograd.get():
             return op.redispatch(keyset & _after_autograd, *args)
         if _functorch_is_active():
             fix = f"Call llama_kernels.{public}, which can be differentiated so."
             raise RuntimeError(f"torch.ops.llama_kernels.{name}: torch.func does not differentiate the op. {fix}")
         refuse_forward_mode(public, *args)
-        if not wanted:
+        if not differentiated:
             return op.redispatch(keyset & _after_autograd, *args)
-        differentiable, by = _gradients.get(name, (frozenset(), None))
+        differentiable, by = _gradients.get(name, (frozenset[str](), None))
         for parameter, x in zip(parameters, args, strict=True):
             if isinstance(x, torch.Tensor) and x.requires_grad and parameter not in differentiable:
                 got, wanted = "a tensor that requires grad", "one without: the op has no gradient of it"
@@ -201,16 +225,17 @@ class Differentiable(torch.autograd.Function):
     def __init_subclass__(cls) -> None:
         compute, setup_context, backward, returned = cls.forward, cls.setup_context, cls.backward, -cls.KEPT or None
 
-        def forward(ctx, *args):
+        def forward(ctx: Any, *args: Any) -> Any:
             results = compute(*args)
             setup_context(ctx, args, results)
             return results[:returned]
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        older_form = type(cls.__name__, (torch.autograd.Function,), methods)
+        older_form: Any = type(cls.__name__, (torch.autograd.Function,), methods)
         # A torch.compile around the transform sees only frames of Python here, and would trace the launchers.
-        cls.forward = staticmethod(torch._disable_dynamo(compute))
-        cls.backward = staticmethod(torch._disable_dynamo(lambda ctx, *grads: backward(ctx, *grads[:returned])))
+        of_transforms: Any = cls
+        of_transforms.forward = staticmethod(torch._disable_dynamo(compute))
+        of_transforms.backward = staticmethod(torch._disable_dynamo(lambda ctx, *dy: backward(ctx, *dy[:returned])))
 
         def call(op: str, *args: Any) -> tuple[torch.Tensor, ...]:
             if forward_ad._current_level >= 0 or _functorch_is_active():
@@ -233,19 +258,19 @@ class _RefuseDerivatives(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: str, count: int, *tensors: torch.Tensor | None):
+    def forward(op: str, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.op = inputs[0]
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise _RefuseDerivatives.error(ctx.op, "double backward")
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> Any:
         raise _RefuseDerivatives.error(ctx.op, "forward-mode differentiation")
 
     @staticmethod

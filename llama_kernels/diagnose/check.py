@@ -1,7 +1,7 @@
-"""`python -m llama_kernels --check`: is every op right on this machine, forward and gradients?
+"""`python -m llama_kernels --check`: the parity check of every op on this machine, forward and gradients.
 
-Each call runs three times: as it is, and twice with uninitialised memory filled with NaN. The first two results are
-held against float64 and eager code by rule.py, the last two must be equal bit for bit.
+Each call runs three times, the second and third with uninitialised memory filled with NaN. rule.py compares the first
+two results with float64 and eager code. The last two must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Row(NamedTuple):
-    """One call in one dtype. Errors are those of the tensor that came nearest to its bound."""
+    """One call in one dtype. The errors are those of the tensor that came nearest to its bound."""
 
     call: str
     dtype: str
-    nearest: str  # the tensor: a result, or the gradient of an argument
-    error: float | None  # None: there is none, as of a result that is NaN
+    nearest: str  # the tensor that came nearest: a result, or the gradient of an argument
+    error: float | None  # None: the result is not finite
     eager: float | None
-    first_call: float | None  # seconds, forward and backward; what was not in Triton's cache is compiled
+    first_call: float | None  # seconds for forward and backward, with compilation of what is not in Triton's cache
     faults: list[str]
 
     @property
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 def run(device: torch.device, only: list[str] | None = None) -> Iterator[Row]:
-    """A row for each call and dtype on `device`, as each is done. `only`: of these ops."""
+    """Yield a row for each call and dtype on `device`, when it is done. `only`: the ops to check. Default: all."""
     sizes = calls.INTERPRETED if language.INTERPRETED else calls.ON_GPU if device.type == "cuda" else calls.ON_CPU
     with _full_precision():
         for case in calls.cases():
@@ -50,7 +50,7 @@ def run(device: torch.device, only: list[str] | None = None) -> Iterator[Row]:
 
 
 def what_is_checked(device: torch.device) -> str:
-    """Which code the check runs on `device`, and what that shows."""
+    """Which code the check runs on `device`, and what this shows."""
     if language.INTERPRETED:
         return "the kernels in Triton's interpreter, on small inputs.\nThis shows nothing about compiled code."
     if device.type == "cuda":
@@ -108,14 +108,14 @@ def _checked(case: calls.Case, dtype: torch.dtype, device: torch.device, sizes: 
 
 
 def _share(verdict: Verdict) -> float:
-    """Of the bound, how much the error takes."""
+    """The error as a share of its bound."""
     return float("inf") if verdict.fault else verdict.error / verdict.bound
 
 
 def _outputs(
     function: Callable[..., Any], case: calls.Case, inputs: dict[str, Any]
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
-    """The results of a call on copies of `inputs`, and the copies."""
+    """The results of a call with copies of `inputs`, and the copies."""
     copies = {name: x.detach().clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     for name in case.differentiable:
         copies[name].requires_grad_()
@@ -126,7 +126,7 @@ def _outputs(
 def _results(
     function: Callable[..., Any], case: calls.Case, inputs: dict[str, Any], grads: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """By name: outputs, arguments written in place, and gradients of the differentiable arguments."""
+    """Outputs, arguments that were written in place, and gradients of the differentiable arguments, by name."""
     outputs, copies = _outputs(function, case, inputs)
     results = dict(zip(case.outputs, outputs, strict=True))
     results |= {name: copies[name] for name in case.written}
@@ -143,7 +143,7 @@ def _wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Eager products of float32 as such, not as TF32, gradients on, and no warnings of algorithms."""
+    """Inside, eager products of float32 do not use TF32, gradients are enabled, and warnings are ignored."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -156,16 +156,17 @@ def _full_precision() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory is filled with NaN, and algorithms are deterministic."""
+    """Inside, uninitialised memory is filled with NaN, which torch does where algorithms are deterministic."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------

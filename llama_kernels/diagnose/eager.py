@@ -1,4 +1,4 @@
-"""Plain PyTorch in the dtype of its inputs, as Hugging Face's modelling code has it: what a user had before."""
+"""The ops in plain PyTorch in the dtype of their inputs, as Hugging Face's model code computes them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal, aligned at the bottom right: scores in q's dtype, softmax in float32, its result rounded."""
+    """Causal attention, queries aligned with the last keys: scores in q's dtype, softmax in float32, then rounded."""
     group, Sq, Sk = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     s = q @ k.mT * q.shape[-1] ** -0.5

@@ -1,11 +1,12 @@
-"""What a bug report needs to know of a machine, as data. A part that cannot be read is reported as its error.
+"""What a bug report needs to know about a machine, as data. A section that cannot be read is reported as its error.
 
-Home folders are written ~, and values that may be secret are left out.
+Home folders are written as ~, and values that may be secret are left out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -30,7 +31,7 @@ ROOT = Path(llama_kernels.__file__).parent.parent
 
 
 def environment() -> dict[str, Any]:
-    """Sections by name, each a value of JSON, or {"error": what was raised}."""
+    """The sections by name: JSON values, or {"error": ...} with what was raised."""
     sections: dict[str, Callable[[], Any]] = {
         "llama_kernels": package,
         "python": lambda: f"{platform.python_version()} ({sys.executable})",
@@ -47,7 +48,7 @@ def environment() -> dict[str, Any]:
 
 
 def attempted(section: Callable[[], Any]) -> Any:
-    """What `section` returns, with the warnings that it gave, or the error that it raised."""
+    """The result of `section` with the warnings that it gave, or {"error": ...} with what it raised."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         try:
@@ -61,7 +62,7 @@ def attempted(section: Callable[[], Any]) -> Any:
 
 
 def described(error: BaseException) -> str:
-    """The type of an error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
@@ -88,7 +89,7 @@ def without_home(value: Any) -> Any:
 
 
 def without_secrets(name: str, value: str) -> str:
-    """The value of the environment variable `name`, if it may be shown."""
+    """The value of the environment variable `name`, hidden where it may be secret."""
     return "(hidden)" if _SECRET_NAME.search(name) else _LOGIN.sub("(hidden)", value)
 
 
@@ -97,7 +98,7 @@ def without_secrets(name: str, value: str) -> str:
 
 def package() -> dict[str, Any]:
     """Version, folder, and the commit of a checkout or of an installation from a repository."""
-    found = {"version": llama_kernels.__version__, "folder": str(Path(llama_kernels.__file__).parent)}
+    found: dict[str, Any] = {"version": llama_kernels.__version__, "folder": str(Path(llama_kernels.__file__).parent)}
     if (ROOT / ".git").exists():
         found["commit"] = _git("rev-parse", "HEAD")
         found["changed files"] = len(_git("status", "--porcelain", "--", "llama_kernels", "reference").splitlines())
@@ -116,14 +117,14 @@ def _git(*arguments: str) -> str:
 def system() -> str:
     """Operating system, its release, the processor's architecture, and how many processors this process may use."""
     release = platform.platform()
-    with contextlib.suppress(OSError, AttributeError):  # there is none but on Linux
+    with contextlib.suppress(OSError, AttributeError):  # it exists on Linux only
         release = f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {release}"
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{release}, {platform.machine()}, {usable} CPUs"
 
 
 def packages() -> dict[str, Any]:
-    """Versions of what the package imports or patches."""
+    """The versions of the packages that this one imports, patches or is compared with."""
     found: dict[str, Any] = {"torch": torch.__version__}
     found["triton"] = language.triton.__version__ if language.HAS_TRITON else _why_no_triton()
     for name in ("numpy", "transformers", "accelerate", "peft", "liger-kernel", "flash-attn"):
@@ -151,7 +152,7 @@ def torch_build() -> dict[str, Any]:
 
 
 def driver() -> dict[str, Any]:
-    """Of the GPU: what its own tool, the kernel module and torch say."""
+    """The version of the GPU's driver, from nvidia-smi, the kernel module and torch."""
     found: dict[str, Any] = {}
     if tool := shutil.which("nvidia-smi"):
         command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -167,16 +168,16 @@ def driver() -> dict[str, Any]:
 
 
 def _newest_cuda() -> str:
-    version = torch._C._cuda_getDriverVersion()
+    version = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009  not in torch's stubs
     return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
 
 
 def gpus() -> list[Any] | dict[str, Any]:
-    """Each GPU that torch sees, with the family of tiles that it takes, or why it takes none."""
+    """Each GPU that torch sees, with the family of tiles that serves it, or why no tiles do."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return {"none": "torch sees no GPU" if built else "this torch is built for CPUs only"}
-    return [attempted(lambda i=i: gpu(i)) for i in range(torch.cuda.device_count())]
+    return [attempted(functools.partial(gpu, i)) for i in range(torch.cuda.device_count())]
 
 
 def gpu(index: int) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def gpu(index: int) -> dict[str, Any]:
 
 
 def triton_tools() -> dict[str, Any]:
-    """What Triton compiles with, and where it keeps what it compiled."""
+    """What Triton compiles with, and its cache folder."""
     if not language.HAS_TRITON:
         return {"none": "Triton is not installed"}
     knobs = language.triton.knobs
@@ -214,7 +215,7 @@ def triton_tools() -> dict[str, Any]:
         "backends": ", ".join(sorted(importlib.import_module("triton.backends").backends)),
     }
     for tool in ("ptxas", "ptxas_blackwell"):
-        with contextlib.suppress(Exception):  # not of every release and platform
+        with contextlib.suppress(Exception):  # some releases and platforms have none
             found[tool] = getattr(knobs.nvidia, tool).version
     return found
 
@@ -224,7 +225,7 @@ _NAMES = ("NVIDIA_TF32_OVERRIDE", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "
 
 
 def variables() -> dict[str, str]:
-    """Environment variables that change what runs, where, or its numbers."""
+    """Environment variables that change what runs, where it runs, or its numbers."""
     return {
         name: without_secrets(name, value)
         for name, value in sorted(os.environ.items())
@@ -233,7 +234,7 @@ def variables() -> dict[str, str]:
 
 
 def torch_settings() -> dict[str, Any]:
-    """Flags of torch that change numbers, of ours or of the eager code that ours are compared with."""
+    """Settings of torch that change the numbers of the kernels, or of the eager code that they are compared with."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     flags: dict[str, Callable[[], Any]] = {
         "float32 matmul precision": torch.get_float32_matmul_precision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 from llama_kernels import reference
 from llama_kernels.core.device import arch_of
 from llama_kernels.core.language import HAS_TRITON, INTERPRETED
+from llama_kernels.diagnose.cases import cases
 from llama_kernels.diagnose.environment import attempted
-from llama_kernels.ops.attention.hopper.choice import TILES, hopper_attention, row
+from llama_kernels.ops.attention import dispatch
+from llama_kernels.ops.attention.hopper import hopper_attention
 from llama_kernels.ops.attention.tables import PASSES, WIDTHS, tile
 
-_ATTENTION = ("attention", "attention_varlen", "rope_attention")
-_NO_BACKWARD = ("rope_into_cache",)
 _DTYPES = {"bfloat16, float16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -27,7 +28,7 @@ def kernels(family: str | None = None) -> dict[str, Any]:
         "CPU tensors": cpu_path(),
         "GPU tensors": gpu_path(),
         "ops": ops(),
-        "attention": {name: attempted(lambda name=name: attention(name)) for name in families},
+        "attention": {name: attempted(functools.partial(attention, name)) for name in families},
     }
 
 
@@ -71,39 +72,37 @@ def families_here() -> list[str]:
 
 
 def ops() -> dict[str, dict[str, str]]:
-    """Of each op, which kernels compute it on a GPU."""
+    """Which kernels compute each op on a GPU."""
+    with_gradient = {case.op for case in cases() if case.differentiable}
+    kernels_of = dict.fromkeys(dispatch.OPS, "by the table below")
     return {
         name: {
-            "forward": "portable or Hopper, by the table below" if name in _ATTENTION else "portable",
-            "backward": "none: for inference" if name in _NO_BACKWARD
-            else "portable or Hopper, by the table below" if name in _ATTENTION else "portable",
+            "forward": kernels_of.get(name, "portable"),
+            "backward": kernels_of.get(name, "portable") if name in with_gradient else "none: for inference",
         }
         for name in reference.__all__
-    }  # fmt: skip
+    }
 
 
 def attention(family: str) -> dict[str, Any]:
-    """The tiles of the portable kernels, by dtype and pass, for heads of each width, and when a Hopper kernel runs."""
+    """The tiles of the portable kernels, by dtype and pass, for heads of each width, and which kernel runs and why."""
     portable = {
         names: {pass_: [str(tile(family, pass_, width, dtype)) for width in WIDTHS] for pass_ in PASSES}
         for names, dtype in _DTYPES.items()
     }
-    return {"widths": [f"D <= {width}" for width in WIDTHS], "portable": portable, "Hopper": hopper(family)}
+    return {"widths": [f"D <= {width}" for width in WIDTHS], "portable": portable, "choices": choices(family)}
 
 
-def hopper(family: str) -> dict[str, Any]:
-    """Of each pass and width of head, in half precision: what runs now, and what `hopper_attention()` would run."""
-    found: dict[str, Any] = {}
-    for pass_ in TILES:
-        rows = {}
+def choices(family: str) -> dict[str, dict[str, str]]:
+    """By pass and width of head, in half precision: what runs now, and what runs inside `hopper_attention()`."""
+    found = {}
+    for pass_ in ("forward", "backward"):
         for width in WIDTHS:
-            now = row(pass_, family, torch.bfloat16, width, width)
+            now = dispatch.for_heads(pass_, family, width)
             with hopper_attention():
-                switched_on = row(pass_, family, torch.bfloat16, width, width)
-            rows[f"D <= {width}"] = {"now": _named(now), "with hopper_attention()": _named(switched_on)}
-        found[pass_] = rows
+                switched_on = dispatch.for_heads(pass_, family, width)
+            found[f"{pass_}, D <= {width}"] = {"now": str(now), "with hopper_attention()": str(switched_on)}
+    decoding = dispatch.for_heads("forward", family, WIDTHS[0], Sq=1)
+    for name, choice in (("decoding", decoding), ("decoding, key mask", dispatch.MASKED_DECODE)):
+        found[name] = {"now": str(choice), "with hopper_attention()": str(choice)}
     return found
-
-
-def _named(choice: Any) -> str:
-    return f"portable: {choice}" if isinstance(choice, str) else f"Hopper kernel, {choice}"

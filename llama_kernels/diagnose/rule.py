@@ -1,7 +1,7 @@
-"""When a result is good enough: no worse than plain PyTorch in the same dtype, each measured against float64.
+"""When a result passes: its error against float64 is no larger than that of plain PyTorch in the same dtype.
 
-The test suite has a stricter rule, which also compares with an ideal computation. This one needs nothing but the
-operation itself and eager code for it.
+The test suite has a stricter rule, which also compares with an ideal computation. This rule needs only the operation
+and eager code for it.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import torch
 
 # The relative error that one rounding to the dtype makes, on average over normally distributed values.
 UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
-_ENOUGH = 4096  # of fewer elements, the error of all together is a matter of luck; rows are judged
+_ENOUGH = 4096  # with fewer elements the error of all of them together varies too much; only rows are judged
 
 
 class Verdict(NamedTuple):
-    """How one tensor compares. Errors are relative, in the Frobenius norm; `bound` is what `error` may be."""
+    """The comparison of one tensor. Errors are relative, in the Frobenius norm. `bound` is the limit of `error`."""
 
     error: float
     eager: float
     bound: float
-    fault: str | None  # None: it passed
+    fault: str | None  # why it failed, or None
 
 
 def compare(result: torch.Tensor, truth: torch.Tensor, eager: torch.Tensor) -> Verdict:
-    """`result` and `eager` of one dtype, `truth` the same in float64.
+    """Compare `result` and `eager`, of one dtype, with `truth`, in float64.
 
-    Passed is what is finite just where the truth is, and where
-        all elements       error <= 1.05 eager's + a quarter of a rounding
-        the worst row      error <= 1.5 eager's + a rounding
-    float32 is not rounded on the way, and two orders of adding differ by chance: there the factors are 2 and 4, and two
-    roundings are allowed for.
+    A result passes if it is finite exactly where the truth is, and if
+        of all elements      error <= 1.05 eager's + 1/4 UNIT
+        of the worst row     error <= 1.5 eager's + UNIT
+    In float32, where only the order of additions differs, the factors are 2 and 4, with 2 UNIT each.
     """
     unit = UNIT[result.dtype]
     chance = result.dtype == torch.float32
@@ -60,10 +59,10 @@ def _relative(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _worst_row(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest relative error of a row, the last dimension. A row below the average size counts as average.
+    """The largest relative error of a row along the last dimension. Rows below the average norm count as average.
 
-    The gradient of a query that sees one key, for one, is what is left of terms that cancel: it has no error relative
-    to its own size.
+    For example, the gradient of a query that sees one key is a sum of terms that cancel: its error has no relation to
+    its size.
     """
     size = truth.norm(dim=-1)
     average = max(size.square().mean().sqrt().item(), torch.finfo(torch.float64).tiny)

@@ -49,11 +49,10 @@ def _kernel_lines(kernels: dict[str, Any]) -> Iterator[str]:
         for names, passes in found["portable"].items():
             yield from _table([(names, *found["widths"]), *((pass_, *tiles) for pass_, tiles in passes.items())])
         yield f"attention on {family}, bfloat16 and float16: which kernel runs"
-        for pass_, rows in found["Hopper"].items():
-            for width, choice in rows.items():
-                yield f"  {pass_}, {width}: {choice['now']}"
-                if choice["now"] != choice["with hopper_attention()"]:
-                    yield f"    with llama_kernels.hopper_attention(): {choice['with hopper_attention()']}"
+        for call, choice in found["choices"].items():
+            yield f"  {call}: {choice['now']}"
+            if choice["now"] != choice["with hopper_attention()"]:
+                yield f"    with llama_kernels.hopper_attention(): {choice['with hopper_attention()']}"
     if not kernels["attention"]:
         yield "attention tiles: there is no GPU; --arch shows those of a family"
 

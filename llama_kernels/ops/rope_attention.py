@@ -1,64 +1,77 @@
-"""RoPE of q and k, then attention, whose backward turns dq and dk back where they are made: op, autograd, function.
+"""RoPE of q and k, then attention: op, autograd, function. The one op that is made of two others.
 
-The forward is `rope` and `attention`, each as it is; the kernels of the backward are attention's, which end with the
-inverse rotation (`turn_back`). The one op made of two others.
+The forward calls `rope` and `attention`. The backward is that of attention, whose kernels apply the inverse rotation to
+dq and dk before they are rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from llama_kernels.core.checks import message, shape_of
 from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register
 from llama_kernels.core.tensors import last_dim_contiguous
-from llama_kernels.ops.attention import attention_forward, check_call, numbers_of, to_autocast
 from llama_kernels.ops.attention.backward import launch_backward
+from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads
+from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
-from llama_kernels.ops.attention.layout import empty_grads
-from llama_kernels.ops.pairs import check_angles, full_width, rotation_of, tokens_of, turns_in_registers
+from llama_kernels.ops.attention.op import attention_forward
 from llama_kernels.ops.rope import _rope as rotate
+from llama_kernels.ops.rotation import Rotation, full_width, rotates_in_registers
+from llama_kernels.ops.rotation_checks import check_angles, tokens_of
+from llama_kernels.reference.attention import AttentionOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # --- registered op ---------------------------------------------------------------------------------------------------
 
 
-def _backward_by(attention_backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The op by a backward of attention that takes a rotation."""
-
+def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotation], Any]) -> Callable[..., Any]:
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cos, sin, position_ids, interleaved,
         scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic,
     ):  # fmt: skip
-        S, needed = q.shape[2], (need_dq, need_dk, need_dv, need_dsinks)
-        call = (do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, None, None, S, S, scale, softcap, left, right)
-        if not full_width(cos, q.shape[-1]) and turns_in_registers(cos.shape[-1], interleaved):
-            rotation = rotation_of(cos, sin, position_ids, interleaved)
-            return attention_backward(*call, *needed, deterministic, rotation)
-        dq, dk, *others = attention_backward(*call, *needed, deterministic)
-        if need_dq:
-            dq, turned = rotate(dq, dk if need_dk else None, cos, sin, position_ids, interleaved, True)
-            dk = turned if need_dk else dk
-        elif need_dk:
-            dk, _ = rotate(dk, None, cos, sin, position_ids, interleaved, True)
+        sequences = (None, None, q.shape[2], k.shape[2])
+        call = AttentionCall(q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, left, right)
+        wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
+        return run(call, Results(out, lse, do, dlse), wanted, Rotation(cos, sin, position_ids, interleaved))
+
+    return backward
+
+
+def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """`run`, a backward of attention, with dq and dk rotated afterwards where it cannot do so itself."""
+
+    def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
+        cos, interleaved = rotation.cos, rotation.interleaved
+        if not full_width(cos, call.q.shape[-1]) and rotates_in_registers(cos.shape[-1], interleaved):
+            return run(call, results, wanted, rotation)
+        dq, dk, *others = run(call, results, wanted)
+        if wanted.dq and wanted.dk:
+            dq, dk = rotate(dq, dk, *rotation, True)
+        elif wanted.dq:
+            dq, _ = rotate(dq, None, *rotation, True)
+        elif wanted.dk:
+            dk, _ = rotate(dk, None, *rotation, True)
         return dq, dk, *others
 
     return backward
 
 
-backward_kernels = _backward_by(launch_backward)
-
-# q and k as the forward rotated them -> dq, dk, of what it was given, dv, dsinks; empty where not needed
+# q and k as the forward rotated them -> dq and dk of q and k before that, dv, dsinks; without elements where not needed
 _rope_attention_backward = register(
     "rope_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? sinks, Tensor? kv_start, Tensor? kv_end, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, "
     "float scale, float? softcap, SymInt? left, SymInt? right, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=backward_kernels,
-    reference=_backward_by(plain_backward),
-    fake=lambda do, dlse, q, k, v, out, lse, sinks, *rest: empty_grads(q, k, v, sinks, *rest[-5:-1]),
+    kernel=_backward_by(_rotating(launch_backward)),
+    reference=_backward_by(_rotating(plain_backward)),
+    fake=_backward_by(lambda call, results, wanted, rotation: empty_grads(call, wanted)),
 )
 
 
@@ -66,40 +79,64 @@ _rope_attention_backward = register(
 
 
 class _RopeAttention(Differentiable):
-    """(q, k, v, sinks or None) -> (out, lse, q and k as rotated). Saves these, v and sinks: nothing else is read again.
+    """The fields of Rotation and of an AttentionCall -> (out, lse, q and k after the rotation).
 
-    q and k are results so that autograd knows of them: the backward depends on them, and is not to be differentiated.
+    q and k are results, so that autograd knows that the backward depends on them, and refuses to differentiate it.
     """
 
     @staticmethod
-    def forward(
-        op, deterministic, interleaved, q, k, v, sinks, kv_start, kv_end, cos, sin, position_ids, *numbers
-    ):  # fmt: skip
+    def forward(op, deterministic, cos, sin, position_ids, interleaved, q, k, *others):
         q, k = rotate(q, k, cos, sin, position_ids, interleaved, False)
-        S = q.shape[2]
-        return *attention_forward(q, k, v, sinks, kv_start, kv_end, None, None, S, S, *numbers), q, k
+        return *attention_forward(q, k, *others), q, k
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, ctx.deterministic, interleaved, _, _, v, *rest = inputs
+        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, *fields = inputs
+        call = AttentionCall(*fields)
         out, lse, q, k = output
-        ctx.save_for_backward(q, k, v, out, lse, *rest[:6])
+        ctx.numbers = (call.scale, call.softcap, call.left, call.right)
+        bounds = (call.kv_start, call.kv_end)
+        ctx.save_for_backward(q, k, call.v, out, lse, call.sinks, *bounds, cos, sin, position_ids)
         ctx.set_materialize_grads(False)
-        ctx.options = (interleaved, *rest[6:])
 
     @staticmethod
     def backward(ctx, do, dlse, *_):
-        q, k, v, out, lse, sinks, *rest = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:7]
+        q, k, v, out, lse, sinks, *others = ctx.saved_tensors
+        needed = ctx.needs_input_grad[6:10]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
-        options = (*ctx.options, *needed, ctx.deterministic)
-        grads = _rope_attention_backward(do, dlse, q, k, v, out, lse, sinks, *rest, *options)
+        grads = _rope_attention_backward(
+            do, dlse, q, k, v, out, lse, sinks, *others, ctx.interleaved, *ctx.numbers, *needed, ctx.deterministic
+        )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
-        return None, None, None, *grads, *[None] * (len(rest) + len(ctx.options) - 1)
+        return *[None] * 6, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
 
 
 # --- public function -------------------------------------------------------------------------------------------------
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: Literal[False] = False,
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: Literal[True],
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: bool,
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def rope_attention(
@@ -121,22 +158,20 @@ def rope_attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Self-attention with rotary positions: attention(*rope(q, k, cos, sin, ...), v, ...), whose gradients are rotated
-    back inside of the kernels that make them.
+    """Self-attention with rotary positions: attention(*rope(q, k, cos, sin, ...), v, ...), with a faster backward.
 
-    The forward is bit for bit that of the two calls. Their backward writes dq and dk, then reads and writes them once
-    more; here each is turned in float32, where its sum lies, and rounded once instead of twice. That is so for tables
-    of an angle a pair up to R = 128, where pairs are halves for R a power of two; else dq and dk are turned afterwards,
-    as in separate calls.
-    The backward in Gluon (`llama_kernels.hopper_attention`) turns dq where it rounds its sum, and dk afterwards: its
-    consumers hold dk beside dv, and hand it out rounded.
+    The forward is bit for bit that of the two calls. The backward of two calls writes dq and dk, then reads them and
+    writes them again, rotated. Here the kernels that compute dq and dk apply the inverse rotation to the float32 sums,
+    which are rounded once instead of twice. This needs tables with one angle per pair and R <= 128, and R a power of
+    two unless the pairs are interleaved; otherwise dq and dk are rotated in a second step, as in two calls.
+    The Hopper backward (`llama_kernels.hopper_attention`) rotates dq where it rounds its sum, and dk in a second step.
     RoPE: Su et al., RoFormer, arXiv 2104.09864; attention as in `attention`.
 
     Args:
         q: (B, Hq, S, D), not rotated; bfloat16, float16 or float32. Any strides; a last dimension that is not
             contiguous is copied. Under autocast q, k and v are cast to its dtype.
         k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), of q's dtype, Hq a multiple of Hkv. As many tokens as q: one position
-            a token. What attends to a cache takes `rope`, or `rope_into_cache`, and `attention`.
+            for each token. To attend to a cache, call `rope` or `rope_into_cache`, then `attention`.
         cos, sin, position_ids, interleaved: as in `rope`.
         Others as in `attention`.
 
@@ -147,20 +182,19 @@ def rope_attention(
         TypeError, ValueError: as `attention` and `rope`; also where k has another number of tokens than q.
     """
     op = "rope_attention"
-    q, k, v = to_autocast(q, k, v)
-    check_call(op, q, k, v, 4, window_size, softcap, scale, sinks, kv_start, kv_end, deterministic)
+    call = checked_call(
+        op, q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
+        kv_start=kv_start, kv_end=kv_end, deterministic=deterministic,
+    )  # fmt: skip
+    q, k, *others = call
     if k.shape[2] != q.shape[2]:
         wanted = f"{q.shape[2]} tokens, as q has: both are rotated by the same positions"
         fix = "Rotate them apart with llama_kernels.rope, then call llama_kernels.attention."
         raise ValueError(message(op, "k", shape_of(k), wanted, fix))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
-    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
-    sinks = None if sinks is None else sinks.contiguous()
-    numbers = numbers_of(q, is_causal, scale, window_size, softcap)
-    if needs_grad(q, k, v, sinks):
-        tensors = (q, k, v, sinks, kv_start, kv_end, cos, sin, position_ids)
-        out, lse, *_ = _RopeAttention.call(op, deterministic, interleaved, *tensors, *numbers)
+    rotation = Rotation(cos, sin, position_ids, interleaved)
+    if needs_grad(q, k, call.v, call.sinks):
+        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, *call)
     else:
-        q, k = rotate(q, k, cos, sin, position_ids, interleaved, False)
-        out, lse = attention_forward(q, k, v, sinks, kv_start, kv_end, None, None, q.shape[2], k.shape[2], *numbers)
+        out, lse = attention_forward(*rotate(q, k, *rotation, False), *others)
     return (out, lse) if return_lse else out

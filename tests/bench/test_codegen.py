@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from bench.codegen import cases, hopper, ones, reading, record, sass, traffic
-from llama_kernels.ops.attention import backward, forward, tables
+from llama_kernels.ops.attention import delta, tables
 from llama_kernels.ops.attention.tables import Tile
+from tests.support.attention import tiles
 from tests.support.environment import COMPILES
 
-pytestmark = COMPILES
+pytestmark = [*COMPILES, pytest.mark.once]
 
 
 def reports(target: str, op: str, label: str, tile: Tile | None = None):
     case = next(c for c in cases.cases() if (c.op, c.label) == (op, label))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward) if tile else ():
-            patch.setattr(module, "tile_for", lambda *_: tile)
+    with tiles(tile):
         return [reading.read(target, case, name, kernel) for name, kernel in cases.compile_case(target, case)]
 
 
@@ -181,7 +180,7 @@ def test_every_row_of_the_tables_is_there():
                     rows += [row.narrow_v for row in rows if row.narrow_v]
                     for tile in filter(None, (*rows, *(row.crowded for row in rows))):
                         assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
-                        assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
+                        assert delta.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
                         # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
                         assert family != "sm_100" or tile.num_stages not in (2, 3)
 

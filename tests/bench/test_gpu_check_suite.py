@@ -14,9 +14,10 @@ from bench.gpu_check.stages import SANITIZED, Machine, Missing, find_sanitizer, 
 from bench.gpu_check.state import ABSENT, FAILED, PASSED
 from bench.measuring import records
 from bench.measuring.records import Run
-from tests.bench.sample_page import ABOUT, HOPPER
-from tests.bench.sample_records import norm
-from tests.bench.sample_stages import carry_out, stage
+from tests.bench.fake_stages import ABOUT, HOPPER, carry_out, stage
+from tests.bench.fakes import norm_row
+
+pytestmark = pytest.mark.once
 
 
 def test_all_stages_together_take_under_25_minutes(tmp_path):
@@ -33,8 +34,8 @@ def test_all_stages_together_take_under_25_minutes(tmp_path):
 def test_speed_goes_on_until_everything_is_measured(tmp_path):
     (speed,) = [s for s in stages(HOPPER) if s.name == "speed"]
     assert not speed.finished(tmp_path)
-    late = dataclasses.replace(norm(8192, 0), ms=None, percent=None, reason="not run: out of time")
-    for rows, finished in (([norm(4096, 97), late], False), ([norm(4096, 97)], True)):
+    late = dataclasses.replace(norm_row(8192, 0), ms=None, percent=None, reason="not run: out of time")
+    for rows, finished in (([norm_row(4096, 97), late], False), ([norm_row(4096, 97)], True)):
         records.write(Run(ABOUT, {}, rows, {}), tmp_path / "records.json")
         assert speed.finished(tmp_path) == finished
 

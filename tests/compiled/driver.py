@@ -101,6 +101,8 @@ class Launcher:
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, about: Any, enter: Any,
                  leave: Any, *args: Any) -> None:  # fmt: skip
+        if enter is not None:
+            enter(about)
         if self.metadata.global_scratch_size or self.metadata.profile_scratch_size:
             raise NotImplementedError(f"{self.kernel.name}: a kernel with scratch memory in global memory")
         arguments = _Arguments(getattr(self.metadata, "tensordesc_meta", None) or ())
@@ -116,6 +118,8 @@ class Launcher:
         report = self.kernel.launch((x, y, z), values, arguments.regions, self.metadata.shared, log.checks)
         log.seconds[self.kernel.name] += time.perf_counter() - begin
         log.reports.append(report)
+        if leave is not None:
+            leave(about)
 
 
 class _Arguments:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .parse import Instruction, Memory
-from .registers import SPECIAL, python_name, size_of
+from .registers import SPECIAL, python_name, size_of, written
 
 if TYPE_CHECKING:
     from .program import Program
@@ -42,6 +42,7 @@ class Lines:
         self.written: set[str] = set()
         self.guard: str | None = None  # the predicate of the current instruction
         self.k = 0  # its index
+        self._operand_writes: list[tuple[str, str | None]] = []
 
     def add(self, k: int, each: Instruction) -> None:
         self.k = k
@@ -51,10 +52,30 @@ class Lines:
         handler = OPCODES.get(each.mods[0])
         if handler is None:
             raise unsupported(each)
+        if each.mods[0] in ("wgmma", "bra", "brx", "ret", "exit"):
+            self.flush_operand_writes()
+        else:
+            self._note_operand_writes(each)
         try:
             handler(self, each, each.mods)
         except (IndexError, KeyError, ValueError, TypeError, StopIteration) as error:
             raise NotImplementedError(f"PTX instruction that is not supported: {each}: {error!r}") from error
+
+    def _note_operand_writes(self, each: Instruction) -> None:
+        """Writes of registers that a wgmma uses. A plain mov is a new name of what is in a register."""
+        plain = each.mods[0] == "mov" and all(isinstance(x, str) for x in each.args)
+        renamed = plain and each.args[1] in self.program.operands
+        self._operand_writes += [
+            (to, each.args[1] if renamed else None) for to in sorted(written(each) & self.program.operands)
+        ]
+
+    def flush_operand_writes(self) -> None:
+        """Tell the machine of the writes noted so far."""
+        if self._operand_writes:
+            name = f"operand_writes_{len(self.program.namespace)}"
+            self.program.namespace[name] = tuple(self._operand_writes)
+            self.say(f"m.write_operands({self.k}, {name}, M)")
+            self._operand_writes.clear()
 
     def say(self, line: str) -> None:
         self.lines.append(line)

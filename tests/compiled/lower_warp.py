@@ -86,7 +86,7 @@ def _mma(g: Lines, i: Instruction, mods: list[str]) -> None:
 @opcode("wgmma")
 def _wgmma(g: Lines, i: Instruction, mods: list[str]) -> None:
     if mods[1] == "fence":
-        return g.say(f"m.fence_products({g.mask})")
+        return g.say(f"m.fence_products({g.k}, {g.mask})")
     if mods[1] == "commit_group":
         return g.say(f"m.commit_products({g.k}, {g.mask})")
     if mods[1] == "wait_group":
@@ -101,6 +101,7 @@ def _wgmma(g: Lines, i: Instruction, mods: list[str]) -> None:
     else:
         first, turned = g.get(a, "u8"), tuple(transposed or (0, 0))
     kept = g.get(scale_d, "p")
+    g.say(f"m.use_operands({g.k}, {sorted({*d, *(a if isinstance(a, list) else ())})}, {g.mask})")
     operands = f"{first}, {g.get(b, 'u8')}, {g.get_all(d, 'f4')}, {kept}, {turned}"
     return g.put_all(d, "f4", f"m.product({g.k}, {kind!r}, {k}, {operands}, {g.mask})")
 

@@ -19,12 +19,14 @@ from .driver import Launched
 from .global_memory import Fault
 from .kernel import Kernel
 from .parse import Entry, Instruction, parse
+from .redundant import reason, touches_shared
 from .report import Checks, Report
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """seen: "fault", "reported" or "numbers" for what showed the error; "no" where nothing did.
+    """seen: "fault", "reported" or "numbers" for what showed the error; "no" where nothing did. said: the message, or
+    where nothing shows why not, if that is known.
     runs: how often each warp ran the instruction, on the average. Of a loop that turned once, what a second turn needs
     is not seen."""
 
@@ -51,12 +53,6 @@ def _is_barrier(each: Instruction | str) -> bool:
     return _is(each, "bar.sync", "barrier.sync")
 
 
-def _touches_shared(each: Instruction | str) -> bool:
-    return _is(each, "ldmatrix", "stmatrix", "cp.async.c", "wgmma.mma") or (
-        _is(each, "ld.", "st.") and "shared" in each.mods
-    )
-
-
 def _ends_block(each: Instruction | str) -> bool:
     return isinstance(each, str) or each.mods[0] in ("bra", "brx", "ret", "exit") or _is_barrier(each)
 
@@ -65,7 +61,7 @@ def _moved(code: list[Instruction | str], i: int, step: int) -> list[Instruction
     """The barrier at i on the other side of the next access of shared memory, in its own basic block."""
     j = i + step
     while 0 <= j < len(code) and not _ends_block(code[j]):
-        if _touches_shared(code[j]):
+        if touches_shared(code[j]):
             rest = code[:i] + code[i + 1 :]
             return [*rest[:j], code[i], *rest[j:]]
         j += step
@@ -98,6 +94,8 @@ def mutants(entry: Entry) -> Iterator[Mutant]:
             yield made(f"{name} waits for one less", i, weaker(i))
         elif _is(each, "fence.proxy.async"):
             yield made("fence.proxy.async dropped", i, dropped(i))
+        elif _is(each, "wgmma.fence"):
+            yield made("wgmma.fence dropped", i, dropped(i))
         elif _is(each, "fence.mbarrier_init"):
             yield made("fence.mbarrier_init dropped", i, dropped(i))
         elif _is(each, "mbarrier.try_wait", "mbarrier.test_wait"):
@@ -153,7 +151,10 @@ def survey(
     for mutant in mutants(entry):
         instruction = entry.code[mutant.index]
         if id(instruction) in runs and (kinds is None or mutant.kind in kinds):
-            seen, said = look(Kernel(mutant.entry))
+            spoiled = Kernel(mutant.entry)
+            seen, said = look(spoiled)
+            if seen == "no" and _is_barrier(instruction) and not whole.program.specialised:
+                said = reason(whole.program, instruction, lambda spoiled=spoiled: bool(run(spoiled, None)[1].findings))
             out.append(Result(whole.name, mutant.kind, str(instruction), runs[id(instruction)], seen, said))
     run(whole, None)
     return out

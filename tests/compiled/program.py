@@ -47,6 +47,7 @@ class Program:
         self.namespace: dict[str, Any] = dict(FUNCTIONS)
         self._cut(entry.code)
         self.used = set().union(*(read(each, entry) for each in self.code))  # registers that an instruction reads
+        self.operands = self._operands()  # registers that a wgmma reads or writes, and what is moved into them
         self.storage = self._storage()
         pending = self._pending()
         self.local = self._local() - pending
@@ -72,6 +73,7 @@ class Program:
         lines = Lines(self, keep)
         for k in range(self.blocks[block].first, self.blocks[block].last):
             lines.add(k, self.code[k])
+        lines.flush_operand_writes()
         shared = sorted(x for x in lines.written if x not in self.local)
         head = [f"def block_{block}{'_keep' * keep}(m, M):"]
         head += ["    global " + ", ".join(map(python_name, shared))] if shared else []
@@ -142,6 +144,15 @@ class Program:
         found = {x for each in self.code if each.op.startswith("wgmma.mma") for x in each.args[0]}
         moves = [each.args for each in self.code if each.mods[0] == "mov" and isinstance(each.args[0], str)]
         while found and (more := {to for to, x in moves if isinstance(x, str) and x in found} - found):
+            found |= more
+        return found
+
+    def _operands(self) -> set[str]:
+        """Registers that a wgmma reads or writes, and those that are moved into them."""
+        products = [each.args for each in self.code if each.op.startswith("wgmma.mma")]
+        found = {x for args in products for part in args[:2] if isinstance(part, list) for x in part}
+        moves = [each.args for each in self.code if each.mods[0] == "mov" and isinstance(each.args[0], str)]
+        while more := {x for to, x in moves if to in found and isinstance(x, str) and x in self.used} - found:
             found |= more
         return found
 

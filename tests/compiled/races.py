@@ -24,6 +24,8 @@ def _same(shared: Shared, places: np.ndarray, size: int, containers: np.ndarray)
 class BarrierRaces:
     """Two accesses race if no barrier of the whole thread block lies between them."""
 
+    EQUAL_STORES_RACE = False  # whether a store of the value that is there already counts
+
     def __init__(self, shared: Shared) -> None:
         self.shared, size = shared, shared.size
         self.reads = np.zeros((shared.ctas, shared.warps, size // 2), "u1")  # since the last barrier
@@ -56,7 +58,7 @@ class BarrierRaces:
         twins = self._owner[at] != warps  # several warps, one place, one instruction
         shared.store(places, size, containers)
         agree = not twins.any() or bool(_same(shared, places, size, containers).all())
-        new = ~(again | twins)
+        new = ~(again | twins) | self.EQUAL_STORES_RACE
         self._mark(self.writes, warps[new], places[new], size)
         written[places // unit] = ones
         return None if agree else "warps store different values to one place"

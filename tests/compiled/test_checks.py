@@ -241,10 +241,10 @@ FIELDS = (128 >> 4) << 16 | (256 >> 4) << 32  # bytes between columns of 8, and 
 WAIT, FENCE = "wgmma.wait_group.sync.aligned 0;", "fence.proxy.async.shared::cta;"
 
 
-def _product(**parts: str) -> tuple[np.ndarray, list[str]]:
+def _product(text: str = PRODUCT, **parts: str) -> tuple[np.ndarray, list[str]]:
     x = np.ones(128, "f4")
     given = {"fence": FENCE, "wait": WAIT, "before": "", "after": "", "fields": FIELDS, **parts}
-    report = launch(PRODUCT.format(**given), x, threads=128, shared=4096)
+    report = launch(text.format(**given), x, threads=128, shared=4096)
     return x, list(report.findings)
 
 
@@ -263,6 +263,24 @@ def test_what_a_product_reads_is_not_overwritten():
     assert not _product(after="bar.sync 0;" + of_another_warp + overwrite)[1]
     # The product may read until it is waited for, also after a barrier.
     assert any("race" in each for each in _product(before="bar.sync 0;", after=of_another_warp + overwrite)[1])
+
+
+def test_registers_that_a_product_uses_are_fenced():
+    without = PRODUCT.replace("wgmma.fence.sync.aligned;\n", "")
+    assert any("no wgmma.fence" in each for each in _product(text=without)[1])
+    # What was fenced may be moved; what is computed may not.
+    again = "wgmma.fence.sync.aligned;\n{}"
+    renamed = PRODUCT.replace("wgmma.fence.sync.aligned;\n", again.format("mov.b32 %r6, %r7;\n"))
+    assert not _product(text=renamed)[1]
+    packed = PRODUCT.replace("wgmma.fence.sync.aligned;\n", again.format("mov.b32 %r6, {{%h1, %h2}};\n"))
+    assert any("no wgmma.fence" in each for each in _product(text=packed)[1])
+    computed = PRODUCT.replace("wgmma.fence.sync.aligned;\n", again.format("add.f32 %r6, %r7, %r8;\n"))
+    assert any("no wgmma.fence" in each for each in _product(text=computed)[1])
+
+
+def test_registers_of_a_product_under_way_are_not_written():
+    assert any("under way" in each for each in _product(before="mov.b32 %r6, 0f00000000;")[1])
+    assert not _product(after="mov.b32 %r6, 0f00000000;")[1]
 
 
 def test_what_threads_store_is_fenced():

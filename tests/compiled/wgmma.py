@@ -1,7 +1,8 @@
 """wgmma: asynchronous products of a warp group (128 threads).
 
 The numbers are computed at once, but until the group waits for them the result registers hold NaNs that name the
-product, whatever moves them meanwhile. Operands in shared memory count as being read until then.
+product, whatever moves them meanwhile. Operands count as being read until then. Between a write of a register and its
+use by a wgmma there must be a wgmma.fence; a mov of what was fenced needs none, as it is only a new name.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Products(Warps):
         self._last = 0
         self.batches = np.zeros(groups, "i8")  # commit_groups of each warp group
         self.reading: list[tuple[int, int, np.ndarray, int]] = []  # warp group, batch, chunks of 16 bytes, k
+        # Of each warp group: registers written since its last wgmma.fence, before the first one all; and the registers
+        # of its products under way, with their batch.
+        self.unfenced_registers = [set(self.program.operands) for _ in range(groups)]
+        self.busy_registers: list[list[tuple[int, frozenset[str]]]] = [[] for _ in range(groups)]
 
     def fence_proxy(self, M: np.ndarray | None) -> None:
         """What these warps stored can now be seen by wgmma and by copies."""
@@ -47,8 +52,31 @@ class Products(Warps):
         else:
             rows[M.reshape(-1, 32).all(1)] = 0
 
-    def fence_products(self, M: np.ndarray | None) -> None:
-        """wgmma.fence orders registers, which are always in order here."""
+    # --- registers ------------------------------------------------------------------------------------------------
+
+    def fence_products(self, k: int, M: np.ndarray | None) -> None:
+        for group in self._warp_groups(k, M):
+            self.unfenced_registers[group].clear()
+
+    def write_operands(self, k: int, writes: tuple[tuple[str, str | None], ...], M: np.ndarray | None) -> None:
+        """Before instruction k registers that some wgmma uses were written: (register, the one moved into it)."""
+        M = self._mask(M)
+        groups = range(len(self.batches)) if M is None else np.unique(np.flatnonzero(M) // 128)
+        for group in groups:
+            unfenced = self.unfenced_registers[group]
+            for to, moved in writes:
+                (unfenced.add if moved is None or moved in unfenced else unfenced.discard)(to)
+            if any(not busy.isdisjoint(to for to, _ in writes) for _, busy in self.busy_registers[group]):
+                self.finding(k, "a register of a wgmma under way is written before")
+
+    def use_operands(self, k: int, registers: list[str], M: np.ndarray | None) -> None:
+        """A wgmma reads or writes these registers."""
+        for group in self._warp_groups(k, M):
+            if not self.unfenced_registers[group].isdisjoint(registers):
+                self.finding(k, "no wgmma.fence after a write of a register that a wgmma uses")
+            self.busy_registers[group].append((int(self.batches[group]), frozenset(registers)))
+
+    # --- products -------------------------------------------------------------------------------------------------
 
     def _warp_groups(self, k: int, M: np.ndarray | None) -> np.ndarray:
         """Those that take part, which all their threads must."""
@@ -141,6 +169,9 @@ class Products(Warps):
     def wait_products(self, k: int, left: int, M: np.ndarray | None) -> None:
         """Finish all but the last `left` groups of these warp groups."""
         here, until = set(self._warp_groups(k, M).tolist()), self.batches - left
+        for group in here:
+            busy = self.busy_registers[group]
+            self.busy_registers[group] = [(batch, names) for batch, names in busy if batch >= until[group]]
         done = {n for n, x in self.products.items() if x.warp_group in here and x.batch < until[x.warp_group]}
         if done:
             names = self.program.namespace

@@ -14,16 +14,18 @@ from unittest import mock
 import pytest
 import torch
 
-from llama_kernels.core import launch_cache, registry
+from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
-from llama_kernels.ops.attention.hopper import choice
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
-from llama_kernels.ops.attention.layout import call_sizes
-from llama_kernels.ops.pairs import rotation_of
+from llama_kernels.ops.attention.hopper import round_dq
+from llama_kernels.ops.attention.hopper.tables import TILES
+from llama_kernels.ops.rotation import Rotation
 from tests.support.environment import COMPILES
 from tests.support.launching_nothing import _twice_kernel
 from tests.support.ops import REGISTERED, Make, Shape, registered_calls
@@ -45,23 +47,29 @@ SHAPE = Shape(S=32, D=64, N=256)
 def _registered(label: str, shape: Shape = SHAPE) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The launcher of a registered op, and arguments of it."""
     op, args = registered_calls(shape, Make(dtype=torch.bfloat16))[label]
-    return registry.launchers[op], args
+    return KERNELS[op], args
 
 
 _CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
 
 
 def _hopper_attention():
-    tile = choice.TILES["forward"][0]
-    return hopper_forward.launch_hopper_forward, (tile, heads(4), heads(2), heads(2), None, None, None, *_CALL[5:])
+    def launch(*call):
+        return hopper_forward.launch_hopper_forward(AttentionCall(*call), TILES["forward"][0])
+
+    return launch, (heads(4), heads(2), heads(2), *_CALL)
 
 
 def _hopper_attention_backward():
     q, k, v, do, dq, dk, dv = (heads(H) for H in (4, 2, 2, 4, 4, 2, 2))
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
-    sizes, turned = call_sizes(q, k, None, 32, 32), rotation_of(*rotation(), False)
-    given = (q, k, v, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, None, None, sizes, 0.125, None, None, 0, 128)
-    return hopper_backward.launch_hopper_backward, (choice.TILES["backward"][0], do, *given, turned)
+
+    def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
+        call, rotation = AttentionCall(q, k, v, *_CALL), Rotation(*tables, False)
+        rest = (do, lse2, delta, dq_sum, dq, dk, dv, rotation)
+        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], *rest)
+
+    return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())
 
 
 LAUNCHERS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
@@ -112,13 +120,15 @@ def test_every_launcher_is_compared_with_triton():
         for case in (*LAUNCHERS.values(), lambda: _registered("rms_norm backward", SHAPE._replace(N=20000))):
             launcher, given = case()
             launcher(*given)
-    modules = (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward)
+    modules = (
+        rope, rms_norm, qk_norm_rope, forward, delta, dkdv, dq, decode, hopper_forward, hopper_backward, round_dq
+    )  # fmt: skip
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels <= covered
 
 
-def _twice_plan(x, y, scale):
-    yield Launch(_twice_kernel, (1,), (x, y, x.stride(0), scale), {"BLOCK": 16, "num_warps": 1})
+def _twice(x, y, scale):
+    return [Launch(_twice_kernel, (1,), (x, y, x.stride(0), scale), {"BLOCK": 16, "num_warps": 1})]
 
 
 def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -127,7 +137,7 @@ def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("other", ["dtype", "stride", "alignment", "scale", "size"])
 def test_another_cache_key_is_another_launch(other, launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     for _ in range(2):
         twice(torch.zeros(64), torch.zeros(64), 1.0)
     x = {
@@ -141,7 +151,7 @@ def test_another_cache_key_is_another_launch(other, launched):
 
 
 def test_one_tensor_in_two_places_is_not_two_tensors(launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     x, y = torch.zeros(16), torch.zeros(16)
     for a, b in ((x, x), (x, y), (y, y), (y, x)) * 3:
         twice(a, b, 1.0)
@@ -149,9 +159,9 @@ def test_one_tensor_in_two_places_is_not_two_tensors(launched):
         assert got[0] is a and got[1] is b
 
 
-def test_a_plan_that_makes_tensors_is_not_cached(launched):
+def test_launches_of_tensors_that_the_launcher_makes_are_not_cached(launched):
     def into_new(x, scale):
-        yield from _twice_plan(x, torch.empty_like(x), scale)
+        return _twice(x, torch.empty_like(x), scale)
 
     twice = cached_launch(into_new)
     x = torch.zeros(16)
@@ -161,7 +171,7 @@ def test_a_plan_that_makes_tensors_is_not_cached(launched):
 
 
 def test_tensors_are_not_kept_alive(launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     x = torch.zeros(16)
     gone = weakref.ref(x)
     for _ in range(3):
@@ -174,7 +184,7 @@ def test_tensors_are_not_kept_alive(launched):
 
 def test_the_cache_is_bounded(launched):
     with mock.patch.object(launch_cache, "MAX_KEYS", 3), mock.patch.object(launch_cache, "_caches", []):
-        twice = cached_launch(_twice_plan)
+        twice = cached_launch(_twice)
         (kept,) = launch_cache._caches
         for scale in range(8):
             for _ in range(2):

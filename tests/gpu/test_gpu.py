@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 import llama_kernels as lk
 from llama_kernels.core import launch_cache
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
-from tests.ops.test_hopper import ON_MACHINE, check_of_hopper_kernels
+from tests.support.hopper import CASES as HOPPER_CASES
+from tests.support.hopper import check_of_hopper_kernels
 from tests.support.judge import UNIT, relative_error
 from tests.support.launches import Launched, kernels_launched, names
 from tests.support.ops import CALLS, OPS, Make, Shape, calls
@@ -223,7 +224,7 @@ def hopper_inputs(device: torch.device, D: int, S: int = 2048) -> list[torch.Ten
     return [torch.randn(2, S, H, D, device=device).bfloat16().transpose(1, 2).requires_grad_() for H in (8, 2, 2)]
 
 
-@pytest.mark.parametrize("case", ON_MACHINE, ids=str)
+@pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES)
 def test_hopper_kernels_are_right(case, hopper, device):
     """And they are what ran."""
     for dtype in (torch.bfloat16, torch.float16):

@@ -2,8 +2,8 @@
 
     python -m tests.installation.present_environment
 
-There, python3 is itself a virtual environment, whose torch and other packages are links to those of this Python. ruff
-and pytest-xdist are missing, and the repository is a copy without .git. Where pip can download, numpy is the newest
+There, python3 is itself a virtual environment, whose torch and other packages are links to those of this Python. ruff,
+mypy and pytest-xdist are missing, and the repository is a copy without .git. If pip can download, numpy is the newest
 release and Triton is 3.6.0, whose interpreter does not work with it. What a target computes takes seconds. Exits with 1
 where one fails, does not print what it has to, or installs something.
 """
@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 # Beginnings of names in site-packages: what is missing, and what makes this repository's package importable.
-NOT_LINKED = ("ruff", "xdist", "pytest_xdist", "llama_kernels", "__editable__", "__pycache__")
+NOT_LINKED = ("ruff", "mypy", "xdist", "pytest_xdist", "llama_kernels", "__editable__", "__pycache__")
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "HF_HUB_OFFLINE": "1"}
 ASK = """
 import numpy, torch, triton, llama_kernels
@@ -49,7 +49,8 @@ def targets(interpreter_works: bool) -> Iterator[Target]:
     not_run = () if torch.cuda.is_available() or interpreter_works else ("The kernels are not tested.", "wanted numpy")
     named = ("ruff          make lint", "pytest-xdist  tests in parallel", "python -m pip install pytest-xdist")
     yield Target(("install",), named)
-    yield Target(("lint",), ("make lint needs ruff", "lint is left out."))
+    yield Target(("lint",), ("make typecheck needs mypy", "typecheck is left out.", "make lint needs ruff",
+                             "lint is left out."))  # fmt: skip
     yield Target(("codegen",), ("codegen is left out",))
     tests = "PYTEST=-o addopts= tests/installation/test_package.py -k 'public or signature'"
     yield Target(("test", tests, "JOBS=2"), (" passed", "pytest-xdist is not installed", *not_run))

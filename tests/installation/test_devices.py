@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import llama_kernels as lk
 from llama_kernels.core import device as core_device
 from llama_kernels.core.device import GPU, SHARED_KIB, arch_of, family_of, lanes_of, shared_bytes_of, why_not_compiled
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode, forward, tables
+from llama_kernels.ops.attention.call import AttentionCall
 from tests.support.devices import on
 from tests.support.ops import sample
 
@@ -145,17 +147,19 @@ def _launches() -> dict[str, Any]:
     q, k, angles = torch.ones(1, 2, 4, 64), torch.ones(1, 1, 4, 64), (torch.ones(4, 32), torch.ones(4, 32), None)
     scores = (0.1, None, None, 0)
     return {
-        "rms_norm": lambda: rms_norm._forward(x, None, weight, 1e-6, 0.0),
-        "rms_norm, backward": lambda: rms_norm._backward(
+        "rms_norm": lambda: KERNELS["rms_norm_forward"](x, None, weight, 1e-6, 0.0),
+        "rms_norm, backward": lambda: KERNELS["rms_norm_backward"](
             x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True
         ),
-        "rope": lambda: rope._rotated(q, k, *angles, False, False),
-        "qk_norm_rope": lambda: qk_norm_rope._forward(q, k, weight, weight, *angles, 1e-6, 0.0, False),
-        "attention": lambda: forward.launch_forward(
+        "rope": lambda: KERNELS["rope"](q, k, *angles, False, False),
+        "qk_norm_rope": lambda: KERNELS["qk_norm_rope"](q, k, weight, weight, *angles, 1e-6, 0.0, False),
+        "attention": lambda: KERNELS["attention_forward"](
             torch.ones(1, 2, 64, 64), torch.ones(1, 1, 64, 64), torch.ones(1, 1, 64, 64),
             None, None, None, None, None, 64, 64, *scores,
         ),
-        "attention, decoding": lambda: decode.launch_decode(q[:, :, :1], k, k, None, None, None, *scores),
+        "attention, decoding": lambda: decode.launch_decode(
+            AttentionCall(q[:, :, :1], k, k, *[None] * 5, 1, 4, *scores)
+        ),
     }  # fmt: skip
 
 

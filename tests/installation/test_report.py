@@ -110,7 +110,7 @@ def test_the_report_of_gpus_says_which_kernels_each_takes(report, pretend_gpus):
 
 def test_the_switched_on_hopper_kernels_are_reported(report, pretend_gpus, monkeypatch):
     pretend_gpus(H100)
-    monkeypatch.setattr("llama_kernels.ops.attention.hopper.choice.HAS_GLUON", True)
+    monkeypatch.setattr("llama_kernels.ops.attention.dispatch.HAS_GLUON", True)
     assert "with llama_kernels.hopper_attention(): Hopper kernel, 128 x 128, 2 stages" in report()
     assert not lk.hopper_attention.enabled
     with lk.hopper_attention():

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("transformers", minversion="4.57")
 
 import llama_kernels as lk
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.integrations.transformers import patch
-from llama_kernels.ops.attention import backward, forward
 from tests.integrations.small import VERSION, Calls, not_interpreted, padded, small, tokens
 from tests.support.environment import compiles
 from tests.support.launching_nothing import launched  # noqa: F401  a fixture
@@ -119,8 +119,8 @@ def test_a_step_of_training_launches_what_bare_attention_launches(family, launch
 
     def launches(calls: list[dict[str, Any]]) -> list[Any]:
         launched.clear()
-        forward.launch_forward(*calls[0].values())
-        backward.launch_backward(*calls[1].values())
+        KERNELS["attention_forward"](*calls[0].values())
+        KERNELS["attention_backward"](*calls[1].values())
         return [args[:3] + args[4:6] for args in launched]
 
     ours, theirs = launches([forwards[0], backwards[0]]), launches(bare)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.ops.attention import decode
+from llama_kernels.ops.attention import decode, dispatch
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import (
     CHUNK,
@@ -22,11 +23,8 @@ from tests.support.attention import (
     so_far,
 )
 from tests.support.hardware import EXACT, Arithmetic
-from tests.support.judge import (
-    LOG2E,
-    drawn,
-    judge,
-)
+from tests.support.ideal import LOG2E, drawn
+from tests.support.judge import judge
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -96,13 +94,13 @@ def test_outputs_and_gradients(case, dtype, device):
 @pytest.mark.corpus(16, 33)
 @pytest.mark.parametrize("tile", SMALL_TILES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.D <= 64], ids=str)
-def test_every_edge_between_masked_and_whole_blocks(case, tile, device):
+def test_every_boundary_between_masked_and_unmasked_blocks(case, tile, device):
     check(case, torch.float16, device, tile=tile, gradients=not tile.carry)  # which only the forward does
 
 
 @pytest.mark.parametrize("carry", [False, True], ids=["", "carry"])
 @pytest.mark.parametrize("before", range(3))
-def test_any_number_of_blocks_masked_and_whole(before, carry, device):
+def test_any_number_of_masked_and_unmasked_blocks(before, carry, device):
     """One row tile: the blocks that kv_start cuts, those that every row sees whole, those that kv_end cuts."""
     N = 16
     for whole, after in itertools.product(range(4), range(3)):
@@ -130,13 +128,15 @@ def test_few_queries_split_over_the_keys(case, dtype, device, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["peaky", "huge"])
-def test_few_queries_of_every_size(family, device):
+def test_few_queries_with_any_number_of_keys(family, device):
     check(Case(1, 8, 2, 1, 600, 64, 64), torch.float16, device, family=family)
 
 
-def test_which_calls_are_split():
+def test_calls_of_few_queries_and_many_keys_are_split():
     def takes(Hq, Hkv, Sq, Sk):
-        return decode.splits(torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, Sk, 16))
+        q, k = torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, Sk, 16)
+        call = AttentionCall(q, k, k, None, None, None, None, None, Sq, Sk, 0.25, None, None, 0)
+        return dispatch.forward(call) is dispatch.DECODE
 
     assert takes(32, 8, 1, 257) and takes(32, 8, 8, 4096) and takes(64, 2, 1, 1024)
     assert not takes(32, 8, 1, 256) and not takes(32, 8, 9, 4096) and not takes(0, 0, 1, 4096)
@@ -147,7 +147,7 @@ def test_which_calls_are_split():
 @pytest.mark.corpus(35)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["peaky", "tiny", "huge"])
-def test_inputs_of_every_size(family, dtype, device):
+def test_large_and_tiny_inputs(family, dtype, device):
     check(Case(1, 4, 2, 100, 130, 64, 64), dtype, device, family=family)
 
 

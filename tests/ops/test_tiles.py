@@ -3,7 +3,7 @@
 On a GPU, each tile of its family that calls take under the installed Triton runs as it is: at its head width, with its
 warps and stages. Triton's interpreter knows neither warps nor stages and runs tiles of any family, so there tiles of
 the same blocks are run once, on narrow heads. That a tile ran is read from the recorded launches. The tiles of the
-Hopper kernels are run in test_hopper.py.
+Hopper kernels are run, compiled, by tests/compiled/llama/test_hopper.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llama_kernels.core.language import INTERPRETED, TRITON_VERSION
 from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import decode, tables
 from llama_kernels.ops.attention.tables import Tile
-from llama_kernels.ops.pairs import head_tile
+from llama_kernels.ops.rotation import head_tile
 from tests.support import attention as attention_cases
 from tests.support import qk_norm_rope as qk_norm_rope_cases
 from tests.support import rms_norm as rms_norm_cases
@@ -30,7 +30,8 @@ from tests.support import rope as rope_cases
 from tests.support import rope_attention as rope_attention_cases
 from tests.support.attention import Case
 from tests.support.environment import DEVICE
-from tests.support.judge import drawn, ideal_rms_norm, judge
+from tests.support.ideal import drawn, ideal_rms_norm
+from tests.support.judge import judge
 from tests.support.launches import KERNELS_RUN, Launched, kernels_launched
 
 pytestmark = pytest.mark.skipif(not KERNELS_RUN, reason="CPU tensors take the reference in this run: it has no tiles")

@@ -24,23 +24,14 @@ from torch.library import opcheck
 import llama_kernels as lk
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import INTERPRETED
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, forward
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check, packed, tiles
 from tests.support.environment import DEVICE, compiles
-from tests.support.judge import (
-    UNIT,
-    attention_mask,
-    drawn,
-    guarded,
-    guarded_allocations,
-    ideal_attention,
-    ideal_rms_norm,
-    judge,
-    relaid,
-    relative_error,
-)
+from tests.support.guards import guarded, guarded_allocations, relaid
+from tests.support.ideal import attention_mask, drawn, ideal_attention, ideal_rms_norm
+from tests.support.judge import UNIT, judge, relative_error
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
 from tests.support.ops import CALLS, Make, Shape, calls
 from tests.support.rms_norm import check as check_norm
@@ -125,14 +116,14 @@ def test_grid_beyond_65535():
     lse, x = torch.zeros(many, 1, 1), torch.zeros(many, 16)
     call = (None, None, None, None, None, 1, 1, 0.25, None, None, 0)
     with mock.patch.object(JITFunction, "run", lambda self, *args, grid, **options: grids.append(grid)):
-        forward.launch_forward(q, q, q, *call)
-        backward.launch_backward(q, None, q, q, q, q, lse, *call, True, True, True, False)
-        rope._rotated(q, q, torch.zeros(1, 8), torch.zeros(1, 8), None, False, False)
-        rms_norm._forward(x, None, None, 1e-6, 0.0)
-        rms_norm._backward(x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
-        qk_norm_rope._forward(q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
+        KERNELS["attention_forward"](q, q, q, *call)
+        KERNELS["attention_backward"](q, None, q, q, q, q, lse, *call, True, True, True, False, None)
+        KERNELS["rope"](q, q, torch.zeros(1, 8), torch.zeros(1, 8), None, False, False)
+        KERNELS["rms_norm_forward"](x, None, None, 1e-6, 0.0)
+        KERNELS["rms_norm_backward"](x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
+        KERNELS["qk_norm_rope"](q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
         few, wide = torch.zeros(2, 1, 4, 16).half(), torch.zeros(2, 1, 4096, 16).half()
-        forward.launch_forward(few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
+        KERNELS["attention_forward"](few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
     assert len(grids) == 11 and max(grid[0] for grid in grids) >= many
     assert all(n <= 65535 for grid in grids for n in grid[1:])
 
@@ -575,7 +566,7 @@ def test_kernels_are_not_compiled_for_every_shape():
         kernel = rms_norm._rms_norm_forward_kernel
         kernel.device_caches.clear()
         for M in (2, 16, 48, 100, 1001, 4096):
-            rms_norm._forward(torch.zeros(M, 256), None, None, 1e-6, 0.0)
+            KERNELS["rms_norm_forward"](torch.zeros(M, 256), None, None, 1e-6, 0.0)
         compiled = len(kernel.device_caches[driver.active.get_current_device()][0])
     finally:
         driver._active = before
@@ -642,7 +633,7 @@ from llama_kernels.ops import rms_norm
 from triton.runtime import driver
 driver.set_active(LaunchingNothing("sm_90"))
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    norm = lambda i: rms_norm._forward(torch.zeros(4, 256 * (1 + i % 2)), None, None, 1e-6, 0.0)
+    norm = lambda i: KERNELS["rms_norm_forward"](torch.zeros(4, 256 * (1 + i % 2)), None, None, 1e-6, 0.0)
     for y, _, _ in pool.map(norm, range(16)):
         assert y.shape[0] == 4
 print("done")

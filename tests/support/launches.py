@@ -23,8 +23,7 @@ class Launched(NamedTuple):
 _recording: list[list[Launched]] = []
 
 
-def record(name: str, options: dict[str, Any]) -> None:
-    """For what runs kernels without Triton: tests/ops/hopper_machine.py."""
+def _record(name: str, options: dict[str, Any]) -> None:
     for launches in _recording:
         launches.append(Launched(name, options))
 
@@ -36,7 +35,7 @@ def names(launches: list[Launched]) -> list[str]:
 
 @contextlib.contextmanager
 def kernels_launched() -> Iterator[list[Launched]]:
-    """Every launch inside, in order: by Triton, by its interpreter and by the machine of tests/ops/hopper_machine.py.
+    """Every launch inside, in order: by Triton and by its interpreter.
 
     Of Triton's, those that its launcher announces (launch_enter_hook) right before it hands them to the driver; a
     launch from the launch cache is announced too.
@@ -58,7 +57,7 @@ def _interpreted() -> Iterator[None]:
     run = GridExecutor.__call__
 
     def recorded(self: Any, *args: Any, **options: Any) -> None:
-        record(self.fn.__name__, options)
+        _record(self.fn.__name__, options)
         run(self, *args, **options)
 
     with mock.patch.object(GridExecutor, "__call__", recorded):
@@ -79,7 +78,7 @@ def _compiled() -> Iterator[None]:
         return metadata
 
     def announced(metadata: Any) -> None:
-        record(*metadata.get()["llama_kernels"])
+        _record(*metadata.get()["llama_kernels"])
 
     knobs.runtime.launch_enter_hook.add(announced)
     try:

@@ -11,9 +11,10 @@ import pytest
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import tl, triton
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, decode, forward
+from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
+from llama_kernels.ops.attention.hopper import round_dq
 
 
 @pytest.fixture
@@ -42,7 +43,9 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 def _forget_kernels() -> None:
     """Triton's own cache too: what it compiled launches by the driver of then."""
     launch_cache.forget()
-    for module in (rope, rms_norm, qk_norm_rope, forward, backward, decode, hopper_forward, hopper_backward):
+    for module in (
+        rope, rms_norm, qk_norm_rope, forward, delta, dkdv, dq, decode, hopper_forward, hopper_backward, round_dq
+    ):  # fmt: skip
         for x in vars(module).values():
             if isinstance(x, triton.runtime.JITFunction):
                 x.device_caches.clear()
@@ -52,7 +55,7 @@ def _forget_kernels() -> None:
     _twice_kernel.device_caches.clear()
 
 
-# --- a plan of the tests' own ----------------------------------------------------------------------------------------
+# --- a kernel of the tests' own --------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.ops.attention.tables import Tile
-from llama_kernels.ops.pairs import full_width, turns_in_registers
+from llama_kernels.ops.rotation import full_width, rotates_in_registers
 from tests.support.attention import (
     Case,
     Inputs,
@@ -20,19 +20,9 @@ from tests.support.attention import (
     sink_terms,
     tiles,
 )
-from tests.support.judge import (
-    attention_mask,
-    drawn,
-    eager_rope,
-    guarded,
-    guarded_allocations,
-    ideal_attention,
-    judge,
-    memory_order,
-    relaid,
-    transposed,
-    unchanged,
-)
+from tests.support.guards import guarded, guarded_allocations, memory_order, relaid, unchanged
+from tests.support.ideal import attention_mask, drawn, eager_rope, ideal_attention, transposed
+from tests.support.judge import judge
 from tests.support.launches import Launched, kernels_launched, names
 from tests.support.rope import rows, tables
 
@@ -64,7 +54,7 @@ def ideal(
 
     out, lse, *grads = drawn(ideal_attention, *call)
     grads[:2] = ([turned_back(grad).to(grad.dtype) for grad in draws] for draws in grads[:2])
-    if not full_width(cos, case.D) and turns_in_registers(cos.shape[-1], interleaved):
+    if not full_width(cos, case.D) and rotates_in_registers(cos.shape[-1], interleaved):
         in_registers = slice(1) if "_hopper_backward_kernel" in names(launches) else slice(2)
         grads[in_registers] = drawn(ideal_attention, *call, closing=turned_back)[2:][in_registers]
     return [out, lse, *grads]

@@ -11,9 +11,10 @@ import torch
 import llama_kernels as lk
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
+from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import rms_norm
-from llama_kernels.ops.attention import backward, forward, hopper, tables
-from llama_kernels.ops.attention.hopper import choice
+from llama_kernels.ops.attention import delta, dispatch, dkdv, dq, forward, hopper, tables
+from llama_kernels.ops.attention.hopper import round_dq
 from tests.support.environment import compiles
 from tests.support.launches import kernels_launched, names
 
@@ -32,7 +33,7 @@ def driver_that_announces() -> Iterator[None]:
     def forget() -> None:
         """What Triton compiled for another driver."""
         launch_cache.forget()
-        for module in (rms_norm, forward, backward, hopper.forward, hopper.backward):
+        for module in (rms_norm, forward, delta, dkdv, dq, hopper.forward, hopper.backward, round_dq):
             for kernel in vars(module).values():
                 if isinstance(kernel, triton.runtime.JITFunction):
                     kernel.device_caches.clear()
@@ -51,19 +52,19 @@ def test_compiled_kernels_are_recorded(driver_that_announces):
     x, tile = torch.zeros(40, 256, dtype=torch.float16), rms_norm.row_tile("forward", 256)
     with kernels_launched() as launches:
         for _ in range(3):
-            rms_norm._forward(x, None, None, 1e-6, 0.0)
+            KERNELS["rms_norm_forward"](x, None, None, 1e-6, 0.0)
     assert [launched.name for launched in launches] == ["_rms_norm_forward_kernel"] * 3
     for launched in launches:
         options = launched.options
         assert (options["BLOCK_R"], options["BLOCK_N"], options["num_warps"]) == (tile.BLOCK_R, tile.BLOCK_N, 4)
-    rms_norm._forward(x, None, None, 1e-6, 0.0)
+    KERNELS["rms_norm_forward"](x, None, None, 1e-6, 0.0)
     assert len(launches) == 3  # nothing is recorded afterwards
 
 
 @compiles
 def test_the_hopper_kernels_are_recorded_where_they_are_launched(driver_that_announces, monkeypatch):
     """And the portable ones where those are launched in their place."""
-    for module in (choice, tables):
+    for module in (dispatch, tables):
         monkeypatch.setattr(module, "arch_of", lambda _: "sm_90")
     q, k, v = (torch.zeros(2, 32, H, 64, dtype=torch.bfloat16).transpose(1, 2) for H in (4, 2, 2))
     call = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)
@@ -71,8 +72,8 @@ def test_the_hopper_kernels_are_recorded_where_they_are_launched(driver_that_ann
     with lk.hopper_attention():
         for deterministic in (False, True):
             with kernels_launched() as launches:
-                out, lse = forward.launch_forward(q, k, v, *call)
-                backward.launch_backward(q, None, q, k, v, out, lse, *call, True, True, True, False, deterministic)
+                out, lse = KERNELS["attention_forward"](q, k, v, *call)
+                KERNELS["attention_backward"](q, None, q, k, v, out, lse, *call, True, True, True, False, deterministic)
             ran[deterministic] = names(launches)
     assert ran[False] == ["_hopper_forward_kernel", "_delta_kernel", "_hopper_backward_kernel", "_round_dq_kernel"]
     assert ran[True] == ["_hopper_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"]

@@ -1,7 +1,7 @@
-"""The function that Transformers' AttentionInterface calls as "llama_kernels", in patched models and by name.
+"""The attention function of attn_implementation="llama_kernels", in patched models and by name.
 
-What the kernels do not compute, a mask that is no range of keys, dropout, heads wider than 256, runs in PyTorch's SDPA
-or in the model's own eager function, as it would without us, and one warning says so.
+The kernels do not compute dropout, heads wider than 256 and masks that are not ranges of keys. These calls run in
+PyTorch's SDPA or in the model's own eager function, and one warning says so.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from llama_kernels.integrations.transformers.source import decorated, mask_is_on
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
+from llama_kernels.reference.attention import AttentionOptions
 
-NAME = "llama_kernels"  # a name with "flash" or "/" in it would be looked up elsewhere
-FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules of a patched model: its masks know its documents
+NAME = "llama_kernels"  # Transformers looks names with "flash" or "/" up elsewhere
+FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules whose masks already have the documents of the batch
 logger = logging.getLogger(__name__)
 
 
@@ -60,17 +61,24 @@ def attention_forward(
     max_length_k: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Transformers' attention contract: q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D) -> (out (B, Sq, Hq, D), weights).
+    """Attention as Transformers calls it.
 
-    attention_mask: what `key_ranges` made, or any mask of the caller's own, (B, H or 1, Sq, Sk). It alone decides what
-    a query sees. None is causal where is_causal, or else the module's, says so; sliding_window and documents in
-    position_ids then count, since a wrapper may have dropped the mask, as DeepSpeed's sequence parallelism does.
-    cu_seq_lens_q, cu_seq_lens_k: where the caller of the model gave them, the batch is packed, whatever the mask.
-    dropout, position_bias and heads wider than 256 run stock code. The weights are None where the kernels ran.
+    Args:
+        query: (B, Hq, Sq, D).
+        key, value: (B, Hkv, Sk, D).
+        attention_mask: the result of `key_ranges`, or the caller's own mask (B, H or 1, Sq, Sk). If it is None, a
+            query sees what is_causal (default: that of the module), sliding_window and the documents in position_ids
+            let it see: a wrapper may have dropped the mask, as DeepSpeed's sequence parallelism does.
+        scaling, softcap, s_aux: the scale, softcap and sinks of `attention`.
+        cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences. If given, the mask is not used.
+        dropout, others: with dropout or position_bias, stock code runs.
+
+    Returns:
+        out (B, Sq, Hq, D), and the weights of stock code, or None where a kernel ran.
     """
     _refuse_context_parallel()
     _refuse_what_needs_more(module)
-    options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     Sq, Sk = query.shape[2], key.shape[2]
     reason = _why_stock(query, key, value, attention_mask, dropout, others)
@@ -78,17 +86,17 @@ def attention_forward(
         wanted = "None, since stock attention does not read it"
         raise ValueError(message("attention_forward", "cu_seq_lens_q", f"given beside {reason}", wanted))
     if cu_seq_lens_q is not None:
-        window = (-1 if sliding_window is None else sliding_window - 1, -1)
-        longest = (max_length_q, max_length_k)
-        return _packed(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), longest, causal, window, options), None
+        bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+        options |= {"is_causal": causal, "window_size": (-1 if sliding_window is None else sliding_window - 1, -1)}
+        return _packed(query, key, value, bounds, longest, options), None
     if reason is None and attention_mask is None and causal and 1 < Sq != Sk:
         reason = "queries and keys of unlike number without a mask"
     if reason is not None:
-        return _stock(
-            reason, module, query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux, others
-        )
+        given = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **others}
+        return _stock(reason, module, query, key, value, attention_mask, is_causal=causal, **given)
 
     query, key = query.to(value.dtype), key.to(value.dtype)
+    ranges: Window | KeyRanges
     if attention_mask is None:
         ranges = Window(sliding_window - 1 if causal and sliding_window else -1, 0 if causal else -1)
     else:
@@ -99,72 +107,90 @@ def attention_forward(
             starts = document_starts(position_ids, Sq)
         if starts is not None:
             starts = starts.int().expand(query.shape[0], -1)
-        out = attention(query, key, value, is_causal=False, window_size=tuple(ranges), kv_start=starts, **options)
+        options |= {"is_causal": False, "window_size": (ranges.left, ranges.right), "kv_start": starts}
+        out = attention(query, key, value, **options)
     else:
         out = _of_ranges(query, key, value, ranges, options)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _of_ranges(query, key, value, ranges: KeyRanges, options: dict[str, Any]) -> torch.Tensor:
+def _of_ranges(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ranges: KeyRanges, options: AttentionOptions
+) -> torch.Tensor:
     """(B, Hq, Sq, Dv): attention of each row to its range of keys."""
     B = query.shape[0]
-    ranges = KeyRanges(*(x if x is None or x.shape[0] == B else x.expand(B, -1) for x in ranges))
+    ranges = KeyRanges._make(x if x is None or x.shape[0] == B else x.expand(B, -1) for x in ranges)
     if ranges.valid is not None:
         valid = ranges.valid.bool()
         if fits_decode(query, key) and not needs_grad(query, key, value, options["sinks"]):
-            bounds = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous()}
-            return decode_attention(query, key, value, valid, **bounds, **options)
+            how: dict[str, Any] = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), **options}
+            return decode_attention(query, key, value, valid, **how)
         ranges = without_hidden_keys(ranges.start.long(), ranges.end.long(), valid, None)
     if ranges.order is not None:
         key, value = _Rearranged.call("attention", key, value, ranges.order, ranges.inverse)
-    bounds = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous()}
-    out = attention(query, key, value, is_causal=False, **bounds, **options)
+    options |= {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), "is_causal": False}
+    out = attention(query, key, value, **options)
     if ranges.sound is not None:
         out = out.masked_fill((ranges.sound[:, :1] == 0)[:, :, None, None], float("nan"))
     return out
 
 
 class _Rearranged(Differentiable):
-    """k and v (B, H, S, D) with their tokens in the order (B, S) that `KeyRanges` describes.
+    """k and v (B, H, S, D) with their tokens in the order of `KeyRanges`.
 
-    The gradients go back by the inverse order, each element once, so nothing is summed in random order.
+    The gradients are gathered by the inverse order, so nothing is summed, and they repeat bit for bit.
     """
 
     @staticmethod
-    def forward(op, k, v, order, inverse):
+    def forward(
+        op: str, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return _take((k, v), order)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.op, _, _, order, inverse = inputs
         ctx.save_for_backward(order, inverse)
 
     @staticmethod
-    def backward(ctx, dk, dv):
+    def backward(ctx: Any, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         order, inverse = ctx.saved_tensors
         return None, *_Rearranged.call(ctx.op, dk, dv, inverse, order), None, None
 
 
 def _take(tensors: tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    index = (order ^ (order >> 31)).long()[:, None, :, None]  # a hidden key's place p is written -1 - p
+    index = (order ^ (order >> 31)).long()[:, None, :, None]  # a hidden key has place -1 - p
     return tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in tensors)
 
 
-def _packed(query, key, value, bounds, longest, causal, window, options) -> torch.Tensor:
+def _packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor | None],
+    longest: tuple[int | None, int | None],
+    options: AttentionOptions,
+) -> torch.Tensor:
     """(B, Sq, Hq, Dv) of a batch whose rows lie one after another, cut into sequences by cu_seqlens."""
-    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # (B * S, H, D)
-    tokens = [x.to(value.dtype) for x in tokens]
-    bounds = [bounds[0] if bound is None else bound for bound in bounds]
-    longest = [most if isinstance(most, int) else x.shape[0] for most, x in zip(longest, tokens, strict=False)]
-    out = attention_varlen(*tokens, *bounds, *longest, is_causal=causal, window_size=window, **options)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))  # (B * S, H, D)
+    bounds_q, bounds_k = bounds[0], bounds[0] if bounds[1] is None else bounds[1]
+    longest_q, longest_k = (n if isinstance(n, int) else x.shape[0] for n, x in zip(longest, (q, k), strict=True))
+    out = attention_varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **options)
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 # --- what stock code computes ----------------------------------------------------------------------------------------
 
 
-def _why_stock(query, key, value, attention_mask, dropout, others) -> str | None:
-    """What of this call the kernels do not compute. None where they compute it all."""
+def _why_stock(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    others: dict[str, Any],
+) -> str | None:
+    """What the kernels do not compute of this call, or None."""
     if dropout:
         return "dropout of attention probabilities"
     if others.get("position_bias") is not None:
@@ -181,19 +207,28 @@ def _why_stock(query, key, value, attention_mask, dropout, others) -> str | None
 
 
 def _stock(
-    reason, module, query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux, others
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """The call in SDPA, or, since SDPA has no softcap and no sinks, in the eager function of the module's file."""
+    reason: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    **others: Any,
+) -> Any:
+    """The call in SDPA, or, with a softcap or sinks, which SDPA does not have, in the eager function of the model."""
     if not torch.compiler.is_compiling():
         _warn_of_stock(reason)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         attention_mask = written_out(attention_mask, query.shape[2], key.shape[2])
     if softcap is None and s_aux is None:
-        causal = query.shape[2] > 1 and attention_mask is None and causal  # Transformers 4 takes it at its word
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **others
-        )
-    if attention_mask is None and causal and query.shape[2] > 1:
+        causal = query.shape[2] > 1 and attention_mask is None and is_causal  # Transformers 4 does not check this
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, is_causal=causal, **others)
+    if attention_mask is None and is_causal and query.shape[2] > 1:
         attention_mask = written_out(pack_window(Window(-1, 0), query.device), query.shape[2], key.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
@@ -202,8 +237,7 @@ def _stock(
     if eager is None:
         fix = "attn_implementation='eager' has it."
         raise ValueError(message("attention_forward", "attention_mask", reason, "a range of keys for each row", fix))
-    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-    return eager(module, query, key, value, attention_mask, **options, **others)
+    return eager(module, query, key, value, attention_mask, softcap=softcap, s_aux=s_aux, **others)
 
 
 @functools.cache
@@ -212,8 +246,7 @@ def _warn_of_stock(reason: str) -> None:
 
 
 def _refuse_context_parallel() -> None:
-    """An error inside PyTorch's context_parallel, which replaces SDPA by a function that asks the other ranks for their
-    keys: the kernels would see the keys of this rank alone."""
+    """Raise inside PyTorch's context_parallel, where the kernels would see the keys of this rank alone."""
     sdpa = F.scaled_dot_product_attention  # a builtin function, unless it is replaced
     if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed.tensor.experimental"):
         fix = "Use attn_implementation='sdpa' with torch's context_parallel."
@@ -222,7 +255,7 @@ def _refuse_context_parallel() -> None:
 
 
 def _refuse_what_needs_more(module: nn.Module) -> None:
-    """An error where the module does more with the mask than hand it on, which a packed mask does not allow."""
+    """Raise if the module computes with its mask, which is wrong for a packed mask."""
     if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
         return
     if mask_is_only_handed_on(decorated(type(module).forward)[-1]):

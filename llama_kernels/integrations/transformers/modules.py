@@ -1,8 +1,8 @@
 """What patched modules run in place of stock code: RMSNorm, apply_rotary_pos_emb, and fusions of the two.
 
-A patched module is the same object with the same parameters; its class becomes a subclass of its stock class. Each
-operation here runs stock code for a call that it does not know: a tensor subclass (DTensor), a weight that is not there
-(ZeRO-3, offloading), dtypes that stock promotes.
+A patched module is the same object with the same parameters. Its class becomes a subclass of its stock class. Each
+operation here runs stock code where it would compute something else: for tensor subclasses (DTensor), weights that are
+elsewhere (ZeRO-3, offloading), and dtypes that stock promotes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ from torch.nn.modules import module as torch_module
 
 from llama_kernels.core.checks import KERNEL_DTYPES
 from llama_kernels.core.device import KERNEL_DEVICES
-from llama_kernels.integrations.transformers.known_code import Norm, Rotary
+from llama_kernels.integrations.transformers.known_code import Norm
+from llama_kernels.integrations.transformers.known_rotaries import Rotary
 from llama_kernels.integrations.transformers.source import called_by
 from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
@@ -31,9 +32,14 @@ _PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _DEVICES = (*KERNEL_DEVICES, "meta")
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object  # a patched module is an nn.Module by its stock class
+
 
 def is_plain(x: Any) -> bool:
-    """Whether x is a tensor on a device that the ops take, and no subclass with behaviour of its own."""
+    """Whether x is a tensor, not a subclass with its own behaviour, on a device that the ops take."""
     if type(x) not in _PLAIN_TYPES:
         return False
     if x.device.type in _DEVICES:
@@ -56,12 +62,13 @@ def _takes(x: Any) -> bool:
 
 
 def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether stock's product of the two has x's dtype. Under autocast it may be wider, and is cast at its next use."""
+    """Whether stock's product of the two has the dtype of x. Under autocast its dtype does not matter: the next op
+    casts it."""
     return torch.promote_types(x.dtype, other.dtype) == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
-class Patched:
-    """Base of the classes of patched modules. They are made on the fly: pickling names what they are made from."""
+class Patched(_Module):
+    """The base of the classes of patched modules. They are made at run time, so pickle stores what they are made of."""
 
     _stock_forward: Callable[..., Any]
 
@@ -78,7 +85,7 @@ class Patched:
 
 
 def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
-    """What was patched in `module`, and the class that it had. It is patched."""
+    """The kinds that were patched in a patched `module`, and the class that it had."""
     return type(module)._kinds, type(module).__bases__[-1]
 
 
@@ -86,9 +93,10 @@ def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
 
 
 class RMSNorm(Patched):
-    """`rms_norm` in the place of a forward that `known` describes."""
+    """`rms_norm` in place of a forward that `known` describes."""
 
     known: Norm
+    weight: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         (x,) = (*args, *kwargs.values())
@@ -102,7 +110,7 @@ class RMSNorm(Patched):
 
 
 def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
-    """Whether `rms_norm` computes what stock does with x: both as the ops take them, and the same dtype comes out."""
+    """Whether `rms_norm` takes x and weight, and computes what stock does, in the same dtype."""
     if not _takes(x) or x.ndim == 0:
         return False
     if weight is None:
@@ -116,8 +124,8 @@ def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
     )
 
 
-def is_unwatched(norm: Any) -> bool:
-    """Whether a patched norm need not be called as a module: it has no hooks, no wrapper and is not compiled."""
+def is_unwatched(norm: Any) -> TypeGuard[RMSNorm]:
+    """Whether nobody can tell that a patched norm is not called: it has no hooks, no wrapper, and is not compiled."""
     return (
         isinstance(norm, RMSNorm)
         and "forward" not in norm.__dict__
@@ -128,8 +136,8 @@ def is_unwatched(norm: Any) -> bool:
     )
 
 
-def add_and_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """norm(residual + x) and the sum, in one pass over the rows where the norm can be skipped as a module."""
+def add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm(residual + x) and the sum, in one pass where the norm module need not be called."""
     if (
         is_unwatched(norm)
         and _takes(residual)
@@ -148,53 +156,53 @@ def add_and_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tu
 
 
 def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
-    """`rope` in the place of the function `replaced`, which `known` describes. It takes the same arguments."""
+    """`rope` in place of the function `replaced`, which `known` describes, with the same arguments."""
     stock = called_by(replaced)
-    if known.tables == "complex":
 
-        def apply(xq: Any, xk: Any, freqs_cis: Any) -> tuple[Any, Any]:
-            tables = (freqs_cis.real, freqs_cis.imag)
-            if not _can_rotate(known, xq, xk, *tables, known.heads):
-                return stock(xq, xk, freqs_cis)
-            return _rotate(known, True, xq, xk, *tables, known.heads)
+    def of_complex(xq: Any, xk: Any, freqs_cis: Any) -> Any:
+        cos, sin = freqs_cis.real, freqs_cis.imag
+        if not _can_rotate(known, xq, xk, cos, sin, known.heads):
+            return stock(xq, xk, freqs_cis)
+        return _rotate(known, True, xq, xk, cos, sin, known.heads)
 
-    elif known.tables == "sections":
+    def of_sections(q: Any, k: Any, cos: Any, sin: Any, mrope_section: Any, unsqueeze_dim: int = 1) -> Any:
+        c, s = (torch.cat([m[i % 3] for i, m in enumerate(x.split(mrope_section * 2, dim=-1))], dim=-1)
+                for x in (cos, sin))  # fmt: skip
+        if not _can_rotate(known, q, k, c, s, unsqueeze_dim):
+            return stock(q, k, cos, sin, mrope_section, unsqueeze_dim)
+        return _rotate(known, interleaved, q, k, c, s, unsqueeze_dim)
 
-        def apply(q: Any, k: Any, cos: Any, sin: Any, mrope_section: Any, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
-            merged = [torch.cat([m[i % 3] for i, m in enumerate(x.split(mrope_section * 2, dim=-1))], dim=-1)
-                      for x in (cos, sin)]  # fmt: skip
-            if not _can_rotate(known, q, k, *merged, unsqueeze_dim):
-                return stock(q, k, cos, sin, mrope_section, unsqueeze_dim)
-            return _rotate(known, interleaved, q, k, *merged, unsqueeze_dim)
+    def of_rows(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        heads = kwargs.get("unsqueeze_dim", 1) if known.heads is None else known.heads
+        if args or not _can_rotate(known, q, k, cos, sin, heads):
+            return stock(q, k, cos, sin, *args, **kwargs)
+        return _rotate(known, interleaved, q, k, cos, sin, heads)
 
-    else:
-
-        def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            heads = kwargs.get("unsqueeze_dim", 1) if known.heads is None else known.heads
-            if args or not _can_rotate(known, q, k, cos, sin, heads):
-                return stock(q, k, cos, sin, *args, **kwargs)
-            return _rotate(known, interleaved, q, k, cos, sin, heads)
-
-    ours = functools.wraps(stock)(apply)
+    kinds: dict[str, Callable[..., Any]] = {"complex": of_complex, "sections": of_sections}
+    ours = functools.wraps(stock)(kinds.get(known.tables, of_rows))
     if stock is replaced:
         return ours
     return lambda *args, **kwargs: (replaced if _is_kernelized(replaced) else ours)(*args, **kwargs)
 
 
 def _is_kernelized(replaced: Any) -> bool:
-    """Whether `replaced` is an object of the package kernels to which kernelize has given a forward."""
+    """Whether `replaced` is an object of the package kernels, and kernelize has given it a forward."""
     return isinstance(replaced, nn.Module) and "forward" in replaced.__dict__
 
 
-def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: int) -> bool:
-    """Whether `rope` computes what stock does: q and k (B, H, S, D), or (B, S, H, D) with heads 2, and a row of cos for
-    each token; (S, H, D) with heads -2, as in vision towers."""
+def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -> bool:
+    """Whether `rope` computes what stock does with these arguments.
+
+    q and k are (B, H, S, D) if heads is 1, (B, S, H, D) if 2, and (S, H, D), as in vision towers, if -2. cos and sin
+    have a row for each token.
+    """
     if not (_takes(q) and _takes(k) and is_plain(cos) and is_plain(sin)):
         return False
     packed = q.ndim == 3 and heads == -2
     if not packed and (q.ndim != 4 or heads not in (1, 2)):
         return False
-    tokens, H = ((q.shape[0],), 1) if packed else ((q.shape[0], q.shape[3 - heads]), heads)
+    tokens = q.shape[:1] if packed else (q.shape[0], q.shape[3 - heads])
+    H = 1 if packed else heads
     R = cos.shape[-1] * (2 if known.tables in ("pairs", "complex") else 1)
     return (
         k.ndim == q.ndim
@@ -214,7 +222,7 @@ def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: int) -
     )
 
 
-def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any, heads: int) -> tuple[Any, Any]:
+def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -> Any:
     cos, sin, R = _tables(known, cos, sin)
     if heads == 2:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
@@ -222,16 +230,16 @@ def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any
         q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
         interleaved = False
     D = q.shape[-1]
-    if cos.shape[-1] == R and 2 * R <= D:  # `rope` would take so narrow a table to hold an angle for each pair
-        turned = rope(q[..., :R], k[..., :R], cos, sin, interleaved=interleaved)
-        q, k = (torch.cat((x, rest[..., R:]), -1) for x, rest in zip(turned, (q, k), strict=True))
+    if cos.shape[-1] == R and 2 * R <= D:  # `rope` takes tables this narrow to have an angle for each pair
+        rotated = rope(q[..., :R], k[..., :R], cos, sin, interleaved=interleaved)
+        q, k = (torch.cat((x, rest[..., R:]), -1) for x, rest in zip(rotated, (q, k), strict=True))
     else:
         q, k = rope(q, k, cos, sin, interleaved=interleaved)
     return (q.transpose(1, 2), k.transpose(1, 2)) if heads == 2 else (q, k)
 
 
 def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """cos and sin as `rope` takes them, and R, how much of a head is rotated."""
+    """cos and sin as `rope` takes them, and R, the number of elements of a head that are rotated."""
     if known.tables == "first half":
         R = cos.shape[-1]
         return cos[..., : R // 2], sin[..., : R // 2], R
@@ -239,7 +247,7 @@ def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.
 
 
 def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
-    """The fusion of q_norm, k_norm and `apply_rotary_pos_emb`: q, k (B, H, S, D) before their norms."""
+    """The fusion of q_norm, k_norm and `apply_rotary_pos_emb`. It takes q and k (B, H, S, D) before their norms."""
     rotary = rotary_like(stock, known, interleaved)
 
     def apply(q_norm: Any, k_norm: Any, q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:

@@ -1,69 +1,91 @@
-"""Attention of CPU tensors in plain PyTorch: the reference forward, and the formulas of backward.py written out.
+"""Attention of CPU tensors in plain PyTorch: the reference forward, and the formulas of the backward written out.
 
-The backward is written out because an op has to work below autograd, where there is no graph to walk back.
+They are written out because the op runs below autograd, which records no graph there.
 """
 
 from __future__ import annotations
 
 import torch
 
-from llama_kernels import reference
-from llama_kernels.ops.attention.layout import empty_grads, empty_outputs
-from llama_kernels.ops.pairs import Rotation
-from llama_kernels.reference.attention import spans, unseen, visible
+from llama_kernels.ops.attention.call import (
+    AttentionCall,
+    Results,
+    Wanted,
+    empty_grads,
+    empty_outputs,
+)
+from llama_kernels.ops.rotation import Rotation
+from llama_kernels.reference.attention import AttentionOptions, attention, attention_varlen, spans, unseen, visible
+from llama_kernels.reference.rope import rope
 
 
-def plain_forward(
-    q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, scale, softcap, left, right
-):
-    """Arguments and results as `llama_kernels::attention_forward`."""
-    packed = () if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
-    function = reference.attention_varlen if packed else reference.attention
-    results = function(
-        q, k, v, *packed, is_causal=False, scale=scale, softcap=softcap, sinks=sinks, kv_start=kv_start, kv_end=kv_end,
-        window_size=_window(left, right), return_lse=True,
-    )  # fmt: skip
-    return tuple(empty.copy_(x) for empty, x in zip(empty_outputs(q, v), results, strict=True))
+def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of `call`."""
+    options: AttentionOptions = {
+        "is_causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks,
+        "kv_start": call.kv_start, "kv_end": call.kv_end, "window_size": _window_size(call),
+    }  # fmt: skip
+    if call.packed:
+        lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_q, call.longest_k)
+        results = attention_varlen(call.q, call.k, call.v, *lengths, return_lse=True, **options)
+    else:
+        results = attention(call.q, call.k, call.v, return_lse=True, **options)
+    out, lse = (empty.copy_(x) for empty, x in zip(empty_outputs(call), results, strict=True))
+    return out, lse
 
 
 def plain_backward(
-    do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-    scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, rotation=Rotation(),
-):  # fmt: skip
-    """Arguments and results as `launch_backward`."""
-    grads = empty_grads(q, k, v, sinks, need_dq, need_dk, need_dv, need_dsinks)
-    options = (scale, softcap, _window(left, right))
-    if cu_seqlens_q is None:
-        results = _dense_backward(do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, *options)
-    else:
-        results = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-        results.append(lse.new_zeros(q.shape[1]))
-        spans_q = spans(cu_seqlens_q, q.shape[0], longest_q)
-        for rows, keys in zip(spans_q, spans(cu_seqlens_k, k.shape[0], longest_k), strict=True):
-            spans_of = ((do, rows), (q, rows), (k, keys), (v, keys), (out, rows))
-            mine = [x[s].transpose(0, 1)[None] for x, s in spans_of]
-            mine.insert(1, None if dlse is None else dlse[None, :, rows])
-            bounds = (None if bound is None else bound[None, rows] for bound in (kv_start, kv_end))
-            parts = _dense_backward(*mine, lse[None, :, rows], sinks, *bounds, *options)
-            for result, part, s in zip(results, parts[:3], (rows, keys, keys), strict=False):
-                result[s] += part[0].transpose(0, 1)
-            results[3] += parts[3]
+    call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation = Rotation()
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of `call`; arguments as `launch_backward`."""
+    made = _packed_backward(call, results) if call.packed else _dense_backward(call, results)
     if rotation.half:
-        cos, sin, position_ids = rotation.tensors
-        turned = reference.rope(*results[:2], cos, -sin, position_ids, interleaved=rotation.interleaved)
-        results = (*turned, *results[2:])
-    for grad, result in zip(grads, results, strict=True):
+        cos, sin, position_ids, interleaved = rotation
+        dq, dk = rope(made[0], made[1], cos, -sin, position_ids, interleaved=interleaved)
+        made = (dq, dk, *made[2:])
+    grads = empty_grads(call, wanted)
+    for grad, x in zip(grads, made, strict=True):
         if grad.numel():
-            grad.copy_(result)
+            grad.copy_(x)
     return grads
 
 
-def _dense_backward(do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, scale, softcap, window):
+def _packed_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv and dsinks, all float32: the dense backward of each sequence."""
+    q, k, v, out, lse, do, dlse = call.q, call.k, call.v, *results
+    dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+    dsinks = lse.new_zeros(q.shape[1])
+    of_q, of_k = (
+        spans(call.cu_seqlens_q, q.shape[0], call.longest_q),
+        spans(call.cu_seqlens_k, k.shape[0], call.longest_k),
+    )
+    for rows, keys in zip(of_q, of_k, strict=True):
+        dense = call._replace(
+            q=_dense(q[rows]), k=_dense(k[keys]), v=_dense(v[keys]),
+            kv_start=None if call.kv_start is None else call.kv_start[None, rows],
+            kv_end=None if call.kv_end is None else call.kv_end[None, rows],
+        )  # fmt: skip
+        dlse_rows = None if dlse is None else dlse[None, :, rows]
+        parts = _dense_backward(dense, Results(_dense(out[rows]), lse[None, :, rows], _dense(do[rows]), dlse_rows))
+        for grad, part, span in zip((dq, dk, dv), parts[:3], (rows, keys, keys), strict=True):
+            grad[span] += part[0].transpose(0, 1)
+        dsinks += parts[3]
+    return dq, dk, dv, dsinks
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """(1, H, S, D) of (S, H, D)."""
+    return x.transpose(0, 1)[None]
+
+
+def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv and dsinks, all float32."""
+    q, k, v, sinks, scale, softcap = call.q, call.k, call.v, call.sinks, call.scale, call.softcap
+    out, lse, do, dlse = results
     Hq, Hkv, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     groups = (Hkv, Hq // Hkv if Hkv else 1)
     q, do, out = (x.float().unflatten(1, groups) for x in (q, do, out))  # (B, Hkv, G, Sq, D)
-    see = visible(Sq, Sk, False, window, kv_start, kv_end, q.device)
+    see = visible(Sq, Sk, False, _window_size(call), call.kv_start, call.kv_end, q.device)
     k, v = (x.float().masked_fill(unseen(see), 0) for x in (k, v))  # (B, Hkv, Sk, D)
     lse = lse.unflatten(1, groups).unsqueeze(-1)  # (B, Hkv, G, Sq, 1)
 
@@ -87,5 +109,5 @@ def _dense_backward(do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, scale,
     return dq, dk, dv, -(mass * delta).sum((0, 3, 4)).flatten()
 
 
-def _window(left: int | None, right: int | None) -> tuple[int, int]:
-    return (-1 if left is None else left, -1 if right is None else right)
+def _window_size(call: AttentionCall) -> tuple[int, int]:
+    return (-1 if call.left is None else call.left, -1 if call.right is None else call.right)

@@ -5,36 +5,42 @@ For inference, inside the package only: the public `llama_kernels.attention` tak
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from llama_kernels import reference
 from llama_kernels.core.checks import check_tensors, message, shape_of
 from llama_kernels.core.registry import needs_grad, register
 from llama_kernels.core.tensors import last_dim_contiguous
-from llama_kernels.ops.attention import check_call, numbers_of, to_autocast
+from llama_kernels.ops.attention.call import AttentionCall, empty_outputs
+from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.decode import MOST_ROWS, fits_decode, launch_decode
-from llama_kernels.ops.attention.layout import empty_outputs
+from llama_kernels.reference.attention import attention
 
 __all__ = ["decode_attention", "fits_decode"]
 
 
-def _launch(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap):
-    out, _ = launch_decode(q, k, v, sinks, kv_start, kv_end, scale, softcap, None, None, key_mask)
-    return out
+def _by(run: Callable[[AttentionCall, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def decode(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap):
+        sequences = (None, None, q.shape[2], k.shape[2])
+        return run(AttentionCall(q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, None, None), key_mask)
+
+    return decode
 
 
-def _plain(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap):
-    """The reference on the visible keys, one sequence at a time. kv_start and kv_end become counts of visible keys."""
-    out, _ = empty_outputs(q, v)
+def _plain(call: AttentionCall, key_mask: torch.Tensor) -> torch.Tensor:
+    """The reference on the visible keys of one sequence at a time, where kv_start and kv_end count visible keys."""
+    out, _ = empty_outputs(call)
     for b, visible in enumerate(key_mask):
-        kept_before = torch.cat((visible.new_zeros(1, dtype=torch.int32), visible.cumsum(0, dtype=torch.int32)))
-        bounds = (
-            None if bound is None else kept_before[bound[b, None].clamp(0, visible.numel())]
-            for bound in (kv_start, kv_end)
+        one = slice(b, b + 1)
+        visible_before = torch.cat((visible.new_zeros(1, dtype=torch.int32), visible.cumsum(0, dtype=torch.int32)))
+        kv_start, kv_end = (
+            None if bound is None else visible_before[bound[one].clamp(0, visible.numel())]
+            for bound in (call.kv_start, call.kv_end)
         )
-        out[b] = reference.attention(
-            q[b, None], k[b, None, :, visible], v[b, None, :, visible], is_causal=False, scale=scale, softcap=softcap,
-            sinks=sinks, **dict(zip(("kv_start", "kv_end"), bounds, strict=True)),
+        out[b] = attention(
+            call.q[one], call.k[one, :, visible], call.v[one, :, visible], is_causal=False, scale=call.scale,
+            softcap=call.softcap, sinks=call.sinks, kv_start=kv_start, kv_end=kv_end,
         )[0]  # fmt: skip
     return out
 
@@ -42,9 +48,9 @@ def _plain(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap):
 _decode_attention = register(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor key_mask, Tensor? sinks, Tensor? kv_start, Tensor? kv_end, "
     "float scale, float? softcap) -> Tensor",
-    kernel=_launch,
-    reference=_plain,
-    fake=lambda q, k, v, *_: empty_outputs(q, v)[0],
+    kernel=_by(lambda call, key_mask: launch_decode(call, key_mask)[0]),
+    reference=_by(_plain),
+    fake=_by(lambda call, key_mask: empty_outputs(call)[0]),
 )
 
 
@@ -80,24 +86,24 @@ def decode_attention(
             or gradients are wanted.
     """
     op = "decode_attention"
-    softcap = softcap or None
-    q, k, v = to_autocast(q, k, v)
-    check_call(op, q, k, v, 4, (-1, -1), softcap, scale, sinks, kv_start, kv_end, None)
+    call = checked_call(
+        op, q, k, v, is_causal=False, scale=scale, window_size=(-1, -1), softcap=softcap, sinks=sinks,
+        kv_start=kv_start, kv_end=kv_end, deterministic=None,
+    )  # fmt: skip
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
     check_tensors(op, (torch.bool,), key_mask=key_mask)
     if key_mask.shape != (k.shape[0], k.shape[2]):
-        wanted = f"{(k.shape[0], k.shape[2])}, one a key of each batch"
+        wanted = f"{(k.shape[0], k.shape[2])}, one for each key of each batch"
         raise ValueError(message(op, "key_mask", shape_of(key_mask), wanted))
     if key_mask.device != q.device:
         raise ValueError(message(op, "key_mask", f"on {key_mask.device}", f"the device of q, {q.device}"))
     if not fits_decode(q, k):
-        wanted = f"1 to {MOST_ROWS} query rows a key head, Hq // Hkv * Sq"
+        wanted = f"1 to {MOST_ROWS} query rows per key head, Hq // Hkv * Sq"
         raise ValueError(message(op, "q", f"{shape_of(q)} for {k.shape[1]} key heads", wanted))
     tensors = {"q": q, "k": k, "v": v, "sinks": sinks}
     if needs_grad(*tensors.values()):
         name = next(name for name, x in tensors.items() if x is not None and x.requires_grad)
         fix = "Call it under torch.no_grad(), or use llama_kernels.attention."
         raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))
-    q, k, v, key_mask = (last_dim_contiguous(x) for x in (q, k, v, key_mask))
-    sinks = None if sinks is None else sinks.contiguous()
-    scale, softcap, _, _ = numbers_of(q, False, scale, (-1, -1), softcap)
-    return _decode_attention(q, k, v, key_mask, sinks, kv_start, kv_end, scale, softcap)
+    key_mask = last_dim_contiguous(key_mask)
+    return _decode_attention(q, k, v, key_mask, sinks, call.kv_start, call.kv_end, call.scale, call.softcap)

@@ -24,6 +24,7 @@ from tests.compiled.report import Checks
 
 RECORD = Path(__file__).with_suffix(".json")
 Counts = dict[str, dict[str, int]]  # by kernel, then by what is counted
+Record = dict[str, dict[str, Counts]]  # by the release of Triton, then by target
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -69,10 +70,22 @@ def differences(now: Counts, recorded: Counts, by: float = 0.02) -> list[str]:
     return out
 
 
+def written(record: Record) -> str:
+    """As JSON, one line a kernel."""
+    releases = []
+    for release, targets in sorted(record.items()):
+        parts = []
+        for target, kernels in sorted(targets.items()):
+            lines = [f"   {json.dumps(kernel)}: {json.dumps(counts)}" for kernel, counts in sorted(kernels.items())]
+            parts.append(f'  "{target}": {{\n' + ",\n".join(lines) + "\n  }")
+        releases.append(f' "{release}": {{\n' + ",\n".join(parts) + "\n }")
+    return "{\n" + ",\n".join(releases) + "\n}\n"
+
+
 def main() -> int:
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record: Record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record[triton.__version__] = {target: measure(target) for target in ("sm_80", "sm_90")}
-    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    RECORD.write_text(written(record))
     return 0
 
 

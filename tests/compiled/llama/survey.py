@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.process_time() - begin
         print(f"{name} {dtypes}: {len(found)} mutants, {len(unseen)} unseen, {seconds:.0f} s", flush=True)
         for each in unseen:
-            print(f"    unseen: {each.kind}, run {each.runs:.1f} times: {each.instruction}", flush=True)
+            print(f"    unseen: {each.kind}, run {each.runs:.1f} times: {each.instruction}: {each.said}", flush=True)
     by_kind: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for _, each in results:
         by_kind[each.kind][each.seen] += 1

@@ -1,0 +1,192 @@
+"""One attention call as a structure, dense and packed alike: `AttentionCall`, and what a backward adds to it.
+
+The registered op builds it once, of its own arguments; launchers, reference and shape functions take it whole. What the
+kernels are launched with, such as sizes, scoring and window, is derived from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes_of
+
+# --- what the kernels are launched with ------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """Packed: B sequences of at most longest_q and longest_k tokens, in Sq and Sk tokens altogether."""
+
+    B: int
+    Hq: int
+    group: int  # query heads per key head
+    Sq: int
+    Sk: int
+    longest_q: int
+    longest_k: int
+
+    @property
+    def Hkv(self) -> int:
+        return self.Hq // self.group
+
+    def as_arguments(self) -> Sizes:
+        """The sizes as the kernels take them: Sk, longest_q and longest_k are negated.
+
+        Triton makes an integer argument of 1 a constant. With a length known to be 1 or less, loops and branches fold
+        into code on which ptxas crashes (Triton 3.6, sm_90, D = 32 and 64). A negative number is never 1, and still
+        shows the compiler a multiple of 16, which @triton.jit's do_not_specialize would hide. Sq is not negated: at
+        D = 128 there is no register left for that.
+        """
+        return self._replace(Sk=-self.Sk, longest_q=-self.longest_q, longest_k=-self.longest_k)
+
+
+class Scoring(NamedTuple):
+    """From q @ k^T to logits: s = softcap * tanh(qk * prescale / softcap). exp(logit) is exp2(s * unit)."""
+
+    scale: float
+    prescale: float | None  # None: qk is not scaled, unit holds the scale, which then costs no instruction
+    softcap: float | None
+    unit: float
+
+
+class Window(NamedTuple):
+    """How many keys a query sees before and after its own; None: all of them. right=0 is causal."""
+
+    left: int | None
+    right: int | None
+
+
+# --- the call --------------------------------------------------------------------------------------------------------
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of `llama_kernels::attention_forward`, in their order."""
+
+    q: torch.Tensor  # (B, Hq, Sq, D), or packed (Tq, Hq, D)
+    k: torch.Tensor  # (B, Hkv, Sk, D), or packed (Tk, Hkv, D)
+    v: torch.Tensor  # (B, Hkv, Sk, Dv), or packed (Tk, Hkv, Dv)
+    sinks: torch.Tensor | None  # (Hq,)
+    kv_start: torch.Tensor | None  # (B, Sq) int32, or packed (Tq,); likewise kv_end
+    kv_end: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None  # (B + 1,) int32; None: dense
+    cu_seqlens_k: torch.Tensor | None
+    longest_q: int  # Sq, or packed the length of the longest sequence of queries; likewise longest_k
+    longest_k: int
+    scale: float
+    softcap: float | None
+    left: int | None  # of the window
+    right: int | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def sizes(self) -> Sizes:
+        B, Hq, Sq = sizes_of(self.q)
+        _, Hkv, Sk = sizes_of(self.k)
+        if self.cu_seqlens_q is not None:
+            B = self.cu_seqlens_q.shape[0] - 1
+        return Sizes(B, Hq, max(Hq // max(Hkv, 1), 1), Sq, Sk, self.longest_q, self.longest_k)
+
+    @property
+    def scoring(self) -> Scoring:
+        log2e = math.log2(math.e)
+        if self.softcap is None and self.scale > 0:
+            return Scoring(self.scale, None, None, self.scale * log2e)
+        return Scoring(self.scale, self.scale, self.softcap, log2e)
+
+    @property
+    def window(self) -> Window:
+        """Without the sides that hide no key of any sequence: for them no mask is computed."""
+        left = None if self.left is None or self.left >= self.longest_k - 1 else self.left
+        right = None if self.right is None or self.right >= self.longest_q - 1 else self.right
+        return Window(left, right)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The kernels' compile-time widths: of a head of q and k, of v, and the powers of two that hold them."""
+        D, DV = self.q.shape[-1], self.v.shape[-1]
+        return {"D": D, "DV": DV, "BLOCK_D": width_class(D), "BLOCK_DV": width_class(DV)}
+
+    @property
+    def bound_strides(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Strides of kv_start and of kv_end: of batch, head (all heads share them) and token."""
+        return _bound_strides(self.kv_start), _bound_strides(self.kv_end)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether options are on that take registers in the forward and in dq."""
+        return any(x is not None for x in (self.softcap, self.left, self.kv_start, self.kv_end))
+
+
+class Wanted(NamedTuple):
+    """What a backward is to compute."""
+
+    dq: bool
+    dk: bool
+    dv: bool
+    dsinks: bool
+    deterministic: bool | None = None  # as in `llama_kernels.attention`
+
+
+class Results(NamedTuple):
+    """What the forward returned, and the gradients of it."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    do: torch.Tensor
+    dlse: torch.Tensor | None
+
+
+# --- shapes and strides ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def width_class(D: int) -> int:
+    return max(next_power_of_2(D), 16)
+
+
+def far(*tensors: torch.Tensor) -> bool:
+    """Whether rows lie so far apart that the offsets inside one tile, of 256 rows at most, need 64 bits."""
+    return any(x.stride(-2 if x.ndim == 4 else 0) >= 2**23 for x in tensors)
+
+
+def lse_strides(lse: torch.Tensor) -> tuple[int, ...]:
+    """Of batch, head and token of (B, Hq, Sq) or packed (Hq, Tq)."""
+    return lse.stride() if lse.ndim == 3 else (0, *lse.stride())
+
+
+def _bound_strides(bound: torch.Tensor | None) -> tuple[int, int, int] | None:
+    if bound is None:
+        return None
+    return (bound.stride(0), 0, bound.stride(1)) if bound.ndim == 2 else (0, 0, bound.stride(0))
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def empty_outputs(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """out in q's memory order with v's width, and lse (B, Hq, Sq) or (Hq, Tq) float32."""
+    q, shape = call.q, call.q.shape
+    out = empty_in_order_of(q, (*shape[:-1], call.v.shape[-1]))
+    return out, q.new_empty(shape[:-1] if len(shape) == 4 else (shape[1], shape[0]), dtype=torch.float32)
+
+
+def outputs_without_keys(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`empty_outputs`; packed, filled with 0 and -inf, since no program visits a token that no sequence owns."""
+    out, lse = empty_outputs(call)
+    if call.packed:
+        out.zero_()
+        lse.fill_(-math.inf)
+    return out, lse
+
+
+def empty_grads(call: AttentionCall, wanted: Wanted) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv and dsinks, each in its tensor's memory order; without elements where it is not wanted."""
+    tensors = (call.q, call.k, call.v, call.sinks)
+    pairs = zip(tensors, (wanted.dq, wanted.dk, wanted.dv, wanted.dsinks), strict=True)
+    return tuple(empty_in_order_of(x) if need else call.q.new_empty(0) for x, need in pairs)

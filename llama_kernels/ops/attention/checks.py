@@ -1,0 +1,181 @@
+"""Checks the arguments of a call of attention, and builds the AttentionCall of them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+
+from llama_kernels.core.checks import check_tensors, message, shape_of, values_are_checked
+from llama_kernels.core.tensors import autocast_dtype, last_dim_contiguous
+from llama_kernels.ops.attention.call import AttentionCall
+
+# A window as wide as this hides no key. A wider one would overflow where positions are added to it.
+_WIDEST = 2**30
+
+
+class Packing(NamedTuple):
+    """Arguments of `attention_varlen` that say where the sequences of a packed batch are."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def checked_call(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: Packing | None = None,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    kv_end: torch.Tensor | None,
+    deterministic: bool | None,
+) -> AttentionCall:
+    """The call of these arguments, which are those of `attention`, as the registered ops take it.
+
+    Raises:
+        TypeError, ValueError: as `attention`, in the name of `op`.
+    """
+    q, k, v = _to_autocast(q, k, v)
+    _check_qkv(op, q, k, v, packing is not None)
+    _check_numbers(op, window_size, softcap, scale, deterministic)
+    if sinks is not None:
+        _check_sinks(op, q, sinks)
+    if kv_start is not None:
+        _check_bound(op, q, "kv_start", kv_start)
+    if kv_end is not None:
+        _check_bound(op, q, "kv_end", kv_end)
+    sequences: tuple[Any, Any, int, int]
+    if packing is None:
+        sequences = (None, None, q.shape[2], k.shape[2])
+    else:
+        _check_packing(op, q, k, packing)
+        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = packing
+        sequences = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), longest_q, longest_k)
+    left, right = window_size
+    return AttentionCall(
+        last_dim_contiguous(q),
+        last_dim_contiguous(k),
+        last_dim_contiguous(v),
+        None if sinks is None else sinks.contiguous(),
+        kv_start,
+        kv_end,
+        *sequences,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap or None,
+        None if left < 0 else min(left, _WIDEST),
+        0 if is_causal else None if right < 0 else min(right, _WIDEST),
+    )
+
+
+def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v in the dtype of autocast where it is on, as in PyTorch's own attention."""
+    if not isinstance(tensors[0], torch.Tensor):
+        return tensors
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
+        return tensors
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
+
+
+def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
+    check_tensors(op, q=q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        name, x = ("v", v) if k.dtype == q.dtype else ("k", k)
+        fix = "Cast q, k and v to one dtype, or call under torch.autocast, which does it."
+        raise TypeError(message(op, name, x.dtype, f"the dtype of q, {q.dtype}", fix))
+    of_q, of_k, of_v, ndim = q.shape, k.shape, v.shape, 3 if packed else 4
+    if not len(of_q) == len(of_k) == len(of_v) == ndim:
+        name, x = next(pair for pair in (("q", q), ("k", k), ("v", v)) if pair[1].ndim != ndim)
+        raise ValueError(message(op, name, shape_of(x), "(tokens, H, D)" if packed else "(B, H, S, D)"))
+    if not packed and of_k[0] != of_q[0]:
+        raise ValueError(message(op, "k", shape_of(k), f"the batch size of q, {of_q[0]}"))
+    if of_k[-1] != of_q[-1]:
+        raise ValueError(message(op, "k", shape_of(k), f"the head width of q, {of_q[-1]}"))
+    if of_v[:-1] != of_k[:-1]:
+        raise ValueError(message(op, "v", shape_of(v), f"k's shape {tuple(of_k)} but for the last dimension"))
+    Hq, Hkv = of_q[1], of_k[1]
+    if Hq != 0 if Hkv == 0 else Hq % Hkv:
+        fix = f"Got q {tuple(of_q)}, k {tuple(of_k)}."
+        raise ValueError(message(op, "k", f"of {Hkv} heads", f"a divisor of q's {Hq} heads", fix))
+    if not (1 <= of_q[-1] <= 256 and 1 <= of_v[-1] <= 256):
+        name, x = ("v", v) if 1 <= of_q[-1] <= 256 else ("q", q)
+        raise ValueError(message(op, name, shape_of(x), "a head width from 1 to 256"))
+
+
+def _check_numbers(
+    op: str, window_size: tuple[int, int], softcap: float | None, scale: float | None, deterministic: bool | None
+) -> None:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(message(op, "window_size", repr(window_size), "(left, right)"))
+    for side in window_size:
+        if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
+            raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(message(op, "softcap", softcap, "a positive number, or 0 or None for none"))
+    if scale is not None and not abs(scale) < float("inf"):
+        raise ValueError(message(op, "scale", scale, "a finite number, or None"))
+    if deterministic not in (None, True, False):
+        raise TypeError(message(op, "deterministic", repr(deterministic), "True, False or None"))
+
+
+def _check_sinks(op: str, q: torch.Tensor, sinks: torch.Tensor) -> None:
+    check_tensors(op, q=q, sinks=sinks)
+    if sinks.shape != (q.shape[1],):
+        raise ValueError(message(op, "sinks", shape_of(sinks), f"({q.shape[1]},), one for each query head"))
+
+
+def _check_bound(op: str, q: torch.Tensor, name: str, bound: torch.Tensor) -> None:
+    """name: kv_start or kv_end."""
+    rows = (q.shape[0], q.shape[2]) if q.ndim == 4 else (q.shape[0],)
+    check_tensors(op, (torch.int32,), **{name: bound})
+    if bound.shape != rows:
+        raise ValueError(message(op, name, shape_of(bound), f"{rows}, one for each query row"))
+    if bound.device != q.device:
+        raise ValueError(message(op, name, f"on {bound.device}", f"the device of q, {q.device}"))
+
+
+def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) -> None:
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        cu_seqlens = getattr(packing, name)
+        check_tensors(op, (torch.int32,), **{name: cu_seqlens})
+        if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0] or cu_seqlens.shape != packing.cu_seqlens_q.shape:
+            wanted = "(batch + 1,), the same for queries and keys"
+            raise ValueError(message(op, name, shape_of(cu_seqlens), wanted))
+        if cu_seqlens.device != q.device:
+            raise ValueError(message(op, name, f"on {cu_seqlens.device}", f"the device of q, {q.device}"))
+    for name in ("max_seqlen_q", "max_seqlen_k"):
+        longest = getattr(packing, name)
+        if not isinstance(longest, (int, torch.SymInt)):
+            wanted = "an int: to read it from a tensor would wait for the GPU"
+            raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted))
+        if longest < 0:
+            raise ValueError(message(op, name, longest, "a length, 0 or more"))
+    if values_are_checked(packing.cu_seqlens_q):
+        _check_sequences(op, "q", packing.cu_seqlens_q.tolist(), packing.max_seqlen_q, q.shape[0])
+        _check_sequences(op, "k", packing.cu_seqlens_k.tolist(), packing.max_seqlen_k, k.shape[0])
+
+
+def _check_sequences(op: str, name: str, bounds: list[int], longest: int, tokens: int) -> None:
+    """Refuse `bounds` that the kernels would clamp or cut off. name: q or k."""
+    if bounds[0] < 0:
+        raise ValueError(message(op, f"cu_seqlens_{name}", f"{bounds[0]} at its start", "0 or more"))
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if end < start:
+            got = f"{end} at index {i + 1}, after {start}"
+            raise ValueError(message(op, f"cu_seqlens_{name}", got, "bounds that never decrease"))
+        if end - start > longest:
+            wanted = f"at least {end - start}, the length of sequence {i}"
+            raise ValueError(message(op, f"max_seqlen_{name}", longest, wanted))
+    if bounds[-1] > tokens:
+        got, wanted = f"{bounds[-1]} at its end", f"at most the {tokens} tokens of {name}"
+        raise ValueError(message(op, f"cu_seqlens_{name}", got, wanted))

@@ -1,0 +1,119 @@
+"""What the backward computes first: delta and lse2 of every row, and the gradient of the sinks."""
+
+from __future__ import annotations
+
+import torch
+
+from llama_kernels.core.language import LN2, LOG2E, tl, triton
+from llama_kernels.core.launch_cache import Launch, cached_launch
+from llama_kernels.core.tensors import cdiv, optional_strides_of, strides_of
+from llama_kernels.ops.attention.call import (
+    AttentionCall,
+    Results,
+    Sizes,
+    far,
+    lse_strides,
+    width_class,
+)
+from llama_kernels.ops.attention.tiles import load_tile, matrix, offset, query_tile, sequence, store_tile
+
+# Rows of lse2 and delta are padded to a multiple of this, which every BLOCK_M divides. In a packed batch each sequence
+# starts at a multiple of it, so that a tile of one sequence never loads the rows of the next.
+PADDING: tl.constexpr = tl.constexpr(128)
+
+
+@triton.jit
+def padded_start(cu_seqlens_q_ptr, b, q_start):
+    """Where the rows of a sequence start in lse2 and delta."""
+    start = q_start
+    if cu_seqlens_q_ptr is not None:
+        start = (q_start + b * PADDING) // PADDING * PADDING
+    return start
+
+
+@triton.jit
+def _delta_kernel(
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, lse2_ptr, delta_ptr, dsinks_ptr, dq_sum_ptr, cu_seqlens_q_ptr,
+    o_strides, do_strides, lse_strides, dlse_strides, delta_strides, dq_sum_strides,
+    sizes,
+    DV: tl.constexpr, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """delta = sum(o * do) - dlse and lse2 = lse / log(2), BLOCK_M rows of one head, and dsinks = -sum(p_sink * delta).
+
+    o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows
+    without visible keys, and padding rows, get lse2 = inf, so that their probabilities are 0. dlse and sinks may be
+    None. dq_sum, float32 as o, or None, is zeroed for a backward that adds to it. Bytes: o and do once. FLOPs: 2 DV for
+    each row.
+    """
+    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
+    start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    if sinks_ptr is not None:
+        tl.store(dsinks_ptr + tl.program_id(0), 0.0)
+    if m >= tl.cdiv(Sq, PADDING) * PADDING:
+        return
+    i = m + tl.arange(0, BLOCK_M)
+    o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    do = load_tile(matrix(do_ptr, do_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
+    if dq_sum_ptr is not None:
+        zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        store_tile(matrix(dq_sum_ptr, dq_sum_strides, b, h, start), m, Sq, zeros, DV, FAR, BLOCK_M, BLOCK_DV)
+    if dlse_ptr is not None:
+        dlse_rows = offset(dlse_strides, b, h, start) + i.to(tl.int64) * dlse_strides[2]
+        delta -= tl.load(dlse_ptr + dlse_rows, mask=i < Sq, other=0.0)
+    lse = tl.load(lse_ptr + offset(lse_strides, b, h, start) + i, mask=i < Sq, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, start)) + i
+    tl.store(delta_ptr + padded, delta)
+    # The inverse of the forward's * LN2. Division gives back the forward's bits; * LOG2E would be a few ulps off.
+    lse2 = tl.div_rn(lse, tl.full([BLOCK_M], LN2, tl.float32))
+    tl.store(lse2_ptr + padded, lse2)
+    if sinks_ptr is not None:
+        p = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
+        tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(p * delta))
+
+
+# --- launcher --------------------------------------------------------------------------------------------------------
+
+
+@cached_launch
+def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes) -> list[Launch]:
+    sizes = Sizes(*sizes)
+    BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _rows_per_program(o)
+    args = (
+        o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
+        strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
+        lse_strides(delta), optional_strides_of(dq_sum), sizes.as_arguments(),
+    )  # fmt: skip
+    options = {"DV": o.shape[-1], "FAR": far(o, do), "BLOCK_M": BLOCK_M, "BLOCK_DV": BLOCK_DV, "num_warps": 4}
+    return [Launch(_delta_kernel, (_tiles(sizes, BLOCK_M) * sizes.B * sizes.Hq,), args, options)]
+
+
+def _rows_per_program(o: torch.Tensor) -> int:
+    """32 elements per thread; a divisor of PADDING."""
+    return min(max(4096 // width_class(o.shape[-1]), 16), PADDING.value)
+
+
+def _tiles(sizes: Sizes, BLOCK_M: int) -> int:
+    return cdiv(sizes.longest_q, PADDING.value) * (PADDING.value // BLOCK_M)
+
+
+def launch_delta(
+    call: AttentionCall, results: Results, sizes: Sizes, dsinks: torch.Tensor, dq_sum: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks.
+
+    dsinks has no elements where it is not wanted. dq_sum, unless it is None, is zeroed.
+    """
+    out, lse, do, dlse = results
+    sinks, shares = None, None
+    rows = (cdiv(sizes.Sq, PADDING.value) + (sizes.B if call.packed else 0)) * PADDING.value
+    shape = (*lse.shape[:-1], rows)
+    lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
+    tiles = _tiles(sizes, _rows_per_program(out)) * sizes.B
+    if not tiles * sizes.Hq:
+        return lse2, delta, dsinks.zero_()
+    if dsinks.numel():
+        sinks, shares = call.sinks, lse.new_empty(tiles, sizes.Hq)  # heads run fastest over the programs
+    _launches(out, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, call.cu_seqlens_q, tuple(sizes))
+    return lse2, delta, dsinks if shares is None else shares.sum(0).to(dsinks.dtype)

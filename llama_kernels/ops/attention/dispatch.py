@@ -1,0 +1,120 @@
+"""Which kernel computes a call of attention, and why: the launchers ask here, and `python -m llama_kernels` prints it.
+
+CPU tensors never get here, unless Triton's interpreter runs: `core.registry.register` gives them the reference.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from llama_kernels.core.device import arch_of
+from llama_kernels.ops.attention import decode
+from llama_kernels.ops.attention.call import AttentionCall, Wanted
+from llama_kernels.ops.attention.hopper import switch
+from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
+from llama_kernels.ops.attention.hopper.tables import HopperTile, tile_for_width
+
+# The public functions that these kernels compute.
+OPS = ("attention", "attention_varlen", "rope_attention")
+
+
+class Choice(NamedTuple):
+    """A kernel, and the reason for it."""
+
+    kernel: str  # "portable", "decode", "masked decode" or "Hopper kernel"
+    reason: str
+    tile: HopperTile | None = None  # of a Hopper kernel
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.reason}" if self.tile is None else f"{self.kernel}, {self.tile}: {self.reason}"
+
+
+def forward(call: AttentionCall, family: str | None = None) -> Choice:
+    """The kernel for the forward of `call`. family: of GPUs; None: that of the call's device."""
+    q, k, Sk = call.q, call.k, call.longest_k
+    if call.cu_seqlens_q is None and decode.fits_decode(q, k) and Sk > decode.chunk_of(Sk):
+        return DECODE
+    if family is None and not switch.may_run("forward"):
+        return PORTABLE
+    return _hopper("forward", call, (q, k, call.v), family)
+
+
+def backward(call: AttentionCall, do: torch.Tensor, wanted: Wanted, family: str | None = None) -> Choice:
+    """The kernels for the backward of `call`, given `do`, the gradient of its output."""
+    if family is None and not switch.may_run("backward"):
+        return PORTABLE
+    if not (wanted.dq and wanted.dk and wanted.dv):
+        return Choice("portable", "not all of dq, dk and dv are wanted")
+    if wanted.deterministic or (wanted.deterministic is None and torch.are_deterministic_algorithms_enabled()):
+        return Choice("portable", "the gradients are to repeat bit for bit")
+    return _hopper("backward", call, (call.q, call.k, call.v, do), family)
+
+
+def for_heads(pass_: str, family: str, D: int, dtype: torch.dtype = torch.bfloat16, Sq: int = 4096) -> Choice:
+    """The kernel for a plain causal call on a GPU of `family`: dense, aligned, D wide, 4,096 keys, no other option.
+
+    pass_: "forward" or "backward", whose gradients need not repeat bit for bit.
+    """
+    q, k = (torch.empty(1, H, S, D, dtype=dtype, device="meta") for H, S in ((8, Sq), (2, 4096)))
+    call = AttentionCall(q, k, k, None, None, None, None, None, Sq, 4096, D**-0.5, None, None, 0)
+    if pass_ == "forward":
+        return forward(call, family)
+    return backward(call, q, Wanted(dq=True, dk=True, dv=True, dsinks=False, deterministic=False), family)
+
+
+DECODE = Choice("decode", "few query rows per key head and many keys, which are split over the programs")
+MASKED_DECODE = Choice("masked decode", "a mask hides single keys, which no other kernel takes")
+PORTABLE = Choice("portable", "no Hopper kernel is switched on")
+
+
+# --- Hopper ----------------------------------------------------------------------------------------------------------
+
+
+def _hopper(pass_: str, call: AttentionCall, copied: tuple[torch.Tensor, ...], family: str | None) -> Choice:
+    """The Hopper kernel, or the portable one and why. copied: the tensors that the copy engine reads."""
+    tile = tile_for_width(pass_, call.q.shape[-1])
+    refusal = _refusal(pass_, call, tile, family or arch_of(call.q.device)) or _layout_refusal(copied)
+    if refusal or tile is None:
+        return Choice("portable", str(refusal))
+    return Choice("Hopper kernel", tile.record or "switched on, though not measured yet", tile)
+
+
+def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: str) -> str | None:
+    """Why the Hopper kernel does not compute `call`, wherever its tensors lie in memory. None: it does."""
+    D, DV, dtype = call.q.shape[-1], call.v.shape[-1], call.q.dtype
+    if family != "sm_90":
+        return f"{family} is not Hopper"
+    if not HAS_GLUON:
+        return WHY_NOT
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"tensor cores do not multiply {str(dtype)[6:]} at full precision"
+    if tile is None:
+        return f"there is no Hopper kernel for head_dim {D}"
+    if D != DV:
+        return f"v is {DV} wide, q and k are {D}"
+    if pass_ in switch.failures:
+        return f"the Gluon kernel failed here: {switch.failures[pass_]}"
+    if tile.record is None and not switch.hopper_attention.enabled:
+        return "the Gluon kernel is opt-in until it has been measured: llama_kernels.hopper_attention()"
+    if call.kv_start is not None or call.kv_end is not None:
+        return "kv_start or kv_end is given"
+    if pass_ == "backward" and call.softcap is not None and tile.width == 128:
+        return "softcap needs more registers than there are at this width"
+    return None
+
+
+def _layout_refusal(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why the copy engine cannot read one of these tensors. None: it reads them all."""
+    for x in tensors:
+        if not x.numel():
+            return "a tensor is empty"
+        if x.data_ptr() % 16:
+            return "an address is not a multiple of 16 bytes"
+        for size, stride in zip(x.shape[:-1], x.stride(), strict=False):
+            if size > 1 and not (stride % 8 == 0 and 0 < stride < 2**38):
+                return "strides are 0 or not a multiple of 16 bytes"
+        if x.shape[0 if x.ndim == 3 else 2] > 2**30:
+            return "there are more than 2^30 tokens"
+    return None

@@ -1,0 +1,137 @@
+"""The kernel of dk and dv: a tile of keys of one key head, summed over its query heads."""
+
+from __future__ import annotations
+
+from llama_kernels.core.language import cast, dot, tl, triton
+from llama_kernels.ops.attention.delta import padded_start
+from llama_kernels.ops.attention.masks import Mask, query_blocks, visible
+from llama_kernels.ops.attention.softmax import probs_and_score_grads
+from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, sequence, store_tile
+from llama_kernels.ops.rotation import Tables, inverse_rotation
+
+
+@triton.jit
+def _rows_by_bounds(kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, first, last,
+                    Sk, CHUNK: tl.constexpr):  # fmt: skip
+    """The range of rows that see one of the keys first to last, and the range of keys that a row sees.
+
+    As far as kv_start and kv_end say, which need not be sorted. Both ranges are (begin, end).
+    """
+    begin, end = Sq, 0
+    lowest, past = Sk, 0
+    if kv_start_ptr is None:
+        lowest = 0
+    if kv_end_ptr is None:
+        past = Sk
+    for chunk in range(0, Sq, CHUNK):
+        i = chunk + tl.arange(0, CHUNK)
+        sees = i < Sq
+        if kv_start_ptr is not None:
+            start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)
+            sees &= start <= last
+            lowest = tl.minimum(lowest, tl.min(start))
+        if kv_end_ptr is not None:
+            stop = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)
+            sees &= stop > first
+            past = tl.maximum(past, tl.max(stop))
+        begin = tl.minimum(begin, tl.min(tl.where(sees, i, Sq)))
+        end = tl.maximum(end, tl.max(tl.where(sees, i + 1, 0)))
+    return begin, end, lowest, tl.minimum(past, Sk)
+
+
+@triton.jit
+def _add_dkdv(
+    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr,
+    q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides,
+    mask, j, b, h_kv, group, q_start, padded_start, Sq, begin, end, scoring,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dk and dv after the row blocks in [begin, end) of every head of the group. Scores are transposed: [keys, rows].
+
+    Rows past Sq add nothing, since their lse2 is inf and so their p is 0. Keys past Sk are never stored.
+    If there is a mask, every block computes it. Separate loops for the blocks at its edges would cost more, in
+    registers and in pipelines filled for each head. To save registers nothing is hoisted out of the loops either.
+    """
+    BOUNDED: tl.constexpr = kv_start_ptr is not None or kv_end_ptr is not None
+    MASKED: tl.constexpr = mask.left is not None or mask.right is not None or BOUNDED
+    for h in tl.range(h_kv * group, h_kv * group + group, disable_licm=True):
+        Q, DO = matrix(q_ptr, q_strides, b, h, q_start), matrix(do_ptr, do_strides, b, h, q_start)
+        padded = offset(delta_strides, b, h, padded_start)
+        for m in tl.range(begin, end, BLOCK_M, disable_licm=True):
+            i = m + tl.arange(0, BLOCK_M)
+            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            lse2, delta = tl.load(lse2_ptr + padded + i), tl.load(delta_ptr + padded + i)  # [BLOCK_M]
+            qk = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
+            # dP - delta: as the accumulator of the product, -delta needs fewer registers than subtracted afterwards.
+            dp = dot(v, tl.trans(do), tl.zeros_like(qk) - delta[None, :])
+            see = None
+            if MASKED:
+                kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i[None, :], Sq)  # [1, BLOCK_M]
+                kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i[None, :], Sq)
+                see = visible(Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None), i[None, :], j)
+            p, ds = probs_and_score_grads(qk, dp, lse2[None, :], see, scoring)
+            if NEED_DV:
+                dv = dot(cast(p, do.dtype), do, dv)
+            if NEED_DK:
+                dk = dot(cast(ds, q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
+    q_strides, k_strides, v_strides, do_strides, delta_strides, dk_strides, dv_strides,
+    kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
+    sizes, scoring, window, positions,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
+
+    One program sums over the group, in a fixed order and without atomics, so that every run gives the same bits. Either
+    of dk and dv may be None. Row blocks that see none of the keys are skipped. Sums are float32. With HALF, k was
+    rotated by the tables, and dk gets the inverse rotation.
+    Bytes: k, v, dk, dv once; q, do, lse2, delta of the group once for each key tile, from L2. FLOPs: 4 (D + DV) for
+    each visible pair.
+    """
+    pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
+    h_kv, b = pid % Hkv, pid // Hkv % sizes.B
+    n = pid // (Hkv * sizes.B) * BLOCK_N  # the first keys come first, since under a causal mask the most rows see them
+    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+    if n >= Sk:
+        return
+    j = n + tl.arange(0, BLOCK_N)[:, None]
+    last = tl.minimum(n + BLOCK_N, Sk) - 1
+    mask = Mask(Sk - Sq, window.left, window.right, None, None, None)
+    first_row, row_end, lowest, past = 0, Sq, None, Sk
+    if kv_start_ptr is not None or kv_end_ptr is not None:
+        first_row, row_end, lowest, past = _rows_by_bounds(
+            kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, n, last, Sk, CHUNK=1024
+        )
+    begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
+
+    K, V = matrix(k_ptr, k_strides, b, h_kv, k_start), matrix(v_ptr, v_strides, b, h_kv, k_start)
+    # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
+    k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest)  # [BLOCK_N, BLOCK_D]
+    v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest)  # [BLOCK_N, BLOCK_DV]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk, dv = _add_dkdv(
+        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr,
+        q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides,
+        mask, j, b, h_kv, sizes.group, q_start, padded_start(cu_seqlens_q_ptr, b, q_start), Sq, begin, end, scoring,
+        D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    if dk_ptr is not None:
+        dk = dk * scoring.scale
+        if HALF:
+            s = n + tl.arange(0, BLOCK_N)
+            tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+            dk = inverse_rotation(dk, tables, b, k_start + s, s < Sk, HALF, INTERLEAVED, BLOCK_N, BLOCK_D)
+        store_tile(matrix(dk_ptr, dk_strides, b, h_kv, k_start), n, Sk, dk, D, FAR, BLOCK_N, BLOCK_D)
+    if dv_ptr is not None:
+        store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)

@@ -1,0 +1,70 @@
+"""Whether the Hopper kernels are switched on, and which of them failed on this machine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llama_kernels.ops.attention.hopper.tables import TILES
+
+
+class hopper_attention:
+    """Let attention on Hopper GPUs use the Gluon kernels that are still opt-in.
+
+    Called as a function it holds from then on; as a context manager, inside the `with` block::
+
+        with lk.hopper_attention():
+            out = lk.attention(q, k, v)
+
+    A kernel is opt-in until a run on a Hopper GPU has shown its parity and its speed; so far they were tested on a CPU.
+    `python -m llama_kernels` prints which kernel each pass uses, and why. The setting holds for the whole process,
+    since PyTorch computes gradients in threads of its own.
+
+    Args:
+        enabled: False switches the opt-in kernels off.
+    """
+
+    enabled = False
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._before = hopper_attention.enabled
+        hopper_attention.enabled = enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        hopper_attention.enabled = self._before
+
+
+_RECORDED = {pass_ for pass_, tiles in TILES.items() if any(tile.record for tile in tiles)}
+
+
+def may_run(pass_: str) -> bool:
+    """Whether any Hopper kernel of this pass is on. Every call asks, on any GPU, so this is all that it costs there."""
+    return hopper_attention.enabled or pass_ in _RECORDED
+
+
+failures: dict[str, str] = {}  # by pass: the first line of the error of a kernel that did not compile or launch
+
+
+def attempt(pass_: str, launch: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
+    """(True, launch(*args)), or (False, None) where the kernel does not compile or launch on this machine.
+
+    That is warned of once. The pass then uses its portable kernels.
+    """
+    try:
+        return True, launch(*args)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        failures[pass_] = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(
+            f"llama_kernels: the Hopper kernel of attention {pass_} failed; from now on this process uses the portable "
+            f"kernels. {failures[pass_]}",
+            stacklevel=2,
+        )
+        return False, None

@@ -1,0 +1,96 @@
+"""The registered ops of attention, and their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.tensors import last_dim_contiguous
+from llama_kernels.ops.attention.backward import launch_backward
+from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, empty_outputs
+from llama_kernels.ops.attention.cpu import plain_backward, plain_forward
+from llama_kernels.ops.attention.forward import launch_forward
+
+# The fields of AttentionCall after v. Dense calls have no cu_seqlens; there longest_q is Sq and longest_k is Sk.
+_OPTIONS = (
+    "Tensor? sinks, Tensor? kv_start, Tensor? kv_end, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt longest_q, SymInt longest_k, float scale, float? softcap, SymInt? left, SymInt? right"
+)
+
+
+def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callable[..., Any]:
+    def backward(
+        do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
+        scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic,
+    ):  # fmt: skip
+        call = AttentionCall(
+            q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
+            scale, softcap, left, right,
+        )  # fmt: skip
+        wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
+        return run(call, Results(out, lse, do, dlse), wanted)
+
+    return backward
+
+
+# -> out, lse (float32)
+attention_forward = register(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    call=AttentionCall,
+    kernel=launch_forward,
+    reference=plain_forward,
+    fake=empty_outputs,
+)
+# -> dq, dk, dv, dsinks; without elements where not needed
+_attention_backward = register(
+    f"attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
+    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward_by(launch_backward),
+    reference=_backward_by(plain_backward),
+    fake=_backward_by(lambda call, results, wanted: empty_grads(call, wanted)),
+)
+
+
+class _Attention(Differentiable):
+    """The fields of an AttentionCall -> (out, lse). Saves these and the tensors; the probabilities are recomputed."""
+
+    @staticmethod
+    def forward(op, deterministic, *fields):
+        return attention_forward(*fields)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, ctx.deterministic, *tensors, longest_q, longest_k, scale, softcap, left, right = inputs
+        ctx.numbers = (longest_q, longest_k, scale, softcap, left, right)
+        ctx.save_for_backward(*output, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        out, lse, q, k, v, sinks, *bounds = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:6]  # of q, k, v and sinks
+        do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
+        grads = _attention_backward(
+            do, dlse, q, k, v, out, lse, sinks, *bounds, *ctx.numbers, *needed, ctx.deterministic
+        )  # fmt: skip
+        grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
+        return None, None, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
+
+
+register_gradient(
+    "attention_forward", ("q", "k", "v", "sinks"), by=lambda *fields: _Attention.call("attention", None, *fields)
+)
+
+
+def attend(op: str, call: AttentionCall, deterministic: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of `call`, with the gradient of them where one is needed."""
+    if needs_grad(call.q, call.k, call.v, call.sinks):
+        out, lse = _Attention.call(op, deterministic, *call)
+        return out, lse
+    out, lse = attention_forward(*call)
+    return out, lse

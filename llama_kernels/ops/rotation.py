@@ -1,0 +1,295 @@
+"""What the ops that rotate share: the tile, device code for pairs and angles, and the arguments of their launches."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from llama_kernels.core.language import tl, triton
+from llama_kernels.core.tensors import next_power_of_2
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+class HeadTile(NamedTuple):
+    """One step of a program: BLOCK_T tokens by BLOCK_H heads by BLOCK_R pairs. A program steps over the heads."""
+
+    BLOCK_T: int
+    BLOCK_H: int
+    BLOCK_R: int
+    num_warps: int
+
+
+@functools.cache
+def head_tile(half: int, heads: int, lanes: int) -> HeadTile:
+    """The tile for `half` pairs a head. heads: of q or k, whichever has fewer. lanes: threads in a warp.
+
+    128 threads hold 8 pairs each, two 16-byte accesses in bfloat16. Where the heads leave room, a tile takes several
+    tokens.
+    """
+    BLOCK_R = max(next_power_of_2(half), 8)
+    vectors = max(1024 // BLOCK_R, 1)  # heads of tokens in one step
+    BLOCK_H = min(next_power_of_2(heads), vectors)
+    return HeadTile(vectors // BLOCK_H, BLOCK_H, BLOCK_R, num_warps=128 // lanes)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_pairs(vectors, present, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The first and the second elements of the pairs of each vector, as float32 [BLOCK_T, BLOCK_H, BLOCK_R].
+
+    vectors: pointers [BLOCK_T, BLOCK_H]. present: which of them to load; the others give zeros.
+    """
+    if INTERLEAVED:
+        # One contiguous load, split in registers: loading every second element would take twice the accesses.
+        run = tl.arange(0, 2 * BLOCK_R)
+        mask = present[:, :, None] & (run < 2 * HALF)[None, None, :]
+        x = tl.load(vectors[:, :, None] + run[None, None, :], mask=mask, other=0.0)
+        x0, x1 = tl.split(x.reshape(x.shape[0], x.shape[1], BLOCK_R, 2))
+    else:
+        pair = tl.arange(0, BLOCK_R)
+        mask = present[:, :, None] & (pair < HALF)[None, None, :]
+        x0 = tl.load(vectors[:, :, None] + pair[None, None, :], mask=mask, other=0.0)
+        x1 = tl.load(vectors[:, :, None] + (pair + HALF)[None, None, :], mask=mask, other=0.0)
+    return x0.to(tl.float32), x1.to(tl.float32)
+
+
+@triton.jit
+def store_pairs(vectors, present, y0, y1, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Store what `load_pairs` loads, already in the dtype of `vectors`."""
+    if INTERLEAVED:
+        run = tl.arange(0, 2 * BLOCK_R)
+        mask = present[:, :, None] & (run < 2 * HALF)[None, None, :]
+        y = tl.join(y0, y1)  # [BLOCK_T, BLOCK_H, BLOCK_R, 2]
+        tl.store(vectors[:, :, None] + run[None, None, :], y.reshape(y.shape[0], y.shape[1], 2 * BLOCK_R), mask=mask)
+    else:
+        pair = tl.arange(0, BLOCK_R)
+        mask = present[:, :, None] & (pair < HALF)[None, None, :]
+        tl.store(vectors[:, :, None] + pair[None, None, :], y0, mask=mask)
+        tl.store(vectors[:, :, None] + (pair + HALF)[None, None, :], y1, mask=mask)
+
+
+# --- angles ----------------------------------------------------------------------------------------------------------
+
+
+class Tables(NamedTuple):
+    """The tables of a call on the device, and how its tokens index them.
+
+    A table's strides are of batch, row and entry; those of position_ids are of batch and token.
+    """
+
+    cos_ptr: tl.tensor
+    sin_ptr: tl.tensor
+    position_ids_ptr: tl.tensor  # or None: token s takes row s
+    cos_strides: tl.tuple
+    sin_strides: tl.tuple
+    position_strides: tl.tuple
+    positions: tl.tensor  # rows of a table
+
+
+class Angles(NamedTuple):
+    """cos and sin for the first and the second elements of the pairs, float32 [BLOCK_T, 1, BLOCK_R].
+
+    A table of half width has one entry for both elements of a pair.
+    """
+
+    cos0: tl.tensor
+    cos1: tl.tensor
+    sin0: tl.tensor
+    sin1: tl.tensor
+
+
+@triton.jit
+def _load_entries(ptr, rows, stride, mask, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """From rows of a table, the entries for the first and the second elements of the pairs, as float32."""
+    columns = tl.arange(0, mask.shape[1]).to(tl.int64)
+    if FULL and INTERLEAVED:
+        columns *= 2
+    first = tl.load(ptr + rows[:, None] + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
+    second = first
+    if FULL:
+        columns += 1 if INTERLEAVED else HALF
+        second = tl.load(ptr + rows[:, None] + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def load_angles(
+    tables, b, s, live,
+    HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The angles of the tokens s [BLOCK_T] of sequence b. live: which of these tokens exist.
+
+    A token's row is position_ids[b, s], clamped into the table, or s. FULL: the tables have an entry for each element
+    of a head, not for each pair. INVERSE: the angles of the transposed rotation, which is the inverse rotation where
+    both elements of a pair have the same entry.
+    """
+    row = s
+    if tables.position_ids_ptr is not None:
+        positions = tables.position_ids_ptr + b * tables.position_strides[0] + s * tables.position_strides[1]
+        row = tl.load(positions, mask=live, other=0)
+        row = tl.minimum(tl.maximum(row.to(tl.int64), 0), tables.positions - 1)
+    mask = live[:, None] & (tl.arange(0, BLOCK_R) < HALF)[None, :]
+    cos_rows = b * tables.cos_strides[0] + row * tables.cos_strides[1]
+    sin_rows = b * tables.sin_strides[0] + row * tables.sin_strides[1]
+    cos0, cos1 = _load_entries(tables.cos_ptr, cos_rows, tables.cos_strides[2], mask, HALF, FULL, INTERLEAVED)
+    sin0, sin1 = _load_entries(tables.sin_ptr, sin_rows, tables.sin_strides[2], mask, HALF, FULL, INTERLEAVED)
+    if INVERSE:
+        sin0, sin1 = -sin1, -sin0
+    return Angles(cos0[:, None, :], cos1[:, None, :], sin0[:, None, :], sin1[:, None, :])
+
+
+@triton.jit
+def rotate(x0, x1, angles):
+    """Each pair (x0, x1) rotated by its angle."""
+    return x0 * angles.cos0 - x1 * angles.sin0, x1 * angles.cos1 + x0 * angles.sin1
+
+
+# --- the inverse rotation of what is in registers --------------------------------------------------------------------
+
+
+@triton.jit
+def _inverse_rotation_of_pairs(
+    x0, x1, tables, b, s, live, HALF: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr
+):
+    """The pairs x0, x1 [BLOCK, PAIRS] rotated by their negative angles. Pairs from HALF on stay as they are.
+
+    It takes 32 pairs of a token at a time: beside x there are registers for so many angles.
+    """
+    if PAIRS > 32:
+        SOME: tl.constexpr = PAIRS // 2
+        y0, z0 = tl.split(x0.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
+        y1, z1 = tl.split(x1.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
+        y0, y1 = _inverse_rotation_of_pairs(y0, y1, tables, b, s, live, HALF, BLOCK, SOME)
+        if HALF > SOME:
+            later = Tables(
+                tables.cos_ptr + SOME * tl.cast(tables.cos_strides[2], tl.int64),
+                tables.sin_ptr + SOME * tl.cast(tables.sin_strides[2], tl.int64), tables.position_ids_ptr,
+                tables.cos_strides, tables.sin_strides, tables.position_strides, tables.positions,
+            )  # fmt: skip
+            z0, z1 = _inverse_rotation_of_pairs(z0, z1, later, b, s, live, HALF - SOME, BLOCK, SOME)
+        y0 = tl.join(y0, z0).permute(0, 2, 1).reshape(BLOCK, PAIRS)
+        y1 = tl.join(y1, z1).permute(0, 2, 1).reshape(BLOCK, PAIRS)
+    else:
+        angles = load_angles(tables, b, s, live, HALF, False, False, True, PAIRS)
+        cos, sin = angles.cos0.reshape(BLOCK, PAIRS), angles.sin0.reshape(BLOCK, PAIRS)
+        if HALF < PAIRS:  # the sine is 0 there already
+            cos = tl.where((tl.arange(0, PAIRS) < HALF)[None, :], cos, 1.0)
+        y0, y1 = rotate(x0, x1, Angles(cos, cos, sin, sin))
+    return y0, y1
+
+
+@triton.jit
+def inverse_rotation(
+    x, tables, b, s, live, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """float32 x [BLOCK, BLOCK_D], one head of the tokens s of sequence b, rotated by the tokens' negative angles.
+
+    The tables are of half width. Elements past the rotated width stay as they are.
+
+    For the end of a kernel whose x is a sum of matrix products. Reshaping tells the pairs apart and moves no element:
+    the thread that holds one element of a pair holds the other too, whatever layout the tensor cores give x.
+    `rotates_in_registers` says which pairs it takes.
+    """
+    PAIRS: tl.constexpr = BLOCK_D // 2
+    RUNS: tl.constexpr = PAIRS // HALF  # of 2 HALF elements, where pairs are not interleaved: the first is rotated
+    if INTERLEAVED:
+        x0, x1 = tl.split(x.reshape(BLOCK, PAIRS, 2))
+    else:
+        x0, x1 = tl.split(x.reshape(BLOCK, RUNS, 2, HALF).permute(0, 1, 3, 2))
+        x0, x1 = x0.reshape(BLOCK, PAIRS), x1.reshape(BLOCK, PAIRS)
+    y0, y1 = _inverse_rotation_of_pairs(x0, x1, tables, tl.cast(b, tl.int64), s, live, HALF, BLOCK, PAIRS)
+    if INTERLEAVED:
+        y = tl.join(y0, y1)
+    else:
+        y = tl.join(y0.reshape(BLOCK, RUNS, HALF), y1.reshape(BLOCK, RUNS, HALF)).permute(0, 1, 3, 2)
+    return y.reshape(BLOCK, BLOCK_D)
+
+
+# --- arguments of launches -------------------------------------------------------------------------------------------
+
+
+def row_strides(rows: torch.Tensor | None) -> tuple[int, int] | None:
+    """Strides of batch and token, for (B, S), (1, S) or (S,): one integer a token."""
+    return None if rows is None else _row_strides(rows, rows.ndim == 2)
+
+
+def _row_strides(x: torch.Tensor, batched: bool) -> tuple[int, int]:
+    if not batched:
+        return 0, x.stride(0)
+    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
+
+
+def full_width(cos: torch.Tensor, head_dim: int) -> bool:
+    """Whether tables have an entry for each element of a head: those too wide to have one for each pair."""
+    return 2 * cos.shape[-1] > head_dim
+
+
+def pairs_of(cos: torch.Tensor, head_dim: int) -> dict[str, int]:
+    """HALF, the pairs of a head that are rotated, and FULL, whether the tables are of full width."""
+    full = full_width(cos, head_dim)
+    return {"HALF": cos.shape[-1] // 2 if full else cos.shape[-1], "FULL": full}
+
+
+Strides = tuple[int, ...]
+
+
+def angle_strides(
+    cos: torch.Tensor | None, sin: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> tuple[Strides | None, ...]:
+    """Strides of cos, sin and position_ids, as `Tables` has them."""
+
+    def of_table(x: torch.Tensor) -> Strides:
+        return *_row_strides(x, x.ndim == 3), x.stride(-1)
+
+    tables = (None if table is None else of_table(table) for table in (cos, sin))
+    return *tables, row_strides(position_ids)
+
+
+class Rotation(NamedTuple):
+    """How q and k were rotated, for a launch of a kernel that ends with `inverse_rotation`; by default they were not.
+
+    cos and sin are of half width.
+    """
+
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    interleaved: bool = False
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.cos, self.sin, self.position_ids
+
+    @property
+    def half(self) -> int:
+        """Pairs of a head that are rotated."""
+        return 0 if self.cos is None else self.cos.shape[-1]
+
+    @property
+    def positions(self) -> int | None:
+        """Rows of a table."""
+        return None if self.cos is None else self.cos.shape[-2]
+
+    @property
+    def strides(self) -> tuple[Strides | None, ...]:
+        """Of cos, sin and position_ids, as `Tables` has them."""
+        return angle_strides(*self.tensors)
+
+
+def rotation_of(call: Any) -> Rotation:
+    """The rotation of a call with fields of these names."""
+    return Rotation(call.cos, call.sin, call.position_ids, call.interleaved)
+
+
+def rotates_in_registers(half: int, interleaved: bool) -> bool:
+    """Whether `inverse_rotation` takes tables of `half` pairs.
+
+    At most 64: for more angles there are too few registers beside the widest x. Where the pairs are not interleaved,
+    only a power of two, since reshaping tells them apart.
+    """
+    return half <= 64 and (interleaved or half & (half - 1) == 0)

@@ -1,0 +1,56 @@
+"""Calls that the Hopper kernels take, and a check that they are right and are what ran."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.support.attention import Case, check, packed
+from tests.support.launches import kernels_launched, names
+
+# Heads of every width class, full and not; every option alone and together; rows and keys that leave tiles half full;
+# rows without keys, keys without rows; packed sequences of any length.
+CASES = {
+    "64": Case(1, 2, 1, 150, 200, 64, 64),
+    "64-long": Case(1, 2, 1, 300, 300, 64, 64),
+    "80": Case(2, 2, 2, 70, 150, 80, 80),
+    "96-rows-without-keys": Case(1, 2, 1, 260, 130, 96, 96),
+    "128": Case(1, 2, 1, 150, 150, 128, 128),
+    "128-group": Case(1, 3, 1, 200, 200, 128, 128),
+    "256": Case(1, 2, 1, 70, 140, 256, 256),
+    "full": Case(1, 2, 1, 130, 257, 64, 64, is_causal=False),
+    "window": Case(1, 2, 1, 300, 500, 64, 64, window_size=(90, 0)),
+    "two-sided-window": Case(1, 2, 2, 300, 200, 128, 128, is_causal=False, window_size=(20, 70)),
+    "window-sinks": Case(1, 2, 1, 150, 200, 64, 64, window_size=(40, 0), sinks=True),
+    "softcap": Case(1, 2, 1, 150, 150, 64, 64, softcap=3.0),
+    "sinks": Case(1, 2, 1, 290, 200, 128, 128, sinks=True),
+    "scale": Case(1, 2, 2, 140, 140, 64, 64, scale=-0.3),
+    "varlen": packed((50, 0, 200, 1), (50, 0, 200, 1), 2, 1, 64, 64),
+    "varlen-window-sinks": packed(
+        (150, 3, 90), (70, 200, 130), 2, 1, 128, 128, is_causal=False, window_size=(60, 30), sinks=True
+    ),
+    "varlen-softcap": packed((33, 129), (170, 60), 2, 2, 64, 64, window_size=(40, 5), softcap=4.0),
+}
+# One token, one head, a batch of one: the strides of dimensions of one element mean nothing, and the copy engine still
+# checks them.
+DIMENSIONS_OF_ONE = {
+    f"{name}-{D}": case
+    for D in (64, 128)
+    for name, case in (
+        ("varlen-one-token", packed((1, 0), (170, 20), 1, 1, D, D)), ("one-head", Case(1, 1, 1, 40, 150, D, D))
+    )
+}  # fmt: skip
+
+
+def expected_kernels(case: Case) -> set[str]:
+    """The kernels of a call and its gradients. The Hopper kernels have no backward of heads wider than 128, nor of
+    softcap at heads wider than 64."""
+    backward = case.D <= 128 and (case.softcap is None or case.D <= 64)
+    of_backward = {"_hopper_backward_kernel", "_round_dq_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
+    return {"_hopper_forward_kernel", "_delta_kernel"} | of_backward
+
+
+def check_of_hopper_kernels(case: Case, dtype: torch.dtype, device: torch.device, layout: int | None = None) -> None:
+    """`attention.check`; and that the Hopper kernels ran, forward and backward, and no portable one in their place."""
+    with kernels_launched() as launches:
+        check(case, dtype, device, layout=layout)
+    assert set(names(launches)) == expected_kernels(case)
