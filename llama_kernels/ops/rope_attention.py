@@ -48,7 +48,8 @@ def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tup
 
     def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
         cos, interleaved = rotation.cos, rotation.interleaved
-        if not full_width(cos, call.q.shape[-1]) and rotates_in_registers(cos.shape[-1], interleaved):
+        half_width = cos is not None and not full_width(cos, call.q.shape[-1])
+        if half_width and rotates_in_registers(rotation.half, interleaved):
             return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:
@@ -170,16 +171,16 @@ def rope_attention(
     Args:
         q: (B, Hq, S, D), not rotated; bfloat16, float16 or float32. Any strides; a last dimension that is not
             contiguous is copied. Under autocast q, k and v are cast to its dtype.
-        k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), of q's dtype, Hq a multiple of Hkv. As many tokens as q: one position
-            for each token. To attend to a cache, call `rope` or `rope_into_cache`, then `attention`.
+        k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), of q's dtype. Hq is a multiple of Hkv. k has as many tokens as q, at
+            the same positions. To attend to a cache, call `rope` or `rope_into_cache`, then `attention`.
         cos, sin, position_ids, interleaved: as in `rope`.
-        Others as in `attention`.
+        Others: as in `attention`.
 
     Returns:
         out, (B, Hq, S, Dv) in q's dtype and memory order; with return_lse also lse, (B, Hq, S) float32.
 
     Raises:
-        TypeError, ValueError: as `attention` and `rope`; also where k has another number of tokens than q.
+        TypeError, ValueError: As `attention` and `rope`; also where k has another number of tokens than q.
     """
     op = "rope_attention"
     call = checked_call(
@@ -192,7 +193,7 @@ def rope_attention(
         fix = "Rotate them apart with llama_kernels.rope, then call llama_kernels.attention."
         raise ValueError(message(op, "k", shape_of(k), wanted, fix))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
-    rotation = Rotation(cos, sin, position_ids, interleaved)
+    rotation = (cos, sin, position_ids, interleaved)
     if needs_grad(q, k, call.v, call.sinks):
         out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, *call)
     else:

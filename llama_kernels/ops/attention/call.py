@@ -176,8 +176,8 @@ def empty_outputs(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out, q.new_empty(shape[:-1] if len(shape) == 4 else (shape[1], shape[0]), dtype=torch.float32)
 
 
-def outputs_without_keys(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """`empty_outputs`; packed, filled with 0 and -inf, since no program visits a token that no sequence owns."""
+def outputs_to_fill(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`empty_outputs` for a kernel that no token which no sequence owns reaches: packed, they hold 0 and -inf."""
     out, lse = empty_outputs(call)
     if call.packed:
         out.zero_()
@@ -189,4 +189,4 @@ def empty_grads(call: AttentionCall, wanted: Wanted) -> tuple[torch.Tensor, ...]
     """dq, dk, dv and dsinks, each in its tensor's memory order; without elements where it is not wanted."""
     tensors = (call.q, call.k, call.v, call.sinks)
     pairs = zip(tensors, (wanted.dq, wanted.dk, wanted.dv, wanted.dsinks), strict=True)
-    return tuple(empty_in_order_of(x) if need else call.q.new_empty(0) for x, need in pairs)
+    return tuple(call.q.new_empty(0) if x is None or not need else empty_in_order_of(x) for x, need in pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -54,13 +54,8 @@ def checked_call(
         _check_bound(op, q, "kv_start", kv_start)
     if kv_end is not None:
         _check_bound(op, q, "kv_end", kv_end)
-    sequences: tuple[Any, Any, int, int]
-    if packing is None:
-        sequences = (None, None, q.shape[2], k.shape[2])
-    else:
+    if packing is not None:
         _check_packing(op, q, k, packing)
-        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = packing
-        sequences = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), longest_q, longest_k)
     left, right = window_size
     return AttentionCall(
         last_dim_contiguous(q),
@@ -69,7 +64,10 @@ def checked_call(
         None if sinks is None else sinks.contiguous(),
         kv_start,
         kv_end,
-        *sequences,
+        None if packing is None else packing.cu_seqlens_q.contiguous(),
+        None if packing is None else packing.cu_seqlens_k.contiguous(),
+        q.shape[2] if packing is None else packing.max_seqlen_q,
+        k.shape[2] if packing is None else packing.max_seqlen_k,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap or None,
         None if left < 0 else min(left, _WIDEST),

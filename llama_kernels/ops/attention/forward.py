@@ -8,7 +8,7 @@ from llama_kernels.core.language import LN2, LOG2E, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention import dispatch, hopper
-from llama_kernels.ops.attention.call import AttentionCall, far, lse_strides, outputs_without_keys
+from llama_kernels.ops.attention.call import AttentionCall, far, lse_strides, outputs_to_fill
 from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.masks import Mask, key_blocks
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend, first_scores, last_values, no_probs
@@ -105,6 +105,6 @@ def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         return launch_decode(call)
     if choice.tile is not None and (results := hopper.try_forward(call, choice.tile)) is not None:
         return results
-    o, lse = outputs_without_keys(call)
+    o, lse = outputs_to_fill(call)
     _launches(call, o, lse)
     return o, lse

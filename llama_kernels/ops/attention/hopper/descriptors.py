@@ -28,8 +28,8 @@ def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     block, layout = _tile(rows, width, x.dtype, len(shape))
     if len(shape) == 4:
         # The stride of a dimension of size 1 is never used, but the hardware checks it.
-        outer = [s if n > 1 else 8 for n, s in zip(shape[:3], strides[:3], strict=True)]
-        return TensorDescriptor(x, list(shape), [*outer, 1], block, layout)
+        checked = [s if n > 1 else 8 for n, s in zip(shape[:3], strides[:3], strict=True)]
+        return TensorDescriptor(x, list(shape), [*checked, 1], block, layout)
     T, H, D = shape
     token, head = strides[0] if T > 1 else 8, strides[1] if H > 1 else 8
     return TensorDescriptor(

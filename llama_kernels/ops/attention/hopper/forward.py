@@ -9,7 +9,7 @@ import torch
 from llama_kernels.core.language import LN2, LOG2E, TRITON_VERSION
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv
-from llama_kernels.ops.attention.call import AttentionCall, lse_strides, outputs_without_keys
+from llama_kernels.ops.attention.call import AttentionCall, lse_strides, outputs_to_fill
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
@@ -272,6 +272,6 @@ def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, tile: Hop
 
 def launch_hopper_forward(call: AttentionCall, tile: HopperTile) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of `call`, which dispatch.py gave this tile."""
-    o, lse = outputs_without_keys(call)
+    o, lse = outputs_to_fill(call)
     _launches(call, o, lse, tile)
     return o, lse

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from llama_kernels.core.language import HAS_TRITON, INTERPRETED, triton
 
+__all__ = [
+    "HAS_GLUON", "WHY_NOT", "TensorDescriptor", "fence_async_shared", "gl", "jit", "mbarrier", "tma", "tma_add",
+    "tma_load", "tma_store", "warpgroup_mma", "warpgroup_mma_wait",
+]  # fmt: skip
+
 HAS_GLUON, WHY_NOT = False, "Triton is not installed"
 if INTERPRETED:
     WHY_NOT = "Triton's interpreter does not run Gluon"
