@@ -1,4 +1,4 @@
-"""What the examples on Hugging Face models share: arguments, data, a tokenizer, a model, and training with the Trainer.
+"""What the examples on Hugging Face models share: arguments, data, a tokenizer, a model.
 
 Without --model, a tiny Llama with random weights and a byte-level tokenizer are built. With --model, a Hugging Face
 folder is loaded. Nothing is downloaded.
@@ -9,29 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before Transformers is imported
-
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from examples.report import Run
 from llama_kernels.integrations.transformers import patch
 
 Examples = list[dict[str, Any]]
@@ -115,18 +101,14 @@ def read_jsonl(
     return examples
 
 
-def standard_library(*parts: str) -> list[tuple[str, str]]:
-    """(name, source) of the modules and packages `parts` of Python's standard library, or of all its plain modules.
+def standard_library(*patterns: str) -> list[tuple[str, str]]:
+    """(name, source) of those files of Python's standard library: real text that every machine has.
 
-    It is real text that every machine has. Sources with characters beyond ASCII are left out, so that a byte is a
-    character.
+    Sources with characters beyond ASCII are left out, so that a byte is a character.
     """
     root = Path(os.__file__).parent
-    paths = sorted(root.glob("*.py")) if not parts else [
-        path for part in parts for path in (sorted((root / part).rglob("*.py")) or [root / f"{part}.py"])
-    ]  # fmt: skip
-    named = [(path.relative_to(root), path) for path in paths if path.is_file()]
-    sources = [(name.as_posix(), path.read_bytes()) for name, path in named if "test" not in name.parts]
+    paths = [path.relative_to(root) for pattern in patterns for path in sorted(root.glob(pattern))]
+    sources = [(path.as_posix(), (root / path).read_bytes()) for path in paths if "test" not in path.parts]
     return [(name, source.decode()) for name, source in sources if source.isascii()]
 
 
@@ -217,59 +199,3 @@ def prepare(model: Any, name: str, args: argparse.Namespace) -> None:
     if args.checkpointing:
         names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # of Transformers 5 and 4
         getattr(model, next(name for name in names if hasattr(model, name)))({"use_reentrant": False})
-
-
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-def clock(device: str) -> float:
-    """Seconds, with all work on the device done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class _Record(ProgressCallback):
-    """The Trainer's progress bar, with the loss beside it. Writes each step's loss and seconds into `run`."""
-
-    def __init__(self, run: Run, device: str) -> None:
-        super().__init__()
-        self._run, self._device, self._started = run, device, 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started = clock(self._device)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._run.seconds.append(clock(self._device) - self._started)
-        super().on_step_end(args, state, control)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self._run.losses.append(logs["loss"])
-            self.training_bar.set_postfix_str(f"{self._run.name}: loss {logs['loss']:.4f}")
-
-
-def train(
-    run: Run, model: Any, train_set: Any, args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerFast, **options: Any,
-) -> Trainer:  # fmt: skip
-    """Trains for --steps steps of AdamW, warm-up and linear decay. `options` are further ones of the Trainer."""
-    settings = TrainingArguments(
-        output_dir=str(args.out), max_steps=args.steps, seed=args.seed, use_cpu=args.device == "cpu",
-        per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch,
-        learning_rate=args.lr, warmup_steps=args.steps // 10, adam_beta2=0.95, weight_decay=0.01,
-        bf16=args.dtype == "bfloat16", dataloader_pin_memory=args.device == "cuda",
-        label_names=["labels"] if "labels" in train_set[0] else ["start_positions", "end_positions"],
-        remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
-        save_strategy="no", report_to="none",
-    )  # fmt: skip
-    settings._n_gpu = min(settings.n_gpu, 1)  # one process, one GPU: not torch's DataParallel
-    trainer = Trainer(model, settings, train_dataset=train_set, processing_class=tokenizer,
-                      callbacks=[_Record(run, args.device)], **options)  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    if args.device == "cuda":
-        run.peak_bytes = torch.cuda.max_memory_allocated()
-    return trainer

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python exam
 import torch
 from transformers import PreTrainedModel
 
-from examples import common, report
+from examples import common, report, training
 from examples.tasks.question_answering import QuestionAnswering
 from examples.tasks.sequence_classification import SequenceClassification
 from examples.tasks.token_classification import TokenClassification
@@ -67,7 +67,7 @@ def main() -> int:
         common.prepare(model, name, args)
         if args.lora:
             model = with_adapters(model, args.lora, Task.peft_type)
-        trainer = common.train(run, model, task.train_set, args, tokenizer, data_collator=Task.collator(tokenizer))
+        trainer = training.train(run, model, task.train_set, args, tokenizer, data_collator=Task.collator(tokenizer))
         run.metrics = task.metrics(trainer.predict(task.test_set).predictions)
         runs.append(run)
     if args.save:

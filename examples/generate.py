@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-from examples import common
+from examples import common, training
 from examples.packing import definitions, pack, select
 from examples.report import COLORS, Run, console
 from llama_kernels.integrations.transformers import patch, unpatch
@@ -40,10 +40,10 @@ class Clock(LogitsProcessor):
     """Leaves the logits as they are, and notes when they come."""
 
     def __init__(self, device: str) -> None:
-        self._device, self.times = device, [common.clock(device)]
+        self._device, self.times = device, [training.clock(device)]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.times.append(common.clock(self._device))
+        self.times.append(training.clock(self._device))
         return scores
 
     def seconds(self) -> list[float]:
@@ -100,7 +100,7 @@ def main() -> int:
         common.prepare(model, common.run_names(args)[-1], args)
         rows = pack(tokenizer, definitions(args.seed), args.max_length)
         train_set = [select(rows, i) for i in range(len(rows["labels"]))]
-        trainer = common.train(Run("learning"), model, train_set, args, tokenizer)
+        trainer = training.train(Run("learning"), model, train_set, args, tokenizer)
         if args.save:
             trainer.save_model(args.save)
     model.to(common.DTYPES[args.dtype]).eval()

@@ -16,7 +16,7 @@ IGNORED = -100  # cross_entropy's label for the first token of a document, which
 
 def definitions(seed: int = 0, most: int = 600) -> list[str]:
     """Top-level classes and functions of the standard library's plain modules."""
-    sources = (source for _, source in common.standard_library())
+    sources = (source for _, source in common.standard_library("*.py"))
     texts = [text for source in sources for text in re.split(r"\n(?=@|def |async def |class )", source) if text.strip()]
     return common.shuffled(texts, seed)[:most]
 

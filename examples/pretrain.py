@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from examples import common, report
+from examples import common, report, training
 from examples.packing import Rows, count, definitions, draw_batch, pack, select, unigram_loss
 
 # --- many processes --------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def pretrain(
     for i in progress:
         set_rate(optimizer, i, args)
         batch = draw_batch(rows, args.batch, args.seed, i)
-        started = common.clock(args.device)
+        started = training.clock(args.device)
         # Gradients are averaged over the processes, so each divides its sum by the tokens of an average process.
         loss = loss_sum(model, world.share(batch), args, count(batch) / world.size)
         loss.backward()
@@ -157,7 +157,7 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.losses.append(world.sum(loss.detach() / world.size))
-        run.seconds.append(common.clock(args.device) - started)
+        run.seconds.append(training.clock(args.device) - started)
         if i + 1 == args.steps or (i + 1) % args.validate_every == 0:
             run.validation.append((i + 1, validate(model, test, args, world)))
         if args.checkpoint_every and (i + 1) % args.checkpoint_every == 0:

@@ -20,6 +20,8 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 from examples import report
 from examples.common import Examples, f1, pieces, standard_library
 
+PACKAGES = ("asyncio", "email", "http", "json", "logging", "multiprocessing", "unittest", "urllib")
+
 
 class QuestionAnswering:
     line = '{"question": ..., "context": ..., "answer": ..., "start": first character}'
@@ -52,7 +54,7 @@ class QuestionAnswering:
     def built_in(characters: int = 250) -> Examples:
         """Whole lines of a file, together at most `characters` long, and the questions that they answer once."""
         examples = []
-        for file, source in standard_library(*PACKAGES):
+        for file, source in standard_library(*(f"{name}/*.py" for name in PACKAGES)):
             lines = source.splitlines(keepends=True)
             starts = [0, *itertools.accumulate(map(len, lines))]
             answers = sorted(
@@ -90,9 +92,6 @@ class QuestionAnswering:
         predictions = zip(self._examples, runs[-1].metrics["predictions"], strict=True)
         for e, prediction in list(predictions)[:5]:
             report.console.print(f"{e['question']} {prediction.strip()!r}, is {e['answer']!r}", markup=False)
-
-
-PACKAGES = ("asyncio", "email", "http", "unittest")
 
 
 def asked(node: ast.AST) -> Iterator[tuple[str, Any]]:

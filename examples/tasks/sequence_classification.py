@@ -12,13 +12,13 @@ from examples.common import Examples, f1, pieces, standard_library
 from examples.report import Run
 
 FAMILIES = {
-    "asyncio": ("asyncio",),
-    "email": ("email",),
-    "imports": ("importlib", "zipimport", "pkgutil", "modulefinder", "runpy"),
-    "processes": ("multiprocessing", "concurrent", "subprocess"),
-    "testing": ("unittest", "doctest"),
-    "web": ("http", "urllib", "xmlrpc", "wsgiref"),
-    "xml": ("xml",),
+    "asyncio": ("asyncio/*.py",),
+    "email": ("email/**/*.py",),
+    "imports": ("importlib/**/*.py", "zipimport.py", "pkgutil.py", "modulefinder.py", "runpy.py"),
+    "processes": ("multiprocessing/*.py", "concurrent/**/*.py", "subprocess.py"),
+    "testing": ("unittest/*.py", "doctest.py"),
+    "web": ("http/*.py", "urllib/*.py", "xmlrpc/*.py", "wsgiref/*.py"),
+    "xml": ("xml/**/*.py",),
 }
 
 
@@ -54,8 +54,8 @@ class SequenceClassification:
         """Whole lines of a file, together at most `characters` long."""
         return [
             {"text": text, "label": family, "group": file}
-            for family, parts in FAMILIES.items()
-            for file, source in standard_library(*parts)
+            for family, patterns in FAMILIES.items()
+            for file, source in standard_library(*patterns)
             for _, text in pieces(source.splitlines(keepends=True), characters)
         ]
 

@@ -18,6 +18,7 @@ from examples import report
 from examples.common import Examples, f1, pieces, standard_library
 
 IGNORED = -100  # cross_entropy's label for special tokens, and the collator's for padding
+PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest")
 Span = tuple[int, int, str]  # first character, the one past the last, class
 
 
@@ -75,7 +76,7 @@ class TokenClassification:
     def built_in(characters: int = 300) -> Examples:
         """Logical lines of a file, together at most `characters` long, with their spans. A longer line stands alone."""
         examples = []
-        for file, source in standard_library("asyncio", "email", "http", "json", "logging", "unittest"):
+        for file, source in standard_library(*(f"{name}/*.py" for name in PACKAGES)):
             spans, ends = python_tokens(source)
             firsts = [first for first, _, _ in spans]
             for start, text in pieces((source[a:b] for a, b in zip([0, *ends], ends, strict=False)), characters):
