@@ -71,7 +71,7 @@ def cached_launch(launcher: Callable[_P, list[Launch]]) -> Callable[_P, None]:
         args, kinds = _leaves(given)
         with on_device_of(args[0]):
             key = _cache_key(args, kinds) if _CACHES else None
-            if found := cache.get(key):
+            if key is not None and (found := cache.get(key)):
                 for run, filled, tensor_slots, descriptor_slots in found:
                     filled = filled.copy()
                     for place, source in tensor_slots:
@@ -82,13 +82,13 @@ def cached_launch(launcher: Callable[_P, list[Launch]]) -> Callable[_P, None]:
                 return
             launched = [
                 (each, settled(each.kernel)[each.grid](*each.args, **each.options, **_ALWAYS))
-                for each in launcher(*given)
+                for each in launcher(*given)  # type: ignore[call-arg]
             ]
             if key is None or any(map(_holds_tensor, args)):
                 return
             if key in cache:
                 bound = [_bind(each, compiled, args) for each, compiled in launched]
-                cache[key] = None if None in bound else bound
+                cache[key] = None if None in bound else cast("list[_Bound]", bound)
             else:
                 if len(cache) >= MAX_KEYS:
                     cache.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,7 +76,7 @@ class Rows(NamedTuple):
     """The rows of tensors that share their leading dimensions, as up to three dimensions with strides of their own."""
 
     tensors: tuple[torch.Tensor | None, ...]
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
     sizes: tuple[int, int]  # of the two inner dimensions
     strides: tuple[tuple[int, int, int] | None, ...]  # a tensor
 
@@ -87,13 +87,14 @@ def rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> Rows:
     merged = _merged_rows(lead.shape[:-1], tuple(None if t is None else t.stride() for t in tensors))
     if merged is None:
         # More dimensions than a kernel walks: copy what is not dense in the order of `lead`, which merges into one.
-        return rows_of(*(None if t is None else _dense_in_order_of(lead, t) for t in tensors))
+        dense = (None if t is None else _dense_in_order_of(lead, t) for t in others)
+        return rows_of(_dense_in_order_of(lead, lead), *dense)
     return Rows(tensors, *merged)
 
 
 @functools.lru_cache(maxsize=1024)
 def _merged_rows(
-    shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...]
+    shape: tuple[int, ...], strides: tuple[Any, ...]
 ) -> tuple[int, tuple[int, int], tuple[tuple[int, int, int] | None, ...]] | None:
     """count, sizes and strides of `Rows`, or None where more than three dimensions are left."""
     lead, present = strides[0], [s for s in strides if s is not None]
@@ -109,8 +110,8 @@ def _merged_rows(
     if len(merged) > 3:
         return None
     merged += [(1, [0] * len(present))] * (3 - len(merged))
-    sizes, steps = zip(*merged, strict=True)
-    each = iter(zip(*steps, strict=True))
+    sizes, inner_steps = zip(*merged, strict=True)
+    each = iter(zip(*inner_steps, strict=True))
     return math.prod(sizes), sizes[1:], tuple(None if s is None else next(each) for s in strides)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ from llama_kernels.ops.rotation import (
     store_pairs,
 )
 from llama_kernels.ops.rotation_checks import check_angles, check_heads, tokens_of
-from llama_kernels.reference.rope import rope_transpose
+from llama_kernels.reference.rope import OptionalTensor, rope_transpose
 
 # Programs on an SM in the backward, of 128 threads each: enough to hide the sums across a head.
 _PROGRAMS = 4
@@ -486,7 +486,7 @@ register_gradient(
 
 def qk_norm_rope(
     q: torch.Tensor,
-    k: torch.Tensor | None,
+    k: OptionalTensor,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
     cos: torch.Tensor,
@@ -496,7 +496,7 @@ def qk_norm_rope(
     eps: float | None = 1e-6,
     offset: float = 0.0,
     interleaved: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, OptionalTensor]:
     """RMSNorm of every head of q and k, then RoPE: rope(rms_norm(q, q_weight), rms_norm(k, k_weight)) in one pass.
 
     For attention as Qwen3, Gemma 3 and others have it. OLMo 2's norm, over all heads together, is `rms_norm`. Moves
@@ -529,8 +529,10 @@ def qk_norm_rope(
     eps = check_eps(op, eps)
     heads_and_weights = [None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight)]
     call = (*heads_and_weights, cos, sin, position_ids, eps, offset, interleaved)  # fields of _Forward
+    q_out: torch.Tensor
+    k_out: Any
     if needs_grad(q, k, q_weight, k_weight):
         q_out, k_out = (*_QKNormRope.call(op, *call), None)[:2]
     else:
         q_out, k_out = _qk_norm_rope(*call)
-    return q_out, None if k is None else k_out
+    return q_out, k if k is None else k_out

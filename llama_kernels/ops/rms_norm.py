@@ -386,10 +386,10 @@ def _launch_backward(
         launches.append(Launch(_rms_norm_backward_kernel, (shares.grid,), args, options))
     if partials is not None and not shares.with_dx:
         tile = row_tile("weight_grad", N, _widest(x, dy))
-        args = (dy, x, rstd, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count)
+        weight_args = (dy, x, rstd, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count)
         options = {**tile.options(N, device), "STAGES": tile.stages(device, x, dy)}
         grid = (cdiv(N, tile.BLOCK_N), shares.partials)
-        launches.append(Launch(_rms_norm_weight_grad_kernel, grid, args, options))
+        launches.append(Launch(_rms_norm_weight_grad_kernel, grid, weight_args, options))
     if partials is not None:
         launches.append(sum_partials(partials, dw))
     return launches

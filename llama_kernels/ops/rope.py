@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,7 +40,7 @@ from llama_kernels.ops.rotation_checks import (
     check_writable,
     tokens_of,
 )
-from llama_kernels.reference.rope import rope_transpose
+from llama_kernels.reference.rope import OptionalTensor, rope_transpose
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -344,14 +344,14 @@ class _RopeQKV(Differentiable):
 
 def rope(
     q: torch.Tensor,
-    k: torch.Tensor | None,
+    k: OptionalTensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
     interleaved: bool = False,
     inplace: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, OptionalTensor]:
     """Rotary position embedding of q and k in one launch: each pair (x_i, x_j) of a head turns by its token's angle.
 
     Computed in float32 and rounded once. Su et al., RoFormer, arXiv 2104.09864.
@@ -384,22 +384,27 @@ def rope(
     """
     check_heads("rope", q, k)
     check_angles("rope", "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
+    q_out: Any
+    k_out: Any
     if inplace:
         check_writable("rope", q=q, k=k)
     if inplace and not (torch.compiler.is_compiling() or transforms_are_active()):
         # First what autograd may refuse (a view made by split(), say), then the launch that cannot be taken back.
         rotation = Rotation(cos, sin, position_ids, interleaved)
-        q, k = _declare_rotated(q, rotation), None if k is None else _declare_rotated(k, rotation)
-        _rope_inplace(q.detach(), None if k is None else k.detach(), *rotation)
-        return q, k
+        q_out, k_out = _declare_rotated(q, rotation), None if k is None else _declare_rotated(k, rotation)
+        _rope_inplace(q_out.detach(), None if k is None else k_out.detach(), *rotation)
+        return q_out, k_out
     q_, k_ = last_dim_contiguous(q), None if k is None else last_dim_contiguous(k)
     if needs_grad(q, k):
         q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved, False), None)[:2]
     else:
         q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False)
     if inplace:  # compilers and transforms see through this copy, not through a Function that modifies its input
-        return q.copy_(q_out), None if k is None else k.copy_(k_out)
-    return q_out, None if k is None else k_out
+        q.copy_(q_out)
+        if k is not None:
+            k.copy_(k_out)
+        return q, k
+    return q_out, k if k is None else k_out
 
 
 def rope_qkv(
@@ -442,9 +447,11 @@ def rope_qkv(
     check_angles("rope_qkv", "qkv", qkv, tokens, qkv.shape[-1] // heads, cos, sin, position_ids)
     qkv = last_dim_contiguous(qkv)
     if needs_grad(qkv):
-        return _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
+        q, k, v = _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
+        return q, k, v
     q, k, v = _parts(qkv, q_heads, kv_heads)
-    return *_rope(q, k, cos, sin, position_ids, interleaved, False), v
+    q, k = _rope(q, k, cos, sin, position_ids, interleaved, False)
+    return q, k, v
 
 
 def rope_into_cache(

@@ -14,7 +14,7 @@ TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor | None) -> None:
     """q and k are heads of the same tokens; `others` are tensors of any shape beside them."""
-    check_tensors(op, q=q, k=k, **others)
+    check_tensors(op, KERNEL_DTYPES, q=q, k=k, **others)
     if q.ndim not in (3, 4):
         raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))
     if k is None:

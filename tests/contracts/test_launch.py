@@ -20,11 +20,12 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
-from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from llama_kernels.ops.attention.hopper import round_dq
 from llama_kernels.ops.attention.hopper.tables import TILES
+from llama_kernels.ops.rotation import Rotation
 from tests.support.environment import COMPILES
 from tests.support.launching_nothing import _twice_kernel
 from tests.support.ops import REGISTERED, Make, Shape, registered_calls
@@ -64,9 +65,9 @@ def _hopper_attention_backward():
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
 
     def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
-        call, grads = AttentionCall(q, k, v, *_CALL), Grads(dq, dk, dv, dq.new_empty(0))
-        rotated = Rotated(*tables, False)
-        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], do, lse2, delta, dq_sum, grads, rotated)
+        call, rotation = AttentionCall(q, k, v, *_CALL), Rotation(*tables, False)
+        rest = (do, lse2, delta, dq_sum, dq, dk, dv, rotation)
+        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], *rest)
 
     return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())
 

@@ -3,7 +3,7 @@
     python -m tests.installation.present_environment
 
 There, python3 is itself a virtual environment, whose torch and other packages are links to those of this Python. ruff,
-mypy and pytest-xdist are missing, and the repository is a copy without .git. Where pip can download, numpy is the newest
+mypy and pytest-xdist are missing, and the repository is a copy without .git. If pip can download, numpy is the newest
 release and Triton is 3.6.0, whose interpreter does not work with it. What a target computes takes seconds. Exits with 1
 where one fails, does not print what it has to, or installs something.
 """

@@ -80,7 +80,7 @@ class Patched(_Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = module = type(self).__new__(type(self))
-        module.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        module.__setstate__(copy.deepcopy(self.__dict__, memo))
         return module
 
 

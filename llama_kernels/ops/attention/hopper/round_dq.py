@@ -1,4 +1,4 @@
-"""What follows the Hopper backward: the float32 sum of dq is scaled, rotated back where that is wanted, and rounded."""
+"""After the Hopper backward: dq is its float32 sum, scaled, rotated by the inverse rotation if wanted, and rounded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def _round_dq_kernel(
     D: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq = sum scale, rounded once: BLOCK_M rows of one head. Bytes: the float32 sum in, dq out. With HALF, q was
-    rotated by the tables, and dq is turned back by them; for that dk comes by here too."""
+    """dq = sum * scale, rounded once, for BLOCK_M rows of one head. Bytes: the float32 sum in, dq out.
+
+    With HALF, q was rotated by the tables, and dq gets the inverse rotation. So does dk, in a launch of its own.
+    """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
     dq = load_tile(matrix(sum_ptr, sum_strides, b, h, start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
