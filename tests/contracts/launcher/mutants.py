@@ -60,7 +60,7 @@ MUTANTS = (
     Mutant("the stream is that of the first call", scenarios.streams,
            "_Bound(compiled[(*each.grid, 1, 1)[:3]],",
            "_Bound(functools.partial(compiled[(*each.grid, 1, 1)[:3]], stream=_current_stream()),"),
-    Mutant("nothing is forgotten", scenarios.knob, "        cache.clear()\n\n\ndef", "        pass\n\n\ndef"),
+    Mutant("nothing is forgotten", scenarios.knob, "        cache.clear()\n\n\nclass", "        pass\n\n\nclass"),
     Mutant("launchers share a cache", scenarios.two_launchers, "_caches.append(cache)",
            "_caches.append(cache)\n    cache = _caches[0]"),
     Mutant("the cache has no bound", scenarios.many_keys, "if len(cache) >= MAX_KEYS", "if False"),
