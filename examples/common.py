@@ -166,7 +166,7 @@ def f1(hits: int, predicted: int, actual: int) -> tuple[float, float, float]:
 def load_tokenizer(folder: Path | None, texts: Iterable[str] = (), size: int = 2048) -> PreTrainedTokenizerFast:
     """The tokenizer of `folder`. Without one: bytes, and frequent pieces of the words of `texts`, `size` in all."""
     if folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="right")
         if not tokenizer.is_fast:
             raise SystemExit(f"{folder}: its tokenizer is not a fast one, which alone can tell where a token stands")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama has no pad token

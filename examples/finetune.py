@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python examples/finetune.py`
 
@@ -19,7 +20,7 @@ from examples.tasks.question_answering import QuestionAnswering
 from examples.tasks.sequence_classification import SequenceClassification
 from examples.tasks.token_classification import TokenClassification
 
-TASKS = {
+TASKS: dict[str, Any] = {
     "sequence-classification": SequenceClassification,
     "token-classification": TokenClassification,
     "question-answering": QuestionAnswering,
@@ -55,14 +56,14 @@ def main() -> int:
     task = Task(train_examples, test_examples, tokenizer, args.max_length)
     report.console.print(f"{len(task.train_set)} examples to train on, {len(task.test_set)} to test on")
 
-    settings = {}
+    settings: dict[str, Any] = {}
     if task.labels:
         settings = {"id2label": dict(enumerate(task.labels)), "label2id": {x: i for i, x in enumerate(task.labels)}}
     runs = []
     for name in common.run_names(args):
         run = report.Run(name)
         dtype = common.DTYPES[args.dtype if args.lora else "float32"]  # weights that are trained stay float32
-        model = common.load_model(Task.model_class, args, tokenizer, dtype, **settings)
+        model: Any = common.load_model(Task.model_class, args, tokenizer, dtype, **settings)
         common.prepare(model, name, args)
         if args.lora:
             model = with_adapters(model, args.lora, Task.peft_type)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python exam
 
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from examples import common
 from examples.packing import definitions, pack, select
@@ -50,7 +50,7 @@ class Clock(LogitsProcessor):
         return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
 
-def generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, Any]:
+def generate(model: Any, inputs: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, Any]:
     """Of each method: tokens (B, --tokens), and the seconds of each token."""
     methods: dict[str, dict[str, Any]] = {
         "greedy": {"do_sample": False},
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--beams", type=common.positive, default=4)
     args = common.parse(parser)
     prompts = [e["prompt"] for e in common.read_jsonl(args.data, {"prompt": str})] if args.data else PROMPTS
-    tokenizer = common.load_tokenizer(args.model, size=0)
+    tokenizer: Any = common.load_tokenizer(args.model, size=0)
     model: Any = common.load_model(AutoModelForCausalLM, args, tokenizer)
     if not args.model:
         common.prepare(model, common.run_names(args)[-1], args)

@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from examples import common, report
 from examples.packing import Rows, count, definitions, draw_batch, pack, select, unigram_loss
@@ -60,7 +60,7 @@ class World:
         return x.item()
 
 
-def distribute(model: PreTrainedModel, args: argparse.Namespace, world: World) -> torch.nn.Module:
+def distribute(model: Any, args: argparse.Namespace, world: World) -> torch.nn.Module:
     """DDP: a replica in each process. FSDP2: each layer's weights in shards among the processes."""
     if not dist.is_initialized():
         return model

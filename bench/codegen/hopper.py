@@ -1,9 +1,7 @@
-"""The Hopper kernels' inner loops, read offline: `python -m bench.hopper [D=128 causal ...]`. No GPU needed.
+"""The calls of the Hopper kernels that the compile gate compiles, and the rules for their loops.
 
-`python -m bench.codegen` compiles the calls named here with everything else and holds the kernels against the rules
-below; this shows what one trip of each loop over blocks issues, a warp group. What the loop must not have is what makes
-such a kernel slow without a word: a spill, a mask where none is needed, a softmax that waits for the tensor cores, a
-product computed twice.
+A loop over blocks must have no spill, no mask where none is needed, no softmax that waits for the tensor cores and no
+product that is computed twice: each makes the kernel slow and its results stay right. hopper_loops.py shows the loops.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is true without a GPU: bounds from bytes and FLOPs, parity in the interpreter, machine code, the host's cost."""
+"""What can be known without a GPU: bounds on times, parity, machine code and the host's cost."""
 
 from __future__ import annotations
 

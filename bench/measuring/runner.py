@@ -1,4 +1,4 @@
-"""One piece of work after another: everyone's numbers are checked, then everyone is timed, in turns."""
+"""One piece of work after another: the numbers of every provider are checked, then all are timed in turns."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bench.codegen import cases, hopper, ones, reading, record, sass, traffic
-from llama_kernels.ops.attention import backward, delta, forward, tables
+from llama_kernels.ops.attention import delta, tables
 from llama_kernels.ops.attention.tables import Tile
+from tests.support.attention import tiles
 from tests.support.environment import COMPILES
 
 pytestmark = [*COMPILES, pytest.mark.once]
@@ -17,9 +18,7 @@ pytestmark = [*COMPILES, pytest.mark.once]
 
 def reports(target: str, op: str, label: str, tile: Tile | None = None):
     case = next(c for c in cases.cases() if (c.op, c.label) == (op, label))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward) if tile else ():
-            patch.setattr(module, "tile_for", lambda *_: tile)
+    with tiles(tile):
         return [reading.read(target, case, name, kernel) for name, kernel in cases.compile_case(target, case)]
 
 

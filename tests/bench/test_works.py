@@ -9,10 +9,11 @@ import llama_kernels as lk
 from bench.providers.eager import Eager
 from bench.works import attention, norms
 from bench.works.errors import disparity, errors
-from bench.works.presets import documents, works_of
+from bench.works.presets import documents, small, works_of
 from bench.works.rotations import QKNormRope, Rope, RopeQKV
 from bench.works.work import DIRECTIONS, Call, compute
 from tests.bench.fakes import EVERY_OP
+from tests.support.ops import OPS
 
 pytestmark = pytest.mark.once
 
@@ -105,6 +106,6 @@ def test_a_preset_has_no_work_twice(preset):
     assert keys and len(set(keys)) == len(keys)
 
 
-def test_the_models_have_every_op():
-    assert {w.op for w in works_of("models")} == {w.op for w in EVERY_OP}
+def test_every_op_is_measured():
+    assert {w.op for w in works_of("models")} == {w.op for w in small()} == {w.op for w in EVERY_OP} == {*OPS, "decode"}
     assert len(list(works_of("all"))) == len(list(works_of("models"))) + len(list(works_of("sweeps")))

@@ -3,9 +3,9 @@
     python -m tests.installation.present_environment
 
 There, python3 is itself a virtual environment, whose torch and other packages are links to those of this Python. ruff,
-mypy and pytest-xdist are missing, and the repository is a copy without .git. If pip can download, numpy is the newest
-release and Triton is 3.6.0, whose interpreter does not work with it. What a target computes takes seconds. Exits with 1
-where one fails, does not print what it has to, or installs something.
+mypy and pytest-xdist are missing, and the repository is a copy without .git. Where pip can download, numpy is the
+newest release and Triton is 3.6.0, whose interpreter does not work with it. What a target computes takes seconds. Exits
+with 1 where one fails, does not print what it has to, or installs something.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Target(NamedTuple):
 def targets(interpreter_works: bool) -> Iterator[Target]:
     """Each target once, install first."""
     not_run = () if torch.cuda.is_available() or interpreter_works else ("The kernels are not tested.", "wanted numpy")
-    named = ("ruff          make lint", "pytest-xdist  tests in parallel", "python -m pip install pytest-xdist")
+    named = ("ruff            make lint", "pytest-xdist    tests in parallel", "python -m pip install pytest-xdist")
     yield Target(("install",), named)
     yield Target(("lint",), ("make typecheck needs mypy", "typecheck is left out.", "make lint needs ruff",
                              "lint is left out."))  # fmt: skip
