@@ -17,7 +17,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def message(op: str, argument: str, got: Any, wanted: Any, fix: str = "") -> str:
-    """Every error of the package reads alike: op, argument, what it got, what it takes, how to mend it."""
+    """The text of an error: the op, the argument, what it got, what it takes, and how to fix it."""
     text = f"llama_kernels.{op}: {argument} is {got}; wanted {wanted}."
     return f"{text} {fix}" if fix else text
 
@@ -27,11 +27,11 @@ _checked: ContextVar[bool] = ContextVar("llama_kernels.checked", default=False)
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Inside, the values of position_ids and cu_seqlens are checked too, and what is wrong raises a ValueError.
+    """A context manager for debugging: calls inside also check the values of position_ids and cu_seqlens.
 
-    Outside they are never trusted either: the kernels clamp them, so that nothing is read or written out of bounds, but
-    a mistake gives wrong numbers without a word. To check is to wait for the GPU at every call: for debugging. What
-    torch.compile traces is not checked. Holds for this thread and the tasks that it starts.
+    A value out of range raises a ValueError. Without `checked` the kernels clamp such values: nothing is read or
+    written out of bounds, but the results are wrong. Each check waits for the GPU. Calls that torch.compile traces are
+    not checked. The setting holds for the current thread and the tasks that it starts.
     """
     token = _checked.set(True)
     try:
@@ -41,12 +41,12 @@ def checked() -> Iterator[None]:
 
 
 def values_are_checked(x: torch.Tensor) -> bool:
-    """Whether the values of `x` are to be read: inside `checked`, where it has any."""
+    """Whether to check the values of `x`: inside `checked`, unless `x` has no data."""
     return not torch.compiler.is_compiling() and _checked.get() and not (x.is_meta or is_fake(x))
 
 
 def check_eps(op: str, eps: float | None) -> float:
-    """`eps` as a number: None is F.rms_norm's own, that of the float32 in which it computes."""
+    """`eps` as a number. None: that of torch.float32, as in F.rms_norm, which computes in float32."""
     if eps is None:
         return _FLOAT32_EPS
     if not eps >= 0:
@@ -58,7 +58,7 @@ DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
 
 
 def fix_for_device(op: str) -> str:
-    """What to call on a device that the kernels do not run on."""
+    """For an error: what to call for tensors on a device that has no kernels."""
     from llama_kernels import reference  # which imports nothing of ours
 
     if op not in reference.__all__:
@@ -73,7 +73,7 @@ def shape_of(x: torch.Tensor) -> str:
 def check_tensors(
     op: str, dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES, **tensors: torch.Tensor | None
 ) -> None:
-    """Each is a tensor of one of `dtypes` (None: any floating dtype), on the device of the first. None passes."""
+    """Raise unless each tensor is of one of `dtypes` (None: any floating dtype) and on the device of the first."""
     device = None
     for name, x in tensors.items():
         if x is None:

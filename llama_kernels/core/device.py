@@ -21,18 +21,18 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 _HERE = contextlib.nullcontext()
 
-# KiB of shared memory that one program may use, by family of GPUs.
+# KiB of shared memory that one program may use, by GPU family.
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
-# Kernels run there. On the meta device, and while tracing, only shapes are computed.
+# The devices that have kernels. On the meta device, and while tracing, only shapes are computed.
 KERNEL_DEVICES = ("cuda", "cpu")
 
 
 @functools.cache
 def arch_of(device: torch.device) -> str:
-    """The family whose tile table rows serve `device`: sm_80, sm_86, sm_90, sm_100 or gfx942.
+    """The GPU family by which tiles are chosen for `device`: sm_80, sm_86, sm_90, sm_100 or gfx942.
 
-    Every launcher asks before it compiles a kernel, and no launch that is in the launch cache does.
+    Every launcher calls it before a kernel is compiled. A launch from the launch cache does not.
 
     Raises:
         ValueError: no kernel can be compiled for `device`.
@@ -48,10 +48,10 @@ def arch_of(device: torch.device) -> str:
 
 
 class GPU(NamedTuple):
-    """What decides which tiles a GPU takes, and how wide its warps are."""
+    """What the choice of tiles depends on."""
 
     name: str
-    arch: tuple[int, int] | str  # compute capability, or on AMD the name of the architecture, gfx942 say
+    arch: tuple[int, int] | str  # compute capability; on AMD the architecture, such as gfx942
     shared_bytes: int | None  # that one program may use; None: this torch does not say
     lanes: int  # threads in a warp
 
@@ -68,22 +68,23 @@ def gpu_of(device: torch.device) -> GPU:
 
 
 def family_of(gpu: GPU) -> str:
-    """The family of tiles for `gpu`, a key of SHARED_KIB. `why_not_compiled` gives the reason if it cannot run them."""
+    """The family of `gpu`, a key of SHARED_KIB. Ask `why_not_compiled` whether kernels compile for it."""
     if isinstance(gpu.arch, str):
         return "gfx942"
     if gpu.arch == (8, 0):
         return "sm_80"
-    # Consumer chips (8.6, 8.9, 12.x), 11.0, which Triton gives the tensor-core instructions of those, and the unknown
-    # share the rows that ask for the least shared memory.
+    # Consumer GPUs (8.6, 8.9, 12.x), 11.0, for which Triton emits their tensor-core instructions, and unknown GPUs take
+    # the tiles that need the least shared memory.
     return {9: "sm_90", 10: "sm_100"}.get(gpu.arch[0], "sm_86")
 
 
-# AMD's GCN and RDNA 1 and 2. There Triton writes products out, which takes minutes to compile and spills kilobytes.
+# AMD's GCN and RDNA 1 and 2. For them Triton expands matrix products into scalar code, which takes minutes to compile
+# and spills kilobytes.
 _WITHOUT_MATRIX_INSTRUCTIONS = re.compile("gfx([78]|90[02469c]|10)")
 
 
 def why_not_compiled(gpu: GPU) -> str | None:
-    """What keeps kernels from being compiled for `gpu`. None: nothing does."""
+    """Why kernels cannot be compiled for `gpu`. None: they can."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if isinstance(gpu.arch, str):
@@ -100,7 +101,7 @@ def why_not_compiled(gpu: GPU) -> str | None:
 
 @functools.cache
 def processors_of(device: torch.device) -> int:
-    """Multiprocessors (compute units) of `device`."""
+    """SMs (on AMD, compute units) of `device`."""
     if device.type != "cuda":
         return 2  # the interpreter runs programs one after another; two still exercise the sum over programs
     return torch.cuda.get_device_properties(device).multi_processor_count

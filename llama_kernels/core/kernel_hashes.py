@@ -1,8 +1,8 @@
-"""A kernel has one entry in Triton's cache on disk, whatever was launched before it.
+"""Makes a kernel's key in Triton's cache on disk independent of what was launched before.
 
-Triton hashes a kernel together with the functions that it calls. Up to 3.7 the hash also holds the global constants of
-those functions that had been hashed before, by another kernel, and not of the others: so a program that launches its
-kernels in another order, or an inference after a training run, compiled them again.
+Triton hashes a kernel together with the functions that it calls. Up to 3.7 the hash also depends on which of these
+functions had been hashed before, for another kernel. So a program that launched its kernels in another order compiled
+them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _settled: set[int] = set()  # ids of functions, which live as long as their modu
 
 
 def settled(kernel: Any) -> Any:
-    """`kernel`, after every function that it calls was hashed, those called by others first."""
+    """Return `kernel`, after hashing every function that it calls, callees first."""
     if id(kernel) not in _settled and not INTERPRETED:
         _settled.add(id(kernel))
         for called in _called(kernel):

@@ -1,7 +1,7 @@
-"""The language kernels are written in: Triton, and the few device functions every kernel shares.
+"""Triton, and the device functions that all kernels share.
 
-Triton exists for Linux only. Elsewhere the names below are hollow, so that modules which define kernels still import
-and CPU tensors still reach the reference.
+Triton exists for Linux only. Without it the names below are placeholders: modules that define kernels can still be
+imported, and CPU tensors take the reference.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ except ImportError as error:
             fault = f"TRITON_INTERPRET is set, and {interpreter_fault('', None)}"
         raise ImportError(f"llama_kernels: {fault}", name=error.name) from error
 
-    class _Hollow:
-        """Stands where Triton is missing: any attribute and any call give it back."""
+    class _Placeholder:
+        """Takes the place of Triton. Any attribute of it, and any call, is the placeholder itself."""
 
         def __getattr__(self, name: str) -> Any:
             return self
@@ -28,7 +28,7 @@ except ImportError as error:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return self
 
-    triton = _Hollow()
+    triton = _Placeholder()
     HAS_TRITON = INTERPRETED = False
 else:
     check("triton", triton.__version__)
@@ -58,11 +58,11 @@ def why_not_interpreted() -> str | None:
     return interpreter_fault(triton.__version__, numpy.__version__)
 
 
-# (3, 6), say: each release has a compiler of its own, and a tile that fits one's registers may spill in the next's.
+# Such as (3, 6). Releases compile differently: a tile that fits the registers with one may spill with the next.
 TRITON_VERSION = number(triton.__version__) if HAS_TRITON else (0, 0)
 
-# The interpreter keeps bfloat16 as bare 16-bit integers: its loads and casts to float32 are right, its arithmetic, its
-# dot and its rounding are not. The two functions below are the only places that know.
+# The interpreter stores bfloat16 as 16-bit integers. Its loads and casts to float32 are right; its arithmetic, its dot
+# and its rounding are not. Only the two functions below depend on it.
 _BF16_IS_BITS: tl.constexpr = tl.constexpr(INTERPRETED)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -75,7 +75,7 @@ def cast(x, dtype: tl.constexpr):
     if _BF16_IS_BITS and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        quiet_nan = (bits >> 16) | 0x40  # the carry above would turn some NaNs into infinities
+        quiet_nan = (bits >> 16) | 0x40  # the carry above would make some NaNs infinite
         y = tl.where(x == x, nearest, quiet_nan).to(tl.uint16).to(dtype, bitcast=True)
     else:
         y = x.to(dtype)
@@ -84,7 +84,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc=None):
-    """`a @ b (+ acc)` on tensor cores with a float32 result; float32 operands are multiplied as such, never as TF32."""
+    """`a @ b (+ acc)` on tensor cores, with a float32 result. float32 operands are not rounded to TF32."""
     if _BF16_IS_BITS and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -92,7 +92,7 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def inverse_root(x):
-    """1 / sqrt(x) of float32 x. The GPU's instruction for it takes x below 2^-126 for 0; so small x is scaled first."""
+    """1 / sqrt(x) of float32 x. The GPU's instruction treats x below 2^-126 as 0, so small x is scaled first."""
     small = x < 2.0**-100
     root = tl.rsqrt(tl.where(small, x * 2.0**48, x))
     return tl.where(small, root * 2.0**24, root)

@@ -17,7 +17,7 @@ _TITLES = {"triton": "Triton"}
 
 
 def number(version: str) -> tuple[int, int] | None:
-    """(2, 13) of "2.13.0+cu130"; None of what does not begin so."""
+    """(2, 13) for "2.13.0+cu130". None if the text does not begin with a version."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else None
 
@@ -44,7 +44,7 @@ def untested(name: str, version: str) -> str | None:
 
 
 def check(name: str, version: str) -> None:
-    """Raise an ImportError for a `version` of package `name` that is too old; warn of one that is newer than tested."""
+    """Raise an ImportError if `version` of package `name` is too old, and warn if it is newer than the tested ones."""
     if error := too_old(name, version):
         raise ImportError(error)
     if warning := untested(name, version):
@@ -54,7 +54,7 @@ def check(name: str, version: str) -> None:
 def interpreter_fault(triton: str, numpy: str | None) -> str | None:
     """Why the interpreter of this version of Triton cannot run with this version of numpy (None: no numpy), or None.
 
-    Triton 3.6 takes `int()` of an array with one dimension, which numpy 2.4 refuses.
+    Triton 3.6 calls `int()` on a one-dimensional array, which numpy 2.4 refuses.
     """
     if numpy is None:
         fix = "Install it: pip install numpy, or with Triton 3.6 pip install 'numpy<2.4'"
