@@ -14,15 +14,17 @@ override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
 endif
 VENV := .venv
 BIN := $(VENV)/bin
+RUFF = $(if $(filter present,$(TORCH)),$(PYTHON) -m ruff,$(BIN)/ruff)
 # A stamp for each choice of versions: another choice installs anew.
 ENVIRONMENT := $(VENV)/made-with-$(subst /,_,$(PYTHON))-$(TORCH)
 INSTALLED := $(ENVIRONMENT)-$(TRITON)
+DOCS_INSTALLED := $(INSTALLED)$(if $(filter-out present,$(TORCH)),-docs)
 CONSTRAINTS := $(if $(filter 2.13.0,$(TORCH)),constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
 .PHONY: install demo examples test test-present test-compiled bench newest gpu-check test-all fuzz witness matrix \
-	codegen lint typecheck clean
+	codegen lint typecheck fmt quick docs clean
 
 install: $(INSTALLED)
 
@@ -63,12 +65,14 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(DEMO)
 
 # Each side by side, stock and patched, half as long as its default; pictures and numbers in build/examples.
-EXAMPLES ?= finetune_sequence_classification finetune_token_classification question_answering pretrain generate
+TASKS := sequence-classification token-classification question-answering
+EXAMPLES ?= $(TASKS) pretrain generate
 STEPS ?= 120
+script = $(if $(filter $(TASKS),$(1)),finetune --task $(1),$(1))
 
 examples: $(INSTALLED)
 	$(call NEEDS,examples)
-	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --compare --steps $(STEPS) || exit 1; done
+	@set -ex; $(foreach name,$(EXAMPLES),$(BIN)/python -m examples.$(call script,$(name)) --compare --steps $(STEPS);)
 
 # The kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run: tests/run.py.
 # PYTEST='tests/ops/test_rope.py -k heads' and the like choose tests.
@@ -91,8 +95,8 @@ newest:
 	$(BIN)/python -m pip freeze
 	$(BIN)/python -m tests.run --workers $(JOBS) $(PYTEST)
 
-# On a GPU everyone is measured; without one, what is true without: bounds, parity, machine code, the host's cost.
-# BENCH='--preset sweeps --ops rope' and the like; `python -m bench --help` has all of it.
+# On a GPU every provider is measured. Without one: bounds on times, parity, machine code and the host's cost of a call.
+# BENCH='--preset sweeps --ops rope' and the like; `python -m bench --help` lists the options.
 bench: $(INSTALLED)
 	$(call NEEDS,bench)
 	$(BIN)/python -m bench run $(BENCH)
@@ -129,7 +133,7 @@ matrix: $(INSTALLED)
 
 # The compile gate. Its recorded figures are of Triton 3.6.0, by whose code most tiles were chosen, so that is installed
 # aside for it: build/codegen.json has all families. With TRITON=newest the gate is of the newest release and of sm_90
-# alone: build/codegen-newest.json. What the others are there: `python -m bench.codegen`, and docs/performance.md.
+# alone: build/codegen-newest.json. `python -m bench.codegen` shows the other families there; docs/lab has figures.
 RECORDED := 3.6.0
 REPORT := build/codegen$(if $(filter newest,$(TRITON)),-newest)
 ifeq ($(TORCH),present)
@@ -169,6 +173,28 @@ else ifeq ($(CONSTRAINTS),)
 	@echo "typecheck is left out: it is for torch 2.13.0."
 else
 	$(BIN)/mypy
+endif
+
+fmt: $(INSTALLED)
+	$(call NEEDS,fmt)
+	$(RUFF) check --fix .
+	$(RUFF) format .
+
+# Under a minute: lint, and each op against float64 and eager, forward and gradients, in the interpreter.
+quick: lint
+	$(call NEEDS,test)
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -o addopts= -q tests/installation/test_report.py \
+		-k 'test_the_check_passes or test_the_check_of_attention_passes'
+
+# The site, in build/site. A warning or a broken link is an error.
+docs: $(DOCS_INSTALLED)
+	$(call NEEDS,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+ifneq ($(TORCH),present)
+$(INSTALLED)-docs: $(INSTALLED) pyproject.toml $(CONSTRAINTS)
+	$(PIP_INSTALL) -e '.[docs]'
+	touch $@
 endif
 
 clean:

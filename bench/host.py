@@ -1,9 +1,9 @@
 """What a call costs the host, without a GPU: `python -m bench.host [--json FILE]`.
 
-The public functions run on small CPU tensors, with the kernels' launchers registered for them and with a driver that
-stands in for a GPU: Triton binds, specialises and looks up the compiled kernel as it would, and the launch itself does
-nothing. So the figures hold everything but the driver's own launch (about 3 µs a kernel on an H200's host); they are
-those of this machine's processor.
+The public functions run on small CPU tensors. The kernels' launchers are registered for these, and a driver stands in
+for a GPU: Triton binds, specialises and looks up the compiled kernel as on a GPU, and the launch itself does nothing.
+So the figures contain everything but the driver's own launch (about 3 µs a kernel on an H200's host). They hold for
+the processor of this machine.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from triton import knobs
 from triton.runtime import driver
 
 import llama_kernels as lk
-from bench.codegen.cases import StandInDriver
+from bench.codegen.compiling import StandInDriver
 from llama_kernels.core import launch_cache, registry
 from llama_kernels.ops.attention import tables
+from tests.support.ops import OPS, Make, Shape
 
 GOAL = 25.0  # microseconds of a forward call
 BATCHES, CALLS = 20, 50
 
 
 class _Utils:
-    """A GPU with room for everything, on which loading a kernel does nothing."""
+    """A GPU with enough shared memory for every kernel. Loading a kernel does nothing."""
 
     def load_binary(self, *_: Any) -> tuple[object, int, int, int, int]:
         return object(), 0, 0, 0, 1024
@@ -47,6 +48,8 @@ class _Utils:
 
 
 class LaunchingNothing(StandInDriver):
+    """A driver whose launches do nothing."""
+
     utils = _Utils()
 
     def launcher_cls(self, *_: Any) -> Callable[..., None]:
@@ -54,23 +57,22 @@ class LaunchingNothing(StandInDriver):
 
 
 def calls() -> Iterator[tuple[str, Callable[[], torch.Tensor], tuple[torch.Tensor, ...]]]:
-    """Op, call, and what it is differentiated by. Small: only the shapes' handling costs anything here."""
-    x, residual = (torch.randn(64, 1024, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    weight = torch.ones(1024, dtype=torch.bfloat16, requires_grad=True)
-    q, k, v = (torch.randn(1, 128, H, 64, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for H in (8, 2, 2))
-    cos, sin = lk.rope_tables(lk.rope_frequencies(64)[0], 128)
-    token, keys, values = (torch.randn(1, H, S, 64, dtype=torch.bfloat16) for H, S in ((8, 1), (2, 1024), (2, 1024)))
-    yield "rms_norm", lambda: lk.rms_norm(x, weight), (x, weight)
-    yield "add_rms_norm", lambda: lk.add_rms_norm(x, residual, weight)[0], (x, residual, weight)
-    yield "rope", lambda: lk.rope(q, k, cos, sin)[0], (q, k)
-    qkv, head = torch.randn(1, 128, 12 * 64, dtype=torch.bfloat16, requires_grad=True), weight[:64]
-    slot, new = torch.tensor([3]), [token, *(x[:, :, :1] for x in (keys, values))]
-    yield "rope_qkv", lambda: lk.rope_qkv(qkv, 8, 2, cos, sin)[0], (qkv,)
-    yield "rope_into_cache", lambda: lk.rope_into_cache(*new, keys, values, slot, cos, sin), ()
-    yield "qk_norm_rope", lambda: lk.qk_norm_rope(q, k, head, head, cos, sin)[0], (q, k)
-    yield "attention", lambda: lk.attention(q, k, v), (q, k, v)
-    yield "rope_attention", lambda: lk.rope_attention(q, k, v, cos, sin), (q, k, v)
+    """Name, call, and what it is differentiated by, of every op and of a decoding step.
+
+    The tensors are small: on the host a call costs the same at all sizes.
+    """
+    shape, make = Shape(B=1, Hq=8, Hkv=2, S=128, D=64, N=1024), Make(dtype=torch.bfloat16)
+    for op in OPS.values():
+        arguments = op.arguments(shape, make)
+        leaves = tuple(arguments[name].requires_grad_() for name in op.differentiable)
+        yield op.name, functools.partial(_first_result, getattr(lk, op.name), arguments), leaves
+    token, keys, values = (make.heads(1, H, S, 64) for H, S in ((8, 1), (2, 1024), (2, 1024)))
     yield "decode", lambda: lk.attention(token, keys, values), ()
+
+
+def _first_result(op: Callable[..., Any], arguments: dict[str, Any]) -> torch.Tensor:
+    result = op(**arguments)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -92,7 +94,7 @@ def _step(call: Callable[[], torch.Tensor], leaves: tuple[torch.Tensor, ...], dy
 
 def measure() -> list[dict[str, Any]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that an implementation is replaced: so it shall be
+        warnings.simplefilter("ignore", UserWarning)  # of PyTorch: an implementation is replaced
         for name, launcher in registry.KERNELS.items():
             registry.LIBRARY.impl(name, launcher, "CPU", allow_override=True)
     before = driver._active
@@ -110,7 +112,7 @@ def measure() -> list[dict[str, Any]]:
                 rows.append(row)
     finally:
         driver._active = before
-        launch_cache.forget()  # launches of that driver's
+        launch_cache.forget()  # its launches are of the stand-in driver
     return rows
 
 
@@ -119,9 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
     if knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set: there is no launch to time")
+        parser.error("TRITON_INTERPRET is set, so there is no launch to time: unset it")
     if torch.cuda.is_available():
-        parser.error("there is a GPU: its own launches are in every figure of `python -m bench`")
+        parser.error('needs a machine without a GPU, or CUDA_VISIBLE_DEVICES="": the launches here do nothing')
     torch.set_num_threads(1)
     rows = measure()
     for row in rows:

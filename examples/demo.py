@@ -1,11 +1,12 @@
 """`make demo`: a small Llama learns Python from the standard library, twice, with stock torch ops and with ours.
 
-Both start from the same weights and see the same batches. A third run, stock torch from weights one float32 rounding
-away, shows how far two right runs part: training amplifies the last bit. Without a GPU our model trains on the
-reference path, and at a few points of the run the kernels themselves repeat the step in Triton's interpreter.
+Both start from the same weights and see the same batches. A third run with stock torch starts from weights one float32
+rounding away: it shows how much two correct runs differ, since training amplifies the last bit. Without a GPU, our
+model trains on the reference path, and a few steps are repeated with the kernels in Triton's interpreter.
 
-Passes if, at each of these points, the kernels' gradients are as close to float64 as stock torch's (at most twice as
-far), and if the curves part no further than ten times as far as the third run's.
+The demo passes if, in each of these steps, the kernels' gradients are at most twice as far from float64 as stock
+torch's, if our losses differ from the stock ones by at most ten times as much as the third run's, and if each op passes
+the check of `python -m llama_kernels --check`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python examples/demo.py`
+
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 import llama_kernels as lk
@@ -43,17 +47,11 @@ def standard_library() -> torch.Tensor:
     return torch.frombuffer(bytearray(b"\n".join(f.read_bytes() for f in files)), dtype=torch.uint8)
 
 
-class Batches:
-    """Random windows of seq + 1 bytes, the same for whoever asks with the same seed."""
-
-    def __init__(self, text: torch.Tensor, batch: int, seq: int, seed: int, device: str) -> None:
-        self._text, self._shape, self._device = text, (batch, seq), device
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def draw(self) -> torch.Tensor:
-        batch, seq = self._shape
-        starts = torch.randint(len(self._text) - seq - 1, (batch, 1), generator=self._generator)
-        return self._text[starts + torch.arange(seq + 1)].long().to(self._device)
+def windows(text: torch.Tensor, batch: int, seq: int, seed: int) -> torch.Tensor:
+    """Random windows of seq + 1 bytes, the same for the same seed: (batch, seq + 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(text) - seq - 1, (batch, 1), generator=generator)
+    return text[starts + torch.arange(seq + 1)].long()
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -103,7 +101,7 @@ class Run:
                 p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)))
 
     @torch.no_grad()
-    def validate(self, batches: list[torch.Tensor]) -> float:
+    def validate(self, batches: Sequence[torch.Tensor]) -> float:
         return sum(self.model.loss(tokens).item() for tokens in batches) / len(batches)
 
     @torch.no_grad()
@@ -116,59 +114,53 @@ class Run:
         return bytes(tokens[0].tolist()).decode(errors="replace")
 
 
-def train(runs: list[Run], batches: Batches, steps: int, snapshot: Callable[[int, torch.Tensor], None]) -> None:
-    """All runs side by side, a batch for all."""
-    columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())  # fmt: skip
+def train(runs: list[Run], text: torch.Tensor, args: argparse.Namespace, points: list[int], folder: str) -> None:
+    """All runs side by side, on the same batches. Our model is saved at `points`, with two sequences of the batch."""
+    ours = runs[1].model
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=steps)
-        for i in range(steps):
-            tokens = batches.draw()
-            snapshot(i, tokens)
+        task = progress.add_task("training", total=args.steps)
+        for i in range(args.steps):
+            tokens = windows(text, args.batch, args.seq, args.seed * 1_000_003 + i)
+            if i in points:
+                weights = {name: x.detach().cpu().clone() for name, x in ours.state_dict().items()}
+                snapshot = {"config": dataclasses.asdict(ours.config), "weights": weights, "batch": tokens[:2]}
+                torch.save({**snapshot, "step": i}, Path(folder, f"{i}.pt"))
             for run in runs:
-                run.step(tokens)
+                run.step(tokens.to(args.device))
             said = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs[:2])
             progress.update(task, advance=1, description=f"loss: {said}")
 
 
-# --- proof -----------------------------------------------------------------------------------------------------------
+# --- verification ----------------------------------------------------------------------------------------------------
 
 
 def verify(paths: list[Path], device: str) -> dict[str, Any]:
-    """examples.verify on `device`, in a process of its own: Triton decides at its import whether to interpret."""
+    """examples/verify.py in a process of its own, since Triton decides at its import whether to interpret."""
     env = {**os.environ, "TRITON_INTERPRET": "0" if device == "cuda" else "1"}
-    command = [sys.executable, "-m", "examples.verify", "--device", device, *map(str, paths)]
+    command = [sys.executable, str(Path(__file__).with_name("verify.py")), "--device", device, *map(str, paths)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def show_proof(proof: dict[str, Any], where: str) -> None:
-    table = Table(title=f"steps in float32, kernels {where}: loss, and the worst gradient's relative error")
-    for column in ("step", "stock loss", "kernels' loss", "apart", "stock", "kernels"):
-        table.add_column(column, justify="right")
-    for s in proof["steps"]:
-        losses = s["loss_stock"], s["loss_ours"]
-        errors = s["grad_error_stock"], s["grad_error_ours"]
-        table.add_row(str(s["step"]), *(f"{x:.6f}" for x in losses), f"{losses[1] - losses[0]:+.1e}",
-                      *(f"{x:.2e}" for x in errors))  # fmt: skip
-    console.print(table)
-    table = Table(title=f"op by op, kernels {where}: worst relative error against float64")
-    for column in ("op", "dtype", "forward: plain", "kernel", "backward: plain", "kernel"):
-        table.add_column(column, justify="left" if column in ("op", "dtype") else "right")
-    for o in proof["ops"]:
-        errors = (o[f"{what}_{whose}"] for what in ("forward", "backward") for whose in ("plain", "ours"))
-        table.add_row(o["op"], o["dtype"], *(f"{error:.2e}" for error in errors))
-    console.print(table)
+def show_verified(verified: dict[str, Any], where: str) -> None:
+    steps = Table("step", "stock loss", "kernels' loss", "stock", "kernels")
+    steps.title = f"steps in float32, kernels {where}: loss, and the worst gradient's relative error"
+    for s in verified["steps"]:
+        steps.add_row(str(s["step"]), *(f"{s[name]:.6f}" for name in ("loss_stock", "loss_ours")),
+                      *(f"{s[name]:.2e}" for name in ("grad_error_stock", "grad_error_ours")))  # fmt: skip
+    ops = Table("op", "dtype", "result or gradient", "plain torch", "kernel")
+    ops.title = f"op by op, kernels {where}: relative error against float64"
+    for o in verified["ops"]:
+        errors = ("" if error is None else f"{error:.2e}" for error in (o["eager"], o["error"]))
+        ops.add_row(o["call"], o["dtype"], o["nearest"], *errors, style=None if o["passed"] else "red")
+    console.print(steps, ops)
 
 
-def plot(runs: list[Run], proof: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+def plot(runs: list[Run], verified: dict[str, Any], path: Path) -> None:
     stock_run, our_run, nudged = runs
-    figure, (top, below) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained")
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     top.plot(stock_run.losses, color="#9ec5e8", lw=5, solid_capstyle="round", label="stock torch")
     top.plot(our_run.losses, color="#1b3a5c", lw=1.1, label="llama_kernels")
     top.set(ylabel="training loss (nats a byte)", title="A Llama learns Python from the standard library")
@@ -178,8 +170,8 @@ def plot(runs: list[Run], proof: dict[str, Any], path: Path) -> None:
                               (our_run, "#1b3a5c", "llama_kernels")):  # fmt: skip
         apart = [max(abs(a - b), floor) for a, b in zip(run.losses, stock_run.losses, strict=True)]
         below.semilogy(apart, color=color, lw=1.1, label=label)
-    steps = [s["step"] for s in proof["steps"]]
-    kernels = [abs(s["loss_ours"] - s["loss_stock"]) for s in proof["steps"]]
+    steps = [s["step"] for s in verified["steps"]]
+    kernels = [abs(s["loss_ours"] - s["loss_stock"]) for s in verified["steps"]]
     below.semilogy(steps, [max(d, floor) for d in kernels], "o", ms=7, mfc="none", color="#c8452d", clip_on=False,
                    label="the kernels themselves, on two sequences of the step")  # fmt: skip
     below.set(xlabel="step", ylabel="distance to stock torch", ylim=(floor / 2, 1e-2))
@@ -216,9 +208,7 @@ def main() -> int:
     config = Config(positions=args.seq, **large)
     text = standard_library()
     held_out = len(text) // 20
-    batches = Batches(text[:-held_out], args.batch, args.seq, args.seed, args.device)
-    validation = Batches(text[-held_out:], args.batch, args.seq, args.seed + 1, args.device)
-    validation_set = [validation.draw() for _ in range(8)]
+    validation_set = windows(text[-held_out:], 8 * args.batch, args.seq, args.seed).to(args.device).split(args.batch)
 
     runs = [Run(name, ops, config, args.steps, args.device)
             for name, ops in (("stock", stock), ("ours", ours), ("nudged", stock))]  # fmt: skip
@@ -232,23 +222,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         points = sorted({round(share * (args.steps - 1)) for share in (0, 1 / 3, 2 / 3, 1)})
 
-        def snapshot(i: int, tokens: torch.Tensor) -> None:
-            if i in points:
-                weights = {name: x.detach().cpu().clone() for name, x in our_run.model.state_dict().items()}
-                state = {"config": dataclasses.asdict(config), "weights": weights, "batch": tokens[:2].cpu(), "step": i}
-                torch.save(state, Path(folder, f"{i}.pt"))
-
-        train(runs, batches, args.steps, snapshot)
+        train(runs, text[:-held_out], args, points, folder)
         where = "compiled" if args.device == "cuda" else "in Triton's interpreter"
         why_not = None if args.device == "cuda" else why_not_interpreted()
-        if why_not:
-            proof = {"steps": [], "ops": []}
-        else:
+        verified: dict[str, Any] = {"steps": [], "ops": []}
+        if not why_not:
             with console.status(f"repeating steps {', '.join(map(str, points))} with the kernels, {where}"):
-                proof = verify([Path(folder, f"{i}.pt") for i in points], args.device)
+                verified = verify([Path(folder, f"{i}.pt") for i in points], args.device)
+            show_verified(verified, where)
 
-    if not why_not:
-        show_proof(proof, where)
     apart = {run.name: max(abs(a - b) for a, b in zip(run.losses, stock_run.losses, strict=True))
              for run in (our_run, nudged)}  # fmt: skip
     losses = {run.name: run.validate(validation_set) for run in runs}
@@ -261,24 +243,25 @@ def main() -> int:
     console.print("\nour model writes:\n", style="bold")
     console.print(our_run.write(b"def ", 160), markup=False, highlight=False)
 
-    plot(runs, proof, args.out / "demo.png")
+    plot(runs, verified, args.out / "demo.png")
     numbers = {
         "torch": torch.__version__, "llama_kernels": lk.__version__, "device": args.device, "parameters": parameters,
-        "losses": {run.name: run.losses for run in runs}, "validation": losses, "apart": apart, **proof,
+        "losses": {run.name: run.losses for run in runs}, "validation": losses, "apart": apart, **verified,
     }  # fmt: skip
     (args.out / "demo.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
-    gradients_hold = all(s["grad_error_ours"] <= 2 * s["grad_error_stock"] for s in proof["steps"])
-    curves_hold = apart["ours"] <= 10 * apart["nudged"]
-    claims = [(curves_hold, "our curve lies on the stock one, up to what one rounding does")]
+    claims = [(apart["ours"] <= 10 * apart["nudged"], "our losses are the stock ones, up to what one rounding does")]
     if why_not:
         console.print(f"not checked: the kernels' gradients. There is no GPU, and {why_not}", markup=False)
     else:
-        claims.insert(0, (gradients_hold, "the kernels' gradients are as close to float64 as stock torch's"))
+        gradients_hold = all(s["grad_error_ours"] <= 2 * s["grad_error_stock"] for s in verified["steps"])
+        claims.append((gradients_hold, "the kernels' gradients are as close to float64 as stock torch's"))
+        ops_hold = all(o["passed"] for o in verified["ops"])
+        claims.append((ops_hold, "each op is as close to float64 as its dtype allows"))
     for held, claim in claims:
         console.print(f"{'holds' if held else 'FAILS'}: {claim}", style="green" if held else "red")
     console.print(f"{args.out / 'demo.png'}, {args.out / 'demo.json'}")
-    return 0 if gradients_hold and curves_hold else 1
+    return 0 if all(held for held, _ in claims) else 1
 
 
 if __name__ == "__main__":

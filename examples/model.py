@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,11 +17,9 @@ class Ops(NamedTuple):
     """What makes a Llama a Llama."""
 
     norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x (..., C), weight (C,) -> (..., C)
-    add_norm: Callable[
-        ..., tuple[torch.Tensor, torch.Tensor]
-    ]  # x, residual, weight -> norm(x + residual), x + residual
-    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # q (B, Hq, S, D), k (B, Hkv, S, D), cos, sin (S, D/2)
-    attend: Callable[..., torch.Tensor]  # q, k, v (B, Hkv, S, D) -> (B, Hq, S, D), causal
+    add_norm: Callable[..., Any]  # x, residual, weight -> norm(x + residual), x + residual
+    rotate: Callable[..., Any]  # q (B, Hq, S, D), k (B, Hkv, S, D), cos, sin (S, D/2) -> q, k
+    attend: Callable[..., Any]  # q, k, v (B, Hkv, S, D) -> (B, Hq, S, D), causal
 
 
 def _stock_norm(x, weight):
@@ -110,6 +108,9 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Tokens (B, S) -> logits (B, S, vocab). The parameters do not depend on `ops`."""
 
+    cos: torch.Tensor  # (positions, D/2)
+    sin: torch.Tensor
+
     def __init__(self, config: Config, ops: Ops) -> None:
         super().__init__()
         self.config, self.ops = config, ops
@@ -118,7 +119,7 @@ class Llama(nn.Module):
         self.norm = nn.Parameter(torch.ones(config.width))
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         inv_freq, _ = lk.rope_frequencies(config.head_dim)
-        cos, sin = lk.rope_tables(inv_freq, config.positions)  # (positions, D/2) each
+        cos, sin = lk.rope_tables(inv_freq, config.positions)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():

@@ -129,7 +129,7 @@ class RotaryEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
         exact = dict(self.named_buffers())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, buffer in exact.items():
             converted = getattr(self, name)
             if converted.dtype != buffer.dtype:

@@ -32,10 +32,12 @@ PACKAGES = (
     Package("matplotlib", "matplotlib", "pictures", ("demo", "bench", "examples", "gpu-check")),
     Package("transformers", "transformers", "Hugging Face models: the examples, and the tests of patch", ("examples",)),
     Package("peft", "peft", "low-rank adapters in the examples, and their tests"),
-    Package("accelerate", "accelerate", "the tests of models whose weights are offloaded"),
+    Package("accelerate", "accelerate", "the Trainer in the examples, and tests of offloaded weights", ("examples",)),
     Package("einops", "einops", "the suites of other projects (make witness)", ("witness",)),
-    Package("ruff", "ruff", "make lint", ("lint",)),
-    Package("mypy", "mypy", "make typecheck, a part of make lint", ("typecheck",)),
+    Package("ruff", "ruff", "make lint", ("lint", "fmt", "quick")),
+    Package("mypy", "mypy", "make typecheck, a part of make lint", ("typecheck", "quick")),
+    Package("mkdocs-material", "material", "the documentation", ("docs",)),
+    Package("mkdocstrings", "mkdocstrings", "the documentation", ("docs",)),
 )
 
 
@@ -64,7 +66,7 @@ def main() -> int:
         print(f"Packages that {args.python} does not have, and what they are used for:")
         for package in lacking:
             needed = f" (needed by make {', '.join(package.targets)})" if package.targets else ""
-            print(f"  {package.name:13} {package.used_for}{needed}")
+            print(f"  {package.name:15} {package.used_for}{needed}")
     print(f"To install: {install_command(args.python, lacking)}")
     return 1 if args.target else 0
 

@@ -14,10 +14,8 @@ target may have, or where the plain causal kernels of attention are no longer th
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -25,46 +23,15 @@ from pathlib import Path
 import triton
 
 from bench.codegen import record, traffic
-from bench.codegen.cases import TARGETS, Case, cases, compile_case
-from bench.codegen.reading import Report, read
-
-
-def _work(job: tuple[str, int]) -> list[Report]:
-    name, index = job
-    case = list(cases())[index]
-    return [read(name, case, kernel, compiled) for kernel, compiled in compile_case(name, case)]
-
-
-def chosen(name: str, case: Case, full: bool) -> bool:
-    """Whether `case` is compiled for target `name`. Row tiles of sm_86 are those of sm_80."""
-    elsewhere = name == "sm_86" and case.op not in ("attention", "decode")
-    return case.only in (None, name) and (full or not (case.full or elsewhere))
-
-
-def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
-    jobs = [(name, i) for i, case in enumerate(cases()) for name in targets if chosen(name, case, full)]
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return [report for reports in pool.map(_work, jobs) for report in reports]
+from bench.codegen.collecting import collect
+from bench.codegen.compiling import TARGETS
+from bench.codegen.reading import Report
 
 
 def show(reports: list[Report]) -> None:
     columns = "{:8}{:30}{:38}{:>6}{:>6}{:>7}{:>9}{:>8}{:>7}{:>7}  {:22}{:22}{}"
-    head = (
-        "target",
-        "kernel",
-        "case",
-        "warps",
-        "regs",
-        "spill",
-        "shared",
-        "tensor",
-        "a byte",
-        "issue",
-        "loads",
-        "stores",
-        "",
-    )
-    print(columns.format(*head))
+    head = "target kernel case warps regs spill shared tensor a_byte issue loads stores"
+    print(columns.format(*head.split(), ""))
     for r in reports:
         loads, stores = (" ".join(f"{n}x{bits}" for bits, n in sorted(w.items())) for w in (r.loads, r.stores))
         heaviest = traffic.heaviest(r.moves)
@@ -89,7 +56,7 @@ def main() -> int:
         parser.error("--record takes what is compiled by default")
     reports = collect(args.targets, args.full, args.workers)
     show(reports)
-    print("\na byte: instructions of a thread in the heaviest loop, for each byte of global memory that it moves")
+    print("\na_byte: instructions of a thread in the heaviest loop, for each byte of global memory that it moves")
     print(f"issue: of those that fit beside a byte at the bandwidth of a copy: {traffic.assumption()}")
     faulty = [r for r in reports if r.faults]
     print(f"\n{len(reports)} kernels with triton {triton.__version__}, {len(faulty)} at fault")

@@ -1,48 +1,20 @@
-"""The calls that the compile gate compiles, and their compilation under a driver that stands in for a GPU's.
+"""The calls that the compile gate compiles. bench/codegen/hopper.py and ones.py have more.
 
-The package's own launchers run: Triton specialises and compiles just what it would on the target, and the launch is
-dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit its kernel fails here.
+The package's own launchers run, so nothing here repeats a kernel's signature, and a launcher that does not fit its
+kernel fails here.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from bench.codegen import hopper, ones
-from llama_kernels.core import device
+from bench.codegen.compiling import Case
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import decode, tables
+from llama_kernels.ops.attention import decode
 from llama_kernels.ops.attention.call import AttentionCall
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-
-# --- what is compiled ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of a launcher. `label` names the shape and the options."""
-
-    op: str
-    label: str
-    launch: Callable[[], Any]
-    full: bool = False  # only with --full
-    only: str | None = None  # a target; None: all
-    ones: bool = False  # with sizes of 1: it must compile and fit; how fast such code is does not matter
 
 
 def cases() -> Iterator[Case]:
@@ -52,10 +24,8 @@ def cases() -> Iterator[Case]:
     yield from _attention_cases()
     yield from _rope_attention_cases()
     yield from _decode_cases()
-    for call in hopper.calls():
-        yield Case("hopper", call.label, call.launch, call.full, only="sm_90")
-    for call in ones.calls():
-        yield Case(call.op, call.label, call.launch, call.full, ones=True)
+    yield from hopper.cases()
+    yield from ones.cases()
 
 
 def _rms_norm_cases() -> Iterator[Case]:
@@ -74,9 +44,9 @@ def _rows_of(N: int, dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) 
     for residual in (None, x):
         label = f"N={N}" + " float32" * (dtype == torch.float32) + " float32 weight" * (weight_dtype != dtype)
         label += "" if residual is None else " +residual"
-        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): rms_norm._forward(*a), full)
+        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): KERNELS["rms_norm_forward"](*a), full)
         grads = (x, residual, x, weight, rstd, 1e-6, 0.0, dtype, True, True)
-        yield Case("rms_norm", label, lambda a=grads: rms_norm._backward(*a), full)
+        yield Case("rms_norm", label, lambda a=grads: KERNELS["rms_norm_backward"](*a), full)
 
 
 def _rope_cases() -> Iterator[Case]:
@@ -85,16 +55,16 @@ def _rope_cases() -> Iterator[Case]:
         for interleaved in (False, True):
             q, k, *angles = _heads(D, R, Hq, Hkv)
             label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
-            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): rope._rotated(*a))
+            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): KERNELS["rope"](*a))
     q, k, *angles = _heads(128, 128, 32, 8)
-    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): rope._packed_backward(*a))
+    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): KERNELS["rope_qkv_backward"](*a))
     cache, slots = torch.empty(1, 8, 64, 128, dtype=q.dtype), angles[-1]
     into = (q, k, k, cache, cache, slots, *angles, False)
-    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: rope._into_cache(*a))
+    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: KERNELS["rope_into_cache"](*a))
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         wide = (*_wide_tables(128), angles[-1], interleaved)
-        yield Case("rope", label, lambda a=(q, k, *wide, True): rope._rotated(*a), interleaved)
+        yield Case("rope", label, lambda a=(q, k, *wide, True): KERNELS["rope"](*a), interleaved)
 
 
 def _qk_norm_rope_cases() -> Iterator[Case]:
@@ -104,14 +74,16 @@ def _qk_norm_rope_cases() -> Iterator[Case]:
             weights = (torch.empty(D, dtype=q.dtype),) * 2
             label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
             rest, full = (*weights, *angles, 1e-6, 0.0, interleaved), D == 80 or (interleaved and (D, R) != (128, 128))
-            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): qk_norm_rope._forward(*a), full)
-            yield Case("qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): qk_norm_rope._backward(*a), full)
+            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): KERNELS["qk_norm_rope"](*a), full)
+            yield Case(
+                "qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): KERNELS["qk_norm_rope_backward"](*a), full
+            )
     q, k, *_, position_ids = _heads(128, 128, 32, 8)
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         weights = (torch.empty(128, dtype=q.dtype),) * 2
         rest = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
-        yield Case("qk_norm_rope", label, lambda a=rest: qk_norm_rope._backward(*a), interleaved)
+        yield Case("qk_norm_rope", label, lambda a=rest: KERNELS["qk_norm_rope_backward"](*a), interleaved)
 
 
 def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:
@@ -212,43 +184,3 @@ def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, every
     needed = (True, True, True, False)
     backward = KERNELS["rope_attention_backward"]
     backward(q, None, q, k, v, q, lse, None, *bounds, *angles, *numbers, *needed, None)
-
-
-# --- compiling under a stand-in driver -------------------------------------------------------------------------------
-
-
-class StandInDriver:
-    """What Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self._name]
-
-    def get_current_device(self) -> int:
-        return list(TARGETS).index(self._name)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
-    """The kernels that `case` launches on target `name`: (kernel name, triton's CompiledKernel)."""
-    compiled = []
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append((self.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **kwargs)))
-
-    with (
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(tables, "arch_of", lambda _: name),
-        mock.patch.object(device, "arch_of", lambda _: name),
-    ):
-        driver.set_active(StandInDriver(name))
-        case.launch()
-    return compiled

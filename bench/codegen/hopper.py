@@ -1,9 +1,7 @@
-"""The Hopper kernels' inner loops, read offline: `python -m bench.hopper [D=128 causal ...]`. No GPU needed.
+"""The calls of the Hopper kernels that the compile gate compiles, and the rules for their loops.
 
-`python -m bench.codegen` compiles the calls named here with everything else and holds the kernels against the rules
-below; this shows what one trip of each loop over blocks issues, a warp group. What the loop must not have is what makes
-such a kernel slow without a word: a spill, a mask where none is needed, a softmax that waits for the tensor cores, a
-product computed twice.
+A loop over blocks must have no spill, no mask where none is needed, no softmax that waits for the tensor cores and no
+product that is computed twice: each makes the kernel slow and its results stay right. hopper_loops.py shows the loops.
 """
 
 from __future__ import annotations
@@ -12,13 +10,14 @@ import collections
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from bench.codegen import sass
+from bench.codegen.compiling import Case
 from llama_kernels import hopper_attention
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import dispatch
@@ -26,40 +25,25 @@ from llama_kernels.ops.attention.call import AttentionCall, Wanted
 from llama_kernels.ops.attention.hopper.tables import TILES
 
 SHOWN = (
-    "HGMMA",
-    "MUFU.EX2",
-    "FFMA",
-    "FMUL",
-    "FADD",
-    "FMNMX",
-    "F2FP",
-    "PRMT",
-    "ISETP",
-    "FSEL",
-    "BAR.SYNC",
-    "LDL",
-    "STL",
+    *("HGMMA", "MUFU.EX2", "FFMA", "FMUL", "FADD", "FMNMX", "F2FP"),
+    *("PRMT", "ISETP", "FSEL", "BAR.SYNC", "LDL", "STL"),
 )
 
 
 # --- what is compiled ------------------------------------------------------------------------------------------------
 
 
-class Call(NamedTuple):
-    label: str
-    launch: Callable[[], Any]
-    full: bool  # only with --full
-
-
-def calls() -> Iterator[Call]:
-    """Each row of the table causal and with all options at once; the others on request."""
+def cases() -> Iterator[Case]:
+    """Each row of the table of tiles, causal and with all options at once; the others with --full."""
     for D in (64, 128, 256, 80, 96, 192):
         for options in ((), ("causal",), ("causal", "window"), ("causal", "packed"), ("causal", "softcap"),
                         ("causal", "window", "softcap", "sinks", "packed")):  # fmt: skip
             plain = options == ("causal",) or len(options) > 2
             label = " ".join((f"D={D} bfloat16", *options))
-            yield Call(label, functools.partial(_attention, D, options), not plain or D not in (64, 128, 256))
-    yield Call("D=128 bfloat16 causal rotated", functools.partial(_attention, 128, ("causal", "rotated")), False)
+            full = not plain or D not in (64, 128, 256)
+            yield Case("hopper", label, functools.partial(_attention, D, options), full, only="sm_90")
+    rotated = functools.partial(_attention, 128, ("causal", "rotated"))
+    yield Case("hopper", "D=128 bfloat16 causal rotated", rotated, only="sm_90")
 
 
 def _attention(D: int, options: tuple[str, ...]) -> None:
@@ -75,11 +59,7 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
     left, right = 64 if "window" in options else None, 0 if "causal" in options else None
     softcap = 30.0 if "softcap" in options else None
     rest = (sinks, None, None, cu_seqlens, cu_seqlens, S, S, 0.1, softcap, left, right)
-    with (
-        mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"),
-        hopper_attention(),
-        warnings.catch_warnings(),
-    ):
+    with mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"), hopper_attention(), warnings.catch_warnings():
         warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile is said, and stepped over
         KERNELS["attention_forward"](q, k, v, *rest)
         if "rotated" in options:

@@ -1,28 +1,23 @@
-"""Calls with sizes of 1, for the compile gate: they must compile, and fit into shared memory.
+"""Calls with sizes of 1, for the compile gate: they must compile and fit into shared memory.
 
-Triton makes a constant of an integer argument that is 1, and compiles a kernel of its own. So each size that a user can
-make 1 is 1 in some call: the length of documents, all tokens, the batch, the heads, the rows, the width of a row.
+Triton makes a constant of an integer argument that is 1, and compiles another kernel for it. So each size that a user
+can make 1 is 1 in some call: the length of documents, all tokens, the batch, the heads, the rows, the width of a row.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
+from bench.codegen.compiling import Case
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode
 from llama_kernels.ops.attention.call import AttentionCall
 
-
-class Call(NamedTuple):
-    op: str
-    label: str
-    launch: Callable[[], Any]
-    full: bool  # only with --full
+_case = functools.partial(Case, ones=True)
 
 
 class _Size(NamedTuple):
@@ -47,23 +42,23 @@ _SIZES = (
 )
 
 
-def calls() -> Iterator[Call]:
+def cases() -> Iterator[Case]:
     for D in (64, 128, 32, 256):
         for size in _SIZES:
             for options in ("causal", "window", "bounds", "all"):
                 full = D != 64 or not (size is _SIZES[0] or (options, size) == ("causal", _SIZES[4]))
                 launch = functools.partial(_attention, D, torch.bfloat16, size, options)
-                yield Call("attention", f"D={D} bfloat16 {options}: {size.name}", launch, full)
+                yield _case("attention", f"D={D} bfloat16 {options}: {size.name}", launch, full)
         for dtype in (torch.float16, torch.float32):
             launch = functools.partial(_attention, D, dtype, _SIZES[0], "causal")
-            yield Call("attention", f"D={D} {str(dtype)[6:]} causal: {_SIZES[0].name}", launch, True)
-        yield Call("decode", f"D={D}: one query of one head", functools.partial(_decode, D), True)
+            yield _case("attention", f"D={D} {str(dtype)[6:]} causal: {_SIZES[0].name}", launch, True)
+        yield _case("decode", f"D={D}: one query of one head", functools.partial(_decode, D), True)
         for interleaved in (False, True):
             label = f"D={D}{' interleaved' * interleaved}: one token of one head"
             launch = functools.partial(_rotations, D, interleaved)
-            yield Call("rope", label, launch, True)
+            yield _case("rope", label, launch, True)
     for N in (1, 2, 64, 4096, 32768):
-        yield Call("rms_norm", f"N={N}: one row", functools.partial(_norms, N), True)
+        yield _case("rms_norm", f"N={N}: one row", functools.partial(_norms, N), True)
 
 
 def _attention(D: int, dtype: torch.dtype, size: _Size, options: str) -> None:
@@ -101,10 +96,10 @@ def _rotations(D: int, interleaved: bool) -> None:
     q = torch.empty(1, 1, 1, D, dtype=torch.bfloat16)
     weights, cache = (torch.empty(D, dtype=q.dtype),) * 2, torch.empty(1, 1, 64, D, dtype=q.dtype)
     angles = (torch.empty(1, D // 2), torch.empty(1, D // 2), torch.zeros(1, 1, dtype=torch.int64))
-    rope._rotated(q, q, *angles, interleaved, False)
-    rope._into_cache(q, q, q, cache, cache, angles[-1], *angles, interleaved)
-    qk_norm_rope._forward(q, q, *weights, *angles, 1e-6, 0.0, interleaved)
-    qk_norm_rope._backward(q, q, q, q, *weights, *angles, 1e-6, 0.0, interleaved, True)
+    KERNELS["rope"](q, q, *angles, interleaved, False)
+    KERNELS["rope_into_cache"](q, q, q, cache, cache, angles[-1], *angles, interleaved)
+    KERNELS["qk_norm_rope"](q, q, *weights, *angles, 1e-6, 0.0, interleaved)
+    KERNELS["qk_norm_rope_backward"](q, q, q, q, *weights, *angles, 1e-6, 0.0, interleaved, True)
     lse, bound = torch.empty(1, 1, 1), torch.zeros(1, 1, dtype=torch.int32)
     rest = (interleaved, 0.1, None, None, 0, True, True, True, False, None)
     KERNELS["rope_attention_backward"](q, None, q, q, q, q, lse, None, bound, bound, *angles, *rest)
@@ -113,5 +108,5 @@ def _rotations(D: int, interleaved: bool) -> None:
 def _norms(N: int) -> None:
     x, weight, rstd = torch.empty(1, N, dtype=torch.bfloat16), torch.empty(N, dtype=torch.bfloat16), torch.empty(1, 1)
     for residual in (None, x):
-        rms_norm._forward(x, residual, weight, 1e-6, 0.0)
-        rms_norm._backward(x, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
+        KERNELS["rms_norm_forward"](x, residual, weight, 1e-6, 0.0)
+        KERNELS["rms_norm_backward"](x, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)

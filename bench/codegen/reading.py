@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from bench.codegen import hopper, sass, traffic
-from bench.codegen.cases import TARGETS, Case
+from bench.codegen.compiling import TARGETS, Case
 from llama_kernels.core import device
 
 

@@ -1,4 +1,4 @@
-"""What the plain causal kernels of attention were when they were recorded, in machine_code.json."""
+"""The recorded figures of the plain causal kernels of attention: machine_code.json."""
 
 from __future__ import annotations
 

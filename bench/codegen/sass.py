@@ -1,8 +1,8 @@
-"""Machine code, read: what any kernel's loops are, and what a step of attention's issues, and the cycles that implies.
+"""The loops of a kernel in its machine code: what a step of attention issues, and the cycles that it takes at least.
 
 A model, not a measurement: pipes have the rates of NVIDIA's tables, warps run in lockstep, no instruction waits for its
 operands, memory is never late. So cycles are a bound from below and the share of the tensor cores' rate one from above;
-two of them tell which of two loops leaves more time to be lost.
+they compare two loops, and predict no time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """One multiprocessor. Rates are a cycle's."""
+    """An SM. Rates are for a cycle."""
 
     tensor_flops: int | None  # in half precision with float32 sums; None where the instructions do not show their sizes
     float32: int
@@ -76,7 +76,7 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def disassembled(cubin: bytes) -> str:
-    return _tool(cubin, "nvdisasm", "-c", "-ndf")  # no dataflow analysis: a third sooner, and but for notes the same
+    return _tool(cubin, "nvdisasm", "-c", "-ndf")  # no dataflow analysis: a third faster, and only notes are missing
 
 
 def usage(cubin: bytes) -> str:
@@ -108,7 +108,9 @@ def innermost(lines: list[str], labels: dict[str, int], around: str) -> Iterator
     ends: dict[int, int] = {}
     for at, line in enumerate(lines):
         target = re.match(r"BRA.*`\(\.(L_x_\d+)\)", line)
-        spins = any("SYNCS.PHASECHK" in x for x in lines[max(at - 3, 0) : at])  # on a barrier, and is no loop of ours
+        spins = any(
+            "SYNCS.PHASECHK" in x for x in lines[max(at - 3, 0) : at]
+        )  # waits for a barrier: not a loop of the kernel
         if target and (begin := labels.get(target[1], at + 1)) <= at and not spins:
             ends[begin] = max(at, ends.get(begin, 0))
     loops = [(a, b) for a, b in sorted(ends.items()) if any(re.match(around, x) for x in lines[a : b + 1])]
@@ -149,8 +151,8 @@ def _product(line: str, on: Processor) -> tuple[float, float]:
 
 
 def covered(body: list[str]) -> float:
-    """Of the exponentials in a loop, those issued while a product is in flight. Gone round twice and counted once, so
-    that what one step leaves in flight covers the next."""
+    """The share of a loop's exponentials that are issued while a product is in flight. The loop is followed twice and
+    counted once: a product that one step leaves in flight covers the next step."""
     in_flight, exps, beneath = 0, 0, 0
     for trip in range(2):
         for line in body:

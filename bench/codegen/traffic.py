@@ -1,7 +1,7 @@
-"""How a memory-bound kernel moves its bytes, read from its machine code: how wide, and at how many instructions a byte.
+"""The global accesses of a memory-bound kernel in its machine code: their widths, and the instructions for each byte.
 
-A model, not a measurement: a processor issues four warps of 32 a cycle, and memory is as fast as a copy. An instruction
-count under that limit says that memory can be what a kernel waits for, not that it is.
+A model, not a measurement: a processor issues four warps of 32 a cycle, and memory is as fast as a copy. A kernel
+with fewer instructions can be bound by memory; that it is, this does not show.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """`python -m bench`: kernels side by side. See docs/bench.md.
 
-python -m bench                       everyone at the shapes of published models; a report in build/bench
+python -m bench                       every provider at the shapes of published models; a report in build/bench
 python -m bench --preset sweeps       over sizes
-python -m bench parity                numbers only, small: a gate for CI
+python -m bench parity                parity at small shapes, without times: a gate for CI
 python -m bench compare A.json B.json what became slower; exits with 1 past the threshold
 python -m bench report FILES          pictures and page again, from records
-python -m bench providers             who can be measured here, and why not
+python -m bench providers             which providers can be measured here, and why others cannot
 """
 
 from __future__ import annotations
@@ -46,12 +46,8 @@ def parser() -> argparse.ArgumentParser:
     def add_measuring(add: Callable[..., argparse.Action], folder: str, minutes: float) -> None:
         """Where, how long, and in which process."""
         add_device(add)
-        add(
-            "--minutes",
-            type=_positive,
-            default=minutes,
-            help="then the rest is listed as not run (default: %(default)s)",
-        )
+        add("--minutes", type=_positive, default=minutes,
+            help="work that is left after these is listed as not run (default: %(default)s)")  # fmt: skip
         add("--out", type=Path, default=Path(folder), metavar="FOLDER", help="default: %(default)s")
         add("--resume", action="store_true", help="go on from FOLDER/records.json: what it has is not measured again")
         add("--patience", type=_positive, default=10, metavar="MINUTES",
@@ -70,14 +66,14 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     add("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="default: all three")
     add("--providers", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
-    add("--seconds", type=_positive, default=0.5, help="of samples, each direction (default: %(default)s)")
+    add("--seconds", type=_positive, default=0.5, help="seconds of samples for each direction (default: %(default)s)")
     add_measuring(add, "build/bench", 30)
     add("--json", type=Path, metavar="FILE", help="write the records there too")
     add("--save", action="store_true", help="keep the records in bench/results/<gpu>/")
     add("--workers", type=int, default=os.cpu_count(), help="processes that compile, without a GPU")
     add("--hopper", action="store_true", help="our attention takes its Hopper kernels, which are off by default")
 
-    add = command("parity", check_parity, "numbers only, at small shapes",
+    add = command("parity", check_parity, "parity at small shapes, without times",
                   directions=None, hopper=False, seconds=0.0)  # fmt: skip
     add_measuring(add, "build/parity", math.inf)
     add("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
@@ -90,13 +86,13 @@ def parser() -> argparse.ArgumentParser:
     add("after", type=Path)
     add("--threshold", type=_positive, default=100 * compare.THRESHOLD, metavar="PERCENT",
         help="slower by more is a regression (default: %(default)s)")  # fmt: skip
-    add("--all", action="store_true", help="peers too, not only llama_kernels")
+    add("--all", action="store_true", help="all providers, not only llama_kernels")
 
     add = command("report", redraw, "pictures and page from records")
     add("files", type=Path, nargs="+")
     add("--out", type=Path, default=Path("build/bench"), metavar="FOLDER")
 
-    add_device(command("providers", list_providers, "who can be measured here, and why not"))
+    add_device(command("providers", list_providers, "which providers can be measured here, and why others cannot"))
     return whole
 
 

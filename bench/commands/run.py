@@ -1,4 +1,4 @@
-"""`python -m bench run`: everyone is measured; without a GPU, what is true without one is found."""
+"""`python -m bench run`: every provider is measured; without a GPU, what can be known without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everyone at all the work of a run: the records are on disk after each piece of work, and a run can resume."""
+"""All providers at all work of a run. The records are on disk after each piece of work, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -47,13 +47,9 @@ def in_new_processes(args: argparse.Namespace) -> int:
 
 
 def measure(
-    args: argparse.Namespace,
-    works: list[Work],
-    training: list[Scale],
-    device: str,
-    clock: runner.Clock | None,
+    args: argparse.Namespace, works: list[Work], training: list[Scale], device: str, clock: runner.Clock | None
 ) -> Run:
-    """Everyone at `works` and `training`, as far as the minutes go. Without a clock: parity and memory.
+    """Measure all providers at `works` and `training` until the minutes are over. Without a clock: parity and memory.
 
     `args.out`/records.json is whole after each piece of work. With args.resume, what it has is not measured again. An
     interruption or the loss of the process ends the run early: `extra["stopped"]` says why. Raises ValueError if the
@@ -68,7 +64,7 @@ def measure(
     journal = Journal(args.out, fresh=not args.resume)
     _allow_many_calls()
     if clock is not None and not run.ceilings:
-        with console.status("what this machine does at best"):
+        with console.status("the ceilings of this machine"):
             run.ceilings.update(clock.ceilings())
     _say_where(run)
     if before:
@@ -155,7 +151,7 @@ def _say_where(run: Run) -> None:
 
 
 def _allow_many_calls() -> None:
-    """torch.compile's limits are for programs; a bench compiles many shapes, and repeats the backward of a forward."""
+    """Raise limits of torch.compile: the bench compiles many shapes, and repeats the backward of one forward."""
     importlib.import_module("torch._functorch.config").donated_buffer = False
     dynamo = importlib.import_module("torch._dynamo.config")
     setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 256)

@@ -1,4 +1,4 @@
-"""What is true without a GPU: bounds from bytes and FLOPs, parity in the interpreter, machine code, the host's cost."""
+"""What can be known without a GPU: bounds on times, parity, machine code and the host's cost."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def run(say: Callable[[str], None], workers: int) -> tuple[list[Record], dict[st
     with tempfile.TemporaryDirectory() as name:
         host, parity, codegen = (Path(name, f"{what}.json") for what in ("host", "parity", "codegen"))
         say("host cost of a call")
-        _wait(_start("bench.host", "--json", host))
+        _wait(_start("bench.host", "--json", host), host)
         say(f"parity in Triton's interpreter; machine code for {TARGET}")
         compiling = _start("bench.codegen", "--targets", TARGET, "--workers", str(workers), "--json", codegen)
         arguments = ("parity", "--dtypes", "bf16", "fp32", "--json", parity, "--out", Path(name, "parity"))
         if why_not := why_not_interpreted():
             print(f"Parity is left out: {why_not}")
         else:
-            _wait(_start("bench", *arguments, TRITON_INTERPRET="1"), may_fail=True)
-        _wait(compiling, may_fail=True)  # both say what is wrong in what they write
+            _wait(_start("bench", *arguments, TRITON_INTERPRET="1"), parity)
+        _wait(compiling, codegen)
         found = [] if why_not else records.read(parity).records
         return found, {"host": json.loads(host.read_text()), "codegen": json.loads(codegen.read_text())}
 
@@ -61,7 +61,8 @@ def _start(module: str, *args: Any, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def _wait(process: subprocess.Popen[str], may_fail: bool = False) -> None:
+def _wait(process: subprocess.Popen[str], written: Path) -> None:
+    """Until `process` has ended. It may have found faults, which are in the file that it has `written`."""
     _, said = process.communicate()
-    if process.returncode and not may_fail:
+    if not written.exists():
         raise RuntimeError(f"{' '.join(process.args[1:3])} failed:\n{said[-2000:]}")

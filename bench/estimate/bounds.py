@@ -1,9 +1,9 @@
-"""What a GPU allows, without one: bytes and FLOPs of a provider's ops, counted, over what the GPU reaches at best.
+"""Bounds from below on times: bytes and FLOPs of a provider's ops, counted, over the best rates of a GPU.
 
 Each op that PyTorch dispatches is taken as one kernel that reads its inputs once, writes its outputs once and is bound
 by the slower of memory and tensor cores. No launch costs, no gaps, nothing kept in the L2 from one op to the next. So
-the milliseconds are a bound from below, of this way of computing; ratios of two bounds tell what fusing saves. Tensors
-are on the meta device: nothing is computed.
+the milliseconds are a bound from below. The ratio of two bounds shows what fusing saves. Tensors are on the meta
+device: nothing is computed.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ FLASH = _FlashSdpa("sdpa-flash", None)
 
 
 def estimates(works: Iterable[Work], providers: Iterable[Provider], about: dict[str, Any]) -> list[Record]:
-    """A record for each work, direction, provider and GPU: the bound in `ms`, and what of the roof it leaves."""
+    """A record for each work, direction, provider and GPU: the bound is `ms`."""
     providers, out = list(providers), []
     for work in works:
         call = work.draw("meta")

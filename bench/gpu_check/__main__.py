@@ -1,4 +1,4 @@
-"""`python -m bench.gpu_check`: all that one GPU can say, the most valuable first, in stages that can be resumed.
+"""`python -m bench.gpu_check`: every check that needs a GPU, the most valuable first, in stages that can resume.
 
 Exits with 0 if all stages passed and nothing became slower, 1 if something is wrong or slower, 2 without a GPU,
 3 if nothing is wrong so far and stages are left: the same command goes on. See docs/gpu_check.md.

@@ -1,4 +1,4 @@
-"""What the bench launches on a GPU, found out on the meta device, whose tensors have shapes and strides but no data."""
+"""The kernels that the bench launches on a GPU, found on the meta device, whose tensors have no data."""
 
 from __future__ import annotations
 

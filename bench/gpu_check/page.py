@@ -1,4 +1,4 @@
-"""The one page at the end, made of what the stages left on disk, so that a run cut short has one too."""
+"""The page at the end. It is made of the stages' files, so that a run that was cut short has a page too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ATTENTION = ("forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel")
 
 
 class Findings(NamedTuple):
-    """All that the page tells. A run that is None was not made."""
+    """What the page shows. A run that is None was not made."""
 
     folder: Path
     outcomes: Sequence[Outcome]

@@ -1,4 +1,4 @@
-"""What each stage and each of its jobs came to, in a JSON file each, by which a second run resumes."""
+"""The result of each stage and of each job, in a JSON file each, from which a second run resumes."""
 
 from __future__ import annotations
 

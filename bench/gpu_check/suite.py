@@ -19,12 +19,7 @@ PART = 40
 SECONDS = 300.0  # of a part: its kernels may all be new
 COLLECT_SECONDS = 60.0
 # Slow, and least likely to say something new about a GPU.
-LAST = (
-    "tests/integrations/",
-    "tests/examples/",
-    "tests/regressions/test_fuzz.py",
-    "tests/gpu/test_large.py",
-)
+LAST = ("tests/integrations/", "tests/examples/", "tests/regressions/test_fuzz.py", "tests/gpu/test_large.py")
 # Hundreds of launches that must be alike, which the determinism stage repeats while others use the GPU.
 REPEATS = "repeat or races"
 
@@ -38,8 +33,8 @@ def pytest_job(name: str, *args: str, seconds: float = SECONDS, env: Mapping[str
 
 
 def collect_job() -> Job:
-    """Lists all tests, in collect/collect.txt."""
-    return Job("collect", (*_PYTEST, "-q", "--collect-only", "tests"), COLLECT_SECONDS)
+    """Lists the tests that depend on how kernels run, in collect/collect.txt."""
+    return Job("collect", (*_PYTEST, "-q", "--collect-only", "-m", "not once", "tests"), COLLECT_SECONDS)
 
 
 def listed(folder: Path) -> list[str]:
@@ -83,12 +78,12 @@ def is_repeated(test: str) -> bool:
 
 
 def reaches_attention(test: str) -> bool:
-    """Whether the file of `test` calls attention by itself, so that --hopper may change what it runs."""
+    """Whether the file of `test` calls attention, by itself or among all ops: --hopper may change what it runs."""
     file = test.split("::")[0]
     if file.startswith("tests/integrations/"):
         return False
-    text = (ROOT / file).read_text()
-    return re.search(r"\b(?:lk|llama_kernels)\.(?:rope_)?attention|from tests\.support\.attention", text) is not None
+    called = r"\b(?:lk|llama_kernels)\.(?:rope_)?attention|from tests\.support\.(?:attention|ops)\b"
+    return re.search(called, (ROOT / file).read_text()) is not None
 
 
 def counts(output: str) -> dict[str, int]:

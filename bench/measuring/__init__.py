@@ -1,1 +1,1 @@
-"""How work is measured: the clock, failures, processes that are lost, and the records of it all."""
+"""How work is measured: clocks, failures, lost processes and records."""

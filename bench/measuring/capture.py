@@ -1,4 +1,4 @@
-"""CUDA graph capture of code that may be anyone's.
+"""CUDA graph capture of code that we do not know.
 
 A capture that fails can leave a process unusable, so three things guard it:
 

@@ -1,4 +1,4 @@
-"""What a provider raises is the reason of its rows, and ends nothing else."""
+"""An exception of a provider becomes the reason in its rows, and the run goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on a GPU is done by a process that may be lost: one provider that spoils or ends it does not end the run.
+"""A run on a GPU is made by a child process, so that a provider that crashes it does not end the run.
 
 The parent (`supervise`) touches no GPU. The child measures, and writes two files as it goes: `records.json` after each
 piece of work, and `journal.json` with the step under way. When the child dies of a signal, reports that it cannot use

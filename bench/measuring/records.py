@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON object with `records`. docs/bench.md tells what each field means."""
+"""The records of a run, and their file: one JSON object, whose fields docs/bench.md describes."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def latest(gpu: str) -> Path | None:
 
 
 def with_ratios(records: Iterable[Record]) -> list[Record]:
-    """The records, each knowing how it stands to the fastest other provider of the same work."""
+    """The records, with `ratio`: to the fastest other provider of the same work."""
     records = list(records)
     groups: dict[tuple[str, ...], list[Record]] = {}
     for r in records:

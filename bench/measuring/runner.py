@@ -1,7 +1,8 @@
-"""One piece of work after another: everyone's numbers are checked, then everyone is timed, in turns."""
+"""One piece of work after another: the numbers of every provider are checked, then all are timed in turns."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -48,25 +49,42 @@ def run(
 ) -> Iterator[list[Record]]:
     """The records of each of `works`. Without a clock: parity and memory, no time.
 
-    seconds: for the samples of one direction. Work that comes after `out_of_time` is listed as not run. What a provider
-    raises is the reason of its rows. Raises Lost, after the records of the work, if the process cannot use its GPU any
-    more; `journal` has the step that did it.
+    seconds: for the samples of one direction. What a provider raises is the reason of its rows. Otherwise as
+    `one_after_another`; `journal` has the step that lost the process.
+    """
+
+    def start(work: Work) -> tuple[list[Record], Callable[[], None]]:
+        rows = rows_of(work, providers, about, directions)
+        bench = _Bench(work, rows, device, clock, ceilings, seconds, journal or Journal())
+        return bench.every, lambda: bench.run(providers)
+
+    return one_after_another(works, start, clock is not None, out_of_time)
+
+
+def one_after_another(
+    works: Iterable[Any],
+    start: Callable[[Any], tuple[list[Record], Callable[[], None]]],
+    timed: bool,
+    out_of_time: Callable[[], bool],
+) -> Iterator[list[Record]]:
+    """The records of each of `works`. `start` gives its empty rows, and what fills them in.
+
+    Work that comes after `out_of_time` is listed as not run. Raises Lost, after the records of the work, if the process
+    cannot use its GPU any more.
     """
     for work in works:
-        rows = rows_of(work, providers, about, directions)
-        every = [r for own in rows.values() for r in own]
-        if out_of_time():
-            for r in every:
-                r.reason = f"{NOT_RUN}: out of time"
-            yield every
-            continue
+        rows, measure = start(work)
         lost = None
         try:
-            _Bench(work, rows, device, clock, ceilings, seconds, journal or Journal()).run(providers)
+            if out_of_time():
+                for r in rows:
+                    r.reason = f"{NOT_RUN}: out of time"
+            else:
+                measure()
         except Lost as e:
             lost = e
-            mark_unfinished(every, clock is not None)
-        yield records.with_ratios(every)
+            mark_unfinished(rows, timed)
+        yield records.with_ratios(rows)
         if lost is not None:
             raise lost
 
@@ -81,23 +99,21 @@ def rows_of(
     return {p.name: [Record(direction=d, provider=p.name, **same) for d in chosen] for p in providers if p.has(work.op)}
 
 
+@dataclasses.dataclass
 class _Bench:
     """One piece of work. Fills in `rows`."""
 
-    def __init__(
-        self,
-        work: Work,
-        rows: Mapping[str, list[Record]],
-        device: str,
-        clock: Clock | None,
-        ceilings: Mapping[str, float],
-        seconds: float,
-        journal: Journal,
-    ) -> None:
-        self.work, self.rows, self.device, self.clock, self.ceilings = work, rows, device, clock, ceilings
-        self.seconds, self.journal = seconds, journal
-        self.every = [r for own in rows.values() for r in own]
-        self.backward = "backward" in work.directions
+    work: Work
+    rows: Mapping[str, list[Record]]
+    device: str
+    clock: Clock | None
+    ceilings: Mapping[str, float]
+    seconds: float
+    journal: Journal
+
+    def __post_init__(self) -> None:
+        self.every = [r for own in self.rows.values() for r in own]
+        self.backward = "backward" in self.work.directions
 
     def run(self, providers: Sequence[Provider]) -> None:
         if not self.every:

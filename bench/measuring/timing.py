@@ -1,6 +1,6 @@
-"""Timing that can be trusted: many samples of each, in turns, of work that the cache does not hold.
+"""Times of calls on a GPU: many samples of each provider, in turns, on tensors that are not in the cache.
 
-What is arithmetic is here without a GPU, and tested so; what needs one is `Gpu`.
+Only `Gpu` needs a GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def in_turns(
     clock: Sampler = time.perf_counter,
     failed: Callable[[str, BaseException], None] | None = None,
 ) -> dict[str, Timing]:
-    """Sample A B C, C B A, A B C, ...: what drifts, drifts for all. Ends after ROUNDS, or `seconds` past the least.
+    """Sample A B C, C B A, A B C, ..., so that a drift is in all. Ends after ROUNDS, or `seconds` and LEAST_ROUNDS.
 
     A sampler that raises takes no further turns and has no timing; `failed` gets its name and the exception. Without
     `failed` the exception is raised.
@@ -142,7 +142,7 @@ class Gpu:
         return start.elapsed_time(end)
 
     def ceilings(self) -> dict[str, float]:
-        """What this machine does at best, measured: GB/s of a copy (read and written), TFLOP/s of an 8192³ product."""
+        """The best rates of this machine, measured: GB/s of a copy (read and written), TFLOP/s of an 8192³ product."""
         x = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
         y = torch.empty_like(x)
         rates = {"copy": 2 * x.numel() / self._median([lambda: y.copy_(x)]) / 1e6}

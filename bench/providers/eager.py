@@ -1,4 +1,4 @@
-"""Plain PyTorch: what a model's code writes, op by op and through torch.compile."""
+"""Plain PyTorch as in a model's code, op by op and through torch.compile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def then_copied(work: RopeIntoCache, device: str, rotate: Function) -> Function:
 
 
 class Eager(Provider):
-    """What a model's code writes, op by op."""
+    """Plain PyTorch, op by op."""
 
     name = "eager"
     cpu = True

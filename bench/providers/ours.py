@@ -62,7 +62,7 @@ class Ours(Provider):
 
 
 class Apart(Provider):
-    """Our own ops one by one: what fusing them saves."""
+    """Our ops one by one, to show what a fused op saves."""
 
     name = f"{OURS}, apart"
     cpu = True

@@ -1,7 +1,7 @@
 """A provider is one small class: a method for each op it has, named after the op.
 
 A method gets the work and the device, does what a user does once (import, tables, masks), and returns a function of the
-op's arguments. What it cannot do it says by raising `Unsupported`; a package that is missing is found out here. Either
+op's arguments. It raises `Unsupported` for what it cannot do; a package that is missing is noticed here. Either
 way the provider stays in the table, with the reason. bench/providers/registry.py has the list.
 """
 

@@ -1,4 +1,4 @@
-"""The speed to reach, as data, and how a run stands to it. Everything in bfloat16, against what the same run measured.
+"""The goals of speed, and whether a run reaches them. All are in bfloat16, relative to what the same run measured.
 
 A goal picks records by op, direction and sizes. It is met if the slowest of them reaches it.
 """
@@ -21,7 +21,7 @@ COPY, RATE, RATIO, SHARE = "copy", "rate", "ratio", "share"
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """`work`: for people. `sizes`: of each named size the smallest and the largest that count, both included.
+    """`work`: a name for people. `sizes`: of each named size the smallest and the largest that count, both included.
 
     quantity: COPY, the rate over that of a copy; RATE, in TFLOP/s; RATIO, the time of provider `against` over ours;
     SHARE, the rate over that of our record of op and shape `beside`.

@@ -102,10 +102,7 @@ def error_figure(rs: list[Record]) -> Figure:
         here = sorted((r for r in rs if r.dtype == dtype), key=lambda r: r.error)  # of several shapes the worst
         unit = UNIT[getattr(torch, dtype)]
         bars(
-            ax,
-            groups,
-            in_order(rs, series(here, lambda r: r.op, lambda r, unit=unit: r.error / unit)),
-            "{:.2g}".format,
+            ax, groups, in_order(rs, series(here, lambda r: r.op, lambda r, unit=unit: r.error / unit)), "{:.2g}".format
         )
         ax.margins(x=0.15)
         ax.set(title=dtype, xlabel=f"error over one rounding to {dtype}, {unit:.1e}")

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.measuring import machine, records, timing
-from bench.measuring.capture import Lost
-from bench.measuring.contain import Contained, mark_unfinished
+from bench.measuring import machine, timing
+from bench.measuring.contain import Contained
 from bench.measuring.journal import Journal
-from bench.measuring.records import NOT_RUN, Record
-from bench.measuring.runner import Clock, in_turns
+from bench.measuring.records import Record
+from bench.measuring.runner import Clock, in_turns, one_after_another
 from bench.training.scale import Scale, put_rate
 from bench.training.step import Step, disparity, llama
 from bench.training.variations import Stock, Variation
@@ -40,23 +39,15 @@ def run(
 
     What a variation raises is the reason of its row. Raises Lost as bench.measuring.runner.run does.
     """
-    for scale in scales:
+
+    def start(scale: Scale) -> tuple[list[Record], Callable[[], None]]:
         rows = rows_of(scale, variations, about)
-        if out_of_time():
-            for r in rows.values():
-                r.reason = f"{NOT_RUN}: out of time"
-            yield list(rows.values())
-            continue
-        lost = None
-        try:
-            contained = Contained(next(iter(rows.values())).work, device, journal or Journal())
-            _Bench(scale, rows, device, clock, ceilings, seconds, contained).run(variations)
-        except Lost as e:
-            lost = e
-            mark_unfinished(rows.values(), clock is not None)
-        yield records.with_ratios(rows.values())
-        if lost is not None:
-            raise lost
+        every = list(rows.values())
+        contained = Contained(every[0].work, device, journal or Journal())
+        bench = _Bench(scale, rows, device, clock, ceilings, seconds, contained)
+        return every, lambda: bench.run(variations)
+
+    return one_after_another(scales, start, clock is not None, out_of_time)
 
 
 def rows_of(scale: Scale, variations: Sequence[Variation], about: Mapping[str, Any]) -> dict[str, Record]:

@@ -1,4 +1,4 @@
-"""The models that are trained, and what a step of them takes at least."""
+"""The models whose training steps are measured, and the FLOPs of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways to make a model of a stock one, and what must hold while it runs.
+"""Variations: how a stock model is changed, and what is in force while it runs.
 
 Liger replaces functions of Transformers' module, which would change the other models too.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
@@ -58,15 +59,25 @@ class _Attention(Work):
                 yield Piece(Call((q[rows], k[keys], v[keys]), (do[rows],)), (rows,), (rows, keys, keys))
             start = end
 
-    def _bytes(self, queries: int, keys: int, direction: str) -> int:
-        q, k = (n * self.D * self.dtype.itemsize for n in (queries, keys))
-        lse = queries * 4
-        forward, backward = 2 * q + 2 * k + lse, 4 * q + 4 * k + lse  # q, k, v, o; the same, do, dq, dk, dv
-        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    @property
+    @abc.abstractmethod
+    def tokens(self) -> tuple[int, int]:
+        """Queries and keys, in all sequences together."""
 
-    def _flops(self, pairs: int, direction: str) -> int:
-        """Two products a visible pair forward, five backward."""
-        return {"forward": 4, "backward": 10, "both": 14}[direction] * self.Hq * self.D * pairs
+    @property
+    @abc.abstractmethod
+    def visible_pairs(self) -> int:
+        """Pairs of a query and a key that it sees, in all sequences together."""
+
+    def least_bytes(self) -> tuple[int, int]:
+        q, k = (n * H * self.D * self.dtype.itemsize for n, H in zip(self.tokens, (self.Hq, self.Hkv), strict=True))
+        lse = self.tokens[0] * self.Hq * 4
+        return 2 * q + 2 * k + lse, 4 * q + 4 * k + lse  # q, k, v, o; the same, do, dq, dk, dv
+
+    def least_flops(self) -> tuple[int, int]:
+        """Two products for a visible pair in the forward, five in the backward."""
+        product = 2 * self.Hq * self.D * self.visible_pairs
+        return 2 * product, 5 * product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +97,13 @@ class Attention(_Attention):
         )
         return Call((q, k, v), (do,))
 
-    def bytes(self, direction: str) -> int:
-        return self._bytes(self.B * self.Hq * self.S, self.B * self.Hkv * self.S, direction)
+    @property
+    def tokens(self) -> tuple[int, int]:
+        return self.B * self.S, self.B * self.S
 
-    def flops(self, direction: str) -> int:
-        return self._flops(self.B * pairs(self.S, self.window), direction)
+    @property
+    def visible_pairs(self) -> int:
+        return self.B * pairs(self.S, self.window)
 
     def pieces(self, call: Call) -> Iterator[Piece]:
         return self._cut(call, [self.S])
@@ -104,8 +117,10 @@ class RopeAttention(Attention):
 
     tables, wide_tables = Rope.tables, Rope.wide_tables
 
-    def bytes(self, direction: str) -> int:
-        return super().bytes(direction) + 2 * self.S * (self.D // 2) * 4 * (2 if direction == "both" else 1)
+    def least_bytes(self) -> tuple[int, int]:
+        forward, backward = super().least_bytes()
+        tables = 2 * self.S * (self.D // 2) * 4
+        return forward + tables, backward + tables
 
     # Of a piece the last query stands at the last key, and only distances count.
 
@@ -143,11 +158,13 @@ class AttentionVarlen(_Attention):
     def cu_seqlens(self, device: str) -> torch.Tensor:
         return torch.tensor([0, *self.ends], dtype=torch.int32, device=device)
 
-    def bytes(self, direction: str) -> int:
-        return self._bytes(self.Hq * sum(self.lengths), self.Hkv * sum(self.lengths), direction)
+    @property
+    def tokens(self) -> tuple[int, int]:
+        return sum(self.lengths), sum(self.lengths)
 
-    def flops(self, direction: str) -> int:
-        return self._flops(sum(map(pairs, self.lengths)), direction)
+    @property
+    def visible_pairs(self) -> int:
+        return sum(map(pairs, self.lengths))
 
     def pieces(self, call: Call) -> Iterator[Piece]:
         return self._cut(call, self.ends)
@@ -168,11 +185,13 @@ class Decode(_Attention):
         k, v = (torch.randn(self.B, self.Hkv, self.Sk, self.D, device=device, dtype=self.dtype) for _ in range(2))
         return Call((q, k, v), (do,))
 
-    def bytes(self, direction: str) -> int:
-        return self._bytes(self.B * self.Hq, self.B * self.Hkv * self.Sk, direction)
+    @property
+    def tokens(self) -> tuple[int, int]:
+        return self.B, self.B * self.Sk
 
-    def flops(self, direction: str) -> int:
-        return self._flops(self.B * self.Sk, direction)
+    @property
+    def visible_pairs(self) -> int:
+        return self.B * self.Sk
 
     def pieces(self, call: Call) -> Iterator[Piece]:
         args = tuple(self.judged(name, x) for name, x in zip(("dq", "dk", "dv"), call.args, strict=True))

@@ -26,14 +26,19 @@ class RMSNorm(Work):
     arguments: ClassVar[tuple[str, ...]] = ("x", "weight")
     outputs: ClassVar[tuple[str, ...]] = ("y",)
 
-    def draw(self, device: str) -> Call:
-        x, dy = (torch.randn(self.M, self.N, device=device, dtype=self.dtype) for _ in range(2))
-        return Call((x, torch.rand(self.N, device=device, dtype=self.dtype) + 0.5), (dy,))
+    @property
+    def _row(self) -> int:
+        """Bytes."""
+        return self.N * self.dtype.itemsize
 
-    def bytes(self, direction: str) -> int:
-        rows, row = self.M * self.N * self.dtype.itemsize, self.N * self.dtype.itemsize
-        forward, backward = 2 * rows + row, 3 * rows + 2 * row  # x, y; x, dy, dx
-        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    def draw(self, device: str) -> Call:
+        rows = lambda: torch.randn(self.M, self.N, device=device, dtype=self.dtype)  # noqa: E731
+        weight = torch.rand(self.N, device=device, dtype=self.dtype) + 0.5
+        return Call((*(rows() for _ in self.arguments[:-1]), weight), tuple(rows() for _ in self.outputs))
+
+    def least_bytes(self) -> tuple[int, int]:
+        rows = self.M * self._row
+        return 2 * rows + self._row, 3 * rows + 2 * self._row  # x, y, weight; x, dy, dx, weight, dweight
 
     def reference(self, x, weight):
         return lk.reference.rms_norm(x, weight, EPS)
@@ -42,31 +47,25 @@ class RMSNorm(Work):
         return plain_norm(x, weight)
 
     def pieces(self, call: Call) -> Iterator[Piece]:
+        *inputs, weight = call.args
         for a in range(0, self.M, ROWS):
             rows = slice(a, a + ROWS)
-            part = Call((call.args[0][rows], call.args[1]), (call.grads[0][rows],))
-            yield Piece(part, (rows,), (rows, ...))
+            part = Call((*(x[rows] for x in inputs), weight), tuple(g[rows] for g in call.grads))
+            yield Piece(part, (rows,) * len(call.grads), (*(rows for _ in inputs), ...))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AddRMSNorm(Work):
+class AddRMSNorm(RMSNorm):
     """x, residual (M, N), weight (N,) -> y, x + residual."""
-
-    M: int
-    N: int
 
     op: ClassVar[str] = "add_rms_norm"
     arguments: ClassVar[tuple[str, ...]] = ("x", "residual", "weight")
     outputs: ClassVar[tuple[str, ...]] = ("y", "residual_out")
 
-    def draw(self, device: str) -> Call:
-        x, residual, dy, ds = (torch.randn(self.M, self.N, device=device, dtype=self.dtype) for _ in range(4))
-        return Call((x, residual, torch.rand(self.N, device=device, dtype=self.dtype) + 0.5), (dy, ds))
-
-    def bytes(self, direction: str) -> int:
-        rows, row = self.M * self.N * self.dtype.itemsize, self.N * self.dtype.itemsize
-        forward, backward = 4 * rows + row, 4 * rows + 2 * row  # the sum, dy, ds and one gradient for both
-        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    def least_bytes(self) -> tuple[int, int]:
+        rows = self.M * self._row
+        # x, residual, their sum, y; the sum, the gradients of both outputs, one gradient for both inputs
+        return 4 * rows + self._row, 4 * rows + 2 * self._row
 
     def reference(self, x, residual, weight):
         return lk.reference.add_rms_norm(x, residual, weight, EPS)
@@ -74,13 +73,6 @@ class AddRMSNorm(Work):
     def plain(self, x, residual, weight):
         total = x + residual
         return plain_norm(total, weight), total
-
-    def pieces(self, call: Call) -> Iterator[Piece]:
-        x, residual, weight = call.args
-        for a in range(0, self.M, ROWS):
-            rows = slice(a, a + ROWS)
-            part = Call((x[rows], residual[rows], weight), tuple(g[rows] for g in call.grads))
-            yield Piece(part, (rows, rows), (rows, rows, ...))
 
 
 def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -24,16 +24,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def works_of(preset: str) -> Iterator[Work]:
-    packed = AttentionVarlen(shape="packed documents", lengths=documents(16384), Hq=32, Hkv=8, D=128)
+    packed = tuple(_packed(16384))
     if preset in ("models", "all"):
-        yield from (*_memory_bound_models(), *_attention_models(), packed)
+        yield from (*_memory_bound_models(), *_attention_models(), *packed)
     if preset in ("sweeps", "memory_bound", "all"):
         yield from _memory_bound_sweeps()
     if preset in ("sweeps", "attention", "all"):
         yield from _attention_sweeps()
     if preset == "smoke":
         some = itertools.chain(_memory_bound_models(), _attention_models())
-        yield from (*(work for work in some if work.shape.startswith(("Llama 3.2 1B", "Llama 3.1 8B"))), packed)
+        yield from (*(work for work in some if work.shape.startswith(("Llama 3.2 1B", "Llama 3.1 8B"))), *packed)
 
 
 # --- memory-bound ops ------------------------------------------------------------------------------------------------
@@ -77,6 +77,14 @@ def _memory_bound_sweeps() -> Iterator[Work]:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
+def _packed(tokens: int) -> Iterator[Work]:
+    """Packed documents of unequal lengths, and as many of one length, whose speed is the measure of theirs."""
+    lengths = documents(tokens)
+    equal = (tokens // len(lengths),) * len(lengths)
+    for shape, each in (("packed documents", lengths), ("equal documents", equal)):
+        yield AttentionVarlen(shape=shape, lengths=each, Hq=32, Hkv=8, D=128)
+
+
 def documents(tokens: int, shortest: int = 128) -> tuple[int, ...]:
     """Lengths that add up to `tokens`, long and short as in pretraining data, the same every time."""
     shares = [1, 8, 2, 32, 4, 1, 16, 2, 4, 8, 1, 16, 2, 4, 8, 19]
@@ -107,7 +115,7 @@ def _attention_sweeps(tokens: int = 32768) -> Iterator[Work]:
     for Hq, Hkv in ((16, 16), (64, 8)):
         yield Attention(shape=f"heads {Hq}/{Hkv}", B=tokens // 8192, S=8192, Hq=Hq, Hkv=Hkv, D=128)
     yield Attention(shape="window 1024", B=tokens // 8192, S=8192, window=1023, Hq=32, Hkv=8, D=128)
-    yield AttentionVarlen(shape="packed documents", lengths=documents(tokens), Hq=32, Hkv=8, D=128)
+    yield from _packed(tokens)
     for B, Sk in ((1, 1024), (1, 4096), (1, 32768), (1, 131072), (16, 1024), (16, 4096), (16, 32768), (64, 4096)):
         yield Decode(shape=f"batch {B}, cache {Sk}", B=B, Sk=Sk, Hq=32, Hkv=8, D=128)
 

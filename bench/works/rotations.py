@@ -44,10 +44,17 @@ class Rope(Work):
         cos, sin = (torch.cat((x, x), -1)[None].to(dtype) for x in self.tables(device))
         return cos, sin
 
-    def bytes(self, direction: str) -> int:
-        heads = self.B * self.S * (self.Hq + self.Hkv) * self.D * self.dtype.itemsize
-        one_way = 2 * heads + 2 * self.S * (self.D // 2) * 4
-        return one_way * (2 if direction == "both" else 1)
+    def head_bytes(self, heads: int) -> int:
+        """Bytes of `heads` heads of every token."""
+        return self.B * self.S * heads * self.D * self.dtype.itemsize
+
+    @property
+    def table_bytes(self) -> int:
+        return 2 * self.S * (self.D // 2) * 4
+
+    def least_bytes(self) -> tuple[int, int]:
+        each_way = 2 * self.head_bytes(self.Hq + self.Hkv) + self.table_bytes
+        return each_way, each_way
 
     def reference(self, q, k):
         return lk.reference.rope(q, k, *self.tables(q.device))
@@ -56,9 +63,11 @@ class Rope(Work):
         return plain_rope(q, k, *self.wide_tables(q.device, q.dtype))
 
     def pieces(self, call: Call) -> Iterator[Piece]:
+        """Sequences."""
         for b in range(self.B):
             one = slice(b, b + 1)
-            yield Piece(Call(*(tuple(x[one] for x in tensors) for tensors in call)), (one, one), (one, one))
+            part = Call(*(tuple(x[one] for x in tensors) for tensors in call))
+            yield Piece(part, (one,) * len(call.grads), (one,) * len(call.args))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +82,9 @@ class QKNormRope(Rope):
         weights = (torch.rand(self.D, device=device, dtype=self.dtype) + 0.5 for _ in range(2))
         return Call((q, k, *weights), grads)
 
-    def bytes(self, direction: str) -> int:
-        heads = self.B * self.S * (self.Hq + self.Hkv) * self.D * self.dtype.itemsize
-        rest = 2 * self.S * (self.D // 2) * 4 + 2 * self.D * self.dtype.itemsize
-        forward, backward = 2 * heads + rest, 3 * heads + rest  # x, y; x, dy, dx
-        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    def least_bytes(self) -> tuple[int, int]:
+        heads, rest = self.head_bytes(self.Hq + self.Hkv), self.table_bytes + 2 * self.D * self.dtype.itemsize
+        return 2 * heads + rest, 3 * heads + rest  # x, y; x, dy, dx
 
     def reference(self, q, k, q_weight, k_weight):
         return lk.reference.qk_norm_rope(q, k, q_weight, k_weight, *self.tables(q.device), eps=EPS)
@@ -103,10 +110,9 @@ class RopeQKV(Rope):
         qkv = torch.randn(self.B, self.S, (self.Hq + 2 * self.Hkv) * self.D, device=device, dtype=self.dtype)
         return Call((qkv,), (dq, dk, torch.randn_like(dk)))
 
-    def bytes(self, direction: str) -> int:
-        v = self.B * self.S * self.Hkv * self.D * self.dtype.itemsize
-        forward = super().bytes("forward")  # v stays where it is
-        return {"forward": forward, "backward": forward + 2 * v, "both": 2 * forward + 2 * v}[direction]
+    def least_bytes(self) -> tuple[int, int]:
+        forward, backward = super().least_bytes()  # v stays where it is
+        return forward, backward + 2 * self.head_bytes(self.Hkv)
 
     def reference(self, qkv):
         return lk.reference.rope_qkv(qkv, self.Hq, self.Hkv, *self.tables(qkv.device))
@@ -119,11 +125,6 @@ class RopeQKV(Rope):
     def plain(self, qkv):
         q, k, v = self.split(qkv)
         return *super().plain(q, k), v
-
-    def pieces(self, call: Call) -> Iterator[Piece]:
-        for b in range(self.B):
-            one = slice(b, b + 1)
-            yield Piece(Call(*(tuple(x[one] for x in tensors) for tensors in call)), (one,) * 3, (one,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,8 +151,8 @@ class RopeIntoCache(Rope):
         args = tuple(torch.randn(self.B, H, 1, self.D, device=device, dtype=self.dtype) for H in sizes)
         return Call(args, tuple(torch.zeros_like(x) for x in args))
 
-    def bytes(self, direction: str) -> int:
-        return 2 * self.B * (self.Hq + 2 * self.Hkv) * self.D * self.dtype.itemsize + 2 * (self.D // 2) * 4
+    def least_bytes(self) -> tuple[int, int]:
+        return 2 * self.B * (self.Hq + 2 * self.Hkv) * self.D * self.dtype.itemsize + 2 * (self.D // 2) * 4, 0
 
     def angles(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin (1, D/2) of the position."""

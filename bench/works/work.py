@@ -54,12 +54,19 @@ class Work(abc.ABC):
         """Random tensors, in the memory order that training code gives them."""
 
     @abc.abstractmethod
+    def least_bytes(self) -> tuple[int, int]:
+        """Of a forward and of a backward: every input read once, every output written once."""
+
     def bytes(self, direction: str) -> int:
-        """The floor: every input read once, every output written once."""
+        """The least bytes that `direction` moves: the floor of memory-bound work."""
+        return _of(direction, self.least_bytes())
+
+    def least_flops(self) -> tuple[int, int]:
+        """Of the matrix products of a forward and of a backward."""
+        return 0, 0
 
     def flops(self, direction: str) -> int:
-        """Of the matrix products."""
-        return 0
+        return _of(direction, self.least_flops())
 
     @abc.abstractmethod
     def reference(self, *args: torch.Tensor) -> Any:
@@ -97,6 +104,11 @@ class Work(abc.ABC):
                 if name in results:
                     whole[name][index] += results[name].double()
         return whole if backward else {name: whole[name] for name in self.outputs}
+
+
+def _of(direction: str, each: tuple[int, int]) -> int:
+    forward, backward = each
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
 def compute(work: Work, f: Function, call: Call, backward: bool) -> Results:

@@ -63,9 +63,8 @@ def gpu_of(device: torch.device) -> GPU:
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
         return GPU(properties.name, arch, properties.shared_memory_per_block, properties.warp_size)
-    arch = (properties.major, properties.minor)
     shared = getattr(properties, "shared_memory_per_block_optin", None)
-    return GPU(properties.name, arch, shared, properties.warp_size)
+    return GPU(properties.name, (properties.major, properties.minor), shared, properties.warp_size)
 
 
 def family_of(gpu: GPU) -> str:

@@ -28,7 +28,7 @@ except ImportError as error:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return self
 
-    triton = tl = _Hollow()
+    triton = _Hollow()
     HAS_TRITON = INTERPRETED = False
 else:
     check("triton", triton.__version__)
@@ -40,8 +40,11 @@ else:
     if INTERPRETED:
         import numpy
 
-        if fault := interpreter_fault(triton.__version__, numpy.__version__):
-            raise ImportError(f"llama_kernels: TRITON_INTERPRET is set, and {fault}", name="numpy")
+        if reason := interpreter_fault(triton.__version__, numpy.__version__):
+            raise ImportError(f"llama_kernels: TRITON_INTERPRET is set, and {reason}", name="numpy")
+
+if not HAS_TRITON:
+    tl = triton
 
 
 def why_not_interpreted() -> str | None:

@@ -71,7 +71,7 @@ def cached_launch(launcher: Callable[_P, list[Launch]]) -> Callable[_P, None]:
         args, kinds = _leaves(given)
         with on_device_of(args[0]):
             key = _cache_key(args, kinds) if _CACHES else None
-            if found := cache.get(key):
+            if key is not None and (found := cache.get(key)):
                 for run, filled, tensor_slots, descriptor_slots in found:
                     filled = filled.copy()
                     for place, source in tensor_slots:
@@ -82,13 +82,13 @@ def cached_launch(launcher: Callable[_P, list[Launch]]) -> Callable[_P, None]:
                 return
             launched = [
                 (each, settled(each.kernel)[each.grid](*each.args, **each.options, **_ALWAYS))
-                for each in launcher(*given)
+                for each in launcher(*given)  # type: ignore[call-arg]
             ]
             if key is None or any(map(_holds_tensor, args)):
                 return
             if key in cache:
                 bound = [_bind(each, compiled, args) for each, compiled in launched]
-                cache[key] = None if None in bound else bound
+                cache[key] = None if None in bound else cast("list[_Bound]", bound)
             else:
                 if len(cache) >= MAX_KEYS:
                     cache.clear()
@@ -108,23 +108,59 @@ def forget() -> None:
 
 
 class _Kinds(NamedTuple):
-    """What follows from the types of arguments: where the named tuples are, or else what the cache key is made of."""
+    """What follows from the types of arguments: how to expand named tuples, or else what the cache key is made of."""
 
-    number: int  # stands for the types, and for the named tuples that these arguments are fields of
-    named_tuples: tuple[int, ...]  # indices, the last first
+    number: int  # stands for the types, and for those of the arguments that these were expanded from
+    expand: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None  # None: there are no named tuples
+    inner: dict[tuple[type, ...], _Kinds]  # those of the expanded arguments, by their types
     tensors_of: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     others_of: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # neither tensors nor floats
     float_bytes_of: Callable[[tuple[Any, ...]], bytes]
 
 
+_kinds_of_types: dict[tuple[type, ...], _Kinds] = {}
+_numbers = itertools.count()
+
+
 def _leaves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], _Kinds]:
     """The leaves of `args`, and their kinds."""
-    kinds = _kinds(tuple(map(type, args)), 0)
-    while kinds.named_tuples:
-        for i in kinds.named_tuples:
-            args = args[:i] + args[i] + args[i + 1 :]
-        kinds = _kinds(tuple(map(type, args)), kinds.number)
+    types = tuple(map(type, args))
+    kinds = _kinds_of_types.get(types) or _kinds(types, _kinds_of_types)
+    while kinds.expand:
+        args = kinds.expand(args)
+        types = tuple(map(type, args))
+        kinds = kinds.inner.get(types) or _kinds(types, kinds.inner)
     return args, kinds
+
+
+def _kinds(types: tuple[type, ...], known: dict[tuple[type, ...], _Kinds]) -> _Kinds:
+    named_tuples = [i for i, t in enumerate(types) if hasattr(t, "_fields")]
+    tensors = [i for i, t in enumerate(types) if issubclass(t, torch.Tensor)]
+    floats = [i for i, t in enumerate(types) if issubclass(t, float)]
+    others = [i for i in range(len(types)) if i not in tensors and i not in floats]
+    pack, floats_of = struct.Struct(f"{len(floats)}d").pack, _items(floats)
+    float_bytes_of = lambda args: pack(*floats_of(args))  # noqa: E731
+    kinds = _Kinds(next(_numbers), _expanding(named_tuples), {}, _items(tensors), _items(others), float_bytes_of)
+    return known.setdefault(types, kinds)
+
+
+def _expanding(named_tuples: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+    """A function that replaces the named tuples at these places by their fields."""
+    if not named_tuples:
+        return None
+    if named_tuples == [0]:  # the usual cases, which every call waits for
+        return lambda args: args[0] + args[1:]
+    if named_tuples == [0, 1]:
+        return lambda args: args[0] + args[1] + args[2:]
+
+    last_first = named_tuples[::-1]
+
+    def expand(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        for i in last_first:
+            args = args[:i] + args[i] + args[i + 1 :]
+        return args
+
+    return expand
 
 
 def _cache_key(args: tuple[Any, ...], kinds: _Kinds) -> tuple[Any, ...]:
@@ -132,30 +168,15 @@ def _cache_key(args: tuple[Any, ...], kinds: _Kinds) -> tuple[Any, ...]:
 
     1, 1.0 and True are equal but bound differently: types are in the key. So are floats as bytes, as 0.0 == -0.0.
     """
-    number, _, tensors_of, others_of, float_bytes_of = kinds
+    number, _, _, tensors_of, others_of, float_bytes_of = kinds
     tensors = tensors_of(args)
     key = [number, others_of(args), float_bytes_of(args), args[0].get_device()]
     for x in tensors:
         key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
-    ids = [*map(id, tensors)]
-    if len(set(ids)) < len(ids):  # which of them are one tensor
+    if len({*map(id, tensors)}) < len(tensors):  # some are one tensor: which ones
+        ids = [*map(id, tensors)]
         key += map(ids.index, ids)
     return tuple(key)
-
-
-@functools.cache
-def _kinds(types: tuple[type, ...], outer: int) -> _Kinds:
-    """The kinds of arguments of `types`. outer: the number of the kinds that they were expanded from, or 0."""
-    named_tuples = tuple(i for i, t in enumerate(types) if hasattr(t, "_fields"))[::-1]
-    tensors = [i for i, t in enumerate(types) if issubclass(t, torch.Tensor)]
-    floats = [i for i, t in enumerate(types) if issubclass(t, float)]
-    others = [i for i in range(len(types)) if i not in tensors and i not in floats]
-    pack, floats_of = struct.Struct(f"{len(floats)}d").pack, _items(floats)
-    float_bytes_of = lambda args: pack(*floats_of(args))  # noqa: E731
-    return _Kinds(next(_numbers), named_tuples, _items(tensors), _items(others), float_bytes_of)
-
-
-_numbers = itertools.count(1)
 
 
 def _items(indices: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -26,7 +26,7 @@ def register(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    call: type[tuple[Any, ...]] | None = None,
+    call: Any = None,
 ) -> Callable[..., Any]:
     """Define the op `llama_kernels::<schema>`, and return the function by which the package calls it.
 
@@ -47,9 +47,9 @@ def register(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.llama_kernels, name).default
     if call is not None:
-        parameters = tuple(argument.name for argument in op._schema.arguments)
-        if call._fields != parameters:  # type: ignore[attr-defined]
-            raise ValueError(f"{call.__name__} has fields {call._fields}, but {name} takes {parameters}.")
+        parameters, fields = tuple(argument.name for argument in op._schema.arguments), call._fields
+        if fields != parameters:
+            raise ValueError(f"{call.__name__} has the fields {fields}, but the op {name} takes {parameters}.")
         kernel, reference, fake = (_given_whole(call, function) for function in (kernel, reference, fake))
     KERNELS[name] = kernel
     LIBRARY.impl(name, kernel, "CUDA")
@@ -76,9 +76,9 @@ def register(
 
 
 def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`function`, which takes a `call`, as a function of its fields."""
-    make = call._make
-    return lambda *args: function(make(args))
+    """`function`, which takes a `call`, as a function of its fields. The dispatcher sees to their number."""
+    new = tuple.__new__
+    return lambda *args: function(new(call, args))
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ _after_autograd = torch._C._after_autograd_keyset
 _any_requires_grad = torch._C._any_requires_grad
 
 # Of an op: the arguments that have a gradient, and the function of the op's arguments that gives results which know it.
-_gradients: dict[str, tuple[frozenset[str], Callable[..., Any]]] = {}
+_gradients: dict[str, tuple[frozenset[str], Any]] = {}
 
 
 def register_gradient(name: str, arguments: Sequence[str], by: Callable[..., Any]) -> None:
@@ -118,16 +118,16 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
     def with_gradient(keyset: Any, *args: Any) -> Any:
         forward_mode = forward_ad._current_level >= 0
-        wanted = torch.is_grad_enabled() and _any_requires_grad(*args)
-        if not (wanted or forward_mode) or _without_autograd.get():
+        differentiated = torch.is_grad_enabled() and _any_requires_grad(*args)
+        if not (differentiated or forward_mode) or _without_autograd.get():
             return op.redispatch(keyset & _after_autograd, *args)
         if _functorch_is_active():
             fix = f"Call llama_kernels.{public}, which can be differentiated so."
             raise RuntimeError(f"torch.ops.llama_kernels.{name}: torch.func does not differentiate the op. {fix}")
         refuse_forward_mode(public, *args)
-        if not wanted:
+        if not differentiated:
             return op.redispatch(keyset & _after_autograd, *args)
-        differentiable, by = _gradients.get(name, (frozenset(), None))
+        differentiable, by = _gradients.get(name, (frozenset[str](), None))
         for parameter, x in zip(parameters, args, strict=True):
             if isinstance(x, torch.Tensor) and x.requires_grad and parameter not in differentiable:
                 got, wanted = "a tensor that requires grad", "one without: the op has no gradient of it"
@@ -225,16 +225,17 @@ class Differentiable(torch.autograd.Function):
     def __init_subclass__(cls) -> None:
         compute, setup_context, backward, returned = cls.forward, cls.setup_context, cls.backward, -cls.KEPT or None
 
-        def forward(ctx, *args):
+        def forward(ctx: Any, *args: Any) -> Any:
             results = compute(*args)
             setup_context(ctx, args, results)
             return results[:returned]
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        older_form = type(cls.__name__, (torch.autograd.Function,), methods)
+        older_form: Any = type(cls.__name__, (torch.autograd.Function,), methods)
         # A torch.compile around the transform sees only frames of Python here, and would trace the launchers.
-        cls.forward = staticmethod(torch._disable_dynamo(compute))
-        cls.backward = staticmethod(torch._disable_dynamo(lambda ctx, *grads: backward(ctx, *grads[:returned])))
+        of_transforms: Any = cls
+        of_transforms.forward = staticmethod(torch._disable_dynamo(compute))
+        of_transforms.backward = staticmethod(torch._disable_dynamo(lambda ctx, *dy: backward(ctx, *dy[:returned])))
 
         def call(op: str, *args: Any) -> tuple[torch.Tensor, ...]:
             if forward_ad._current_level >= 0 or _functorch_is_active():
@@ -257,19 +258,19 @@ class _RefuseDerivatives(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: str, count: int, *tensors: torch.Tensor | None):
+    def forward(op: str, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.op = inputs[0]
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise _RefuseDerivatives.error(ctx.op, "double backward")
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> Any:
         raise _RefuseDerivatives.error(ctx.op, "forward-mode differentiation")
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,9 +51,13 @@ def sizes_of(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def strides_of(x: torch.Tensor) -> tuple[int, int, int]:
-    """Of batch, head and token, dense or packed."""
+    """Strides of batch, head and token, dense or packed."""
     strides = x.stride()
-    return strides[:3] if len(strides) == 4 else (0, strides[1], strides[0])
+    return (strides[0], strides[1], strides[2]) if len(strides) == 4 else (0, strides[1], strides[0])
+
+
+def optional_strides_of(x: torch.Tensor | None) -> tuple[int, int, int] | None:
+    return None if x is None else strides_of(x)
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -65,3 +70,51 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type not in KERNEL_DEVICES:  # for some torch has no autocast, and would raise
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class Rows(NamedTuple):
+    """The rows of tensors that share their leading dimensions, as up to three dimensions with strides of their own."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
+    sizes: tuple[int, int]  # of the two inner dimensions
+    strides: tuple[tuple[int, int, int] | None, ...]  # a tensor
+
+
+def rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> Rows:
+    """Merge leading dimensions wherever every tensor lets them, in the memory order of `lead`."""
+    tensors = (lead, *others)
+    merged = _merged_rows(lead.shape[:-1], tuple(None if t is None else t.stride() for t in tensors))
+    if merged is None:
+        # More dimensions than a kernel walks: copy what is not dense in the order of `lead`, which merges into one.
+        dense = (None if t is None else _dense_in_order_of(lead, t) for t in others)
+        return rows_of(_dense_in_order_of(lead, lead), *dense)
+    return Rows(tensors, *merged)
+
+
+@functools.lru_cache(maxsize=1024)
+def _merged_rows(
+    shape: tuple[int, ...], strides: tuple[Any, ...]
+) -> tuple[int, tuple[int, int], tuple[tuple[int, int, int] | None, ...]] | None:
+    """count, sizes and strides of `Rows`, or None where more than three dimensions are left."""
+    lead, present = strides[0], [s for s in strides if s is not None]
+    merged: list[tuple[int, list[int]]] = []  # (size, strides of the tensors present), outermost first
+    for d in sorted(range(len(shape)), key=lambda d: lead[d] or math.inf, reverse=True):
+        size, steps = shape[d], [s[d] for s in present]
+        if size == 1:
+            continue
+        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = (merged[-1][0] * size, steps)
+        else:
+            merged.append((size, steps))
+    if len(merged) > 3:
+        return None
+    merged += [(1, [0] * len(present))] * (3 - len(merged))
+    sizes, inner_steps = zip(*merged, strict=True)
+    each = iter(zip(*inner_steps, strict=True))
+    return math.prod(sizes), sizes[1:], tuple(None if s is None else next(each) for s in strides)
+
+
+def _dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    dense = empty_in_order_of(lead, x.shape, x.dtype)
+    return x if x.stride() == dense.stride() else dense.copy_(x)

@@ -59,7 +59,8 @@ def interpreter_fault(triton: str, numpy: str | None) -> str | None:
     if numpy is None:
         fix = "Install it: pip install numpy, or with Triton 3.6 pip install 'numpy<2.4'"
         return f"Triton's interpreter needs numpy, which is not installed. {fix}"
-    if number(triton) < (3, 7) and number(numpy) >= (2, 4):
+    versions = number(triton), number(numpy)
+    if versions[0] and versions[1] and versions[0] < (3, 7) and versions[1] >= (2, 4):
         return (
             f"the interpreter of Triton {triton} does not work with numpy {numpy}; wanted numpy below 2.4, or Triton "
             "3.7 or newer. Install it: pip install 'numpy<2.4'"

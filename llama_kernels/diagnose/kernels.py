@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from typing import Any
 
@@ -27,7 +28,7 @@ def kernels(family: str | None = None) -> dict[str, Any]:
         "CPU tensors": cpu_path(),
         "GPU tensors": gpu_path(),
         "ops": ops(),
-        "attention": {name: attempted(lambda name=name: attention(name)) for name in families},
+        "attention": {name: attempted(functools.partial(attention, name)) for name in families},
     }
 
 

@@ -1,14 +1,13 @@
-"""RMSNorm, alone and behind a residual add: tiles, kernels, launchers, registered ops, autograd, public functions.
+"""RMSNorm, alone and fused with the residual add before it.
 
-A row is one vector over the last dimension. Rows may lie anywhere: every tensor travels with the strides of up to three
-row dimensions, so a per-head norm reads a packed projection in place.
+A row is one vector over the last dimension. Every tensor is passed with the strides of up to three row dimensions, so
+rows need not be contiguous: a norm of each head reads a packed projection in place.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,30 +18,39 @@ from llama_kernels.core.device import lanes_of, processors_of, shared_bytes_of
 from llama_kernels.core.language import TRITON_VERSION, cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
-from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, next_power_of_2
+from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, next_power_of_2, rows_of
 from llama_kernels.ops.partials import sum_partials
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
 
 class RowTile(NamedTuple):
-    """One program's tile: BLOCK_R rows of BLOCK_N columns. A row longer than BLOCK_N is walked in steps."""
+    """One program's tile: BLOCK_R rows of BLOCK_N columns. It takes a row longer than BLOCK_N in several steps."""
 
     BLOCK_R: int
     BLOCK_N: int
     threads: int
-    programs: int  # a processor, of those that stay and take row after row
+    programs: int  # on each SM, of the programs that take one tile of rows after another
 
-    def stages(self, element_bytes: int, shared_bytes: int) -> int:
-        """1 and how many tiles are loaded ahead, at most two: what the programs that share a processor leave one
-        another of its `shared_bytes`, where a column of a row takes `element_bytes`."""
-        return 1 + min(2, (shared_bytes // self.programs - 2048) // (self.BLOCK_R * self.BLOCK_N * element_bytes))
+    def options(self, N: int, device: torch.device) -> dict[str, int]:
+        """The launch options for rows of N elements."""
+        return {
+            "N": N, "BLOCK_R": self.BLOCK_R, "BLOCK_N": self.BLOCK_N, "num_warps": self.threads // lanes_of(device)
+        }  # fmt: skip
+
+    def stages(self, device: torch.device, *tensors: torch.Tensor | None) -> int:
+        """One more than the number of tiles of `tensors` to load ahead, at most two, which share an SM's memory with
+        those of its other programs."""
+        tile_bytes = self.BLOCK_R * self.BLOCK_N * sum(t.element_size() for t in tensors if t is not None)
+        return 1 + min(2, (shared_bytes_of(device) // self.programs - 2048) // tile_bytes)
 
 
 @functools.cache
 def row_tile(pass_: str, N: int, itemsize: int = 2) -> RowTile:
-    """The tile for rows of N elements of at most `itemsize` bytes in `pass_`: "forward", "backward" (dx, and dw beside
-    it) or "weight_grad"."""
+    """The tile for rows of N elements of at most `itemsize` bytes.
+
+    pass_: "forward", "backward" (dx, and dw where a row fits one tile) or "weight_grad" (dw alone).
+    """
     halves = max(itemsize // 2, 1)
     columns, rows = _ROW_TILES[pass_]
     width = max(next_power_of_2(N), 16)
@@ -51,42 +59,32 @@ def row_tile(pass_: str, N: int, itemsize: int = 2) -> RowTile:
     return RowTile(max(elements // halves // BLOCK_N, 1), BLOCK_N, threads, programs)
 
 
-# pass: (most columns a step, ((up to this width, elements a program, threads, programs a processor), ...)), in elements
-# of two bytes: one of four counts twice. A thread needs 16 bytes in a row for a 16-byte access. Many short rows share a
-# program; one row a program from 4096 on.
+# pass: (most columns in a step, ((up to this width, elements in a tile, threads, programs on an SM), ...)). Widths and
+# elements are counted in two bytes; an element of four bytes counts twice. A thread needs 16 bytes of a row for a
+# 16-byte access. Short rows share a program; from 4096 on a program has one row.
 _ROW_TILES = {
-    # 32 elements a thread at 16384 and 32768: 58 and 63 registers on sm_90. 65536 spills, so longer rows are walked.
+    # 32 elements a thread at 16384 and 32768: 58 and 63 registers on sm_90. 65536 would spill, so longer rows take
+    # several steps.
     "forward": (
         32768,
-        (
-            (1024, 4096, 128, 1),
-            (4096, 4096, 256, 1),
-            (8192, 8192, 512, 1),
-            (16384, 16384, 512, 1),
-            (math.inf, 32768, 1024, 1),
-        ),
+        ((1024, 4096, 128, 1), (4096, 4096, 256, 1), (8192, 8192, 512, 1), (16384, 16384, 512, 1),
+         (math.inf, 32768, 1024, 1)),
     ),
-    # dw stays in registers beside x and dy. Short rows need many programs to hide the sums across a row, long rows fill
-    # a processor with one. At 16384 the weight has no room either and is read anew for each row. Longer rows are
-    # walked.
+    # dw stays in registers beside x and dy. Short rows need many programs to hide the sums across a row; one program
+    # with long rows fills an SM. At 16384 there is no room for the weight either, which is read again for each row.
+    # Longer rows take several steps.
     "backward": (
         16384,
-        (
-            (256, 2048, 128, 8),
-            (1024, 2048, 128, 4),
-            (4096, 4096, 256, 2),
-            (8192, 8192, 512, 1),
-            (16384, 16384, 1024, 1),
-            (math.inf, 4096, 256, 4),
-        ),
+        ((256, 2048, 128, 8), (1024, 2048, 128, 4), (4096, 4096, 256, 2), (8192, 8192, 512, 1),
+         (16384, 16384, 1024, 1), (math.inf, 4096, 256, 4)),
     ),
-    # Column blocks, rows split over programs: narrow enough that 64 columns still make whole 128-byte lines.
+    # Blocks of columns, whose rows are divided among programs. 64 columns still make whole lines of 128 bytes.
     "weight_grad": (256, ((math.inf, 4096, 128, 4),)),
-}
+}  # fmt: skip
 
-# Up to this width the weight stays in registers while the rows pass.
+# Up to this width the weight stays in registers from row to row.
 _WEIGHT_STAYS: tl.constexpr = tl.constexpr(8192)
-# Whether the compiler is one for whose code 64 registers a thread are a few too little, in the backward of longer rows.
+# From Triton 3.9 on, the code for the backward of longer rows needs a few more registers than the 64 of a thread.
 _TIGHT: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 9))
 
 
@@ -95,7 +93,7 @@ _TIGHT: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 9))
 
 @triton.jit
 def _row_starts(rows, row_sizes, strides):
-    """Where each row starts, in elements. `rows` counts over three dimensions, the last two of sizes `row_sizes`."""
+    """The offset of each row, in elements. Rows are numbered over three dimensions; row_sizes: of the inner two."""
     inner = rows % row_sizes[1]
     middle = rows // row_sizes[1] % row_sizes[0]
     outer = rows // row_sizes[1] // row_sizes[0]
@@ -104,6 +102,7 @@ def _row_starts(rows, row_sizes, strides):
 
 @triton.jit
 def _load(row_ptrs, cols, mask):
+    """The columns `cols` of rows, as float32; 0 outside the mask."""
     return tl.load(row_ptrs[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
@@ -119,7 +118,7 @@ def _load_scale(weight_ptr, cols, offset, N: tl.constexpr):
 
 @triton.jit
 def _load_summed(x_rows, residual_rows, s_ptr, cols, mask):
-    """x, or x + residual as the residual stream will hold it: rounded to its dtype before it is normalised."""
+    """x, or x + residual rounded to the dtype of the residual, which the norm reads and the residual stream keeps."""
     s = _load(x_rows, cols, mask)
     if residual_rows is not None:
         s = cast(s + _load(residual_rows, cols, mask), s_ptr.dtype.element_ty).to(tl.float32)
@@ -128,7 +127,7 @@ def _load_summed(x_rows, residual_rows, s_ptr, cols, mask):
 
 @triton.jit
 def _store_normed(y_rows, live, s, rstd, scale, weight_ptr, offset, n, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """y of the columns from n on; `scale` is None where it is still to be loaded."""
+    """Store y for the columns from n on. scale None: load it here."""
     cols = n + tl.arange(0, BLOCK_N)
     if scale is None:
         scale = _load_scale(weight_ptr, cols, offset, N)
@@ -143,11 +142,12 @@ def _rms_norm_forward_kernel(
     M, eps, offset,
     N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """s = x (+ residual);  rstd = 1 / sqrt(mean(s^2) + eps);  y = s * rstd * (offset + weight), for BLOCK_R rows.
+    """s = x (+ residual);  rstd = 1 / sqrt(mean(s^2) + eps);  y = s * rstd * (offset + weight).
 
-    x, residual, y, s: (M, N); weight: (N,); rstd: (M,), float32. residual, s and weight may be None. float32 inside.
-    Bytes: x, residual in, y, s out, once each; of rows longer than BLOCK_N all but the last step is read again, as s
-    where there is a residual. FLOPs: 4 M N.
+    A program computes BLOCK_R rows, in float32. x, residual, y, s: (M, N); weight: (N,); rstd: (M,) float32. residual
+    and s, and weight, may be None.
+    Bytes: x and residual in, y and s out, once each. Of rows longer than BLOCK_N all but the last step is read twice:
+    x again, or s where there is a residual. FLOPs: 4 M N.
     """
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = rows < M
@@ -159,7 +159,7 @@ def _rms_norm_forward_kernel(
         s_rows = s_ptr + _row_starts(rows, row_sizes, s_strides)
 
     scale = None
-    if N <= BLOCK_N and N <= _WEIGHT_STAYS:  # on its way while the squares are summed
+    if N <= BLOCK_N and N <= _WEIGHT_STAYS:  # loaded while the squares are summed
         scale = _load_scale(weight_ptr, tl.arange(0, BLOCK_N), offset, N)
     s = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_R], tl.float32)
@@ -175,9 +175,9 @@ def _rms_norm_forward_kernel(
 
     last = (N - 1) // BLOCK_N * BLOCK_N
     _store_normed(y_rows, live, s, rstd, scale, weight_ptr, offset, last, N, BLOCK_N)
-    if N > BLOCK_N:  # the last step is still in registers; of the others the latest is the likeliest to be in the L2
+    if N > BLOCK_N:  # the last step is in registers; of the others, the later ones are likelier to be in L2
         if residual_ptr is not None:
-            tl.debug_barrier()  # the sum is read back, by other threads maybe than wrote it
+            tl.debug_barrier()  # a thread may read elements of s that another thread wrote
             x_rows = s_rows
         for step in range(1, tl.cdiv(N, BLOCK_N)):
             n = last - step * BLOCK_N
@@ -191,11 +191,11 @@ def _store_dx(
     dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, n, N: tl.constexpr, BLOCK_N: tl.constexpr,
     TIGHT: tl.constexpr = False,
 ):  # fmt: skip
-    """dx of the columns from n on, g and xhat being theirs; if TIGHT, rstd g and x."""
+    """Store dx for the columns from n on, whose g and xhat are given; if TIGHT, rstd g and x in place of them."""
     cols = n + tl.arange(0, BLOCK_N)
     mask = live[:, None] & (cols < N)[None, :]
     if N == 1:
-        dx = g * rstd * (eps * rstd * rstd)  # 1 - xhat^2, which the difference below would cancel away
+        dx = g * rstd * (eps * rstd * rstd)  # eps rstd^2 = 1 - xhat^2, which rounding would lose below
     elif TIGHT:
         dx = g - xhat * rstd * (rstd * mean)
     else:
@@ -214,15 +214,16 @@ def _rms_norm_backward_kernel(
 ):  # fmt: skip
     """dx = rstd * (g - xhat * mean(g * xhat)) (+ ds), xhat = x * rstd, g = dy * (offset + weight); dw = sum(dy * xhat).
 
-    A program takes every num_programs-th tile of BLOCK_R rows and, where a row fits one tile, loads STAGES - 1 of them
-    ahead, keeps its share of dw in registers and writes it once to its own row of dw_ptr (programs, N). ds, weight and
-    dw may be None. float32 inside.
-    `columns` is N as a number that the compiler does not know: it would unroll a walk until the registers run out.
-    Bytes: dy, x (and ds) in, dx out, once each; of rows longer than BLOCK_N all but the last step of dy and x is read
-    again. FLOPs: 10 M N.
+    A program computes every num_programs-th tile of BLOCK_R rows, in float32. Where a row fits one tile, it loads
+    STAGES - 1 tiles ahead, and sums its share of dw in registers, which it stores to its own row of dw_ptr
+    (programs, N). ds, weight and dw may be None.
+    `columns` is N as a number that the compiler does not know. With N, it would unroll the steps of a long row until
+    the registers run out.
+    Bytes: dy, x and ds in, dx out, once each. Of rows longer than BLOCK_N all but the last step of dy and x is read
+    twice. FLOPs: 10 M N.
     """
     tl.static_assert(dw_ptr is None or N <= BLOCK_N, "dw is kept only where a row fits one tile")
-    # Then what stays in registers while a row is summed is x, two to a register, and no address of the weight.
+    # If TIGHT, registers hold x in its dtype, two elements each, and no address of the weight while a row is summed.
     LONG: tl.constexpr = N <= BLOCK_N and N > _WEIGHT_STAYS
     TIGHT: tl.constexpr = _TIGHT and LONG and ds_ptr is not None and weight_ptr is not None
     first_cols = tl.arange(0, BLOCK_N)
@@ -255,7 +256,7 @@ def _rms_norm_backward_kernel(
             weight_here = weight_ptr
             if TIGHT:
                 g *= rstd
-                weight_here += tl.multiple_of(tl.minimum(start, 0), 16)  # 0, which the compiler cannot know
+                weight_here += tl.multiple_of(tl.minimum(start, 0), 16)  # 0, unknown to the compiler
             if dw_ptr is not None:
                 dw += g * xhat
             g *= _load_scale(weight_here, cols, offset, N) if scale is None else scale
@@ -263,9 +264,8 @@ def _rms_norm_backward_kernel(
         mean = mean[:, None] / N
 
         _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, last, N, BLOCK_N, TIGHT)
-        for step in range(
-            1, 1 if N <= BLOCK_N else tl.cdiv(columns, BLOCK_N)
-        ):  # the last step is still in registers, the latest in the L2
+        # The last step is in registers; of the others, the later ones are likelier to be in L2.
+        for step in range(1, 1 if N <= BLOCK_N else tl.cdiv(columns, BLOCK_N)):
             n = last - step * BLOCK_N
             cols = n + first_cols
             mask = live[:, None] & (cols < N)[None, :]
@@ -284,10 +284,10 @@ def _rms_norm_weight_grad_kernel(
     M,
     N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dw = sum(dy * x * rstd) over rows, alone: for rows too long to keep dw beside them, or where dx is not needed.
+    """dw = sum(dy * x * rstd) over rows: for rows too long to keep dw in registers, or where dx is not needed.
 
-    Program (c, p) sums BLOCK_N columns over every num_programs(1)-th tile of BLOCK_R rows into row p of dw_ptr.
-    Bytes: dy and x in, once each. FLOPs: 3 M N.
+    Program (c, p) sums BLOCK_N columns of every num_programs(1)-th tile of BLOCK_R rows, in float32, into row p of
+    dw_ptr (programs, N). Bytes: dy and x in, once each. FLOPs: 3 M N.
     """
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
@@ -303,251 +303,176 @@ def _rms_norm_weight_grad_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-class _Rows(NamedTuple):
-    """The rows of tensors that share their leading dimensions, as up to three dimensions with strides of their own."""
+class _Forward(NamedTuple):
+    """The parameters of the op `rms_norm_forward`."""
 
-    tensors: tuple[torch.Tensor | None, ...]
-    count: int
-    sizes: tuple[int, int]  # of the two inner dimensions
-    strides: tuple[tuple[int, int, int] | None, ...]  # a tensor
-
-
-def _rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> _Rows:
-    """Merge leading dimensions wherever every tensor lets them, in the memory order of `lead`."""
-    tensors = (lead, *others)
-    merged = _merged(lead.shape[:-1], tuple(None if t is None else t.stride() for t in tensors))
-    if merged is None:
-        # More dimensions than a kernel walks: copy what is not dense in the order of `lead`, which merges into one.
-        return _rows_of(*(None if t is None else _dense_in_order_of(lead, t) for t in tensors))
-    return _Rows(tensors, *merged)
-
-
-@functools.lru_cache(maxsize=1024)
-def _merged(
-    shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...]
-) -> tuple[int, tuple[int, int], tuple[tuple[int, int, int] | None, ...]] | None:
-    """count, sizes and strides of `_Rows`, or None where more than three dimensions are left."""
-    lead, present = strides[0], [s for s in strides if s is not None]
-    merged: list[tuple[int, list[int]]] = []  # (size, strides of the tensors present), outermost first
-    for d in sorted(range(len(shape)), key=lambda d: lead[d] or math.inf, reverse=True):
-        size, steps = shape[d], [s[d] for s in present]
-        if size == 1:
-            continue
-        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], steps, strict=True)):
-            merged[-1] = (merged[-1][0] * size, steps)
-        else:
-            merged.append((size, steps))
-    if len(merged) > 3:
-        return None
-    merged += [(1, [0] * len(present))] * (3 - len(merged))
-    sizes, steps = zip(*merged, strict=True)
-    each = iter(zip(*steps, strict=True))
-    return math.prod(sizes), sizes[1:], tuple(None if s is None else next(each) for s in strides)
-
-
-def _dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    dense = empty_in_order_of(lead, x.shape, x.dtype)
-    return x if x.stride() == dense.stride() else dense.copy_(x)
-
-
-def _widest(*tensors: torch.Tensor | None) -> int:
-    return max(t.element_size() for t in tensors if t is not None)
-
-
-def _element_bytes(*tensors: torch.Tensor | None) -> int:
-    return sum(t.element_size() for t in tensors if t is not None)
-
-
-@cached_launch
-def _plan_forward(x, residual, weight, y, s, rstd, eps, offset) -> Iterator[Launch]:
-    rows = _rows_of(x, residual, y, s, rstd)
-    if not rows.count or not x.shape[-1]:
-        return
-    x_, residual_, y_, s_, rstd_ = rows.tensors
-    tile = row_tile("forward", x.shape[-1], _widest(x, residual, weight))
-    yield Launch(
-        _rms_norm_forward_kernel,
-        (cdiv(rows.count, tile.BLOCK_R),),
-        (x_, residual_, weight, y_, s_, rstd_, *rows.strides, rows.sizes, rows.count, eps, offset),
-        {
-            "N": x.shape[-1], "BLOCK_R": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_N,
-            "num_warps": tile.threads // lanes_of(x.device),
-        },
-    )  # fmt: skip
-
-
-def _forward(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, offset: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, s, rstd = _forward_fake(x, residual, weight, eps, offset)
-    _plan_forward(x, residual, weight, y, None if residual is None else s, rstd, eps, offset)
-    return y, s, rstd
+    x: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    eps: float
+    offset: float
 
 
 class _Backward(NamedTuple):
-    """How a backward is shared out: programs of the pass that makes dx, and rows of partial sums of dw."""
+    """The parameters of the op `rms_norm_backward`."""
 
-    grid: int
-    partials: int
-    with_dx: bool  # dw falls out of the pass that makes dx
+    dy: torch.Tensor
+    ds: torch.Tensor | None  # the gradient of s, the sum that was normalised
+    x: torch.Tensor  # what was normalised: s where there was a residual
+    weight: torch.Tensor | None
+    rstd: torch.Tensor
+    eps: float
+    offset: float
+    grad_dtype: torch.dtype  # of dx
+    need_dx: bool
+    need_dw: bool
 
 
-@functools.lru_cache(maxsize=1024)
-def _shares(M: int, N: int, dx_itemsize: int, dw_itemsize: int, need_dx: bool, processors: int) -> _Backward:
-    tile = row_tile("backward", N, dx_itemsize)
-    grid = min(tile.programs * processors, cdiv(M, tile.BLOCK_R))
-    if need_dx and tile.BLOCK_N >= N:
-        return _Backward(grid, grid, True)
-    tile = row_tile("weight_grad", N, dw_itemsize)
-    return _Backward(grid, min(cdiv(tile.programs * processors, cdiv(N, tile.BLOCK_N)), cdiv(M, tile.BLOCK_R)), False)
+def _widest(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the widest element."""
+    return max(t.element_size() for t in tensors if t is not None)
 
 
 @cached_launch
-def _plan_backward(x, dy, ds, weight, rstd, dx, dw, partials, shares, eps, offset) -> Iterator[Launch]:
-    """dx and dw are None where not needed, dw's partial sums with it."""
-    N = x.shape[-1]
-    rows = _rows_of(x, dy, ds, rstd, dx)
-    x_, dy_, ds_, rstd_, dx_ = rows.tensors
+def _launch_forward(call: _Forward, y: torch.Tensor, s: torch.Tensor | None, rstd: torch.Tensor) -> list[Launch]:
+    x, residual, weight, eps, offset = call
+    rows = rows_of(x, residual, y, s, rstd)
+    if not rows.count or not x.shape[-1]:
+        return []
+    tile = row_tile("forward", x.shape[-1], _widest(x, residual, weight))
+    x, residual, *outs = rows.tensors
+    args = (x, residual, weight, *outs, *rows.strides, rows.sizes, rows.count, eps, offset)
+    options = tile.options(x.shape[-1], x.device)
+    return [Launch(_rms_norm_forward_kernel, (cdiv(rows.count, tile.BLOCK_R),), args, options)]
+
+
+class _Shares(NamedTuple):
+    """How a backward is divided among programs."""
+
+    grid: int  # programs of the kernel that computes dx
+    partials: int  # rows of partial sums of dw
+    with_dx: bool  # whether the kernel that computes dx computes dw too
+
+
+@functools.lru_cache(maxsize=1024)
+def _shares(M: int, N: int, dx_itemsize: int, dw_itemsize: int, need_dx: bool, processors: int) -> _Shares:
+    tile = row_tile("backward", N, dx_itemsize)
+    grid = min(tile.programs * processors, cdiv(M, tile.BLOCK_R))
+    if need_dx and tile.BLOCK_N >= N:
+        return _Shares(grid, grid, True)
+    tile = row_tile("weight_grad", N, dw_itemsize)
+    return _Shares(grid, min(cdiv(tile.programs * processors, cdiv(N, tile.BLOCK_N)), cdiv(M, tile.BLOCK_R)), False)
+
+
+@cached_launch
+def _launch_backward(
+    call: _Backward, shares: _Shares, dx: torch.Tensor, dw: torch.Tensor, partials: torch.Tensor | None
+) -> list[Launch]:
+    """partials: (shares.partials, N) float32, or None where dw is not needed."""
+    weight, N, device = call.weight, call.x.shape[-1], call.x.device
+    rows = rows_of(call.x, call.dy, call.ds, call.rstd, dx if call.need_dx else None)
+    x, dy, ds, rstd, dx_rows = rows.tensors
     x_strides, dy_strides, ds_strides, rstd_strides, dx_strides = rows.strides
-    lanes, shared = lanes_of(x.device), shared_bytes_of(x.device)
-    if dx is not None:
+    launches = []
+    if call.need_dx:
         tile = row_tile("backward", N, _widest(x, dy, ds, weight))
-        ahead = (x, dy, ds) if _WEIGHT_STAYS.value >= N else (x, dy, ds, weight)
-        yield Launch(
-            _rms_norm_backward_kernel,
-            (shares.grid,),
-            (
-                dy_, ds_, x_, weight, rstd_, dx_, partials if shares.with_dx else None,
-                dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, rows.sizes, rows.count, N, eps, offset,
-            ),
-            {
-                "N": N, "BLOCK_R": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_N,
-                "STAGES": tile.stages(_element_bytes(*ahead), shared), "num_warps": tile.threads // lanes,
-            },
+        args = (
+            dy, ds, x, weight, rstd, dx_rows, partials if shares.with_dx else None,
+            dy_strides, ds_strides, x_strides, rstd_strides, dx_strides, rows.sizes,
+            rows.count, N, call.eps, call.offset,
         )  # fmt: skip
-    if dw is not None and not shares.with_dx:
+        stages = tile.stages(device, x, dy, ds, None if _WEIGHT_STAYS.value >= N else weight)
+        options = {**tile.options(N, device), "STAGES": stages}
+        launches.append(Launch(_rms_norm_backward_kernel, (shares.grid,), args, options))
+    if partials is not None and not shares.with_dx:
         tile = row_tile("weight_grad", N, _widest(x, dy))
-        yield Launch(
-            _rms_norm_weight_grad_kernel,
-            (cdiv(N, tile.BLOCK_N), shares.partials),
-            (dy_, x_, rstd_, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count),
-            {
-                "N": N, "BLOCK_R": tile.BLOCK_R, "BLOCK_N": tile.BLOCK_N,
-                "STAGES": tile.stages(_element_bytes(x, dy), shared), "num_warps": tile.threads // lanes,
-            },
-        )  # fmt: skip
-    if dw is not None:
-        yield sum_partials(partials, dw)
-
-
-def _backward(
-    dy: torch.Tensor,
-    ds: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    rstd: torch.Tensor,
-    eps: float,
-    offset: float,
-    grad_dtype: torch.dtype,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, dw = _backward_fake(dy, ds, x, weight, rstd, eps, offset, grad_dtype, need_dx, need_dw)
-    N = x.shape[-1]
-    if not x.numel():
-        return dx, dw.zero_()
-    widths = _widest(x, dy, ds, weight), _widest(x, dy)
-    shares = _shares(x.numel() // N, N, *widths, need_dx, processors_of(x.device))
-    partials = x.new_empty((shares.partials, N), dtype=torch.float32) if need_dw else None
-    wanted = dx if need_dx else None, dw if need_dw else None
-    _plan_backward(x, dy, ds, weight, rstd, *wanted, partials, shares, eps, offset)
-    return dx, dw
-
-
-# --- the same from plain PyTorch, for CPU tensors --------------------------------------------------------------------
-
-
-def _forward_reference(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, offset: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, s, rstd = _forward_fake(x, residual, weight, eps, offset)
-    if residual is None:
-        s_ = x
-        y.copy_(reference.rms_norm(x, weight, eps, offset=offset))
-    else:
-        y_, s_ = reference.add_rms_norm(x, residual, weight, eps, offset=offset)
-        y.copy_(y_)
-        s.copy_(s_)
-    rstd.copy_(torch.rsqrt(s_.float().pow(2).mean(-1, keepdim=True) + eps))
-    return y, s, rstd
-
-
-def _backward_reference(
-    dy: torch.Tensor,
-    ds: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    rstd: torch.Tensor,
-    eps: float,
-    offset: float,
-    grad_dtype: torch.dtype,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, dw = _backward_fake(dy, ds, x, weight, rstd, eps, offset, grad_dtype, need_dx, need_dw)
-    xhat, g = x.float() * rstd, dy.float()
-    if need_dw:
-        dw.copy_((g * xhat).sum_to_size(weight.shape))
-    if need_dx:
-        g = g if weight is None else g * (offset + weight.float())
-        if x.shape[-1] == 1:
-            dx_ = g * rstd * (eps * rstd.square())  # 1 - xhat^2, which the difference below would cancel away
-        else:
-            dx_ = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
-        dx.copy_(dx_ if ds is None else dx_ + ds.float())
-    return dx, dw
+        weight_args = (dy, x, rstd, partials, dy_strides, x_strides, rstd_strides, rows.sizes, rows.count)
+        options = {**tile.options(N, device), "STAGES": tile.stages(device, x, dy)}
+        grid = (cdiv(N, tile.BLOCK_N), shares.partials)
+        launches.append(Launch(_rms_norm_weight_grad_kernel, grid, weight_args, options))
+    if partials is not None:
+        launches.append(sum_partials(partials, dw))
+    return launches
 
 
 # --- registered ops --------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, offset: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward_fake(call):
+    x, residual = call.x, call.residual
     y = empty_in_order_of(x)
     s = x.new_empty(0) if residual is None else empty_in_order_of(residual)
     rstd = empty_in_order_of(x, (*x.shape[:-1], 1), torch.float32)
     return y, s, rstd
 
 
-def _backward_fake(
-    dy: torch.Tensor,
-    ds: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    rstd: torch.Tensor,
-    eps: float,
-    offset: float,
-    grad_dtype: torch.dtype,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dx = empty_in_order_of(x, dtype=grad_dtype) if need_dx else x.new_empty(0)
-    dw = weight.new_empty(weight.shape) if need_dw else x.new_empty(0)
+def _forward(call):
+    y, s, rstd = _forward_fake(call)
+    _launch_forward(call, y, None if call.residual is None else s, rstd)
+    return y, s, rstd
+
+
+def _forward_reference(call):
+    x, residual, weight, eps, offset = call
+    y, s, rstd = _forward_fake(call)
+    if residual is None:
+        y.copy_(reference.rms_norm(x, weight, eps, offset=offset))
+    else:
+        normed, x = reference.add_rms_norm(x, residual, weight, eps, offset=offset)
+        y.copy_(normed)
+        s.copy_(x)
+    rstd.copy_(torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps))
+    return y, s, rstd
+
+
+def _backward_fake(call):
+    x, weight = call.x, call.weight
+    dx = empty_in_order_of(x, dtype=call.grad_dtype) if call.need_dx else x.new_empty(0)
+    dw = weight.new_empty(weight.shape) if call.need_dw else x.new_empty(0)
+    return dx, dw
+
+
+def _backward(call):
+    dx, dw = _backward_fake(call)
+    x, dy, N = call.x, call.dy, call.x.shape[-1]
+    if not x.numel():
+        return dx, dw.zero_()
+    widths = _widest(x, dy, call.ds, call.weight), _widest(x, dy)
+    shares = _shares(x.numel() // N, N, *widths, call.need_dx, processors_of(x.device))
+    partials = x.new_empty((shares.partials, N), dtype=torch.float32) if call.need_dw else None
+    _launch_backward(call, shares, dx, dw, partials)
+    return dx, dw
+
+
+def _backward_reference(call):
+    dx, dw = _backward_fake(call)
+    dy, ds, x, weight, rstd, eps, offset, *_ = call
+    xhat, g = x.float() * rstd, dy.float()
+    if call.need_dw:
+        dw.copy_((g * xhat).sum_to_size(weight.shape))
+    if call.need_dx:
+        g = g if weight is None else g * (offset + weight.float())
+        if x.shape[-1] == 1:
+            dx_ = g * rstd * (eps * rstd.square())  # as in `_store_dx`
+        else:
+            dx_ = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+        dx.copy_(dx_ if ds is None else dx_ + ds.float())
     return dx, dw
 
 
 # -> y, residual_out (empty without a residual), rstd (..., 1) float32
 _rms_norm_forward = register(
     "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+    call=_Forward,
     kernel=_forward,
     reference=_forward_reference,
     fake=_forward_fake,
 )
-# -> dx in grad_dtype, dw in the weight's; empty where not needed
+# -> dx in grad_dtype, dw in the weight's dtype; empty where not needed
 _rms_norm_backward = register(
     "rms_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, float eps, "
     "float offset, ScalarType grad_dtype, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+    call=_Backward,
     kernel=_backward,
     reference=_backward_reference,
     fake=_backward_fake,
@@ -558,7 +483,7 @@ _rms_norm_backward = register(
 
 
 class _RMSNorm(Differentiable):
-    """(x, residual or None, weight or None) -> y, or (y, residual_out). Saves what it normalised, weight and rstd."""
+    """A `_Forward` -> y, or (y, residual_out). Saves the normalised rows, the weight and rstd."""
 
     KEPT = 1
 
@@ -583,8 +508,8 @@ class _RMSNormOp(Differentiable):
     """The registered op: (y, residual_out, rstd), each with a gradient."""
 
     @staticmethod
-    def forward(op, x, residual, weight, eps, offset):
-        return _rms_norm_forward(x, residual, weight, eps, offset)
+    def forward(op, *call):
+        return _rms_norm_forward(*call)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -593,7 +518,8 @@ class _RMSNormOp(Differentiable):
     @staticmethod
     def backward(ctx, dy, ds, drstd):
         s, _, rstd = ctx.saved_tensors
-        ds = None if ctx.grad_dtypes[1] is None else ds  # without a residual, of a tensor that has no elements
+        if ctx.grad_dtypes[1] is None:  # no residual: residual_out is an empty tensor
+            ds = None
         if drstd is not None:
             of_rstd = -drstd * rstd**3 / s.shape[-1] * s.float()
             ds = of_rstd if ds is None else of_rstd + ds.float()
@@ -601,19 +527,21 @@ class _RMSNormOp(Differentiable):
 
 
 def _gradients(ctx, dy, ds):
-    """What the backward of both returns; ds is the gradient of the sum."""
+    """What the backward of both returns. ds: the gradient of residual_out."""
     x, weight, rstd = ctx.saved_tensors
     x_dtype, residual_dtype = ctx.grad_dtypes
     need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
-    need_dx = need_x or need_residual
     if dy is None:  # only residual_out was used
         dx, dw = ds, None
     else:
-        # x and residual have one gradient; where their dtypes differ it is kept in the wider and rounded once.
+        # x and residual have one gradient. Where their dtypes differ it is kept in the wider, and rounded once.
         grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
-        dy = last_dim_contiguous(dy)
-        ds = None if ds is None else last_dim_contiguous(ds)
-        dx, dw = _rms_norm_backward(dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw)
+        dy, ds = last_dim_contiguous(dy), None if ds is None else last_dim_contiguous(ds)
+        call = _Backward(
+            dy, ds, x, weight, rstd, ctx.eps, ctx.offset,
+            grad_dtype=grad_dtype, need_dx=need_x or need_residual, need_dw=need_dw,
+        )  # fmt: skip
+        dx, dw = _rms_norm_backward(*call)
     grads = (
         dx.to(x_dtype) if need_x and dx is not None else None,
         dx.to(residual_dtype) if need_residual and dx is not None else None,
@@ -625,7 +553,9 @@ def _gradients(ctx, dy, ds):
 register_gradient(
     "rms_norm_forward",
     ("x", "residual", "weight"),
-    by=lambda *args: _RMSNormOp.call("rms_norm" if args[1] is None else "add_rms_norm", *args),
+    by=lambda x, residual, *rest: _RMSNormOp.call(
+        "rms_norm" if residual is None else "add_rms_norm", x, residual, *rest
+    ),
 )
 
 
@@ -640,23 +570,21 @@ def rms_norm(
     Computed in float32 and rounded once, to x.dtype. Zhang and Sennrich, arXiv 1910.07467.
 
     Args:
-        x: (..., N), bfloat16, float16 or float32, N from 1 on. Any strides; a last dimension that is not contiguous is
+        x: (..., N), bfloat16, float16 or float32, N at least 1. Any strides; a last dimension that is not contiguous is
             copied.
-        weight: (N,) in any of these dtypes, or None for no scaling.
-        eps: added to the mean square; not negative. None is the default of torch.nn.functional.rms_norm: float32's eps,
-            1.2e-7, for each of these dtypes.
-        offset: added to the weight in float32; 1.0 for Gemma, whose weights are stored around zero.
+        weight: (N,), in any of these dtypes, or None for no scaling.
+        eps: added to the mean square; not negative. None is the default of torch.nn.functional.rms_norm: the eps of
+            float32, 1.2e-7, for each of these dtypes.
+        offset: added to the weight in float32. 1.0 for Gemma, whose weights are stored around zero.
 
     Returns:
-        y, of x's shape, dtype and memory order.
+        y, with x's shape, dtype and memory order.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or its dtype is not one of those above.
         ValueError: weight is not (N,), eps is negative, or devices differ.
     """
-    _check("rms_norm", x, None, weight)
-    eps = check_eps("rms_norm", eps)
-    return _apply("rms_norm", x, None, weight, eps, offset)[0]
+    return _normed("rms_norm", x, None, weight, eps, offset)[0]
 
 
 def add_rms_norm(
@@ -669,36 +597,33 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual add and RMSNorm in one pass: residual_out = x + residual; y = rms_norm(residual_out).
 
-    The sum is rounded to residual.dtype before it is normalised, so y is what two separate ops would give and the
+    The sum is rounded to residual.dtype before it is normalised. So y is what two separate ops would give, and the
     backward sees the same numbers as the forward.
 
     Args:
         x: (..., N), bfloat16, float16 or float32.
-        residual: of x's shape, in any of these dtypes.
+        residual: x's shape, in any of these dtypes.
         weight, eps, offset: as in `rms_norm`.
 
     Returns:
         y, in x's dtype and memory order, and residual_out, in residual's.
 
     Raises:
-        TypeError, ValueError: as `rms_norm`; also where residual's shape is not x's.
+        TypeError, ValueError: as `rms_norm`; also if residual's shape is not x's.
     """
-    _check("add_rms_norm", x, residual, weight)
-    eps = check_eps("add_rms_norm", eps)
-    return _apply("add_rms_norm", x, residual, weight, eps, offset)
+    y, residual_out = _normed("add_rms_norm", x, residual, weight, eps, offset)
+    return y, residual_out
 
 
-def _apply(op, x, residual, weight, eps, offset):
+def _normed(
+    op: str,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float | None,
+    offset: float,
+) -> tuple[torch.Tensor, ...]:
     """y and, with a residual, residual_out; through autograd where a gradient is wanted."""
-    x = last_dim_contiguous(x)
-    residual = None if residual is None else last_dim_contiguous(residual)
-    weight = None if weight is None else last_dim_contiguous(weight)
-    if needs_grad(x, residual, weight):
-        return _RMSNorm.call(op, x, residual, weight, eps, offset)
-    return _rms_norm_forward(x, residual, weight, eps, offset)[:2]
-
-
-def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
     check_tensors(op, x=x, residual=residual, weight=weight)
     if x.ndim == 0:
         raise ValueError(message(op, "x", "a scalar", "a tensor of at least one dimension"))
@@ -706,3 +631,10 @@ def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torc
         raise ValueError(message(op, "residual", shape_of(residual), f"the shape of x, {tuple(x.shape)}"))
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(message(op, "weight", shape_of(weight), f"({x.shape[-1]},), one element a column of x"))
+    x = last_dim_contiguous(x)
+    residual = None if residual is None else last_dim_contiguous(residual)
+    weight = None if weight is None else last_dim_contiguous(weight)
+    eps = check_eps(op, eps)
+    if needs_grad(x, residual, weight):
+        return _RMSNorm.call(op, x, residual, weight, eps, offset)
+    return _rms_norm_forward(x, residual, weight, eps, offset)[:2]

@@ -7,7 +7,7 @@ dq and dk before they are rounded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -15,17 +15,22 @@ from llama_kernels.core.checks import message, shape_of
 from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import launch_backward
-from llama_kernels.ops.attention.call import AttentionCall, Results, Rotated, Wanted, empty_grads
+from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.op import attention_forward
 from llama_kernels.ops.rope import _rope as rotate
-from llama_kernels.ops.rotation import check_angles, full_width, rotates_in_registers, tokens_of
+from llama_kernels.ops.rotation import Rotation, full_width, rotates_in_registers
+from llama_kernels.ops.rotation_checks import check_angles, tokens_of
+from llama_kernels.reference.attention import AttentionOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # --- registered op ---------------------------------------------------------------------------------------------------
 
 
-def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotated], Any]) -> Callable[..., Any]:
+def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotation], Any]) -> Callable[..., Any]:
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cos, sin, position_ids, interleaved,
         scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic,
@@ -33,7 +38,7 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotated], Any]) 
         sequences = (None, None, q.shape[2], k.shape[2])
         call = AttentionCall(q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, left, right)
         wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
-        return tuple(run(call, Results(out, lse, do, dlse), wanted, Rotated(cos, sin, position_ids, interleaved)))
+        return run(call, Results(out, lse, do, dlse), wanted, Rotation(cos, sin, position_ids, interleaved))
 
     return backward
 
@@ -41,17 +46,18 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotated], Any]) 
 def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
     """`run`, a backward of attention, with dq and dk rotated afterwards where it cannot do so itself."""
 
-    def backward(call: AttentionCall, results: Results, wanted: Wanted, rotated: Rotated) -> tuple[torch.Tensor, ...]:
-        cos, interleaved = rotated.cos, rotated.interleaved
-        if not full_width(cos, call.q.shape[-1]) and rotates_in_registers(cos.shape[-1], interleaved):
-            return run(call, results, wanted, rotated)
+    def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
+        cos, interleaved = rotation.cos, rotation.interleaved
+        half_width = cos is not None and not full_width(cos, call.q.shape[-1])
+        if half_width and rotates_in_registers(rotation.half, interleaved):
+            return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:
-            dq, dk = rotate(dq, dk, *rotated, True)
+            dq, dk = rotate(dq, dk, *rotation, True)
         elif wanted.dq:
-            dq, _ = rotate(dq, None, *rotated, True)
+            dq, _ = rotate(dq, None, *rotation, True)
         elif wanted.dk:
-            dk, _ = rotate(dk, None, *rotated, True)
+            dk, _ = rotate(dk, None, *rotation, True)
         return dq, dk, *others
 
     return backward
@@ -66,7 +72,7 @@ _rope_attention_backward = register(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_by(_rotating(launch_backward)),
     reference=_backward_by(_rotating(plain_backward)),
-    fake=_backward_by(lambda call, results, wanted, rotated: empty_grads(call, wanted)),
+    fake=_backward_by(lambda call, results, wanted, rotation: empty_grads(call, wanted)),
 )
 
 
@@ -74,7 +80,7 @@ _rope_attention_backward = register(
 
 
 class _RopeAttention(Differentiable):
-    """The fields of Rotated and of an AttentionCall -> (out, lse, q and k after the rotation).
+    """The fields of Rotation and of an AttentionCall -> (out, lse, q and k after the rotation).
 
     q and k are results, so that autograd knows that the backward depends on them, and refuses to differentiate it.
     """
@@ -86,29 +92,52 @@ class _RopeAttention(Differentiable):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, _, _, *others = inputs
+        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, *fields = inputs
+        call = AttentionCall(*fields)
         out, lse, q, k = output
-        call = AttentionCall(q, k, *others)
-        ctx.numbers = call.numbers
-        ctx.save_for_backward(out, lse, cos, sin, position_ids, *call.tensors)
+        ctx.numbers = (call.scale, call.softcap, call.left, call.right)
+        bounds = (call.kv_start, call.kv_end)
+        ctx.save_for_backward(q, k, call.v, out, lse, call.sinks, *bounds, cos, sin, position_ids)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse, *_):
-        out, lse, cos, sin, position_ids, *tensors = ctx.saved_tensors
-        call = AttentionCall(*tensors, *ctx.numbers)
+        q, k, v, out, lse, sinks, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad[6:10]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
         grads = _rope_attention_backward(
-            do, dlse, call.q, call.k, call.v, out, lse, call.sinks, call.kv_start, call.kv_end, cos, sin, position_ids,
-            ctx.interleaved, call.scale, call.softcap, call.left, call.right, *needed, ctx.deterministic,
+            do, dlse, q, k, v, out, lse, sinks, *others, ctx.interleaved, *ctx.numbers, *needed, ctx.deterministic
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        grads = refuse_double_backward(ctx.op, grads, (do, dlse, call.q, call.k, call.v, call.sinks))
-        return *[None] * 6, *grads, *[None] * (len(call) - len(grads))
+        grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
+        return *[None] * 6, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
 
 
 # --- public function -------------------------------------------------------------------------------------------------
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: Literal[False] = False,
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: Literal[True],
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def rope_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None, *, return_lse: bool,
+    interleaved: bool = False, **options: Unpack[AttentionOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def rope_attention(
@@ -142,16 +171,16 @@ def rope_attention(
     Args:
         q: (B, Hq, S, D), not rotated; bfloat16, float16 or float32. Any strides; a last dimension that is not
             contiguous is copied. Under autocast q, k and v are cast to its dtype.
-        k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), of q's dtype, Hq a multiple of Hkv. As many tokens as q: one position
-            for each token. To attend to a cache, call `rope` or `rope_into_cache`, then `attention`.
+        k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), of q's dtype. Hq is a multiple of Hkv. k has as many tokens as q, at
+            the same positions. To attend to a cache, call `rope` or `rope_into_cache`, then `attention`.
         cos, sin, position_ids, interleaved: as in `rope`.
-        Others as in `attention`.
+        Others: as in `attention`.
 
     Returns:
         out, (B, Hq, S, Dv) in q's dtype and memory order; with return_lse also lse, (B, Hq, S) float32.
 
     Raises:
-        TypeError, ValueError: as `attention` and `rope`; also where k has another number of tokens than q.
+        TypeError, ValueError: As `attention` and `rope`; also where k has another number of tokens than q.
     """
     op = "rope_attention"
     call = checked_call(
@@ -164,9 +193,9 @@ def rope_attention(
         fix = "Rotate them apart with llama_kernels.rope, then call llama_kernels.attention."
         raise ValueError(message(op, "k", shape_of(k), wanted, fix))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
-    rotated = Rotated(cos, sin, position_ids, interleaved)
+    rotation = (cos, sin, position_ids, interleaved)
     if needs_grad(q, k, call.v, call.sinks):
-        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotated, *call)
+        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, *call)
     else:
-        out, lse = attention_forward(*rotate(q, k, *rotated, False), *others)
+        out, lse = attention_forward(*rotate(q, k, *rotation, False), *others)
     return (out, lse) if return_lse else out

@@ -7,20 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.codegen import cases, hopper, ones, reading, record, sass, traffic
-from llama_kernels.ops.attention import backward, forward, tables
+from bench.codegen import cases, compiling, hopper, ones, reading, record, sass, traffic
+from llama_kernels.ops.attention import delta, tables
 from llama_kernels.ops.attention.tables import Tile
+from tests.support.attention import tiles
 from tests.support.environment import COMPILES
 
-pytestmark = COMPILES
+pytestmark = [*COMPILES, pytest.mark.once]
 
 
 def reports(target: str, op: str, label: str, tile: Tile | None = None):
     case = next(c for c in cases.cases() if (c.op, c.label) == (op, label))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (forward, backward) if tile else ():
-            patch.setattr(module, "tile_for", lambda *_: tile)
-        return [reading.read(target, case, name, kernel) for name, kernel in cases.compile_case(target, case)]
+    with tiles(tile):
+        return [reading.read(target, case, name, kernel) for name, kernel in compiling.compile_case(target, case)]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -37,8 +36,8 @@ def test_documents_of_one_token_run_the_kernels_of_longer_ones():
 
     def machine_code(length: int) -> list[bytes]:
         size = ones._Size("documents", Sq=length, Sk=length, tokens=512)
-        case = cases.Case("attention", "", lambda: ones._attention(64, torch.bfloat16, size, "bounds"))
-        return [kernel.asm["cubin"] for _, kernel in cases.compile_case("sm_90", case)]
+        case = compiling.Case("attention", "", lambda: ones._attention(64, torch.bfloat16, size, "bounds"))
+        return [kernel.asm["cubin"] for _, kernel in compiling.compile_case("sm_90", case)]
 
     assert machine_code(1) == machine_code(7)
 
@@ -172,7 +171,7 @@ def test_a_row_may_differ_by_compiler_and_by_the_width_of_v(monkeypatch):
 
 @pytest.mark.corpus(67, 68)
 def test_every_row_of_the_tables_is_there():
-    assert set(tables.FAMILIES) == set(cases.TARGETS)
+    assert set(tables.FAMILIES) == set(compiling.TARGETS)
     for family in tables.FAMILIES:
         for pass_ in tables.PASSES:
             for width in (1, *tables.WIDTHS):
@@ -181,7 +180,7 @@ def test_every_row_of_the_tables_is_there():
                     rows += [row.narrow_v for row in rows if row.narrow_v]
                     for tile in filter(None, (*rows, *(row.crowded for row in rows))):
                         assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
-                        assert backward.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
+                        assert delta.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
                         # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
                         assert family != "sm_100" or tile.num_stages not in (2, 3)
 

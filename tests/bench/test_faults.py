@@ -8,26 +8,36 @@ import weakref
 import pytest
 import torch
 
-pytest.importorskip("rich", reason="the bench's commands print with rich")
-
 from bench.measuring import contain, records, runner
 from bench.measuring.capture import Lost
 from bench.measuring.journal import CAPTURE, Journal
 from bench.providers.eager import Eager
-from bench.providers.provider import Provider
 from bench.training import runner as training_runner
 from bench.training.variations import Stock
 from bench.works.norms import RMSNorm
-from tests.bench.fakes import ABOUT, CEILINGS, NORM, FakeClock, tiny_model
-from tests.bench.faults import ADD, ROPE, Bad, fail, reasons
-from tests.support.environment import DEVICE
+from tests.bench.fakes import (
+    ABOUT,
+    ADD,
+    NORM,
+    ROPE,
+    Bad,
+    FailingClock,
+    FakeClock,
+    fail,
+    norm_provider,
+    options,
+    reasons,
+    tiny_model,
+)
+
+pytestmark = pytest.mark.once
 
 
-def run(works, *chosen, clock=None, **options):
+def run(works, *providers, clock=None, **more):
     """All records, and the Lost that ended the run, or None."""
-    made, options = [], {"device": DEVICE, "clock": clock, "ceilings": CEILINGS, "about": ABOUT} | options
+    made = []
     try:
-        for rs in runner.run(works, chosen, **options):
+        for rs in runner.run(works, providers, **options(clock, **more)):
             made += rs
     except Lost as e:
         return made, e
@@ -69,14 +79,8 @@ def test_a_failure_while_clocks_run_costs_one_direction():
 
 
 def test_a_failure_before_the_samples_costs_one_direction():
-    class Failing(FakeClock):
-        def sampler(self, calls, by_events=None):
-            if len(self.calls) == 2:
-                self.calls.append(0)
-                raise RuntimeError("in the warm-up")
-            return super().sampler(calls, by_events)
-
-    made, _ = run([NORM], Bad(lambda: None), Eager(), clock=Failing())
+    clock = FailingClock(2, RuntimeError("in the warm-up"))
+    made, _ = run([NORM], Bad(lambda: None), Eager(), clock=clock)
     assert [r.reason for r in made if r.provider == "bad"] == [None, "RuntimeError: in the warm-up", None]
     assert all(r.ms == 2.0 for r in made if r.provider == "eager")
 
@@ -86,44 +90,33 @@ def test_no_time_is_no_measurement():
     assert reasons(made, "eager") == {"took no time: it does not work on the current stream"} and made[0].ms is None
 
 
-def test_what_a_failed_provider_held_is_free_before_the_gpu_is_tested(monkeypatch):
+def test_the_tensors_of_a_failed_provider_are_free_before_the_gpu_is_tested(monkeypatch):
     held, left = [], []
 
-    class Large(Provider):
-        name, cpu = "bad", True
-
-        def rms_norm(self, work, device):
-            def f(x, weight):
-                large = torch.ones(1000)
-                held.append(weakref.ref(large))
-                try:
-                    raise KeyError(large.sum())
-                except KeyError:
-                    raise torch.cuda.OutOfMemoryError("much") from None
-
-            return f
+    def f(x, weight):
+        large = torch.ones(1000)
+        held.append(weakref.ref(large))
+        try:
+            raise KeyError(large.sum())
+        except KeyError:
+            raise torch.cuda.OutOfMemoryError("much") from None
 
     monkeypatch.setattr(contain, "gpu_fault", lambda device: left.append(held[0]()) or "out of memory")
-    made, lost = run([NORM], Large())
+    made, lost = run([NORM], norm_provider(lambda *_: f, "bad"))
     assert left == [None] and reasons(made) == {"out of memory"}
-    assert lost is None  # what others hold is no fault of the process
+    assert lost is None  # other providers may hold the memory
 
 
-def test_work_without_inputs_is_listed(monkeypatch):
-    monkeypatch.setattr(RMSNorm, "draw", lambda *_: fail(torch.cuda.OutOfMemoryError("much"))())
-    made, _ = run([NORM, ADD], Eager(), clock=FakeClock())
+def test_work_without_inputs_has_a_reason(monkeypatch):
+    monkeypatch.setattr(RMSNorm, "draw", fail(torch.cuda.OutOfMemoryError("much")))
+    made, _ = run([NORM, ROPE], Eager(), clock=FakeClock())
     assert {(r.op, r.reason) for r in made} == {
-        ("rms_norm", "inputs or float64 results: out of memory"), ("add_rms_norm", None)}  # fmt: skip
+        ("rms_norm", "inputs or float64 results: out of memory"), ("rope", None)}  # fmt: skip
 
 
-def test_errors_that_are_no_numbers_do_not_end_a_run(tmp_path):
-    class Infinite(Provider):
-        name, cpu = "infinite", True
-
-        def rms_norm(self, work, device):
-            return lambda x, weight: Eager().rms_norm(work, device)(x, weight) * math.inf
-
-    made, _ = run([NORM], Infinite(), clock=FakeClock())
+def test_an_infinite_error_does_not_end_a_run(tmp_path):
+    infinite = norm_provider(lambda *args: lambda x, weight: Eager().rms_norm(*args)(x, weight) * math.inf)
+    made, _ = run([NORM], infinite, clock=FakeClock())
     assert all(r.reason.startswith("wrong numbers") and r.error is None for r in made)
     made[0].error = math.nan  # should one be left all the same
     records.write(records.Run({}, {}, made, {}), tmp_path / "x.json")
@@ -139,9 +132,8 @@ def test_a_variation_of_training_that_fails_ends_nothing():
 
     broken = Broken(False)
     broken.name = "broken"
-    options = {"device": "cpu", "clock": FakeClock(4.0), "ceilings": CEILINGS, "about": ABOUT}
-    (made,) = training_runner.run([tiny_model(False, 1)], [broken, Stock(False)], **options)
-    assert [(r.reason, r.ms) for r in made] == [("SystemExit: not here", None), (None, 4.0)]
+    made = training_runner.run([tiny_model(False, 1)], [broken, Stock(False)], **options(FakeClock(4.0), device="cpu"))
+    assert [(r.reason, r.ms) for r in next(made)] == [("SystemExit: not here", None), (None, 4.0)]
 
 
 # --- a process that is lost ------------------------------------------------------------------------------------------
@@ -187,18 +179,13 @@ def test_a_provider_that_ended_two_processes_is_left_out_everywhere(sticky):
 
 
 def test_a_lost_capture_is_not_tried_again():
-    class Losing(FakeClock):
-        def sampler(self, calls, by_events=None):
-            if by_events is None and len(self.calls) == 1:
-                raise Lost("its capture failed: RuntimeError: x; then the generator fails")
-            return super().sampler(calls, by_events)
-
+    lost = Lost("its capture failed: RuntimeError: x; then the generator fails")
     journal = Journal()
-    made, lost = run([NORM], Eager(), Bad(lambda: None), clock=Losing(), journal=journal)
-    assert "'capture' of bad" in str(lost) and journal.incidents[0].doing == CAPTURE
+    made, e = run([NORM], Eager(), Bad(lambda: None), clock=FailingClock(1, lost), journal=journal)
+    assert "'capture' of bad" in str(e) and journal.incidents[0].doing == CAPTURE
     assert [r.ms for r in made] == [None] * 6
-    made, lost = run([NORM], Eager(), Bad(lambda: None), clock=Losing(), journal=journal)
-    assert lost is None and all(r.ms == 2.0 for r in made)
+    made, e = run([NORM], Eager(), Bad(lambda: None), clock=FailingClock(1, lost), journal=journal)
+    assert e is None and all(r.ms == 2.0 for r in made)
     assert {r.method for r in made if r.provider == "bad"} == {"events"}
     assert "an earlier capture of it ended a process" in reasons(made).pop()
     assert {r.method for r in made if r.provider == "eager"} == {"graph"}

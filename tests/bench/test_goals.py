@@ -10,7 +10,9 @@ import pytest
 from bench.measuring.records import Record
 from bench.reporting import goals
 from bench.works.presets import works_of
-from tests.bench.sample_records import HEADS, norm, record
+from tests.bench.fakes import HEADS, norm_row, record
+
+pytestmark = pytest.mark.once
 
 
 def standing(
@@ -22,14 +24,14 @@ def standing(
 
 
 def test_a_share_of_the_copy_is_that_of_the_slowest_shape():
-    rs = [norm(2048, 97), norm(4096, 96), norm(131072, 50), norm(1024, 50), norm(64, 93)]
+    rs = [norm_row(2048, 97), norm_row(4096, 96), norm_row(131072, 50), norm_row(1024, 50), norm_row(64, 93)]
     rows = standing("RMSNorm, rows of 2k to 65k", "forward", goals.COPY, rs)
     assert rows.value == 0.96 and rows.met
     assert standing("RMSNorm, rows of 64 and 128", "forward", goals.COPY, rs).value == 0.93
-    slower = [*rs, norm(8192, 94)]
+    slower = [*rs, norm_row(8192, 94)]
     assert standing("RMSNorm, rows of 2k to 65k", "forward", goals.COPY, slower).met is False
-    others = [norm(8192, 1, provider="liger"), dataclasses.replace(norm(8192, 1), dtype="float32"),
-              dataclasses.replace(norm(8192, 1), estimate=True)]  # fmt: skip
+    others = [norm_row(8192, 1, provider="liger"), dataclasses.replace(norm_row(8192, 1), dtype="float32"),
+              dataclasses.replace(norm_row(8192, 1), estimate=True)]  # fmt: skip
     assert standing("RMSNorm, rows of 2k to 65k", "forward", goals.COPY, rs + others).value == 0.96
 
 
@@ -70,12 +72,12 @@ def test_packed_documents_are_held_against_equal_ones():
 
 
 def test_what_is_wrong_or_was_not_run_is_no_speed():
-    late = dataclasses.replace(norm(4096, 0), ms=None, percent=None, reason="not run: out of time")
+    late = dataclasses.replace(norm_row(4096, 0), ms=None, percent=None, reason="not run: out of time")
     wrong = dataclasses.replace(late, reason="wrong numbers: y is off by 1.0e+00, allowed 1.0e-02")
     work = ("RMSNorm, rows of 2k to 65k", "forward", goals.COPY)
-    assert standing(*work, [norm(2048, 97), late]).value == 0.97
+    assert standing(*work, [norm_row(2048, 97), late]).value == 0.97
     assert standing(*work, [late]).why == "not run: out of time"
-    assert standing(*work, [norm(2048, 97), wrong]).why.startswith("wrong numbers")
+    assert standing(*work, [norm_row(2048, 97), wrong]).why.startswith("wrong numbers")
 
 
 def test_each_goal_picks_work_that_the_bench_has():

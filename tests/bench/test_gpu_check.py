@@ -1,55 +1,44 @@
-"""bench.gpu_check without a GPU: imitated stages of small real processes, and its page from made-up records."""
+"""bench.gpu_check without a GPU: its stages are small real processes."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench.gpu_check import __main__ as gpu_check
-from bench.gpu_check import run, state
-from bench.gpu_check.process import Job, run_all
-from bench.gpu_check.stages import Missing, Stage
+from bench.gpu_check import process, run, state
+from bench.gpu_check.process import run_all
 from bench.gpu_check.state import ABSENT, FAILED, PASSED, STOPPED, UNFINISHED
-from bench.measuring import machine, records
+from bench.measuring import records
 from bench.measuring.records import Run
-from tests.bench.sample_page import ABOUT
-from tests.bench.sample_records import norm
-from tests.bench.sample_stages import carry_out, stage
+from tests.bench.fake_stages import ABOUT, HurriedTime, carry_out, pretend, python, stage, wait_for, wrote
+from tests.bench.fakes import norm_row
 from tests.support.environment import DEVICE
 
-
-def python(name: str, code: str, *args: object, seconds: float = 20.0, env: dict[str, str] | None = None) -> Job:
-    return Job(name, (sys.executable, "-c", code, *map(str, args)), seconds, env or {})
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
+pytestmark = pytest.mark.once
 
 
 def is_alive(pid: int) -> bool:
-    """A process that has ended and was not waited for does not live."""
+    """A process that has ended and was not waited for is not alive."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 
 
-# Hangs, and so does its child, whose number it writes down.
+def is_dead(pid_file: Path) -> Callable[[], bool]:
+    return lambda: not is_alive(int(pid_file.read_text()))
+
+
+# Hangs, and so does its child, whose process ID it writes down.
 HANGS = """
 import pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -59,10 +48,8 @@ time.sleep(600)
 """
 # Ends, and leaves such a child behind.
 LEAVES = HANGS.replace("time.sleep(600)\n", "").replace("now it hangs", "done")
-# A child in a session of its own.
-AWAY = ", start_new_session=True)\n"
-# A child that has none of the variables of its parent.
-BARE = ", env={})\n"
+# Children that a job cannot find in one of two ways: without its variables, or in a session of their own.
+CHILDREN = {"of its group": ", env={})\n", "of another session": ", start_new_session=True)\n"}
 # Adds a line to a file, then does what the second argument says.
 COUNTS = "import sys; open(sys.argv[1], 'a').write('run\\n'); exec(sys.argv[2])"
 
@@ -81,30 +68,29 @@ def test_jobs_end_as_their_commands_do(tmp_path, monkeypatch):
         python("good", "import os; print(os.environ['SAID'])", env={"SAID": "all is well"}),
         python("bad", "print('one is wrong'); raise SystemExit(3)"),
     ]
-    ended = {each.job.name: each for each in run_all(jobs, tmp_path, workers=2)}
-    assert {name: each.code for name, each in ended.items()} == {"compiles": 0, "good": 0, "bad": 3}
-    assert (tmp_path / "compiles.txt").read_text() == "0\n"
-    assert (tmp_path / "good.txt").read_text() == "all is well\n"
-    assert (tmp_path / "bad.txt").read_text() == "one is wrong\n"
+    assert {each.job.name: each.code for each in run_all(jobs, tmp_path, workers=2)} == {
+        "compiles": 0, "good": 0, "bad": 3,
+    }  # fmt: skip
+    assert {path.stem: path.read_text() for path in tmp_path.glob("*.txt")} == {
+        "compiles": "0\n", "good": "all is well\n", "bad": "one is wrong\n",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "code", [HANGS.replace(")\n", how, 1) for how in (BARE, AWAY)], ids=["of its group", "of another session"]
-)
-def test_a_job_that_hangs_is_killed_with_its_children(code, tmp_path):
+@pytest.mark.parametrize("child", CHILDREN.values(), ids=CHILDREN)
+def test_a_job_that_hangs_is_killed_with_its_children(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "time", HurriedTime(lambda: wrote(tmp_path / "slow.txt")))
+    code = HANGS.replace(")\n", child, 1)
     (ended,) = run_all([python("slow", code, tmp_path / "pid", seconds=5)], tmp_path, workers=1)
-    assert ended.code is None and not ended.cut and 5 <= ended.seconds < 20
+    assert ended.code is None and not ended.cut and ended.seconds > 5
     assert (tmp_path / "slow.txt").read_text() == "now it hangs\n"
-    wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
+    wait_for(is_dead(tmp_path / "pid"))
 
 
-@pytest.mark.parametrize(
-    "code", [LEAVES.replace(")\n", how, 1) for how in (BARE, AWAY)], ids=["of its group", "of another session"]
-)
-def test_what_a_job_leaves_behind_is_killed(code, tmp_path):
-    (ended,) = run_all([python("leaves", code, tmp_path / "pid")], tmp_path, workers=1)
+@pytest.mark.parametrize("child", CHILDREN.values(), ids=CHILDREN)
+def test_what_a_job_leaves_behind_is_killed(child, tmp_path):
+    (ended,) = run_all([python("leaves", LEAVES.replace(")\n", child, 1), tmp_path / "pid")], tmp_path, workers=1)
     assert ended.code == 0
-    wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
+    wait_for(is_dead(tmp_path / "pid"))
 
 
 def test_no_more_jobs_than_workers_run_at_once(tmp_path):
@@ -123,7 +109,7 @@ def test_no_more_jobs_than_workers_run_at_once(tmp_path):
 
 def test_no_job_starts_or_goes_on_when_time_is_over(tmp_path):
     jobs = [python("first", HANGS, tmp_path / "pid"), python("second", "print('started')")]
-    ended = list(run_all(jobs, tmp_path, 1, lambda: (tmp_path / "pid").exists()))
+    ended = list(run_all(jobs, tmp_path, 1, lambda: wrote(tmp_path / "pid")))
     assert [(each.job.name, each.code, each.cut) for each in ended] == [("first", None, True)]
     assert not (tmp_path / "second.txt").exists()
 
@@ -132,19 +118,24 @@ def test_the_jobs_of_a_caller_that_stops_are_killed(tmp_path):
     jobs = [python("quick", "pass"), python("slow", HANGS, tmp_path / "pid")]
     for ended in run_all(jobs, tmp_path, workers=2):
         assert ended.job.name == "quick"
-        pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+        wait_for(lambda: wrote(tmp_path / "pid"))
         break
-    wait_for(lambda: not is_alive(pid))
+    wait_for(is_dead(tmp_path / "pid"))
 
 
-@pytest.mark.parametrize("code, seconds, status, last", [
-    ("print('12 passed, 3 skipped in 4.5s')", 20, PASSED, "12 passed, 3 skipped in 4.5s"),
-    ("print('2 failed, 1 passed'); raise SystemExit(1)", 20, FAILED, "2 failed, 1 passed"),
-    ("import time; print('test_seven', flush=True); time.sleep(60)", 4, STOPPED, "killed after 4 s, at: test_seven"),
-    ("print('Error: Device not supported'); raise SystemExit(1)", 20, ABSENT, "Device not supported"),
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code, status, last", [
+    ("print('12 passed, 3 skipped in 4.5s')", PASSED, "12 passed, 3 skipped in 4.5s"),
+    ("print('2 failed, 1 passed'); raise SystemExit(1)", FAILED, "2 failed, 1 passed"),
+    ("import time; print('test_seven', flush=True); time.sleep(60)", STOPPED, "killed after 4 s, at: test_seven"),
+    ("print('Error: Device not supported'); raise SystemExit(1)", ABSENT, "Device not supported"),
 ])  # fmt: skip
-def test_a_stage_of_one_job_says_what_its_job_said(code, seconds, status, last, tmp_path):
-    outcome = carry_out(stage("one", python("job", code, seconds=seconds)), tmp_path)
+def test_a_stage_of_one_job_says_what_its_job_said(code, status, last, tmp_path, monkeypatch):
+    log = tmp_path / "one" / "job.txt"
+    monkeypatch.setattr(process, "time", HurriedTime(lambda: status == STOPPED and wrote(log)))
+    outcome = carry_out(stage("one", python("job", code, seconds=4)), tmp_path)
     assert (outcome.status, outcome.last_line, outcome.wrong) == (status, last, status in (FAILED, STOPPED))
     assert state.read(run.stage_file(tmp_path, "one")) == outcome
     if status == PASSED:
@@ -212,10 +203,10 @@ def test_sources_are_known_by_their_bytes(tmp_path, monkeypatch):
 
 
 def test_a_stage_has_a_clock_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "GRACE", 0.0)
+    monkeypatch.setattr(run, "time", HurriedTime(lambda: wrote(tmp_path / "pid")))
     jobs = [python("quick", "pass"), python("slow", HANGS, tmp_path / "pid"), python("never", "pass")]
-    outcome = carry_out(stage("many", *jobs, minutes=6 / 60), tmp_path)
-    assert outcome.status == UNFINISHED and outcome.last_line == "1 of 3 parts done" and outcome.seconds < 20
+    outcome = carry_out(stage("many", *jobs, minutes=6), tmp_path)
+    assert outcome.status == UNFINISHED and outcome.last_line == "1 of 3 parts done"
     assert state.read(tmp_path / "many" / "never.json") is None
 
 
@@ -232,28 +223,9 @@ def test_a_command_that_has_more_to_do_goes_on(tmp_path):
 
 # --- the whole -------------------------------------------------------------------------------------------------------
 
-# What `python -m bench.gpu_check` does, with the stages of the test and no GPU.
-PROGRAM = """
-import json, sys
-from pathlib import Path
-import torch
-from bench.measuring import machine, records
-from bench.gpu_check import __main__ as gpu_check
-from bench.gpu_check.process import Job
-from bench.gpu_check.stages import Missing, Stage
-about, described, argv = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
-gpu_check.arch_of, machine.describe, records.latest = lambda _: "sm_90", lambda device: about, lambda gpu: None
-def one(name, minutes, *jobs):
-    made = [Job(n, (sys.executable, "-c", *command), seconds) for n, seconds, command in jobs]
-    return Stage(name, minutes, lambda _: made, ("bench",))
-gpu_check.stages = lambda machine: [one(*d) if len(d) > 2 else Missing(*d) for d in described]
-sys.exit(gpu_check.main(argv))
-"""
-
 
 class Whole:
-    """Runs it on three stages; the second one waits until it is allowed to end."""
+    """Four stages in `folder`: the second waits until it is allowed to end, the last is not possible here."""
 
     def __init__(self, folder: Path) -> None:
         self.out, self.counts, self.go = folder / "out", [folder / f"{i}.count" for i in range(3)], folder / "go"
@@ -263,13 +235,12 @@ class Whole:
                                      ["third", 1, ["job", 60, [COUNTS, str(self.counts[2]), "print('three')"]]],
                                      ["fourth", "there is no such tool here"]]  # fmt: skip
 
-    def start(self, *argv: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", PROGRAM, json.dumps(ABOUT), json.dumps(self.described)]
-        return subprocess.Popen([*command, "--out", str(self.out), *argv], stdout=subprocess.PIPE, text=True)
-
     def status(self, name: str) -> str | None:
         outcome = state.read(run.stage_file(self.out, name))
         return outcome and outcome.status
+
+    def runs(self) -> list[int]:
+        return list(map(runs, self.counts))
 
 
 @pytest.fixture
@@ -277,10 +248,23 @@ def whole(tmp_path) -> Whole:
     return Whole(tmp_path)
 
 
+@pytest.fixture
+def main(whole, monkeypatch):
+    """main(*options): `python -m bench.gpu_check` with the stages of `whole`, in this process."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def main(*options: str, about: dict[str, str] = ABOUT) -> int:
+        pretend(monkeypatch.setattr, about, whole.described)
+        return gpu_check.main(["--out", str(whole.out), *options])
+
+    return main
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_a_run_that_was_ended_midway_goes_on(name, whole):
-    started = whole.start()
-    wait_for(lambda: runs(whole.counts[1]), 60)
+def test_a_run_that_was_ended_midway_goes_on(name, whole, main, capsys):
+    command = [sys.executable, "-m", "tests.bench.fake_stages", json.dumps(ABOUT), json.dumps(whole.described)]
+    started = subprocess.Popen([*command, "--out", str(whole.out)], stdout=subprocess.PIPE, text=True, cwd=state.ROOT)
+    wait_for(lambda: runs(whole.counts[1]))
     assert whole.status("first") == PASSED  # on disk before the next begins
     pid = int(subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()[0])
     started.send_signal(getattr(signal, name))
@@ -295,47 +279,26 @@ def test_a_run_that_was_ended_midway_goes_on(name, whole):
     assert whole.status("third") is None
 
     whole.go.touch()
-    again = whole.start()
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == gpu_check.PASSED, said
-    assert list(map(runs, whole.counts)) == [1, 2, 1]
+    assert main() == gpu_check.PASSED and whole.runs() == [1, 2, 1]
+    said = capsys.readouterr().out
     assert "fourth" in said and "there is no such tool here" in said
 
 
-def test_the_page_has_nothing_of_another_commit(whole, monkeypatch, capsys):
+def test_the_page_has_nothing_of_another_commit(whole, main, capsys):
     whole.go.touch()
-    assert main(whole, monkeypatch) == gpu_check.PASSED
-    monkeypatch.setattr(sys.modules[__name__], "ABOUT", {**ABOUT, "commit": "fff9999"})
+    assert main() == gpu_check.PASSED
     capsys.readouterr()
-    assert main(whole, monkeypatch, "--only", "third") == gpu_check.PASSED
+    assert main("--only", "third", about={**ABOUT, "commit": "fff9999"}) == gpu_check.PASSED
     said = capsys.readouterr().out
     assert "commit fff9999" in said and "goes on with first, second" in said
-    assert list(map(runs, whole.counts)) == [1, 1, 2]
+    assert whole.runs() == [1, 1, 2]
     assert (whole.out / "earlier" / "first" / "job.txt").read_text() == "one\n"
 
 
-def test_minutes_end_the_stage_under_way(whole):
-    started = time.monotonic()
-    first = whole.start("--minutes", str(12 / 60))
-    first.communicate(timeout=60)
-    assert first.returncode == gpu_check.LEFT and time.monotonic() - started < 40
-    assert whole.status("first") == PASSED and whole.status("second") == UNFINISHED
-
-
-def main(whole: Whole, monkeypatch, *argv: str) -> int:
-    """In this process, for what needs no signal."""
-    made = [
-        Stage(d[0], d[1], lambda _, d=d: [Job(n, (sys.executable, "-c", *c), s) for n, s, c in d[2:]], ("bench",))
-        if len(d) > 2 else Missing(*d) for d in whole.described
-    ]  # fmt: skip
-    monkeypatch.setattr(gpu_check, "stages", lambda machine: made)
-    monkeypatch.setattr(gpu_check, "arch_of", lambda _: "sm_90")
-    monkeypatch.setattr(gpu_check._Clock, "__init__", lambda self, minutes: setattr(self, "end", float("inf")))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(machine, "describe", lambda device: ABOUT)
-    monkeypatch.setattr(records, "latest", lambda gpu: None)
-    return gpu_check.main(["--out", str(whole.out), *argv])
+def test_minutes_end_the_stage_under_way(whole, main, monkeypatch):
+    monkeypatch.setattr(gpu_check, "time", HurriedTime(lambda: runs(whole.counts[1]) > 0))
+    assert main("--minutes", "12") == gpu_check.LEFT
+    assert [whole.status(name) for name in ("first", "second", "third")] == [PASSED, UNFINISHED, None]
 
 
 def test_a_chosen_stage_brings_what_it_needs():
@@ -345,33 +308,32 @@ def test_a_chosen_stage_brings_what_it_needs():
     assert gpu_check.chosen(made, None) == made
 
 
-def test_exit_codes_and_choices(whole, monkeypatch, capsys):
+def test_exit_codes_and_choices(whole, main, capsys):
     whole.go.touch()
-    assert main(whole, monkeypatch, "--only", "third") == gpu_check.PASSED
-    assert list(map(runs, whole.counts)) == [0, 0, 1]
-    assert main(whole, monkeypatch) == gpu_check.PASSED
-    assert list(map(runs, whole.counts)) == [1, 1, 1]
-    assert main(whole, monkeypatch, "--fresh", "--only", "first") == gpu_check.PASSED
-    assert list(map(runs, whole.counts)) == [2, 1, 1]
+    assert main("--only", "third") == gpu_check.PASSED
+    assert whole.runs() == [0, 0, 1]
+    assert main() == gpu_check.PASSED
+    assert whole.runs() == [1, 1, 1]
+    assert main("--fresh", "--only", "first") == gpu_check.PASSED
+    assert whole.runs() == [2, 1, 1]
     capsys.readouterr()
-    assert main(whole, monkeypatch, "--page") == gpu_check.PASSED
-    assert list(map(runs, whole.counts)) == [2, 1, 1] and "llama_kernels on Imitated GPU" in capsys.readouterr().out
+    assert main("--page") == gpu_check.PASSED
+    assert whole.runs() == [2, 1, 1] and "llama_kernels on Imitated GPU" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(whole, monkeypatch, "--only", "fifth")
+        main("--only", "fifth")
     assert "no stage is called fifth; there are first, second, third, fourth" in capsys.readouterr().err
     whole.described[0][2][2][2] = "print('it broke'); sys.exit(1)"
-    assert main(whole, monkeypatch) == gpu_check.WRONG
+    assert main() == gpu_check.WRONG
     said = capsys.readouterr().out
     assert "FAILED     first" in said and "it broke" in said and "--only first" in said
 
 
-def test_slower_than_the_last_record_is_wrong(whole, monkeypatch, tmp_path):
+def test_slower_than_the_last_record_is_wrong(whole, main, monkeypatch, tmp_path):
     whole.go.touch()
-    assert main(whole, monkeypatch) == gpu_check.PASSED
-    records.write(Run(ABOUT, {}, [norm(4096, 97)], {}), whole.out / "speed" / "records.json")
-    records.write(Run(ABOUT, {}, [dataclasses.replace(norm(4096, 97), ms=0.8)], {}), tmp_path / "before.json")
+    assert main() == gpu_check.PASSED
+    for path, ms in ((whole.out / "speed" / "records.json", 1.0), (tmp_path / "before.json", 0.8)):
+        records.write(Run(ABOUT, {}, [norm_row(4096, 97, ms=ms)], {}), path)
     monkeypatch.setattr(records, "latest", lambda gpu: tmp_path / "before.json")
-    monkeypatch.setattr(gpu_check.page.records, "latest", lambda gpu: tmp_path / "before.json")
     assert gpu_check.main(["--out", str(whole.out)]) == gpu_check.WRONG
 
 

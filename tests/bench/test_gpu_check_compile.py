@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from bench.gpu_check import compile as compiling
@@ -14,7 +15,7 @@ from bench.gpu_check import launches, state
 from llama_kernels.ops import rms_norm
 from tests.support.environment import COMPILES
 
-pytestmark = COMPILES
+pytestmark = [*COMPILES, pytest.mark.once]
 
 SM_90 = launches.Target("cuda", 90, 32, "sm_90", 132)
 

@@ -12,8 +12,10 @@ from bench.gpu_check.stages import stages
 from bench.gpu_check.state import FAILED, PASSED, UNFINISHED, Outcome
 from bench.measuring import records
 from bench.measuring.records import Run
-from tests.bench.sample_page import ABOUT, HOPPER
-from tests.bench.sample_records import HEADS, norm, record
+from tests.bench.fake_stages import ABOUT, HOPPER
+from tests.bench.fakes import HEADS, norm_row, record
+
+pytestmark = pytest.mark.once
 
 
 def a_full_run(folder: Path, wrong: bool = False) -> list[Outcome]:
@@ -24,7 +26,7 @@ def a_full_run(folder: Path, wrong: bool = False) -> list[Outcome]:
         Outcome(name, status, 61.0, f"{name} " * 30, {"passed": 1234, "kernels compiled": 99}, {}) for name in names
     ]
     sizes = {**HEADS, "window": -1}
-    rs = [norm(4096, 97), record("attention", "forward", 2.0, sizes=sizes, unit="TFLOP/s", rate=500.0),
+    rs = [norm_row(4096, 97), record("attention", "forward", 2.0, sizes=sizes, unit="TFLOP/s", rate=500.0),
           record("attention", "forward", 2.6, "sdpa-flash", sizes=sizes)]  # fmt: skip
     machine = {**ABOUT}
     records.write(Run(machine, {"copy": 3012.0, "bfloat16": 798.0}, rs, {}), folder / "speed" / "records.json")
@@ -45,9 +47,7 @@ def a_full_run(folder: Path, wrong: bool = False) -> list[Outcome]:
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_page_fits_a_terminal(wrong, tmp_path, monkeypatch):
     outcomes = a_full_run(tmp_path, wrong)
-    before = Run(
-        {**ABOUT, "date": "2025-12-31"}, {}, [dataclasses.replace(norm(4096, 97), ms=0.5 if wrong else 1.0)] * 9, {}
-    )
+    before = Run({**ABOUT, "date": "2025-12-31"}, {}, [norm_row(4096, 97, ms=0.5 if wrong else 1.0)] * 9, {})
     records.write(before, tmp_path / "before.json")
     monkeypatch.setattr(records, "latest", lambda gpu: tmp_path / "before.json")
     (tmp_path / "hopper").mkdir()
@@ -96,6 +96,6 @@ def test_a_run_cut_short_has_a_page(tmp_path):
     (None, None, "not run: out of time", []),
 ])  # fmt: skip
 def test_slower_is_by_more_than_the_spread(ms, spread, reason, said):
-    before = Run({}, {}, [norm(4096, 97), norm(8192, 97)], {})
-    after = Run({}, {}, [dataclasses.replace(norm(4096, 97), ms=ms, spread=spread, reason=reason)], {})
+    before = Run({}, {}, [norm_row(4096, 97), norm_row(8192, 97)], {})
+    after = Run({}, {}, [dataclasses.replace(norm_row(4096, 97), ms=ms, spread=spread, reason=reason)], {})
     assert list(page.changes(before, after)) == said

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 
+from bench.commands.arguments import parser
 from bench.gpu_check import state, suite
 from bench.gpu_check.process import run_all
 from bench.gpu_check.stages import SANITIZED, Machine, Missing, find_sanitizer, stages
 from bench.gpu_check.state import ABSENT, FAILED, PASSED
 from bench.measuring import records
 from bench.measuring.records import Run
-from tests.bench.sample_page import ABOUT, HOPPER
-from tests.bench.sample_records import norm
-from tests.bench.sample_stages import carry_out, stage
+from tests.bench.fake_stages import ABOUT, HOPPER, carry_out, stage
+from tests.bench.fakes import norm_row
+
+pytestmark = pytest.mark.once
 
 
 def test_all_stages_together_take_under_25_minutes(tmp_path):
@@ -33,8 +37,8 @@ def test_all_stages_together_take_under_25_minutes(tmp_path):
 def test_speed_goes_on_until_everything_is_measured(tmp_path):
     (speed,) = [s for s in stages(HOPPER) if s.name == "speed"]
     assert not speed.finished(tmp_path)
-    late = dataclasses.replace(norm(8192, 0), ms=None, percent=None, reason="not run: out of time")
-    for rows, finished in (([norm(4096, 97), late], False), ([norm(4096, 97)], True)):
+    late = dataclasses.replace(norm_row(8192, 0), ms=None, percent=None, reason="not run: out of time")
+    for rows, finished in (([norm_row(4096, 97), late], False), ([norm_row(4096, 97)], True)):
         records.write(Run(ABOUT, {}, rows, {}), tmp_path / "records.json")
         assert speed.finished(tmp_path) == finished
 
@@ -45,21 +49,22 @@ def test_stages_that_a_machine_cannot_do_say_why():
     assert "compute-sanitizer" in missing["sanitizer"] and "Hopper" in missing["hopper"]
 
 
-def test_commands_of_the_stages_exist(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_commands_of_the_stages_exist(tmp_path, monkeypatch, capsys):
     """Each module can be imported and knows the options that it is given."""
     for each in stages(HOPPER):
         for job in each.jobs(tmp_path):
             module, *options = job.command[job.command.index("-m") + 1 :]
             if module in ("pytest", "bench"):
                 continue  # below; and of the bench, whose parser is its own
-            told = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
-            assert told.returncode == 0, (module, told.stderr)
-            assert all(option in told.stdout for option in options if option.startswith("--")), module
+            monkeypatch.setattr(sys, "argv", [module, "--help"])
+            with pytest.raises(SystemExit, match="0"):
+                runpy.run_module(module, run_name="__main__")
+            told = capsys.readouterr().out
+            assert all(option in told for option in options if option.startswith("--")), module
 
 
 def test_options_of_the_bench_exist(tmp_path):
-    from bench.commands.arguments import parser
-
     for each in stages(HOPPER):
         for job in each.jobs(tmp_path):
             if "bench" in job.command:
@@ -97,11 +102,8 @@ def test_the_sanitizer_stage_has_the_verdict_of_its_tools(said, code, status, tm
     (made,) = [s for s in stages(HOPPER._replace(sanitizer=str(program))) if s.name == "sanitizer"]
     outcome = carry_out(made, tmp_path)
     assert outcome.status == status
-    assert {path.stem for path in (tmp_path / "sanitizer").glob("*check.json")} == {
-        "memcheck",
-        "racecheck",
-        "initcheck",
-    }
+    found = {path.stem for path in (tmp_path / "sanitizer").glob("*check.json")}
+    assert found == {"memcheck", "racecheck", "initcheck"}
 
 
 # --- the suite in parts ----------------------------------------------------------------------------------------------
@@ -117,14 +119,20 @@ def every_test(tmp_path_factory) -> list[str]:
 
 
 def test_no_test_is_left_out(every_test):
+    """Of a file, either a test is listed, or all its tests have a mark by which they are not run here."""
     on_disk = {str(path.relative_to(state.ROOT)) for path in (state.ROOT / "tests").rglob("test_*.py")}
-    assert {test.split("::")[0] for test in every_test} == on_disk
+    listed = {test.split("::")[0] for test in every_test}
+    assert listed <= on_disk
+    for file in on_disk - listed:
+        assert re.search(r"mark\.(once|compiled_table)\b", (state.ROOT / file).read_text()), file
     jobs = suite.parts(every_test)
     given = [arg for job in jobs for arg in job.command if arg.startswith("tests/")]
     assert sorted(given) == sorted(every_test) and len(given) == len(set(given))
     assert len({job.name for job in jobs}) == len(jobs)
     assert all(sum(arg.startswith("tests/") for arg in job.command) <= suite.PART for job in jobs)
-    slow = [job.name.startswith(("integrations-", "test_large", "test_fuzz", "test_examples")) for job in jobs]
+    slow = [
+        job.name.startswith(("integrations-", "examples-", "regressions-test_fuzz", "gpu-test_large")) for job in jobs
+    ]
     assert slow == sorted(slow), "what is slow comes last"
 
 
@@ -155,7 +163,8 @@ def test_sanitizers_have_tests(every_test):
 
 def test_hopper_reaches_the_tests_of_attention(every_test):
     files = {test.split("::")[0] for test in every_test if suite.reaches_attention(test)}
-    assert {f"tests/test_{name}.py" for name in ("attention", "rope_attention", "gpu", "corpus", "autograd")} <= files
+    ours = ("ops/test_attention", "ops/test_rope_attention", "gpu/test_gpu", "regressions/test_corpus")
+    assert {f"tests/{name}.py" for name in (*ours, "contracts/test_autograd")} <= files
     assert not files & {"tests/ops/test_rms_norm.py", "tests/ops/test_qk_norm_rope.py"}
 
 
@@ -172,7 +181,7 @@ def test_a_file_that_cannot_be_collected_is_a_part(tmp_path):
 
 def test_a_part_runs(every_test, tmp_path):
     """pytest takes the options, names each test before it runs, and its counts are read."""
-    ids = [test for test in every_test if test.startswith("tests/installation/test_package.py")][:3]
+    ids = [test for test in every_test if test.startswith("tests/ops/test_rms_norm.py")][:3]
     (job,) = suite.parts(ids)
     outcome = carry_out(stage("tests", job), tmp_path)
     assert outcome.status == PASSED and outcome.counts.get("passed", 0) + outcome.counts.get("skipped", 0) == 3

@@ -1,13 +1,12 @@
 """A run that ends early goes on: its records are on disk, and a process that is lost is replaced.
 
-Providers, clocks and GPU faults are made up here, except in the last test, which needs a GPU.
+Providers, clocks and GPU faults are made up here; tests/bench/test_gpu.py has a real one.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +22,13 @@ from bench.measuring import machine, processes, records
 from bench.providers.eager import Eager
 from bench.providers.ours import Ours
 from llama_kernels.core.language import INTERPRETED
-from tests.bench.fakes import CEILINGS, NORM, FakeClock
-from tests.bench.faults import ADD, ROPE, Bad, fail, reasons
+from tests.bench.child import supervised
+from tests.bench.fakes import ADD, CEILINGS, NORM, ROPE, Bad, FailingClock, FakeClock, fail, reasons
 from tests.support.environment import DEVICE
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.once
 
 
 # --- records after each piece of work --------------------------------------------------------------------------------
@@ -43,19 +44,6 @@ def measure(tmp_path, monkeypatch):
         return session.measure(args, works, [], "cpu", clock)
 
     return measure
-
-
-class Interrupting(FakeClock):
-    """Ctrl-C, or what `e` is, at the n-th sampler."""
-
-    def __init__(self, n, e=KeyboardInterrupt) -> None:
-        super().__init__()
-        self.n, self.e = n, e
-
-    def sampler(self, calls, by_events=None):
-        if len(self.calls) == self.n:
-            raise self.e
-        return super().sampler(calls, by_events)
 
 
 def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeypatch):
@@ -81,7 +69,8 @@ def test_a_file_that_is_being_written_is_the_old_one(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_keeps_its_records_and_goes_on(measure, tmp_path, capsys):
-    stopped = measure([NORM, ADD, ROPE], Interrupting(7))  # six samplers of the norm, and one of what follows
+    clock = FailingClock(7, KeyboardInterrupt())  # six samplers of the norm, and one of what follows
+    stopped = measure([NORM, ADD, ROPE], clock)
     assert session.status_of(stopped) == processes.INTERRUPTED
     kept = records.read(tmp_path / "records.json")
     assert kept.extra["stopped"] == "interrupted" and {r.op for r in kept.records} == {"rms_norm"}
@@ -169,6 +158,12 @@ def test_without_a_gpu_no_process_sees_one(monkeypatch):
     assert seen["CUDA_VISIBLE_DEVICES"] == seen["HIP_VISIBLE_DEVICES"] == ""
 
 
+def test_a_process_that_writes_nothing_is_an_error(tmp_path):
+    started = without_gpu._start("bench.host", "--no-such-option")
+    with pytest.raises(RuntimeError, match=r"-m bench.host failed:\n(.|\n)*unrecognized arguments: --no-such-option"):
+        without_gpu._wait(started, tmp_path / "host.json")
+
+
 def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
@@ -178,53 +173,7 @@ def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
 
 # --- processes -------------------------------------------------------------------------------------------------------
 
-CHILD = """
-import os, signal, sys, time
-from bench.commands import session
-from bench.commands.arguments import parser
-from bench.measuring import contain
-from tests.bench.fakes import FakeClock, NORM
-from tests.bench.faults import ADD, ROPE, Bad
-from bench.providers.eager import Eager
 
-def lost():
-    contain.gpu_fault = lambda device: "CUDA error: an illegal memory access was encountered"
-    raise RuntimeError("the kernel failed")
-
-does = {"segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "lost": lost, "hang": lambda: time.sleep(600),
-        "exit": lambda: os._exit(9)}[os.environ["BAD_DOES"]]
-session.PROVIDERS = (Eager(), Bad(does))
-run = session.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cpu", FakeClock())
-status = session.status_of(run) or 0
-sys.stdout.flush()
-os._exit(status)
-"""
-
-
-def supervised(folder: Path, child: str, does: str, monkeypatch, patience: float = 10) -> tuple[int, list[str]]:
-    """Exit status, and what was said."""
-    (folder / "child.py").write_text(child)
-    monkeypatch.setenv("BAD_DOES", does)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    said: list[str] = []
-
-    def command(resume: bool, minutes: float) -> list[str]:
-        options = [
-            "--out",
-            str(folder),
-            "--minutes",
-            str(minutes),
-            "--seconds",
-            "0.01",
-            *(["--resume"] if resume else []),
-        ]
-        return [sys.executable, str(folder / "child.py"), "run", *options]
-
-    status = processes.supervise(command, folder, resume=False, minutes=10, patience=patience, say=said.append)
-    return status, said
-
-
-@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
 @pytest.mark.parametrize(
     "does, patience, reason",
     [
@@ -234,8 +183,8 @@ def supervised(folder: Path, child: str, does: str, monkeypatch, patience: float
     ],
     ids=["segfault", "lost", "hang"],
 )
-def test_a_run_goes_on_in_a_new_process(tmp_path, monkeypatch, does, patience, reason):
-    status, said = supervised(tmp_path, CHILD, does, monkeypatch, patience)
+def test_a_run_goes_on_in_a_new_process(tmp_path, does, patience, reason):
+    status, said = supervised(tmp_path, does, patience)
     run = records.read(tmp_path / "records.json")
     assert status == 0 and len(said) == 1 and "going on in a new process" in said[0]
     assert reasons(run.records) == {f"left out: {reason}, in the step 'numbers and memory'"}
@@ -244,9 +193,8 @@ def test_a_run_goes_on_in_a_new_process(tmp_path, monkeypatch, does, patience, r
     assert all(r.ms == 2.0 for r in others) and "stopped" not in run.extra
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
-def test_a_child_that_exits_by_itself_is_believed(tmp_path, monkeypatch):
-    status, said = supervised(tmp_path, CHILD, "exit", monkeypatch)
+def test_a_child_that_exits_by_itself_is_believed(tmp_path):
+    status, said = supervised(tmp_path, "exit")
     assert (status, said) == (9, [])
     assert {r.op for r in records.read(tmp_path / "records.json").records} == {"add_rms_norm"}
 
@@ -278,7 +226,6 @@ def test_a_child_ends_with_its_parent():
         assert child.wait(timeout=30) == processes.INTERRUPTED
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no kernel takes part; the other run of the suite has this test")
 def test_runs_on_a_gpu_are_supervised(tmp_path, monkeypatch):
     seen = {}
 
@@ -295,35 +242,3 @@ def test_runs_on_a_gpu_are_supervised(tmp_path, monkeypatch):
     assert (seen["minutes"], seen["patience"], seen["resume"]) == (30, 10, False)
     assert main(["parity", "--device", "cuda", "--out", str(tmp_path)]) == 7
     assert seen["first"][-2:] == ["--minutes", "1.5"] and math.isinf(seen["minutes"])
-
-
-ON_A_GPU = """
-import os, sys
-import torch
-from bench.commands import session
-from bench.commands.arguments import parser
-from bench.measuring import timing
-from tests.bench.faults import ADD, ROPE, Bad
-from tests.bench.fakes import NORM
-from bench.providers.eager import Eager
-from bench.providers.ours import Ours
-
-def reads_outside():
-    torch.zeros(4, device="cuda")[torch.tensor([10**6], device="cuda")]
-
-session.PROVIDERS = (Ours(), Eager(), Bad(reads_outside))
-run = session.measure(parser().parse_args(sys.argv[1:]), [ADD, NORM, ROPE], [], "cuda", timing.Gpu())
-sys.stdout.flush()
-os._exit(session.status_of(run) or 0)
-"""
-
-
-@pytest.mark.gpu
-def test_a_provider_whose_kernel_fails_on_a_gpu_is_left_out(tmp_path, monkeypatch):
-    """A device-side assertion: no call on the GPU succeeds in that process any more."""
-    status, said = supervised(tmp_path, ON_A_GPU, "fail", monkeypatch)
-    run = records.read(tmp_path / "records.json")
-    assert status == 0 and len(said) == 1 and "of bad at rms_norm, norm" in said[0], said
-    assert all(r.reason.startswith("left out: ") for r in run.records if r.provider == "bad")
-    others = [r for r in run.records if r.provider != "bad"]
-    assert len(others) == 18 and all(r.ms > 0 for r in others), others

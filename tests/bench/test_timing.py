@@ -7,11 +7,8 @@ tests at the end need a GPU.
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,8 @@ import torch
 import llama_kernels as lk
 from bench.measuring import capture, timing
 from tests.support.environment import DEVICE
+
+pytestmark = pytest.mark.once
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -315,88 +314,3 @@ def test_what_keeps_a_process_from_measuring_is_found(fake, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", sticky)
     assert "illegal memory access" in capture.gpu_fault("cuda")
-
-
-# --- a GPU -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-def test_the_clock_of_a_gpu():
-    clock = timing.Gpu()
-    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    copy, how, _ = clock.sampler([lambda: y.copy_(x)])
-    product, *_ = clock.sampler([lambda: x @ x])
-    timed = timing.in_turns({"copy": copy, "product": product}, 0.2)
-    assert how == "graph" and 0.002 < timed["copy"].ms < timed["product"].ms < 50
-    assert 100 < clock.ceilings()["copy"] < 20_000
-
-
-def _waiting_calls(x: torch.Tensor) -> dict[str, object]:
-    def by_event():
-        event, y = torch.cuda.Event(), x + 1
-        event.record()
-        event.synchronize()
-        return y
-
-    return {
-        "item": lambda: x.sum().item(),
-        "cpu": lambda: x.cpu(),
-        "nonzero": lambda: x.nonzero(),
-        "device": lambda: (x + 1, torch.cuda.synchronize()),
-        "event": by_event,
-    }
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("how", ["item", "cpu", "nonzero", "device", "event"])
-def test_what_waits_is_never_captured_on_a_gpu(how, monkeypatch):
-    captured = []
-    monkeypatch.setattr(timing, "capture", lambda *args: captured.append(args))
-    sample, method, reason = timing.Gpu().sampler([_waiting_calls(torch.randn(1000, device="cuda"))[how]])
-    assert captured == [] and method == "events" and "the host waits for the GPU" in reason
-    assert 0 < sample() < 1000
-    assert torch.cuda.get_sync_debug_mode() == 0
-
-
-# A capture that fails for certain: the wait is there only while capturing, so that no test before the capture finds it.
-FAILING_CAPTURE = """
-import torch
-from bench.measuring import capture, timing
-
-clock = timing.Gpu()
-x = torch.randn(1000, device="cuda")
-
-def waits_when_captured():
-    y = x + 1
-    if torch.cuda.is_current_stream_capturing():
-        y.sum().item()
-    return y
-
-torch.manual_seed(0)
-expected = torch.randn(4, device="cuda")
-try:
-    sample, method, reason = clock.sampler([waits_when_captured])
-except capture.Lost as e:  # a release that cannot be restored; the bench goes on in a new process
-    print("lost:", e)
-    raise SystemExit(0)
-assert method == "events" and "its capture failed" in reason, (method, reason)
-assert sample() > 0
-assert torch.cuda.current_stream() == torch.cuda.default_stream()
-assert not torch.cuda.is_current_stream_capturing()
-torch.cuda.empty_cache()
-torch.manual_seed(0)
-assert torch.equal(torch.randn(4, device="cuda"), expected)
-sample, method, reason = clock.sampler([lambda: torch.add(x, x)])
-assert method == "graph" and sample() > 0, (method, reason)
-print("restored")
-"""
-
-
-@pytest.mark.gpu
-def test_a_failed_capture_on_a_gpu():
-    """In a process of its own, which it may spoil: it ends either restored, or known as lost."""
-    command, root = [sys.executable, "-c", FAILING_CAPTURE], Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(("restored", "lost:"))

@@ -60,7 +60,7 @@ def registered(name: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
 
 @pytest.mark.corpus(62, 64)
 @pytest.mark.parametrize("name", REGISTERED)
-def test_opcheck(name, device):
+def test_registered_ops_pass_opcheck(name, device):
     op, args = registered(name, device)
     opcheck(op.default, args)
 
@@ -122,7 +122,7 @@ def test_compiles_what_writes_into_a_cache(device):
     assert all(torch.equal(a, b) and a.any() for a, b in zip(eager, compiled, strict=True))
 
 
-def test_exports(device):
+def test_exported_graphs_hold_the_registered_ops(device):
     class Block(torch.nn.Module):
         def forward(self, q, k, v, cos, sin):
             q, k = lk.rope(q, k, cos, sin)
@@ -138,7 +138,7 @@ def test_exports(device):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-def test_exports_any_length_from_two(strict, device):
+def test_exports_with_a_dynamic_length(strict, device):
     """No check of ours, stride or cache says more of the length than the user did."""
     length = torch.export.Dim("length", min=2, max=64)
     for label, call in calls(Shape(S=64, D=16, N=32), Make(device)):
@@ -272,7 +272,7 @@ def _stacked(results: list[Any]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_torch_func_differentiates(op, device):
+def test_torch_func_grad_equals_the_references(op, device):
     call, tensors = differentiable(op, device)
     everything = tuple(range(len(tensors)))
     expected = torch.func.grad(_loss(call, lk.reference), everything)(*tensors)
@@ -283,7 +283,7 @@ def test_torch_func_differentiates(op, device):
 
 @pytest.mark.parametrize("last", [False, pytest.param(True, marks=wiring)], ids=["outermost", "innermost"])
 @pytest.mark.parametrize("op", LIGHT_OPS)
-def test_torch_func_maps(op, last, device):
+def test_vmap_equals_a_loop(op, last, device):
     """vmap of the op, gradients an example, and gradients through a vmap. A batch that lies innermost leaves the last
     dimension of an example not contiguous."""
     call, tensors = differentiable(op, device)
@@ -304,7 +304,7 @@ def test_torch_func_maps(op, last, device):
 
 @wiring
 @pytest.mark.parametrize("op", [op for op in CALLS if op != "rope, in place"])
-def test_torch_func_maps_one_tensor(op, device):
+def test_vmap_over_one_tensor(op, device):
     """The others are shared: their gradients are sums over the batch."""
     call, (first, *others) = differentiable(op, device)
     batch, everything = torch.stack((first, 2 * first)), tuple(range(1 + len(others)))
@@ -318,7 +318,7 @@ def test_torch_func_maps_one_tensor(op, device):
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "rope, q alone", pytest.param("attention", marks=wiring)])
-def test_jacobians(op, device):
+def test_jacobians_equal_the_references(op, device):
     call, tensors = differentiable(op, device)
     everything = tuple(range(len(tensors)))
 

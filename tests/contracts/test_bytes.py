@@ -69,7 +69,7 @@ def rows(M: int, N: int, count: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("N", [64, 128, 1000, 4096, 5120, 16384, 32768])
-def test_norm_forward(N):
+def test_rms_norm_forward_reads_and_writes_each_element_once(N):
     x, r = rows(3, N, 2)
     w = torch.randn(N).bfloat16()
     with counted() as traffic:
@@ -81,7 +81,7 @@ def test_norm_forward(N):
 
 
 @pytest.mark.parametrize("N", [64, 128, 1000, 4096, 5120, 16384])
-def test_norm_backward(N):
+def test_rms_norm_backward_reads_and_writes_each_element_once(N):
     """The weight once a program, of which there are two, up to 8,192; then once a row. dw comes from its own kernel."""
     x, r, dy, ds = rows(5, N, 4)
     w = torch.randn(N).bfloat16().requires_grad_()
@@ -92,7 +92,7 @@ def test_norm_backward(N):
     assert int(traffic.loaded(w).max()) <= (5 if N > 8192 else 16)
 
 
-def test_rows_that_are_walked():
+def test_long_rows_are_read_twice_except_their_last_step():
     """The last step stays in registers, the others are read twice; a sum with the residual is read back as such."""
     x, r = rows(2, 32768 + 1000, 2)
     with counted() as traffic:
@@ -118,7 +118,7 @@ HEADS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 @pytest.mark.parametrize("D, R", [(64, 64), (80, 80), (128, 128), (128, 64)])
 @pytest.mark.parametrize("make", [tables, unlike_tables])
 @pytest.mark.parametrize("op", HEADS)
-def test_heads(op, make, D, R, interleaved):
+def test_rope_and_qk_norm_rope_read_and_write_each_element_once(op, make, D, R, interleaved):
     q, k = (x.requires_grad_() for x in qk(2, 6, 2, 13, D, torch.bfloat16, torch.device("cpu")))
     angles, w = make(13, R, torch.device("cpu")), torch.randn(D)
     with counted() as traffic:
@@ -132,7 +132,7 @@ def test_heads(op, make, D, R, interleaved):
     assert all(once(traffic.loaded(x), op != "rope") for x in (q, k))
 
 
-def test_a_packed_projection():
+def test_rope_qkv_reads_and_writes_each_element_once():
     angles, qkv = tables(13, 64, torch.device("cpu")), torch.randn(2, 13, 10 * 64).bfloat16().requires_grad_()
     with counted() as traffic:
         q, k, v = lk.rope_qkv(qkv, 6, 2, *angles)
@@ -144,7 +144,7 @@ def test_a_packed_projection():
     assert all(once(traffic.loaded(x)) for x in dys) and once(traffic.stored(dqkv))
 
 
-def test_into_a_cache():
+def test_rope_into_cache_writes_its_positions_once_and_nothing_else():
     q, k = qk(2, 6, 2, 1, 64, torch.bfloat16, torch.device("cpu"))
     v, caches = torch.randn_like(k), [torch.zeros(2, 2, 9, 64).bfloat16() for _ in range(2)]
     with counted() as traffic:

@@ -32,17 +32,17 @@ def refused(op: str, argument: str, error: type[Exception], got: str, **changed:
 
 
 @pytest.mark.parametrize("op, argument", MAIN)
-def test_what_is_no_tensor(op, argument):
+def test_an_argument_that_is_not_a_tensor_is_refused(op, argument):
     refused(op, argument, TypeError, "a list", **{argument: [1.0, 2.0]})
 
 
 @pytest.mark.parametrize("op, argument", MAIN)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.bool])
-def test_dtypes(op, argument, dtype):
+def test_unsupported_dtypes_are_refused(op, argument, dtype):
     refused(op, argument, TypeError, str(dtype), **{argument: sample(op)[argument].to(dtype)})
 
 
-def test_float64_is_told_where_to_go():
+def test_the_error_for_float64_names_the_reference():
     with pytest.raises(TypeError, match=r"llama_kernels\.reference\.rms_norm takes any floating dtype"):
         lk.rms_norm(torch.randn(3, 8, dtype=torch.float64))
 
@@ -52,13 +52,13 @@ SECOND += [(op, name) for op in OPS for name in ("cos", "sin") if name in sample
 
 
 @pytest.mark.parametrize("op, argument", SECOND)
-def test_devices(op, argument):
+def test_tensors_on_different_devices_are_refused(op, argument):
     refused(op, argument, ValueError, "on meta", **{argument: sample(op)[argument].to("meta")})
 
 
 @pytest.mark.corpus(60)
 @pytest.mark.parametrize("op, argument", [(op, name) for op, name in MAIN if name in ("k", "v", "k_cache", "v_cache")])
-def test_dtypes_of_one_call(op, argument):
+def test_tensors_of_different_dtypes_are_refused(op, argument):
     refused(op, argument, TypeError, "torch.bfloat16", **{argument: sample(op)[argument].bfloat16()})
 
 
@@ -67,16 +67,16 @@ def _name(case: Any) -> str | None:
 
 
 @pytest.mark.parametrize("op, argument, got, changed", VALUE_ERRORS, ids=_name)
-def test_values(op, argument, got, changed):
+def test_bad_shapes_and_values_are_refused(op, argument, got, changed):
     refused(op, argument, ValueError, got, **changed)
 
 
 @pytest.mark.parametrize("op, argument, got, changed", TYPE_ERRORS, ids=_name)
-def test_types(op, argument, got, changed):
+def test_bad_types_are_refused(op, argument, got, changed):
     refused(op, argument, TypeError, got, **changed)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written():
+def test_bad_shapes_are_refused_before_anything_is_written():
     args = sample("rope")
     before = args["q"].clone()
     with pytest.raises(ValueError, match=r"llama_kernels\.rope: k"):
@@ -111,7 +111,7 @@ def test_what_autograd_refuses_is_refused_before_anything_is_written():
      {"cu_seqlens_k": ints(0, 4, 7)}),
     ("attention_varlen", "max_seqlen_q", "3", "at least 4, the length of sequence 1", {"max_seqlen_q": 3}),
 ])  # fmt: skip
-def test_values_of_metadata_are_checked_where_asked(op, argument, got, wanted, changed):
+def test_checked_refuses_bad_positions_and_lengths(op, argument, got, wanted, changed):
     call = functools.partial(getattr(lk, op), **{**sample(op), **changed})
     call()  # clamped
     with (
@@ -122,7 +122,7 @@ def test_values_of_metadata_are_checked_where_asked(op, argument, got, wanted, c
     call()
 
 
-def test_checking_lets_good_values_pass():
+def test_checked_accepts_good_values():
     with lk.checked():
         lk.rope(**sample("rope"), position_ids=torch.tensor([8, 0, 3, 3, 1, 7]))
         lk.attention_varlen(**sample("attention_varlen"))
@@ -131,7 +131,7 @@ def test_checking_lets_good_values_pass():
         torch.compile(lk.rope, backend="eager", fullgraph=True)(**sample("rope"), position_ids=torch.arange(6))
 
 
-def test_checking_is_of_one_thread():
+def test_checked_applies_to_one_thread():
     with lk.checked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(lk.rope, **sample("rope"), position_ids=torch.full((6,), -1)).result()
 
@@ -140,7 +140,7 @@ def test_checking_is_of_one_thread():
 
 
 @pytest.mark.parametrize("op, argument, got, changed", [*VALUE_ERRORS, *TYPE_ERRORS], ids=_name)
-def test_tensors_without_data_are_refused_alike(op, argument, got, changed):
+def test_fake_tensors_get_the_same_errors(op, argument, got, changed):
     """Tracing meets the same checks: on fake tensors the same type and the same words."""
     args = {**sample(op), **changed}
     with pytest.raises((ValueError, TypeError)) as real:
@@ -153,7 +153,7 @@ def test_tensors_without_data_are_refused_alike(op, argument, got, changed):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one of the two runs is enough")
-def test_checks_are_no_assertions():
+def test_checks_are_kept_under_python_O():
     """python -O takes assertions away, and the checks stay."""
     program = """
 import torch, llama_kernels as lk
@@ -185,7 +185,7 @@ print(count)
     {"q": F(2, 0, 6, 8)}, {"q": F(2, 0, 6, 8), "k": F(2, 0, 6, 8), "v": F(2, 0, 6, 8)}, {"v": F(2, 2, 6, 3)},
     {"q": F(2, 4, 8, 6).mT}, {"q": F(1, 4, 6, 8).expand(2, 4, 6, 8)},
 ], ids=lambda changed: ", ".join(f"{name}" for name in changed))  # fmt: skip
-def test_attention_takes(changed):
+def test_attention_accepts_unusual_arguments(changed):
     out, lse = lk.attention(**{**sample("attention"), **changed}, return_lse=True)
     q, v = changed.get("q", sample("attention")["q"]), changed.get("v", sample("attention")["v"])
     assert out.shape == (*q.shape[:-1], v.shape[-1]) and lse.shape == q.shape[:-1]
@@ -194,7 +194,7 @@ def test_attention_takes(changed):
 
 @pytest.mark.corpus(25)
 @pytest.mark.parametrize("bounds", [[0], [0, 0], [0, 6], [0, 0, 6, 6], [2, 4]], ids=str)
-def test_packed_attention_takes(bounds):
+def test_packed_attention_accepts_unusual_lengths(bounds):
     cu = torch.tensor(bounds, dtype=torch.int32)
     whole = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 6, "max_seqlen_k": 6}
     out, lse = lk.attention_varlen(**{**sample("attention_varlen"), **whole}, return_lse=True)

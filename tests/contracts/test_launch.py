@@ -20,11 +20,12 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
-from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from llama_kernels.ops.attention.hopper import round_dq
 from llama_kernels.ops.attention.hopper.tables import TILES
+from llama_kernels.ops.rotation import Rotation
 from tests.support.environment import COMPILES
 from tests.support.launching_nothing import _twice_kernel
 from tests.support.ops import REGISTERED, Make, Shape, registered_calls
@@ -64,9 +65,9 @@ def _hopper_attention_backward():
     rows, dq_sum = torch.zeros(2, 4, 128), heads(4, dtype=torch.float32)
 
     def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
-        call, grads = AttentionCall(q, k, v, *_CALL), Grads(dq, dk, dv, dq.new_empty(0))
-        rotated = Rotated(*tables, False)
-        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], do, lse2, delta, dq_sum, grads, rotated)
+        call, rotation = AttentionCall(q, k, v, *_CALL), Rotation(*tables, False)
+        rest = (do, lse2, delta, dq_sum, dq, dk, dv, rotation)
+        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], *rest)
 
     return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())
 
@@ -126,8 +127,8 @@ def test_every_launcher_is_compared_with_triton():
     assert kernels <= covered
 
 
-def _twice_plan(x, y, scale):
-    yield Launch(_twice_kernel, (1,), (x, y, x.stride(0), scale), {"BLOCK": 16, "num_warps": 1})
+def _twice(x, y, scale):
+    return [Launch(_twice_kernel, (1,), (x, y, x.stride(0), scale), {"BLOCK": 16, "num_warps": 1})]
 
 
 def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -136,7 +137,7 @@ def _arguments(reached: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("other", ["dtype", "stride", "alignment", "scale", "size"])
 def test_another_cache_key_is_another_launch(other, launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     for _ in range(2):
         twice(torch.zeros(64), torch.zeros(64), 1.0)
     x = {
@@ -150,7 +151,7 @@ def test_another_cache_key_is_another_launch(other, launched):
 
 
 def test_one_tensor_in_two_places_is_not_two_tensors(launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     x, y = torch.zeros(16), torch.zeros(16)
     for a, b in ((x, x), (x, y), (y, y), (y, x)) * 3:
         twice(a, b, 1.0)
@@ -158,9 +159,9 @@ def test_one_tensor_in_two_places_is_not_two_tensors(launched):
         assert got[0] is a and got[1] is b
 
 
-def test_a_plan_that_makes_tensors_is_not_cached(launched):
+def test_launches_of_tensors_that_the_launcher_makes_are_not_cached(launched):
     def into_new(x, scale):
-        yield from _twice_plan(x, torch.empty_like(x), scale)
+        return _twice(x, torch.empty_like(x), scale)
 
     twice = cached_launch(into_new)
     x = torch.zeros(16)
@@ -170,7 +171,7 @@ def test_a_plan_that_makes_tensors_is_not_cached(launched):
 
 
 def test_tensors_are_not_kept_alive(launched):
-    twice = cached_launch(_twice_plan)
+    twice = cached_launch(_twice)
     x = torch.zeros(16)
     gone = weakref.ref(x)
     for _ in range(3):
@@ -183,7 +184,7 @@ def test_tensors_are_not_kept_alive(launched):
 
 def test_the_cache_is_bounded(launched):
     with mock.patch.object(launch_cache, "MAX_KEYS", 3), mock.patch.object(launch_cache, "_caches", []):
-        twice = cached_launch(_twice_plan)
+        twice = cached_launch(_twice)
         (kept,) = launch_cache._caches
         for scale in range(8):
             for _ in range(2):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_kernels as lk
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import dispatch
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
 from llama_kernels.ops.attention.hopper.tables import TILES
@@ -160,21 +160,21 @@ def test_the_hopper_backward_allocates_one_sum_of_dq_more():
 def test_norms_and_rotations_allocate_their_results_and_a_sum_a_program():
     x, weight, rstd = torch.randn(64, 256), torch.ones(256), torch.zeros(64, 1)
     with allocations() as found:
-        rms_norm._forward(x, None, weight, 1e-6, 0.0)
+        KERNELS["rms_norm_forward"](x, None, weight, 1e-6, 0.0)
     assert sum(found.made.values()) == size(x, rstd)
     with allocations() as found:
-        rms_norm._backward(x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
+        KERNELS["rms_norm_backward"](x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
     programs = 2 * rms_norm.row_tile("backward", 256, 4).programs  # of two processors
     assert sum(found.made.values()) == size(x, weight) + size(weight) * min(programs, 64)
     q, k, cos = heads(Hq), heads(Hkv), torch.zeros(S, D // 2)
     with allocations() as found:
-        rope._rotated(q, k, cos, cos, None, False, False)
+        KERNELS["rope"](q, k, cos, cos, None, False, False)
     assert sum(found.made.values()) == size(q, k)
     with allocations() as found:
-        rope._packed_backward(q, k, k, cos, cos, None, False)
+        KERNELS["rope_qkv_backward"](q, k, k, cos, cos, None, False)
     assert sum(found.made.values()) == size(q, k, k)
     with allocations() as found:
-        qk_norm_rope._backward(q, k, q, k, None, None, cos, cos, None, 1e-6, 0.0, False, False)
+        KERNELS["qk_norm_rope_backward"](q, k, q, k, None, None, cos, cos, None, 1e-6, 0.0, False, False)
     assert sum(found.made.values()) == size(q, k)
 
 

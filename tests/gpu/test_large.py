@@ -42,7 +42,7 @@ def spread(device):
 
 
 @pytest.mark.corpus(1)
-def test_rms_norm_rows(spread, device):
+def test_rms_norm_with_offsets_past_2_31(spread, device):
     x, dy = torch.randn(2, 64, device=device).half(), torch.randn(2, 64, device=device).half()
     results = []
     for rows, upstream in ((x, dy), (spread(x, 0), spread(dy, 0))):
@@ -54,7 +54,7 @@ def test_rms_norm_rows(spread, device):
 
 @pytest.mark.corpus(1, 2)
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "token"])
-def test_rope(dim, spread, device):
+def test_rope_with_offsets_past_2_31(dim, spread, device):
     q = torch.randn(2, 2, 2, 16, device=device).half()
     expected, _ = lk.rope(q, None, *tables(2, 16, device))
     far = spread(q, dim)
@@ -66,7 +66,7 @@ def test_rope(dim, spread, device):
 @pytest.mark.corpus(2, 3, 5)
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "token"])
 @pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "do"])
-def test_attention(which, dim, spread, device):
+def test_attention_with_offsets_past_2_31(which, dim, spread, device):
     tensors = [torch.randn(2, 2, 2, 16, device=device).half() for _ in range(4)]
     results = []
     for far in (False, True):
@@ -79,7 +79,7 @@ def test_attention(which, dim, spread, device):
 
 
 @pytest.mark.corpus(8)
-def test_packed_attention_tokens(spread, device):
+def test_packed_attention_with_offsets_past_2_31(spread, device):
     cu = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
     q, k, v = (torch.randn(2, 2, 16, device=device).half() for _ in range(3))
     expected = lk.attention_varlen(q, k, v, cu, cu, 1, 1)

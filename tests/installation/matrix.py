@@ -23,15 +23,15 @@ TRITON = ("3.6.0", "3.7.1", "newest")
 STEPS = {
     "import": ("0", ("-c", "import llama_kernels as lk, torch; lk.rms_norm(torch.ones(2, 8))")),
     "interpreter": ("1", ("-m", "pytest", "-o", "addopts=", "-q", "tests/regressions/test_corpus.py",
-                          "tests/ops/test_rope.py", "-k", "tail_block or first_rows or test_heads")),
+                          "tests/ops/test_rope.py", "-k", "tail_block or first_rows or any_number_of_query")),
     "compiler": ("0", ("-c", """
-from bench.codegen import cases as codegen
-from bench.codegen import reading
+from bench.codegen import compiling, reading
+from bench.codegen.cases import cases
 wanted = {"attention": "D=128 bfloat16 all", "rms_norm": "N=4096", "rope": "D=128 R=128 heads=32/8"}
 spilled = 0
-for case in codegen.cases():
+for case in cases():
     if wanted.get(case.op) == case.label:
-        for name, kernel in codegen.compile_case("sm_90", case):
+        for name, kernel in compiling.compile_case("sm_90", case):
             spilled = max(spilled, reading.read("sm_90", case, name, kernel).spill_bytes)
 print("spills", spilled) if spilled else None
 """)),

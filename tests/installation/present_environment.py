@@ -3,7 +3,7 @@
     python -m tests.installation.present_environment
 
 There, python3 is itself a virtual environment, whose torch and other packages are links to those of this Python. ruff,
-mypy and pytest-xdist are missing, and the repository is a copy without .git. Where pip can download, numpy is the newest
+mypy and pytest-xdist are missing, and the repository is a copy without .git. If pip can download, numpy is the newest
 release and Triton is 3.6.0, whose interpreter does not work with it. What a target computes takes seconds. Exits with 1
 where one fails, does not print what it has to, or installs something.
 """
@@ -60,7 +60,8 @@ def targets(interpreter_works: bool) -> Iterator[Target]:
         yield Target(("gpu-check", "GPU_CHECK=--help"), ("usage: ",))
     else:
         yield Target(("gpu-check",), ("torch sees no GPU",), status=2)
-    yield Target(("examples", "EXAMPLES=pretrain", "STEPS=2"), ("pretrain.json",))
+    examples = "EXAMPLES=pretrain token-classification"
+    yield Target(("examples", examples, "STEPS=2"), ("pretrain.json", "classification.json"))
     yield Target(("install", "TRITON=3.7.1"), ("it takes TRITON=present only",), status=2)
 
 

@@ -147,12 +147,12 @@ def _launches() -> dict[str, Any]:
     q, k, angles = torch.ones(1, 2, 4, 64), torch.ones(1, 1, 4, 64), (torch.ones(4, 32), torch.ones(4, 32), None)
     scores = (0.1, None, None, 0)
     return {
-        "rms_norm": lambda: rms_norm._forward(x, None, weight, 1e-6, 0.0),
-        "rms_norm, backward": lambda: rms_norm._backward(
+        "rms_norm": lambda: KERNELS["rms_norm_forward"](x, None, weight, 1e-6, 0.0),
+        "rms_norm, backward": lambda: KERNELS["rms_norm_backward"](
             x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True
         ),
-        "rope": lambda: rope._rotated(q, k, *angles, False, False),
-        "qk_norm_rope": lambda: qk_norm_rope._forward(q, k, weight, weight, *angles, 1e-6, 0.0, False),
+        "rope": lambda: KERNELS["rope"](q, k, *angles, False, False),
+        "qk_norm_rope": lambda: KERNELS["qk_norm_rope"](q, k, weight, weight, *angles, 1e-6, 0.0, False),
         "attention": lambda: KERNELS["attention_forward"](
             torch.ones(1, 2, 64, 64), torch.ones(1, 1, 64, 64), torch.ones(1, 1, 64, 64),
             None, None, None, None, None, 64, 64, *scores,

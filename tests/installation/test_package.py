@@ -8,9 +8,13 @@ import importlib.util
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -74,23 +78,72 @@ def test_sources_are_typed_and_of_python_3_10():
         ast.parse(source.read_text(), feature_version=(3, 10))
 
 
+def test_the_citation_names_this_version():
+    assert re.search("^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == lk.__version__
+
+
 @pytest.mark.skipif(not (ROOT / ".github").exists(), reason="the workflows are not part of this copy")
 def test_ci_keeps_the_reports_of_the_compile_gate():
     pattern = re.search(r"path: (build/codegen\S+)", (ROOT / ".github/workflows/cpu.yml").read_text())[1]
     assert all(fnmatch.fnmatch(f"build/codegen{version}.json", pattern) for version in ("", "-newest"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools to build")
-def test_the_wheel_holds_the_reference_and_nothing_generic(tmp_path):
-    code = f"""
-import os, setuptools
-os.chdir({str(ROOT)!r})
-packages = setuptools.find_packages(include=["llama_kernels*"])
-print(*packages)
-"""
-    packages = python("-c", code).split()
-    assert "llama_kernels.reference" in packages and "llama_kernels.ops.attention" in packages
-    assert all(name.split(".")[0] == "llama_kernels" for name in packages)
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The wheel and the source distribution, built from a copy without a network: the names of the files in each."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("needs setuptools to build")
+    copy, built = tmp_path_factory.mktemp("repository") / "copy", tmp_path_factory.mktemp("dist")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=_left_out)
+    build = f"from setuptools import build_meta as b; b.build_sdist({str(built)!r}); b.build_wheel({str(built)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        requirements = re.findall("^Requires-Dist: (.*)$", archive.read(_metadata(archive)).decode(), re.MULTILINE)
+        in_wheel = set(archive.namelist())
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    return Distributions(in_wheel, requirements, in_sdist, copy)
+
+
+class Distributions(NamedTuple):
+    wheel: set[str]
+    requirements: list[str]
+    sdist: set[str]
+    repository: Path
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """What is no part of the repository: environments, caches and builds. Of the hidden files two are copied."""
+    kept = {".github", ".pre-commit-config.yaml"}
+    return {n for n in names if n.endswith(".egg-info") or n in ("build", "dist", "__pycache__") or n[0] == "."} - kept
+
+
+def _metadata(archive: zipfile.ZipFile) -> str:
+    return next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(distributions):
+    package = {path.relative_to(ROOT).as_posix() for path in SOURCES}
+    reference = {f"llama_kernels/reference/{path.name}" for path in (ROOT / "reference").glob("*.py")}
+    files = {name for name in distributions.wheel if ".dist-info/" not in name}
+    assert files == package | reference | {"llama_kernels/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in distributions.wheel)
+
+
+def test_the_wheel_requires_torch_and_triton_alone(distributions):
+    always = {re.match(r"[\w-]+", line)[0] for line in distributions.requirements if "extra ==" not in line}
+    assert always == {"torch", "triton"}
+
+
+def test_the_source_distribution_holds_the_repository(distributions):
+    """So the tests can run from it."""
+    copied = {path for path in distributions.repository.rglob("*") if path.is_file()}
+    names = {path.relative_to(distributions.repository).as_posix() for path in copied}
+    built = {name for name in names if name.split("/")[0] in ("build", "llama_kernels.egg-info")}
+    results = {name for name in names if name.startswith("bench/results/")}  # records of measurements
+    assert names - built - results <= distributions.sdist
 
 
 @pytest.mark.parametrize("name", lk.reference.__all__)

@@ -18,7 +18,8 @@ from llama_kernels.integrations.transformers.attention import NAME, attention_fo
 from llama_kernels.integrations.transformers.intervals import Window
 from tests.integrations.small import VERSION, WithoutWaiting, not_interpreted
 from tests.support.environment import DEVICE
-from tests.support.judge import drawn, ideal_attention, judge
+from tests.support.ideal import drawn, ideal_attention
+from tests.support.judge import judge
 
 pytestmark = not_interpreted
 

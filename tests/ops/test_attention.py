@@ -23,11 +23,8 @@ from tests.support.attention import (
     so_far,
 )
 from tests.support.hardware import EXACT, Arithmetic
-from tests.support.judge import (
-    LOG2E,
-    drawn,
-    judge,
-)
+from tests.support.ideal import LOG2E, drawn
+from tests.support.judge import judge
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -97,13 +94,13 @@ def test_outputs_and_gradients(case, dtype, device):
 @pytest.mark.corpus(16, 33)
 @pytest.mark.parametrize("tile", SMALL_TILES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.D <= 64], ids=str)
-def test_every_edge_between_masked_and_whole_blocks(case, tile, device):
+def test_every_boundary_between_masked_and_unmasked_blocks(case, tile, device):
     check(case, torch.float16, device, tile=tile, gradients=not tile.carry)  # which only the forward does
 
 
 @pytest.mark.parametrize("carry", [False, True], ids=["", "carry"])
 @pytest.mark.parametrize("before", range(3))
-def test_any_number_of_blocks_masked_and_whole(before, carry, device):
+def test_any_number_of_masked_and_unmasked_blocks(before, carry, device):
     """One row tile: the blocks that kv_start cuts, those that every row sees whole, those that kv_end cuts."""
     N = 16
     for whole, after in itertools.product(range(4), range(3)):
@@ -131,11 +128,11 @@ def test_few_queries_split_over_the_keys(case, dtype, device, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["peaky", "huge"])
-def test_few_queries_of_every_size(family, device):
+def test_few_queries_with_any_number_of_keys(family, device):
     check(Case(1, 8, 2, 1, 600, 64, 64), torch.float16, device, family=family)
 
 
-def test_which_calls_are_split():
+def test_calls_of_few_queries_and_many_keys_are_split():
     def takes(Hq, Hkv, Sq, Sk):
         q, k = torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, Sk, 16)
         call = AttentionCall(q, k, k, None, None, None, None, None, Sq, Sk, 0.25, None, None, 0)
@@ -150,7 +147,7 @@ def test_which_calls_are_split():
 @pytest.mark.corpus(35)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["peaky", "tiny", "huge"])
-def test_inputs_of_every_size(family, dtype, device):
+def test_large_and_tiny_inputs(family, dtype, device):
     check(Case(1, 4, 2, 100, 130, 64, 64), dtype, device, family=family)
 
 

@@ -20,11 +20,11 @@ TWO_CHUNKS = Case(3, 4, 1, 2, 300, 16, 16, sinks=True, bounds=True)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_hidden_keys(case, dtype, device):
+def test_single_hidden_keys(case, dtype, device):
     check(case, dtype, device)
 
 
-def test_no_keys_at_all(device):
+def test_no_keys(device):
     q, k = torch.randn(2, 4, 1, 16, device=device), torch.randn(2, 2, 0, 16, device=device)
     key_mask = torch.ones(2, 0, dtype=torch.bool, device=device)
     assert torch.equal(decode_attention(q, k, k, key_mask), torch.zeros_like(q))
@@ -40,7 +40,7 @@ def test_softcap_zero_is_off(device):
 
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_what_a_hidden_key_holds_changes_no_bit(dtype, device):
+def test_values_of_hidden_keys_change_no_bit(dtype, device):
     x = make(TWO_CHUNKS, dtype, device)
     before = decode_attention(x.q, x.k, x.v, x.key_mask, **x.options)
     largest = torch.finfo(dtype).max
@@ -80,7 +80,7 @@ def test_a_mask_of_any_strides(device):
     assert torch.equal(rows[:1], expected[:1]) and rows[1].any()
 
 
-def test_under_autocast(device):
+def test_autocast_casts_q_k_and_v(device):
     x = make(SMALL, torch.float32, device)
     with torch.autocast(device.type, torch.bfloat16):
         out = decode_attention(x.q, x.k, x.v, x.key_mask)
@@ -98,13 +98,13 @@ def test_compiled_without_a_graph_break(dynamic, device):
 
 
 @pytest.mark.parametrize("case", [CASES[0], SMALL], ids=str)
-def test_opcheck(case, device):
+def test_the_registered_op_passes_opcheck(case, device):
     x = make(case, torch.float32, device)
     tensors = (x.options.get(name) for name in ("sinks", "kv_start", "kv_end"))
     opcheck(torch.ops.llama_kernels.decode_attention.default, (x.q, x.k, x.v, x.key_mask, *tensors, 0.3, 2.0))
 
 
-def test_the_most_rows():
+def test_the_largest_number_of_rows():
     def fits(Hq: int, Hkv: int, Sq: int) -> bool:
         return fits_decode(torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, 5, 16))
 
@@ -132,7 +132,7 @@ MASK = torch.ones(2, 5, dtype=torch.bool)
         (ValueError, "kv_end", r"of shape \(2,\)", {"kv_end": F(2, dtype=torch.int32)}),
     ],
 )
-def test_errors(error, argument, said, changed):
+def test_bad_arguments_are_refused(error, argument, said, changed):
     given = {"q": F(2, 4, 1, 8), "k": F(2, 2, 5, 8), "v": F(2, 2, 5, 8), "key_mask": MASK} | changed
     with pytest.raises(error, match=rf"llama_kernels.decode_attention: {argument} is {said}"):
         decode_attention(**given)

@@ -21,7 +21,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops.attention import dispatch, hopper, tiles
+from llama_kernels.ops.attention import dispatch, hopper, masks, tiles
 from llama_kernels.ops.attention.call import AttentionCall, Wanted
 from llama_kernels.ops.attention.hopper import schedule, switch
 from llama_kernels.ops.attention.hopper.tables import TILES, HopperTile
@@ -44,7 +44,7 @@ def plain(*modules: types.ModuleType, **replaced: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(**names)
 
 
-PLAIN = plain(tiles, schedule)
+PLAIN = plain(masks, tiles, schedule)
 
 
 class Shape:
@@ -63,11 +63,11 @@ class Shape:
         return see & (True if self.right is None else j <= i + self.right)
 
     def row_walk(self, n: int) -> schedule.Walk:
-        mask = tiles.Mask(self.Sk - self.Sq, self.left, self.right, None, None, self.Sk)
+        mask = masks.Mask(self.Sk - self.Sq, self.left, self.right, None, None, self.Sk)
         return PLAIN.row_walk(mask, n, self.Sq, 64, 128)
 
     def walk(self, m: int, BLOCK_N: int) -> schedule.Walk:
-        mask = tiles.Mask(self.Sk - self.Sq, self.left, self.right, None, None, self.Sk)
+        mask = masks.Mask(self.Sk - self.Sq, self.left, self.right, None, None, self.Sk)
         blocks = PLAIN.key_blocks(mask, m, min(m + 128, self.Sq) - 1, BLOCK_N)
         return PLAIN.key_walk(blocks, self.left, self.Sk, BLOCK_N)
 
@@ -129,7 +129,7 @@ def test_every_head_of_a_group_walks_alike_masked_steps_first(group):
 def test_the_mask_within_a_block_is_the_definition():
     """The end of the keys goes in as every row's kv_end."""
     for shape in shapes(12, longest=40):
-        mask = tiles.Mask(shape.Sk - shape.Sq, shape.left, shape.right, None, shape.Sk, None)
+        mask = masks.Mask(shape.Sk - shape.Sq, shape.left, shape.right, None, shape.Sk, None)
         see = [[bool(PLAIN.visible(mask, i, j)) for j in range(shape.Sk + 9)] for i in range(shape.Sq)]
         assert torch.equal(torch.tensor(see), torch.nn.functional.pad(shape.sees(), (0, 9))), shape
 
@@ -137,7 +137,7 @@ def test_the_mask_within_a_block_is_the_definition():
 @pytest.mark.parametrize("B, Hq, Sq", [(1, 1, 1), (2, 6, 300), (3, 8, 1024)])
 def test_every_tile_of_queries_is_one_programs_longest_first(B, Hq, Sq):
     programs = B * Hq * -(-Sq // 128)
-    on_device = plain(tiles, schedule, tl=types.SimpleNamespace(num_programs=lambda _: programs))
+    on_device = plain(masks, tiles, schedule, tl=types.SimpleNamespace(num_programs=lambda _: programs))
     found = [on_device.query_tile(pid, types.SimpleNamespace(B=B, Hq=Hq), 128) for pid in range(programs)]
     assert len(set(found)) == programs and {(h, b) for _, h, b in found} == {
         (h, b) for h in range(Hq) for b in range(B)

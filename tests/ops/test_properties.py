@@ -9,7 +9,8 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.core.tensors import cdiv, next_power_of_2
-from tests.support.judge import attention_mask, drawn, ideal_attention, judge
+from tests.support.ideal import attention_mask, drawn, ideal_attention
+from tests.support.judge import judge
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
 from tests.support.rope import tables
 

@@ -25,13 +25,13 @@ WIDTHS_AND_DTYPES += [(*widths, dtype) for widths in ((64, 64), (128, 96)) for d
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R, dtype", WIDTHS_AND_DTYPES)
-def test_widths(D, R, interleaved, dtype, device):
+def test_heads_of_any_width_rotated_in_full_or_in_part(D, R, interleaved, dtype, device):
     q, k = qk(2, 4, 2, 13, D, dtype, device)
     check(q, k, *weights(D, dtype, device), *tables(13, R, device), interleaved=interleaved)
 
 
 @pytest.mark.parametrize("Hq, Hkv", [(1, 1), (3, 3), (8, 1), (32, 8), (7, 5)])
-def test_heads(Hq, Hkv, device):
+def test_any_number_of_query_and_key_heads(Hq, Hkv, device):
     q, k = qk(1, Hq, Hkv, 37, 64, torch.bfloat16, device)
     check(q, k, *weights(64, torch.bfloat16, device), *tables(40, 64, device))
 
@@ -54,7 +54,7 @@ def test_a_weight_of_another_dtype(dtype, weight_dtype, device):
 
 
 @pytest.mark.parametrize("form", POSITIONS)
-def test_position_ids(form, device):
+def test_position_ids_of_every_shape_and_integer_dtype(form, device):
     q, k = qk(2, 4, 2, 13, 64, torch.float16, device)
     position_ids = POSITIONS[form](2, 13).to(torch.int32).to(device)
     check(q, k, *weights(64, torch.float16, device), *tables(60, 64, device), position_ids)
@@ -62,7 +62,7 @@ def test_position_ids(form, device):
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R", [(2, 2), (64, 64), (80, 80), (128, 96), (64, 34)])
-def test_an_angle_an_element(D, R, interleaved, device):
+def test_tables_with_an_angle_for_each_element(D, R, interleaved, device):
     """The gradients are those of the transpose: those of the inverse are others."""
     q, k = qk(2, 4, 2, 13, D, torch.bfloat16, device)
     check(q, k, *weights(D, q.dtype, device), *unlike_tables(13, R, device), interleaved=interleaved)
@@ -78,32 +78,32 @@ def test_tables_of_every_dtype(table_dtype, R, device):
 
 @pytest.mark.parametrize("R", [32, 64])
 @pytest.mark.parametrize("layout", TABLE_LAYOUTS)
-def test_layouts_of_tables(layout, R, device):
+def test_tables_of_any_strides(layout, R, device):
     q, k = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
     cos, sin = (TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16))
     check(q, k, *weights(64, q.dtype, device), cos, sin)
 
 
-def test_packed_tokens(device):
+def test_packed_tokens_with_and_without_position_ids(device):
     q, k = (x[0].transpose(0, 1) for x in qk(1, 4, 2, 50, 64, torch.bfloat16, device))
     position_ids = torch.cat((torch.arange(20), torch.arange(30))).to(device)
     check(q, k, *weights(64, torch.bfloat16, device), *tables(50, 64, device), position_ids)
 
 
-def test_q_alone(device):
+def test_k_may_be_none(device):
     q, _ = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
     check(q, None, weights(64, torch.bfloat16, device)[0], None, *tables(13, 64, device))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, device):
+def test_inputs_of_any_strides(layout, device):
     q, k = (LAYOUTS[layout](x) for x in qk(2, 4, 2, 13, 64, torch.float32, device))
     check(q, k, *weights(64, torch.float32, device), *tables(13, 64, device), order=by_nesting)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e-3, 1e3])
-def test_inputs_of_every_size(size, dtype, device):
+def test_large_and_tiny_inputs(size, dtype, device):
     if dtype == torch.float16 and size > 1:
         size = 100
     q, k = ((size * x.float()).to(dtype) for x in qk(1, 4, 2, 40, 64, dtype, device))
@@ -124,7 +124,7 @@ def test_a_head_of_zeros_where_eps_is_zero_spoils_no_other(device):
 
 @pytest.mark.parametrize("shapes", [((0, 4, 7, 8), (0, 2, 7, 8)), ((2, 4, 0, 8), (2, 2, 0, 8)), ((0, 4, 8), (0, 2, 8)),
                                     ((2, 4, 7, 8), (2, 0, 7, 8)), ((2, 0, 7, 8), (2, 2, 7, 8))], ids=str)  # fmt: skip
-def test_nothing_in_nothing_out(shapes, device):
+def test_empty_inputs_give_empty_outputs(shapes, device):
     leaves = [torch.randn(shape, device=device).requires_grad_() for shape in (*shapes, (8,), (8,))]
     outs = lk.qk_norm_rope(*leaves, *tables(7, 8, device))
     grads = torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs])
@@ -151,7 +151,7 @@ def test_only_the_gradients_asked_for(wanted, device):
         assert torch.equal(grad, everything[name])
 
 
-def test_close_to_separate_calls_and_nearer_to_the_truth(device):
+def test_more_exact_than_separate_calls(device):
     """They round the norm's result to bfloat16; this does not."""
     q, k = qk(2, 4, 2, 40, 64, torch.bfloat16, device)
     w, angles = weights(64, torch.bfloat16, device), tables(40, 64, device)

@@ -37,14 +37,14 @@ def test_outputs_and_gradients(shape, residual, dtype, device):
     check(shape, dtype, device, residual=residual)
 
 
-def test_rows_of_65536(device):
+def test_rows_of_65536_elements(device):
     """The sum is read back; without one: test_rows_longer_than_65536."""
     check((2, 65536 + 8), torch.float16, device, residual=True)
 
 
 @pytest.mark.parametrize("tight", [False, pytest.param(True, marks=pytest.mark.interpreter)], ids=["plain", "tight"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rows_of_16384_for_either_compiler(dtype, tight, device, monkeypatch):
+def test_rows_of_16384_elements_with_the_tiles_of_either_compiler(dtype, tight, device, monkeypatch):
     """The longest rows kept whole: with more rows than programs, and as newer compilers are given them."""
     if tight:
         monkeypatch.setattr(rms_norm, "_TIGHT", tl.constexpr(True))
@@ -55,7 +55,7 @@ def test_rows_of_16384_for_either_compiler(dtype, tight, device, monkeypatch):
 @pytest.mark.parametrize("residual", [False, True], ids=["norm", "add"])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("weight", [False, True], ids=["bare", "weighted"])
-def test_weight_and_offset(weight, offset, residual, device):
+def test_with_and_without_weight_and_offset(weight, offset, residual, device):
     check((70, 96), torch.bfloat16, device, weight=weight, offset=offset, residual=residual)
 
 
@@ -75,7 +75,7 @@ def test_a_residual_stream_wider_than_its_branches(device):
 @pytest.mark.corpus(30)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e-3, 1e3])
-def test_inputs_of_every_size(size, dtype, device):
+def test_large_and_tiny_inputs(size, dtype, device):
     if dtype == torch.float16 and size > 1:
         size = 100  # the products of a thousand with a thousand in dweight pass 65504
     check((70, 128), dtype, device, size=size, residual=True)
@@ -101,7 +101,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("residual", [False, True], ids=["norm", "add"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name, residual, device):
+def test_inputs_of_any_strides(name, residual, device):
     shape, layout = LAYOUTS[name]
     x = layout(torch.randn(shape, device=device))
     kept = x.stride(-1) == 1 and all(size == 1 or stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -114,7 +114,7 @@ def test_layouts(name, residual, device):
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64), (3, 0)], ids=str)
-def test_nothing_in_nothing_out(shape, device):
+def test_empty_inputs_give_empty_outputs(shape, device):
     x, r = (torch.randn(shape, device=device).requires_grad_() for _ in range(2))
     w = torch.randn(shape[-1], device=device).requires_grad_()
     y, s = lk.add_rms_norm(x, r, w)

@@ -11,8 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_kernels as lk
+from llama_kernels.core.registry import KERNELS
 from tests.support.environment import compiles
-from tests.support.judge import eager_rope, judge
+from tests.support.ideal import eager_rope
+from tests.support.judge import judge
 from tests.support.rope import (
     DTYPES,
     LAYOUTS,
@@ -35,7 +37,7 @@ from tests.support.rope import (
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R", [(2, 2), (16, 16), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256),
                                   (64, 32), (80, 20), (128, 96), (5, 4)])  # fmt: skip
-def test_widths(D, R, interleaved, dtype, device):
+def test_heads_of_any_width_rotated_in_full_or_in_part(D, R, interleaved, dtype, device):
     q, k = qk(2, 4, 2, 13, D, dtype, device)
     check(q, k, *tables(13, R, device), interleaved=interleaved)
 
@@ -43,7 +45,7 @@ def test_widths(D, R, interleaved, dtype, device):
 @pytest.mark.corpus(17)
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("Hq, Hkv", [(1, 1), (3, 3), (8, 1), (32, 8), (7, 5)])
-def test_heads(Hq, Hkv, inplace, device):
+def test_any_number_of_query_and_key_heads(Hq, Hkv, inplace, device):
     q, k = qk(1, Hq, Hkv, 37, 64, torch.bfloat16, device)
     check(q, k, *tables(40, 64, device), inplace=inplace)
 
@@ -51,14 +53,14 @@ def test_heads(Hq, Hkv, inplace, device):
 @pytest.mark.corpus(52)
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
 @pytest.mark.parametrize("form", POSITIONS)
-def test_position_ids(form, integer, device):
+def test_position_ids_of_every_shape_and_integer_dtype(form, integer, device):
     q, k = qk(2, 4, 2, 13, 64, torch.float16, device)
     check(q, k, *tables(60, 64, device), POSITIONS[form](2, 13).to(integer).to(device))
 
 
 @pytest.mark.corpus(53)
 @pytest.mark.parametrize("given", [False, True], ids=["counted", "given"])
-def test_packed_tokens(given, device):
+def test_packed_tokens_with_and_without_position_ids(given, device):
     q, k = (x[0].transpose(0, 1) for x in qk(1, 4, 2, 50, 64, torch.bfloat16, device))
     position_ids = torch.cat((torch.arange(20), torch.arange(30))).to(device) if given else None
     check(q, k, *tables(50, 64, device), position_ids)
@@ -67,7 +69,7 @@ def test_packed_tokens(given, device):
 @pytest.mark.corpus(52)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("table_dtype", DTYPES, ids=str)
-def test_a_row_a_token(table_dtype, batch, device):
+def test_tables_with_a_row_for_each_token(table_dtype, batch, device):
     q, k = qk(2, 4, 2, 13, 64, torch.float16, device)
     cos, sin = (table.to(table_dtype) for table in tables(26, 64, device))
     cos, sin = (table[: 13 * batch].unflatten(0, (batch, 13)) for table in (cos, sin))
@@ -79,7 +81,7 @@ def test_a_row_a_token(table_dtype, batch, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R", [(2, 2), (64, 64), (80, 80), (128, 96), (64, 34), (5, 4)])
-def test_an_angle_an_element(D, R, interleaved, dtype, device):
+def test_tables_with_an_angle_for_each_element(D, R, interleaved, dtype, device):
     q, k = qk(2, 4, 2, 13, D, dtype, device)
     check(q, k, *unlike_tables(13, R, device), interleaved=interleaved)
 
@@ -99,13 +101,13 @@ def test_tables_of_every_dtype(table_dtype, R, interleaved, inplace, device):
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("R", [32, 64])
 @pytest.mark.parametrize("layout", TABLE_LAYOUTS)
-def test_layouts_of_tables(layout, R, interleaved, device):
+def test_tables_of_any_strides(layout, R, interleaved, device):
     q, k = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
     cos, sin = (TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16))
     check(q, k, cos, sin, interleaved=interleaved)
 
 
-def test_cos_and_sin_may_lie_differently(device):
+def test_cos_and_sin_of_different_strides(device):
     q, k = qk(2, 4, 2, 13, 64, torch.float16, device)
     cos, sin = unlike_tables(13, 64, device)
     check(q, k, cos, TABLE_LAYOUTS["columns first"](sin))
@@ -187,17 +189,15 @@ def test_launchers_take_tables_as_they_are(layout, R):
     """Around the launches the ops allocate results, and nothing else runs on the device."""
     from triton.runtime.jit import JITFunction
 
-    from llama_kernels.ops import qk_norm_rope, rope
-
     device = torch.device("cpu")
     q, k = qk(2, 4, 2, 13, 64, torch.float32, device)
     angles = [TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16)]
     launched: list[Any] = []
     with mock.patch.object(JITFunction, "run", lambda self, *args, **_: launched.append(args)), Called() as called:
-        rope._rotated(q, k, *angles, None, False, False)
-        rope._rotated(q, k, *angles, None, True, True)
-        qk_norm_rope._forward(q, k, None, None, *angles, None, 1e-6, 0.0, False)
-        qk_norm_rope._backward(q, k, q, k, None, None, *angles, None, 1e-6, 0.0, False, False)
+        KERNELS["rope"](q, k, *angles, None, False, False)
+        KERNELS["rope"](q, k, *angles, None, True, True)
+        KERNELS["qk_norm_rope"](q, k, None, None, *angles, None, 1e-6, 0.0, False)
+        KERNELS["qk_norm_rope_backward"](q, k, q, k, None, None, *angles, None, 1e-6, 0.0, False, False)
     assert called.names <= {"aten.empty_strided.default", "aten.new_empty.default"}
     assert len(launched) == 4
     for args in launched:
@@ -205,14 +205,14 @@ def test_launchers_take_tables_as_they_are(layout, R):
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-def test_q_alone(inplace, device):
+def test_k_may_be_none(inplace, device):
     q, _ = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
     check(q, None, *tables(13, 64, device), inplace=inplace)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, interleaved, device):
+def test_inputs_of_any_strides(layout, interleaved, device):
     q, k = (LAYOUTS[layout](x) for x in qk(2, 4, 2, 13, 64, torch.float16, device))
     outs = lk.rope(q, k, *tables(13, 64, device), interleaved=interleaved)
     truth = lk.reference.rope(q.double(), k.double(), *tables(13, 64, device), interleaved=interleaved)
@@ -247,7 +247,7 @@ def test_in_place_backward_reaches_the_projection(device):
     assert torch.equal(gradient(True), gradient(False))
 
 
-def test_backward_undoes_forward(device):
+def test_the_backward_is_the_inverse_rotation(device):
     """The transpose of a rotation is its inverse."""
     q = torch.randn(1, 2, 13, 64, device=device, requires_grad=True)
     out, _ = lk.rope(q, None, *tables(13, 64, device))
@@ -257,14 +257,14 @@ def test_backward_undoes_forward(device):
 
 @pytest.mark.parametrize("shapes", [((0, 4, 7, 8), (0, 2, 7, 8)), ((2, 4, 0, 8), (2, 2, 0, 8)), ((0, 4, 8), (0, 2, 8)),
                                     ((2, 4, 7, 8), (2, 0, 7, 8)), ((2, 0, 7, 8), (2, 2, 7, 8))], ids=str)  # fmt: skip
-def test_nothing_in_nothing_out(shapes, device):
+def test_empty_inputs_give_empty_outputs(shapes, device):
     q, k = (torch.randn(shape, device=device).requires_grad_() for shape in shapes)
     outs = lk.rope(q, k, *tables(7, 8, device))
     grads = torch.autograd.grad(outs, (q, k), [torch.ones_like(x) for x in outs])
     assert [x.shape for x in (*outs, *grads)] == [q.shape, k.shape] * 2
 
 
-def test_only_one_of_the_gradients_is_asked_for(device):
+def test_the_gradient_of_one_input_alone(device):
     q, k = (x.requires_grad_() for x in qk(1, 4, 2, 13, 64, torch.float32, device))
     outs = lk.rope(q, k, *tables(13, 64, device))
     upstream = [torch.randn_like(x) for x in outs]
@@ -280,7 +280,7 @@ def test_never_worse_than_eager(dtype, device):
     check(q, k, *tables(40, 64, device), eager=True)
 
 
-def test_positions_far_out_keep_their_angle(device):
+def test_large_positions_keep_their_angle(device):
     """At position 131071 float32 holds the angle to a hundredth; bfloat16 would hold it to 512."""
     position = 131071
     inv_freq, _ = lk.rope_frequencies(64, base=500000.0)
@@ -298,7 +298,7 @@ def test_positions_far_out_keep_their_angle(device):
     ((2, 13), 4, 2, 64, 64), ((50,), 4, 2, 64, 64), ((1, 7), 8, 1, 80, 20), ((2, 5), 3, 3, 128, 128),
     ((2, 5), 7, 5, 5, 4),
 ])  # fmt: skip
-def test_a_packed_projection(tokens, Hq, Hkv, D, R, interleaved, dtype, device):
+def test_a_packed_projection_of_q_k_and_v(tokens, Hq, Hkv, D, R, interleaved, dtype, device):
     check_a_packed_projection(tokens, Hq, Hkv, D, R, interleaved, dtype, device)
 
 
@@ -330,7 +330,7 @@ def test_a_packed_projection_of_which_a_part_is_used(used, device):
 
 
 @pytest.mark.parametrize("tokens", [(0, 7), (2, 0), (0,)], ids=str)
-def test_nothing_in_a_packed_projection(tokens, device):
+def test_an_empty_packed_projection(tokens, device):
     qkv = packed(tokens, 4, 2, 8, torch.float32, device).requires_grad_()
     outs = lk.rope_qkv(qkv, 4, 2, *tables(7, 8, device))
     (dqkv,) = torch.autograd.grad(outs, qkv, [torch.ones_like(x) for x in outs])
@@ -341,12 +341,12 @@ def test_nothing_in_a_packed_projection(tokens, device):
 @pytest.mark.parametrize("order", ["heads first", "tokens first"])
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("make", [tables, unlike_tables])
-def test_into_a_cache(make, slots, order, interleaved, device):
+def test_rotated_keys_and_values_are_written_into_a_cache(make, slots, order, interleaved, device):
     check_into_a_cache(make, slots, order, interleaved, device)
 
 
 @pytest.mark.parametrize("a_row_a_token", [False, True])
-def test_into_a_cache_without_position_ids(a_row_a_token, device):
+def test_positions_are_the_cache_positions_where_none_are_given(a_row_a_token, device):
     """A table is read at the cache position; a row a token is that token's."""
     q, k = qk(2, 4, 2, 1, 64, torch.float32, device)
     v, slots, angles = torch.randn_like(k), torch.tensor([7], device=device), tables(12, 64, device)

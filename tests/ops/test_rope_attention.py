@@ -15,13 +15,9 @@ from tests.support.attention import (
     padded_left,
     so_far,
 )
-from tests.support.judge import (
-    attention_mask,
-    eager_rope,
-    guarded,
-    judge,
-    relative_error,
-)
+from tests.support.guards import guarded
+from tests.support.ideal import attention_mask, eager_rope
+from tests.support.judge import judge, relative_error
 from tests.support.launches import kernels_launched
 from tests.support.rope import POSITIONS, TABLE_DTYPES, TABLE_LAYOUTS, rows, tables, unlike_tables
 from tests.support.rope_attention import check, ideal, run, square
@@ -35,14 +31,14 @@ WIDTHS = ((64, 64), (128, 128), (256, 256), (2, 2), (16, 4), (64, 32), (128, 96)
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R", WIDTHS)
-def test_widths(D, R, interleaved, device):
+def test_heads_of_any_width_rotated_in_full_or_in_part(D, R, interleaved, device):
     check(square(37, D), torch.bfloat16, device, R, interleaved=interleaved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R", [(64, 64), (80, 40), (48, 24)])
-def test_dtypes(D, R, interleaved, dtype, device):
+def test_outputs_and_gradients_in_each_dtype(D, R, interleaved, dtype, device):
     check(square(90, D, 48), dtype, device, R, interleaved=interleaved)
 
 
@@ -67,19 +63,19 @@ def test_options_of_attention(case, device):
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("tile", SMALL_TILES, ids=str)
-def test_every_tile_ends_with_the_rotation(tile, interleaved, device):
+def test_every_tile_ends_with_the_inverse_rotation(tile, interleaved, device):
     check(square(75, 32, B=2), torch.float16, device, 16, interleaved=interleaved, tile=tile)
 
 
 @pytest.mark.parametrize("form", POSITIONS)
-def test_position_ids(form, device):
+def test_position_ids_of_every_shape(form, device):
     position_ids = POSITIONS[form](2, 13).to(torch.int32).to(device)
     check(square(13, 64, B=2), torch.float16, device, None, position_ids)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("table_dtype", DTYPES, ids=str)
-def test_a_row_a_token(table_dtype, batch, device):
+def test_tables_with_a_row_for_each_token(table_dtype, batch, device):
     angles = (table.to(table_dtype).unflatten(0, (batch, 40)) for table in tables(40 * batch, 32, device))
     check(square(40, B=2), torch.float16, device, angles=tuple(angles))
 
@@ -87,27 +83,27 @@ def test_a_row_a_token(table_dtype, batch, device):
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R", [(64, 64), (80, 48)])
 @pytest.mark.parametrize("table_dtype", TABLE_DTYPES, ids=str)
-def test_an_angle_an_element(table_dtype, D, R, interleaved, device):
+def test_tables_with_an_angle_for_each_element(table_dtype, D, R, interleaved, device):
     angles = unlike_tables(37, R, device, table_dtype)
     check(square(37, D), torch.bfloat16, device, interleaved=interleaved, angles=angles)
 
 
 @pytest.mark.parametrize("R", [64, 128])
 @pytest.mark.parametrize("layout", TABLE_LAYOUTS)
-def test_layouts_of_tables(layout, R, device):
+def test_tables_of_any_strides(layout, R, device):
     """64 entries of heads of 128 are an angle a pair, read in two parts by the kernels that end with the rotation; 128
     are an angle an element."""
     angles = tuple(TABLE_LAYOUTS[layout](table) for table in unlike_tables(40, R, device, torch.bfloat16))
     check(square(13, 128, B=2), torch.float16, device, angles=angles)
 
 
-def test_float64_tables_in_the_kernels_that_end_with_the_rotation(device):
+def test_float64_tables_in_the_kernels_that_end_with_the_inverse_rotation(device):
     angles = tuple(table.double() for table in tables(40, 64, device))
     check(square(40, 64), torch.float16, device, angles=angles)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-def test_positions_outside_of_the_table_are_its_ends(interleaved, device):
+def test_positions_outside_of_the_table_are_clamped(interleaved, device):
     """In both directions: the NaN around the tables is nowhere."""
     x = make(square(6), torch.float32, device)
     angles = [guarded(table) for table in tables(5, 32, device)]
@@ -118,17 +114,17 @@ def test_positions_outside_of_the_table_are_its_ends(interleaved, device):
 
 
 @pytest.mark.parametrize("family", ["peaky", "tiny", "huge"])
-def test_inputs_of_every_size(family, device):
+def test_large_and_tiny_inputs(family, device):
     check(square(100, 64), torch.bfloat16, device, family=family)
 
 
 @pytest.mark.parametrize("layout", [3, 17])
-def test_layouts(layout, device):
+def test_inputs_of_any_strides(layout, device):
     check(square(40, B=2), torch.float16, device, layout=layout)
 
 
 @pytest.mark.deterministic
-def test_forward_is_the_two_calls_bit_for_bit_and_the_gradients_are_nearer_to_the_truth(device):
+def test_the_forward_equals_separate_calls_and_the_gradients_are_more_exact(device):
     """They round dq and dk, and the rotation of them; this rounds once. dv sees nothing of it."""
     case = square(128, 64)
     x, angles = make(case, torch.bfloat16, device), tables(128, 64, device)
@@ -182,7 +178,7 @@ def test_only_the_gradients_asked_for(wanted, R, device):
 
 @pytest.mark.parametrize("shapes", [((0, 4, 7, 8), (0, 2, 7, 8)), ((2, 4, 0, 8), (2, 2, 0, 8)),
                                     ((2, 0, 7, 8), (2, 2, 7, 8))], ids=str)  # fmt: skip
-def test_nothing_in_nothing_out(shapes, device):
+def test_empty_inputs_give_empty_outputs(shapes, device):
     q, k = (torch.randn(shape, device=device).requires_grad_() for shape in shapes)
     v = torch.randn(shapes[1], device=device).requires_grad_()
     out = lk.rope_attention(q, k, v, *tables(7, 8, device))

@@ -35,7 +35,7 @@ def test_frequencies_are_transformers_to_the_bit(name, seq_len):
 
 
 @pytest.mark.parametrize("head_dim, factor", [(64, 1.0), (80, 0.25), (128, 0.5), (2, 1.0)])
-def test_default_is_the_paper(head_dim, factor):
+def test_default_frequencies_are_those_of_the_paper(head_dim, factor):
     R = int(head_dim * factor)
     inv_freq, attention_factor = lk.rope_frequencies(head_dim, 500000.0, {"partial_rotary_factor": factor})
     expected = 500000.0 ** (-2 * torch.arange(R // 2, dtype=torch.float64) / R)
@@ -96,6 +96,6 @@ def test_frequencies_of_another_dtype_are_refused():
     ({"rope_type": "longrope", "factor": 8.0}, "original_max_position_embeddings"),
     ({"rope_type": "default", "partial_rotary_factor": 0.01}, "head_dim"),
 ])  # fmt: skip
-def test_what_is_missing_is_named(scaling, said):
+def test_a_missing_setting_is_named(scaling, said):
     with pytest.raises(ValueError, match=f"llama_kernels.rope_frequencies: .*{said}"):
         lk.rope_frequencies(64, scaling=scaling)

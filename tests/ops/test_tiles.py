@@ -30,7 +30,8 @@ from tests.support import rope as rope_cases
 from tests.support import rope_attention as rope_attention_cases
 from tests.support.attention import Case
 from tests.support.environment import DEVICE
-from tests.support.judge import drawn, ideal_rms_norm, judge
+from tests.support.ideal import drawn, ideal_rms_norm
+from tests.support.judge import judge
 from tests.support.launches import KERNELS_RUN, Launched, kernels_launched
 
 pytestmark = pytest.mark.skipif(not KERNELS_RUN, reason="CPU tensors take the reference in this run: it has no tiles")

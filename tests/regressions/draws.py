@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import llama_kernels as lk
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check
-from tests.support.judge import guarded, guarded_allocations, relaid
+from tests.support.guards import guarded, guarded_allocations, relaid
 from tests.support.qk_norm_rope import check as check_heads
 from tests.support.qk_norm_rope import weights
 from tests.support.rms_norm import check as check_norm

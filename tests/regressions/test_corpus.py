@@ -25,22 +25,13 @@ import llama_kernels as lk
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check, packed, tiles
 from tests.support.environment import DEVICE, compiles
-from tests.support.judge import (
-    UNIT,
-    attention_mask,
-    drawn,
-    guarded,
-    guarded_allocations,
-    ideal_attention,
-    ideal_rms_norm,
-    judge,
-    relaid,
-    relative_error,
-)
+from tests.support.guards import guarded, guarded_allocations, relaid
+from tests.support.ideal import attention_mask, drawn, ideal_attention, ideal_rms_norm
+from tests.support.judge import UNIT, judge, relative_error
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
 from tests.support.ops import CALLS, Make, Shape, calls
 from tests.support.rms_norm import check as check_norm
@@ -127,10 +118,10 @@ def test_grid_beyond_65535():
     with mock.patch.object(JITFunction, "run", lambda self, *args, grid, **options: grids.append(grid)):
         KERNELS["attention_forward"](q, q, q, *call)
         KERNELS["attention_backward"](q, None, q, q, q, q, lse, *call, True, True, True, False, None)
-        rope._rotated(q, q, torch.zeros(1, 8), torch.zeros(1, 8), None, False, False)
-        rms_norm._forward(x, None, None, 1e-6, 0.0)
-        rms_norm._backward(x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
-        qk_norm_rope._forward(q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
+        KERNELS["rope"](q, q, torch.zeros(1, 8), torch.zeros(1, 8), None, False, False)
+        KERNELS["rms_norm_forward"](x, None, None, 1e-6, 0.0)
+        KERNELS["rms_norm_backward"](x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
+        KERNELS["qk_norm_rope"](q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
         few, wide = torch.zeros(2, 1, 4, 16).half(), torch.zeros(2, 1, 4096, 16).half()
         KERNELS["attention_forward"](few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
     assert len(grids) == 11 and max(grid[0] for grid in grids) >= many
@@ -296,10 +287,11 @@ def test_weight_gradient_added_up_in_half_precision(device):
 def test_scalars_become_doubles_and_float32_becomes_tf32(op, label):
     """A Python float that reaches a kernel as float64 halves its speed (Liger#1350, unsloth#4110); tl.dot takes TF32
     unless told not to (triton#5895). Read from what Triton makes of the kernels."""
-    from bench.codegen import cases as codegen
+    from bench.codegen.cases import cases
+    from bench.codegen.compiling import compile_case
 
-    case = next(c for c in codegen.cases() if (c.op, c.label) == (op, label))
-    for name, kernel in codegen.compile_case("sm_90", case):
+    case = next(c for c in cases() if (c.op, c.label) == (op, label))
+    for name, kernel in compile_case("sm_90", case):
         assert "f64" not in kernel.asm["ttir"], name
         assert "tf32" not in kernel.asm["ttir"], name
 
@@ -575,7 +567,7 @@ def test_kernels_are_not_compiled_for_every_shape():
         kernel = rms_norm._rms_norm_forward_kernel
         kernel.device_caches.clear()
         for M in (2, 16, 48, 100, 1001, 4096):
-            rms_norm._forward(torch.zeros(M, 256), None, None, 1e-6, 0.0)
+            KERNELS["rms_norm_forward"](torch.zeros(M, 256), None, None, 1e-6, 0.0)
         compiled = len(kernel.device_caches[driver.active.get_current_device()][0])
     finally:
         driver._active = before
@@ -621,11 +613,11 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr(launch_cache, "on_device_of", on_device_of)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
-    from bench.codegen import cases as codegen
+    from bench.codegen.cases import cases
 
     wanted = {"attention": "D=64 bfloat16 all", "decode": "D=64 bfloat16 all", "rope": "D=64 R=64 heads=32/8",
               "qk_norm_rope": "D=64 R=64 heads=32/8", "rms_norm": "N=32768"}  # fmt: skip
-    for case in codegen.cases():
+    for case in cases():
         if wanted.get(case.op) == case.label:
             case.launch()
     assert len({name for name, _ in launches}) == 13 and all(where for _, where in launches), launches
@@ -638,11 +630,11 @@ def test_cold_starts_of_many_threads_and_processes(tmp_path):
     program = """
 import concurrent.futures, sys, torch
 from bench.host import LaunchingNothing
-from llama_kernels.ops import rms_norm
+from llama_kernels.core.registry import KERNELS
 from triton.runtime import driver
 driver.set_active(LaunchingNothing("sm_90"))
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    norm = lambda i: rms_norm._forward(torch.zeros(4, 256 * (1 + i % 2)), None, None, 1e-6, 0.0)
+    norm = lambda i: KERNELS["rms_norm_forward"](torch.zeros(4, 256 * (1 + i % 2)), None, None, 1e-6, 0.0)
     for y, _, _ in pool.map(norm, range(16)):
         assert y.shape[0] == 4
 print("done")

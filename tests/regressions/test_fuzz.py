@@ -23,7 +23,7 @@ few = settings(
 
 @pytest.mark.corpus(14, 16, 24, 40)
 @pytest.mark.parametrize("attempt", DRAWN, ids=lambda attempt: attempt.__name__)
-def test_draws(attempt, device):
+def test_random_calls(attempt, device):
     @few
     @given(**DRAWN[attempt])
     def drawn(**arguments):
@@ -33,7 +33,7 @@ def test_draws(attempt, device):
     drawn()
 
 
-def test_what_was_found_once_stays_mended(device):
+def test_past_failures_stay_fixed(device):
     """A line a failure that fuzzing found, shrunk: tests/reproducers.txt."""
     for line in reproducers():
         replay(line, device)

@@ -11,12 +11,14 @@ import torch
 
 from llama_kernels.core.language import INTERPRETED, cast, tl, triton
 from llama_kernels.core.launch_cache import Launch
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope, rotation
-from llama_kernels.ops.attention import backward, decode, dkdv, dq, forward, tiles
+from llama_kernels.ops import qk_norm_rope, rms_norm, rope
+from llama_kernels.ops.attention import backward, decode, dkdv, dq, forward, masks, softmax
 from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.masks import KeyBlocks, Mask
+from llama_kernels.ops.attention.softmax import Probs, SoftmaxState
 from llama_kernels.ops.attention.tables import Tile
-from llama_kernels.ops.attention.tiles import KeyBlocks, Mask, Probs, SoftmaxState
 from llama_kernels.ops.partials import sum_partials
+from llama_kernels.ops.rotation import Angles, inverse_rotation, load_angles, load_pairs
 from tests.support import attention as attention_cases
 from tests.support import decode as decode_cases
 from tests.support import qk_norm_rope as qk_norm_rope_cases
@@ -26,15 +28,14 @@ from tests.support import rope_attention as rope_attention_cases
 
 pytestmark = pytest.mark.interpreter
 
-online_softmax_step, add_values, first_scores = tiles.online_softmax_step, tiles.add_values, tiles.first_scores
-visible, key_blocks = tiles.visible, tiles.key_blocks
+online_softmax_step, add_values, first_scores = softmax.online_softmax_step, softmax.add_values, softmax.first_scores
+visible, key_blocks = masks.visible, masks.key_blocks
 probs_and_score_grads, load_summed, load_scale = (
-    tiles.probs_and_score_grads,
+    softmax.probs_and_score_grads,
     rms_norm._load_summed,
     rms_norm._load_scale,
 )
-load_pairs, add_chunks, inverse_rotation = rotation.load_pairs, decode._add_chunks, rotation.inverse_rotation
-load_angles, Angles = rotation.load_angles, rotation.Angles
+add_chunks = decode._add_chunks
 
 
 @triton.jit
@@ -146,11 +147,11 @@ def pairs_swapped(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 
 @triton.jit
 def first_entries_twice(
-    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    tables, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     angles = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        tables, b, s, live,
         HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
     )  # fmt: skip
     return Angles(angles.cos0, angles.cos0, angles.sin0, angles.sin0)
@@ -158,11 +159,11 @@ def first_entries_twice(
 
 @triton.jit
 def inverse_for_the_transpose(
-    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    tables, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     angles = load_angles(
-        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        tables, b, s, live,
         HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R,
     )  # fmt: skip
     if INVERSE:
@@ -177,14 +178,14 @@ def sum_over_the_rotated_dims(a, b):
 
 @triton.jit
 def turned_on_instead_of_back(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """By the transpose of what turns back: the same angles, the other way."""
     x0, x1 = tl.split(x.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
     swapped = tl.join(x1, x0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
     y = inverse_rotation(
-        swapped, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        swapped, tables, b, s, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
     y0, y1 = tl.split(y.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
@@ -193,23 +194,23 @@ def turned_on_instead_of_back(
 
 @triton.jit
 def turned_back_by_the_next_row(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     return inverse_rotation(
-        x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s + 1, live, positions,
+        x, tables, b, s + 1, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def turned_back_after_rounding(
-    x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+    x, tables, b, s, live,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x = cast(x, tl.bfloat16).to(tl.float32)
     return inverse_rotation(
-        x, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, b, s, live, positions,
+        x, tables, b, s, live,
         HALF, INTERLEAVED, BLOCK, BLOCK_D,
     )  # fmt: skip
 
@@ -289,22 +290,22 @@ def rotated() -> None:
 # name: (modules, what is replaced there, by what, and the check that must fail)
 MUTANTS: dict[str, tuple[tuple[Any, ...], str, Any, Any]] = {
     "accumulator in half precision": (
-        (tiles,), "add_values", accumulator_in_half_precision, lambda: attention(_LONG, torch.bfloat16)),
-    "mass not rescaled": ((tiles,), "online_softmax_step", mass_not_rescaled, lambda: attention(_DENSE)),
+        (softmax,), "add_values", accumulator_in_half_precision, lambda: attention(_LONG, torch.bfloat16)),
+    "mass not rescaled": ((softmax,), "online_softmax_step", mass_not_rescaled, lambda: attention(_DENSE)),
     "last values dropped": ((forward,), "last_values", last_values_dropped, lambda: attention(_DENSE, carry=True)),
     "first scores twice": ((forward,), "first_scores", first_scores_twice, lambda: attention(_DENSE, carry=True)),
     "carried without rescaling": (
-        (tiles,), "add_values", carried_without_rescaling, lambda: attention(_DENSE, carry=True)),
-    "one key too many": ((tiles, dkdv, dq), "visible", one_key_too_many, lambda: attention(_DENSE)),
+        (softmax,), "add_values", carried_without_rescaling, lambda: attention(_DENSE, carry=True)),
+    "one key too many": ((softmax, dkdv, dq), "visible", one_key_too_many, lambda: attention(_DENSE)),
     "one key too many, backward": ((dkdv, dq), "visible", one_key_too_many, lambda: attention(_DENSE)),
-    "window one short": ((tiles, dkdv, dq), "visible", window_one_short, lambda: attention(_WINDOW)),
+    "window one short": ((softmax, dkdv, dq), "visible", window_one_short, lambda: attention(_WINDOW)),
     "last keys dropped": ((forward,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
     "last keys dropped, backward": ((dq,), "key_blocks", last_keys_dropped, lambda: attention(_DENSE)),
     "boundary block not masked": ((forward,), "key_blocks", boundary_block_not_masked, lambda: attention(_DENSE)),
     "last keys dropped, decoding": ((decode,), "key_blocks", last_keys_dropped, decoding),
     "chunks not rescaled": ((decode,), "_add_chunks", chunks_not_rescaled, decoding),
-    "key mask forgotten": ((tiles,), "visible", key_mask_forgotten, masked_decoding),
-    "key mask of a whole block": ((tiles,), "visible", key_mask_of_the_block, masked_decoding),
+    "key mask forgotten": ((softmax,), "visible", key_mask_forgotten, masked_decoding),
+    "key mask of a whole block": ((softmax,), "visible", key_mask_of_the_block, masked_decoding),
     "one head for all": ((AttentionCall,), "sizes", property(_one_head_for_all), lambda: attention(_DENSE)),
     "delta forgotten": ((backward,), "launch_delta", _delta_forgotten, lambda: attention(_DENSE)),
     "scores in half precision": (

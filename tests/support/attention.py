@@ -16,19 +16,10 @@ import llama_kernels as lk
 from llama_kernels.core import launch_cache
 from llama_kernels.ops.attention import backward, decode, forward
 from llama_kernels.ops.attention.tables import Tile
+from tests.support.guards import guarded, guarded_allocations, memory_order, relaid, unchanged
 from tests.support.hardware import Arithmetic
-from tests.support.judge import (
-    attention_mask,
-    drawn,
-    eager_attention,
-    guarded,
-    guarded_allocations,
-    ideal_attention,
-    judge,
-    memory_order,
-    relaid,
-    unchanged,
-)
+from tests.support.ideal import attention_mask, drawn, eager_attention, ideal_attention
+from tests.support.judge import judge
 
 # How large q and k are, and v. Thrice as large, some rows have all their mass on one key. Not larger still: float32
 # holds a logit of a million to one digit after the point.

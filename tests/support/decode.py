@@ -9,16 +9,9 @@ from typing import Any
 import torch
 
 from llama_kernels.ops.attention.masked_decode import decode_attention
-from tests.support.judge import (
-    attention_mask,
-    drawn,
-    guarded,
-    guarded_allocations,
-    ideal_attention,
-    judge,
-    memory_order,
-    unchanged,
-)
+from tests.support.guards import guarded, guarded_allocations, memory_order, unchanged
+from tests.support.ideal import attention_mask, drawn, ideal_attention
+from tests.support.judge import judge
 
 
 @dataclasses.dataclass(frozen=True)

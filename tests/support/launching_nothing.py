@@ -55,7 +55,7 @@ def _forget_kernels() -> None:
     _twice_kernel.device_caches.clear()
 
 
-# --- a plan of the tests' own ----------------------------------------------------------------------------------------
+# --- a kernel of the tests' own --------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -5,17 +5,9 @@ from __future__ import annotations
 import torch
 
 import llama_kernels as lk
-from tests.support.judge import (
-    drawn,
-    eager_rms_norm,
-    eager_rope,
-    guarded,
-    guarded_allocations,
-    ideal_norm_rope,
-    judge,
-    memory_order,
-    unchanged,
-)
+from tests.support.guards import guarded, guarded_allocations, memory_order, unchanged
+from tests.support.ideal import drawn, eager_rms_norm, eager_rope, ideal_norm_rope
+from tests.support.judge import judge
 from tests.support.rope import rows
 
 

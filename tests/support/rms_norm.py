@@ -7,16 +7,9 @@ from typing import Any
 import torch
 
 import llama_kernels as lk
-from tests.support.judge import (
-    drawn,
-    eager_rms_norm,
-    guarded,
-    guarded_allocations,
-    ideal_rms_norm,
-    judge,
-    memory_order,
-    unchanged,
-)
+from tests.support.guards import guarded, guarded_allocations, memory_order, unchanged
+from tests.support.ideal import drawn, eager_rms_norm, ideal_rms_norm
+from tests.support.judge import judge
 
 
 def check(

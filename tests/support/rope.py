@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 import llama_kernels as lk
-from tests.support.judge import eager_rope, guarded, guarded_allocations, judge, memory_order, transposed, unchanged
+from tests.support.guards import guarded, guarded_allocations, memory_order, unchanged
+from tests.support.ideal import eager_rope, transposed
+from tests.support.judge import judge
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TABLE_DTYPES = (*DTYPES, torch.float64)

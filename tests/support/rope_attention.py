@@ -20,19 +20,9 @@ from tests.support.attention import (
     sink_terms,
     tiles,
 )
-from tests.support.judge import (
-    attention_mask,
-    drawn,
-    eager_rope,
-    guarded,
-    guarded_allocations,
-    ideal_attention,
-    judge,
-    memory_order,
-    relaid,
-    transposed,
-    unchanged,
-)
+from tests.support.guards import guarded, guarded_allocations, memory_order, relaid, unchanged
+from tests.support.ideal import attention_mask, drawn, eager_rope, ideal_attention, transposed
+from tests.support.judge import judge
 from tests.support.launches import Launched, kernels_launched, names
 from tests.support.rope import rows, tables
 

@@ -14,7 +14,7 @@ import torch
 import llama_kernels as lk
 from tests.support import attention as attention_cases
 from tests.support import decode as decode_cases
-from tests.support import judge
+from tests.support import ideal
 from tests.support import qk_norm_rope as qk_norm_rope_cases
 from tests.support import rms_norm as rms_norm_cases
 from tests.support import rope as rope_cases
@@ -126,7 +126,7 @@ def test_the_errors_reach_the_kernels():
 def test_an_ideal_that_rounds_to_nearest_is_no_bound_for_hardware():
     """Why the judge draws its ideal with the errors: without them it rejects the very kernels."""
     torch.manual_seed(0)
-    with interpreted(ERRORS["high"]), mock.patch.object(judge, "DRAWS", [EXACT]), pytest.raises(AssertionError):
+    with interpreted(ERRORS["high"]), mock.patch.object(ideal, "DRAWS", [EXACT]), pytest.raises(AssertionError):
         for check in (decoding, attention, attention_beside_eager):
             check()
 

@@ -1,16 +1,16 @@
-"""Hugging Face models on our operations: `patch` one model, `unpatch` it, `report` what runs in it.
+"""The ops in Hugging Face models: `patch` a model, `unpatch` it, `report` what runs in it.
 
-Importing this registers attn_implementation="llama_kernels", for `from_pretrained` and `set_attn_implementation`: then
-attention alone is ours. `patch(model)` also replaces RMSNorm and RoPE. docs/transformers.md has what is served.
+Importing this registers attn_implementation="llama_kernels", for `from_pretrained` and `set_attn_implementation`, which
+replaces attention alone. `patch(model)` also replaces RMSNorm and RoPE. docs/transformers.md lists the models.
 
-The forwards of the model's own classes run. What changes inside them:
+The model's classes keep their own forwards. What changes inside them:
 
     attention.py    attention, through Transformers' AttentionInterface
     modules.py      RMSNorm modules, and the function apply_rotary_pos_emb
-    fusions.py      residual add + norm, head norms + RoPE: a few lines of a forward whose whole text is known
-    known_code.py   the texts of the functions that may be replaced; known_rotaries.py has those of RoPE
-    masks.py        masks as ranges of keys; intervals.py reads them from Transformers' mask functions
-    patch.py        which module gets what; classes.py makes its class, source.py reads and copies functions
+    fusions.py      residual add + norm, norms of q and k + RoPE, in forwards whose whole text is known
+    known_code.py   the functions that may be replaced, as text; known_rotaries.py has those of RoPE
+    masks.py        masks as ranges of keys; intervals.py reads the ranges from Transformers' mask functions
+    patch.py        what each module gets; classes.py makes its class, source.py reads and copies functions
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
-"""The function that Transformers' AttentionInterface calls as "llama_kernels", in patched models and by name.
+"""The attention function of attn_implementation="llama_kernels", in patched models and by name.
 
-What the kernels do not compute, a mask that is no range of keys, dropout, heads wider than 256, runs in PyTorch's SDPA
-or in the model's own eager function, as it would without us, and one warning says so.
+The kernels do not compute dropout, heads wider than 256 and masks that are not ranges of keys. These calls run in
+PyTorch's SDPA or in the model's own eager function, and one warning says so.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
 from llama_kernels.reference.attention import AttentionOptions
 
-NAME = "llama_kernels"  # a name with "flash" or "/" in it would be looked up elsewhere
-FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules of a patched model: its masks know its documents
+NAME = "llama_kernels"  # Transformers looks names with "flash" or "/" up elsewhere
+FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules whose masks already have the documents of the batch
 logger = logging.getLogger(__name__)
 
 
@@ -61,13 +61,20 @@ def attention_forward(
     max_length_k: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Transformers' attention contract: q (B, Hq, Sq, D), k and v (B, Hkv, Sk, D) -> (out (B, Sq, Hq, D), weights).
+    """Attention as Transformers calls it.
 
-    attention_mask: what `key_ranges` made, or any mask of the caller's own, (B, H or 1, Sq, Sk). It alone decides what
-    a query sees. None is causal where is_causal, or else the module's, says so; sliding_window and documents in
-    position_ids then count, since a wrapper may have dropped the mask, as DeepSpeed's sequence parallelism does.
-    cu_seq_lens_q, cu_seq_lens_k: where the caller of the model gave them, the batch is packed, whatever the mask.
-    dropout, position_bias and heads wider than 256 run stock code. The weights are None where the kernels ran.
+    Args:
+        query: (B, Hq, Sq, D).
+        key, value: (B, Hkv, Sk, D).
+        attention_mask: the result of `key_ranges`, or the caller's own mask (B, H or 1, Sq, Sk). If it is None, a
+            query sees what is_causal (default: that of the module), sliding_window and the documents in position_ids
+            let it see: a wrapper may have dropped the mask, as DeepSpeed's sequence parallelism does.
+        scaling, softcap, s_aux: the scale, softcap and sinks of `attention`.
+        cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences. If given, the mask is not used.
+        dropout, others: with dropout or position_bias, stock code runs.
+
+    Returns:
+        out (B, Sq, Hq, D), and the weights of stock code, or None where a kernel ran.
     """
     _refuse_context_parallel()
     _refuse_what_needs_more(module)
@@ -129,9 +136,9 @@ def _of_ranges(
 
 
 class _Rearranged(Differentiable):
-    """k and v (B, H, S, D) with their tokens in the order (B, S) that `KeyRanges` describes.
+    """k and v (B, H, S, D) with their tokens in the order of `KeyRanges`.
 
-    The gradients go back by the inverse order, each element once, so nothing is summed in random order.
+    The gradients are gathered by the inverse order, so nothing is summed, and they repeat bit for bit.
     """
 
     @staticmethod
@@ -152,7 +159,7 @@ class _Rearranged(Differentiable):
 
 
 def _take(tensors: tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    index = (order ^ (order >> 31)).long()[:, None, :, None]  # a hidden key's place p is written -1 - p
+    index = (order ^ (order >> 31)).long()[:, None, :, None]  # a hidden key has place -1 - p
     return tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in tensors)
 
 
@@ -239,8 +246,7 @@ def _warn_of_stock(reason: str) -> None:
 
 
 def _refuse_context_parallel() -> None:
-    """An error inside PyTorch's context_parallel, which replaces SDPA by a function that asks the other ranks for their
-    keys: the kernels would see the keys of this rank alone."""
+    """Raise inside PyTorch's context_parallel, where the kernels would see the keys of this rank alone."""
     sdpa = F.scaled_dot_product_attention  # a builtin function, unless it is replaced
     if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed.tensor.experimental"):
         fix = "Use attn_implementation='sdpa' with torch's context_parallel."
@@ -249,7 +255,7 @@ def _refuse_context_parallel() -> None:
 
 
 def _refuse_what_needs_more(module: nn.Module) -> None:
-    """An error where the module does more with the mask than hand it on, which a packed mask does not allow."""
+    """Raise if the module computes with its mask, which is wrong for a packed mask."""
     if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
         return
     if mask_is_only_handed_on(decorated(type(module).forward)[-1]):

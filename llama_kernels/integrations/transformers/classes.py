@@ -1,4 +1,4 @@
-"""What one class of modules has that we could run, and the class that a patched module of it becomes."""
+"""Which operations of a class of modules can be replaced, and the class that a patched module gets."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE
 
 
 class Found(NamedTuple):
-    """For one kind of operation: what a class has that ours would replace, or None, and why."""
+    """For one kind of operation: what ours would replace in a class, or None, and why."""
 
     value: Any
     why: str
-    norms: tuple[str, ...] = ()  # of a fusion: the modules that it would skip
+    norms: tuple[str, ...] = ()  # the norm modules that a fusion would not call
 
 
 def found_in(cls: type) -> dict[str, Found]:
-    """By kind, what modules of this class have. A class that was edited since the last call is read again."""
+    """What modules of this class have, by kind. A class that has changed since the last call is read again."""
     return _found_in(cls, _functions_of(cls))
 
 
 def class_of(stock: type, kinds: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass of `stock` that runs our operations of these kinds, all of which `found_in` knows."""
+    """The subclass of `stock` that runs our operations of these kinds. `found_in` has found all of them."""
     return _class_of(stock, kinds, _functions_of(stock))
 
 
 def new_module(stock: type[nn.Module], kinds: tuple[str, ...]) -> nn.Module:
-    """An empty module for pickle: patched, as far as this process knows the code of `stock`."""
+    """An empty module for pickle, patched where the code of `stock` is known in this process too."""
     found = found_in(stock)
     kinds = tuple(kind for kind in kinds if kind in found and found[kind].value)
     cls = class_of(stock, kinds) if kinds else stock
@@ -39,7 +39,7 @@ def new_module(stock: type[nn.Module], kinds: tuple[str, ...]) -> nn.Module:
 
 
 def _functions_of(cls: type) -> tuple[Any, ...]:
-    """Every function that decides what modules of `cls` compute, as far as we would replace it."""
+    """Every function that `_found_in` reads, which makes them the key of its cache."""
     forward = getattr(cls, "forward", None)
     inner = source.decorated(forward)[-1]
     rotaries = [inner.__globals__[name] for name in _rotary_names(inner)]
@@ -56,7 +56,7 @@ def _rotary_names(inner: Any) -> list[str]:
 
 
 def _base_that_rotates(cls: type) -> type | None:
-    """The class whose forward has rotary embeddings, where that of `cls` is another one around it."""
+    """The base class whose forward has rotary embeddings, where the forward of `cls` has none."""
     bases = (base for base in cls.__mro__[1:] if "forward" in vars(base))
     return next((base for base in bases if _rotary_names(source.decorated(vars(base)["forward"])[-1])), None)
 

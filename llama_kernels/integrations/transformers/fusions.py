@@ -1,7 +1,7 @@
-"""Forwards of Transformers rewritten so that two operations become one: residual add and norm, head norms and RoPE.
+"""Rewritten forwards in which two operations are one: residual add + norm, or the norms of q and k + RoPE.
 
-A rewrite replaces a few lines of a text whose whole is known (`KNOWN`, by digest): the rest stays as it was read. Each
-call still runs the forward as it was where a norm that would be skipped as a module has hooks, or is not ours.
+A rewrite changes a few lines of a forward whose whole text is known: KNOWN has the digests of these texts. A call runs
+the forward without the rewrite if one of the norms has hooks or is not ours, since the rewrite does not call it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RESIDUAL = re.compile(
     r"(?P=indent)(?P=x) = self\.(?P<norm>\w*norm\w*)\((?P=x)\)$",
     re.M,
 )
-# Unconditional lines of the body, which is indented by four: norms in the projections, or right after all three.
+# Lines of the body, which is indented by four: norms in the projections, or after all three projections.
 _HEAD_NORM = re.compile(r"^(    (query|key)_states = )self\.([qk]_norm)\((.+)\)(\.transpose\(1, 2\))$", re.M)
 _HEAD_NORMS_AFTER = re.compile(
     r"^    query_states = self\.q_norm\(query_states\)\n    key_states = self\.k_norm\(key_states\)\n"
@@ -34,7 +34,7 @@ _ROTARY = re.compile(
 
 _CACHE = re.compile(r"\bpast_key_values?\b")
 
-# Digests of the texts that were read: which families have it, and in which releases of Transformers.
+# Digests of the texts that were read, with the families and the releases of Transformers that have them.
 KNOWN = {
     # residual add + RMSNorm
     "054f4e0eff96": "llama, mistral, qwen2, qwen3, gemma and 60 others, 5.17 to 5.24",
@@ -80,14 +80,14 @@ KNOWN = {
 
 
 class Fusion(NamedTuple):
-    """A rewritten text, and the norms that it skips as modules."""
+    """A rewritten text, and the norm modules that it does not call."""
 
     text: str
     norms: tuple[str, ...]
 
 
 def fusion_of(kind: str, text: str) -> Fusion | None:
-    """The rewrite of a normalised forward, if it has the lines for it, whether or not its text is known."""
+    """The rewrite of a normalised forward that has the lines for it, whether or not its text is known."""
     if kind == ADD_NORM:
         found = list(_RESIDUAL.finditer(text))
         if not found:
@@ -108,12 +108,12 @@ def fusion_of(kind: str, text: str) -> Fusion | None:
 
 
 def digest(text: str) -> str:
-    """Of a text, whatever its release calls the cache."""
+    """The digest of a text. The name of the cache, which differs between releases, is not in it."""
     return hashlib.sha256(_CACHE.sub("cache", text).encode()).hexdigest()[:12]
 
 
 def fused_forward(forward: Any, plain: Callable[..., Any], fusion: Fusion, names: dict[str, Any]) -> Any:
-    """`forward` rewritten, for calls in which all skipped norms are unwatched; `plain` for the others."""
+    """The rewritten `forward` for calls in which `is_unwatched` holds for all its norms; `plain` for other calls."""
     fused = source.with_globals(forward, names, fusion.text)
     if fused is None:
         return None

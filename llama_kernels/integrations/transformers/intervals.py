@@ -1,8 +1,8 @@
-"""Transformers' mask functions read as intervals: which keys each query sees, first to last, without an (S, S) matrix.
+"""Transformers' mask functions as intervals of visible keys, without an (S, S) matrix.
 
-Transformers composes a mask, with `and_masks` and `or_masks`, from closures of a few functions of its own. Each of
-those lets a query see one interval of keys, so the composition does, and its bounds are a few operations on (B, Sq).
-A function that is not among them is unknown, and so is every composition with it.
+Transformers composes a mask, with `and_masks` and `or_masks`, from closures of a few functions of its own. In each of
+them the keys that a query sees are one interval. So are those of the composition, and a few operations on (B, Sq)
+compute its bounds. Any other function is unknown, and so is every composition with it.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ _AND = and_masks(causal_mask_function).__code__
 
 
 class Interval(NamedTuple):
-    """The keys from start to end - 1 that each query sees, (1 or B, Sq). None: no bound on that side."""
+    """Each query sees the keys from start to end - 1, (1 or B, Sq). None: no bound on that side."""
 
     start: torch.Tensor | None = None
     end: torch.Tensor | None = None
     has_own: bool = True  # every query sees the key at its own position
-    sound: torch.Tensor | None = None  # (1 or B, 1) bool: False where a sequence's mask is no interval after all
+    sound: torch.Tensor | None = None  # (1 or B, 1) bool: False where the mask of a sequence is no interval after all
 
 
 class Window(NamedTuple):
-    """A mask that depends on positions alone: query i sees keys i + Sk - Sq - left to i + Sk - Sq + right. -1: all."""
+    """A mask of relative positions: query i sees keys i + Sk - Sq - left to i + Sk - Sq + right. -1: no limit."""
 
     left: int
     right: int
 
 
 class Rows(NamedTuple):
-    """The queries of a mask, by their positions, which count the keys too."""
+    """The positions of the queries of a mask. Positions count keys."""
 
     own: torch.Tensor  # (Sq,) int64
-    at: torch.Tensor  # (1 or B, Sq): where the mask function takes them to be, other than own in packed documents
+    at: torch.Tensor  # (1 or B, Sq): the positions that the mask function is given, which differ in packed documents
     keys: int  # one past the position of the last key
-    shown: torch.Tensor | None = None  # (B, keys) bool: the keys that hold a token
+    shown: torch.Tensor | None = None  # (B, keys) bool: the keys that are tokens, not padding
 
 
 def window_of(mask_function: MaskFunction) -> Window | None:
-    """The mask where it depends on relative positions alone, which the host can tell. None where it does not."""
+    """The mask if it depends on relative positions alone, found without reading device memory. Else None."""
     if mask_function is FULL_MASK:
         return Window(-1, -1)
     if mask_function is causal_mask_function:
@@ -70,9 +70,9 @@ def window_of(mask_function: MaskFunction) -> Window | None:
 
 
 def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -> Interval | None:
-    """The interval of every row, or None where the mask is, or may be, something else.
+    """The interval of every row, or None if the mask is not known to be intervals.
 
-    made_by_caller: the model or its user added functions of their own to Transformers' composition.
+    made_by_caller: the model or its user added functions of their own to the composition.
     """
     name, parts = _parts_of(mask_function)
     at = rows.at
@@ -88,11 +88,11 @@ def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -
         padding, size = parts["left_padding"][:, None], parts["chunk_size"]
         start = padding + (at - padding) // size * size
         return Interval(start, start + size)
-    if name == "packed_sequence_mask_function" and not made_by_caller:  # Transformers' own numbers never decrease
+    if name == "packed_sequence_mask_function" and not made_by_caller:  # numbers from Transformers never decrease
         first, end = _runs(parts["packed_sequence_mask"])
         return Interval(first, end)
     if name == "remap_positions_for_packed_sequence":
-        # Inside a document positions go up by one, so what is so far from a query's position is as far from its key.
+        # Inside a document positions increase by one, so a distance in positions is a distance in keys.
         positions = parts["position_ids"]
         inner = interval_of(parts["mask_function"], rows._replace(at=positions), made_by_caller)
         if inner is None:
@@ -110,18 +110,18 @@ def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -
 def traced_interval(
     mask_function: MaskFunction, rows: Rows, batch_size: int, made_by_caller: bool, local_size: int | None
 ) -> Interval | None:
-    """`interval_of` under torch.compile, which does not let a closure be read: the mask function is asked.
+    """`interval_of` under torch.compile, where closures cannot be read: the mask function is called instead.
 
     local_size: the width of the window or chunk, as Transformers passes it. Without one, and with a query at each key,
-    an interval ends where a key does not see its neighbour. Otherwise each end is found by bisection, as every query
-    sees its own key.
+    an interval ends where a key does not see the next one. Otherwise bisection finds each end, from the query's own
+    key, which it sees.
     """
     if mask_function is causal_mask_function:
         return Interval(end=rows.at + 1)
     if mask_function is FULL_MASK:
         return Interval()
     if made_by_caller or getattr(mask_function, "__code__", None) is not _AND:
-        return None  # a union may be one of blocks, of which it cannot be asked whether they are contiguous
+        return None  # a union may have blocks, and calling the function does not show whether they are contiguous
     batch = torch.arange(batch_size, device=rows.own.device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=rows.own.device)
     if local_size is None and rows.keys == rows.own.shape[0]:
@@ -145,7 +145,7 @@ def traced_interval(
 
 
 def _steps(keys: int) -> int:
-    """Halvings of `keys`, its bit length. A length that is traced stays free: guards ask for its power of two alone."""
+    """The bit length of `keys`: how often it can be halved. Guards on a traced length fix this number only."""
     if isinstance(keys, torch.SymInt):
         return 31  # torch.export allows no guard
     steps = 1
@@ -155,7 +155,7 @@ def _steps(keys: int) -> int:
 
 
 def _parts_of(mask_function: MaskFunction) -> tuple[str, dict[str, Any]]:
-    """Which function of masking_utils made this closure, and what it was given. An empty name: none of them."""
+    """The function of masking_utils that made this closure, by name, and its arguments. "" if none of them did."""
     name, _, inner = getattr(mask_function, "__qualname__", "").partition(".<locals>.")
     if getattr(mask_function, "__module__", None) != masking_utils.__name__ or not inner:
         return "", {}
@@ -164,7 +164,7 @@ def _parts_of(mask_function: MaskFunction) -> tuple[str, dict[str, Any]]:
 
 
 def _combined(name: str, parts: list[Interval | None]) -> Interval | None:
-    """The intersection of intervals, and the union of those that all hold the query's own key."""
+    """The intersection of intervals, or the union of intervals that all have the query's own key."""
     known = [part for part in parts if part is not None]
     union = name == "or_masks"
     if len(known) < len(parts) or (union and not all(part.has_own for part in known)):
@@ -184,7 +184,7 @@ def _combined(name: str, parts: list[Interval | None]) -> Interval | None:
 
 
 def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each element of each row, where its run of equal numbers begins and one past its end."""
+    """For each element of each row, the first place of its run of equal numbers, and one past the last."""
     S = numbers.shape[1]
     places = torch.arange(S, device=numbers.device)
     first = torch.where(numbers != numbers.roll(1, 1), places, 0).cummax(1).values
@@ -193,9 +193,10 @@ def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _block_of(numbers: torch.Tensor, rows: Rows) -> Interval:
-    """The block of mutually visible tokens that each query is in, or its own key where it is in none (number -1).
+    """The block of mutually visible tokens of each query, or its own key if it is in none (number -1).
 
-    Blocks are taken to be contiguous. Where a number returns after another one, and not in padding, `sound` is False.
+    Blocks are taken to be contiguous. `sound` is False where a number occurs again after another one, except in
+    padding.
     """
     first, end = _runs(numbers)
     inside = numbers >= 0

@@ -1,9 +1,9 @@
-"""Code of Transformers' models that we know: what may be replaced by an operation of ours, and by which.
+"""Functions of Transformers' models that an op may replace.
 
-Each entry holds the text of a function and what it computes. Code is known if its normalised text is one of these
-(`source.normalised`), whatever file or release it stands in; any other, a user's subclass or an edited method, stays as
-it is. Read in Transformers 4.57.6, 5.17.0, 5.23.0 and 5.24.0; tests/integrations/test_known_code.py checks every entry
-against the real source of the installed release.
+Each entry has the text of a function and what it computes. A function is known if its normalised text
+(`source.normalised`) is one of these, in any file of any release. Any other, such as a user's subclass or an edited
+method, is not replaced. The texts are those of Transformers 4.57.6, 5.17.0, 5.23.0 and 5.24.0.
+tests/integrations/test_known_code.py checks every entry against the source of the installed release.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Norm(NamedTuple):
 
     families: str
     forward: str
-    norm: str = ""  # the text of the method _norm, where forward calls it
-    eps: str = "eps"  # the attribute
+    norm: str = ""  # the text of the method _norm, if forward calls it
+    eps: str = "eps"  # the name of the attribute
     offset: float = 0.0
     weighted: bool = True
-    promotes: bool = False  # the result has the dtype that weight and x promote to, not x's
-    as_weight: bool = False  # the result has weight's dtype
+    promotes: bool = False  # the result has the dtype that weight and x promote to, not that of x
+    as_weight: bool = False  # the result has the dtype of weight
 
 
 _NORM = """def _norm(self, x):
@@ -85,7 +85,7 @@ NORMS = (
 
 
 def norm_of(cls: type) -> Norm | None:
-    """What a module of this class computes, if its forward is a known RMSNorm."""
+    """The RMSNorm that modules of this class compute, or None if their forward is not known."""
     forward = getattr(cls, "forward", None)
     norm = _norms().get(source.text_of(forward))
     if norm is None or (norm.norm and source.text_of(getattr(cls, "_norm", None)) != source.normalised(norm.norm)):
@@ -94,7 +94,7 @@ def norm_of(cls: type) -> Norm | None:
 
 
 def rotary_of(function: Any) -> tuple[Rotary, bool] | None:
-    """What a function apply_rotary_pos_emb computes, and whether pairs are interleaved, if it is known."""
+    """What a function apply_rotary_pos_emb computes, and whether pairs are interleaved, or None if it is not known."""
     text, helpers = source.without_unused_defaults(source.text_of(function)), {}
     for name in source.global_names(function):
         if name.startswith("rotate_half"):  # rotate_half_text, rotate_half_llm

@@ -1,4 +1,4 @@
-"""The texts of `apply_rotary_pos_emb` in Transformers' models, and what each computes: a part of known_code.py."""
+"""The texts of `apply_rotary_pos_emb` in Transformers' models, for known_code.py, and what each computes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class Rotary(NamedTuple):
 
     families: str
     text: str
-    helper: str = "rotate_half"  # the function that says which elements are a pair
-    # What a row of cos holds: "elements", an angle for each element; "first half", the second half is not used;
-    # "pairs", an angle for each pair; "complex", cos + i sin for each pair, and no sin; "sections", three or four rows
-    # of "elements" of which each frequency takes one.
+    helper: str = "rotate_half"  # the function that decides which elements are a pair
+    # What a row of cos has. "elements": an angle for each element. "first half": the same, but only the first half is
+    # used. "pairs": an angle for each pair. "complex": cos + i sin for each pair; there is no sin. "sections": three or
+    # four rows of "elements", of which each frequency takes one.
     tables: str = "elements"
-    promotes: bool = True  # the result has the dtype that q and cos promote to, not q's
-    sorted_first: bool = False  # pairs (2i, 2i + 1) go in, (i, i + R/2) come out
-    heads: int | None = None  # the dimension of the heads; None: the argument unsqueeze_dim
+    promotes: bool = True  # the result has the dtype that q and cos promote to, not that of q
+    sorted_first: bool = False  # pairs are (2i, 2i + 1) in the input and (i, i + R/2) in the result
+    heads: int | None = None  # the dimension of the heads. None: the argument unsqueeze_dim
 
 
 _UNSQUEEZE = """    cos = cos.unsqueeze(unsqueeze_dim)
@@ -121,7 +121,7 @@ ROTARIES = (
            promotes=False, heads=-2),
 )  # fmt: skip
 
-# The helpers, by whether a pair is two neighbours.
+# The helpers, and whether pairs are interleaved.
 PAIRINGS = {
     """def rotate_half(x):
     x1 = x[..., : x.shape[-1] // 2]

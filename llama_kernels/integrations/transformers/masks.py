@@ -1,9 +1,9 @@
 """Transformers' attention masks as ranges of keys, without an (S, S) matrix and without waiting for the GPU.
 
-`key_ranges` is registered with Transformers' AttentionMaskInterface: each forward calls it once for each kind of mask,
-and every attention layer gets what it returns. Transformers composes a mask from a few functions of its own, causal,
-sliding window, packed documents and so on, each of which lets a query see one interval of keys. `interval_of` reads
-that composition and computes the interval of every row. A composition with any other function is written out.
+`key_ranges` is registered with Transformers' AttentionMaskInterface. Each forward calls it once for each kind of mask,
+and every attention layer gets its result. Transformers composes masks from functions of its own: causal, sliding
+window, packed documents and so on. intervals.py computes from the composition the interval of keys that each row sees.
+A composition with any other function is written out as a mask of every query and key.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from llama_kernels.integrations.transformers.intervals import (
     window_of,
 )
 
-# Models whose blocks of mutually visible tokens need not be contiguous: all images of a sequence are one block.
+# Models whose blocks of mutually visible tokens may not be contiguous: all images of a sequence are one block.
 _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
-# Up to so many queries in inference, as in a decoding step, hidden keys are skipped by the kernel and not sorted out.
+# Up to this many queries in inference, as in a decoding step, the kernel skips hidden keys. With more, keys are sorted.
 FEW_QUERIES = 8
 
 
 class KeyRanges(NamedTuple):
-    """What one mask hands to every layer. Row i sees the keys from start[i] to end[i] - 1.
+    """A mask as every layer gets it: row i sees the keys from start[i] to end[i] - 1.
 
-    With `order`, these count positions in the keys rearranged as k[order]: keys that hold a token first, hidden ones
-    (padding) last, both in their old order, so that any padding leaves each row one interval. With `valid`, they count
-    keys as they lie, and hidden keys are those where `valid` is 0.
+    With `order`, start and end are positions in k[order], where tokens come first and padding last, each in their old
+    order: so each row sees one interval, wherever the padding was. With `valid`, keys keep their places, and a key
+    where `valid` is 0 is hidden.
     """
 
     start: torch.Tensor  # (B, Sq) int32
     end: torch.Tensor  # (B, Sq) int32
-    order: torch.Tensor | None = None  # (B, Sk) int32; hidden keys as -1 - key
-    inverse: torch.Tensor | None = None  # (B, Sk) int32, where each key went; hidden keys as -1 - position
+    order: torch.Tensor | None = None  # (B, Sk) int32; -1 - key for a hidden key
+    inverse: torch.Tensor | None = None  # (B, Sk) int32, the new position of each key; -1 - position for a hidden key
     valid: torch.Tensor | None = None  # (B, Sk) int32
-    sound: torch.Tensor | None = None  # (B, Sk) int32, 0 where the result is to be NaN
+    sound: torch.Tensor | None = None  # (B, Sk) int32, 0 where the result must be NaN
 
 
-# --- one 4-D tensor, since Transformers hands on what is 4-D as a finished mask --------------------------------------
+# --- a mask as one 4-D tensor, which Transformers passes on unchanged ------------------------------------------------
 #
-# Model code may cut such a mask to the last queries, [:, :, -n:], or to the keys that there are, [..., :Sk]. Neither
-# may change what it says: the size of queries is 1 or 0, and lines of queries are aligned at the right.
+# Model code may slice a 4-D mask to the last queries, [:, :, -n:], or to the first keys, [..., :Sk]. Neither changes
+# the meaning here: the dimension of queries has size 1 or 0, and lines of queries are aligned at the right.
 
 
 def pack(ranges: KeyRanges) -> torch.Tensor:
-    """(B, n, 1, max(Sq, Sk)) int32, a line each for start, end and the fields that are there."""
+    """(B, n, 1, max(Sq, Sk)) int32, one line for each field that is not None."""
     queries, keys = ranges[:2], [line for line in ranges[2:] if line is not None]
     length = max(line.shape[-1] for line in (*queries, *keys))
     lines = [F.pad(line, (length - line.shape[-1], 0)) for line in queries]
@@ -62,7 +62,7 @@ def pack(ranges: KeyRanges) -> torch.Tensor:
 
 
 def pack_window(window: Window, device: torch.device | None) -> torch.Tensor:
-    """An int32 tensor without elements, whose sizes are the window: the host knows it without reading memory."""
+    """An int32 tensor without elements, whose sizes are the window: no device memory is read to know it."""
     return torch.empty(window.right + 2, window.left + 2, 0, 0, dtype=torch.int32, device=device)
 
 
@@ -77,7 +77,7 @@ def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
 
 
 def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
-    """(1 or B, 1, Sq, Sk) bool: what a packed mask says, for code that takes a mask of every pair."""
+    """A packed mask as (1 or B, 1, Sq, Sk) bool, for code that takes a mask of every query and key."""
     ranges = unpack(mask, Sq, Sk)
     keys = torch.arange(Sk, device=mask.device)
     if isinstance(ranges, Window):
@@ -88,7 +88,7 @@ def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
         if ranges.right >= 0:
             see &= keys <= own + ranges.right
         return see[None, None]
-    place = keys[None] if ranges.inverse is None else ranges.inverse  # a hidden key's is negative
+    place = keys[None] if ranges.inverse is None else ranges.inverse  # negative for a hidden key
     see = (place[:, None] >= ranges.start[..., None]) & (place[:, None] < ranges.end[..., None])
     if ranges.valid is not None:
         see &= ranges.valid.bool()[:, None]
@@ -99,7 +99,7 @@ def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
 
 
 class _Call(threading.local):
-    """The position_ids that the caller gave to the patched model now running, and the config that its masks name."""
+    """The position_ids of the current call of a patched model, and the config that its masks are made with."""
 
     config: Any = None
     position_ids: torch.Tensor | None = None
@@ -109,10 +109,10 @@ _call = _Call()
 
 
 def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of patched models: remember position_ids for the masks that this forward will make.
+    """A forward pre-hook of patched models, which remembers position_ids for the masks of this forward.
 
-    Only the host can tell positions that the caller gave, which may start documents, from those that the model counts
-    itself, which do not: without it, every unpacked batch would be searched for documents.
+    Positions from the caller may start documents. Those that the model makes itself do not, and need not be searched
+    for documents. Only this hook can tell one from the other.
     """
     given = kwargs.get("position_ids")
     if len(args) > 2 and given is None:
@@ -122,15 +122,15 @@ def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def forget_position_ids(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    """The forward hook that goes with `note_position_ids`: masks made after this forward are not of its positions."""
+    """A forward hook of patched models, which forgets the position_ids that `note_position_ids` remembered."""
     _call.config = _call.position_ids = None
 
 
 def document_starts(position_ids: torch.Tensor | None, Sq: int) -> torch.Tensor | None:
-    """(1 or B, Sq): the query at which the document of each query begins, which is where positions fall."""
+    """(1 or B, Sq): the first query of the document of each query. A document begins where positions decrease."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != Sq or Sq == 1:
         return None
-    falls = position_ids < position_ids.roll(1, 1)  # wherever the first is, its document begins at 0
+    falls = position_ids < position_ids.roll(1, 1)  # what the first says does not matter: its document begins at 0
     return torch.where(falls, torch.arange(Sq, device=position_ids.device), 0).cummax(1).values
 
 
@@ -154,16 +154,16 @@ def key_ranges(
     local_size: int | None = None,
     **others: Any,
 ) -> torch.Tensor | None:
-    """One mask of a forward, as Transformers asks for it, for `attention_forward`.
+    """Make one mask of a forward, for `attention_forward`. The arguments are those of Transformers.
 
-    mask_function(b, h, i, j) says whether query i sees key j; attention_mask (B, keys) whether key j holds a token.
+    mask_function(b, h, i, j) is whether query i sees key j. attention_mask (B, keys) is whether a key is a token.
 
     Returns:
-        4-D: int32 as `pack` and `pack_window` write it, or the mask written out, (B, 1, Sq, Sk) bool.
+        int32 as `pack` and `pack_window` write it, or the mask written out, (B, 1, Sq, Sk) bool.
     """
     if cache_position is not None:  # Transformers 4
         device, q_length = cache_position.device, cache_position.shape[0]
-        # As many keys as queries: a prefill, in any cache. Otherwise the device alone knows.
+        # As many keys as queries: a prefill. Otherwise the offset is in device memory.
         q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     documents = None
@@ -171,8 +171,8 @@ def key_ranges(
         documents = document_starts(_call.position_ids, q_length)
     window = window_of(mask_function)
     skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip
-    # A window that may not be left out is combined with another mask by the model's own code, unless it is of a
-    # decoding step in a static cache. Transformers 4 leaves out none in a static cache.
+    # A mask that may not be left out will be combined with another one by the model's code, except in a decoding step
+    # with a static cache. Transformers 4 never leaves a mask out with a static cache.
     static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)
     combined = window is not None and not skip and not static_step and cache_position is None
     unmasked = attention_mask is None and documents is None and not combined
@@ -197,9 +197,9 @@ def key_ranges(
         )  # fmt: skip
     start = torch.zeros_like(own)[None] if interval.start is None else interval.start
     end = torch.full_like(own, rows.keys)[None] if interval.end is None else interval.end
-    if documents is not None:  # the first document of this call goes on from what is in the cache
+    if documents is not None:  # the first document of this call began in the cache
         start = torch.maximum(start, torch.where(documents > 0, documents + q_offset, 0))
-    # From here on relative to the first key that is there.
+    # From here on, positions are relative to the first key of this layer's cache.
     start, end = (bound.clamp(kv_offset, kv_offset + kv_length) - kv_offset for bound in (start, end))
     if attention_mask is not None:
         missing = max(kv_offset + kv_length - attention_mask.shape[-1], 0)  # a static cache has room for more
@@ -218,7 +218,7 @@ def key_ranges(
 def without_hidden_keys(
     start: torch.Tensor, end: torch.Tensor, attention_mask: torch.Tensor, sound: torch.Tensor | None
 ) -> KeyRanges:
-    """The intervals [start, end) counted among the keys that attention_mask (B, Sk) shows, and their new order."""
+    """The intervals [start, end) counted among the keys where attention_mask (B, Sk) is True, and their new order."""
     B, Sk = attention_mask.shape
     shown = attention_mask.long().cumsum(1)  # (B, Sk)
     before = F.pad(shown, (1, 0))  # (B, Sk + 1): keys shown before key j

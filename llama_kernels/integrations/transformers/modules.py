@@ -1,8 +1,8 @@
 """What patched modules run in place of stock code: RMSNorm, apply_rotary_pos_emb, and fusions of the two.
 
-A patched module is the same object with the same parameters; its class becomes a subclass of its stock class. Each
-operation here runs stock code for a call that it does not know: a tensor subclass (DTensor), a weight that is not there
-(ZeRO-3, offloading), dtypes that stock promotes.
+A patched module is the same object with the same parameters. Its class becomes a subclass of its stock class. Each
+operation here runs stock code where it would compute something else: for tensor subclasses (DTensor), weights that are
+elsewhere (ZeRO-3, offloading), and dtypes that stock promotes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ else:
 
 
 def is_plain(x: Any) -> bool:
-    """Whether x is a tensor on a device that the ops take, and no subclass with behaviour of its own."""
+    """Whether x is a tensor, not a subclass with its own behaviour, on a device that the ops take."""
     if type(x) not in _PLAIN_TYPES:
         return False
     if x.device.type in _DEVICES:
@@ -62,12 +62,13 @@ def _takes(x: Any) -> bool:
 
 
 def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether stock's product of the two has x's dtype. Under autocast it may be wider, and is cast at its next use."""
+    """Whether stock's product of the two has the dtype of x. Under autocast its dtype does not matter: the next op
+    casts it."""
     return torch.promote_types(x.dtype, other.dtype) == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 class Patched(_Module):
-    """Base of the classes of patched modules. They are made on the fly: pickling names what they are made from."""
+    """The base of the classes of patched modules. They are made at run time, so pickle stores what they are made of."""
 
     _stock_forward: Callable[..., Any]
 
@@ -79,12 +80,12 @@ class Patched(_Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = module = type(self).__new__(type(self))
-        module.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        module.__setstate__(copy.deepcopy(self.__dict__, memo))
         return module
 
 
 def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
-    """What was patched in `module`, and the class that it had. It is patched."""
+    """The kinds that were patched in a patched `module`, and the class that it had."""
     return type(module)._kinds, type(module).__bases__[-1]
 
 
@@ -92,7 +93,7 @@ def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
 
 
 class RMSNorm(Patched):
-    """`rms_norm` in the place of a forward that `known` describes."""
+    """`rms_norm` in place of a forward that `known` describes."""
 
     known: Norm
     weight: torch.Tensor
@@ -109,7 +110,7 @@ class RMSNorm(Patched):
 
 
 def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
-    """Whether `rms_norm` computes what stock does with x: both as the ops take them, and the same dtype comes out."""
+    """Whether `rms_norm` takes x and weight, and computes what stock does, in the same dtype."""
     if not _takes(x) or x.ndim == 0:
         return False
     if weight is None:
@@ -124,7 +125,7 @@ def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
 
 
 def is_unwatched(norm: Any) -> TypeGuard[RMSNorm]:
-    """Whether a patched norm need not be called as a module: it has no hooks, no wrapper and is not compiled."""
+    """Whether nobody can tell that a patched norm is not called: it has no hooks, no wrapper, and is not compiled."""
     return (
         isinstance(norm, RMSNorm)
         and "forward" not in norm.__dict__
@@ -136,7 +137,7 @@ def is_unwatched(norm: Any) -> TypeGuard[RMSNorm]:
 
 
 def add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """norm(residual + x) and the sum, in one pass over the rows where the norm can be skipped as a module."""
+    """norm(residual + x) and the sum, in one pass where the norm module need not be called."""
     if (
         is_unwatched(norm)
         and _takes(residual)
@@ -155,7 +156,7 @@ def add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[to
 
 
 def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
-    """`rope` in the place of the function `replaced`, which `known` describes. It takes the same arguments."""
+    """`rope` in place of the function `replaced`, which `known` describes, with the same arguments."""
     stock = called_by(replaced)
 
     def of_complex(xq: Any, xk: Any, freqs_cis: Any) -> Any:
@@ -185,13 +186,16 @@ def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) 
 
 
 def _is_kernelized(replaced: Any) -> bool:
-    """Whether `replaced` is an object of the package kernels to which kernelize has given a forward."""
+    """Whether `replaced` is an object of the package kernels, and kernelize has given it a forward."""
     return isinstance(replaced, nn.Module) and "forward" in replaced.__dict__
 
 
 def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -> bool:
-    """Whether `rope` computes what stock does: q and k (B, H, S, D), or (B, S, H, D) with heads 2, and a row of cos for
-    each token; (S, H, D) with heads -2, as in vision towers."""
+    """Whether `rope` computes what stock does with these arguments.
+
+    q and k are (B, H, S, D) if heads is 1, (B, S, H, D) if 2, and (S, H, D), as in vision towers, if -2. cos and sin
+    have a row for each token.
+    """
     if not (_takes(q) and _takes(k) and is_plain(cos) and is_plain(sin)):
         return False
     packed = q.ndim == 3 and heads == -2
@@ -226,7 +230,7 @@ def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any
         q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
         interleaved = False
     D = q.shape[-1]
-    if cos.shape[-1] == R and 2 * R <= D:  # `rope` would take so narrow a table to hold an angle for each pair
+    if cos.shape[-1] == R and 2 * R <= D:  # `rope` takes tables this narrow to have an angle for each pair
         rotated = rope(q[..., :R], k[..., :R], cos, sin, interleaved=interleaved)
         q, k = (torch.cat((x, rest[..., R:]), -1) for x, rest in zip(rotated, (q, k), strict=True))
     else:
@@ -235,7 +239,7 @@ def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any
 
 
 def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """cos and sin as `rope` takes them, and R, how much of a head is rotated."""
+    """cos and sin as `rope` takes them, and R, the number of elements of a head that are rotated."""
     if known.tables == "first half":
         R = cos.shape[-1]
         return cos[..., : R // 2], sin[..., : R // 2], R
@@ -243,7 +247,7 @@ def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.
 
 
 def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
-    """The fusion of q_norm, k_norm and `apply_rotary_pos_emb`: q, k (B, H, S, D) before their norms."""
+    """The fusion of q_norm, k_norm and `apply_rotary_pos_emb`. It takes q and k (B, H, S, D) before their norms."""
     rotary = rotary_like(stock, known, interleaved)
 
     def apply(q_norm: Any, k_norm: Any, q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""`patch`, `unpatch` and `report`: which modules of a model run our operations, and why the others do not."""
+"""`patch`, `unpatch` and `report`: which modules of a model run the ops of this package, and why others do not."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 _STOCK_CONFIG = "_config_before_llama_kernels"
-_NEEDS = {ADD_NORM: ("rms_norm",), QK_NORM_ROPE: ("rms_norm", "rope")}  # kinds that a fusion is made of
+_NEEDS = {ADD_NORM: ("rms_norm",), QK_NORM_ROPE: ("rms_norm", "rope")}  # the kinds that each fusion combines
 
 
 class Row(NamedTuple):
-    """`count` modules of class `cls` that have an operation of this kind: ours or stock, and why."""
+    """`count` modules of class `cls` with an operation of this kind, whether it is ours or stock, and why."""
 
-    kind: str  # attention, rms_norm, rope; add_rms_norm and qk_norm_rope: fusions of these
+    kind: str  # attention, rms_norm or rope, or a fusion of them: add_rms_norm or qk_norm_rope
     cls: str
     count: int  # type: ignore[assignment]  # a tuple has a method of this name
     ours: bool
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `report` returns: rows as data, and, printed, a table."""
+    """The result of `report`: rows as data; printed, a table."""
 
     rows: tuple[Row, ...]
 
@@ -49,7 +49,7 @@ class Report(NamedTuple):
 
 
 class Place(NamedTuple):
-    """One module, and whether the operation of one kind in it can be ours."""
+    """One module, and whether its operation of one kind can be ours."""
 
     module: nn.Module
     kind: str
@@ -66,28 +66,28 @@ def patch(
     fuse: bool = True,
     strict: bool = False,
 ) -> Model:
-    """Run our operations in this one model: attention, RMSNorm, RoPE, and fusions of these.
+    """Replace attention, RMSNorm and RoPE in this one model by the ops of this package.
 
-    The forwards of the model's classes stay in use. Inside them the attention function, RMSNorm modules and
-    `apply_rotary_pos_emb` are replaced, each only where its code is known to compute what ours does; everything else
-    stays stock, and a warning names it. Parameters, state_dict, hooks, and the classes and configs that other models
-    use stay as they are. Patch before `fully_shard` and before `torch.compile`. Patching a patched model changes
-    nothing.
+    The model's classes keep their own forwards. Inside them the attention function, RMSNorm modules and
+    `apply_rotary_pos_emb` are replaced, each only where its code is known to compute what ours does. Everything else
+    stays stock, and a warning names it. Parameters, state_dict and hooks do not change, nor do the classes and configs
+    of other models. Call it before `fully_shard` and before `torch.compile`. Patching a patched model has no effect.
 
     Args:
-        model: a Transformers model with any head, multimodal or wrapped (by PEFT, say), on any device, also meta.
-        attention: set attn_implementation="llama_kernels", in every part of the model that takes it.
-        rms_norm: RMSNorm modules.
-        rope: `apply_rotary_pos_emb`, in text decoders and vision towers.
-        fuse: residual add and RMSNorm in one pass, and the norms of q and k with RoPE, where both parts are ours.
-        strict: raise where anything asked for stays stock.
+        model: a Transformers model with any head, multimodal or wrapped (by PEFT, for example), on any device,
+            including meta.
+        attention: set attn_implementation="llama_kernels" in every part of the model that takes it.
+        rms_norm: replace RMSNorm modules.
+        rope: replace `apply_rotary_pos_emb`, in text decoders and vision towers.
+        fuse: compute the residual add with RMSNorm, and the norms of q and k with RoPE, where both parts are ours.
+        strict: raise if anything that was asked for stays stock.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: `model` is no torch.nn.Module.
-        ValueError: nothing in it can be ours, or, with strict, not everything.
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: nothing in it can be replaced, or, with strict, not everything.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("patch", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
@@ -114,11 +114,11 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Take our operations out of `model` again, or of a copy of one that was patched. Returns `model`.
+    """Undo `patch` in `model`, which may be a copy of the model that was patched. Returns `model`.
 
     Raises:
-        TypeError: `model` is no torch.nn.Module.
-        ValueError: a patched module has been wrapped in a class of its own since, as `fully_shard` does it.
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: the class of a patched module has changed since, as `fully_shard` changes it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("unpatch", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
@@ -130,7 +130,7 @@ def unpatch(model: Model) -> Model:
         if isinstance(module, Patched):
             stock = parts_of(module)[1]
             for name, held in vars(module).items():
-                if getattr(held, "__func__", None) is type(module).forward:  # kept by accelerate's hooks, which call it
+                if getattr(held, "__func__", None) is type(module).forward:  # accelerate's hooks keep and call it
                     vars(module)[name] = stock.forward.__get__(module)
             module.__class__ = stock  # type: ignore[assignment]
         if _STOCK_CONFIG in module.__dict__:
@@ -145,10 +145,10 @@ def unpatch(model: Model) -> Model:
 
 
 def report(model: nn.Module) -> Report:
-    """What runs in each kind of module of `model`, ours or stock, and why: a table to print, and its rows.
+    """What runs in each kind of module of `model`, ours or stock, and why: a table to print, with its rows.
 
     Raises:
-        TypeError: `model` is no torch.nn.Module.
+        TypeError: `model` is not a torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("report", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
@@ -167,9 +167,12 @@ def report(model: nn.Module) -> Report:
 
 
 def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
-    """Every module that has an operation of ours, in the order of the model. `wanted`: kinds that fusions may use."""
+    """Every module with an operation that could be ours, in the order of the model.
+
+    wanted: the kinds that fusions may combine.
+    """
     norms = {id(m) for m in model.modules() if _own_forward(m) is None and _found(m).get("rms_norm", (None,))[0]}
-    by_config: dict[int, bool] = {}  # one config serves all attention modules that hold it, or none
+    by_config: dict[int, bool] = {}  # attention is ours in all the modules of one config, or in none
     for module in model.modules():
         if "attention" in (found := _found(module)) and hasattr(module, "config"):
             key = id(module.config)
@@ -182,7 +185,7 @@ def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
             value, why, fused = found[kind]
             parts: list[Any] = [getattr(module, name, None) for name in fused]
             if fused and not any("rms_norm" in _found(part) for part in parts):
-                continue  # norms of another kind: there is nothing to fuse
+                continue  # its norms are of another kind: there is nothing to fuse
             ours = bool(value)
             if kind == "attention":
                 if ours and not hasattr(module, "config"):
@@ -204,7 +207,7 @@ def _found(module: nn.Module) -> dict[str, Any]:
 
 
 def _own_forward(module: nn.Module) -> str | None:
-    """Why a module whose class is known does not run its forward. None where it does."""
+    """Why a module does not run the forward of its class, or None where it does."""
     if "forward" not in module.__dict__:
         return None
     return "a forward is set on the instance (by accelerate or kernelize: patch before; by a tp_plan: it stays)"

@@ -1,6 +1,6 @@
-"""Functions as text: read one, compare it, and copy it with some of its global names bound to other objects.
+"""Reading functions as text, and copying them with other objects for some of their global names.
 
-A text is normalised: the syntax tree without docstrings, comments, annotations and the function's name, printed.
+A normalised text is the function printed from its syntax tree, without docstrings, comments, annotations and its name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ Function = types.FunctionType
 _FORWARD_OF_KERNELS = "def function(self, *args, **kwargs):\n    return func(*args, **kwargs)"
 
 
+@functools.lru_cache(maxsize=4096)  # models hold copies of one another's functions
 def normalised(source: str) -> str:
     """The text of the one function that `source` defines."""
     function = ast.parse(textwrap.dedent(source)).body[0]
     if not isinstance(function, ast.FunctionDef):
         raise ValueError("source is not one function definition")
     function.name, function.decorator_list, function.returns = "function", [], None
-    return ast.unparse(ast.fix_missing_locations(_Plain().visit(function)))
+    return ast.unparse(_Plain().visit(function))
 
 
 def without_unused_defaults(text: str) -> str:
-    """A normalised text without the optional arguments that the function never uses, which differ between releases."""
+    """A normalised text without the optional arguments that are never used, which differ between releases."""
     if not text:
         return text
     tree = ast.parse(text)
@@ -40,14 +41,14 @@ def without_unused_defaults(text: str) -> str:
 
 
 def text_of(function: Any) -> str:
-    """The normalised text of a plain Python function. "" where it has none: a wrapper, a builtin, code of exec."""
+    """The normalised text of a plain Python function. "" for a wrapper, a builtin, and code without a source file."""
     if not isinstance(function, Function) or hasattr(function, "__wrapped__"):
         return ""
     return _text_of_code(_Identity(function.__code__))
 
 
 def called_by(function: Any) -> Any:
-    """The plain function that an object of the package kernels stands for; any other as it is."""
+    """The plain function inside an object of the package kernels; any other function as it is."""
     forward: Any = getattr(type(function), "forward", None)
     if text_of(forward) != _FORWARD_OF_KERNELS or forward.__code__.co_freevars != ("func",):
         return function
@@ -55,7 +56,7 @@ def called_by(function: Any) -> Any:
 
 
 def decorated(function: Any) -> list[Function]:
-    """A decorated function as functools.wraps records it: its wrappers, outermost first, and last what they wrap."""
+    """The wrappers that functools.wraps has recorded on a function, outermost first, then the function they wrap."""
     chain = [function]
     while hasattr(chain[-1], "__wrapped__"):
         chain.append(chain[-1].__wrapped__)
@@ -70,16 +71,16 @@ def global_names(function: Any) -> set[str]:
 
 
 def with_globals(function: Function, names: dict[str, Any], text: str | None = None) -> Function | None:
-    """A copy of `function` in which the global `names` are other objects, and with another `text`, if one is given.
+    """A copy of `function` with other objects for the global `names`, and with another `text`, if one is given.
 
-    Decorators stay around it: each wrapper is copied with the copy in the place of what it wrapped. None where a
-    wrapper does not hold what it wraps in its closure. The other globals are those of the moment of the copy.
+    Decorators are kept: each wrapper is copied, with the copy in its closure. None if the wrapped function is not in
+    the closure of a wrapper. The copy keeps the other globals as they are now.
     """
     *wrappers, inner = decorated(function)
     if not isinstance(inner, Function):
         return None
     globals_ = {**inner.__globals__, **names}
-    globals_.pop("__name__", None)  # by which torch.compile would look the names up in the module itself
+    globals_.pop("__name__", None)  # torch.compile would look the names up in the module of this name
     code = inner.__code__
     if text is not None:
         code = _compiled(text, f"<llama_kernels: {inner.__module__}.{inner.__qualname__}>")
@@ -96,11 +97,10 @@ def with_globals(function: Function, names: dict[str, Any], text: str | None = N
 
 @functools.cache
 def mask_is_only_handed_on(function: Function) -> bool:
-    """Whether an attention forward does no more with its attention_mask than give it to the attention function.
+    """Whether an attention forward only passes its attention_mask on to the attention function.
 
-    It may also choose between masks, compare one with None, and cut its last dimension to the keys there are. The mask
-    handed over must be that one: what is computed from a mask is not. A forward that calls no attention function by
-    itself is not judged.
+    It may also choose between masks, compare one with None, and slice the last dimension. It may not compute another
+    mask. True for a forward that does not call an attention function itself.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -186,7 +186,7 @@ def _drop_unused_defaults(arguments: ast.arguments, used: set[str]) -> None:
 
 
 class _Identity:
-    """A key of a cache that compares by identity: two code objects may be equal and come from unlike files."""
+    """A cache key that compares by identity: equal code objects may come from different files."""
 
     def __init__(self, code: types.CodeType) -> None:
         self.code = code
@@ -208,7 +208,7 @@ def _text_of_code(key: _Identity) -> str:
 
 @functools.cache
 def _compiled(text: str, filename: str) -> types.CodeType:
-    """The code of the function that a text defines. Tracebacks show the text under `filename`."""
+    """The code of the function that `text` defines. Tracebacks show the text as file `filename`."""
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {}
     exec(compile(text, filename, "exec"), {}, scope)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes_of, strides_of
+from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes_of
 
 # --- what the kernels are launched with ------------------------------------------------------------------------------
 
@@ -81,17 +81,6 @@ class AttentionCall(NamedTuple):
     right: int | None
 
     @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return (
-            self.q, self.k, self.v, self.sinks, self.kv_start, self.kv_end, self.cu_seqlens_q, self.cu_seqlens_k
-        )  # fmt: skip
-
-    @property
-    def numbers(self) -> tuple[float | None, ...]:
-        """The fields that `tensors` does not have."""
-        return self.longest_q, self.longest_k, self.scale, self.softcap, self.left, self.right
-
-    @property
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
 
@@ -153,24 +142,6 @@ class Results(NamedTuple):
     dlse: torch.Tensor | None
 
 
-class Grads(NamedTuple):
-    """Results of a backward, each without elements where it is not wanted."""
-
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor
-    dsinks: torch.Tensor
-
-
-class Rotated(NamedTuple):
-    """How q and k of a call were rotated before it: arguments of `llama_kernels.rope`."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    position_ids: torch.Tensor | None
-    interleaved: bool
-
-
 # --- shapes and strides ----------------------------------------------------------------------------------------------
 
 
@@ -182,10 +153,6 @@ def width_class(D: int) -> int:
 def far(*tensors: torch.Tensor) -> bool:
     """Whether rows lie so far apart that the offsets inside one tile, of 256 rows at most, need 64 bits."""
     return any(x.stride(-2 if x.ndim == 4 else 0) >= 2**23 for x in tensors)
-
-
-def optional_strides(x: torch.Tensor | None) -> tuple[int, int, int] | None:
-    return None if x is None else strides_of(x)
 
 
 def lse_strides(lse: torch.Tensor) -> tuple[int, ...]:
@@ -209,8 +176,8 @@ def empty_outputs(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out, q.new_empty(shape[:-1] if len(shape) == 4 else (shape[1], shape[0]), dtype=torch.float32)
 
 
-def outputs_without_keys(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """`empty_outputs`; packed, filled with 0 and -inf, since no program visits a token that no sequence owns."""
+def outputs_to_fill(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`empty_outputs` for a kernel that no token which no sequence owns reaches: packed, they hold 0 and -inf."""
     out, lse = empty_outputs(call)
     if call.packed:
         out.zero_()
@@ -218,12 +185,8 @@ def outputs_without_keys(call: AttentionCall) -> tuple[torch.Tensor, torch.Tenso
     return out, lse
 
 
-def empty_grads(call: AttentionCall, wanted: Wanted) -> Grads:
-    """Each gradient in its tensor's memory order; without elements where it is not wanted."""
-    q, k, v, sinks = call.q, call.k, call.v, call.sinks
-    return Grads(
-        empty_in_order_of(q) if wanted.dq else q.new_empty(0),
-        empty_in_order_of(k) if wanted.dk else q.new_empty(0),
-        empty_in_order_of(v) if wanted.dv else q.new_empty(0),
-        empty_in_order_of(sinks) if wanted.dsinks and sinks is not None else q.new_empty(0),
-    )
+def empty_grads(call: AttentionCall, wanted: Wanted) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv and dsinks, each in its tensor's memory order; without elements where it is not wanted."""
+    tensors = (call.q, call.k, call.v, call.sinks)
+    pairs = zip(tensors, (wanted.dq, wanted.dk, wanted.dv, wanted.dsinks), strict=True)
+    return tuple(call.q.new_empty(0) if x is None or not need else empty_in_order_of(x) for x, need in pairs)

@@ -48,20 +48,31 @@ def checked_call(
     q, k, v = _to_autocast(q, k, v)
     _check_qkv(op, q, k, v, packing is not None)
     _check_numbers(op, window_size, softcap, scale, deterministic)
-    _check_rows(op, q, sinks, kv_start=kv_start, kv_end=kv_end)
-    if packing is None:
-        sequences = (None, None, q.shape[2], k.shape[2])
-    else:
+    if sinks is not None:
+        _check_sinks(op, q, sinks)
+    if kv_start is not None:
+        _check_bound(op, q, "kv_start", kv_start)
+    if kv_end is not None:
+        _check_bound(op, q, "kv_end", kv_end)
+    if packing is not None:
         _check_packing(op, q, k, packing)
-        cu_seqlens_q, cu_seqlens_k, *longest = packing
-        sequences = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *longest)
-    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    sinks = None if sinks is None else sinks.contiguous()
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    left, right = (None if side < 0 else min(side, _WIDEST) for side in window_size)
+    left, right = window_size
     return AttentionCall(
-        q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap or None, left, 0 if is_causal else right
-    )  # fmt: skip
+        last_dim_contiguous(q),
+        last_dim_contiguous(k),
+        last_dim_contiguous(v),
+        None if sinks is None else sinks.contiguous(),
+        kv_start,
+        kv_end,
+        None if packing is None else packing.cu_seqlens_q.contiguous(),
+        None if packing is None else packing.cu_seqlens_k.contiguous(),
+        q.shape[2] if packing is None else packing.max_seqlen_q,
+        k.shape[2] if packing is None else packing.max_seqlen_k,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap or None,
+        None if left < 0 else min(left, _WIDEST),
+        0 if is_causal else None if right < 0 else min(right, _WIDEST),
+    )
 
 
 def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,14 +87,14 @@ def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
     check_tensors(op, q=q, k=k, v=v)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            fix = "Cast q, k and v to one dtype, or call under torch.autocast, which does it."
-            raise TypeError(message(op, name, x.dtype, f"the dtype of q, {q.dtype}", fix))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != (3 if packed else 4):
-            raise ValueError(message(op, name, shape_of(x), "(tokens, H, D)" if packed else "(B, H, S, D)"))
-    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if not q.dtype == k.dtype == v.dtype:
+        name, x = ("v", v) if k.dtype == q.dtype else ("k", k)
+        fix = "Cast q, k and v to one dtype, or call under torch.autocast, which does it."
+        raise TypeError(message(op, name, x.dtype, f"the dtype of q, {q.dtype}", fix))
+    of_q, of_k, of_v, ndim = q.shape, k.shape, v.shape, 3 if packed else 4
+    if not len(of_q) == len(of_k) == len(of_v) == ndim:
+        name, x = next(pair for pair in (("q", q), ("k", k), ("v", v)) if pair[1].ndim != ndim)
+        raise ValueError(message(op, name, shape_of(x), "(tokens, H, D)" if packed else "(B, H, S, D)"))
     if not packed and of_k[0] != of_q[0]:
         raise ValueError(message(op, "k", shape_of(k), f"the batch size of q, {of_q[0]}"))
     if of_k[-1] != of_q[-1]:
@@ -94,9 +105,9 @@ def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packe
     if Hq != 0 if Hkv == 0 else Hq % Hkv:
         fix = f"Got q {tuple(of_q)}, k {tuple(of_k)}."
         raise ValueError(message(op, "k", f"of {Hkv} heads", f"a divisor of q's {Hq} heads", fix))
-    for name, x, D in (("q", q, of_q[-1]), ("v", v, of_v[-1])):
-        if not 1 <= D <= 256:
-            raise ValueError(message(op, name, shape_of(x), "a head width from 1 to 256"))
+    if not (1 <= of_q[-1] <= 256 and 1 <= of_v[-1] <= 256):
+        name, x = ("v", v) if 1 <= of_q[-1] <= 256 else ("q", q)
+        raise ValueError(message(op, name, shape_of(x), "a head width from 1 to 256"))
 
 
 def _check_numbers(
@@ -115,21 +126,20 @@ def _check_numbers(
         raise TypeError(message(op, "deterministic", repr(deterministic), "True, False or None"))
 
 
-def _check_rows(op: str, q: torch.Tensor, sinks: torch.Tensor | None, **bounds: torch.Tensor | None) -> None:
-    """sinks are one a head of q, each of `bounds` one a row."""
-    if sinks is not None:
-        check_tensors(op, q=q, sinks=sinks)
-        if sinks.shape != (q.shape[1],):
-            raise ValueError(message(op, "sinks", shape_of(sinks), f"({q.shape[1]},), one a query head"))
-    for name, bound in bounds.items():
-        if bound is None:
-            continue
-        rows = (q.shape[0], q.shape[2]) if q.ndim == 4 else (q.shape[0],)
-        check_tensors(op, (torch.int32,), **{name: bound})
-        if bound.shape != rows:
-            raise ValueError(message(op, name, shape_of(bound), f"{rows}, one a query row"))
-        if bound.device != q.device:
-            raise ValueError(message(op, name, f"on {bound.device}", f"the device of q, {q.device}"))
+def _check_sinks(op: str, q: torch.Tensor, sinks: torch.Tensor) -> None:
+    check_tensors(op, q=q, sinks=sinks)
+    if sinks.shape != (q.shape[1],):
+        raise ValueError(message(op, "sinks", shape_of(sinks), f"({q.shape[1]},), one for each query head"))
+
+
+def _check_bound(op: str, q: torch.Tensor, name: str, bound: torch.Tensor) -> None:
+    """name: kv_start or kv_end."""
+    rows = (q.shape[0], q.shape[2]) if q.ndim == 4 else (q.shape[0],)
+    check_tensors(op, (torch.int32,), **{name: bound})
+    if bound.shape != rows:
+        raise ValueError(message(op, name, shape_of(bound), f"{rows}, one for each query row"))
+    if bound.device != q.device:
+        raise ValueError(message(op, name, f"on {bound.device}", f"the device of q, {q.device}"))
 
 
 def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) -> None:

@@ -9,54 +9,53 @@ import torch
 
 from llama_kernels.ops.attention.call import (
     AttentionCall,
-    Grads,
     Results,
-    Rotated,
     Wanted,
     empty_grads,
     empty_outputs,
 )
-from llama_kernels.reference.attention import attention, attention_varlen, spans, unseen, visible
+from llama_kernels.ops.rotation import Rotation
+from llama_kernels.reference.attention import AttentionOptions, attention, attention_varlen, spans, unseen, visible
 from llama_kernels.reference.rope import rope
 
 
 def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of `call`."""
-    options = {
+    options: AttentionOptions = {
         "is_causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks,
-        "kv_start": call.kv_start, "kv_end": call.kv_end, "window_size": _window_size(call), "return_lse": True,
+        "kv_start": call.kv_start, "kv_end": call.kv_end, "window_size": _window_size(call),
     }  # fmt: skip
-    if call.packed:
-        lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_q, call.longest_k)
-        results = attention_varlen(call.q, call.k, call.v, *lengths, **options)
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        results = attention(call.q, call.k, call.v, return_lse=True, **options)
     else:
-        results = attention(call.q, call.k, call.v, **options)
+        sequences = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_q, call.longest_k)
+        results = attention_varlen(call.q, call.k, call.v, *sequences, return_lse=True, **options)
     out, lse = (empty.copy_(x) for empty, x in zip(empty_outputs(call), results, strict=True))
     return out, lse
 
 
-def plain_backward(call: AttentionCall, results: Results, wanted: Wanted, rotated: Rotated | None = None) -> Grads:
+def plain_backward(
+    call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation = Rotation()
+) -> tuple[torch.Tensor, ...]:
     """The gradients of `call`; arguments as `launch_backward`."""
-    made = _packed_backward(call, results) if call.packed else _dense_backward(call, results)
-    if rotated is not None:
-        dq, dk = rope(*made[:2], rotated.cos, -rotated.sin, rotated.position_ids, interleaved=rotated.interleaved)
-        made = (dq, dk, *made[2:])
+    dq, dk, dv, dsinks = (_packed_backward if call.packed else _dense_backward)(call, results)
+    cos, sin, position_ids, interleaved = rotation
+    if cos is not None and sin is not None:
+        dq, dk = rope(dq, dk, cos, -sin, position_ids, interleaved=interleaved)
     grads = empty_grads(call, wanted)
-    for grad, x in zip(grads, made, strict=True):
+    for grad, x in zip(grads, (dq, dk, dv, dsinks), strict=True):
         if grad.numel():
             grad.copy_(x)
     return grads
 
 
-def _packed_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
+def _packed_backward(call, results: Results):
     """dq, dk, dv and dsinks, all float32: the dense backward of each sequence."""
     q, k, v, out, lse, do, dlse = call.q, call.k, call.v, *results
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
     dsinks = lse.new_zeros(q.shape[1])
-    of_q, of_k = (
-        spans(call.cu_seqlens_q, q.shape[0], call.longest_q),
-        spans(call.cu_seqlens_k, k.shape[0], call.longest_k),
-    )
+    of_q = spans(call.cu_seqlens_q, q.shape[0], call.longest_q)
+    of_k = spans(call.cu_seqlens_k, k.shape[0], call.longest_k)
     for rows, keys in zip(of_q, of_k, strict=True):
         dense = call._replace(
             q=_dense(q[rows]), k=_dense(k[keys]), v=_dense(v[keys]),

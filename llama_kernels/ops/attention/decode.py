@@ -12,8 +12,10 @@ from llama_kernels.core.language import LN2, LOG2E, cast, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, next_power_of_2, strides_of
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, lse_strides
+from llama_kernels.ops.attention.masks import Mask, key_blocks
+from llama_kernels.ops.attention.softmax import SoftmaxState, attend, no_probs
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import Mask, SoftmaxState, attend, key_blocks, load_bound, matrix, no_probs
+from llama_kernels.ops.attention.tiles import load_bound, matrix
 
 _CHUNKS_PER_STEP = 32  # of the sum over the chunks
 MOST_ROWS = 32  # query rows per key head; more of them fill a GPU without splitting the keys
@@ -36,7 +38,7 @@ def fits_decode(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 @triton.jit
 def _row_offsets(strides, b, h_kv, group, Sq, r):
-    """Of rows r of a key head: the queries of its first head, then of its second, and so on. 64-bit."""
+    """Where rows r of a key head begin: first the queries of its first query head, then of its second. 64-bit."""
     heads, i = (h_kv * group + r // Sq).to(tl.int64), (r % Sq).to(tl.int64)
     return tl.cast(b, tl.int64) * strides[0] + heads * strides[1] + i * strides[2]
 
@@ -52,10 +54,10 @@ def _decode_kernel(
     """part = softmax(q @ k^T scale + mask) @ v over one chunk of the keys of one key head, and its lse2, in base 2.
 
     q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, DV), part (B, Hq, Sq, chunks, DV) and lse2 (B, Hq, Sq, chunks)
-    float32. The tile holds all group * Sq rows that read this key head. A chunk outside of the range of all of them is
-    not read: its lse2 is -inf, its part stays as it was, and the sum over the chunks passes it by. key_mask (B, Sk)
-    bool, of contiguous rows, hides keys inside of the range. They are read all the same.
-    Bytes: k and v once, part. FLOPs: 2 (D + DV) a visible pair, and what is padded up to BLOCK_M rows.
+    float32. The tile holds all group * Sq rows that read this key head. A chunk of which no row sees a key is not
+    loaded: its lse2 is -inf, its part is not written, and the sum over the chunks skips it. key_mask (B, Sk) bool, of
+    contiguous rows, hides single keys, which are loaded all the same.
+    Bytes: k and v once, part. FLOPs: 2 (D + DV) for each visible pair, of BLOCK_M rows.
     """
     pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
     h_kv, b, c = pid % Hkv, pid // Hkv % sizes.B, pid // (Hkv * sizes.B)
@@ -84,13 +86,13 @@ def _decode_kernel(
         tl.full([BLOCK_M], float("-inf"), tl.float32),
     )
     K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
-    # Not carried: what a step waits for here is memory.
+    # Without CARRY: a step waits for memory, not for a product.
     state, _ = attend(
         state, no_probs(V, BLOCK_M, BLOCK_N), q, K, V, mask, i, seen, begin, end, scoring,
         D, DV, FAR, True, False, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
-    mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that sees no key of this chunk
+    mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key of this chunk
     part_rows = part_ptr + _row_offsets(part_strides, b, h_kv, sizes.group, sizes.Sq, r)[:, None] + c * DV
     tl.store(part_rows + dv, state.acc * (1.0 / mass)[:, None], mask=(r < rows)[:, None] & (dv < DV))
     tl.store(lse2_rows, state.peak + tl.log2(mass), mask=r < rows)
@@ -98,9 +100,9 @@ def _decode_kernel(
 
 @triton.jit
 def _add_chunks(state, part, lse2):
-    """`state` of one row, acc [BLOCK_DV], with the results part [BLOCK_C, BLOCK_DV] of chunks whose sums are 2^lse2."""
+    """`state` of one row, acc [BLOCK_DV], after BLOCK_C chunks: part [BLOCK_C, BLOCK_DV] with the sums 2^lse2."""
     peak = tl.maximum(state.peak, tl.max(lse2))
-    base = tl.where(peak == float("-inf"), 0.0, peak)  # no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
+    base = tl.where(peak == float("-inf"), 0.0, peak)  # no key yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN
     weight, shrink = tl.exp2(lse2 - base), tl.exp2(state.peak - base)
     acc = state.acc * shrink + tl.sum(part * weight[:, None], 0)
     return SoftmaxState(acc, state.mass * shrink + tl.sum(weight), peak)
@@ -116,7 +118,7 @@ def _combine_kernel(
     """o = sum(part exp2(lse2)) / sum(exp2(lse2)) over the chunks of one row, and lse = log(sum(exp2(lse2))).
 
     part (B, Hq, Sq, chunks, DV) and lse2 float32 -> o (B, Hq, Sq, DV), lse (B, Hq, Sq) float32, natural logarithm. The
-    sink of the head takes its share here. Chunks come in one order, BLOCK_C at a time. Bytes: part once.
+    sum includes the sink of the head. The order of the chunks is fixed, BLOCK_C at a time. Bytes: part once.
     """
     pid = tl.program_id(0)
     i, h, b = pid % sizes.Sq, pid // sizes.Sq % sizes.Hq, pid // (sizes.Sq * sizes.Hq)
@@ -125,14 +127,14 @@ def _combine_kernel(
     lse2_row = lse2_ptr + b * lse2_strides[0] + h * lse2_strides[1] + i * lse2_strides[2]
     dv = tl.arange(0, BLOCK_DV)
     peak, mass = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
-    if sinks_ptr is not None:  # a logit that takes mass and gives no value
+    if sinks_ptr is not None:  # one more logit, whose value is 0
         peak, mass = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
     state = SoftmaxState(tl.zeros([BLOCK_DV], tl.float32), mass, peak)
     for first in tl.range(0, chunks, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         lse2 = tl.load(lse2_row + c, mask=c < chunks, other=float("-inf"))  # [BLOCK_C]
-        there = (lse2 > float("-inf"))[:, None] & (dv < DV)[None, :]  # nothing was written where no key was seen
-        part = tl.load(part_row + c[:, None] * DV + dv[None, :], mask=there, other=0.0)  # [BLOCK_C, BLOCK_DV]
+        written = (lse2 > float("-inf"))[:, None] & (dv < DV)[None, :]
+        part = tl.load(part_row + c[:, None] * DV + dv[None, :], mask=written, other=0.0)  # [BLOCK_C, BLOCK_DV]
         state = _add_chunks(state, part, lse2)
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)
     o_row = o_ptr + b * o_strides[0] + h * o_strides[1] + i * o_strides[2]

@@ -6,21 +6,19 @@ import torch
 
 from llama_kernels.core.language import LN2, LOG2E, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.tensors import cdiv, strides_of
+from llama_kernels.core.tensors import cdiv, optional_strides_of, strides_of
 from llama_kernels.ops.attention.call import (
     AttentionCall,
-    Grads,
     Results,
     Sizes,
     far,
     lse_strides,
-    optional_strides,
     width_class,
 )
 from llama_kernels.ops.attention.tiles import load_tile, matrix, offset, query_tile, sequence, store_tile
 
-# lse2 and delta, which the two big kernels read in tiles, are padded to whole tiles of any BLOCK_M: every sequence of a
-# packed batch starts at a multiple of this, so that no tile of one reads the rows of the next.
+# Rows of lse2 and delta are padded to a multiple of this, which every BLOCK_M divides. In a packed batch each sequence
+# starts at a multiple of it, so that a tile of one sequence never loads the rows of the next.
 PADDING: tl.constexpr = tl.constexpr(128)
 
 
@@ -43,9 +41,9 @@ def _delta_kernel(
     """delta = sum(o * do) - dlse and lse2 = lse / log(2), BLOCK_M rows of one head, and dsinks = -sum(p_sink * delta).
 
     o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows
-    past Sq, up to the padding, get lse2 = inf and delta = 0; rows without keys lse2 = inf: their probabilities are 0.
-    dlse and sinks may be None, and so may dq_sum, as o in float32, which is zeroed on the way for a backward that adds
-    to it. Bytes: o and do once. FLOPs: 2 DV a row.
+    without visible keys, and padding rows, get lse2 = inf, so that their probabilities are 0. dlse and sinks may be
+    None. dq_sum, float32 as o, or None, is zeroed for a backward that adds to it. Bytes: o and do once. FLOPs: 2 DV for
+    each row.
     """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
@@ -67,7 +65,7 @@ def _delta_kernel(
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, start)) + i
     tl.store(delta_ptr + padded, delta)
-    # Divided by what the forward multiplied with, to come back to the very bits it had; * LOG2E would be off by a few.
+    # The inverse of the forward's * LN2. Division gives back the forward's bits; * LOG2E would be a few ulps off.
     lse2 = tl.div_rn(lse, tl.full([BLOCK_M], LN2, tl.float32))
     tl.store(lse2_ptr + padded, lse2)
     if sinks_ptr is not None:
@@ -79,12 +77,13 @@ def _delta_kernel(
 
 
 @cached_launch
-def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes: Sizes) -> list[Launch]:
+def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes) -> list[Launch]:
+    sizes = Sizes(*sizes)
     BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _rows_per_program(o)
     args = (
         o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
         strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
-        lse_strides(delta), optional_strides(dq_sum), sizes.as_arguments(),
+        lse_strides(delta), optional_strides_of(dq_sum), sizes.as_arguments(),
     )  # fmt: skip
     options = {"DV": o.shape[-1], "FAR": far(o, do), "BLOCK_M": BLOCK_M, "BLOCK_DV": BLOCK_DV, "num_warps": 4}
     return [Launch(_delta_kernel, (_tiles(sizes, BLOCK_M) * sizes.B * sizes.Hq,), args, options)]
@@ -100,20 +99,21 @@ def _tiles(sizes: Sizes, BLOCK_M: int) -> int:
 
 
 def launch_delta(
-    call: AttentionCall, results: Results, sizes: Sizes, grads: Grads, dq_sum: torch.Tensor | None
+    call: AttentionCall, results: Results, sizes: Sizes, dsinks: torch.Tensor, dq_sum: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks, where `grads` has it.
+    """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks.
 
-    dq_sum, unless it is None, is zeroed.
+    dsinks has no elements where it is not wanted. dq_sum, unless it is None, is zeroed.
     """
     out, lse, do, dlse = results
-    dsinks, sinks, shares = grads.dsinks, None, None
+    sinks, shares = None, None
     rows = (cdiv(sizes.Sq, PADDING.value) + (sizes.B if call.packed else 0)) * PADDING.value
-    lse2, delta = lse.new_empty(2, *lse.shape[:-1], rows)
+    shape = (*lse.shape[:-1], rows)
+    lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
     tiles = _tiles(sizes, _rows_per_program(out)) * sizes.B
     if not tiles * sizes.Hq:
         return lse2, delta, dsinks.zero_()
     if dsinks.numel():
         sinks, shares = call.sinks, lse.new_empty(tiles, sizes.Hq)  # heads run fastest over the programs
-    _launches(out, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, call.cu_seqlens_q, sizes)
+    _launches(out, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, call.cu_seqlens_q, tuple(sizes))
     return lse2, delta, dsinks if shares is None else shares.sum(0).to(dsinks.dtype)

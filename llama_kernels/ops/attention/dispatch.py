@@ -33,11 +33,12 @@ class Choice(NamedTuple):
 
 def forward(call: AttentionCall, family: str | None = None) -> Choice:
     """The kernel for the forward of `call`. family: of GPUs; None: that of the call's device."""
-    if not call.packed and decode.fits_decode(call.q, call.k) and call.longest_k > decode.chunk_of(call.longest_k):
+    q, k, Sk = call.q, call.k, call.longest_k
+    if call.cu_seqlens_q is None and decode.fits_decode(q, k) and Sk > decode.chunk_of(Sk):
         return DECODE
     if family is None and not switch.may_run("forward"):
         return PORTABLE
-    return _hopper("forward", call, (call.q, call.k, call.v), family)
+    return _hopper("forward", call, (q, k, call.v), family)
 
 
 def backward(call: AttentionCall, do: torch.Tensor, wanted: Wanted, family: str | None = None) -> Choice:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from llama_kernels.core.language import cast, dot, tl, triton
 from llama_kernels.ops.attention.delta import padded_start
-from llama_kernels.ops.attention.tiles import (
-    Mask,
-    load_bound,
-    load_tile,
-    matrix,
-    offset,
-    probs_and_score_grads,
-    query_blocks,
-    sequence,
-    store_tile,
-    visible,
-)
-from llama_kernels.ops.rotation import inverse_rotation
+from llama_kernels.ops.attention.masks import Mask, query_blocks, visible
+from llama_kernels.ops.attention.softmax import probs_and_score_grads
+from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, sequence, store_tile
+from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
 @triton.jit
 def _rows_by_bounds(kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, first, last,
                     Sk, CHUNK: tl.constexpr):  # fmt: skip
-    """First row, and past the last, whose kv_start and kv_end let it see any of keys first to last; first key, and past
-    the last, that they let any row see. Neither need be sorted."""
+    """The range of rows that see one of the keys first to last, and the range of keys that a row sees.
+
+    As far as kv_start and kv_end say, which need not be sorted. Both ranges are (begin, end).
+    """
     begin, end = Sq, 0
     lowest, past = Sk, 0
     if kv_start_ptr is None:
@@ -54,11 +47,11 @@ def _add_dkdv(
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv after the row blocks of every head of the group. Scores lie on their side: keys run down, rows across.
-    Rows past Sq take no part: their lse2 is inf, their p 0. Nor do keys past Sk: nobody stores them.
+    """dk and dv after the row blocks in [begin, end) of every head of the group. Scores are transposed: [keys, rows].
 
-    Every block is masked, if there is a mask: two loops of their own for the edges cost more, in pipelines filled and
-    drained for each head and in registers, than the compares do. For the registers' sake nothing is hoisted either.
+    Rows past Sq add nothing, since their lse2 is inf and so their p is 0. Keys past Sk are never stored.
+    If there is a mask, every block computes it. Separate loops for the blocks at its edges would cost more, in
+    registers and in pipelines filled for each head. To save registers nothing is hoisted out of the loops either.
     """
     BOUNDED: tl.constexpr = kv_start_ptr is not None or kv_end_ptr is not None
     MASKED: tl.constexpr = mask.left is not None or mask.right is not None or BOUNDED
@@ -71,7 +64,7 @@ def _add_dkdv(
             do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             lse2, delta = tl.load(lse2_ptr + padded + i), tl.load(delta_ptr + padded + i)  # [BLOCK_M]
             qk = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
-            # dP - delta: the product itself takes it off, which needs fewer registers than to do it afterwards.
+            # dP - delta: as the accumulator of the product, -delta needs fewer registers than subtracted afterwards.
             dp = dot(v, tl.trans(do), tl.zeros_like(qk) - delta[None, :])
             see = None
             if MASKED:
@@ -98,14 +91,15 @@ def _dkdv_kernel(
 ):  # fmt: skip
     """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
 
-    The sum over the group happens here, in one program and one order: no atomics, no second pass, same bits every run.
-    Either of dk and dv may be None. Row blocks that see none of the keys are not visited. float32 sums. With HALF,
-    k was rotated by the tables, and dk is turned back by them.
-    Bytes: k, v, dk, dv once; q, do, lse, delta of the group once a key tile, from L2. FLOPs: 4 (D + DV) a visible pair.
+    One program sums over the group, in a fixed order and without atomics, so that every run gives the same bits. Either
+    of dk and dv may be None. Row blocks that see none of the keys are skipped. Sums are float32. With HALF, k was
+    rotated by the tables, and dk gets the inverse rotation.
+    Bytes: k, v, dk, dv once; q, do, lse2, delta of the group once for each key tile, from L2. FLOPs: 4 (D + DV) for
+    each visible pair.
     """
     pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
     h_kv, b = pid % Hkv, pid // Hkv % sizes.B
-    n = pid // (Hkv * sizes.B) * BLOCK_N  # the first keys, which under a causal mask most rows see, come first
+    n = pid // (Hkv * sizes.B) * BLOCK_N  # the first keys come first, since under a causal mask the most rows see them
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
     k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
     if n >= Sk:
@@ -121,7 +115,7 @@ def _dkdv_kernel(
     begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
 
     K, V = matrix(k_ptr, k_strides, b, h_kv, k_start), matrix(v_ptr, v_strides, b, h_kv, k_start)
-    # Keys that no row sees may be anything, and 0 times NaN is NaN: they stay unread.
+    # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
     k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest)  # [BLOCK_N, BLOCK_D]
     v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest)  # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -136,10 +130,8 @@ def _dkdv_kernel(
         dk = dk * scoring.scale
         if HALF:
             s = n + tl.arange(0, BLOCK_N)
-            dk = inverse_rotation(
-                dk, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-                b, k_start + s, s < Sk, positions, HALF, INTERLEAVED, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+            tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+            dk = inverse_rotation(dk, tables, b, k_start + s, s < Sk, HALF, INTERLEAVED, BLOCK_N, BLOCK_D)
         store_tile(matrix(dk_ptr, dk_strides, b, h_kv, k_start), n, Sk, dk, D, FAR, BLOCK_N, BLOCK_D)
     if dv_ptr is not None:
         store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)

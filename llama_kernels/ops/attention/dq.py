@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from llama_kernels.core.language import cast, dot, tl, triton
 from llama_kernels.ops.attention.delta import padded_start
-from llama_kernels.ops.attention.tiles import (
-    Mask,
-    key_blocks,
-    load_bound,
-    load_tile,
-    matrix,
-    offset,
-    probs_and_score_grads,
-    query_tile,
-    sequence,
-    store_tile,
-    visible,
-)
-from llama_kernels.ops.rotation import inverse_rotation
+from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
+from llama_kernels.ops.attention.softmax import probs_and_score_grads
+from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, query_tile, sequence, store_tile
+from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
 @triton.jit
@@ -26,7 +16,7 @@ def _add_dq(
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dq after the key blocks from begin to end. lse2, delta and i are [BLOCK_M, 1]."""
+    """dq after the key blocks in [begin, end), some of `blocks`. lse2, delta and i are [BLOCK_M, 1]."""
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
     for n in tl.range(begin, end, BLOCK_N):
@@ -52,10 +42,10 @@ def _dq_kernel(
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dq = dS @ k scale, for BLOCK_M rows of one head; it walks the same key blocks as the forward. float32 sums. With
-    HALF, q was rotated by the tables, and dq is turned back by them.
+    """dq = dS @ k scale, for BLOCK_M rows of one head, over the same key blocks as in the forward.
 
-    Bytes: q, do, dq once; k, v once a row tile, from L2. FLOPs: 2 (2 D + DV) a visible pair.
+    Sums are float32. With HALF, q was rotated by the tables, and dq gets the inverse rotation.
+    Bytes: q, do, dq once; k, v once for each row tile, from L2. FLOPs: 2 (2 D + DV) for each visible pair.
     """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
@@ -91,8 +81,6 @@ def _dq_kernel(
     dq = dq * scoring.scale
     if HALF:
         s = m + tl.arange(0, BLOCK_M)
-        dq = inverse_rotation(
-            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-            b, q_start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+        dq = inverse_rotation(dq, tables, b, q_start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
     store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)

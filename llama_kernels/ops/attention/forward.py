@@ -8,25 +8,12 @@ from llama_kernels.core.language import LN2, LOG2E, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention import dispatch, hopper
-from llama_kernels.ops.attention.call import AttentionCall, far, lse_strides, outputs_without_keys
+from llama_kernels.ops.attention.call import AttentionCall, far, lse_strides, outputs_to_fill
 from llama_kernels.ops.attention.decode import launch_decode
+from llama_kernels.ops.attention.masks import Mask, key_blocks
+from llama_kernels.ops.attention.softmax import SoftmaxState, attend, first_scores, last_values, no_probs
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import (
-    Mask,
-    SoftmaxState,
-    attend,
-    first_scores,
-    key_blocks,
-    last_values,
-    load_bound,
-    load_tile,
-    matrix,
-    no_probs,
-    offset,
-    query_tile,
-    sequence,
-    store_tile,
-)
+from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, query_tile, sequence, store_tile
 
 
 @triton.jit
@@ -41,8 +28,8 @@ def _forward_kernel(
 
     q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, DV), o as q with DV, lse (B, Hq, Sq) float32; head h reads key
     head h // group. Scores, softmax and sums are float32; p is rounded to v's dtype for the second product.
-    Keys that no row of the tile sees are not visited, and only blocks at the edge of the mask pay for it.
-    Bytes: q, o once; k, v once a row tile, from L2. FLOPs: 2 (D + DV) a visible pair.
+    Blocks of keys that no row of the tile sees are skipped; only blocks at the edge of the mask compute it.
+    Bytes: q and o once; k and v once for each row tile, from L2. FLOPs: 2 (D + DV) for each visible pair.
     """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
@@ -59,7 +46,7 @@ def _forward_kernel(
     K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
     V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
     peak, mass = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    if sinks_ptr is not None:  # a logit that takes mass and gives no value
+    if sinks_ptr is not None:  # one more logit, whose value is 0
         peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
     state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
     probs = no_probs(V, BLOCK_M, BLOCK_N)
@@ -84,7 +71,7 @@ def _forward_kernel(
     if CARRY:
         state = last_values(state, probs, V, mask, blocks, DV, FAR, BLOCK_N, BLOCK_DV)
 
-    mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: 0 / 1, and its peak is still -inf
+    mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: o is 0 / 1, and lse is -inf
     o = state.acc * (1.0 / mass)[:, None]  # [BLOCK_M, BLOCK_DV]
     store_tile(matrix(o_ptr, o_strides, b, h, q_start), m, Sq, o, DV, FAR, BLOCK_M, BLOCK_DV)
     lse = (state.peak + tl.log2(mass)) * LN2  # [BLOCK_M]
@@ -118,6 +105,6 @@ def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         return launch_decode(call)
     if choice.tile is not None and (results := hopper.try_forward(call, choice.tile)) is not None:
         return results
-    o, lse = outputs_without_keys(call)
+    o, lse = outputs_to_fill(call)
     _launches(call, o, lse)
     return o, lse

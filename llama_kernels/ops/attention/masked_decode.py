@@ -68,22 +68,20 @@ def decode_attention(
 ) -> torch.Tensor:
     """`llama_kernels.attention` of few queries with is_causal=False, where key_mask hides single keys.
 
-    There is no host sync and no copy of k or v. For inference: there are no gradients.
+    It neither waits for the GPU nor copies k or v. For inference: it has no gradient.
 
     Args:
-        q, k, v, scale, sinks, kv_start, kv_end: as in `llama_kernels.attention`. There may be 1 to 32 query
-            rows a key head, Hq // Hkv * Sq; `fits_decode(q, k)` tells. What a hidden key and its value hold changes
-            nothing, as long as it is finite.
-        key_mask: (B, Sk) bool, False for a key of its sequence that no query sees. A last dimension that is not
+        q, k, v, scale, softcap, sinks, kv_start, kv_end: as in `llama_kernels.attention`. There are 1 to 32 query rows
+            per key head, Hq // Hkv * Sq, as `fits_decode(q, k)` checks. Hidden keys and their values must be finite.
+        key_mask: (B, Sk) bool, False for a key that no query of the sequence sees. A last dimension that is not
             contiguous is copied.
-        softcap: as in `llama_kernels.attention`; 0.0 is None.
 
     Returns:
         out, (B, Hq, Sq, Dv) in q's dtype and memory order. A row that sees no key gives 0.
 
     Raises:
-        TypeError, ValueError: as `llama_kernels.attention`; also where key_mask does not fit, there are too many rows
-            or gradients are wanted.
+        TypeError, ValueError: As `llama_kernels.attention`; also where key_mask does not fit, there are too many rows,
+            or an argument requires grad.
     """
     op = "decode_attention"
     call = checked_call(

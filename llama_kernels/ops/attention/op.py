@@ -31,7 +31,7 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callab
             scale, softcap, left, right,
         )  # fmt: skip
         wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
-        return tuple(run(call, Results(out, lse, do, dlse), wanted))
+        return run(call, Results(out, lse, do, dlse), wanted)
 
     return backward
 
@@ -64,21 +64,21 @@ class _Attention(Differentiable):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, ctx.deterministic, *fields = inputs
-        call = AttentionCall(*fields)
-        ctx.numbers = call.numbers
-        ctx.save_for_backward(*output, *call.tensors)
+        ctx.op, ctx.deterministic, *tensors, longest_q, longest_k, scale, softcap, left, right = inputs
+        ctx.numbers = (longest_q, longest_k, scale, softcap, left, right)
+        ctx.save_for_backward(*output, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse):
-        out, lse, *tensors = ctx.saved_tensors
-        q, k, v, *options = AttentionCall(*tensors, *ctx.numbers)
+        out, lse, q, k, v, sinks, *bounds = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:6]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
-        grads = _attention_backward(do, dlse, q, k, v, out, lse, *options, *needed, ctx.deterministic)
+        grads = _attention_backward(
+            do, dlse, q, k, v, out, lse, sinks, *bounds, *ctx.numbers, *needed, ctx.deterministic
+        )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, options[0]))
+        grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
         return None, None, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
 
 

@@ -1,8 +1,8 @@
-"""Which tile each attention pass takes: data, one row a (GPU family, pass), each with its reason.
+"""The tiles of the attention kernels: a row for each GPU family and pass, with its reason.
 
-A row holds the tiles for heads up to 64, 128 and 256 wide. Nothing is tuned at run time: the same call takes the same
-tile on every machine of a family, whatever the batch, so its results repeat bit for bit. `python -m bench.codegen`
-compiles every row and fails on a spill.
+A row holds the tiles for heads up to 64, 128 and 256 wide. Nothing is tuned at run time: a call has the same tile on
+every machine of a family and in every batch, so that its results repeat bit for bit. `python -m bench.codegen` compiles
+every row and fails on a spill.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Tile:
     BLOCK_N: int  # keys
     num_warps: int
     num_stages: int
-    split: bool = False  # dk and dv in two launches, where one program cannot hold both
-    carry: bool = False  # of the forward: the softmax of a block beneath p @ v of the one before
-    crowded: Tile | None = None  # instead, with options on that hold registers; the launcher says which
-    narrow_v: Tile | None = None  # instead, where v is half as wide as q, as multi-head latent attention has it
-    newer: Tile | None = None  # instead, from Triton 3.9 on, whose code for this one spills or waits
+    split: bool = False  # dk and dv in two launches, since one program cannot hold both
+    carry: bool = False  # in the forward, the softmax of a block runs during p @ v of the block before
+    crowded: Tile | None = None  # instead of this tile, with options that take registers; the launcher says which
+    narrow_v: Tile | None = None  # instead, where v is half as wide as q, as in multi-head latent attention
+    newer: Tile | None = None  # instead, from Triton 3.9 on, whose code for this tile spills or waits
 
     @functools.cached_property
     def launch_options(self) -> dict[str, Any]:
@@ -38,15 +38,15 @@ class Tile:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{flags}"
 
 
-# Of the forward on sm_90, at width 256: a v of 128 leaves registers for twice the keys.
+# In the forward on sm_90, at width 256: a v of width 128 leaves registers for twice the keys.
 _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
 
-# bfloat16 and float16. Of the tiles that compile without a spill under every option, each row has the one that reads
-# least from L2 for its tensor-core work: the largest, and where two tie the deeper pipeline.
+# bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
+# least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
 _HALF = {
-    # Hopper's products run on their own, so a softmax should have one above it: p is carried. At width 64, 128
-    # registers leave room for a second program too. At width 128, 128 keys a step halve the times that 64 would rescale
-    # acc; crowded they spill 8 to 56 bytes, and under Triton 3.9, which carries p in twice the registers, 152.
+    # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, 128
+    # registers leave room for a second program on an SM. At width 128, 128 keys per step rescale acc half as often as
+    # 64 keys do; crowded they spill 8 to 56 bytes, and under Triton 3.9, which carries p in twice the registers, 152.
     ("sm_90", "forward"): (
         Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(
@@ -54,35 +54,36 @@ _HALF = {
         ),
         Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V),
     ),
-    # Under Triton 3.9 the addresses of a second stage are 40 bytes too many beside all options.
+    # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on.
     ("sm_90", "dq"): (
         Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
         Tile(128, 32, 8, 2, newer=Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))),
     ),
-    # dk and dv are the larger accumulators, so 128 keys stay and the rows pass by in small blocks: with 64 keys the two
-    # warpgroups compute the scores twice. Of 64 rows: with 32, k @ q^T waits for its operands. At width 128 they spill
-    # up to 16 bytes, outside of the loop; with softcap and more, 104; under Triton 3.9 within the loop.
+    # dk and dv are the larger accumulators, so a program keeps 128 keys and streams the rows in small blocks; with 64
+    # keys the two warp groups would compute the scores twice. Blocks have 64 rows, since with 32 k @ q^T waits for its
+    # operands. At width 128 they spill up to 16 bytes, outside the loop; with softcap and more, 104 bytes; under Triton
+    # 3.9 inside the loop.
     ("sm_90", "dkdv"): (
         Tile(64, 128, 8, 2),
         Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2), newer=Tile(32, 128, 8, 2)),
         Tile(32, 128, 8, 2, split=True),
     ),
-    # Ampere has no asynchronous products: q stays in registers, which is what bounds the width of a step. dq of width
-    # 128 that ends with a rotation spills 8 bytes with all options at once, outside of the loop.
+    # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
+    # an inverse rotation spills 8 bytes with all options at once, outside the loop.
     ("sm_80", "forward"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 3),
         Tile(64, 128, 8, 2, newer=Tile(64, 128, 8, 2, crowded=Tile(64, 64, 8, 2))),
         Tile(64, 64, 8, 2, crowded=Tile(64, 64, 8, 1)),
     ),
-    # At width 256 four warps: eight, of 16 rows each, would share 64 and compute half of the scores twice.
+    # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
     ("sm_80", "dkdv"): (
         Tile(32, 128, 8, 3),
         Tile(64, 64, 8, 3),
         Tile(32, 64, 4, 2, split=True, crowded=Tile(32, 64, 4, 1, split=True)),
     ),
-    # Consumer chips: as Ampere, with 99 KiB of shared memory a block.
+    # Consumer GPUs: as Ampere, with 99 KiB of shared memory for each thread block.
     ("sm_86", "forward"): (
         Tile(128, 64, 8, 1),
         Tile(64, 32, 4, 2),
@@ -90,8 +91,8 @@ _HALF = {
     ),
     ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 1, split=True)),
-    # Blackwell: one stage or four. With two or three, tl.dot races in Triton 3.6 and 3.7 (triton#10590). Products run
-    # on their own here too: with p carried, p @ v is in flight while the exponentials are computed.
+    # Blackwell: one stage or four, since with two or three tl.dot has a race in Triton 3.6 and 3.7 (triton#10590).
+    # Products are asynchronous here too: with p carried, p @ v runs while the exponentials are computed.
     ("sm_100", "forward"): (
         Tile(128, 64, 8, 4, carry=True, crowded=Tile(128, 128, 8, 1)),
         Tile(128, 64, 8, 4, carry=True),
@@ -103,7 +104,7 @@ _HALF = {
         Tile(64, 64, 4, 1, crowded=Tile(64, 32, 8, 1), newer=Tile(64, 64, 8, 1, crowded=Tile(64, 32, 8, 1))),
     ),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
-    # CDNA3 has 64 KiB of shared memory and 512 registers a lane.
+    # CDNA3 has 64 KiB of shared memory for each thread block and 512 registers for each thread.
     ("gfx942", "forward"): (Tile(128, 64, 8, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
     ("gfx942", "dq"): (
         Tile(64, 64, 4, 1),
@@ -115,8 +116,8 @@ _HALF = {
         Tile(16, 128, 8, 1),
         Tile(32, 64, 4, 1, newer=Tile(16, 64, 4, 1)),
     ),
-    # Decoding waits for memory, so its rows (at most 32 of them) leave room for two or more programs on a processor,
-    # each with the next keys on the way. BLOCK_M is the most; a call takes the power of two that holds its rows.
+    # Decoding waits for memory, so its at most 32 rows leave room for two or more programs on an SM, each of which
+    # loads its next keys meanwhile. BLOCK_M is the largest; a call takes the power of two that holds its rows.
     ("sm_90", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
     ("sm_80", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
     ("sm_86", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
@@ -124,10 +125,10 @@ _HALF = {
     ("gfx942", "decode"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 1)),
 }
 
-# float32 is multiplied as such, on no tensor core: both operands pass through registers, which asks for small tiles or
-# many warps, and one stage. Among those that spill nowhere in the compile gate, the largest. (At other widths, or with
+# float32 is multiplied without tensor cores: both operands pass through registers, which needs small tiles or many
+# warps, and one stage. Each row has the largest tile that does not spill in the compile gate. (At other widths, or with
 # all options at once, ten kernels spill 8 to 24 bytes: `python -m bench.codegen --full` names them.) On sm_80,
-# Triton 3.9 has 64 registers do what took 128: 64 x 64 at width 128 would spill 1,720 bytes.
+# Triton 3.9 gives a thread 64 registers where 3.6 gave 128: 64 x 64 at width 128 would spill 1,720 bytes.
 _FLOAT32 = {
     ("sm_90", "forward"): (Tile(32, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
     ("sm_90", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
@@ -179,14 +180,14 @@ FAMILIES = tuple(dict.fromkeys(family for family, _ in _HALF))
 
 @functools.cache
 def tile(family: str, pass_: str, width: int, dtype: torch.dtype, triton: tuple[int, int] = TRITON_VERSION) -> Tile:
-    """The row of `family` for `pass_`, its column for heads of `width`, under this Triton."""
+    """The tile of `pass_` on `family`, for heads of `width`, under this release of Triton."""
     rows = _FLOAT32 if dtype == torch.float32 else _HALF
     found = rows[family, pass_][next(i for i, widest in enumerate(WIDTHS) if width <= widest)]
     return found.newer if found.newer and triton >= (3, 9) else found
 
 
 def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False) -> Tile:
-    """The tile of `pass_` for heads as wide as those of `q` and `v`, where they are."""
+    """The tile of `pass_` for heads of the widths of q and v, on their device. crowded: see `Tile`."""
     D, DV = q.shape[-1], v.shape[-1]
     found = tile(arch_of(q.device), pass_, max(D, DV), q.dtype)
     if found.narrow_v and D > 128 >= DV:

@@ -20,7 +20,7 @@ from llama_kernels.core import device as core_device
 from llama_kernels.core import launch_cache
 from llama_kernels.ops.attention import dispatch, tables
 from llama_kernels.ops.attention import hopper as hopper_kernels
-from tests.support import judge
+from tests.support import ideal
 
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -58,8 +58,8 @@ def kernels_on_cpu(target: str, hopper: bool = False) -> Iterator[set[str]]:
         stack.callback(library._destroy)
         for module in (core_device, tables, dispatch):
             stack.enter_context(mock.patch.object(module, "arch_of", functools.partial(_answer, target)))
-        stack.enter_context(mock.patch.object(judge, "rounds_p", lambda device: True))
-        if hopper:
+        stack.enter_context(mock.patch.object(ideal, "rounds_p", lambda device: True))
+        if hopper:  # an error of the machine is not a reason for the portable kernels
             stack.enter_context(
                 mock.patch.object(hopper_kernels, "attempt", lambda _, launch, *args: (True, launch(*args)))
             )

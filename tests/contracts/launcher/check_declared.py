@@ -56,7 +56,7 @@ def test_every_op_and_public_function_is_called(comparisons):
     assert launchers - {each.launcher for each in comparisons.made} == set()
 
 
-def test_tuples_among_the_arguments_of_plans_hold_integers(comparisons):
+def test_tuples_among_the_leaves_of_arguments_hold_integers(comparisons):
     """In a cache key 1, 1.0 and True are told apart, but not inside of tuples."""
     for case in cases.PORTABLE.values():
         case()

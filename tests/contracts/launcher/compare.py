@@ -21,11 +21,11 @@ from tests.contracts.launcher.substitute import Launched, state, take
 class Comparison:
     """One call of one launcher."""
 
-    launcher: str  # module and name of its plan
+    launcher: str  # its module and name
     cached: list[Launched]
     by_triton: list[Launched]
     bound: int  # launches that Triton bound in the first: none where the cache had them
-    numbers: tuple[Any, ...]  # the arguments that are no tensors
+    numbers: tuple[Any, ...]  # the leaves of the arguments that are no tensors
 
     @property
     def difference(self) -> str | None:
@@ -48,11 +48,11 @@ class Comparisons:
     def install(self) -> None:
         for name, module in list(sys.modules.items()):
             for attribute, x in list(vars(module).items()) if name.startswith("llama_kernels.ops") else ():
-                plan = getattr(x, "__wrapped__", None)
-                if plan is not None and getattr(x, "__code__", None) is _LAUNCH_CODE:
+                listing = getattr(x, "__wrapped__", None)
+                if listing is not None and getattr(x, "__code__", None) is _LAUNCH_CODE:
                     key = f"{name.removeprefix('llama_kernels.ops.')}.{attribute}"
                     self.launchers[key] = x
-                    cached = x if self.cache is launch_cache else self.cache.cached_launch(plan)
+                    cached = x if self.cache is launch_cache else self.cache.cached_launch(listing)
                     setattr(module, attribute, self.compared(key, cached))
 
     def remove(self) -> None:
@@ -61,18 +61,19 @@ class Comparisons:
             setattr(sys.modules[f"llama_kernels.ops.{module}"], attribute, launcher)
 
     def compared(self, name: str, launcher: Callable[..., None]) -> Callable[..., None]:
-        plan = launcher.__wrapped__
+        listing = launcher.__wrapped__
 
-        @functools.wraps(plan)
+        @functools.wraps(listing)
         def call(*args: Any) -> None:
             take()
             before = state.bound
             launcher(*args)
             bound, cached = state.bound - before, take()
-            with on_device_of(args[0]):
-                for each in plan(*args):
+            leaves, _ = launch_cache._leaves(args)
+            with on_device_of(leaves[0]):
+                for each in listing(*args):
                     each.kernel[each.grid](*each.args, **each.options, **launch_cache._ALWAYS)
-            numbers = tuple(x for x in args if not isinstance(x, torch.Tensor))
+            numbers = tuple(x for x in leaves if not isinstance(x, torch.Tensor))
             self.made.append(Comparison(name, cached, take(), bound, numbers))
 
         return call
@@ -85,4 +86,4 @@ class Comparisons:
             raise AssertionError(f"{len(differences)} of {len(made)} calls differ. {differences[0]}")
 
 
-_LAUNCH_CODE = launch_cache.cached_launch(lambda x: iter(())).__code__  # that all launchers share
+_LAUNCH_CODE = launch_cache.cached_launch(lambda x: []).__code__  # that all launchers share

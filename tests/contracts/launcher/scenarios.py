@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -34,14 +34,14 @@ def _kernel(x_ptr, y_ptr, z_ptr, strides, number, FLAG: tl.constexpr, BLOCK: tl.
     pass
 
 
-def _plan(x, y, z, number, flag) -> Iterator[Launch]:
+def _launches(x, y, z, number, flag) -> list[Launch]:
     options = {"FLAG": flag, "BLOCK": 16, "num_warps": 1}
-    yield Launch(_kernel, (x.shape[0],), (x, y, z, x.stride(), number), options)
+    return [Launch(_kernel, (x.shape[0],), (x, y, z, x.stride(), number), options)]
 
 
 def launcher(comparisons: Comparisons) -> Callable[..., None]:
-    """Of a plan of the tests' own: launcher(x, y, z, number, flag), y and z optional."""
-    return comparisons.compared("tests._plan", comparisons.cache.cached_launch(_plan))
+    """A launcher of the tests' own: launcher(x, y, z, number, flag), y and z optional."""
+    return comparisons.compared("tests._launches", comparisons.cache.cached_launch(_launches))
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, shift: int = 0) -> torch.Tensor:
@@ -115,26 +115,63 @@ def one_tensor_twice(comparisons: Comparisons) -> None:
 
 
 def tensors_in_tuples(comparisons: Comparisons) -> None:
-    """A plan that takes a tuple of tensors, and one that launches with such a tuple: neither is cached."""
+    """A launcher that takes a tuple of tensors, and one that launches with such a tuple: neither is cached."""
 
-    def takes(x: torch.Tensor, pair: tuple[torch.Tensor, ...]) -> Iterator[Launch]:
-        yield from _plan(x, *pair, 1.0, 0)
+    def takes(x: torch.Tensor, pair: tuple[torch.Tensor, ...]) -> list[Launch]:
+        return _launches(x, *pair, 1.0, 0)
 
-    def gives(x: torch.Tensor, y: torch.Tensor) -> Iterator[Launch]:
-        yield Launch(_kernel, (1,), (x, None, None, (y, y), 1.0), {"FLAG": 0, "BLOCK": 16, "num_warps": 1})
+    def gives(x: torch.Tensor, y: torch.Tensor) -> list[Launch]:
+        return [Launch(_kernel, (1,), (x, None, None, (y, y), 1.0), {"FLAG": 0, "BLOCK": 16, "num_warps": 1})]
 
-    taking, giving = (comparisons.compared("tests", comparisons.cache.cached_launch(plan)) for plan in (takes, gives))
+    taking, giving = (comparisons.compared("tests", comparisons.cache.cached_launch(each)) for each in (takes, gives))
     for _ in range(4):
         taking(tensor(4, 4), (tensor(4), tensor(4)))
         giving(tensor(4, 4), tensor(4))
 
 
-def two_plans(comparisons: Comparisons) -> None:
-    """Plans of the same arguments, which launch other grids."""
+class _Number(NamedTuple):
+    number: Any
 
-    def another(x, y, z, number, flag) -> Iterator[Launch]:
-        for each in _plan(x, y, z, number, flag):
-            yield each._replace(grid=(2, 3))
+
+class _Inputs(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor | None
+    inner: _Number
+
+
+class _Output(NamedTuple):
+    z: torch.Tensor | None
+
+
+def named_tuples(comparisons: Comparisons) -> None:
+    """Tensors and numbers inside named tuples, which are cached: in the first place, the last, or one in another."""
+
+    def launches(inputs: _Inputs, flag: int, output: _Output | torch.Tensor) -> list[Launch]:
+        z = output.z if isinstance(output, _Output) else output
+        return _launches(inputs.x, inputs.y, z, inputs.inner.number, flag)
+
+    call = comparisons.compared("tests.named_tuples", comparisons.cache.cached_launch(launches))
+
+    def call_with(given: tuple[bool, str, bool]) -> None:
+        has_y, number, named = given
+        y, z = tensor(4) if has_y else None, tensor(4, 4)
+        call(_Inputs(tensor(4, 4), y, _Number(numbers[number])), 0, _Output(z) if named else z)
+        bound = comparisons.made[-1].bound
+        seen[given] = seen.get(given, 0) + 1
+        if seen[given] > 2 and bound:
+            raise AssertionError(f"{given}: {bound} launches of a call with named tuples are not cached")
+
+    seen: dict[Any, int] = {}
+    choices = itertools.product((True, False), ("0.0", "-0.0", "1", "1.0"), (True, False))
+    numbers = {"0.0": 0.0, "-0.0": -0.0, "1": 1, "1.0": 1.0}
+    in_turns(call_with, tuple(choices))
+
+
+def two_launchers(comparisons: Comparisons) -> None:
+    """Launchers of the same arguments, which launch other grids."""
+
+    def another(x, y, z, number, flag) -> list[Launch]:
+        return [each._replace(grid=(2, 3)) for each in _launches(x, y, z, number, flag)]
 
     calls = launcher(comparisons), comparisons.compared("tests.another", comparisons.cache.cached_launch(another))
     in_turns(lambda call: call(tensor(4, 4), None, None, 1.0, 0), calls)
@@ -326,6 +363,6 @@ def descriptors(comparisons: Comparisons) -> None:
 
 SCENARIOS = (
     numbers, constants, alignments, dtypes, shapes_and_strides, absent_tensors, one_tensor_twice, tensors_in_tuples,
-    two_plans, optional_arguments, devices, streams, threads, hooks, knob, inference_mode, collected_inputs, many_keys,
-    repeats,
+    named_tuples, two_launchers, optional_arguments, devices, streams, threads, hooks, knob, inference_mode,
+    collected_inputs, many_keys, repeats,
 )  # fmt: skip

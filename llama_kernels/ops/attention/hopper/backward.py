@@ -1,8 +1,8 @@
 """Attention backward for Hopper (FlashAttention-3, arXiv 2407.08608): one pass, five products.
 
-dk and dv stay in registers while the query rows of the whole group pass by; dq is summed up in float32 by the copy
-engine, tile of keys by tile of keys, in whatever order they come. Its last bits therefore differ from run to run:
-`deterministic=True` takes the portable kernels, which compute the scores twice instead.
+A program keeps dk and dv of a tile of keys in registers, and streams the query rows of the whole group. The copy engine
+adds up dq in float32, in the order in which the programs finish, so its last bits differ from run to run. With
+deterministic=True the portable kernels run instead, which compute the scores twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
-from llama_kernels.ops.attention.call import AttentionCall, Grads, Rotated
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -37,27 +37,29 @@ from llama_kernels.ops.attention.hopper.schedule import (
     slot_of,
 )
 from llama_kernels.ops.attention.hopper.tables import HopperTile
-from llama_kernels.ops.attention.tiles import Mask, logits, sequence, visible
-from llama_kernels.ops.rotation import Rotation, rotation_of
+from llama_kernels.ops.attention.masks import Mask, visible
+from llama_kernels.ops.attention.softmax import logits
+from llama_kernels.ops.attention.tiles import sequence
+from llama_kernels.ops.rotation import Rotation
 
 
 class Where(NamedTuple):
-    """The tile of keys from n on, of key head h_kv, and the rows that see it."""
+    """The tile of keys from n on, of key head h_kv, and the rows of its sequence."""
 
     b: gl.tensor
     h_kv: gl.tensor
-    heads: gl.tensor  # of lse2 and delta, before this batch's
+    heads: gl.tensor  # of the batches before this one, in lse2 and delta
     n: gl.tensor
     group: gl.tensor
     q_start: gl.tensor
-    padded_start: gl.tensor  # of the rows of lse2 and delta
+    padded_start: gl.tensor  # of the sequence's rows in lse2 and delta
     Sq: gl.tensor
     k_start: gl.tensor
     Sk: gl.tensor
 
 
 class Buffers(NamedTuple):
-    """Tiles in shared memory. k and v hold 64 keys a consumer, which later stages dk and dv there."""
+    """Tiles in shared memory. k and v hold 64 keys for each consumer, which later writes dk and dv there."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
@@ -65,8 +67,8 @@ class Buffers(NamedTuple):
     do: gl.shared_memory_descriptor
     lse2: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
-    ds: gl.shared_memory_descriptor  # [64 keys, 64 rows] a consumer
-    dq: gl.shared_memory_descriptor  # [64 rows, 64 columns] a consumer, float32
+    ds: gl.shared_memory_descriptor  # [64 keys, 64 rows] for each consumer
+    dq: gl.shared_memory_descriptor  # [64 rows, 64 columns] for each consumer, float32
 
 
 class Barriers(NamedTuple):
@@ -83,7 +85,7 @@ class Barriers(NamedTuple):
 
 @jit
 def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, where, walk, STAGES: gl.constexpr):
-    """One warp: keys and values, then the rows of every head of the group, as fast as the consumers free them."""
+    """One warp: loads keys and values, then the rows of every head of the group, as the consumers free slots."""
     mbarrier.expect(bars.kv_filled.index(0), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for c in gl.static_range(2):
         at = coordinates(k_desc, where.b, where.h_kv, where.k_start, where.Sk, where.n + 64 * c)
@@ -106,7 +108,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, ba
 
 @jit
 def _write(dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED: gl.constexpr):
-    """One warp: adds what the consumers have of dq to the sum in memory, and stores dk and dv at the end."""
+    """One warp: adds the consumers' tiles of dq to the sum in memory, and at the end stores dk and dv."""
     for step in range(where.group * walk.count):
         head, block = head_and_block(walk, step, where.group)
         for c in gl.static_range(2):
@@ -130,9 +132,10 @@ def _steps(
     dk, dv, k, v, buffers, bars, where, mask, walk, j, begin, end, scoring,
     C: gl.constexpr, MASKED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of 64 keys after the steps from begin to end. Scores lie on their side: keys run down, rows across.
+    """dk and dv of 64 keys after the steps in [begin, end). Scores are transposed: [keys, rows].
 
-    SHARED: each consumer takes half of dq's columns, for the keys of both; else all of them, for its own keys.
+    SHARED: a consumer computes half of dq's columns, from the keys of both consumers. Otherwise it computes all columns
+    from its own keys.
     """
     dtype: gl.constexpr = buffers.k.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -158,7 +161,8 @@ def _steps(
         if scoring.softcap is not None:
             capped = s / scoring.softcap
             p *= 1.0 - capped * capped
-        # Waits that are mostly over, here for their branch: without one ptxas moves the exponentials below dp's wait.
+        # These waits, which rarely block, stand here for their branch. Without one ptxas moves the exponentials after
+        # the wait for dp.
         if SHARED:
             mbarrier.wait(bars.ds_freed.index(0), freed_phase(step, 1))
         else:
@@ -194,7 +198,7 @@ def _steps(
 
 @jit
 def _consume(buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr):
-    """Warp group C of two: 64 keys, from k and v to dk and dv in their place."""
+    """Warp group C of two: dk and dv of 64 keys, written where their k and v were."""
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -207,7 +211,7 @@ def _consume(buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARE
     masked, steps = where.group * walk.masked, where.group * walk.count
     dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES)
     dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES)
-    if SHARED:  # the other one may still multiply with these keys
+    if SHARED:  # the other consumer may still read these keys
         mbarrier.wait(bars.ds_freed.index(0), freed_phase(steps, 1))
     k.store((dk * scoring.scale).to(buffers.k.dtype))
     v.store(dv.to(buffers.v.dtype))
@@ -226,13 +230,14 @@ def _hopper_backward_kernel(
 
     q, do (B, Hq, Sq, D), k, v, dk, dv (B, Hkv, Sk, D), dq as q in float32, lse2 and delta float32, padded; or packed.
     P = exp(logits - lse), dP = do @ v^T, dS = P * (dP - delta), all float32; P and dS are rounded before a product.
-    One warp loads, one writes, two groups of four multiply 64 keys each. dq, of both, goes through shared memory to the
-    copy engine, which adds it up in memory: the only sum whose order is not fixed.
-    Bytes: k, v, dk, dv once; q, do of the group once a key tile, and dq's sum, from L2. FLOPs: 10 D a visible pair.
+    One warp loads, one stores, two groups of four warps multiply 64 keys each. They write tiles of dq to shared memory,
+    and the copy engine adds these to the sum in memory, the only sum whose order is not fixed.
+    Bytes: k, v, dk, dv once; q and do of the group and the sum of dq once for each key tile, from L2. FLOPs: 10 D for
+    each visible pair.
     """
     pid, Hkv = gl.program_id(0), sizes.Hq // sizes.group
     h_kv, b = pid % Hkv, pid // Hkv % sizes.B
-    n = pid // (Hkv * sizes.B) * 128  # the first keys, which under a causal mask most rows see, come first
+    n = pid // (Hkv * sizes.B) * 128  # the first keys come first, since under a causal mask the most rows see them
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
     k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
     if n < Sk:
@@ -253,7 +258,7 @@ def _hopper_backward_kernel(
             barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2),
             barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 1), barriers(2, 1),
         )  # fmt: skip
-        fence_async_shared()  # the copy engine is to find the barriers as they are now
+        fence_async_shared()  # so that the copy engine sees the initialised barriers
         gl.warp_specialize(
             [
                 (_consume, (buffers, bars, where, walk, scoring, window, gl.constexpr(0), SHARED, STAGES)),
@@ -272,7 +277,7 @@ def _hopper_backward_kernel(
 
 @cached_launch
 def _launches(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotated: Rotated | None
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation: Rotation
 ) -> list[Launch]:
     """unrotated: dk before the inverse rotation; None where there is none."""
     sizes = call.sizes
@@ -285,7 +290,6 @@ def _launches(
     )  # fmt: skip
     options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
     programs = cdiv(call.longest_k, 128) * sizes.B * sizes.Hkv
-    rotation = Rotation() if rotated is None else rotation_of(*rotated)
     launches = [
         Launch(_hopper_backward_kernel, (programs,), args, options),
         round_launch(dq_sum, dq, call.cu_seqlens_q, sizes, call.scale, rotation),
@@ -297,12 +301,12 @@ def _launches(
 
 
 def launch_hopper_backward(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, grads: Grads, rotated: Rotated | None
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, rotation: Rotation
 ) -> None:
-    """Fill dq, dk and dv of `grads`. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
+    """Fill dq, dk and dv. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
 
-    rotated: q and k were rotated so. dq gets the inverse rotation where its sum is rounded; dk, which the kernel writes
+    rotation: of q and k before the call. dq gets its inverse where its sum is rounded; dk, which the kernel writes
     rounded, in a launch of its own.
     """
-    unrotated = None if rotated is None else empty_in_order_of(grads.dk)
-    _launches(call, tile, do, lse2, delta, dq_sum, grads.dq, grads.dk, grads.dv, unrotated, rotated)
+    unrotated = empty_in_order_of(dk) if rotation.half else None
+    _launches(call, tile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation)

@@ -1,8 +1,8 @@
-"""Tensors as the copy engine sees them: tiles of one head by coordinates, with the hardware minding every edge.
+"""Tensors as the copy engine addresses them: a tile of one head, by coordinates.
 
-A descriptor lies on the tensor's own strides; nothing is copied or flattened. What a tile has past the end of its
-sequence, or of its head, reads as zeros and is not written: the last tile is no special case, a head of 80 is one of
-128 with zeros, and a sequence of a packed batch never sees its neighbour's keys, which may be anything.
+A descriptor has the tensor's own strides; nothing is copied or flattened. The hardware checks the bounds: what a tile
+has past the end of its sequence, or of its head, is loaded as zeros and never stored. So the last tile is no special
+case, a head of width 80 is one of 128 with zeros, and a sequence of a packed batch never loads its neighbour's keys.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 
 from llama_kernels.ops.attention.hopper.gluon import TensorDescriptor, gl, jit
 
-# Dense: (B, H, S, D), the end of a sequence being that of the tensor. Packed tokens have their ends inside of it, and
-# there is one dimension left to say so: (_ENDLESS, _ENDLESS, H, _ROWS, D), the first two striding by -1 and by 1 token,
-# the first in units of 2^30 and modulo 2^64. Row r of `length` tokens from `start` on is then (2^30, start + length, h,
-# 2^30 - length + r): its address is start + r, and r >= length is out of bounds. (triton.tools.ragged_tma's idea.)
+# Dense tensors are (B, H, S, D), and a sequence ends with the tensor. In a packed tensor sequences end inside it. Its
+# descriptor therefore is (_ENDLESS, _ENDLESS, H, _ROWS, D), where the strides of the first two dimensions are -1 and 1
+# token, the former in units of 2^30 and modulo 2^64. Row r of the `length` tokens from `start` on has the coordinates
+# (2^30, start + length, h, 2^30 - length + r): its address is that of token start + r, and r >= length is out of
+# bounds. (The idea is that of triton.tools.ragged_tma.)
 _ROWS: gl.constexpr = gl.constexpr(2**30)
 _ENDLESS = 0x7FFF0000
 
@@ -26,9 +27,9 @@ def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     shape, strides = x.shape, x.stride()
     block, layout = _tile(rows, width, x.dtype, len(shape))
     if len(shape) == 4:
-        # A dimension of one block has no stride that matters, but the hardware checks it.
-        strides = [s if n > 1 else 8 for n, s in zip(shape[:3], strides[:3], strict=True)]
-        return TensorDescriptor(x, list(shape), [*strides, 1], block, layout)
+        # The stride of a dimension of size 1 is never used, but the hardware checks it.
+        checked = [s if n > 1 else 8 for n, s in zip(shape[:3], strides[:3], strict=True)]
+        return TensorDescriptor(x, list(shape), [*checked, 1], block, layout)
     T, H, D = shape
     token, head = strides[0] if T > 1 else 8, strides[1] if H > 1 else 8
     return TensorDescriptor(
@@ -37,7 +38,7 @@ def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
 
 
 def describe_rows(x: torch.Tensor, count: int) -> TensorDescriptor:
-    """Runs of `count` numbers a row, of a dense x (..., rows); `x` is addressed by (its heads, flat; row)."""
+    """Tiles of `count` rows of a dense x (..., rows), addressed by (flat index of the leading dimensions, row)."""
     rows = x.shape[-1]
     block, layout = _tile(1, count, x.dtype, 2)
     return TensorDescriptor(x, [x.numel() // rows, rows], [rows, 1], block, layout)
@@ -51,7 +52,7 @@ def _tile(rows: int, width: int, dtype: torch.dtype, ndim: int):
 
 @jit
 def coordinates(desc, b, h, start, length, row, column=0):
-    """Of the tile from `row` on, of head h of the sequence of `length` tokens from `start` on."""
+    """Coordinates of the tile from `row` on, of head h of the sequence of `length` tokens from token `start` on."""
     if len(desc.block_shape) == 4:
         at = (b, h, row, column)
     else:
@@ -61,11 +62,12 @@ def coordinates(desc, b, h, start, length, row, column=0):
 
 @jit
 def ring(desc, COUNT: gl.constexpr):
-    """Shared memory for COUNT of its tiles; `tile` takes one as rows x width."""
+    """Shared memory for COUNT tiles of desc."""
     return gl.allocate_shared_memory(desc.dtype, [COUNT] + desc.block_shape, desc.layout)  # noqa: RUF005
 
 
 @jit
 def tile(ring, slot):
+    """The tile in a slot of `ring`, as [rows, width]."""
     at = ring.index(slot)
     return at.reshape([at.shape[-2], at.shape[-1]])

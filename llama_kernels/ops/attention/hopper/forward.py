@@ -9,7 +9,7 @@ import torch
 from llama_kernels.core.language import LN2, LOG2E, TRITON_VERSION
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv
-from llama_kernels.ops.attention.call import AttentionCall, lse_strides, outputs_without_keys
+from llama_kernels.ops.attention.call import AttentionCall, lse_strides, outputs_to_fill
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
@@ -31,14 +31,16 @@ from llama_kernels.ops.attention.hopper.schedule import (
     turn_phase,
 )
 from llama_kernels.ops.attention.hopper.tables import HopperTile
-from llama_kernels.ops.attention.tiles import Mask, key_blocks, logits, offset, query_tile, sequence, visible
+from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
+from llama_kernels.ops.attention.softmax import logits
+from llama_kernels.ops.attention.tiles import offset, query_tile, sequence
 
-# Two registers beside a window, at width 256, are more than there are in the code of Triton 3.9.
+# From Triton 3.9 on, the code of width 256 with a window has no two registers left.
 _ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
 
 
 class Where(NamedTuple):
-    """The tile of query rows from m on, of head h, and the keys that they are to see."""
+    """The tile of query rows from m on, of head h, and the keys of its sequence."""
 
     b: gl.tensor
     h: gl.tensor
@@ -51,7 +53,7 @@ class Where(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Rings of tiles in shared memory. q holds 64 rows a consumer, which later stages its output there."""
+    """Rings of tiles in shared memory. q holds 64 rows for each consumer, which later writes its output there."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -71,7 +73,7 @@ class Barriers(NamedTuple):
 
 @jit
 def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """SLOTS barriers, a phase of each being over after ARRIVALS arrivals."""
+    """SLOTS barriers. A phase of each ends after ARRIVALS arrivals."""
     bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
         mbarrier.init(bars.index(i), count=ARRIVALS)
@@ -82,8 +84,7 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 def _produce(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):
-    """One warp: q, then keys and values into their rings, as fast as the consumers free them; at the end out and lse to
-    memory."""
+    """One warp: loads q, then keys and values into their rings as the consumers free slots, and stores out and lse."""
     for c in gl.static_range(2):
         bar = bars.q_filled.index(c)
         mbarrier.expect(bar, q_desc.block_type.nbytes)
@@ -112,15 +113,14 @@ def _produce(
 
 @jit
 def _softmax(s, mass, peak, mask, i, n, scoring, MASKED: gl.constexpr):
-    """Of scores s [64, BLOCK_N] of keys from n on: p, the factor that what was summed up before shrinks by, and the new
-    mass and peak."""
+    """Of scores s [64, BLOCK_N], where the first key is n: p, the factor for the sums so far, the new mass and peak."""
     s = logits(s, scoring)
     if MASKED:
         j = n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
         s = gl.where(visible(mask, gl.expand_dims(i, 1), gl.expand_dims(j, 0)), s, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(s, 1) * scoring.unit)
     base = new_peak
-    if MASKED:  # where no key was seen yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
+    if MASKED:  # for a row that saw no key yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN
         base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
     p = gl.exp2(s * scoring.unit - gl.expand_dims(base, 1))
     shrink = gl.exp2(peak - base)
@@ -149,8 +149,8 @@ def _steps(
         mbarrier.arrive(bars.k_freed.index(slot))
         n = block_of(walk, step) * BLOCK_N
         p, shrink, mass, peak = _softmax(s, mass, peak, mask, i, n, scoring, MASKED)
-        # Waiting for the next keys already here keeps the softmax above the wait for the product: without a branch
-        # between them ptxas moves it below, where nothing hides it.
+        # The wait for the next keys stands here for its branch, which keeps the softmax before the wait for the
+        # product. Without one ptxas moves the softmax after it, where no product runs at the same time.
         mbarrier.wait(bars.k_filled.index(after), filled_phase(step + 1, STAGES), pred=step + 1 < walk.count)
         acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))
         mbarrier.arrive(bars.v_freed.index(before))
@@ -160,20 +160,20 @@ def _steps(
 
 @jit
 def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl.constexpr, STAGES: gl.constexpr):
-    """Warp group C of two: 64 rows, from q to the output in its place."""
+    """Warp group C of two: the output of 64 rows, written where their q was."""
     BLOCK_N: gl.constexpr = buffers.k.shape[-2]
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     i = m + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
-    # The end of the keys bounds every row: as its kv_end it takes one compare less an element, and a register a row.
+    # The number of keys is the kv_end of every row. This saves a compare for each element and takes a register per row.
     if _ROOM or D < 256 or window.left is None:
         mask = Mask(shift, window.left, window.right, None, Sk, None)
     else:
         mask = Mask(shift, window.left, window.right, None, None, Sk)
     peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     mass = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
-    if sink_ptr is not None:  # a logit that takes mass and gives no value
+    if sink_ptr is not None:  # one more logit, whose value is 0
         peak, mass = gl.zeros_like(peak) + gl.load(sink_ptr).to(gl.float32) * LOG2E, mass + 1.0
     acc = gl.zeros([64, D], gl.float32, O)
 
@@ -200,7 +200,7 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
     acc = warpgroup_mma(p, tile(buffers.v, slot_of(last, STAGES)), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
 
-    mass = gl.where(mass == 0.0, 1.0, mass)  # a row that saw no key: 0 / 1, and its peak is still -inf
+    mass = gl.where(mass == 0.0, 1.0, mass)  # a row that saw no key: o is 0 / 1, and lse is -inf
     o = acc * gl.expand_dims(gl.convert_layout(1.0 / mass, gl.SliceLayout(1, O)), 1)  # [64, D]
     q.store(o.to(buffers.q.dtype))
     buffers.lse.index(C).store((peak + gl.log2(mass)) * LN2)
@@ -218,10 +218,10 @@ def _hopper_forward_kernel(
     """o = softmax(q @ k^T scale + mask) @ v and lse = log(sum(exp(q @ k^T scale + mask))), 128 rows of one head.
 
     q (B, Hq, Sq, D), k, v (B, Hkv, Sk, D), o as q, lse (B, Hq, Sq) float32; packed: (T, H, D) and (Hq, T). Scores,
-    softmax and sums are float32; p is rounded to v's dtype for the second product: the portable kernel's numbers.
-    One warp loads, two groups of four multiply 64 rows each, taking turns at the tensor cores; a group's next q @ k^T
-    and last p @ v run under its softmax. Masks cost only the blocks at the edge.
-    Bytes: q, o once; k, v once a row tile, from L2. FLOPs: 4 D a visible pair.
+    softmax and sums are float32; p is rounded to v's dtype for the second product, as in the portable kernel.
+    One warp loads. Two groups of four warps multiply 64 rows each, in turns: while one computes its softmax, the tensor
+    cores run the products of the other. Only blocks at the edge of the mask compute it.
+    Bytes: q and o once; k and v once for each row tile, from L2. FLOPs: 4 D for each visible pair.
     """
     m, h, b = query_tile(gl.program_id(0), sizes, 128)
     q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
@@ -239,7 +239,7 @@ def _hopper_forward_kernel(
         lse_ptr += offset(lse_strides, b, h, q_start)
         if sinks_ptr is not None:
             sinks_ptr += h
-        fence_async_shared()  # the copy engine is to find the barriers as they are now
+        fence_async_shared()  # so that the copy engine sees the initialised barriers
         gl.warp_specialize(
             [
                 (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(0), STAGES)),
@@ -272,6 +272,6 @@ def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, tile: Hop
 
 def launch_hopper_forward(call: AttentionCall, tile: HopperTile) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of `call`, which dispatch.py gave this tile."""
-    o, lse = outputs_without_keys(call)
+    o, lse = outputs_to_fill(call)
     _launches(call, o, lse, tile)
     return o, lse

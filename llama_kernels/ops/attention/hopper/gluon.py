@@ -1,12 +1,18 @@
-"""Gluon as the Hopper kernels use it: the one module that imports it, and knows how its names drift between releases.
+"""Gluon as the Hopper kernels use it. Only this module imports it, since its names differ between releases of Triton.
 
-Gluon is Triton's lower language: layouts, shared memory, barriers and warp groups are said, not inferred. Where it is
-missing or has moved on, HAS_GLUON is False, `WHY_NOT` says so, and attention takes its portable kernels.
+Gluon is Triton's lower-level language, in which layouts, shared memory, barriers and warp groups are explicit. Where it
+is missing, or is of another release than these kernels know, HAS_GLUON is False, WHY_NOT gives the reason, and
+attention uses the portable kernels.
 """
 
 from __future__ import annotations
 
 from llama_kernels.core.language import HAS_TRITON, INTERPRETED, triton
+
+__all__ = [
+    "HAS_GLUON", "WHY_NOT", "TensorDescriptor", "fence_async_shared", "gl", "jit", "mbarrier", "tma", "tma_add",
+    "tma_load", "tma_store", "warpgroup_mma", "warpgroup_mma_wait",
+]  # fmt: skip
 
 HAS_GLUON, WHY_NOT = False, "Triton is not installed"
 if INTERPRETED:
@@ -26,7 +32,7 @@ elif HAS_TRITON:
 
         if hasattr(tma, "async_load"):
             tma_load, tma_store, tma_add = tma.async_load, tma.async_store, tma.async_atomic_add
-        else:  # triton 3.6 compiles the reduction, and has no name for it
+        else:  # Triton 3.6 compiles the reduction, but has no function for it
             from triton._C.libtriton import ir
             from triton.experimental.gluon.language._core import builtin
 
@@ -34,7 +40,7 @@ elif HAS_TRITON:
 
             @builtin
             def tma_add(tensor_desc, coord, src, _semantic=None):
-                """Add a tile of shared memory onto global memory."""
+                """Add a tile in shared memory to global memory."""
                 at = _semantic._convert_to_ir_values(coord, require_i64=False)
                 add = ir.DESCRIPTOR_REDUCE_KIND.ADD
                 _semantic.builder.create_async_tma_reduce(add, tensor_desc.handle, at, src.handle)
@@ -43,10 +49,10 @@ elif HAS_TRITON:
         WHY_NOT = f"the Gluon of triton {triton.__version__} is not the one these kernels are written in ({error})"
     else:
         HAS_GLUON, WHY_NOT = True, ""
-if not HAS_GLUON:  # so that modules which define kernels still import
+if not HAS_GLUON:  # stand-ins, so that the modules that define kernels can be imported
 
     class _Hollow:
-        """Any attribute and any call give it back."""
+        """Every attribute, and the result of every call, is the object itself."""
 
         def __getattr__(self, name):
             return self

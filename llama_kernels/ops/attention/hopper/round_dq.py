@@ -1,4 +1,4 @@
-"""What follows the Hopper backward: the float32 sum of dq is scaled, rotated back where that is wanted, and rounded."""
+"""After the Hopper backward: dq is its float32 sum, scaled, rotated by the inverse rotation if wanted, and rounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llama_kernels.core.launch_cache import Launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention.call import Sizes, far, width_class
 from llama_kernels.ops.attention.tiles import load_tile, matrix, query_tile, sequence, store_tile
-from llama_kernels.ops.rotation import Rotation, inverse_rotation
+from llama_kernels.ops.rotation import Rotation, Tables, inverse_rotation
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -20,18 +20,18 @@ def _round_dq_kernel(
     D: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq = sum scale, rounded once: BLOCK_M rows of one head. Bytes: the float32 sum in, dq out. With HALF, q was
-    rotated by the tables, and dq is turned back by them; for that dk comes by here too."""
+    """dq = sum * scale, rounded once, for BLOCK_M rows of one head. Bytes: the float32 sum in, dq out.
+
+    With HALF, q was rotated by the tables, and dq gets the inverse rotation. So does dk, in a launch of its own.
+    """
     m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
     start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
     dq = load_tile(matrix(sum_ptr, sum_strides, b, h, start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     dq = dq.to(tl.float32) * scale
     if HALF:
         s = m + tl.arange(0, BLOCK_M)
-        dq = inverse_rotation(
-            dq, cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides,
-            b, start + s, s < Sq, positions, HALF, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+        dq = inverse_rotation(dq, tables, b, start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
     store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 

@@ -1,8 +1,7 @@
 """The arithmetic of the pipeline: which blocks in which order, which slot of a ring, which phase of a barrier.
 
-A kernel of several warp groups that get one of these wrong does not fail, it hangs, or reads what is not there yet. So
-these are functions of integers alone, which the kernels compile and tests/ops/test_hopper.py runs as plain Python and
-compares with the definition of the mask.
+If one of these is wrong, a kernel of several warp groups does not fail: it hangs, or reads data that has not arrived.
+They are functions of integers alone, so that the kernels compile them, and tests/ops/test_hopper.py runs them on a CPU.
 """
 
 from __future__ import annotations
@@ -13,21 +12,22 @@ from llama_kernels.ops.attention.hopper.gluon import jit
 
 
 class Walk(NamedTuple):
-    """The blocks that a tile visits, by step, each time downwards: those at the top that need a mask, those at the
-    bottom that do, the rest. So each kernel has two loops, one with a mask and one without.
+    """The order in which a tile visits its blocks, the last block first in each of three groups.
 
-    In few numbers: a consumer keeps them all, in a loop that has no register to spare.
+    First come the last blocks, which need a mask, then the first blocks, which need one, then the others, which need
+    none. So a kernel has one loop with a mask and one without. There are only four numbers, since a consumer holds them
+    in registers, of which its loop has none to spare.
     """
 
-    top: Any  # the last block of all, where the walk starts
-    upper: Any  # masked blocks at the top
-    masked: Any  # with those at the bottom, which follow
-    count: Any
+    top: Any  # the last block
+    upper: Any  # how many of the last blocks need a mask
+    masked: Any  # how many blocks need a mask
+    count: Any  # how many blocks there are
 
 
 @jit
 def block_of(walk, step):
-    """Which block step visits."""
+    """The block of a step."""
     block = walk.top - step
     if step >= walk.upper:  # past the blocks without a mask
         block -= walk.count - walk.masked
@@ -38,10 +38,10 @@ def block_of(walk, step):
 
 @jit
 def key_walk(blocks, left, Sk, BLOCK_N):
-    """Of a tile of query rows over its keys, from `key_blocks` of a mask with this `left`. Its first step is always
-    masked, and there is one:
+    """The walk of a tile of query rows over the keys. blocks: from `key_blocks`, of a mask with this `left`.
 
-    rows that see no key visit the first block past the end all the same, which reads as zeros, whatever the keys hold.
+    There is always a first step, with a mask. If the rows see no key, it visits the first block past the end, which
+    loads as zeros.
     """
     bottom, end = blocks.begin // BLOCK_N, (blocks.end + BLOCK_N - 1) // BLOCK_N
     if end == bottom:
@@ -57,9 +57,9 @@ def key_walk(blocks, left, Sk, BLOCK_N):
 
 @jit
 def row_walk(mask, n, Sq, BLOCK_M, BLOCK_N):
-    """Of a tile of keys, from n on, over the query rows that see any of them. There may be none.
+    """The walk of a tile of keys, from n on, over the query rows that see one of them. It may have no step.
 
-    Rows past Sq need no mask: their probabilities are 0. Keys past Sk do, for every row.
+    Rows past Sq need no mask, since their probabilities are 0. Keys past Sk need one, in every block.
     """
     last = min(n + BLOCK_N, mask.Sk) - 1
     begin, end = 0, Sq
@@ -83,7 +83,7 @@ def row_walk(mask, n, Sq, BLOCK_M, BLOCK_N):
 
 @jit
 def head_and_block(walk, step, group):
-    """Which head of a group, and which block, where its heads walk alike: the masked steps of all, then the rest."""
+    """The head and the block of a step, where all heads of a group walk alike: first the masked blocks of each head."""
     rest = step - group * walk.masked
     if rest < 0:
         head, block = step // walk.masked, block_of(walk, step % walk.masked)
@@ -95,24 +95,29 @@ def head_and_block(walk, step, group):
 
 @jit
 def slot_of(step, STAGES):
-    """Where in a ring of STAGES, a power of two, step's block lies."""
+    """The slot of a step's block in a ring of STAGES slots, a power of two."""
     return step & (STAGES - 1)
 
 
 @jit
 def filled_phase(step, STAGES):
-    """Of the barrier of step's slot: what to wait for to read what the producer put there."""
+    """The phase of the slot's barrier to wait for before a step reads the slot."""
     return (step // STAGES) & 1
 
 
 @jit
 def freed_phase(step, STAGES):
-    """Likewise, to write it: that all readers of what was there are done. Of an untouched barrier this one is over."""
+    """The phase to wait for before a step's block is loaded into the slot: its readers have finished.
+
+    On a new barrier this phase counts as over, so the first round does not wait.
+    """
     return ((step // STAGES) & 1) ^ 1
 
 
 @jit
 def turn_phase(step, C):
-    """Of the barrier on which consumer C of two waits for its turn, at each step from 1 on. The first is consumer 0's:
-    to it an untouched barrier says that the other is done."""
+    """The phase to wait for until it is the turn of consumer C of two, at each step from 1 on.
+
+    Consumer 0 is first: on a new barrier the phase that it waits for counts as over.
+    """
     return (step + C) & 1

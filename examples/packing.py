@@ -1,0 +1,60 @@
+"""Documents packed into rows of tokens without padding: what examples.pretrain and examples.generate learn from."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from examples import common
+
+Rows = dict[str, torch.Tensor]  # input_ids, position_ids, labels (rows, length)
+IGNORED = -100  # cross_entropy's label for the first token of a document, which nothing predicts
+
+
+def definitions(seed: int = 0, most: int = 600) -> list[str]:
+    """Top-level classes and functions of the standard library's plain modules."""
+    sources = (source for _, source in common.standard_library("*.py"))
+    texts = [text for source in sources for text in re.split(r"\n(?=@|def |async def |class )", source) if text.strip()]
+    return common.shuffled(texts, seed)[:most]
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> Rows:
+    """Documents one after the other, cut into rows."""
+    ids: list[int] = []
+    positions: list[int] = []
+    for document in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        ids += [*document, tokenizer.eos_token_id]
+        positions += range(len(document) + 1)
+    rows = len(ids) // length
+    if rows < 2:
+        raise SystemExit(f"{len(ids)} tokens do not fill two rows of {length}: more --data, or a smaller --max-length")
+    input_ids, position_ids = (torch.tensor(x[: rows * length]).view(rows, length) for x in (ids, positions))
+    # A document that is cut in two continues in the next row, where its positions begin at 0 again.
+    position_ids -= torch.where(position_ids < torch.arange(length), 0, position_ids[:, :1])
+    labels = input_ids.masked_fill(position_ids == 0, IGNORED)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def select(rows: Rows, index: Any) -> Rows:
+    return {name: x[index] for name, x in rows.items()}
+
+
+def draw_batch(rows: Rows, size: int, seed: int, step: int) -> Rows:
+    """Random rows, the same for the same seed and step."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return select(rows, torch.randint(len(rows["labels"]), (size,), generator=generator))
+
+
+def count(rows: Rows) -> int:
+    """Tokens with a loss: all but the first of a row and the first of a document."""
+    return int((rows["labels"][:, 1:] != IGNORED).sum())
+
+
+def unigram_loss(train_rows: Rows, test_rows: Rows) -> float:
+    """The loss of a model that knows how frequent each token is, and nothing else."""
+    counts = torch.bincount(train_rows["input_ids"].flatten(), minlength=int(test_rows["input_ids"].max()) + 1)
+    labels = test_rows["labels"][test_rows["labels"] != IGNORED]
+    return -((counts + 1) / (counts + 1).sum()).log()[labels].mean().item()

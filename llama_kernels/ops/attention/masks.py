@@ -1,0 +1,104 @@
+"""The mask of the attention kernels: which keys a query sees, and which blocks of keys or rows a tile visits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llama_kernels.core.language import tl, triton
+
+
+class Mask(NamedTuple):
+    """What decides whether query i sees key j. A None hides no key."""
+
+    shift: tl.tensor  # Sk - Sq: the position of query i is that of key i + shift
+    left: tl.tensor  # keys before its own position that a query sees
+    right: tl.tensor  # keys after its own position that a query sees; 0 is causal
+    kv_start: tl.tensor  # the first key that each row sees, in the shape of i
+    kv_end: tl.tensor  # one past the last key that each row sees, in the shape of i
+    Sk: tl.tensor  # number of keys; None where it does not matter what keys past the end give
+    keys: tl.tensor = None  # pointer to one bool for each key, False for a key that no query sees; needs Sk
+
+
+class KeyBlocks(NamedTuple):
+    """Ranges of keys, in multiples of BLOCK_N but for end and first. begin <= full_begin <= full_end.
+
+    In [full_begin, full_end) every row sees every key, so no mask is needed. Keys outside [first, end) are not loaded,
+    and may be NaN.
+    """
+
+    begin: tl.tensor
+    full_begin: tl.tensor
+    full_end: tl.tensor
+    end: tl.tensor  # one past the last key that a row sees
+    first: tl.tensor  # the first key that a row sees, where there is a kv_start; otherwise unused
+
+
+@triton.jit
+def both(see, more):
+    """see & more; see may be None, for everything."""
+    return more if see is None else see & more
+
+
+@triton.jit
+def visible(mask, i, j):
+    """Whether query i sees key j, in the shape to which i and j broadcast. Every attention kernel asks here.
+
+    The bounds of a row on one side are first made one bound, in the shape of i. This takes fewer registers than to
+    compare j with each of them.
+    """
+    begin, end = mask.kv_start, mask.kv_end
+    if mask.left is not None:
+        own = i + (mask.shift - mask.left)
+        begin = own if begin is None else tl.maximum(begin, own)
+    if mask.right is not None:
+        own = i + (mask.shift + mask.right + 1)
+        end = own if end is None else tl.minimum(end, own)
+    see = None
+    if mask.Sk is not None:
+        see = j < mask.Sk
+    if mask.keys is not None:
+        see = tl.load(mask.keys + j, mask=see, other=False)
+    if end is not None:
+        see = both(see, j < end)
+    if begin is not None:
+        see = both(see, j >= begin)
+    return see
+
+
+@triton.jit
+def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
+    """The blocks of keys that at least one of the query rows first to last sees.
+
+    Where nothing hides the first keys, begin is the constant 0: if ptxas does not know the start of the first loop, it
+    serialises the tensor-core pipeline there.
+    """
+    begin, full_begin = 0, 0
+    end, full_end = mask.Sk, mask.Sk
+    if mask.left is not None:
+        begin, full_begin = first + mask.shift - mask.left, last + mask.shift - mask.left
+    if mask.right is not None:
+        end = tl.minimum(end, last + mask.shift + mask.right + 1)
+        full_end = tl.minimum(full_end, first + mask.shift + mask.right + 1)
+    if mask.kv_start is not None:
+        begin, full_begin = tl.maximum(begin, tl.min(mask.kv_start)), tl.maximum(full_begin, tl.max(mask.kv_start))
+    if mask.kv_end is not None:
+        end, full_end = tl.minimum(end, tl.max(mask.kv_end)), tl.minimum(full_end, tl.min(mask.kv_end))
+    end = tl.maximum(end, 0)
+    lowest = 0
+    if mask.kv_start is not None:
+        lowest = begin
+    if mask.left is not None or mask.kv_start is not None:
+        begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
+        full_begin = tl.minimum(tl.cdiv(tl.maximum(full_begin, begin), BLOCK_N), tl.cdiv(end, BLOCK_N)) * BLOCK_N
+    full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
+    return KeyBlocks(begin, full_begin, full_end, end, lowest)
+
+
+@triton.jit
+def query_blocks(mask, first, last, begin, end, BLOCK_M: tl.constexpr):
+    """Of query rows [begin, end), the range of blocks with a row that sees one of the keys first to last."""
+    if mask.right is not None:
+        begin = tl.maximum(first - mask.shift - mask.right, begin)
+    if mask.left is not None:
+        end = tl.minimum(end, last - mask.shift + mask.left + 1)
+    return begin // BLOCK_M * BLOCK_M, end

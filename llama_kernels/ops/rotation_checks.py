@@ -1,0 +1,150 @@
+"""Checks of heads, tables and positions, for the public functions that rotate."""
+
+from __future__ import annotations
+
+import torch
+
+from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_are_checked
+from llama_kernels.core.registry import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
+from llama_kernels.core.tensors import sizes_of
+from llama_kernels.ops.rotation import full_width
+
+TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor | None) -> None:
+    """q and k are heads of the same tokens; `others` are tensors of any shape beside them."""
+    check_tensors(op, KERNEL_DTYPES, q=q, k=k, **others)
+    if q.ndim not in (3, 4):
+        raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))
+    if k is None:
+        return
+    if k.ndim != q.ndim or sizes_of(k)[::2] != sizes_of(q)[::2] or k.shape[-1] != q.shape[-1]:
+        wanted = f"of q's shape {tuple(q.shape)} but for the number of heads"
+        raise ValueError(message(op, "k", shape_of(k), wanted))
+    if k.dtype != q.dtype:
+        raise TypeError(message(op, "k", k.dtype, f"the dtype of q, {q.dtype}"))
+
+
+def tokens_of(q: torch.Tensor) -> tuple[int | None, int]:
+    """Batch and tokens of heads; None for the batch where tokens are packed."""
+    return (q.shape[0], q.shape[2]) if q.ndim == 4 else (None, q.shape[0])
+
+
+def check_angles(
+    op: str,
+    name: str,
+    x: torch.Tensor,
+    tokens: tuple[int | None, int],
+    head_dim: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None,
+) -> None:
+    """cos, sin and position_ids fit the heads of `head_dim` that x, the argument `name`, holds of `tokens`."""
+    check_tensors(op, None, **{name: x, "cos": cos, "sin": sin})
+    B, S = tokens
+    per_token = cos.ndim == 3
+    if sin.shape != cos.shape:
+        raise ValueError(message(op, "sin", shape_of(sin), f"the shape of cos, {tuple(cos.shape)}"))
+    if cos.dtype not in TABLE_DTYPES:
+        raise TypeError(message(op, "cos", cos.dtype, " or ".join(map(str, TABLE_DTYPES))))
+    if sin.dtype != cos.dtype:
+        raise TypeError(message(op, "sin", sin.dtype, f"the dtype of cos, {cos.dtype}"))
+    if cos.ndim not in (2, 3) or (per_token and (B is None or cos.shape[0] not in (1, B) or cos.shape[1] != S)):
+        rows = "(positions, R/2)" if B is None else f"(positions, R/2) or a row a token, ({B}, {S}, R/2)"
+        raise ValueError(message(op, "cos", shape_of(cos), f"{rows}; R in place of R/2 for an angle an element"))
+    width = cos.shape[-1]
+    if not 0 < width <= head_dim or (full_width(cos, head_dim) and width % 2):
+        wanted = f"an angle a pair, 1 to D/2 = {head_dim // 2} of them in the last dimension, or an angle an element, "
+        wanted += f"an even number of them up to D = {head_dim}"
+        raise ValueError(message(op, "cos", shape_of(cos), wanted))
+    for table, angles in (("cos", cos), ("sin", sin)):
+        if torch.is_grad_enabled() and is_differentiated(angles):
+            fix = f"Pass {table}.detach(), or use llama_kernels.reference.{op} to train the angles."
+            raise ValueError(message(op, table, "a tensor that requires grad", "a constant table", fix))
+
+    if position_ids is None:
+        if not per_token and cos.shape[0] < S:
+            raise ValueError(message(op, "cos", shape_of(cos), f"a table of at least {S} positions, one a token"))
+        return
+    if per_token:
+        fix = "A row a token already says which angles each token gets."
+        raise ValueError(message(op, "position_ids", "given beside cos of a row a token", "None", fix))
+    if S and not cos.shape[0]:
+        raise ValueError(message(op, "cos", shape_of(cos), "a table of at least one position"))
+    check_rows(op, "position_ids", position_ids, name, x, tokens, cos.shape[0], "rows of the table")
+
+
+def check_rows(
+    op: str,
+    name: str,
+    rows: torch.Tensor,
+    of: str,
+    x: torch.Tensor,
+    tokens: tuple[int | None, int],
+    count: int,
+    what: str,
+) -> None:
+    """`rows`, the argument `name`, is an integer a token of x, the argument `of`; where values are checked, each is one
+    of `count` `what`."""
+    B, S = tokens
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(message(op, name, f"a {type(rows).__name__}", "a torch.Tensor"))
+    if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
+        raise TypeError(message(op, name, rows.dtype, "a tensor of integers"))
+    if rows.device != x.device:
+        raise ValueError(message(op, name, f"on {rows.device}", f"the device of {of}, {x.device}"))
+    shapes = ((S,),) if B is None else ((S,), (1, S), (B, S))
+    if tuple(rows.shape) not in shapes:
+        raise ValueError(message(op, name, shape_of(rows), " or ".join(map(str, shapes))))
+    if values_are_checked(rows) and rows.numel():
+        first, last = (int(row) for row in rows.aminmax())
+        if first < 0 or last >= count:
+            raise ValueError(message(op, name, f"from {first} to {last}", f"{what}, 0 to {count - 1}"))
+
+
+def check_writable(op: str, **heads: torch.Tensor | None) -> None:
+    """Each of `heads` can be rotated in place."""
+    for name, x in heads.items():
+        if x is None:
+            continue
+        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+            fix = "Rotate a view or the result of an op, or leave inplace off."
+            raise ValueError(message(op, name, "a leaf that requires grad", "no leaf where inplace=True", fix))
+        if x.stride(-1) != 1 or any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
+            wanted = "a tensor without expanded dimensions and with a contiguous last one, where inplace=True"
+            raise ValueError(message(op, name, f"of strides {x.stride()}", wanted))
+
+
+def check_caches(
+    op: str, *, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+) -> None:
+    """k and v fit their caches, and no gradient is wanted of any of these tensors."""
+    tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    check_heads(op, q, k, v=v, k_cache=k_cache, v_cache=v_cache)
+    if q.ndim != 4:
+        raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D)"))
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(message(op, "v", shape_of(v), f"of k's shape {tuple(k.shape)} but for the last dimension"))
+    if v.dtype != k.dtype:
+        raise TypeError(message(op, "v", v.dtype, f"the dtype of k, {k.dtype}"))
+    length = k_cache.shape[2] if k_cache.ndim == 4 else None
+    for name, cache, x in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
+        B, H, _, D = x.shape
+        if cache.shape != (B, H, length, D):
+            raise ValueError(message(op, name, shape_of(cache), f"({B}, {H}, L, {D}), both caches of one length L"))
+        if cache.dtype != x.dtype:
+            raise TypeError(message(op, name, cache.dtype, f"the dtype of {name[0]}, {x.dtype}"))
+        if cache.stride(-1) != 1 and D > 1:
+            wanted = "a contiguous last dimension: it is written in place"
+            raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
+    if transforms_are_active():
+        refuse_forward_mode(op, *tensors.values())
+        if torch._C._are_functorch_transforms_active():
+            wanted, fix = "a tensor outside of them: caches are written in place", "Use llama_kernels.rope."
+            raise ValueError(message(op, "q", "inside of a torch.func transform", wanted, fix))
+    if needs_grad(*tensors.values()) and any(x.requires_grad for x in tensors.values()):
+        name = next(name for name, x in tensors.items() if x.requires_grad)
+        fix = "Call it under torch.no_grad(), or use llama_kernels.rope."
+        raise ValueError(message(op, name, "a tensor that requires grad", "one without: it is for inference", fix))

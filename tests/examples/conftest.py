@@ -1,0 +1,75 @@
+"""Runs of the examples, shortened. They use CPU tensors' own path or a GPU, never the interpreter."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SMALL = ("--batch", "4", "--max-length", "48", "--dtype", "float32")
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """The examples change what Transformers and rich print."""
+    import transformers
+
+    from examples import report
+
+    verbosity, quiet = transformers.logging.get_verbosity(), report.console.quiet
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+    report.console.quiet = quiet
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """run("finetune", "--task", ...): the exit status of the example's main, and the numbers that it wrote."""
+    from examples import finetune, generate, pretrain
+
+    scripts = {"finetune": finetune, "pretrain": pretrain, "generate": generate}
+
+    def run(name: str, *options: Any) -> tuple[int, dict[str, Any]]:
+        out = tmp_path / "out"
+        monkeypatch.setattr(sys, "argv", [name, *SMALL, "--out", str(out), *map(str, options)])
+        status = scripts[name].main()
+        written = out / (options[options.index("--task") + 1] if "--task" in options else name)
+        assert written.with_suffix(".png").stat().st_size > 10_000
+        return status, json.loads(written.with_suffix(".json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[[list[Any]], Path]:
+    def write(examples: list[Any]) -> Path:
+        path = tmp_path / "data.jsonl"
+        path.write_text("\n".join(map(json.dumps, examples)) + "\n")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another shape than the built-in one, with its tokenizer, as save_pretrained leaves them."""
+    import transformers
+
+    from examples import common
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = common.load_tokenizer(None, ["def f(x): return x"], 300)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=3,
+        num_key_value_heads=1, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,71 @@
+"""Pretraining on two processes computes what one process does, and one process resumes what two began."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from llama_kernels.core.language import INTERPRETED
+from tests.examples.conftest import SMALL
+
+for package in ("accelerate", "matplotlib", "rich"):
+    pytest.importorskip(package)
+transformers = pytest.importorskip("transformers")
+
+from examples import packing, pretrain  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="a training loop in Triton's interpreter would take hours")
+
+# Each process runs both, one after the other: most of the time is the start of a process.
+BOTH = """
+import sys
+from unittest import mock
+import torch.distributed as dist
+from examples import pretrain
+folder, *options = sys.argv[1:]
+for parallel, skipped in (("ddp", "destroy_process_group"), ("fsdp2", "init_process_group")):
+    out = f"{folder}/{parallel}"
+    sys.argv[1:] = [*options, "--parallel", parallel, "--out", out, "--save", f"{out}/model"]
+    with mock.patch.object(dist, skipped):  # both runs use one process group
+        if pretrain.main():
+            sys.exit(1)
+"""
+
+
+def test_two_processes_compute_what_one_does(run, tmp_path, jsonl):
+    data = jsonl([{"text": f"a text of some length, the number {i}"} for i in range(60)])
+    options = ["--data", data, "--device", "cpu", "--steps", "6", "--validate-every", "3"]
+    _, numbers = run("pretrain", *options)
+    alone = numbers["runs"]["patched"]
+
+    script = tmp_path / "both.py"
+    script.write_text(BOTH)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path,
+               *SMALL, *options, "--checkpoint-every", "4"]  # fmt: skip
+    root = Path(pretrain.__file__).parents[1]
+    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 2  # of each run, only one process prints
+
+    for parallel in ("ddp", "fsdp2"):
+        folder = tmp_path / parallel
+        together = json.loads((folder / "pretrain.json").read_text())["runs"]["patched"]
+        torch.testing.assert_close(together["losses"], alone["losses"], atol=2e-5, rtol=0)
+        torch.testing.assert_close(together["validation"], alone["validation"], atol=2e-5, rtol=0)
+        assert len(transformers.AutoModelForCausalLM.from_pretrained(folder / "model").model.layers) == 4
+
+        # One process resumes what two wrote after four steps, and ends with the same losses.
+        (folder / "pretrain.json").unlink()
+        with mock.patch.object(pretrain, "draw_batch", wraps=packing.draw_batch) as drawn:
+            run("pretrain", *options, "--resume", "--out", folder)
+        assert [call.args[-1] for call in drawn.call_args_list] == [4, 5]
+        resumed = json.loads((folder / "pretrain.json").read_text())["runs"]["patched"]
+        torch.testing.assert_close(resumed["losses"], alone["losses"], atol=2e-5, rtol=0)

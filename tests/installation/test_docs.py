@@ -1,0 +1,151 @@
+"""README, CONTRIBUTING and docs/: their code runs, their links lead somewhere, and what is generated is current."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama_kernels as lk
+from tests.conftest import INTERPRETED
+from tools import diagrams
+
+ROOT = Path(lk.__file__).parent.parent
+FOLDERS = ["docs", "examples", "bench", "tests"]
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.md")))]
+]
+
+# --- code ------------------------------------------------------------------------------------------------------------
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The last line of a block that raises: the type of the error and what it says.
+_RAISES = re.compile(r"^# (\w+Error): (.*)\n\Z", re.MULTILINE)
+
+
+def code_of(page: str) -> list[str]:
+    return _BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def folder_with_a_llama(tmp_path_factory) -> Path:
+    """The working directory of the samples, in which path/to/llama is a small Llama."""
+    folder = tmp_path_factory.mktemp("samples")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "path/to/llama")
+    return folder
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the samples run as they do for a reader, who does not set TRITON_INTERPRET")
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("tests/") and code_of(page)])
+def test_the_code_of_a_page_runs(page, folder_with_a_llama, monkeypatch):
+    """The blocks of a page run one after another and share their variables."""
+    monkeypatch.chdir(folder_with_a_llama)
+    monkeypatch.syspath_prepend(str(ROOT))
+    torch.manual_seed(0)
+    variables = {"__name__": page}
+    for block in code_of(page):
+        raised = _RAISES.search(block)
+        code = compile(block, page, "exec", dont_inherit=True)
+        if raised is None:
+            exec(code, variables)
+        else:
+            with pytest.raises(Exception, match=re.escape(raised[2])) as caught:
+                exec(code, variables)
+            assert caught.type.__name__ == raised[1]
+
+
+@pytest.mark.once
+def test_the_main_pages_have_code_that_runs():
+    assert {"README.md", "docs/index.md", "docs/quick_start.md", "docs/transformers.md"} <= {
+        page for page in PAGES if code_of(page)
+    }
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+_LINK = re.compile(r"\[[^\]]+\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]*))?\)")
+_CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(path: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", _CODE.sub(_without_marks, path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def _without_marks(code: re.Match[str]) -> str:
+    return "" if code[0].startswith("```") else code[0].strip("`")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    """Links to other hosts are not followed."""
+    source = ROOT / page
+    for target, anchor in _LINK.findall(_CODE.sub("", source.read_text(encoding="utf-8"))):
+        path = Path(os.path.normpath(source.parent / target)) if target else source
+        assert path.exists(), f"{page} links to {target}, which does not exist"
+        assert path.is_relative_to(ROOT), f"{page} links to {target}, which is outside the repository"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors_of(path), f"{page} links to {target}#{anchor}; {path.name} has no such heading"
+
+
+# "`name` in [file](path)" and "`name` and `other` in [file](path)"
+_NAMES_IN_FILE = re.compile(r"((?:`\w+`(?:, | and )?)+) in\s+\[[^\]]+\]\(([^)\s#]+\.py)\)")
+
+
+def names_in_files() -> list[tuple[str, str, str]]:
+    """(page, name, file as the page links to it) for each name that a page says is in a file."""
+    found = []
+    for page in PAGES:
+        for names, target in _NAMES_IN_FILE.findall((ROOT / page).read_text(encoding="utf-8")):
+            found += [(page, name, target) for name in re.findall(r"`(\w+)`", names)]
+    return found
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("page", "name", "target"), names_in_files())
+def test_names_are_in_the_files_that_a_page_gives(page, name, target):
+    file = Path(os.path.normpath((ROOT / page).parent / target))
+    assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{page}: there is no {name} in {target}"
+
+
+@pytest.mark.once
+def test_every_page_of_the_site_is_in_its_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    listed = set(re.findall(r"[\w/.-]+\.md", navigation)) - {"contributing.md", "changelog.md"}
+    assert listed == {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+
+
+# --- what is generated -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_the_diagrams_are_those_of_the_source():
+    page = diagrams.PAGE.read_text(encoding="utf-8")
+    assert page == diagrams.with_sections(page), "docs/architecture.md is out of date: python -m tools.diagrams --write"
+
+
+@pytest.mark.once
+def test_the_table_of_calls_has_every_op_of_the_reference():
+    assert set(diagrams.public_functions()) == set(lk.reference.__all__)
+
+
+@pytest.mark.once
+def test_the_api_reference_has_every_public_name():
+    text = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    documented = set(re.findall(r"^::: llama_kernels\.([\w.]+)$", text, re.MULTILINE))
+    modules = {"nn": lk.nn, "reference": lk.reference}
+    public = set(lk.__all__) - modules.keys() | {"nn.RMSNorm", "nn.RotaryEmbedding"}
+    public |= {f"integrations.transformers.{name}" for name in ("patch", "unpatch", "report")}
+    assert documented == public
+    assert all(f"`llama_kernels.reference.{name}`" in text for name in lk.reference.__all__)
