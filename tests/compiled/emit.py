@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .parse import Instruction, Memory
-from .registers import SPECIAL, python_name, size_of, written
+from .registers import SPECIAL, python_name, read, size_of, written
 
 if TYPE_CHECKING:
     from .program import Program
@@ -42,7 +42,7 @@ class Lines:
         self.written: set[str] = set()
         self.guard: str | None = None  # the predicate of the current instruction
         self.k = 0  # its index
-        self._operand_writes: list[tuple[str, str | None]] = []
+        self._operand_writes: list[tuple[str, tuple[str, ...]]] = []
 
     def add(self, k: int, each: Instruction) -> None:
         self.k = k
@@ -62,12 +62,9 @@ class Lines:
             raise NotImplementedError(f"PTX instruction that is not supported: {each}: {error!r}") from error
 
     def _note_operand_writes(self, each: Instruction) -> None:
-        """Writes of registers that a wgmma uses. A plain mov is a new name of what is in a register."""
-        plain = each.mods[0] == "mov" and all(isinstance(x, str) for x in each.args)
-        renamed = plain and each.args[1] in self.program.operands
-        self._operand_writes += [
-            (to, each.args[1] if renamed else None) for to in sorted(written(each) & self.program.operands)
-        ]
+        """Writes of registers that a wgmma uses. A mov of registers, packed or not, makes no new value."""
+        moved = tuple(read(each, self.program.entry)) if each.mods[0] == "mov" else ()
+        self._operand_writes += [(to, moved) for to in sorted(written(each) & self.program.operands)]
 
     def flush_operand_writes(self) -> None:
         """Tell the machine of the writes noted so far."""

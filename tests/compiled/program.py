@@ -151,8 +151,8 @@ class Program:
         """Registers that a wgmma reads or writes, and those that are moved into them."""
         products = [each.args for each in self.code if each.op.startswith("wgmma.mma")]
         found = {x for args in products for part in args[:2] if isinstance(part, list) for x in part}
-        moves = [each.args for each in self.code if each.mods[0] == "mov" and isinstance(each.args[0], str)]
-        while more := {x for to, x in moves if to in found and isinstance(x, str) and x in self.used} - found:
+        moves = [each for each in self.code if each.mods[0] == "mov"]
+        while more := set().union(*(read(each, self.entry) for each in moves if written(each) & found)) - found:
             found |= more
         return found
 

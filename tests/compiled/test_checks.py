@@ -272,8 +272,6 @@ def test_registers_that_a_product_uses_are_fenced():
     again = "wgmma.fence.sync.aligned;\n{}"
     renamed = PRODUCT.replace("wgmma.fence.sync.aligned;\n", again.format("mov.b32 %r6, %r7;\n"))
     assert not _product(text=renamed)[1]
-    packed = PRODUCT.replace("wgmma.fence.sync.aligned;\n", again.format("mov.b32 %r6, {{%h1, %h2}};\n"))
-    assert any("no wgmma.fence" in each for each in _product(text=packed)[1])
     computed = PRODUCT.replace("wgmma.fence.sync.aligned;\n", again.format("add.f32 %r6, %r7, %r8;\n"))
     assert any("no wgmma.fence" in each for each in _product(text=computed)[1])
 

@@ -2,7 +2,7 @@
 
 The numbers are computed at once, but until the group waits for them the result registers hold NaNs that name the
 product, whatever moves them meanwhile. Operands count as being read until then. Between a write of a register and its
-use by a wgmma there must be a wgmma.fence; a mov of what was fenced needs none, as it is only a new name.
+use by a wgmma there must be a wgmma.fence; a mov of what was fenced needs none, as it makes no new value.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Products(Warps):
         for group in self._warp_groups(k, M):
             self.unfenced_registers[group].clear()
 
-    def write_operands(self, k: int, writes: tuple[tuple[str, str | None], ...], M: np.ndarray | None) -> None:
-        """Before instruction k registers that some wgmma uses were written: (register, the one moved into it)."""
+    def write_operands(self, k: int, writes: tuple[tuple[str, tuple[str, ...]], ...], M: np.ndarray | None) -> None:
+        """Before instruction k registers that some wgmma uses were written: (register, those moved into it)."""
         M = self._mask(M)
         groups = range(len(self.batches)) if M is None else np.unique(np.flatnonzero(M) // 128)
         for group in groups:
             unfenced = self.unfenced_registers[group]
             for to, moved in writes:
-                (unfenced.add if moved is None or moved in unfenced else unfenced.discard)(to)
+                (unfenced.add if not moved or not unfenced.isdisjoint(moved) else unfenced.discard)(to)
             if any(not busy.isdisjoint(to for to, _ in writes) for _, busy in self.busy_registers[group]):
                 self.finding(k, "a register of a wgmma under way is written before")
 
