@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from bench.providers.provider import Provider, Unsupported
-from bench.works.attention import PLAIN_LIMIT, Attention, AttentionVarlen, Decode, plain_attention
-from bench.works.norms import AddRMSNorm, RMSNorm, plain_norm
+from bench.works.attention import PLAIN_LIMIT, Attention, AttentionVarlen, plain_attention
+from bench.works.norms import plain_norm
 from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV, plain_rope
 from bench.works.work import Function, Work
 
@@ -32,10 +32,7 @@ class Eager(Provider):
     name = "eager"
     cpu = True
 
-    def rms_norm(self, work: RMSNorm, device: str) -> Function:
-        return plain_norm
-
-    def add_rms_norm(self, work: AddRMSNorm, device: str) -> Function:
+    def any_op(self, work: Work, device: str) -> Function:
         return work.plain
 
     def rope(self, work: Rope, device: str) -> Function:
@@ -73,9 +70,6 @@ class Eager(Provider):
         return lambda *qkv: torch.cat(
             [plain_attention(*parts) for parts in zip(*(x.split(work.lengths, 2) for x in qkv), strict=True)], 2
         )
-
-    def decode(self, work: Decode, device: str) -> Function:
-        return work.plain
 
 
 class Compiled(Provider):

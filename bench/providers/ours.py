@@ -8,20 +8,18 @@ import llama_kernels as lk
 from bench.providers.eager import then_copied
 from bench.providers.provider import OURS, Provider, packed, unpacked
 from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
-from bench.works.norms import EPS, AddRMSNorm, RMSNorm
+from bench.works.norms import EPS
 from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
-from bench.works.work import Function
+from bench.works.work import Function, Work
 
 
 class Ours(Provider):
     name = OURS
     cpu = True
 
-    def rms_norm(self, work: RMSNorm, device: str) -> Function:
-        return lambda x, weight: lk.rms_norm(x, weight, EPS)
-
-    def add_rms_norm(self, work: AddRMSNorm, device: str) -> Function:
-        return lambda x, residual, weight: lk.add_rms_norm(x, residual, weight, EPS)
+    def any_op(self, work: Work, device: str) -> Function:
+        """A public function that takes the work's arguments and no others."""
+        return getattr(lk, work.op)
 
     def rope(self, work: Rope, device: str) -> Function:
         cos, sin = work.tables(device)

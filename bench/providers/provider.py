@@ -1,4 +1,4 @@
-"""A provider is one small class: a method for each op it has, named after the op.
+"""A provider is one small class: a method for each op it has, named after the op, or `any_op` for those without one.
 
 A method gets the work and the device, does what a user does once (import, tables, masks), and returns a function of the
 op's arguments. It raises `Unsupported` for what it cannot do; a package that is missing is noticed here. Either
@@ -32,10 +32,14 @@ class Provider:
         """The op as this provider has it, ready to be called. Raises Unsupported."""
         if reason := self.why_not(work.op, device):
             raise Unsupported(reason)
-        return getattr(self, work.op)(work, device)
+        return getattr(self, work.op, self.any_op)(work, device)
+
+    def any_op(self, work: Work, device: str) -> Function:
+        """An op that has no method. A provider that has such ops overrides this."""
+        raise Unsupported(f"has no {work.op}")
 
     def has(self, op: str) -> bool:
-        return hasattr(self, op)
+        return hasattr(self, op) or type(self).any_op is not Provider.any_op
 
     def why_not(self, op: str, device: str) -> str | None:
         """Why it cannot do `op` at any shape here, or None."""

@@ -80,3 +80,6 @@ def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return weight * wide.to(x.dtype)
+
+
+NORMS: tuple[type[RMSNorm], ...] = (RMSNorm, AddRMSNorm)  # at the shapes of one, each is measured

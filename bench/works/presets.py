@@ -10,12 +10,12 @@ import torch
 
 from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
 from bench.works.models import MODELS, models_by
-from bench.works.norms import AddRMSNorm, RMSNorm
+from bench.works.norms import NORMS, AddRMSNorm, RMSNorm
 from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
 from bench.works.work import Work
 
 KINDS: tuple[type[Work], ...] = (
-    *(RMSNorm, AddRMSNorm, Rope, QKNormRope, RopeQKV, RopeIntoCache),
+    *(*NORMS, Rope, QKNormRope, RopeQKV, RopeIntoCache),
     *(Attention, RopeAttention, AttentionVarlen, Decode),
 )
 OPS = tuple(kind.op for kind in KINDS)
@@ -42,8 +42,8 @@ def works_of(preset: str) -> Iterator[Work]:
 def _memory_bound_models(tokens: int = 16384) -> Iterator[Work]:
     """Each op at the widths of published models."""
     for name, m in models_by("hidden"):
-        yield RMSNorm(shape=name, M=tokens, N=m.hidden)
-        yield AddRMSNorm(shape=name, M=tokens, N=m.hidden)
+        for kind in NORMS:
+            yield kind(shape=name, M=tokens, N=m.hidden)
     for name, m in MODELS.items():
         if m.qk_norm:
             yield RMSNorm(shape=f"{name}, heads of q and k", M=tokens * (m.heads + m.kv_heads), N=m.head_dim)
@@ -126,9 +126,8 @@ def _attention_sweeps(tokens: int = 32768) -> Iterator[Work]:
 def small(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> Iterator[Work]:
     """Every op and option of the bench, small enough for an interpreter."""
     works: tuple[Work, ...] = (
-        RMSNorm(shape="rows of 4096", M=48, N=4096),
+        *(kind(shape="rows of 4096", M=48, N=4096) for kind in NORMS),
         RMSNorm(shape="head norm 128", M=512, N=128),
-        AddRMSNorm(shape="rows of 2048", M=48, N=2048),
         Rope(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
         QKNormRope(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
         RopeQKV(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),

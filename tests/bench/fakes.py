@@ -14,6 +14,7 @@ from bench.training.scale import Scale
 from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
 from bench.works.models import Model
 from bench.works.norms import AddRMSNorm, RMSNorm
+from bench.works.presets import small
 from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
 from tests.support.environment import DEVICE
 
@@ -23,7 +24,7 @@ ADD = AddRMSNorm(shape="add", M=10, N=32, dtype=torch.float16)
 ROPE = Rope(shape="rope", B=2, S=9, **_HEADS)
 DENSE = Attention(shape="dense", B=2, S=40, **_HEADS)
 PACKED = AttentionVarlen(shape="packed", lengths=(12, 1, 20), **_HEADS)
-EVERY_OP = (
+_WORKS = (
     NORM,
     ADD,
     ROPE,
@@ -36,6 +37,8 @@ EVERY_OP = (
     PACKED,
     Decode(shape="decode", B=2, Sk=50, **_HEADS),
 )
+# Of an op without one above: the works of the parity run.
+EVERY_OP = (*_WORKS, *(work for work in small((torch.float16,)) if work.op not in {other.op for other in _WORKS}))
 ABOUT = {"torch": "2", "triton": "3", "gpu": "Fake GPU", "driver": "1", "date": "2026-01-01T00:00:00+00:00"}
 CEILINGS = {"copy": 1000.0, "bfloat16": 100.0, "float16": 100.0, "float32": 10.0}
 

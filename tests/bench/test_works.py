@@ -71,9 +71,7 @@ def whole_reference(work):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return lk.reference.attention_varlen(q, k, v, cu, cu, longest, longest).transpose(0, 1)[None]
 
-    return {
-        "rms_norm": lambda x, w: lk.reference.rms_norm(x, w, norms.EPS),
-        "add_rms_norm": lambda x, r, w: lk.reference.add_rms_norm(x, r, w, norms.EPS),
+    special = {
         "rope": lambda q, k: lk.reference.rope(q, k, *work.tables("cpu")),
         "qk_norm_rope": lambda *args: lk.reference.qk_norm_rope(*args, *work.tables("cpu"), eps=norms.EPS),
         "rope_qkv": lambda qkv: lk.reference.rope_qkv(qkv, work.Hq, work.Hkv, *work.tables("cpu")),
@@ -82,7 +80,8 @@ def whole_reference(work):
         "rope_attention": lambda q, k, v: lk.reference.rope_attention(q, k, v, *work.tables("cpu")),
         "attention_varlen": packed,
         "decode": lk.reference.attention,
-    }[work.op]
+    }
+    return special[work.op] if work.op in special else getattr(lk.reference, work.op)
 
 
 @pytest.mark.parametrize("work", EVERY_OP, ids=lambda w: w.shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +23,7 @@ from tests.support import qk_norm_rope as qk_norm_rope_cases
 from tests.support import rms_norm as rms_norm_cases
 from tests.support import rope as rope_cases
 from tests.support import rope_attention as rope_attention_cases
+from tests.support.planted import check_catches
 
 pytestmark = pytest.mark.interpreter
 
@@ -330,24 +329,8 @@ MUTANTS: dict[str, tuple[tuple[Any, ...], str, Any, Any]] = {
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def planted(modules: tuple[Any, ...], name: str, mutant: Any) -> Iterator[None]:
-    """The interpreter resolves a kernel's names once and remembers: forget before and after."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            patch.setattr(module, name, mutant)
-        InterpretedFunction.rewritten_fn.clear()
-        yield
-    InterpretedFunction.rewritten_fn.clear()
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_caught(name):
     modules, replaced, mutant, check = MUTANTS[name]
     assert INTERPRETED
-    check()  # passes as it is
-    with planted(modules, replaced, mutant), pytest.raises(AssertionError):
-        check()
-    check()
+    check_catches(check, modules, replaced, mutant)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import pkgutil
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from llama_kernels import ops
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import tl, triton
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import decode, delta, dkdv, dq, forward
-from llama_kernels.ops.attention.hopper import backward as hopper_backward
-from llama_kernels.ops.attention.hopper import forward as hopper_forward
-from llama_kernels.ops.attention.hopper import round_dq
 
 
 @pytest.fixture
@@ -43,16 +42,14 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 def _forget_kernels() -> None:
     """Triton's own cache too: what it compiled launches by the driver of then."""
     launch_cache.forget()
-    for module in (
-        rope, rms_norm, qk_norm_rope, forward, delta, dkdv, dq, decode, hopper_forward, hopper_backward, round_dq
-    ):  # fmt: skip
-        for x in vars(module).values():
-            if isinstance(x, triton.runtime.JITFunction):
-                x.device_caches.clear()
-    from llama_kernels.ops import partials
+    for kernel in (*kernels(), _twice_kernel):
+        kernel.device_caches.clear()
 
-    partials._sum_partials_kernel.device_caches.clear()
-    _twice_kernel.device_caches.clear()
+
+def kernels() -> list[Any]:
+    """Every kernel of the ops: the functions of their modules whose names end in _kernel."""
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(ops.__path__, "llama_kernels.ops.")]
+    return [x for module in modules for name, x in vars(module).items() if re.fullmatch(r"_\w+_kernel", name)]
 
 
 # --- a kernel of the tests' own --------------------------------------------------------------------------------------

@@ -14,15 +14,17 @@ pytestmark = pytest.mark.once
 
 
 def test_every_public_op_has_a_row():
-    assert set(OPS) == set(lk.reference.__all__)
+    assert set(OPS) == set(lk.reference.__all__), "each op of the reference needs a row of OPS in tests/support/ops.py"
 
 
 def test_every_registered_op_has_a_call():
-    assert {op for op, _ in registered_calls(Shape(), Make()).values()} == set(KERNELS)
+    assert {op for op, _ in registered_calls(Shape(), Make()).values()} == set(KERNELS), (
+        "each registered op needs a call in registered_calls of tests/support/ops.py"
+    )
 
 
 def test_every_op_has_bad_inputs():
-    assert {op for op, *_ in (*VALUE_ERRORS, *TYPE_ERRORS)} == set(OPS)
+    assert {op for op, *_ in (*VALUE_ERRORS, *TYPE_ERRORS)} == set(OPS), "tests/support/bad_inputs.py"
 
 
 @pytest.mark.parametrize("op", OPS)
