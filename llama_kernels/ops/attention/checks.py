@@ -159,8 +159,9 @@ def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) 
         if longest < 0:
             raise ValueError(message(op, name, longest, "a length, 0 or more"))
     if values_are_checked(packing.cu_seqlens_q):
-        _check_sequences(op, "q", packing.cu_seqlens_q.tolist(), packing.max_seqlen_q, q.shape[0])
-        _check_sequences(op, "k", packing.cu_seqlens_k.tolist(), packing.max_seqlen_k, k.shape[0])
+        bounds_q, bounds_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
+        _check_sequences(op, "q", bounds_q, packing.max_seqlen_q, q.shape[0])
+        _check_sequences(op, "k", bounds_k, packing.max_seqlen_k, k.shape[0])
 
 
 def _check_sequences(op: str, name: str, bounds: list[int], longest: int, tokens: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llama_kernels.core.language import LOG2E, cast, dot, tl, triton
+from llama_kernels.core.language import INTERPRETED, LOG2E, TRITON_VERSION, cast, dot, tl, triton
 from llama_kernels.ops.attention.masks import visible
 from llama_kernels.ops.attention.tiles import load_tile
+
+COPIES_P: tl.constexpr = tl.constexpr(TRITON_VERSION < (3, 8) and not INTERPRETED)
 
 
 class SoftmaxState(NamedTuple):
@@ -53,6 +55,19 @@ def as_bits(x):
     take twice the registers.
     """
     return x.to(tl.int32 if x.dtype == tl.float32 else tl.int16, bitcast=True)
+
+
+@triton.jit
+def in_registers_of_its_own(p):
+    """A copy of the carried p, which the product reads while the next p is written. Only Hopper needs it.
+
+    Triton writes the next p into the registers of the one before, and up to 3.7 does so before it waits for the
+    asynchronous product that reads them, which the PTX ISA leaves undefined (triton#9433). From 3.8 on it makes this
+    copy itself.
+    """
+    if COPIES_P and tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0):
+        p = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=False, pack=2)
+    return p
 
 
 @triton.jit
@@ -114,7 +129,7 @@ def attend(
         qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if CARRY:
             v = load_tile(V, n - BLOCK_N, limit, DV, FAR, BLOCK_N, BLOCK_DV, v_floor)  # [BLOCK_N, BLOCK_DV]
-            state = add_values(state, probs, v)
+            state = add_values(state, Probs(in_registers_of_its_own(probs.p), probs.shrink), v)
         state, probs = add_scores(state, qk, mask, i, n, scoring, V.base.dtype.element_ty, MASKED, BLOCK_N)
         if not CARRY:
             v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, v_floor)  # [BLOCK_N, BLOCK_DV]

@@ -45,13 +45,11 @@ _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
 _HALF = {
     # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, 128
-    # registers leave room for a second program on an SM. At width 128, 128 keys per step rescale acc half as often as
-    # 64 keys do; crowded they spill 8 to 56 bytes, and under Triton 3.9, which carries p in twice the registers, 152.
+    # registers leave room for a second program on an SM. At width 128, 128 keys per step would spill up to 152 bytes,
+    # since p takes registers twice: see `in_registers_of_its_own`.
     ("sm_90", "forward"): (
         Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 64, 8, 2)),
-        Tile(
-            128, 128, 8, 2, carry=True, crowded=Tile(128, 64, 8, 3, carry=True), newer=Tile(128, 64, 8, 3, carry=True)
-        ),
+        Tile(128, 64, 8, 3, carry=True),
         Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on.

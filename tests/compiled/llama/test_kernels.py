@@ -245,9 +245,6 @@ CALLED_BY = {
 # What the compiler gets wrong by the words of the PTX ISA, by the call's name and the beginning of the finding
 # (docs/reliability.md). Whether ptxas mends it is not known here.
 KNOWN = (
-    # For sm_90, Triton pipelines p @ v of the portable forward with p in registers, and writes the next p before it has
-    # waited for the product: https://github.com/triton-lang/triton/issues/9433.
-    ("", "_forward_kernel: a register of a wgmma under way is written"),
     # LLVM moves the rounding of p below the fence.
     ("softcap", "_hopper_backward_kernel: no wgmma.fence after a write of a register"),
 )
