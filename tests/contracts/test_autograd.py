@@ -49,6 +49,10 @@ def with_grads(function, t: dict[str, torch.Tensor], *args: Any) -> list[torch.T
     return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
 
 
+# What runs here is wiring, the same on every path; the interpreter takes minutes for these.
+wiring = pytest.mark.skipif(INTERPRETED, reason="wiring, which the run of the reference path tests")
+
+
 # --- opcheck ---------------------------------------------------------------------------------------------------------
 
 
@@ -68,6 +72,7 @@ def test_registered_ops_pass_opcheck(name, device):
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+@wiring
 @pytest.mark.corpus(63)
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -137,6 +142,7 @@ def test_exported_graphs_hold_the_registered_ops(device):
         torch.testing.assert_close(program.module()(*args), Block()(*args))
 
 
+@wiring
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 def test_exports_with_a_dynamic_length(strict, device):
     """No check of ours, stride or cache says more of the length than the user did."""
@@ -250,8 +256,6 @@ def differentiable(op: str, device: torch.device) -> tuple[Call, tuple[torch.Ten
     return call, call.tensors
 
 
-# What runs here is wiring, the same on every path; the interpreter takes minutes for these.
-wiring = pytest.mark.skipif(INTERPRETED, reason="wiring, which the run of the reference path tests")
 LIGHT_OPS = [pytest.param(op, marks=wiring) if op in ("attention_varlen", "rope_attention") else op for op in CALLS]
 
 
@@ -557,6 +561,7 @@ def _forward_mode(call: Any, x: torch.Tensor) -> dict[str, Any]:
     }
 
 
+@wiring
 @pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("op", CALLS)
 def test_forward_mode_is_refused(op, grad_mode, device):
@@ -612,6 +617,7 @@ DEPENDENT = [
 ]  # gradients that depend on inputs
 
 
+@wiring
 @pytest.mark.corpus(56)
 @pytest.mark.parametrize("op", CALLS)
 def test_double_backward_is_refused(op, device):

@@ -24,6 +24,8 @@ from llama_kernels.integrations.transformers import patch, report, unpatch
 from tests.integrations import families_table
 from tests.integrations.families import FAMILIES, config_of
 
+pytestmark = pytest.mark.once
+
 LAYERS = 2
 CLASSES = sorted(
     {

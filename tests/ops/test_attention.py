@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -84,16 +85,28 @@ DECODING = (
 )
 
 
+def in_two_dtypes(cases: Sequence[Case]) -> list[tuple[Case, torch.dtype]]:
+    """Each case in bfloat16, and in float16 or float32 in turn. The compiled kernels have all three: tests/compiled."""
+    return [(case, dtype) for i, case in enumerate(cases) for dtype in (torch.bfloat16, DTYPES[1 + i % 2])]
+
+
 @pytest.mark.corpus(14, 15, 18, 34, 44)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case, dtype", in_two_dtypes(CASES), ids=str)
 def test_outputs_and_gradients(case, dtype, device):
     check(case, dtype, device)
 
 
+NARROW = [case for case in CASES if case.D <= 64]
+CARRY = next(tile for tile in SMALL_TILES if tile.carry)
+OTHER_TILES = [tile for tile in SMALL_TILES if not tile.carry]
+
+
 @pytest.mark.corpus(16, 33)
-@pytest.mark.parametrize("tile", SMALL_TILES, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case.D <= 64], ids=str)
+@pytest.mark.parametrize(
+    "case, tile",
+    [(case, tile) for i, case in enumerate(NARROW) for tile in (CARRY, OTHER_TILES[i % len(OTHER_TILES)])],
+    ids=str,
+)
 def test_every_boundary_between_masked_and_unmasked_blocks(case, tile, device):
     check(case, torch.float16, device, tile=tile, gradients=not tile.carry)  # which only the forward does
 
@@ -117,8 +130,7 @@ def test_any_number_of_masked_and_unmasked_blocks(before, carry, device):
         check(case, torch.float16, device, tile=Tile(N, N, 4, 1, carry=carry), gradients=not carry)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", DECODING, ids=str)
+@pytest.mark.parametrize("case, dtype", in_two_dtypes(DECODING), ids=str)
 def test_few_queries_split_over_the_keys(case, dtype, device, monkeypatch):
     monkeypatch.setattr(decode, "chunk_of", lambda Sk: CHUNK)
     with kernels_launched() as launches:
