@@ -162,7 +162,7 @@ def test_options_that_hold_registers_take_another_tile(monkeypatch):
 
 def test_a_row_may_differ_by_compiler_and_by_the_width_of_v(monkeypatch):
     monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
-    older, newer = (tables.tile("sm_90", "forward", 128, torch.bfloat16, triton) for triton in ((3, 8), (3, 10)))
+    older, newer = (tables.tile("sm_90", "dq", 256, torch.bfloat16, triton) for triton in ((3, 8), (3, 10)))
     assert older.newer == newer and not newer.newer
     q, v = (torch.empty(1, 1, 1, D, dtype=torch.bfloat16) for D in (192, 128))
     assert tables.tile_for("forward", q, v) == tables.tile_for("forward", q, q).narrow_v

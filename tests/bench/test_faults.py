@@ -115,7 +115,7 @@ def test_work_without_inputs_has_a_reason(monkeypatch):
 
 
 def test_an_infinite_error_does_not_end_a_run(tmp_path):
-    infinite = norm_provider(lambda *args: lambda x, weight: Eager().rms_norm(*args)(x, weight) * math.inf)
+    infinite = norm_provider(lambda *args: lambda x, weight: Eager().any_op(*args)(x, weight) * math.inf)
     made, _ = run([NORM], infinite, clock=FakeClock())
     assert all(r.reason.startswith("wrong numbers") and r.error is None for r in made)
     made[0].error = math.nan  # should one be left all the same
