@@ -47,7 +47,7 @@ class Target(NamedTuple):
 def targets(interpreter_works: bool) -> Iterator[Target]:
     """Each target once, install first."""
     not_run = () if torch.cuda.is_available() or interpreter_works else ("The kernels are not tested.", "wanted numpy")
-    named = ("ruff          make lint", "pytest-xdist  tests in parallel", "python -m pip install pytest-xdist")
+    named = ("ruff            make lint", "pytest-xdist    tests in parallel", "python -m pip install pytest-xdist")
     yield Target(("install",), named)
     yield Target(("lint",), ("make typecheck needs mypy", "typecheck is left out.", "make lint needs ruff",
                              "lint is left out."))  # fmt: skip
