@@ -7,8 +7,8 @@ its kernel fails here. Triton's own cuobjdump and nvdisasm then read the machine
 Exits with 1 on a spill (of more than 64 bytes in dk and dv), on attention without tensor-core instructions or with a
 serialised tensor-core pipeline, on what sass.py and hopper.py find wrong in its loops, on RoPE or RMSNorm with a loop
 that has no 128-bit accesses or more instructions than fit beside its bytes, on more shared memory than a block of the
-target may have, or where the plain causal kernels of attention are no longer those of
-`bench/codegen/machine_code.json`: an option that is off costs nothing, or somebody meant it to (`--record`).
+target may have, or where the plain causal kernels of attention differ from `bench/codegen/machine_code.json`: an option
+that is off must not change them. `--record` records an intended change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """mbarriers, and the tensor memory accelerator (TMA) that copies boxes of tensors by descriptors.
 
-A copy into shared memory lands only when nobody can go on without it, or at a moment drawn by chance; a copy out of it
-reads when it is waited for.
+A copy into shared memory completes at a random moment, at the latest when no warp can continue without it. A copy out
+of shared memory reads when it is waited for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .wgmma import Products
 
 @dataclasses.dataclass
 class Barrier:
-    """An mbarrier. A phase is over when nobody is to arrive any more and all expected bytes have landed."""
+    """An mbarrier. A phase completes when no arrival is pending and all expected bytes have been copied."""
 
     index: int
     count: int

@@ -71,7 +71,7 @@ class Global:
         self._moves = np.array([(r.real - r.address) % 2**64 for r in self.regions], "u8")
 
     def check(self, addresses: np.ndarray, size: int, fault: Callable[[str, int], None]) -> np.ndarray:
-        """The process's addresses. `fault` is told what is wrong, and with which of `addresses`."""
+        """Checked host addresses. `fault` is called with the error and the index of the address at fault."""
         if size > 1 and (addresses & np.uint64(size - 1)).any():
             i = int(np.flatnonzero(addresses & np.uint64(size - 1))[0])
             fault(f"misaligned address {int(addresses[i]):#x} of an access of {size} bytes", i)

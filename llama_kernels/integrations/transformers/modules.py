@@ -125,7 +125,7 @@ def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
 
 
 def is_unwatched(norm: Any) -> TypeGuard[RMSNorm]:
-    """Whether nobody can tell that a patched norm is not called: it has no hooks, no wrapper, and is not compiled."""
+    """Whether skipping the call of a patched norm has no visible effect: no hooks, no wrapper, not compiled."""
     return (
         isinstance(norm, RMSNorm)
         and "forward" not in norm.__dict__
