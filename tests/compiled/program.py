@@ -21,7 +21,7 @@ from .parse import Entry, Instruction
 from .registers import named, python_name, read, size_of, written
 
 SHARED_BASE = 1024  # shared address of a thread block's first byte: 0 is no address, and swizzles find their alignment
-DESCRIPTORS = 2**40  # address of the first parameter, where it is a tensor descriptor; the next is 4096 further
+DESCRIPTORS = 2**31  # address of the first parameter, if it is a tensor descriptor; the next is 4096 further
 _ENDS = ("bra", "brx", "ret", "exit", "trap")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from .parse import Entry, Instruction, Memory
@@ -25,6 +26,7 @@ def size_of(t: str) -> int:
     return 1 if t == "p" else int(t[1])
 
 
+@functools.cache
 def python_name(register: str) -> str:
     return "r_" + re.sub(r"\W", "_", register.lstrip("%"))
 
