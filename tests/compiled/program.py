@@ -46,7 +46,10 @@ class Program:
         self.blocks: list[Block] = []
         self.namespace: dict[str, Any] = dict(FUNCTIONS)
         self._cut(entry.code)
-        self.used = set().union(*(read(each, entry) for each in self.code))  # registers that an instruction reads
+        self.named = [named(each, entry) for each in self.code]  # registers of each instruction
+        self.reads = [read(each, entry) for each in self.code]
+        self.writes = [written(each) for each in self.code]
+        self.used = set().union(*self.reads)
         self.operands = self._operands()  # registers that a wgmma reads or writes, and what is moved into them
         self.storage = self._storage()
         pending = self._pending()
@@ -151,21 +154,21 @@ class Program:
         """Registers that a wgmma reads or writes, and those that are moved into them."""
         products = [each.args for each in self.code if each.op.startswith("wgmma.mma")]
         found = {x for args in products for part in args[:2] if isinstance(part, list) for x in part}
-        moves = [each for each in self.code if each.mods[0] == "mov"]
-        while more := set().union(*(read(each, self.entry) for each in moves if written(each) & found)) - found:
+        moves = [k for k, each in enumerate(self.code) if each.mods[0] == "mov"]
+        while more := set().union(*(self.reads[k] for k in moves if self.writes[k] & found)) - found:
             found |= more
         return found
 
     def _storage(self) -> dict[str, str]:
         """The NumPy type of each register: bits, or float32 where an instruction makes it float32."""
         found: dict[str, str] = {}
-        for each in self.code:
+        for k, each in enumerate(self.code):
             mods = each.mods
             floating = mods[-1] == "f32" or mods[0] in ("mma", "wgmma")
             if mods[0] == "cvt":
                 floating = mods[-2] == "f32"
-            made = written(each) if floating else set()
-            for x in named(each, self.entry):
+            made = self.writes[k] if floating else set()
+            for x in self.named[k]:
                 bits = {"pred": "p", "b16": "u2", "b32": "u4", "b64": "u8", "b8": "u1"}[self.entry.width(x)]
                 if x not in found or (x in made and bits == "u4"):
                     found[x] = "f4" if x in made and bits == "u4" else bits
@@ -176,11 +179,11 @@ class Program:
         blocks: dict[str, set[int]] = {}
         read_first: set[str] = set()
         for i, b in enumerate(self.blocks):
-            for each in self.code[b.first : b.last]:
-                for x in named(each, self.entry):
+            for k in range(b.first, b.last):
+                for x in self.named[k]:
                     if i not in blocks.setdefault(x, set()):
                         blocks[x].add(i)
-                        if x not in written(each) or each.guard or x in read(each, self.entry):
+                        if x not in self.writes[k] or self.code[k].guard or x in self.reads[k]:
                             read_first.add(x)
         return {x for x, where in blocks.items() if len(where) == 1 and x not in read_first}
 
