@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import FUNCTIONS
-from .emit import Lines
+from .emit import Lines, unsupported
 from .parse import Entry, Instruction
 from .registers import named, python_name, read, size_of, written
 
@@ -82,11 +82,6 @@ class Program:
         head += ["    global " + ", ".join(map(python_name, shared))] if shared else []
         return "\n".join(head + ["    " + line for line in lines.lines] + ["    pass"])
 
-    def check(self) -> None:
-        """Raise NotImplementedError if any instruction is not supported, whether or not it is ever run."""
-        for block in range(len(self.blocks)):
-            self.source(block, True)
-
     def constant(self, value: Any, dtype: str) -> str:
         """The name of a constant array."""
         array = np.array([value], bool if dtype == "p" else dtype)
@@ -132,7 +127,7 @@ class Program:
             first, last = self.code[b.first], self.code[b.last - 1]
             if _is_barrier(first):
                 if "sync" not in first.mods or first.guard:
-                    raise NotImplementedError(str(first))
+                    raise unsupported(first)
                 b.barrier = (int(first.args[0]), int(first.args[1]) if len(first.args) > 1 else 0)
             if last.mods[0] == "bra":
                 b.target = at.get(labels[last.args[0]], len(self.blocks))

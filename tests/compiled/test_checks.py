@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from .global_memory import Fault, Region
-from .kernel import Kernel
+from .global_memory import Fault
 from .ptx_text import launch
 from .races import ClockRaces
 from .report import Checks
@@ -54,19 +53,8 @@ def test_misaligned_in_global_memory(access):
 
 def test_what_lies_between_the_rows_of_a_tensor_is_not_its_own():
     x = np.zeros(32, "u4")
-    owned = np.arange(32) % 2 == 0
-    kernel = Kernel(_text(LOAD.format(0)))
-    region = Region.of(0, "x", x.ctypes.data, x.nbytes, 4, owned)
-    with pytest.raises(Fault, match="4 bytes at 4 of x: between the tensor's elements; thread 1 "):
-        kernel.launch((1,), [region.address], [region])
-
-
-def _text(body: str) -> str:
-    from .ptx_text import KERNEL
-
-    parameter = ".param .u64 .ptr .global .align 1 k_param_0"
-    loads = " ld.param.b64 %rd0, [k_param_0];"
-    return KERNEL.format(target="sm_90", parameters=parameter, threads=32, loads=loads, body=body)
+    with pytest.raises(Fault, match="4 bytes at 4 of array 0: between the tensor's elements; thread 1 "):
+        launch(LOAD.format(0), x, owned=np.arange(32) % 2 == 0)
 
 
 # --- shared memory ----------------------------------------------------------------------------------------------------
@@ -375,6 +363,13 @@ def test_an_instruction_that_is_not_supported_is_named():
         launch("fancy.op %r5, %r0;", np.zeros(1))
     with pytest.raises(NotImplementedError, match=r"add\.cc"):
         launch("add.cc.u32 %r5, %r0, %r0;", np.zeros(1))
+    with pytest.raises(NotImplementedError, match=r"not supported: bar\.arrive 1, 64"):
+        launch("bar.arrive 1, 64;", np.zeros(1))
+
+
+def test_an_instruction_that_is_not_supported_has_its_source_line():
+    with pytest.raises(NotImplementedError, match=r"fancy\.op %r5  \(kernels\.py:12\)"):
+        launch(".loc 1 12 5 // kernels.py:12:5\nfancy.op %r5;", np.zeros(1))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
