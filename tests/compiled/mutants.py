@@ -22,15 +22,15 @@ from .parse import Entry, Instruction, parse
 from .report import Checks, Report
 
 # Why a mutant is right, where vector clocks find nothing either: then every schedule gives the same results (races.py).
+ORDERED = "what it orders is ordered without it"
+EQUAL_VALUES = "it orders only stores of the value that is there already"
 _REDUNDANT = {
-    "barrier": "any two warps' accesses of one byte are ordered without it",
     "fence.proxy.async": "no store reaches an asynchronous read without another fence",
     "wgmma.fence": "another wgmma.fence follows the last write of each register that a product uses",
     "mbarrier.init": "nothing uses this mbarrier",
     "wait": "another wait comes before each use of what it waits for",
-    "": "what it orders is ordered without it",
+    "": ORDERED,
 }
-EQUAL_VALUES = "it orders only stores of the value that is there already"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,14 +166,15 @@ def survey(
         for checks in (*schedules, exact):
             if found := shown(kernel, checks):
                 return found
-        if kind.startswith("barrier") and shown(kernel, strict):
-            return "no", EQUAL_VALUES
+        if kind.startswith("barrier"):
+            return "no", EQUAL_VALUES if shown(kernel, strict) else ORDERED
         return "no", next(why for name, why in _REDUNDANT.items() if name in kind)
 
     entry = parse(Path(launched.ptx).read_text())
     whole = Kernel(entry)
     schedules = [Checks(seed=seed) for seed in seeds]
-    exact, strict = Checks(clocks=True), Checks(clocks=True, equal_stores=True)
+    exact = Checks(clocks=True, fenced_copies=True)
+    strict = dataclasses.replace(exact, equal_stores=True)
     expected, report = run(whole, Checks())
     known = {checks: set(run(whole, checks)[1].findings) for checks in (*schedules, exact, strict)}
     runs = _runs(whole, report)

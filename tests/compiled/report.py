@@ -34,6 +34,8 @@ class Checks:
     banks: count bank conflicts of shared memory.
     clocks: look for races with vector clocks (races.py), which is slower, also where they are not needed.
     equal_stores: with vector clocks, a store of the value that is there already is a write like any other.
+    fenced_copies: what cp.async wrote takes a fence.proxy.async before a wgmma reads it, like a store. The PTX ISA asks
+        for it. Triton 3.7 and 3.9 put one there; 3.6 does not.
     """
 
     races: bool = True
@@ -41,3 +43,4 @@ class Checks:
     banks: bool = False
     clocks: bool = False
     equal_stores: bool = False
+    fenced_copies: bool = False

@@ -348,6 +348,15 @@ def test_what_threads_store_is_fenced():
     assert any("fence.proxy.async" in each for each in _product(fence="")[1])
 
 
+def test_what_is_copied_is_fenced_if_asked():
+    copied = re.sub(r"st\.shared\.v4\.b32 (\[.*?\]), .*", r"cp.async.cg.shared.global \1, [%rd0], 16;", PRODUCT)
+    copied = copied.replace("{fence}", "cp.async.wait_all; {fence}")
+    for fence, fenced_copies, count in ((FENCE, True, 0), ("", False, 0), ("", True, 1)):
+        text = copied.format(fence=fence, wait=WAIT, before="", after="", fields=FIELDS)
+        checks = Checks(fenced_copies=fenced_copies)
+        assert len(launch(text, np.ones(128, "f4"), threads=128, shared=4096, checks=checks).findings) == count
+
+
 def test_a_fence_comes_before_the_barrier():
     """After it, another warp could multiply before the fence."""
     late = PRODUCT.replace("bar.sync 0;", "bar.sync 0; fence.proxy.async.shared::cta;")
