@@ -134,7 +134,9 @@ class SharedAccess(GlobalAccess):
 
     def _unfence(self, warps: np.ndarray, places: np.ndarray) -> None:
         """Asynchronous units see what these warps wrote here, at most 16 bytes each, behind a fence.proxy.async."""
-        if self.program.asynchronous:
+        if self.clocks:
+            self.clocks.store_clock[warps, places // 16] = self.clocks.clock[warps, warps]
+        elif self.program.asynchronous:
             self.shared.unfenced.reshape(-1)[warps * (self.shared.size // 16) + places % self.shared.size // 16] = 1
 
     def _store(self, k: int, warps: np.ndarray, places: np.ndarray, size: int, containers: np.ndarray) -> None:

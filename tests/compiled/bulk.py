@@ -25,7 +25,7 @@ class Barrier:
     left: int  # arrivals of this phase
     bytes: int = 0  # expected, less landed
     phase: int = 0
-    past: np.ndarray | None = None  # vector clock of the arrivals
+    past: np.ndarray | None = None  # what comes before the arrivals (ClockRaces.release)
     over: np.ndarray | None = None  # of the last phase that is over
     fenced: bool = False  # a fence has made its initialisation visible to copies
     waited: dict[int, int] = dataclasses.field(default_factory=dict)  # who has waited for that phase, and when
@@ -71,7 +71,7 @@ class Bulk(Products):
             index = len(self.barriers) if place not in self.barriers else self.barriers[place].index
             if self.clocks and index >= self.clocks.MBARRIERS:
                 raise NotImplementedError(f"more than {self.clocks.MBARRIERS} mbarriers: {self.program.code[k]}")
-            past = np.zeros(len(self.clocks.clock), "i4") if self.clocks else None
+            past = np.zeros((2, len(self.clocks.clock)), "i4") if self.clocks else None
             self.barriers[place] = Barrier(index, n, n, past=past)
 
     def barrier_inval(self, k: int, address: np.ndarray, M: np.ndarray | None) -> None:
@@ -99,11 +99,11 @@ class Bulk(Products):
         barrier.phase += 1
         barrier.left = barrier.count
         if self.clocks:
-            late = [warp for warp, at in barrier.waited.items() if barrier.past[warp] < at]
+            late = [warp for warp, at in barrier.waited.items() if barrier.past[0, warp] < at]
             if late:
                 self.finding(k, f"a phase of an mbarrier may be over before warp {late[0]} has waited for the last")
             barrier.waited.clear()
-            barrier.past[self._column(barrier)] = barrier.phase
+            barrier.past[0, self._column(barrier)] = barrier.phase
             barrier.over = barrier.past.copy()
 
     def _waited(self, k: int, barrier: Barrier, warp: int) -> None:

@@ -163,7 +163,7 @@ def survey(
         return None if all(map(torch.equal, got, expected)) else ("numbers", "")
 
     def outcome(kernel: Kernel, kind: str) -> tuple[str, str]:
-        for checks in (*schedules, exact):
+        for checks in (*schedules, *exact):
             if found := shown(kernel, checks):
                 return found
         if kind.startswith("barrier"):
@@ -173,10 +173,10 @@ def survey(
     entry = parse(Path(launched.ptx).read_text())
     whole = Kernel(entry)
     schedules = [Checks(seed=seed) for seed in seeds]
-    exact = Checks(clocks=True, fenced_copies=True)
-    strict = dataclasses.replace(exact, equal_stores=True)
+    exact = Checks(clocks=True), Checks(clocks=True, fenced_copies=True)
+    strict = Checks(clocks=True, equal_stores=True)
     expected, report = run(whole, Checks())
-    known = {checks: set(run(whole, checks)[1].findings) for checks in (*schedules, exact, strict)}
+    known = {checks: set(run(whole, checks)[1].findings) for checks in (*schedules, *exact, strict)}
     runs = _runs(whole, report)
     out = []
     for mutant in mutants(entry):

@@ -111,7 +111,8 @@ class ClockRaces:
         self.write_clock = np.zeros(places, "i4")  # and its clock; 0: never
         self.read_clock = np.zeros((shared.warps, places), "i4")
         self.read_before = np.zeros((shared.warps, places), "i4")  # read_clock at the time of that write
-        self.fence_clock = np.zeros((shared.warps, shared.size // 16), "i4")  # of the fence after a warp's last stores
+        self.store_clock = np.zeros((shared.warps, shared.size // 16), "i4")  # of a warp's last store in 16 bytes
+        self.fenced = np.zeros_like(self.clock)  # as clock, of what a fence.proxy.async lies behind
         self.meetings: dict[int, tuple[np.ndarray, int]] = {}  # of each named barrier: who met there last, and when
 
     def _each(self, agents: np.ndarray, places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -185,23 +186,26 @@ class ClockRaces:
         if strangers := [w for w in warps.tolist() if w not in before and self.clock[w, before[0]] < at]:
             found = f"warp {strangers[0]} may meet warps {before.tolist()} at barrier {number}"
         self.clock[warps] = self.clock[warps].max(0)
+        self.fenced[warps] = self.fenced[warps].max(0)
         self.meetings[number] = warps, int(self.clock[warps[0], warps[0]])
         self.clock[warps, warps] += 1
         return found
 
-    def fence(self, warp: int, chunks: np.ndarray) -> None:
-        """A fence.proxy.async of a warp that stored in these 16 bytes each."""
-        self.fence_clock[warp, chunks] = self.clock[warp, warp]
+    def fence(self, warps: np.ndarray) -> None:
+        """A fence.proxy.async: asynchronous units see what these warps stored, and what they know of others' stores."""
+        self.fenced[warps] = np.maximum(self.fenced[warps], self.clock[warps])
+        self.clock[warps, warps] += 1
 
     def unfenced(self, warps: np.ndarray, chunks: np.ndarray) -> bool:
-        """Whether these warps may start an asynchronous read before the fence of a warp that stored there."""
-        return bool((self.fence_clock[:, chunks].max(1) > self.clock[warps, : self.warps].min(0)).any())
+        """Whether some store in these 16 bytes each may have no fence before an asynchronous read by these warps."""
+        return bool((self.store_clock[:, chunks].max(1) > self.fenced[warps, : self.warps].min(0)).any())
 
     def release(self, warp: int) -> np.ndarray:
-        """What comes before the next thing that this warp does."""
-        past = self.clock[warp].copy()
+        """What comes before the next thing that this warp does: rows of `clock` and of `fenced`."""
+        past = np.stack([self.clock[warp], self.fenced[warp]])
         self.clock[warp, warp] += 1
         return past
 
     def acquire(self, warp: int, past: np.ndarray) -> None:
-        self.clock[warp] = np.maximum(self.clock[warp], past)
+        self.clock[warp] = np.maximum(self.clock[warp], past[0])
+        self.fenced[warp] = np.maximum(self.fenced[warp], past[1])

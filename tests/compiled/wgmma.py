@@ -57,13 +57,12 @@ class Products(Warps):
         rows, M = self.shared.unfenced.reshape(-1, self.shared.unfenced.shape[-1]), self._mask(M)
         warps = np.arange(len(rows)) if M is None else np.flatnonzero(M.reshape(-1, 32).all(1))
         if self.clocks:
-            for warp in warps.tolist():
-                self.clocks.fence(warp, np.flatnonzero(rows[warp]))
+            self.clocks.fence(warps)
         rows[warps] = 0
 
     def _check_fenced(self, k: int, cta: int, chunks: np.ndarray, warps: np.ndarray) -> None:
         """Before an asynchronous read, by these warps, of 16 bytes each of a thread block's shared memory."""
-        if self.shared.unfenced[cta][:, chunks].any() or (self.clocks and self.clocks.unfenced(warps, chunks)):
+        if self.clocks.unfenced(warps, chunks) if self.clocks else self.shared.unfenced[cta][:, chunks].any():
             self.finding(k, "read of shared memory before a fence.proxy.async")
 
     # --- registers ------------------------------------------------------------------------------------------------
