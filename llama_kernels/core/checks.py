@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -58,11 +57,6 @@ def check_eps(op: str, eps: float | None) -> float:
 DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
 
 
-@functools.cache
-def _is_taken(device: torch.device) -> bool:
-    return device.type in (*KERNEL_DEVICES, "meta")
-
-
 def fix_for_device(op: str) -> str:
     """For an error: what to call for tensors on a device that has no kernels."""
     from llama_kernels import reference  # which imports nothing of ours
@@ -94,7 +88,7 @@ def check_tensors(
             raise TypeError(message(op, name, x.dtype, " or ".join(map(str, dtypes)), fix))
         if device is None:
             first, device = name, x.device
-            if not _is_taken(device):
+            if device.type not in KERNEL_DEVICES and device.type != "meta":
                 raise ValueError(message(op, name, f"on {device}", DEVICES_TAKEN, fix_for_device(op)))
         elif x.device != device:
             raise ValueError(message(op, name, f"on {x.device}", f"the device of {first}, {device}"))
