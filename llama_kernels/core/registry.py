@@ -40,8 +40,8 @@ def register(
         kernel: runs for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter. It launches Triton kernels.
         reference: runs for CPU tensors otherwise. It gives the same results in plain PyTorch.
         fake: gives results of the right shape, dtype and strides while PyTorch traces.
-        call: a NamedTuple whose fields are the parameters of `schema`. The three functions above take one such tuple.
-            None: they take the op's arguments by position.
+        call: a NamedTuple whose fields, and their defaults, are the parameters of `schema`. The three functions above
+            take one such tuple. None: they take the op's arguments by position.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -76,9 +76,14 @@ def register(
 
 
 def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`function`, which takes a `call`, as a function of its fields. The dispatcher sees to their number."""
-    new = tuple.__new__
-    return lambda *args: function(new(call, args))
+    """`function`, which takes a `call`, as a function of its fields. Arguments that the dispatcher leaves out at the
+    end have their default values."""
+    new, count, defaults = tuple.__new__, len(call._fields), tuple(call._field_defaults.values())
+
+    def by_position(*args: Any) -> Any:
+        return function(new(call, args if len(args) == count else args + defaults[len(args) - count :]))
+
+    return by_position
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
