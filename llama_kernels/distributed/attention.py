@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from llama_kernels.core.checks import check_tensors, message, shape_of
+from llama_kernels.core.registry import refuse_double_backward
 from llama_kernels.distributed import blocks
-from llama_kernels.distributed.all_gather import AllGather
-from llama_kernels.distributed.blocks import Reach, Scores
+from llama_kernels.distributed.all_gather import Gathered
+from llama_kernels.distributed.blocks import Mask, Reach, Row, Scores
 from llama_kernels.distributed.layout import Layout, Parts, rank_in
 from llama_kernels.distributed.ring import Ring
 from llama_kernels.distributed.transport import all_gather
-from llama_kernels.distributed.ulysses import to_heads, to_tokens
+from llama_kernels.distributed.ulysses import Exchange, Local
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.checks import checked_call
-from llama_kernels.ops.attention.op import attend
 
 _OP = "cp_attention"
 _METHODS = ("ring", "all_gather", "ulysses")
@@ -76,68 +78,95 @@ def cp_attention(
     if "ulysses" in methods:
         _check_heads(call, mesh.shape[methods.index("ulysses")])
 
-    parts, group = Parts(layout.lists), mesh.get_group(0)
-    if methods == ("ulysses",):
-        out, lse = _ulysses(call, doc_start, parts, group)
-    elif len(methods) == 1:
-        out, lse = _over_keys(methods[0], call, doc_start, parts, group, rank)
-    else:
-        out, lse = _ulysses_and_ring(call, doc_start, layout, mesh, methods.index("ulysses"))
+    exchange, over_keys = _plan(methods, call, doc_start, layout, mesh, rank)
+    out, lse = _ContextParallel.apply(call.q, call.k, call.v, call.sinks, exchange, over_keys)
     return (out, lse) if return_lse else out
 
 
 # --- the methods -----------------------------------------------------------------------------------------------------
 
 
-def _over_keys(method, call: AttentionCall, doc_start, parts: Parts, group, rank: int):
-    """Ring and all_gather: this rank's queries see the keys of all ranks."""
-    doc_start, doc_end = _documents(call, doc_start, parts, group, rank)
-    seen = blocks.visible(parts.positions(rank, call.q.device), doc_start, doc_end, Reach(call.left, call.right))
-    function = Ring if method == "ring" else AllGather
-    return function.apply(call.q, call.k, call.v, call.sinks, seen, parts, group, Scores(call.scale, call.softcap))
+class _ContextParallel(torch.autograd.Function):
+    """q, k, v and sinks -> (out, lse) of this rank's tokens.
+
+    exchange: where heads are exchanged, how. over_keys: how the queries that a rank then has see the keys of all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None,
+        exchange: Exchange | None, over_keys: Ring | Gathered | Local,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        ctx.heads, ctx.key_heads = q.shape[1], k.shape[1]
+        if exchange is not None:
+            q, k, v = (exchange.to_heads(x) for x in (q, k, v))
+            sinks = None if sinks is None else sinks.chunk(exchange.group.size())[exchange.group.rank()]
+        out, lse = over_keys.forward(q, k, v, sinks)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.exchange, ctx.over_keys = exchange, over_keys
+        ctx.set_materialize_grads(False)
+        if exchange is not None:
+            return exchange.to_tokens(out), exchange.to_tokens(lse.unsqueeze(-1)).squeeze(-1)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        exchange, given = ctx.exchange, (do, dlse, q, k, v, sinks)
+        if exchange is not None:
+            do = None if do is None else exchange.to_heads(do)
+            dlse = None if dlse is None else exchange.to_heads(dlse.unsqueeze(-1)).squeeze(-1)
+        do = torch.zeros_like(out) if do is None else do.contiguous()
+        row = Row(out, lse, do, None if dlse is None else dlse.contiguous())
+        grads = ctx.over_keys.backward(row, q, k, v, sinks)
+        dsinks = grads.sinks
+        if exchange is None:
+            dq, dk, dv = (grad.to(q.dtype) for grad in grads[:3])
+        else:
+            heads = (ctx.heads, ctx.key_heads, ctx.key_heads)
+            dq, dk, dv = (exchange.sum_to_tokens(g, H, q.dtype) for g, H in zip(grads[:3], heads, strict=True))
+            if dsinks is not None:  # those of the other ranks' heads are 0 here
+                own = dsinks.new_zeros(exchange.group.size(), len(dsinks))
+                own[exchange.group.rank()] = dsinks
+                dsinks = own.flatten()
+        return *refuse_double_backward(_OP, (dq, dk, dv, dsinks), given), None, None
 
 
-def _documents(call: AttentionCall, doc_start, parts: Parts, group, rank: int):
-    """Where the document of each of this rank's tokens starts and ends. The ends matter where rows look ahead."""
-    tokens = sum(map(len, parts.lists))
+def _plan(
+    methods: tuple[str, ...], call: AttentionCall, doc_start: torch.Tensor | None, layout: Layout, mesh: DeviceMesh,
+    rank: int,
+) -> tuple[Exchange | None, Ring | Gathered | Local]:  # fmt: skip
+    """How heads are exchanged, if they are, and how queries then see the keys of all ranks."""
+    reach, scores, device = Reach(call.left, call.right), Scores(call.scale, call.softcap), call.q.device
+    exchange, parts, group = None, Parts(layout.lists), mesh.get_group(0)
+    if "ulysses" in methods:
+        exchange, parts, rank = _exchange(methods.index("ulysses"), layout, mesh)
+        group = mesh.get_group(1 - methods.index("ulysses")) if len(methods) == 2 else group
+        if doc_start is not None:
+            doc_start = exchange.parts.in_order(all_gather(doc_start, exchange.group).wait(), 1)
+        elif methods == ("ulysses",):
+            return exchange, Local(Mask(None, None, *reach), scores)
+
+    tokens, positions = layout.tokens, parts.positions(rank, device)
+    doc_end: torch.Tensor | int = tokens
     if doc_start is None:
-        return torch.zeros(call.q.shape[0], call.q.shape[2], dtype=torch.int64, device=call.q.device), tokens
-    if call.right == 0:
-        return doc_start, tokens
-    everywhere = parts.in_order(all_gather(doc_start, group).wait(), 1)
-    return doc_start, blocks.document_ends(everywhere)[:, parts.positions(rank, call.q.device)]
+        doc_start = torch.zeros(call.q.shape[0], len(positions), dtype=torch.int64, device=device)
+    elif call.right != 0:  # rows look ahead
+        everywhere = doc_start if len(parts.lists) == 1 else parts.in_order(all_gather(doc_start, group).wait(), 1)
+        doc_end = blocks.document_ends(everywhere)[:, positions]
+    seen = blocks.visible(positions, doc_start, doc_end, reach)
+    if methods == ("ulysses",):
+        return exchange, Local(blocks.mask_of_part(seen, parts, 0), scores)
+    return exchange, (Gathered if methods == ("all_gather",) else Ring)(seen, parts, group, scores)
 
 
-def _ulysses(call: AttentionCall, doc_start, parts: Parts, group):
-    heads = _exchanged(call, parts, group)
-    if doc_start is not None:
-        everywhere = parts.in_order(all_gather(doc_start, group).wait(), 1)
-        reach = Reach(call.left, call.right)
-        seen = blocks.visible(parts.merged().to(call.q.device), everywhere, blocks.document_ends(everywhere), reach)
-        heads = heads._replace(kv_start=seen.first.int(), kv_end=seen.end.int(), left=None, right=None)
-    out, lse = attend(_OP, heads, True)
-    return to_tokens(parts, group, out), to_tokens(parts, group, lse.unsqueeze(-1)).squeeze(-1)
-
-
-def _ulysses_and_ring(call: AttentionCall, doc_start, layout: Layout, mesh: DeviceMesh, ulysses: int):
-    """Heads are exchanged along dimension `ulysses` of the mesh, keys travel along the other."""
-    ranks = torch.arange(layout.ranks).view(*mesh.shape).movedim(ulysses, 0)  # [of ulysses, of the ring]
-    here = mesh.get_coordinate()
-    exchanged = [Parts([layout.lists[rank] for rank in column]) for column in ranks.T.tolist()]
-    parts, heads_group, ring_group = exchanged[here[1 - ulysses]], mesh.get_group(ulysses), mesh.get_group(1 - ulysses)
-    heads = _exchanged(call, parts, heads_group)
-    if doc_start is not None:
-        doc_start = parts.in_order(all_gather(doc_start, heads_group).wait(), 1)
-    ring = Parts([each.merged() for each in exchanged])
-    out, lse = _over_keys("ring", heads, doc_start, ring, ring_group, here[1 - ulysses])
-    return to_tokens(parts, heads_group, out), to_tokens(parts, heads_group, lse.unsqueeze(-1)).squeeze(-1)
-
-
-def _exchanged(call: AttentionCall, parts: Parts, group) -> AttentionCall:
-    """The call of all tokens of this rank's heads."""
-    q, k, v = to_heads(parts, group, call.q, call.k, call.v)
-    sinks = None if call.sinks is None else call.sinks.chunk(group.size())[group.rank()]
-    return call._replace(q=q, k=k, v=v, sinks=sinks, longest_q=q.shape[2], longest_k=k.shape[2])
+def _exchange(dim: int, layout: Layout, mesh: DeviceMesh) -> tuple[Exchange, Parts, int]:
+    """The exchange along dimension `dim` of the mesh, the parts of the sequence after it, and the one this rank has."""
+    ranks = torch.arange(layout.ranks).view(*mesh.shape).movedim(dim, -1).reshape(-1, mesh.shape[dim])
+    exchanged = [Parts([layout.lists[rank] for rank in row]) for row in ranks.tolist()]
+    place = 0 if mesh.ndim == 1 else mesh.get_local_rank(1 - dim)
+    return Exchange(exchanged[place], mesh.get_group(dim)), Parts([parts.merged() for parts in exchanged]), place
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Attention of a process's queries to one block of keys: which keys each row sees there, and the calls of the ops.
+"""Attention of some queries to one block of keys: which keys each row sees there, and the calls of the ops.
 
 A causal mask, a window and a document each leave a query one interval of global positions. A block holds an increasing
 list of positions, and of an increasing list an interval is an interval again. So a block is one call with kv_start and
@@ -14,12 +14,7 @@ import torch
 from llama_kernels.distributed.layout import Parts
 from llama_kernels.ops.attention.op import attention_backward, attention_forward
 
-
-class Scores(NamedTuple):
-    """How scores are computed, the same in every block."""
-
-    scale: float
-    softcap: float | None
+# --- which keys a row sees -------------------------------------------------------------------------------------------
 
 
 class Visible(NamedTuple):
@@ -27,10 +22,6 @@ class Visible(NamedTuple):
 
     first: torch.Tensor
     end: torch.Tensor
-
-    def in_part(self, parts: Parts, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """kv_start and kv_end, (B, S) int32: the same among the keys of one part."""
-        return parts.keys_before(part, self.first), parts.keys_before(part, self.end)
 
 
 class Reach(NamedTuple):
@@ -60,15 +51,28 @@ def document_ends(doc_start: torch.Tensor) -> torch.Tensor:
     return following.flip(1).cummin(1).values.flip(1)
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor], scores: Scores,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out and lse of the block, both float32."""
-    out, lse = attention_forward(
-        q, k, v, sinks, *bounds, None, None, q.shape[2], k.shape[2], *scores, None, None, torch.float32
-    )
-    return out, lse
+# --- the calls -------------------------------------------------------------------------------------------------------
+
+
+class Scores(NamedTuple):
+    """How scores are computed, the same in every block."""
+
+    scale: float
+    softcap: float | None
+
+
+class Mask(NamedTuple):
+    """What the rows see of a block: the keys from kv_start to kv_end - 1, (B, S) int32, or what a window leaves."""
+
+    kv_start: torch.Tensor | None
+    kv_end: torch.Tensor | None
+    left: int | None = None
+    right: int | None = None
+
+
+def mask_of_part(seen: Visible, parts: Parts, part: int) -> Mask:
+    """What rows see among the keys of one part."""
+    return Mask(parts.keys_before(part, seen.first), parts.keys_before(part, seen.end))
 
 
 class Row(NamedTuple):
@@ -80,13 +84,34 @@ class Row(NamedTuple):
     dlse: torch.Tensor | None
 
 
+class Grads(NamedTuple):
+    """Gradients of one block, or of several added up: float32."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sinks: torch.Tensor | None  # None: there are no sinks
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, mask: Mask, scores: Scores
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of the block, both float32."""
+    sizes = (None, None, q.shape[2], k.shape[2])
+    bounds, window = (mask.kv_start, mask.kv_end), (mask.left, mask.right)
+    out, lse = attention_forward(q, k, v, sinks, *bounds, *sizes, *scores, *window, torch.float32)
+    return out, lse
+
+
 def backward(
-    row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor],
-    scores: Scores, sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """The block's share of dq, its dk and dv, all float32; dsinks of these rows, None without sinks."""
+    row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, mask: Mask, scores: Scores
+) -> Grads:
+    """The block's share of dq, its dk and dv, and dsinks of these rows."""
+    sizes = (None, None, q.shape[2], k.shape[2])
+    bounds, window = (mask.kv_start, mask.kv_end), (mask.left, mask.right)
+    needed, deterministic = (True, True, True, sinks is not None), True
     dq, dk, dv, dsinks = attention_backward(
-        row.do, row.dlse, q, k, v, row.out, row.lse, sinks, *bounds, None, None, q.shape[2], k.shape[2], *scores,
-        None, None, True, True, True, sinks is not None, True, torch.float32,
+        row.do, row.dlse, q, k, v, row.out, row.lse, sinks, *bounds, *sizes, *scores, *window,
+        *needed, deterministic, torch.float32,
     )  # fmt: skip
-    return dq, dk, dv, None if sinks is None else dsinks
+    return Grads(dq, dk, dv, None if sinks is None else dsinks)

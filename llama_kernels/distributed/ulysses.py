@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from llama_kernels.distributed import blocks
+from llama_kernels.distributed.blocks import Grads, Mask, Row, Scores
 from llama_kernels.distributed.layout import Parts
 from llama_kernels.distributed.transport import all_to_all
 
 
-class Exchange(torch.autograd.Function):
-    """Some tokens of all heads, (B, H, S / W, D) -> all tokens of some heads, (B, H / W, S, D); or the inverse."""
+class Exchange(NamedTuple):
+    """Between some tokens of all heads, (B, H, S / W, D), and all tokens of some heads, (B, H / W, S, D)."""
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, parts: Parts, group: dist.ProcessGroup, inverse: bool) -> torch.Tensor:
-        ctx.parts, ctx.group, ctx.inverse = parts, group, inverse
-        if inverse:
-            return torch.cat(all_to_all(parts.divided(x, 2), group).wait(), 1)
-        return parts.in_order(all_to_all(x.chunk(len(parts.lists), 1), group).wait(), 2)
+    parts: Parts
+    group: dist.ProcessGroup
 
-    @staticmethod
-    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return Exchange.apply(dx, ctx.parts, ctx.group, not ctx.inverse), None, None, None
+    def to_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """All tokens of this rank's share of the heads. Where there are fewer heads than ranks, ranks share one."""
+        repeated = x.repeat_interleave(self.sharing(x.shape[1]), 1)
+        return self.parts.in_order(all_to_all(repeated.chunk(self.group.size(), 1), self.group).wait(), 2)
+
+    def to_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """All heads of this rank's tokens."""
+        return torch.cat(all_to_all(self.parts.divided(x, 2), self.group).wait(), 1)
+
+    def sum_to_tokens(self, x: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """Likewise of gradients in float32, summed over the ranks that share one of `heads`, and rounded to `dtype`."""
+        sharing = self.sharing(heads)
+        if sharing == 1:  # nothing is summed, so half the bytes travel
+            return self.to_tokens(x.to(dtype))
+        return self.to_tokens(x).unflatten(1, (heads, sharing)).sum(2).to(dtype)
+
+    def sharing(self, heads: int) -> int:
+        """How many ranks have the same one of `heads`."""
+        return max(self.group.size() // heads, 1)
 
 
-def to_heads(parts: Parts, group: dist.ProcessGroup, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """All tokens of this rank's share of the heads. Where there are fewer heads than ranks, ranks share one."""
-    ranks = len(parts.lists)
-    repeated = (x.repeat_interleave(max(ranks // x.shape[1], 1), 1) for x in tensors)
-    return [Exchange.apply(x, parts, group, False) for x in repeated]
+class Local(NamedTuple):
+    """Attention to the keys that this rank holds."""
 
+    mask: Mask
+    scores: Scores
 
-def to_tokens(parts: Parts, group: dist.ProcessGroup, x: torch.Tensor) -> torch.Tensor:
-    """All heads of this rank's tokens."""
-    return Exchange.apply(x, parts, group, True)
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse, float32."""
+        return blocks.forward(q, k, v, sinks, self.mask, self.scores)
+
+    def backward(
+        self, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> Grads:
+        return blocks.backward(row, q, k, v, sinks, self.mask, self.scores)
