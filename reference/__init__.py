@@ -5,7 +5,6 @@ end; float64 is computed in float64, which makes it the truth that every kernel 
 """
 
 from .attention import attention, attention_varlen
-from .merge import merge_attention
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_into_cache, rope_qkv
@@ -15,7 +14,6 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_varlen",
-    "merge_attention",
     "qk_norm_rope",
     "rms_norm",
     "rope",

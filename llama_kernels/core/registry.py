@@ -119,6 +119,7 @@ def register_gradient(name: str, arguments: Sequence[str], by: Callable[..., Any
 def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """What `op` does where autograd is not left out, as it is by the package's own calls."""
     name, parameters = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
+    defaults = [argument.default_value for argument in op._schema.arguments]
     public = re.sub("(_forward|_backward|_)$", "", name)
 
     def with_gradient(keyset: Any, *args: Any) -> Any:
@@ -132,6 +133,7 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
         refuse_forward_mode(public, *args)
         if not differentiated:
             return op.redispatch(keyset & _after_autograd, *args)
+        args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what has its default value
         differentiable, by = _gradients.get(name, (frozenset[str](), None))
         for parameter, x in zip(parameters, args, strict=True):
             if isinstance(x, torch.Tensor) and x.requires_grad and parameter not in differentiable:
@@ -150,7 +152,7 @@ def _refuse_device_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     public = re.sub("(_forward|_backward|_)$", "", name)
 
     def refuse(*args: Any) -> Any:
-        for parameter, x in zip(parameters, args, strict=True):
+        for parameter, x in zip(parameters, args, strict=False):  # without arguments that have their default values
             if not isinstance(x, torch.Tensor):
                 continue
             if x.layout != torch.strided:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from llama_kernels import reference
 from llama_kernels.distributed import blocks
 from llama_kernels.distributed.blocks import Grads, Mask, Row, Scores, Visible
 from llama_kernels.distributed.layout import Parts
 from llama_kernels.distributed.transport import Transfer, hop
+from llama_kernels.ops.attention.merge import merged
 
 
 class Ring(NamedTuple):
@@ -41,7 +41,7 @@ class Ring(NamedTuple):
             keys, values = coming.wait()
             coming = hop((keys, values), self.group) if step + 1 < self.ranks else None
             block = blocks.forward(q, keys, values, None, self._mask(step), self.scores)
-            out, lse = reference.merge_attention((out, block[0]), (lse, block[1]))
+            out, lse = merged((out, block[0]), (lse, block[1]))
         return out, lse
 
     def backward(

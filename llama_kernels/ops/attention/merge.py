@@ -1,4 +1,4 @@
-"""Attention over disjoint sets of keys, merged into attention over all of them: the checked public function."""
+"""Attention over disjoint sets of keys, merged into attention over all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from llama_kernels import reference
 from llama_kernels.core.checks import check_tensors, message, shape_of
 
 __all__ = ["merge_attention"]
@@ -44,4 +43,22 @@ def merge_attention(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) 
         if lse.shape != rows or lse.device != out.device:
             got = f"{shape_of(lse)} on {lse.device}"
             raise ValueError(message(op, f"lses[{i}]", got, f"{tuple(rows)} on {out.device}"))
-    return reference.merge_attention(outs, lses)
+    return merged(outs, lses)
+
+
+def merged(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge_attention` of arguments that fit. It takes float64 too."""
+    wide = torch.promote_types(outs[0].dtype, torch.float32)
+    parts = torch.stack([lse.to(wide) for lse in lses])
+    largest = parts.detach().amax(0)
+    largest = largest.masked_fill(largest == -torch.inf, 0)  # exp(-inf - 0) is 0, exp(-inf + inf) is NaN
+    shares = torch.exp(parts - largest)
+    mass = shares.sum(0)
+    empty = mass == 0
+    mass = mass.masked_fill(empty, 1)
+    lse = (largest + mass.log()).masked_fill(empty, -torch.inf)
+    weights = (shares / mass).unsqueeze(-1)
+    if outs[0].ndim == 3:
+        weights = weights.transpose(1, 2)  # (T, H, 1)
+    out = torch.stack([weight * out.to(wide) for weight, out in zip(weights, outs, strict=True)]).sum(0)
+    return out.to(outs[0].dtype), lse
