@@ -218,7 +218,7 @@ def rows(capsys: Any, status: int, *ops: str) -> list[dict[str, Any]]:
 
 
 def test_the_check_has_every_op_with_its_gradients():
-    ops = {case.op: case for case in cases.cases()}
+    ops = {case.op: case for case in cases.CASES}
     assert ops.keys() == set(lk.reference.__all__)
     assert all(case.differentiable for case in ops.values() if case.op != "rope_into_cache")
 
@@ -349,10 +349,10 @@ def test_the_check_leaves_settings_as_they_were():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--check", "softmax"], "unknown op softmax; there are add_rms_norm"),
-        (["--check", "--device", "mps"], "kernels run on CUDA and HIP GPUs"),
+        (["--check", "softmax"], "unknown op softmax; the ops are add_rms_norm"),
+        (["--check", "--device", "mps"], "wanted cuda (a CUDA or HIP GPU) or cpu"),
         (["--check", "--device", "nonsense"], "--device nonsense: "),
-        (["--device", "cpu"], "--device says where to --check"),
+        (["--device", "cpu"], "--device needs --check"),
         (["--check", "--device", "cuda"], "torch sees no GPU"),
     ],
 )
