@@ -44,7 +44,7 @@ def tensor_parallel_results():
 
 
 @pytest.mark.parametrize("family", TENSOR_PARALLEL)
-def test_tensor_parallelism(tensor_parallel_results, family):
+def test_a_tensor_parallel_model_gives_the_results_of_stock(tensor_parallel_results, family):
     found = tensor_parallel_results[family]
     if "stock" not in found and transformers.__version__ != families_table.committed()[0]:
         pytest.skip(f"stock fails with Transformers {transformers.__version__}: {found['error'].splitlines()[-1]}")
@@ -55,7 +55,7 @@ def test_tensor_parallelism(tensor_parallel_results, family):
 
 @orders
 @families
-def test_sequence_parallel_norms(process_group, family, order):
+def test_norms_in_sequence_parallel_give_the_results_of_stock(process_group, family, order):
     """In SequenceParallel, weight and input of a norm are DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
@@ -85,7 +85,7 @@ def sharded(model: nn.Module, norms_apart: bool) -> nn.Module:
 @orders
 @pytest.mark.parametrize("norms_apart", [True, False])
 @families
-def test_fsdp2(process_group, family, norms_apart, order):
+def test_fsdp2_gives_the_results_of_stock(process_group, family, norms_apart, order):
     model = changed(functools.partial(sharded, norms_apart=norms_apart), stock(family), order)
     assert replaced(model) >= {"attention", "rms_norm", "rope"}
     compare_with_stock(family, model)
@@ -129,7 +129,7 @@ class Zero3:
 
 @orders
 @families
-def test_zero_3(family, order):
+def test_zero_3_gives_the_results_of_stock(family, order):
     def partitioned(model: nn.Module) -> nn.Module:
         Zero3(model)
         return model
@@ -199,7 +199,7 @@ def test_two_pipeline_stages_compute_what_the_model_does(family):
 
 @orders
 @families
-def test_data_parallelism(process_group, family, order):
+def test_ddp_gives_the_results_of_stock(process_group, family, order):
     from torch.nn.parallel import DistributedDataParallel
 
     compare_with_stock(family, changed(DistributedDataParallel, stock(family), order))
@@ -208,7 +208,7 @@ def test_data_parallelism(process_group, family, order):
 @orders
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @families
-def test_gradient_checkpointing(family, use_reentrant, order):
+def test_checkpointing_recomputes_the_forward_and_gives_the_results_of_stock(family, use_reentrant, order):
     def checkpointed(model: nn.Module) -> nn.Module:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         return model

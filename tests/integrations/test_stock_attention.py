@@ -30,7 +30,7 @@ pytestmark = not_interpreted
 
 
 @pytest.fixture
-def warnings(caplog):
+def stock_warnings(caplog):
     """Returns the warnings of our attention so far. A process warns once for each reason."""
     attention._warn_of_stock.cache_clear()
     caplog.set_level(logging.WARNING)

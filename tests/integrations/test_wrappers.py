@@ -48,7 +48,7 @@ def accelerate():
 @orders
 @pytest.mark.parametrize("change", [offloaded_to_cpu, offloaded_to_disk, dispatched])
 @families
-def test_offloading_by_accelerate(family, change, order, tmp_path):
+def test_offloading_by_accelerate_gives_the_results_of_stock(family, change, order, tmp_path):
     model = changed(functools.partial(change, folder=tmp_path), stock(family), order)
     assert "attention" in replaced(model)
     assert ("rms_norm" in replaced(model)) == (order == "patch first")
