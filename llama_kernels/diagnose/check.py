@@ -57,9 +57,8 @@ def what_is_checked(device: torch.device) -> str:
     if device.type == "cuda":
         return "the kernels, compiled for this GPU."
     return (
-        "the reference, which is what CPU tensors run, against itself in float64.\n"
-        "This shows that it works here and rounds as it should, and nothing about the kernels: for those set "
-        "TRITON_INTERPRET=1."
+        "the plain PyTorch code that CPU tensors run.\n"
+        "This shows nothing about the kernels. To check them in Triton's interpreter, set TRITON_INTERPRET=1."
     )
 
 

@@ -185,7 +185,7 @@ def test_an_example_runs_by_its_path(monkeypatch, capsys, tmp_path, name):
 
 @pytest.fixture
 def no_gpu_may_be_used(monkeypatch):
-    """torch says that there is a GPU. Without one, its use raises; with one, the fixture checks that no memory is used."""
+    """torch says that there is a GPU. Without one, its use raises. With one, no memory may be allocated on it."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         yield
