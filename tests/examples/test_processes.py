@@ -56,8 +56,8 @@ def test_two_processes_give_the_losses_of_one(run, tmp_path, jsonl):
     alone = numbers["runs"]["patched"]
     with mock.patch.object(common, "load_model", one_rounding_larger):
         nudged = run("pretrain", *options)[1]["runs"]["patched"]
-    # Two processes add in another order, which changes roundings, and training amplifies them as it amplifies a rounding
-    # of the weights. As in the demo, losses may differ by ten times as much as they do after a rounding of all weights.
+    # Two processes add in another order, which changes roundings. Training amplifies them as it amplifies a rounding of
+    # the weights. As in the demo, losses may differ by ten times as much as they do after a rounding of all weights.
     bound = 10 * max(abs(a - b) for a, b in zip(nudged["losses"], alone["losses"], strict=True))
 
     def assert_close(found, expected):

@@ -24,10 +24,10 @@ Run = Callable[[Any], Results]
 
 
 def padding_mask(ids: torch.Tensor, side: str) -> torch.Tensor:
-    """An attention_mask that hides the first or last six tokens of the first sequence, three in a hole, or none."""
+    """An attention_mask that hides the first or the last six tokens of the first sequence, or none."""
     mask = torch.ones_like(ids)
     if side != "none":
-        mask[0, {"left": slice(0, 6), "right": slice(-6, None), "hole": slice(4, 7)}[side]] = 0
+        mask[0, {"left": slice(0, 6), "right": slice(-6, None)}[side]] = 0
     return mask
 
 
