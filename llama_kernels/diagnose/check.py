@@ -180,8 +180,8 @@ def line(row: Row) -> str:
     """A row of the table."""
     numbers = [f"{x:.2g}" if x is not None else "" for x in (row.error, row.eager)]
     seconds = f"{row.first_call:.2f} s" if row.first_call is not None else ""
-    said = f"passed ({row.nearest})" if row.passed else f"FAILED: {'; '.join(row.faults)}"
-    return _COLUMNS.format(row.call, row.dtype, *numbers, seconds, said)
+    outcome = f"passed ({row.nearest})" if row.passed else f"FAILED: {'; '.join(row.faults)}"
+    return _COLUMNS.format(row.call, row.dtype, *numbers, seconds, outcome)
 
 
 def closing(rows: list[Row]) -> str:

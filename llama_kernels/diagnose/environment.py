@@ -55,10 +55,10 @@ def attempted(section: Callable[[], Any]) -> Any:
             result = section()
         except Exception as error:
             result = {"error": described(error)}
-    said = sorted({str(each.message).strip().splitlines()[0] for each in given if str(each.message).strip()})
-    if not said:
+    warned = sorted({str(each.message).strip().splitlines()[0] for each in given if str(each.message).strip()})
+    if not warned:
         return result
-    return {**(result if isinstance(result, dict) else {"value": result}), "warnings": said}
+    return {**(result if isinstance(result, dict) else {"value": result}), "warnings": warned}
 
 
 def described(error: BaseException) -> str:

@@ -88,12 +88,12 @@ def fault_of(target: Target, folder: Path, python: Path) -> str | None:
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "PYTHONPATH")}
     start = time.monotonic()
     done = subprocess.run(command, cwd=folder, env={**env, **OFFLINE}, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    missing, status = [text for text in target.prints if text not in said], done.returncode
+    output = done.stdout + done.stderr
+    missing, status = [text for text in target.prints if text not in output], done.returncode
     print(f"{time.monotonic() - start:4.0f} s  make {' '.join(target.arguments)}", flush=True)
     if status == target.status and not missing:
         return None
-    return f"exit status {status}, not {target.status}; not printed: {missing}; it printed:\n{said[-3000:]}"
+    return f"exit status {status}, not {target.status}; not printed: {missing}; it printed:\n{output[-3000:]}"
 
 
 def main() -> int:

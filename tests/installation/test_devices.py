@@ -94,9 +94,9 @@ def test_a_gpu_without_triton_support_is_refused(pretend_gpus, name, capability)
     pretend_gpus(properties(name, capability, 65536))
     with pytest.raises(ValueError) as error:
         arch_of(CUDA)
-    said = str(error.value)
+    text = str(error.value)
     for part in ("cuda:0", name, "compute capability " + "{}.{}".format(*capability), "8.0", "llama_kernels.reference"):
-        assert part in said
+        assert part in text
     for query in (lanes_of, shared_bytes_of):
         with pytest.raises(ValueError, match=name):
             query(CUDA)
@@ -153,9 +153,9 @@ def test_the_error_for_another_device_names_it(op, device):
     args = sample(op)
     with FakeTensorMode(), pytest.raises(ValueError) as error:
         getattr(lk, op)(**on(device, args))
-    said = str(error.value)
-    assert said.startswith(f"llama_kernels.{op}: {next(iter(args))} is on {device}")
-    assert "wanted a CUDA, HIP or CPU tensor" in said and f"llama_kernels.reference.{op} is" in said
+    text = str(error.value)
+    assert text.startswith(f"llama_kernels.{op}: {next(iter(args))} is on {device}")
+    assert "wanted a CUDA, HIP or CPU tensor" in text and f"llama_kernels.reference.{op} is" in text
 
 
 @pytest.mark.parametrize("op", lk.reference.__all__)

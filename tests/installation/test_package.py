@@ -118,7 +118,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
     assert any(name.endswith("licenses/LICENSE") for name in distributions.wheel)
 
 
-def test_the_wheel_requires_torch_and_triton_alone(distributions):
+def test_the_wheel_requires_torch_and_triton_only(distributions):
     always = {re.match(r"[\w-]+", line)[0] for line in distributions.requirements if "extra ==" not in line}
     assert always == {"torch", "triton"}
 

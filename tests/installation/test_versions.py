@@ -53,16 +53,16 @@ def test_an_older_triton_is_an_error_that_says_what_to_install(other_triton):
 
 
 @pytest.mark.parametrize(
-    "fault, said",
+    "fault, message",
     [
         ("raise ImportError('libc.so.6: version GLIBC_2.99 not found')", "libc.so.6: version GLIBC_2.99 not found"),
         ("import no_such_module", "No module named 'no_such_module'"),
         ("from triton import no_such_name", "cannot import name 'no_such_name' from"),
     ],
 )
-def test_an_installed_triton_that_cannot_be_imported_is_an_error(other_triton, fault, said):
+def test_an_installed_triton_that_cannot_be_imported_is_an_error(other_triton, fault, message):
     other_triton(fault)
-    expected = f"ImportError: llama_kernels: Triton is installed, but cannot be imported: {said}"
+    expected = f"ImportError: llama_kernels: Triton is installed, but cannot be imported: {message}"
     assert error_of(IMPORT).startswith(expected)
 
 
@@ -78,8 +78,8 @@ def test_an_interpreter_that_does_not_work_with_this_numpy_is_an_error():
     pytest.importorskip("triton")
     pytest.importorskip("numpy")
     versions = "import numpy, triton; numpy.__version__, triton.__version__ = '2.5.2', '3.6.0'"
-    said = error_of(f"{versions}; triton.knobs.runtime.interpret = True; {IMPORT}", TRITON_INTERPRET="0")
-    assert said == (
+    message = error_of(f"{versions}; triton.knobs.runtime.interpret = True; {IMPORT}", TRITON_INTERPRET="0")
+    assert message == (
         "ImportError: llama_kernels: TRITON_INTERPRET is set, and the interpreter of Triton 3.6.0 does not work with "
         "numpy 2.5.2; wanted numpy below 2.4, or Triton 3.7 or newer. Install it: pip install 'numpy<2.4'"
     )
@@ -139,9 +139,9 @@ def test_make_knows_what_each_package_is_used_for():
 
 def test_a_target_that_lacks_a_package_stops_and_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "rich" else object())
-    for target, status, said in (
+    for target, status, message in (
         ("demo", 1, "make demo needs rich, which python3 does not have. To install: python3 -m pip install rich\n"),
         ("lint", 0, ""),
     ):
         monkeypatch.setattr("sys.argv", ["packages.py", target, "--python", "python3"])
-        assert packages.main() == status and capsys.readouterr().out == said
+        assert packages.main() == status and capsys.readouterr().out == message

@@ -103,7 +103,7 @@ _READS_VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is
 
 
 class WithoutWaiting(TorchDispatchMode):
-    """Raises for operators whose result the host waits for, except for those that an operator of ours calls inside."""
+    """Raises for operators whose result the host waits for. What our operators call inside is not checked."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")

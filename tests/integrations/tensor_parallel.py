@@ -91,14 +91,14 @@ def check_results(family: str, results: Results, check: str = "left") -> None:
 
 if __name__ == "__main__":
     for family, found in results(sys.argv[1:] or list(EVERY_FAMILY), 600).items():
-        said = []
+        words = []
         for name in ("stock", "patched"):
             try:
                 if name in found:
                     check_results(family, found[name])
-                    said.append(f"{name} right")
+                    words.append(f"{name} right")
             except AssertionError as error:
-                said.append(f"{name} wrong: {error}")
+                words.append(f"{name} wrong: {error}")
         if "error" in found:
-            said.append(found["error"].splitlines()[-1])
-        print(family, *said, sep=" | ")
+            words.append(found["error"].splitlines()[-1])
+        print(family, *words, sep=" | ")

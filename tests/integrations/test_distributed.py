@@ -24,7 +24,7 @@ pytestmark = on_cpu
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    """This process alone, as rank 0 of 1."""
+    """A process group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -70,12 +70,14 @@ def test_a_document_of_one_token_is_separate_only_without_a_cache(use_cache):
     cuts = (3, 3) if use_cache else (3, 1, 2)
     model = small()
 
-    def alone(model: Any) -> Results:
+    def separately(model: Any) -> Results:
         pieces = zip(ids.split(cuts, 1), positions.split(cuts, 1), strict=True)
         return {"logits": torch.cat([model(x, position_ids=at, use_cache=True).logits for x, at in pieces], 1)}
 
     with torch.no_grad():
-        compare_with_stock(patched(model), model, alone, logits_of(ids, position_ids=positions, use_cache=use_cache))
+        compare_with_stock(
+            patched(model), model, separately, logits_of(ids, position_ids=positions, use_cache=use_cache)
+        )
 
 
 @changes
@@ -118,7 +120,7 @@ def test_rows_of_a_batch_have_different_documents():
     positions = torch.tensor([[*range(5), *range(7)], [*range(10), *range(2)]], device=DEVICE)
     model = small()
 
-    def alone(model: Any) -> Results:
+    def separately(model: Any) -> Results:
         pieces = ((0, 0, 5), (0, 5, 12), (1, 0, 10), (1, 10, 12))
         return {"logits": torch.cat([model(ids[row : row + 1, a:b]).logits[0] for row, a, b in pieces])}
 
@@ -128,7 +130,7 @@ def test_rows_of_a_batch_have_different_documents():
             return {"logits": model(ids, position_ids=positions, use_cache=use_cache).logits.flatten(0, 1)}
 
         with torch.no_grad():
-            compare_with_stock(patched(model), model, alone, together)
+            compare_with_stock(patched(model), model, separately, together)
 
 
 # Positions of one document that do not increase by one, as in PoSE, parallel branches and ablations of positions.

@@ -139,7 +139,7 @@ def test_a_report_of_a_stock_model_lists_what_patch_would_replace():
     assert {row.why for row in rows} == {"patch has not replaced it"}
 
 
-def test_a_report_of_a_model_with_our_attention_by_name_has_attention_alone():
+def test_a_report_of_a_model_with_our_attention_by_name_has_attention_only():
     model = small()
     model.set_attn_implementation("llama_kernels")
     assert {row.kind for row in report(model).rows if row.ours} == {"attention"}

@@ -131,10 +131,10 @@ def doge() -> Any:
 def test_our_attention_by_name_raises_in_a_module_that_computes_with_its_mask(side):
     model = doge()
     model.set_attn_implementation("llama_kernels")
-    error, said = ValueError, r"attention_forward: module is a DogeAttention.*passes its attention_mask on"
+    error, match = ValueError, r"attention_forward: module is a DogeAttention.*passes its attention_mask on"
     if side == "left" or VERSION < (5, 23):  # its own code computes with the mask first, and raises
-        error, said = (ValueError, RuntimeError), ""
-    with pytest.raises(error, match=said):
+        error, match = (ValueError, RuntimeError), ""
+    with pytest.raises(error, match=match):
         model(tokens(), attention_mask=None if side == "none" else padding_mask(tokens(), side))
 
 

@@ -1,7 +1,7 @@
 """The ops in Hugging Face models: `patch` a model, `unpatch` it, `report` what runs in it.
 
 Importing this package registers attn_implementation="llama_kernels" for `from_pretrained` and
-`set_attn_implementation`, which replaces attention alone. `patch(model)` also replaces RMSNorm and RoPE.
+`set_attn_implementation`, which replaces attention only. `patch(model)` also replaces RMSNorm and RoPE.
 docs/transformers.md lists the tested models.
 
 The model's classes keep their own forwards. These files replace operations inside the forwards:

@@ -127,8 +127,8 @@ def _of_ranges(
     if ranges.valid is not None:
         valid = ranges.valid.bool()
         if fits_decode(query, key) and not needs_grad(query, key, value, options["sinks"]):
-            how: dict[str, Any] = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), **options}
-            return decode_attention(query, key, value, valid, **how)
+            call: dict[str, Any] = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), **options}
+            return decode_attention(query, key, value, valid, **call)
         ranges = without_hidden_keys(ranges.start.long(), ranges.end.long(), valid, None)
     if ranges.order is not None:
         key, value = _Rearranged.call("attention", key, value, ranges.order, ranges.inverse)

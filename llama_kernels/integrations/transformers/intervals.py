@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 def window_of(mask_function: MaskFunction) -> Window | None:
-    """The window of a mask that depends on relative positions alone, otherwise None. Reads no device memory."""
+    """The window of a mask that depends on relative positions only, otherwise None. Reads no device memory."""
     if mask_function is FULL_MASK:
         return Window(-1, -1)
     if mask_function is causal_mask_function:
