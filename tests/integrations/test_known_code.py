@@ -296,29 +296,3 @@ def test_the_families_of_a_fused_forward_have_its_text(digest):
     served = fused_texts().get(digest, set())
     named = {name for name in re.findall(r"\w+", what.rpartition(", ")[0]) if (MODELS / name).is_dir()}
     assert served and named <= served
-
-
-# --- masks of blocks -------------------------------------------------------------------------------------------------
-
-CONTIGUOUS = "a new number for each run of image tokens"
-PREFIX = "one block, of the image or of the tokens before the answer"
-# Models with masks of blocks, and why each block is one run of tokens, as masks.py assumes.
-REVIEWED = {
-    "gemma3": CONTIGUOUS, "gemma4": CONTIGUOUS, "gemma4_unified": CONTIGUOUS, "diffusion_gemma": CONTIGUOUS,
-    "paligemma": PREFIX, "git": PREFIX, "hrm_text": PREFIX, "deepseek_ocr2": PREFIX,
-    "pi0": "two blocks: the prompt with the state, and the actions",
-    "unlimited_ocr": "it adds a function of its own, so its masks are ordinary ones",
-    "molmo2": "all images of a sequence are one block: an ordinary mask, by _SCATTERED_BLOCKS",
-}  # fmt: skip
-
-
-def test_every_model_with_masks_of_blocks_was_reviewed():
-    users = {
-        path.parent.name
-        for path in MODELS.glob("*/modeling_*.py")
-        if re.search(r"block_sequence_ids|blockwise_overlay", path.read_text())
-    }
-    assert users <= REVIEWED.keys(), (
-        "new models with masks of blocks. Does each block number mark one run of tokens? If so, add the model to "
-        "REVIEWED; if not, to _SCATTERED_BLOCKS of masks.py too: a sequence with a block in two pieces gives NaN"
-    )

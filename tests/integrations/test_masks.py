@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="4.57")
 
+import transformers
 from transformers import masking_utils
 
 from llama_kernels.integrations.transformers import masks
@@ -199,3 +203,30 @@ def test_masks_compile_into_one_graph(monkeypatch):
         expected = one.stock()
         assert is_ranges(ours) == ("block_sequence_ids" not in one.given)
         assert torch.equal(visible(ours, expected), expected)
+
+
+# --- blocks in Transformers ------------------------------------------------------------------------------------------
+
+CONTIGUOUS = "a new number for each run of image tokens"
+PREFIX = "one block, of the image or of the tokens before the answer"
+# Models with masks of blocks, and why each block is one run of tokens, as masks.py assumes for all but molmo2.
+REVIEWED = {
+    "gemma3": CONTIGUOUS, "gemma4": CONTIGUOUS, "gemma4_unified": CONTIGUOUS, "diffusion_gemma": CONTIGUOUS,
+    "paligemma": PREFIX, "git": PREFIX, "hrm_text": PREFIX, "deepseek_ocr2": PREFIX,
+    "pi0": "two blocks: the prompt with the state, and the actions",
+    "unlimited_ocr": "it adds a function of its own, so its masks are ordinary ones",
+    "molmo2": "all images of a sequence are one block: an ordinary mask, by _SCATTERED_BLOCKS",
+}  # fmt: skip
+
+
+def test_every_model_with_masks_of_blocks_was_reviewed():
+    models = Path(transformers.__file__).parent / "models"
+    users = {
+        path.parent.name
+        for path in models.glob("*/modeling_*.py")
+        if re.search(r"block_sequence_ids|blockwise_overlay", path.read_text())
+    }
+    assert users <= REVIEWED.keys(), (
+        f"new models with masks of blocks: {sorted(users - REVIEWED.keys())}. If each block is one run of tokens, add "
+        "the model to REVIEWED. If not, also add it to _SCATTERED_BLOCKS of masks.py: a block in two pieces gives NaN"
+    )
