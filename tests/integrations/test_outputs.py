@@ -56,7 +56,6 @@ def test_a_task_head_gives_the_scores_and_gradients_of_stock(head):
 
     def run(model: nn.Module) -> Results:
         out = model(ids, attention_mask=mask, **labels)
-        model.zero_grad()
         out.loss.backward()
         scores = (out.start_logits, out.end_logits) if head == "QuestionAnswering" else (out.logits,)
         # Padding counts too: the loss of question answering is over all tokens.
