@@ -29,12 +29,14 @@ class Gathered(NamedTuple):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse, float32."""
-        return blocks.forward(q, *self._gather(k, v), sinks, self._mask, self.scores)
+        keys, values = self._gather(k, v)
+        return blocks.forward(q, keys, values, sinks, self._mask, self.scores)
 
     def backward(
         self, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
     ) -> Grads:
-        grads = blocks.backward(row, q, *self._gather(k, v), sinks, self._mask, self.scores)
+        keys, values = self._gather(k, v)
+        grads = blocks.backward(row, q, keys, values, sinks, self._mask, self.scores)
         dk, dv = (sum_of_parts(self.parts.divided(grad, 2), self.group) for grad in (grads.k, grads.v))
         return grads._replace(k=dk, v=dv)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llama_kernels.core.checks import check_tensors, message, shape_of
+from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of
 
 __all__ = ["merge_attention"]
 
@@ -32,7 +32,7 @@ def merge_attention(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) 
     if not outs or len(outs) != len(lses):
         raise ValueError(message(op, "lses", f"{len(lses)} tensors", f"one for each of outs, {len(outs)}, at least 1"))
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        check_tensors(op, **{"outs[0]": outs[0], f"outs[{i}]": out})
+        check_tensors(op, KERNEL_DTYPES, **{"outs[0]": outs[0], f"outs[{i}]": out})
         check_tensors(op, (torch.float32,), **{f"lses[{i}]": lse})
         if out.shape != outs[0].shape or out.ndim not in (3, 4):
             wanted = f"the shape of outs[0], {tuple(outs[0].shape)}: (B, H, S, D), or packed (T, H, D)"
