@@ -1,4 +1,4 @@
-"""`python -m bench`: kernels side by side. See docs/bench.md."""
+"""`python -m bench`: measures kernels side by side. See docs/bench.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be known without a GPU: bounds on times, parity, machine code and the host's cost."""
+"""What is known without a GPU: bounds on times, parity, machine code and the host time of a call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bench.training.scale import scales
 from bench.works.work import Work
 from llama_kernels.core.language import why_not_interpreted
 
-TARGET = "sm_90"  # whose machine code is read; `make codegen` reads that of all
+TARGET = "sm_90"  # the family whose machine code is read; `make codegen` reads all families
 
 
 def estimates(works: Sequence[Work], about: dict[str, Any], training: bool) -> list[Record]:
@@ -55,14 +55,17 @@ def run(say: Callable[[str], None], workers: int) -> tuple[list[Record], dict[st
 
 
 def _start(module: str, *args: Any, **env: str) -> subprocess.Popen[str]:
-    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # where there is one, with --device cpu
+    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # for --device cpu on a machine with a GPU
     env = {**os.environ, **no_gpu, "TRITON_INTERPRET": "0", **env}
     command = [sys.executable, "-m", module, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def _wait(process: subprocess.Popen[str], written: Path) -> None:
-    """Until `process` has ended. It may have found faults, which are in the file that it has `written`."""
+    """Wait for `process`. Its exit status is ignored: faults that it found are in the file `written`.
+
+    Raises RuntimeError if it has not written that file.
+    """
     _, said = process.communicate()
     if not written.exists():
         raise RuntimeError(f"{' '.join(process.args[1:3])} failed:\n{said[-2000:]}")

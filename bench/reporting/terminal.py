@@ -1,4 +1,4 @@
-"""What the commands show: the console, a progress bar, a table for each piece of work."""
+"""The output of the commands: the console, a progress bar, and a table for each piece of work."""
 
 from __future__ import annotations
 
