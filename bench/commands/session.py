@@ -13,9 +13,9 @@ from typing import Any
 
 from bench.measuring import machine, processes, records, runner
 from bench.measuring.capture import Lost
-from bench.measuring.journal import Journal
+from bench.measuring.journal import Journal, Step
 from bench.measuring.records import Record, Run
-from bench.providers.provider import Provider
+from bench.providers.provider import NOT_INSTALLED, Provider
 from bench.providers.registry import PROVIDERS
 from bench.reporting.terminal import console, progress, table
 from bench.training import runner as training_runner
@@ -38,6 +38,7 @@ def in_new_processes(args: argparse.Namespace) -> int:
         again = ["--resume"] if resume else []
         return [sys.executable, "-m", "bench.commands.child", *args.argv, "--minutes", str(minutes), *again]
 
+    console.print("starting the process that measures")
     options = {"resume": args.resume, "minutes": args.minutes, "patience": args.patience, "say": console.print}
     try:
         return processes.supervise(command, args.out, **options)
@@ -67,6 +68,7 @@ def measure(
         with console.status("measuring the ceilings of this machine"):
             run.ceilings.update(clock.ceilings())
     _say_where(run)
+    _say_what_is_missing(providers, {work.op for work in works}, device)
     if before:
         console.print(f"continuing from {file}: {len(training) + len(works)} pieces of work are left", soft_wrap=True)
     records.write(run, file)
@@ -81,6 +83,7 @@ def measure(
     try:
         with progress() as bar:
             task = bar.add_task("measuring", total=len(training) + len(works))
+            journal.watch = lambda step: bar.update(task, description=_in_short(step))
             for made in jobs:
                 run.records.extend(made)
                 records.write(run, file)
@@ -94,6 +97,11 @@ def measure(
         records.write(run, file)
         console.print(f"stopped: {stopped}. {file} has what was measured; --resume continues.", soft_wrap=True)
     return run
+
+
+def _in_short(step: Step) -> str:
+    """The step under way, beside the progress bar."""
+    return f"{step.work.split(' (')[0]}: {step.provider or 'bench'}, {step.doing}"
 
 
 def status_of(run: Run) -> int | None:
@@ -148,6 +156,12 @@ def _say_where(run: Run) -> None:
         copy, product = run.ceilings["copy"], run.ceilings["bfloat16"]
         said += f"; copy {copy:,.0f} GB/s, bf16 product {product:,.0f} TFLOP/s"
     console.print(said)
+
+
+def _say_what_is_missing(providers: list[Provider], ops: set[str], device: str) -> None:
+    reasons = {p.name: p.why_not(op, device) or "" for p in providers for op in ops if p.has(op)}
+    if missing := [name for name, reason in reasons.items() if reason.startswith(NOT_INSTALLED)]:
+        console.print(f"not installed: {', '.join(missing)} (`python -m bench providers` says how)", soft_wrap=True)
 
 
 def _allow_many_calls() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.estimate import bounds
 from bench.estimate import training as training_bounds
@@ -35,23 +36,63 @@ def estimates(works: Sequence[Work], about: dict[str, Any], training: bool) -> l
     return out
 
 
-def run(say: Callable[[str], None], workers: int) -> tuple[list[Record], dict[str, Any]]:
-    """Parity records, and the extras `host` and `codegen`. Each in a process of its own: how Triton works is decided
-    at import."""
+class Part(NamedTuple):
+    """A part of the results: records, or additions to `Run.extra`."""
+
+    records: list[Record]
+    extra: dict[str, Any]
+
+
+PARTS = 4
+
+
+def run(
+    works: Sequence[Work], about: dict[str, Any], training: bool, workers: int, say: Callable[[str], None]
+) -> Iterator[Part]:
+    """Yield the PARTS: bounds, host times, parity and machine code, each as soon as it is known. `say` gets what runs.
+
+    All but the bounds run in new processes, because Triton decides at its import whether it interprets.
+    """
+    say("bounds")
+    yield Part(estimates(works, about, training), {})
+    started: list[subprocess.Popen[str]] = []
+
+    def start(module: str, *arguments: object, **env: str) -> subprocess.Popen[str]:
+        started.append(_start(module, *arguments, **env))
+        return started[-1]
+
     with tempfile.TemporaryDirectory() as name:
         host, parity, codegen = (Path(name, f"{what}.json") for what in ("host", "parity", "codegen"))
-        say("host cost of a call")
-        _wait(_start("bench.host", "--json", host), host)
-        say(f"parity in Triton's interpreter; machine code for {TARGET}")
-        compiling = _start("bench.codegen", "--targets", TARGET, "--workers", str(workers), "--json", codegen)
-        arguments = ("parity", "--dtypes", "bf16", "fp32", "--json", parity, "--out", Path(name, "parity"))
-        if why_not := why_not_interpreted():
-            print(f"Parity is left out: {why_not}")
-        else:
-            _wait(_start("bench", *arguments, TRITON_INTERPRET="1"), parity)
-        _wait(compiling, codegen)
-        found = [] if why_not else records.read(parity).records
-        return found, {"host": json.loads(host.read_text()), "codegen": json.loads(codegen.read_text())}
+        try:
+            say("host time of a call")
+            _wait(start("bench.host", "--json", host), host)
+            yield Part([], {"host": json.loads(host.read_text())})
+            say(f"parity in Triton's interpreter, machine code for {TARGET}")
+            compiling = start("bench.codegen", "--targets", TARGET, "--workers", workers, "--json", codegen)
+            if why_not := why_not_interpreted():
+                print(f"Parity is left out: {why_not}")
+                yield Part([], {})
+            else:
+                options = ("--dtypes", "bf16", "fp32", "--json", parity, "--out", Path(name, "parity"))
+                _wait(start("bench", "parity", *options, TRITON_INTERPRET="1"), parity)
+                yield Part(records.read(parity).records, {})
+            say(f"machine code for {TARGET}")
+            _wait(compiling, codegen)
+            yield Part([], {"codegen": json.loads(codegen.read_text())})
+        finally:
+            for process in started:
+                _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process that may still run: as Ctrl-C does, so that it also ends its workers, or by force."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _start(module: str, *args: Any, **env: str) -> subprocess.Popen[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Journal:
 
     def __init__(self, folder: Path | None = None, fresh: bool = False) -> None:
         self.file = None if folder is None else folder / "journal.json"
+        self.watch: Callable[[Step], None] = lambda step: None  # called at the beginning of each step
         self.step: Step | None = None
         self.incidents: list[Incident] = []
         if self.file is not None and self.file.exists() and not fresh:
@@ -46,6 +48,7 @@ class Journal:
 
     def begin(self, work: str, provider: str, doing: str) -> None:
         self.step = Step(work, provider, doing)
+        self.watch(self.step)
         self._write()
 
     def end(self) -> None:

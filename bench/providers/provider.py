@@ -14,6 +14,7 @@ import torch
 from bench.works.work import Function, Work
 
 OURS = "llama_kernels"
+NOT_INSTALLED = "not installed"  # the reason begins so if a package is missing
 
 
 class Unsupported(Exception):
@@ -47,7 +48,7 @@ class Provider:
         if not self.has(op):
             return f"has no {op}"
         if self.module is not None and not _importable(self.module):
-            return f"not installed (pip install {self.package})"
+            return f"{NOT_INSTALLED} (pip install {self.package})"
         return "needs a GPU" if device == "cpu" and not self.cpu else None
 
 

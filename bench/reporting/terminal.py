@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.measuring.records import Record
-from bench.providers.provider import OURS
+from bench.providers.provider import NOT_INSTALLED, OURS
 from bench.reporting.report import COLUMNS
 
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -22,7 +22,10 @@ def progress() -> Progress:
 
 
 def table(rs: list[Record]) -> Table:
-    """One piece of work: a row for each provider and direction. Those with one reason for all share a row."""
+    """One piece of work: a row for each provider and direction, and one row for a provider without any time.
+
+    Providers that are not installed have no row.
+    """
     first = rs[0]
     sizes = ", ".join(f"{name} {n}" for name, n in first.sizes.items() if type(n) is int and n >= 0)
     estimate = f" [yellow]ESTIMATE for {first.gpu}[/]" if first.estimate else ""
@@ -34,6 +37,8 @@ def table(rs: list[Record]) -> Table:
     shown.add_column("")
     told = set()
     for r in rs:
+        if (r.reason or "").startswith(NOT_INSTALLED):
+            continue
         if r.ms is None:
             if r.provider in told:
                 continue

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from bench.providers.provider import Unsupported
+from bench.providers.provider import NOT_INSTALLED, Unsupported
 from bench.training.scale import Scale
 from bench.training.variations import Variation
 from bench.works.errors import UNIT, relative_errors
@@ -19,7 +19,7 @@ def llama(scale: Scale, device: str, dtype: torch.dtype) -> nn.Module:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
-        raise Unsupported("not installed (pip install transformers)") from None
+        raise Unsupported(f"{NOT_INSTALLED} (pip install transformers)") from None
     m = scale.model
     config = LlamaConfig(
         vocab_size=m.vocab, hidden_size=m.hidden, intermediate_size=m.mlp, num_hidden_layers=m.layers,

@@ -8,7 +8,7 @@ from unittest import mock
 
 from torch import nn
 
-from bench.providers.provider import OURS, Unsupported
+from bench.providers.provider import NOT_INSTALLED, OURS, Unsupported
 
 
 class Variation:
@@ -59,7 +59,7 @@ class Liger(Variation):
         try:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
         except ImportError:
-            raise Unsupported("not installed (pip install liger-kernel)") from None
+            raise Unsupported(f"{NOT_INSTALLED} (pip install liger-kernel)") from None
         from transformers.models.llama import modeling_llama
 
         before = dict(vars(modeling_llama))

@@ -23,7 +23,20 @@ from bench.providers.eager import Eager
 from bench.providers.ours import Ours
 from llama_kernels.core.language import INTERPRETED
 from tests.bench.child import supervised
-from tests.bench.fakes import ADD, CEILINGS, NORM, ROPE, Bad, FailingClock, FakeClock, fail, reasons
+from tests.bench.fakes import (
+    ADD,
+    CEILINGS,
+    NORM,
+    ROPE,
+    Bad,
+    FailingClock,
+    FakeClock,
+    fail,
+    fake_run,
+    norm_provider,
+    norm_row,
+    reasons,
+)
 from tests.support.environment import DEVICE
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +66,24 @@ def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeyp
     assert counts == [0, 6, 9, 12] and len(records.read(tmp_path / "records.json").records) == 12
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert session.status_of(run) is None
+
+
+def test_peers_that_are_not_installed_take_one_line(measure, monkeypatch, capsys):
+    missing = (norm_provider(fail(AssertionError()), "one"), norm_provider(fail(AssertionError()), "two"))
+    for provider in missing:
+        provider.module, provider.package = "no_such_module_anywhere", "no-such-package"
+    monkeypatch.setattr(session, "PROVIDERS", (Eager(), *missing))
+    run = measure([NORM, ADD], FakeClock())
+    said = capsys.readouterr().out
+    assert said.count("not installed") == 1 and "not installed: one, two (" in said
+    assert reasons(run.records, "two") == {"not installed (pip install no-such-package)"}
+
+
+def test_the_progress_bar_names_each_step(measure, monkeypatch):
+    shown, name_of = [], session._in_short
+    monkeypatch.setattr(session, "_in_short", lambda step: shown.append(name_of(step)))
+    measure([NORM], None, "--providers", "eager")
+    assert shown == ["rms_norm, norm: bench, inputs", "rms_norm, norm: eager, numbers and memory"]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -143,11 +174,46 @@ def test_device_cpu_does_not_use_the_gpu(tmp_path, monkeypatch, capsys):
     if INTERPRETED:
         assert main(["run", *options]) == 2  # an interpreter is not timed
         return
-    extra = {"host": [], "codegen": {"kernels": []}}
-    monkeypatch.setattr("bench.commands.without_gpu.run", lambda say, workers: ([], extra))
+    part = without_gpu.Part([], {"host": [], "codegen": {"kernels": []}})
+    monkeypatch.setattr(without_gpu, "run", lambda *_: iter([part]))
     monkeypatch.setattr("bench.reporting.report.write", lambda run, folder: [folder / "report.html"])
     assert main(["run", *options, "--ops", "rms_norm", "--shapes", "Llama 3.2 1B"]) == 0
     assert used() == before
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreter is not timed")
+def test_an_interrupted_run_without_a_gpu_leaves_a_report_of_what_was_known(tmp_path, monkeypatch, capsys):
+    row = {"op": "rope", "forward": 20.0, "training": 60.0, "goal": 25.0}
+
+    def parts(*_):
+        yield without_gpu.Part([], {"host": [row]})
+        assert records.read(tmp_path / "records.json").extra["host"] == [row]  # on disk before the next part
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(without_gpu, "run", parts)
+    assert main(["run", "--device", "cpu", "--ops", "rms_norm", "--out", str(tmp_path)]) == processes.INTERRUPTED
+    assert (tmp_path / "report.html").exists()
+    assert records.read(tmp_path / "records.json").extra["stopped"] == "interrupted"
+    said = capsys.readouterr().out
+    assert "host time of rope: 20 us forward (goal 25), 60 us with its backward" in said and "stopped" in said
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreter is not timed")
+@pytest.mark.parametrize("stopped, status", [("interrupted", processes.INTERRUPTED), ("a fault", processes.LOST)])
+def test_an_interrupted_run_on_a_gpu_leaves_a_report_and_a_lost_one_does_not(stopped, status, tmp_path, monkeypatch):
+    made = fake_run(norm_row(4096, 97), stopped=stopped)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("bench.measuring.timing.Gpu", FakeClock)
+    monkeypatch.setattr("bench.commands.run.measure", lambda *_: made)
+    monkeypatch.setattr(records, "folder", fail(AssertionError("a run that was interrupted is not kept")))
+    assert main(["run", "--device", "cuda", "--in-process", "--save", "--out", str(tmp_path)]) == status
+    assert (tmp_path / "report.html").exists() == (status == processes.INTERRUPTED)
+
+
+def test_a_process_that_still_runs_is_ended():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], text=True)
+    without_gpu._end(process)
+    assert process.poll() is not None
 
 
 def test_processes_of_a_run_without_a_gpu_see_no_gpu(monkeypatch):
