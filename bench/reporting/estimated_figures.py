@@ -61,7 +61,7 @@ def roofline_figure(rs: list[Record]) -> Figure:
             ax.annotate(_row_of(r), (x, y), xytext=shift, textcoords="offset points")
     ax.axvspan(0.1, 1, color=OUR_COLOR, alpha=0.08, lw=0)
     ax.text(0.32, 1.5e3, "RoPE, RMSNorm:\nno matrix products,\nbound by memory", fontsize=8, ha="center", va="top")
-    ax.set(xscale="log", yscale="log", xlim=(0.1, 2e4), xlabel="FLOPs a byte of the floor", ylabel="TFLOP/s",
+    ax.set(xscale="log", yscale="log", xlim=(0.1, 2e4), xlabel="FLOPs / least bytes", ylabel="TFLOP/s",
            title=f"circles: {OURS}, {SHOWN_MODEL} on {SHOWN_GPU}, at its bound")  # fmt: skip
     ax.legend(loc="lower right")
     return figure

@@ -32,7 +32,8 @@ def table(rs: list[Record]) -> Table:
     shown = Table(title=f"{first.op}, {first.shape} ({sizes}), {first.dtype}{estimate}", title_justify="left", box=None)
     for name in ("provider", "direction"):
         shown.add_column(name)
-    for name, _ in COLUMNS:
+    columns = [(name, column) for name, column in COLUMNS if any(map(column, rs))]
+    for name, _ in columns:
         shown.add_column(name, justify="right")
     shown.add_column("")
     told = set()
@@ -43,7 +44,7 @@ def table(rs: list[Record]) -> Table:
             if r.provider in told:
                 continue
             told.add(r.provider)
-        cells = [column(r) or "" for _, column in COLUMNS]
+        cells = [column(r) or "" for _, column in columns]
         style = "bold" if r.provider.startswith(OURS) else "" if r.ms is not None or r.reason is None else "dim"
         shown.add_row(r.provider, r.direction if r.ms is not None else "", *cells, escape(r.reason or ""), style=style)
     return shown
