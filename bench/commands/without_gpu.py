@@ -43,7 +43,7 @@ class Part(NamedTuple):
     extra: dict[str, Any]
 
 
-PARTS = 4
+PARTS = 4  # that `run` yields
 
 
 def run(
@@ -55,37 +55,33 @@ def run(
     """
     say("bounds")
     yield Part(estimates(works, about, training), {})
-    started: list[subprocess.Popen[str]] = []
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
 
-    def start(module: str, *arguments: object, **env: str) -> subprocess.Popen[str]:
-        started.append(_start(module, *arguments, **env))
-        return started[-1]
+        def start(module: str, *arguments: object, **env: str) -> subprocess.Popen[str]:
+            process = _start(module, *arguments, **env)
+            stack.callback(_end, process)
+            return process
 
-    with tempfile.TemporaryDirectory() as name:
         host, parity, codegen = (Path(name, f"{what}.json") for what in ("host", "parity", "codegen"))
-        try:
-            say("host time of a call")
-            _wait(start("bench.host", "--json", host), host)
-            yield Part([], {"host": json.loads(host.read_text())})
-            say(f"parity in Triton's interpreter, machine code for {TARGET}")
-            compiling = start("bench.codegen", "--targets", TARGET, "--workers", workers, "--json", codegen)
-            if why_not := why_not_interpreted():
-                print(f"Parity is left out: {why_not}")
-                yield Part([], {})
-            else:
-                options = ("--dtypes", "bf16", "fp32", "--json", parity, "--out", Path(name, "parity"))
-                _wait(start("bench", "parity", *options, TRITON_INTERPRET="1"), parity)
-                yield Part(records.read(parity).records, {})
-            say(f"machine code for {TARGET}")
-            _wait(compiling, codegen)
-            yield Part([], {"codegen": json.loads(codegen.read_text())})
-        finally:
-            for process in started:
-                _end(process)
+        say("host time of a call")
+        _wait(start("bench.host", "--json", host), host)
+        yield Part([], {"host": json.loads(host.read_text())})
+        say(f"parity in Triton's interpreter, machine code for {TARGET}")
+        compiling = start("bench.codegen", "--targets", TARGET, "--workers", workers, "--json", codegen)
+        if why_not := why_not_interpreted():
+            print(f"Parity is left out: {why_not}")
+            yield Part([], {})
+        else:
+            options = ("--dtypes", "bf16", "fp32", "--json", parity, "--out", Path(name, "parity"))
+            _wait(start("bench", "parity", *options, TRITON_INTERPRET="1"), parity)
+            yield Part(records.read(parity).records, {})
+        say(f"machine code for {TARGET}")
+        _wait(compiling, codegen)
+        yield Part([], {"codegen": json.loads(codegen.read_text())})
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a process that may still run: as Ctrl-C does, so that it also ends its workers, or by force."""
+    """End a process if it still runs: by SIGINT, after which it ends its workers too, or else by SIGKILL."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:

@@ -1,4 +1,4 @@
-"""Which work a run measures: the shapes of published models, sweeps over sizes, and small shapes for parity."""
+"""The work that a run measures: the shapes of published models, sweeps over sizes, and small shapes for parity."""
 
 from __future__ import annotations
 
