@@ -1,4 +1,4 @@
-"""Liger-Kernel's loss in a model whose attention, norms and RoPE are ours: losses and gradients as in the stock model.
+"""Liger-Kernel's fused loss in a patched model: losses and gradients are those of the stock model.
 
 On a CPU both packages' kernels run in Triton's interpreter, which cannot run Liger's SwiGLU.
 """
@@ -14,7 +14,7 @@ pytest.importorskip("liger_kernel", reason="needs liger-kernel")
 from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
 from llama_kernels.integrations.transformers import patch, report, unpatch
-from tests.integrations.checks import close
+from tests.integrations.comparison import Results, compare, gradients
 from tests.integrations.families import batch, stock
 from tests.support.environment import DEVICE, INTERPRETED
 
@@ -31,31 +31,31 @@ def apply_liger(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def loss_and_gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: torch.nn.Module) -> tuple[torch.Tensor, Results]:
     ids = batch("llama").ids
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+    return loss.detach(), gradients(model)
+
+
+def compare_with_stock(model: torch.nn.Module) -> None:
+    loss, results = loss_and_gradients(model)
+    stock_loss, stock_results = loss_and_gradients(stock("llama"))
+    torch.testing.assert_close(loss, stock_loss)
+    compare(results, stock_results, loss_and_gradients(stock("llama").double())[1])
 
 
 @pytest.mark.parametrize("order", [(apply_liger, patch), (patch, apply_liger)], ids=["Liger first", "Liger last"])
-def test_ligers_loss_and_a_patch_work_in_either_order(order):
-    theirs, truth = stock("llama"), stock("llama").double()
+def test_a_model_can_be_patched_before_or_after_ligers_loss(order):
     model = stock("llama")
     for step in order:
         model = step(model)
     assert all(row.ours for row in report(model).rows)
     assert model.forward.__module__.startswith("liger_kernel")
-    loss, gradients = loss_and_gradients(model)
-    stock_loss, stock_gradients = loss_and_gradients(theirs)
-    torch.testing.assert_close(loss, stock_loss)
-    close(gradients, stock_gradients, loss_and_gradients(truth)[1])
+    compare_with_stock(model)
 
 
 def test_unpatch_keeps_ligers_loss():
     model = unpatch(patch(apply_liger(stock("llama"))))
     assert model.forward.__module__.startswith("liger_kernel")
-    loss, gradients = loss_and_gradients(model)
-    expected, stock_gradients = loss_and_gradients(stock("llama"))
-    torch.testing.assert_close(loss, expected)
-    close(gradients, stock_gradients, loss_and_gradients(stock("llama").double())[1])
+    compare_with_stock(model)
