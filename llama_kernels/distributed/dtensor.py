@@ -86,12 +86,13 @@ def _ways(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     roles = {*_ROLES.values(), "gradient of weight", "gradient of sinks"}
-    whole = dict.fromkeys(roles, Replicate())
-    sums = {"gradient of weight": Partial()}
+    whole: dict[str, Any] = dict.fromkeys(roles, Replicate())
+    sums: dict[str, Any] = {"gradient of weight": Partial()}
     if "x" in given:
         return [whole, *({**whole, **sums, "rows": Shard(dim)} for dim in range(len(given["x"].shape) - 1))]
 
-    q, k, cos, positions = (given.get(parameter) for parameter in ("q", "k", "cos", "position_ids"))
+    argument: Callable[[str], Any] = given.get
+    q, k, cos, positions = (argument(parameter) for parameter in ("q", "k", "cos", "position_ids"))
     packed, attention = len(q.shape) == 3, "attention" in name
     ways = [whole]
     if not attention or k.shape[1] % q.mesh.size() == 0:  # a query head stays with the key head that it reads
@@ -100,7 +101,7 @@ def _ways(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
         ways.append({**whole, **sums, **of_sinks, "heads": Shard(1), "lse": lse})
     if not packed:
         B = q.shape[0]
-        by_batch = dict.fromkeys(("heads", "lse", "bound"), Shard(0))
+        by_batch: dict[str, Any] = dict.fromkeys(("heads", "lse", "bound"), Shard(0))
         if cos is not None and len(cos.shape) == 3 and cos.shape[0] == B > 1:
             by_batch["table"] = Shard(0)
         if positions is not None and len(positions.shape) == 2 and positions.shape[0] == B > 1:
