@@ -44,8 +44,9 @@ def context_parallel(
     Every process calls the model with the same whole batch: input_ids or inputs_embeds, and labels and position_ids if
     there are any. The tokens of the layout's rank are computed: RoPE gets their global positions, attention sees the
     keys of all processes, and documents stay apart. A document begins where position_ids do not grow by 1. The results
-    are those of these tokens, but `loss` is the mean over all tokens of the batch on every process. Run the backward
-    inside too, since checkpointed layers are computed again there.
+    are those of these tokens, but `loss` is that of the whole batch on every process: the mean over its tokens, or
+    their sum divided by num_items_in_batch. Run the backward inside too, since checkpointed layers are computed again
+    there.
 
         with context_parallel(model, mesh, layout=Layout(tokens, mesh.size())):
             loss = model(input_ids=ids, labels=ids).loss
@@ -115,7 +116,9 @@ def _sharded(
     labels = given.get("labels")
     if labels is not None:
         following = torch.cat((labels[:, 1:], labels.new_full((B, 1), _IGNORED)), 1)
-        given |= {"shift_labels": following, "num_items_in_batch": (following != _IGNORED).sum()}
+        given["shift_labels"] = following
+        if given.get("num_items_in_batch") is None:  # what the sum of the losses is divided by
+            given["num_items_in_batch"] = (following != _IGNORED).sum()
     mine = layout.positions(rank, device)
     given |= {"position_ids": positions, "starts": _document_starts(positions).expand(B, -1)}
     for name in ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels", "starts"):
