@@ -4,10 +4,8 @@ of the kernels, on CPU tensors (tests/compiled). The tests are the same."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
-from typing import Any
 
 # Before NumPy is loaded, which multiplies for the interpreter: for its small products more threads only wait.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -30,27 +28,10 @@ pytest_plugins = ("tests.compiled.plugin", "tests.compiled.llama.plugin", "tests
 
 torch.set_num_threads(1)  # tests run side by side, on tensors too small to share
 
-_BUILTINS: dict[Any, list[str]] = {}  # by module of the language, or class
-
-
-def _patch_builtin(pkg: Any, builder: Any, scope: Any) -> None:
-    """For Triton's interpreter, which at every call of a device function searches its language for builtins to replace,
-    that the launch has replaced long before: a third of the suite's time. The same, with one search a module."""
-    from triton.runtime import interpreter
-
-    is_builtin = interpreter.tl.core.is_builtin
-    if pkg not in _BUILTINS:
-        _BUILTINS[pkg] = [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
-    for name in _BUILTINS[pkg]:
-        if is_builtin(member := getattr(pkg, name)):
-            interpreter._patch_attr(pkg, name, member, builder, scope)
-
-
 if INTERPRETED:
-    from triton.runtime import interpreter
+    from tests.support import interpreter
 
-    if inspect.signature(interpreter._patch_builtin).parameters.keys() == {"pkg", "builder", "scope"}:
-        interpreter._patch_builtin = _patch_builtin
+    interpreter.make_faster()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
