@@ -38,7 +38,7 @@ def test_outputs_and_gradients(shape, residual, dtype, device):
 
 
 def test_rows_of_65536_elements(device):
-    """The sum is read back; without one: test_rows_longer_than_65536."""
+    """The sum is read back; without one: test_norms_of_rows_longer_than_65536."""
     check((2, 65536 + 8), torch.float16, device, residual=True)
 
 

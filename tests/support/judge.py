@@ -39,6 +39,8 @@ from collections.abc import Sequence
 
 import torch
 
+from tests.support.launches import KERNELS_RUN
+
 UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
 
 # With fewer elements a Frobenius norm is itself a matter of chance: only the tail and the rows are judged.
@@ -51,6 +53,16 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     """relF: the Frobenius norm of the error over that of the truth."""
     x, truth = x.double(), truth.double()
     return ((x - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def equal_results(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    """Whether kernels gave the same results, bit for bit. Those of the reference, which adds up in the order of memory,
+    may differ by two roundings."""
+    if len(a) != len(b):
+        return False
+    if KERNELS_RUN:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(relative_error(x, y) <= 2 * UNIT[x.dtype] for x, y in zip(a, b, strict=True))
 
 
 def judge(
