@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import llama_kernels as lk
-from tests.support.derivatives import layer, layer_inputs, with_grads
+from tests.support.derivatives import differentiable, layer, layer_inputs, loss_function, with_grads
+from tests.support.ops import Make, Shape, calls
 from tests.support.rope import tables
 
 ops = torch.ops.llama_kernels
@@ -98,21 +101,33 @@ def test_selective_checkpointing_keeps_attention(device):
 # --- gradients of some inputs -----------------------------------------------------------------------------------------
 
 
+def proper_subsets() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The ops, each with some of the tensors that have a gradient."""
+    for op, call in calls(Shape(), Make(), options=True):
+        for n in range(1, len(call.differentiable)):
+            yield from ((op, names) for names in itertools.combinations(call.differentiable, n))
+
+
+def gradients(op: str, names: tuple[str, ...], device: torch.device) -> dict[str, torch.Tensor]:
+    """Of a call in which the tensors `names` require grad, and no others."""
+    call, tensors = differentiable(op, device)
+    given = zip(call.differentiable, tensors, strict=True)
+    leaves = {name: x.detach().requires_grad_(name in names) for name, x in given}
+    asked = [leaves[name] for name in names]
+    return dict(zip(names, torch.autograd.grad(loss_function(call, lk)(*leaves.values()), asked), strict=True))
+
+
+@functools.cache
+def all_gradients(op: str, device: torch.device) -> dict[str, torch.Tensor]:
+    call, _ = differentiable(op, device)
+    return gradients(op, call.differentiable, device)
+
+
 @pytest.mark.corpus(57)
-@pytest.mark.parametrize("wanted", [w for n in (1, 2, 3) for w in itertools.combinations("qkvs", n)], ids="".join)
-def test_some_gradients_equal_those_of_a_call_for_all(wanted, device):
-    q, k, v = (torch.randn(1, H, 12, 32, device=device) for H in (4, 2, 2))
-    t = {"q": q, "k": k, "v": v, "s": torch.randn(4, device=device)}
-
-    def grads(names) -> dict[str, torch.Tensor]:
-        leaves = {name: x.detach().requires_grad_(name in names) for name, x in t.items()}
-        out = lk.attention(leaves["q"], leaves["k"], leaves["v"], sinks=leaves["s"])
-        asked = [leaves[name] for name in names]
-        return dict(zip(names, torch.autograd.grad(out, asked, torch.ones_like(out)), strict=True))
-
-    everything = grads("qkvs")
-    for name, grad in grads(wanted).items():
-        assert torch.equal(grad, everything[name])
+@pytest.mark.parametrize("op, wanted", proper_subsets(), ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_some_gradients_equal_those_of_a_call_for_all(op, wanted, device):
+    everything = all_gradients(op, device)
+    assert all(torch.equal(grad, everything[name]) for name, grad in gradients(op, wanted, device).items())
 
 
 @pytest.mark.corpus(57)

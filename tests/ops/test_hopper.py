@@ -309,6 +309,7 @@ def test_under_the_option_gradients_come_from_the_hopper_kernel(request, on_hopp
     assert (tile is not None) == request.config.getoption("hopper")
 
 
+@pytest.mark.once
 def test_the_option():
     """In a process of its own: the tests of the choice of the backward, with and without deterministic algorithms."""
     tests = "gradients_that_must_repeat or under_the_option"

@@ -16,6 +16,8 @@ from llama_kernels.reference.rope import rope_transpose
 from tests.support import ideal
 from tests.support.ideal import attention_mask
 
+pytestmark = pytest.mark.once
+
 f64 = torch.float64
 
 

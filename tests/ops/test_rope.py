@@ -264,16 +264,6 @@ def test_empty_inputs_give_empty_outputs(shapes, device):
     assert [x.shape for x in (*outs, *grads)] == [q.shape, k.shape] * 2
 
 
-def test_the_gradient_of_one_input_alone(device):
-    q, k = (x.requires_grad_() for x in qk(1, 4, 2, 13, 64, torch.float32, device))
-    outs = lk.rope(q, k, *tables(13, 64, device))
-    upstream = [torch.randn_like(x) for x in outs]
-    both = torch.autograd.grad(outs, (q, k), upstream, retain_graph=True)
-    for i, x in enumerate((q, k)):
-        (alone,) = torch.autograd.grad(outs[i], x, upstream[i], retain_graph=True)
-        assert torch.equal(alone, both[i])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_never_worse_than_eager(dtype, device):
     q, k = qk(2, 4, 2, 40, 64, dtype, device)
