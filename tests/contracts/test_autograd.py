@@ -17,7 +17,7 @@ from tests.support.rope import tables
 
 ops = torch.ops.llama_kernels
 
-# --- autocast ---------------------------------------------------------------------------------------------------------
+# --- autocast --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.corpus(60)
@@ -51,7 +51,7 @@ def test_norm_and_rope_keep_their_dtype_under_autocast(device):
         assert lk.rms_norm(x.bfloat16(), torch.ones(96, device=device)).dtype == torch.bfloat16
 
 
-# --- checkpointing ----------------------------------------------------------------------------------------------------
+# --- checkpointing ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.corpus(58)
@@ -98,7 +98,7 @@ def test_selective_checkpointing_keeps_attention(device):
         assert torch.equal(a, b)
 
 
-# --- gradients of some inputs -----------------------------------------------------------------------------------------
+# --- gradients of some inputs ----------------------------------------------------------------------------------------
 
 
 def proper_subsets() -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -89,7 +89,7 @@ def test_rotation_of_q_alone_compiles(device):
     assert torch.equal(*(torch.autograd.grad(y, q, dy)[0] for y in (compiled, expected)))
 
 
-# --- exported graphs --------------------------------------------------------------------------------------------------
+# --- exported graphs -------------------------------------------------------------------------------------------------
 
 
 def test_exported_graphs_hold_the_registered_ops(device):

@@ -1,4 +1,4 @@
-"""decode_attention: the mask of keys, on every border that the split over the keys has."""
+"""decode_attention: masks that hide single keys, at the borders of the chunks of keys and elsewhere."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_float64_tables_in_the_kernels_that_end_with_the_inverse_rotation(device
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 def test_positions_outside_of_the_table_are_clamped(interleaved, device):
-    """In both directions: the NaN around the tables is nowhere."""
+    """Forward and backward. The NaN around the tables is not read."""
     x = make(square(6), torch.float32, device)
     angles = [guarded(table) for table in tables(5, 32, device)]
     positions = torch.tensor([3, -1, 4, 5, 2**62, -(2**63)], device=device)
@@ -125,7 +125,7 @@ def test_inputs_of_any_strides(layout, device):
 
 @pytest.mark.deterministic
 def test_the_forward_equals_separate_calls_and_the_gradients_are_more_exact(device):
-    """They round dq and dk, and the rotation of them; this rounds once. dv sees nothing of it."""
+    """Separate calls round dq and dk before their rotation and after it, this op once. dv does not depend on it."""
     case = square(128, 64)
     x, angles = make(case, torch.bfloat16, device), tables(128, 64, device)
     together = run(lk, case, x, *angles)

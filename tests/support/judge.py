@@ -43,7 +43,7 @@ from tests.support.launches import KERNELS_RUN
 
 UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
 
-# With fewer elements a Frobenius norm is itself a matter of chance: only the tail and the rows are judged.
+# The Frobenius norm of fewer elements varies by chance. Only the tail and the rows of them are judged.
 _ENOUGH = 4096
 # A row of fewer elements is judged like an element.
 _WIDE = 32
@@ -81,7 +81,7 @@ def judge(
     K, R = K.detach().cpu().double(), R.detach().cpu().double()
     I = torch.stack([draw.detach().cpu().double() for draw in ([I] if isinstance(I, torch.Tensor) else I)])
     for what in (torch.isnan, torch.isposinf, torch.isneginf):
-        # Not only the truth's own: a half-precision result may overflow where float64 does not, as the ideal then does.
+        # A half-precision result may also overflow where float64 does not. The ideal then overflows too.
         there = what(R) | what(I).all(0) | (what(I).any(0) & what(K))
         assert torch.equal(what(K), there), f"{name}: {what.__name__} elsewhere than in the reference"
     finite = R.isfinite() & I.isfinite().all(0)

@@ -20,7 +20,7 @@ def check(
     x, r, dy, ds = (size * torch.randn(shape, device=device) for _ in range(4))
     x, dy = layout(x.to(dtype)), layout(dy.to(dtype))
     r, ds = ((layout(t.to(residual_dtype or dtype)) if residual else None) for t in (r, ds))
-    # Weights around offset's complement, but not ones: a forgotten weight must show.
+    # offset + weight is around 1, but not 1: a kernel without them is wrong.
     w = (1 - offset + 0.5 * torch.randn(N, device=device)).to(weight_dtype or dtype) if weight else None
     given = [guarded(t).requires_grad_() if t is not None else None for t in (x, r, w)]
     upstream = [guarded(t) for t in (dy, ds) if t is not None]

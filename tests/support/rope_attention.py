@@ -39,24 +39,26 @@ def run(ops: Any, case: Case, x: Inputs, *angles: torch.Tensor | None, interleav
 def ideal(
     case: Case, x: Inputs, cos, sin, position_ids, interleaved: bool, launches: Sequence[Launched] = ()
 ) -> list[list[torch.Tensor]]:
-    """The draws of each result of `run`, float32 that rounds where the kernels' contract does: q and k as rotated, and
-    dq and dk as turned back, where that is done in registers; else before it too. The Hopper backward, where it is
-    among the launches, turns a dk that is rounded."""
-    turn = functools.partial(eager_rope, interleaved=interleaved)
+    """The draws of each result of `run`: float32 that rounds where the kernels must.
+
+    They round q and k after the rotation. They round dq and dk after the inverse rotation, and before it too unless it
+    is done in registers. The Hopper backward, if it is among the launches, rounds dk before it in any case.
+    """
+    rotate = functools.partial(eager_rope, interleaved=interleaved)
     c, s = (rows(x.q, table.float(), position_ids) for table in (cos, sin))
-    q, k = (turn(t.float(), c, s).to(t.dtype) for t in (x.q, x.k))
+    q, k = (rotate(t.float(), c, s).to(t.dtype) for t in (x.q, x.k))
     see = attention_mask(case.Sq, case.Sk, case.is_causal, case.window_size, x.kv_start, x.kv_end, x.q.device)
     scale = case.D**-0.5 if case.scale is None else case.scale
     call = (q, k, x.v, see, scale, case.softcap, x.sinks, x.do, x.dlse)
 
-    def turned_back(grad: torch.Tensor) -> torch.Tensor:
-        return turn(grad.float(), c, transposed(s, case.D, interleaved))
+    def unrotated(grad: torch.Tensor) -> torch.Tensor:
+        return rotate(grad.float(), c, transposed(s, case.D, interleaved))
 
     out, lse, *grads = drawn(ideal_attention, *call)
-    grads[:2] = ([turned_back(grad).to(grad.dtype) for grad in draws] for draws in grads[:2])
+    grads[:2] = ([unrotated(grad).to(grad.dtype) for grad in draws] for draws in grads[:2])
     if not full_width(cos, case.D) and rotates_in_registers(cos.shape[-1], interleaved):
         in_registers = slice(1) if "_hopper_backward_kernel" in names(launches) else slice(2)
-        grads[in_registers] = drawn(ideal_attention, *call, closing=turned_back)[2:][in_registers]
+        grads[in_registers] = drawn(ideal_attention, *call, closing=unrotated)[2:][in_registers]
     return [out, lse, *grads]
 
 
