@@ -27,10 +27,8 @@ from tests.support.attention import (
 from tests.support.environment import DEVICE, INTERPRETED
 from tests.support.hardware import EXACT, Arithmetic
 from tests.support.ideal import LOG2E, drawn
-from tests.support.judge import judge
+from tests.support.judge import DTYPES, judge
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def documents(i: torch.Tensor, Sk: int) -> torch.Tensor:

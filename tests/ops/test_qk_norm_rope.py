@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from tests.support.judge import DTYPES
 from tests.support.qk_norm_rope import check, weights
 from tests.support.rope import LAYOUTS, POSITIONS, TABLE_DTYPES, TABLE_LAYOUTS, qk, tables, unlike_tables
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def by_nesting(x: torch.Tensor) -> list[int]:

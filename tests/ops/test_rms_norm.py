@@ -11,9 +11,9 @@ import llama_kernels as lk
 from llama_kernels.core.language import INTERPRETED, tl
 from llama_kernels.ops import rms_norm
 from tests.support.hardware import ERRORS, interpreted
+from tests.support.judge import DTYPES
 from tests.support.rms_norm import add_is_two_ops, check
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Every tile: one element, widths that are no power of two, many short rows in a program, one row, rows read in steps.
 SHAPES = (
     (5, 1),

@@ -14,9 +14,8 @@ import llama_kernels as lk
 from llama_kernels.core.registry import KERNELS
 from tests.support.environment import compiles
 from tests.support.ideal import eager_rope
-from tests.support.judge import judge
+from tests.support.judge import DTYPES, judge
 from tests.support.rope import (
-    DTYPES,
     LAYOUTS,
     POSITIONS,
     SLOTS,

@@ -17,13 +17,10 @@ from tests.support.attention import (
 )
 from tests.support.guards import guarded
 from tests.support.ideal import attention_mask, eager_rope
-from tests.support.judge import judge, relative_error
+from tests.support.judge import DTYPES, judge, relative_error
 from tests.support.launches import kernels_launched
 from tests.support.rope import POSITIONS, TABLE_DTYPES, TABLE_LAYOUTS, rows, tables, unlike_tables
 from tests.support.rope_attention import check, ideal, run, square
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 
 # (D, R): whole and partial, powers of two and not, in a block that they fill and in one that they do not.
 WIDTHS = ((64, 64), (128, 128), (256, 256), (2, 2), (16, 4), (64, 32), (128, 96), (80, 80), (80, 64), (96, 96), (5, 4))

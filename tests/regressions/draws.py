@@ -12,6 +12,7 @@ import llama_kernels as lk
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check
 from tests.support.guards import guarded, guarded_allocations, relaid
+from tests.support.judge import DTYPES
 from tests.support.qk_norm_rope import check as check_heads
 from tests.support.qk_norm_rope import weights
 from tests.support.rms_norm import check as check_norm
@@ -19,7 +20,7 @@ from tests.support.rope import TABLE_DTYPES, qk, split, tables, unlike_tables
 from tests.support.rope import check as check_rope
 from tests.support.rope_attention import check as check_rope_attention
 
-dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+dtypes = st.sampled_from(DTYPES)
 sides = st.one_of(st.just(-1), st.integers(0, 40))
 small_tiles = st.sampled_from([Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1, split=True), None])
 

@@ -238,6 +238,19 @@ def tiles(tile: Tile | Mapping[str, Tile] | None) -> Iterator[None]:
     launch_cache.forget()
 
 
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
+
+
+def judge_results(case: Case, x: Inputs, results, truth, ideals: list[list[torch.Tensor]]) -> None:
+    """Judge out, lse and the gradients, as many as there are, and check their dtypes and memory orders."""
+    terms = {"lse": score_bound(case, x)} | ({"dsinks": sink_terms(x, *truth[:2])} if case.sinks else {})
+    for name, K, R, I in zip(NAMES, results, truth, ideals, strict=False):
+        judge(name, K, R, I, terms=terms.get(name, 0.0))
+    assert (results[0].dtype, results[1].dtype) == (x.q.dtype, torch.float32)
+    for name, K, t in zip(NAMES[2:], results[2:], x.tensors, strict=False):
+        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
+
+
 def check(
     case: Case, dtype: torch.dtype, device: torch.device, family: str = "randn",
     tile: Tile | Mapping[str, Tile] | None = None, layout: int | None = None, gradients: bool = True,
@@ -248,19 +261,12 @@ def check(
     safe = Inputs(*(None if t is None else guarded(t) for t in vars(x).values()))
     with guarded_allocations(), tiles(tile), unchanged(*vars(safe).values()):
         results = run(lk, case, safe, gradients)
-    count = len(results)
-    truth, ideal = run(lk.reference, case, in_float64(x), gradients), ideals(case, x)[:count]
-    names = ["out", "lse", "dq", "dk", "dv", "dsinks"][:count]
-    terms = {"lse": score_bound(case, x)} | ({"dsinks": sink_terms(x, *truth[:2])} if case.sinks else {})
-    for name, K, R, I in zip(names, results, truth, ideal, strict=True):
-        judge(name, K, R, I, terms=terms.get(name, 0.0))
-    for name, K, seen in zip(names, results, by_sequence(visibility, case, x)[:count], strict=True):
+    assert len(results) == (2 + len(x.tensors) if gradients else 2)
+    judge_results(case, x, results, run(lk.reference, case, in_float64(x), gradients), ideals(case, x))
+    for name, K, seen in zip(NAMES, results, by_sequence(visibility, case, x), strict=False):
         if name == "lse":
             K = K.exp() * (not case.sinks)  # where no key is seen: -inf, or the sink
         assert not K[~seen.bool()].any(), f"{name}: not 0 for a query that sees no key or a key that no query sees"
-    for name, K, t in zip(names[2:], results[2:], x.tensors if gradients else (), strict=True):
-        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
-    assert (results[0].dtype, results[1].dtype) == (dtype, torch.float32)
 
 
 def check_never_worse_than_eager(dtype, device):

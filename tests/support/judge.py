@@ -42,6 +42,7 @@ import torch
 from tests.support.launches import KERNELS_RUN
 
 UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
+DTYPES = tuple(UNIT)  # that the ops take
 
 # The Frobenius norm of fewer elements varies by chance. Only the tail and the rows of them are judged.
 _ENOUGH = 4096

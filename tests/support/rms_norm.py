@@ -34,14 +34,11 @@ def check(
         leaves = [t.detach().requires_grad_() for t in (x, w)]
         y = eager_rms_norm(*leaves, eps, offset)
         theirs = [y, *torch.autograd.grad(y, leaves, dy)]
-    names = [
-        n for n, t in (("y", x), ("residual_out", r), ("dx", x), ("dresidual", r), ("dweight", w)) if t is not None
-    ]
-    for name, K, R, I, E in zip(names, results, truth, ideal, theirs, strict=True):
+    outputs = {"y": x} | ({"residual_out": r} if residual else {})
+    gradients = {name: t for name, t in (("dx", x), ("dresidual", r), ("dweight", w)) if t is not None}
+    for name, K, R, I, E in zip((*outputs, *gradients), results, truth, ideal, theirs, strict=True):
         judge(name, K, R, I, E)
-    for K, t in zip(
-        results[-len([t for t in given if t is not None]) :], [t for t in (x, r, w) if t is not None], strict=True
-    ):
+    for K, t in zip(results[len(outputs) :], gradients.values(), strict=True):
         assert (K.dtype, order(K)) == (t.dtype, order(t))
     assert (results[0].dtype, order(results[0])) == (x.dtype, order(x))
 

@@ -7,9 +7,8 @@ import torch
 import llama_kernels as lk
 from tests.support.guards import guarded, guarded_allocations, memory_order, unchanged
 from tests.support.ideal import eager_rope, transposed
-from tests.support.judge import judge
+from tests.support.judge import DTYPES, judge
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TABLE_DTYPES = (*DTYPES, torch.float64)
 
 

@@ -11,18 +11,9 @@ import torch
 import llama_kernels as lk
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.rotation import full_width, rotates_in_registers
-from tests.support.attention import (
-    Case,
-    Inputs,
-    in_float64,
-    make,
-    score_bound,
-    sink_terms,
-    tiles,
-)
-from tests.support.guards import guarded, guarded_allocations, memory_order, relaid, unchanged
+from tests.support.attention import Case, Inputs, in_float64, judge_results, make, tiles
+from tests.support.guards import guarded, guarded_allocations, relaid, unchanged
 from tests.support.ideal import attention_mask, drawn, eager_rope, ideal_attention, transposed
-from tests.support.judge import judge
 from tests.support.launches import Launched, kernels_launched, names
 from tests.support.rope import rows, tables
 
@@ -76,16 +67,8 @@ def check(
     given = [guarded(cos), guarded(sin), None if position_ids is None else guarded(position_ids)]
     with guarded_allocations(), tiles(tile), unchanged(*vars(safe).values(), *given), kernels_launched() as launches:
         results = run(lk, case, safe, *given, interleaved=interleaved)
-    wide = in_float64(x)
-    truth = run(lk.reference, case, wide, cos.double(), sin.double(), position_ids, interleaved=interleaved)
-    named = ["out", "lse", "dq", "dk", "dv", "dsinks"][: len(results)]
-    terms = {"lse": score_bound(case, x)} | ({"dsinks": sink_terms(x, *truth[:2])} if case.sinks else {})
-    ideals = ideal(case, x, cos, sin, position_ids, interleaved, launches)
-    for name, K, R_, I in zip(named, results, truth, ideals, strict=True):
-        judge(name, K, R_, I, terms=terms.get(name, 0.0))
-    for name, K, t in zip(named[2:], results[2:], x.tensors, strict=True):
-        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
-    assert (results[0].dtype, results[1].dtype) == (dtype, torch.float32)
+    truth = run(lk.reference, case, in_float64(x), cos.double(), sin.double(), position_ids, interleaved=interleaved)
+    judge_results(case, x, results, truth, ideal(case, x, cos, sin, position_ids, interleaved, launches))
 
 
 def square(S: int, D: int = 32, DV: int | None = None, B: int = 1, heads: tuple[int, int] = (4, 2), **on: Any) -> Case:
