@@ -60,7 +60,8 @@ def by_the_reference(op: str, args: list[Any]) -> tuple[torch.Tensor, ...]:
         *given, eps, offset, interleaved = args
         results = lk.reference.qk_norm_rope(*given, eps=eps, offset=offset, interleaved=interleaved)
     else:
-        q, k, v, sinks, kv_start, kv_end, cu_q, cu_k, longest_q, longest_k, scale, softcap, left, right = args
+        # The dtype of out, where it is given, is that of q here: float32.
+        q, k, v, sinks, kv_start, kv_end, cu_q, cu_k, longest_q, longest_k, scale, softcap, left, right = args[:14]
         window = tuple(-1 if side is None else side for side in (left, right))
         options = {"is_causal": False, "window_size": window, "scale": scale, "softcap": softcap, "sinks": sinks,
                    "kv_start": kv_start, "kv_end": kv_end, "return_lse": True}  # fmt: skip
