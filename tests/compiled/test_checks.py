@@ -22,7 +22,7 @@ def findings(body: str, threads: int = 64, target: str = "sm_90", **options) -> 
     return list(launch(OWN + body, x, threads=threads, target=target, **options).findings)
 
 
-# --- global memory ----------------------------------------------------------------------------------------------------
+# --- global memory ---------------------------------------------------------------------------------------------------
 
 LOAD = "mul.wide.u32 %rd9, %r0, 4; add.s64 %rd9, %rd9, %rd0; ld.global.b32 %r5, [%rd9+{}];"
 
@@ -65,7 +65,7 @@ def _text(body: str) -> str:
     return KERNEL.format(target="sm_90", parameters=parameter, threads=32, loads=loads, body=body)
 
 
-# --- shared memory ----------------------------------------------------------------------------------------------------
+# --- shared memory ---------------------------------------------------------------------------------------------------
 
 
 def test_bounds_and_alignment_of_shared_memory():
@@ -121,7 +121,7 @@ def test_a_named_barrier_orders_those_who_meet_there():
     assert "race" in findings(body.format("bar.sync 1, 64;").replace(meet, "", 1) + " bar.sync 1, 96;", threads=96)[0]
 
 
-# --- mbarriers --------------------------------------------------------------------------------------------------------
+# --- mbarriers -------------------------------------------------------------------------------------------------------
 
 # Thread 0 makes the mbarrier at byte 512. Warp 0 writes, then arrives there with one thread; warp 1 waits, then reads.
 HAND_OVER = """
@@ -192,7 +192,7 @@ def test_part_of_a_warp():
         findings(body)
 
 
-# --- asynchronous copies and products ---------------------------------------------------------------------------------
+# --- asynchronous copies and products --------------------------------------------------------------------------------
 
 COPY = """
 cp.async.ca.shared.global [%r2], [%rd9], 4; cp.async.commit_group; {}
@@ -292,7 +292,7 @@ def test_an_instruction_that_is_not_supported_is_named():
         launch("add.cc.u32 %r5, %r0, %r0;", np.zeros(1))
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
+# --- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride, passes", [(4, 1), (8, 2), (12, 1), (128, 32), (0, 1)])
