@@ -72,11 +72,11 @@ _KINDS = {
 }
 
 
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def disassembled(cubin: bytes) -> str:
-    return _tool(cubin, "nvdisasm", "-c", "-ndf")  # no dataflow analysis: a third faster, and only notes are missing
+def disassembled(cubin: bytes, *options: str) -> str:
+    return _tool(cubin, "nvdisasm", "-c", "-ndf", *options)  # no dataflow analysis: only notes are missing, and faster
 
 
 def usage(cubin: bytes) -> str:
@@ -89,7 +89,7 @@ def _tool(cubin: bytes, name: str, *options: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        return subprocess.run([_TOOLS / name, *options, path], capture_output=True, text=True).stdout
+        return subprocess.run([TOOLS / name, *options, path], capture_output=True, text=True).stdout
 
 
 def instructions(text: str) -> tuple[list[str], dict[str, int]]:
