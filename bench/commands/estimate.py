@@ -23,7 +23,7 @@ from bench.works.rotations import QKNormRope, Rope, RopeQKV
 from bench.works.work import Work
 
 ESTIMATED = (*ours.ROW_OPS, "attention")
-_TOKENS = 8192  # rows of RMSNorm
+_ROWS = 32768  # of RMSNorm
 _WIDTHS = (1024, 4096, 8192, 16384, 65536)
 _LENGTHS = (1024, 2048, 4096, 8192, 16384)  # of 32k tokens
 _NEAR = 0.02  # rates that differ by less are shown as the same
@@ -44,7 +44,7 @@ def estimate_speed(args: argparse.Namespace) -> int:
 
 
 def _works(ops: Iterable[str]) -> Iterator[tuple[Work, str]]:
-    norms: Iterable[Work] = (kind(shape="", M=_TOKENS, N=N) for kind, N in itertools.product(NORMS, _WIDTHS))
+    norms: Iterable[Work] = (kind(shape="", M=_ROWS, N=N) for kind, N in itertools.product(NORMS, _WIDTHS))
     heads = {"B": 4, "S": 8192, "Hq": 32, "Hkv": 8, "D": 128}
     rotations = (kind(shape="", **heads) for kind in (Rope, QKNormRope, RopeQKV))
     for work in itertools.chain(norms, rotations):
@@ -96,13 +96,14 @@ def _rate(figure: Figure, amount: float) -> float:
     """In the unit that `amount` counts. Published times of RMSNorm are of another number of rows."""
     if figure.unit != "us":
         return figure.value
-    rows = float(figure.sizes["M"]) / _TOKENS * (2 if figure.sizes["dtype"] == "float32" else 1)
-    return amount * rows / (figure.value * 1e-6)
+    share = float(figure.sizes["M"]) / _ROWS * (2 if figure.sizes["dtype"] == "float32" else 1)
+    return amount * share / (figure.value * 1e-6)
 
 
 def _where(figure: Figure, sizes: dict[str, object]) -> str:
     """Its source, with what is not as in our line."""
-    other = [f"{k} {v}" for k, v in figure.sizes.items() if k in ("M", "dtype", "B", "Hq") and v != sizes.get(k)]
+    told = {"M", "B", "Hq"} | ({"dtype"} if figure.sizes.get("dtype") == "float32" else set())
+    other = [f"{k} {v}" for k, v in figure.sizes.items() if k in told and v != sizes.get(k)]
     if figure.sizes.get("causal") is False:
         other.append("not causal")
     return "; ".join([figure.source, ", ".join(other), figure.note]).strip("; ")

@@ -53,7 +53,9 @@ def work_estimate(gpu: Gpu, work: Work, direction: str) -> Estimate:
         walk = _walk(kernel, bytes_, written)
         again = _read_again(gpu, kernel, work)
         name = kernel.name.removesuffix("_kernel") + "'" * sum(kernel.name[:-7] in part for part in parts)
-        parts[name] = _with_launch(memory.estimate(gpu, kernel, bytes_ + again, walk), bool(parts))
+        # No peer's loop over rows that loads ahead has a published speed.
+        kind = "rows that are loaded ahead" if "backward" in kernel.name else "rows"
+        parts[name] = _with_launch(memory.estimate(gpu, kernel, bytes_ + again, walk, kind), bool(parts))
     return together(parts)
 
 

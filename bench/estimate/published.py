@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 FILE = Path(__file__).with_name("published.json")
 ERRORS = Path(__file__).with_name("errors.json")
 UNKNOWN = 0.3  # the error that is stated where nothing published can be compared
+FEW, OF_FEW = 10, 0.1  # of fewer points than these, no smaller error is stated than this
+LEAST = 0.04  # nor of many: sources that measured the same kernel differ by more
 
 
 class Figure(NamedTuple):
@@ -61,4 +63,6 @@ def errors() -> dict[tuple[str, str], Error]:
 def error_of(kind: str, family: str) -> float:
     """The share that is stated with an estimate of this kind: the mean error of what was compared."""
     found = errors().get((kind, family))
-    return max(found.mean, 0.02) if found else UNKNOWN
+    if not found:
+        return UNKNOWN
+    return max(found.mean, OF_FEW if found.points < FEW else LEAST)
