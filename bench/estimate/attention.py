@@ -94,7 +94,8 @@ def dkdv(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
     tiles = tiling.of_keys(shape, BLOCK_M, BLOCK_N, shape.B * shape.Hkv, shape.group)
     steps = tiling.steps(tiles)
     products = 2.5 if kernel.specialised else 2.0
-    reduced = steps * BLOCK_M * shape.D * 4 if kernel.specialised else 0.0
+    # Where the warp groups do not share dq, each adds all of it.
+    reduced = steps * BLOCK_M * shape.D * 4 * (1 if kernel.constants.get("SHARED") else 2) if kernel.specialised else 0.0
     read = steps * BLOCK_M * shape.D * 2 * 2
     kind = _kind(kernel, "backward")
     return kernel_estimate(gpu, kernel, tiles, shape.flops * products, read, kind, reduced)
