@@ -76,7 +76,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def disassembled(cubin: bytes, *options: str) -> str:
-    """The output of nvdisasm, with `options` more. -ndf, no dataflow analysis: a third faster, only notes are missing."""
+    """The output of nvdisasm. -ndf, no dataflow analysis, is a third faster; only notes are missing."""
     return _tool(cubin, "nvdisasm", "-c", "-ndf", *options)
 
 
