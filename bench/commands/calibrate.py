@@ -26,6 +26,10 @@ def calibrate_models(args: argparse.Namespace) -> int:
     if not found:
         console.print("bench calibrate: nothing to compare; docs/performance.md says which peers are known")
         return 2
+    if not args.only:
+        for who, what, theirs, own in calibrate.unpublished(args.peers, console.print):
+            console.print(f"{who}, {what}: estimated {theirs.seconds * 1e6:,.0f} us, nothing published; ours estimated "
+                          f"{own.seconds * 1e6:,.0f} us", soft_wrap=True, highlight=False)  # fmt: skip
     console.print(_summary(found))
     if args.record:
         _record(found)

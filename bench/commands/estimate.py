@@ -12,21 +12,22 @@ from collections.abc import Iterable, Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from bench.estimate import layer, layer_picture, ours, published
+from bench.estimate import layer, layer_picture, ours, packed, published
 from bench.estimate.constants import Gpu, gpus
 from bench.estimate.published import Figure
 from bench.estimate.result import LIMITS, Estimate
 from bench.estimate.tiles import Shape
 from bench.reporting.terminal import console
+from bench.works.attention import AttentionVarlen
 from bench.works.norms import NORMS, RMSNorm
 from bench.works.rotations import QKNormRope, Rope, RopeQKV
 from bench.works.work import Work
 
-ESTIMATED = (*ours.ROW_OPS, "attention")
+ESTIMATED = (*ours.ROW_OPS, "attention", "attention_varlen")
 _ROWS = 32768  # of RMSNorm
 _WIDTHS = (1024, 4096, 8192, 16384, 65536)
 _LENGTHS = (1024, 2048, 4096, 8192, 16384)  # of 32k tokens
-_NEAR = 0.02  # rates that differ by less are shown as the same
+_DOCUMENTS = {"16 of 2,048": (2048,) * 16, "1 of 8,192 and 64 of 384": (8192, *(384,) * 64)}
 
 
 def estimate_speed(args: argparse.Namespace) -> int:
@@ -38,6 +39,8 @@ def estimate_speed(args: argparse.Namespace) -> int:
             _show(gpu, f"{work.op} {direction}", work.sizes, work.bytes(direction) / 1e9, "GB/s", {"ours": made})
         if "attention" in args.ops:
             _attention(gpu, args.hopper)
+        if "attention_varlen" in args.ops:
+            _packed(gpu)
     if args.layer is not None:
         _layer(gpus()[args.gpus[0]], args)
     return 0
@@ -65,6 +68,17 @@ def _attention(gpu: Gpu, hopper: bool) -> None:
         _show(gpu, f"attention {direction}", sizes, flops, "TFLOP/s", made)
 
 
+def _packed(gpu: Gpu) -> None:
+    for name, lengths in _DOCUMENTS.items():
+        for direction in ("forward", "backward"):
+            work = AttentionVarlen(shape="", lengths=lengths, Hq=32, Hkv=8, D=128)
+            flops = work.flops(direction) / 1e12
+            made = packed.packed_estimate(gpu, work, direction)
+            _show(
+                gpu, f"attention_varlen {direction}", {"documents": name}, flops, "TFLOP/s", {"ours": ours.timed(made)}
+            )
+
+
 # --- lines -----------------------------------------------------------------------------------------------------------
 
 
@@ -76,8 +90,9 @@ def _show(gpu: Gpu, what: str, sizes: dict[str, object], amount: float, unit: st
         table.add_column(name)
     for who, e in made.items():
         low, high = amount / e.high, amount / e.low
+        idle = f"; empty programs take {e.empty / e.seconds:.0%}" if e.empty > 0.01 * e.seconds else ""
         time = f"estimate {e.seconds * 1e6:,.0f} us ±{e.error:.0%}"
-        table.add_row(who, time, f"{low:,.0f} to {high:,.0f}", f"bound by {LIMITS[e.limit]}")
+        table.add_row(who, time, f"{low:,.0f} to {high:,.0f}", f"bound by {LIMITS[e.limit]}{idle}")
     for figure in published_for(gpu, what, sizes):
         table.add_row(figure.who, "published", f"{_rate(figure, amount):,.0f}", escape(_where(figure, sizes)))
     console.print(table)

@@ -42,23 +42,27 @@ def steps_of(kernel: Kernel, programs: int) -> tuple[Result, Result]:
 
 
 def kernel_estimate(
-    gpu: Gpu, kernel: Kernel, tiles: Sequence[Tile], flops: float, l2_bytes: float, kind: str, reduced: float = 0.0
-) -> Estimate:
+    gpu: Gpu, kernel: Kernel, tiles: Sequence[Tile], flops: float, l2_bytes: float, kind: str, reduced: float = 0.0,
+    empty: int = 0,
+) -> Estimate:  # fmt: skip
     """Of one launch. flops: that the tensor cores execute for the visible pairs. l2_bytes: that the SMs read.
-    reduced: bytes that are added to sums in the L2. kind: whose error is stated, a name in published.json."""
+    reduced: bytes that are added to sums in the L2. empty: programs without work. kind: whose error is stated, as in
+    errors.json."""
     programs = min(kernel.resident, max(1, round(kernel_programs(tiles) / gpu.sms)))
     plain, masked = steps_of(kernel, programs)
     fixed = attention().tile
     costs = [(t.plain * plain.step + t.masked * masked.step + fixed, t.count) for t in tiles]
-    busy = tiling.cycles(costs, gpu.sms * programs)
+    alone = tiling.cycles(costs, gpu.sms * programs)
+    busy = tiling.cycles([*costs, (attention().empty, empty)], gpu.sms * programs)
     clock = clock_under(gpu, flops, busy) * 1e9
     limits = {
-        plain.limit: busy / clock,
+        "empty" if busy > 2 * alone else plain.limit: busy / clock,
         "l2": l2_bytes / (gpu.l2_rate_together * gpu.sms * clock),
         "reduce": reduced / (attention().reduce * gpu.sms * 1e9),
     }
     limit = max(limits, key=limits.__getitem__)
-    return Estimate(limits[limit], limit, error_of(kind, gpu.family))
+    idle = (busy - alone) / clock if limits[limit] == busy / clock else 0.0
+    return Estimate(limits[limit], limit, error_of(kind, gpu.family), empty=idle)
 
 
 def kernel_programs(tiles: Sequence[Tile]) -> int:
@@ -95,7 +99,9 @@ def dkdv(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
     steps = tiling.steps(tiles)
     products = 2.5 if kernel.specialised else 2.0
     # Where the warp groups do not share dq, each adds all of it.
-    reduced = steps * BLOCK_M * shape.D * 4 * (1 if kernel.constants.get("SHARED") else 2) if kernel.specialised else 0.0
+    reduced = (
+        steps * BLOCK_M * shape.D * 4 * (1 if kernel.constants.get("SHARED") else 2) if kernel.specialised else 0.0
+    )
     read = steps * BLOCK_M * shape.D * 2 * 2
     kind = _kind(kernel, "backward")
     return kernel_estimate(gpu, kernel, tiles, shape.flops * products, read, kind, reduced)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.estimate import attention, memory, published
+from bench.estimate import attention, memory, ours, published
 from bench.estimate.constants import Gpu, gpus
 from bench.estimate.constants import attention as attention_constants
 from bench.estimate.constants import memory as memory_constants
@@ -21,6 +21,8 @@ from bench.estimate.peers.loading import Missing
 from bench.estimate.published import Error, Figure
 from bench.estimate.result import Estimate
 from bench.estimate.tiles import Shape
+from bench.works.norms import RMSNorm
+from bench.works.rotations import Rope
 
 _KERNELS: dict[str, Callable[..., list[Kernel]]] = {
     f.__name__: f
@@ -62,6 +64,25 @@ def points(peers: Path, say: Callable[[str], None], only: str = "") -> Iterator[
             if figure.kernel not in missing:
                 say(f"left out: {figure.kernel}: {error}")
                 missing.add(figure.kernel)
+
+
+def unpublished(peers: Path, say: Callable[[str], None]) -> Iterator[tuple[str, str, Estimate, Estimate]]:
+    """Peers' kernels of which no speed is known for an H100: whose, what, its estimate and that of ours."""
+    gpu, half = gpus()["H100"], torch.bfloat16
+    norm, rope = RMSNorm(shape="", M=8192, N=4096), Rope(shape="", B=4, S=8192, Hq=32, Hkv=8, D=128)
+    rows = {"M": 8192, "N": 4096, "dtype": half, "weight": half}
+    for who, work, kernel, sizes in (
+        ("Unsloth", norm, row_peers.unsloth_rms_norm, rows),
+        ("flash-linear-attention", norm, row_peers.fla_rms_norm, rows),
+        ("Unsloth", rope, row_peers.unsloth_rope, rope.sizes),
+        ("Liger", rope, row_peers.liger_rope, rope.sizes),
+    ):
+        try:
+            theirs = memory.estimate(gpu, kernel(peers, gpu.family, **sizes)[0], work.bytes("forward"))
+        except Missing as error:
+            say(f"left out: {kernel.__name__}: {error}")
+        else:
+            yield who, f"{work.op} forward, {gpu.name}", theirs, ours.work_estimate(gpu, work, "forward")
 
 
 def errors(found: Iterable[Point]) -> dict[tuple[str, str], Error]:

@@ -30,6 +30,7 @@ class Estimate:
     limit: str  # a key of LIMITS
     error: float
     parts: tuple[tuple[str, float], ...] = ()  # launches with their seconds, in order
+    empty: float = 0.0  # of the seconds, what programs without work take
 
     @property
     def low(self) -> float:
@@ -48,4 +49,5 @@ def together(estimates: dict[str, Estimate]) -> Estimate:
     """One call after another. The limit and the error are those of the largest."""
     largest = max(estimates.values(), key=lambda e: e.seconds)
     parts = tuple((name, e.seconds) for name, e in estimates.items())
-    return Estimate(sum(e.seconds for e in estimates.values()), largest.limit, largest.error, parts)
+    seconds, empty = (sum(getattr(e, name) for e in estimates.values()) for name in ("seconds", "empty"))
+    return Estimate(seconds, largest.limit, largest.error, parts, empty)

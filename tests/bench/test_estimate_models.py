@@ -8,11 +8,12 @@ import re
 
 import pytest
 
-from bench.estimate import attention, constants, memory, published, tiles
+from bench.estimate import attention, constants, memory, packed, published, tiles
 from bench.estimate.kernels import Kernel
 from bench.estimate.result import LIMITS, Estimate, together
 from bench.estimate.sm.code import NONE, Code, Instruction
 from bench.estimate.tiles import Shape
+from bench.works.attention import AttentionVarlen
 
 pytestmark = pytest.mark.once
 H100, A100 = constants.gpus()["H100"], constants.gpus()["A100"]
@@ -108,6 +109,26 @@ def test_the_clock_falls_with_the_load_of_the_tensor_cores():
     full = 4096 * H100.sms * 1e6  # FLOPs of 1e6 cycles at the full rate
     clocks = [attention.clock_under(H100, share * full, 1e6) for share in (0.0, 0.4, 0.7, 1.0)]
     assert clocks[:2] == [H100.clock] * 2 and clocks[1] > clocks[2] > clocks[3] == H100.loaded_clock
+
+
+def test_programs_without_work_add_to_the_time_and_bind_where_they_are_most():
+    one, shape = attention_kernel(200), Shape(1, 4096, 32, 8, 128)
+    work = tiles.of_rows(shape, 128, 128, heads=32)
+    full, some, many = (
+        attention.kernel_estimate(H100, one, work, shape.flops, 0, "packed", empty=n) for n in (0, 20_000, 2_000_000)
+    )
+    assert full.empty == 0 and full.seconds < some.seconds < many.seconds
+    # The clock rises a little, since the tensor cores do less.
+    assert 0.5 * some.empty < some.seconds - full.seconds <= some.empty
+    assert some.limit != "empty" and many.limit == "empty"
+
+
+def test_documents_have_the_tiles_of_their_own_lengths():
+    work = AttentionVarlen(shape="", lengths=(300, 128, 1), Hq=4, Hkv=2, D=64)
+    found = [t for n in work.lengths for t in tiles.of_rows(Shape(1, n, 4, 2, 64), 128, 64, heads=4)]
+    assert sum(t.count for t in found) == (3 + 1 + 1) * 4
+    launched = kernel([], grid=(3 * 3 * 2,))  # of one key head: tiles of the longest, documents, query heads
+    assert packed.empty_programs(launched, live=5 * 4, heads=2) == 36 - 20
 
 
 def test_a_kernel_without_products_is_refused():

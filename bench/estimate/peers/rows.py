@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,6 +91,8 @@ def unsloth_rms_norm(
 
 def fla_rms_norm(folder: Path, family: str, M: int, N: int, dtype: torch.dtype, weight: torch.dtype) -> list[Kernel]:
     """With eight warps, which it tries among others."""
+    if importlib.util.find_spec("einops") is None:  # which its module imports, and this kernel does not need
+        stand_in("einops", rearrange=None, repeat=None, reduce=None)
     peer = module(found(folder, "fla/modules/layernorm.py"), "fla.modules.layernorm")
     x, w, rstd = _rows(M, N, dtype, weight)
     kernel = jitted(peer.layer_norm_fwd_kernel1)
