@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from bench.commands.calibrate import calibrate_models
-from bench.commands.estimate import ESTIMATED, estimate_speed
+from bench.commands.estimate import estimate_speed
 from bench.commands.kept import compare_runs, list_providers, redraw
 from bench.commands.parity import check_parity
 from bench.commands.run import run
+from bench.estimate import lines
 from bench.estimate.constants import gpus
 from bench.providers.registry import PROVIDERS
 from bench.reporting import compare
@@ -100,9 +101,16 @@ def parser() -> argparse.ArgumentParser:
     add = command("estimate", estimate_speed, "estimates of speed without a GPU, beside published speeds")
     add("--gpus", nargs="+", choices=tuple(gpus()), default=["H100", "A100"], metavar="GPU",
         help=f"of {', '.join(gpus())} (default: H100 A100)")  # fmt: skip
-    add("--ops", nargs="+", choices=ESTIMATED, default=ESTIMATED, metavar="OP",
-        help=f"of {', '.join(ESTIMATED)} (default: all)")  # fmt: skip
+    add("--ops", nargs="+", choices=lines.OPS, default=lines.OPS, metavar="OP",
+        help=f"of {', '.join(lines.OPS)} (default: all)")  # fmt: skip
     add("--hopper", action="store_true", help="attention on Hopper by the Gluon kernels too")
+    add("--json", type=Path, metavar="FILE", help="write our estimates there")
+    add(
+        "--before",
+        type=Path,
+        metavar="FILE",
+        help="what --json wrote another day: show the change beside each estimate",
+    )
     add("--layer", type=Path, metavar="FILE", help="a Llama 3.1 8B layer: write a picture of where its time goes")
     add("--peers", type=Path, metavar="PEERS", help="with --layer: a folder with Liger, whose parts are shown too")
 

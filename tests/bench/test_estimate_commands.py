@@ -98,6 +98,17 @@ def test_estimates_are_printed_beside_published_speeds_with_their_sources(monkey
     assert "quack" in said and "2,900" in said and "blog" in said
 
 
+def test_estimates_of_another_day_are_shown_beside_those_of_today(monkeypatch, tmp_path, capsys):
+    file, call = tmp_path / "before.json", ["estimate", "--gpus", "A100", "--ops", "rope"]
+    monkeypatch.setattr(ours, "work_estimate", fixed)
+    assert arguments.main([*call, "--json", str(file)]) == 0
+    faster = lambda *_: dataclasses.replace(fixed(), seconds=18.5e-6)  # noqa: E731
+    monkeypatch.setattr(ours, "work_estimate", faster)
+    assert arguments.main([*call, "--before", str(file)]) == 0
+    assert "estimate 25 us ±5%, was 50 (-50%)" in capsys.readouterr().out
+    assert arguments.main([*call, "--before", str(tmp_path / "nowhere.json")]) == 2
+
+
 def test_a_published_time_of_other_rows_becomes_a_rate():
     sizes = {"M": 4096, "N": 4096, "dtype": "bfloat16"}
     liger = Figure("Liger", "rms_norm forward", "H100", sizes, 29.18, "us", "", "", None, None)
