@@ -25,7 +25,7 @@ def findings(body: str, threads: int = 64, target: str = "sm_90", **options) -> 
     return list(launch(OWN + body, x, threads=threads, target=target, **options).findings)
 
 
-# --- global memory ----------------------------------------------------------------------------------------------------
+# --- global memory ---------------------------------------------------------------------------------------------------
 
 LOAD = "mul.wide.u32 %rd9, %r0, 4; add.s64 %rd9, %rd9, %rd0; ld.global.b32 %r5, [%rd9+{}];"
 
@@ -57,7 +57,7 @@ def test_what_lies_between_the_rows_of_a_tensor_is_not_its_own():
         launch(LOAD.format(0), x, owned=np.arange(32) % 2 == 0)
 
 
-# --- shared memory ----------------------------------------------------------------------------------------------------
+# --- shared memory ---------------------------------------------------------------------------------------------------
 
 
 def test_bounds_and_alignment_of_shared_memory():
@@ -154,7 +154,7 @@ def test_a_store_of_an_equal_value_comes_after_the_reads_of_the_one_before():
     assert "race" in findings(body.format(*alone), threads=96)[0]
 
 
-# --- mbarriers --------------------------------------------------------------------------------------------------------
+# --- mbarriers -------------------------------------------------------------------------------------------------------
 
 # Thread 0 makes the mbarrier at byte 512. Warp 0 writes, then arrives there with one thread; warp 1 waits, then reads.
 HAND_OVER = """
@@ -255,7 +255,7 @@ def test_part_of_a_warp():
         findings(body)
 
 
-# --- asynchronous copies and products ---------------------------------------------------------------------------------
+# --- asynchronous copies and products --------------------------------------------------------------------------------
 
 COPY = """
 cp.async.ca.shared.global [%r2], [%rd9], 4; cp.async.commit_group; {}
@@ -381,7 +381,7 @@ def test_an_instruction_that_is_not_supported_has_its_source_line():
         launch(".loc 1 12 5 // kernels.py:12:5\nfancy.op %r5;", np.zeros(1))
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
+# --- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride, passes", [(4, 1), (8, 2), (12, 1), (128, 32), (0, 1)])

@@ -20,7 +20,7 @@ def results(body: str, threads: int = 32, value: str = "%r5", **options) -> list
     return out.tolist()
 
 
-# --- control flow, special registers, memory --------------------------------------------------------------------------
+# --- control flow, special registers, memory -------------------------------------------------------------------------
 
 
 def test_lanes_part_at_a_branch_and_meet_again():
@@ -146,7 +146,7 @@ def test_cp_async(size):
     assert (out.reshape(32, size) == rows).all()
 
 
-# --- warps ------------------------------------------------------------------------------------------------------------
+# --- warps -----------------------------------------------------------------------------------------------------------
 
 
 def _shuffled(how: str, i: int, by: int, clamp: int) -> int:
@@ -217,7 +217,7 @@ def test_ldmatrix_and_stmatrix(count, transposed):
     assert (again.view("u2").reshape(-1) == memory.reshape(-1)).all()
 
 
-# --- tensor cores -----------------------------------------------------------------------------------------------------
+# --- tensor cores ----------------------------------------------------------------------------------------------------
 
 
 def _bits(x: np.ndarray, kind: str) -> np.ndarray:
@@ -348,7 +348,7 @@ def test_wgmma(kind, layout, from_registers):
     assert not report.findings
 
 
-# --- the tensor memory accelerator ------------------------------------------------------------------------------------
+# --- the tensor memory accelerator -----------------------------------------------------------------------------------
 
 
 BOX = """
