@@ -5,7 +5,6 @@ errors.json is written by `python -m bench calibrate PEERS --record`.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +50,6 @@ def figures() -> Iterator[Figure]:
                          series.get("clock"))  # fmt: skip
 
 
-@functools.cache
 def errors() -> dict[tuple[str, str], Error]:
     """By kind of estimate and family."""
     if not ERRORS.exists():

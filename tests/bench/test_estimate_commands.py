@@ -155,11 +155,8 @@ def test_errors_that_are_recorded_keep_those_of_other_kinds(monkeypatch, tmp_pat
     file = tmp_path / "errors.json"
     file.write_text('[{"kind": "rows", "family": "sm_80", "mean": 0.5, "worst": 0.5, "points": 1}]')
     monkeypatch.setattr(published, "ERRORS", file)
-    published.errors.cache_clear()
     point = calibrate.Point(next(published.figures()), "rows", "sm_90", Estimate(1.1, "dram", 0.1), 1.0)
     calibrate._record([point])
-    published.errors.cache_clear()
     means = {key: round(e.mean, 2) for key, e in published.errors().items()}
     assert means == {("rows", "sm_80"): 0.5, ("rows", "sm_90"): 0.1}
     monkeypatch.undo()
-    published.errors.cache_clear()
