@@ -22,12 +22,10 @@ from typing import Any
 
 import torch
 
-from bench.commands.calibrate import calibrate_models
-from bench.commands.estimate import estimate_speed
 from bench.commands.kept import compare_runs, list_providers, redraw
 from bench.commands.parity import check_parity
 from bench.commands.run import run
-from bench.estimate import lines
+from bench.estimate import OPS as ESTIMATED
 from bench.estimate.constants import gpus
 from bench.providers.registry import PROVIDERS
 from bench.reporting import compare
@@ -101,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
     add = command("estimate", estimate_speed, "estimates of speed without a GPU, beside published speeds")
     add("--gpus", nargs="+", choices=tuple(gpus()), default=["H100", "A100"], metavar="GPU",
         help=f"of {', '.join(gpus())} (default: H100 A100)")  # fmt: skip
-    add("--ops", nargs="+", choices=lines.OPS, default=lines.OPS, metavar="OP",
-        help=f"of {', '.join(lines.OPS)} (default: all)")  # fmt: skip
+    add("--ops", nargs="+", choices=ESTIMATED, default=ESTIMATED, metavar="OP",
+        help=f"of {', '.join(ESTIMATED)} (default: all)")  # fmt: skip
     add("--hopper", action="store_true", help="attention on Hopper by the Gluon kernels too")
     add("--json", type=Path, metavar="FILE", help="write our estimates there")
     add(
@@ -121,6 +119,18 @@ def parser() -> argparse.ArgumentParser:
 
     add_device(command("providers", list_providers, "which providers can be measured here, and why others cannot"))
     return whole
+
+
+def estimate_speed(args: argparse.Namespace) -> int:
+    from bench.commands.estimate import estimate_speed  # compiles, so it needs Triton, which the rest does not
+
+    return estimate_speed(args)
+
+
+def calibrate_models(args: argparse.Namespace) -> int:
+    from bench.commands.calibrate import calibrate_models  # likewise
+
+    return calibrate_models(args)
 
 
 def _positive(text: str) -> float:

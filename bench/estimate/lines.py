@@ -15,7 +15,6 @@ from bench.works.norms import NORMS, RMSNorm
 from bench.works.rotations import QKNormRope, Rope, RopeQKV
 from bench.works.work import Work
 
-OPS = (*ours.ROW_OPS, "attention", "attention_varlen")
 ROWS = 32768  # of RMSNorm
 _WIDTHS = (1024, 4096, 8192, 16384, 65536)
 _LENGTHS = (1024, 2048, 4096, 8192, 16384)  # of 32k tokens

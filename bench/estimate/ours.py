@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.estimate import attention, memory
+from bench.estimate import ROW_OPS, attention, memory
 from bench.estimate.constants import Gpu
 from bench.estimate.constants import attention as attention_constants
 from bench.estimate.constants import memory as memory_constants
@@ -57,9 +57,6 @@ def work_estimate(gpu: Gpu, work: Work, direction: str) -> Estimate:
         kind = "rows that are loaded ahead" if "backward" in kernel.name else "rows"
         parts[name] = _with_launch(memory.estimate(gpu, kernel, bytes_ + again, walk, kind), bool(parts))
     return together(parts)
-
-
-ROW_OPS = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "rope_qkv")
 
 
 def _with_launch(made: Estimate, further: bool) -> Estimate:
