@@ -137,8 +137,10 @@ def test_the_mask_within_a_block_is_the_definition():
 @pytest.mark.parametrize("B, Hq, Sq", [(1, 1, 1), (2, 6, 300), (3, 8, 1024)])
 def test_every_tile_of_queries_is_one_programs_longest_first(B, Hq, Sq):
     programs = B * Hq * -(-Sq // 128)
-    on_device = plain(masks, tiles, schedule, tl=types.SimpleNamespace(num_programs=lambda _: programs))
-    found = [on_device.query_tile(pid, types.SimpleNamespace(B=B, Hq=Hq), 128) for pid in range(programs)]
+    sizes, found = types.SimpleNamespace(B=B, Hq=Hq), []
+    for pid in range(programs):
+        tl = types.SimpleNamespace(num_programs=lambda _: programs, program_id=lambda _, pid=pid: pid)
+        found.append(plain(masks, tiles, schedule, tl=tl).query_tile(None, 0, sizes, 128))
     assert len(set(found)) == programs and {(h, b) for _, h, b in found} == {
         (h, b) for h in range(Hq) for b in range(B)
     }

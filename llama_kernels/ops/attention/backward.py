@@ -24,33 +24,48 @@ from llama_kernels.ops.attention.delta import launch_delta
 from llama_kernels.ops.attention.dkdv import _dkdv_kernel
 from llama_kernels.ops.attention.dq import _dq_kernel
 from llama_kernels.ops.attention.tables import tile_for
+from llama_kernels.ops.attention.tile_list import Fill, TileLists, programs_for, tile_lists, walks
 from llama_kernels.ops.rotation import Rotation
 
 
 @cached_launch
-def _launches(call: AttentionCall, do, lse2, delta, dq, dk, dv, rotation: Rotation) -> list[Launch]:
+def _launches(
+    call: AttentionCall, do, lse2, delta, dq, dk, dv, rotation: Rotation, lists: TileLists | None
+) -> list[Launch]:
     """dq, dk and dv are None where they are not wanted."""
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
     # What both kernels take, in their order: before the gradients, after them, after the gradients' strides.
     inputs = (q, k, v, do, lse2, delta)
     bounds = (call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors)
+    list_q, list_k = lists or (None, None)
     input_strides = (*map(strides_of, (q, k, v, do)), lse_strides(delta))
     bound_strides = (*call.bound_strides, *rotation.strides)
     numbers = (sizes.as_arguments(), call.scoring, call.window, rotation.positions)
-    flags = {**call.widths, "FAR": far(q, k, v, do), "HALF": rotation.half, "INTERLEAVED": rotation.interleaved}
+    flags = {
+        **call.widths,
+        "FAR": far(q, k, v, do),
+        "HALF": rotation.half,
+        "INTERLEAVED": rotation.interleaved,
+        "WALK": walks(call),
+    }
     launches = []
 
     tile = tile_for("dkdv", q, v, call.softcap is not None or call.kv_end is not None)
-    programs = cdiv(call.longest_k, tile.BLOCK_N) * sizes.B * sizes.Hkv
+    programs = cdiv(sizes.Sk, tile.BLOCK_N) * sizes.B * sizes.Hkv
+    if lists is not None:
+        programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, tile.BLOCK_N, walks(call))
     for pair in ((dk, None), (None, dv)) if tile.split else ((dk, dv),):
         if programs and pair != (None, None):
-            args = (*inputs, *pair, *bounds, *input_strides, *map(optional_strides_of, pair), *bound_strides, *numbers)
+            pair_strides = map(optional_strides_of, pair)
+            args = (*inputs, *pair, *bounds, list_k, *input_strides, *pair_strides, *bound_strides, *numbers)
             launches.append(Launch(_dkdv_kernel, (programs,), args, {**flags, **tile.launch_options}))
 
     tile = tile_for("dq", q, v, call.crowded or rotation.half > 0)
-    programs = cdiv(call.longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
+    programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
+    if lists is not None:
+        programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))
     if programs and dq is not None:
-        args = (*inputs, dq, *bounds, *input_strides, strides_of(dq), *bound_strides, *numbers)
+        args = (*inputs, dq, *bounds, list_q, *input_strides, strides_of(dq), *bound_strides, *numbers)
         launches.append(Launch(_dq_kernel, (programs,), args, {**flags, **tile.launch_options}))
     return launches
 
@@ -63,16 +78,17 @@ def launch_backward(
     rotation: of q and k before the call; dq and dk get its inverse before they are rounded.
     """
     sizes, do = call.sizes, results.do
-    dq, dk, dv, dsinks = empty_grads(call, wanted)
-    if call.packed or not sizes.Hq:  # no program visits a token that no sequence owns, or keys that no head reads
-        for grad in (dq, dk, dv):
-            grad.zero_()
+    dq, dk, dv, dsinks = grads = empty_grads(call, wanted)
+    if not (sizes.B and sizes.Hq and sizes.Sq):  # no program would write the gradients
+        return tuple(grad.zero_() for grad in grads)
+    outputs = [grad if need else None for grad, need in zip(grads[:3], wanted[:3], strict=True)]
+    lists = tile_lists(call, of_keys=True)
     choice = dispatch.backward(call, do, wanted)
     dq_sum = None if choice.tile is None else empty_in_order_of(dq, dtype=torch.float32)
-    lse2, delta, dsinks = launch_delta(call, results, sizes, dsinks, dq_sum)
-    if choice.tile is None or not hopper.try_backward(call, choice.tile, do, lse2, delta, dq_sum, dq, dk, dv, rotation):
-        _launches(
-            call, do, lse2, delta,
-            dq if wanted.dq else None, dk if wanted.dk else None, dv if wanted.dv else None, rotation,
-        )  # fmt: skip
+    fill = Fill(outputs[0], None, *outputs[1:])
+    lse2, delta, dsinks = launch_delta(call, results, sizes, dsinks, dq_sum, lists, fill)
+    if choice.tile is None or not hopper.try_backward(
+        call, choice.tile, do, lse2, delta, dq_sum, dq, dk, dv, rotation, lists
+    ):
+        _launches(call, do, lse2, delta, *outputs, rotation, lists)
     return dq, dk, dv, dsinks

@@ -8,13 +8,14 @@ from llama_kernels.core.language import tl, triton
 from llama_kernels.core.launch_cache import Launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention.call import Sizes, far, width_class
-from llama_kernels.ops.attention.tiles import load_tile, matrix, query_tile, sequence, store_tile
+from llama_kernels.ops.attention.tile_list import programs_for
+from llama_kernels.ops.attention.tiles import load_tile, matrix, query_tile, sequence, store_tile, tiles_of_program
 from llama_kernels.ops.rotation import Rotation, Tables, inverse_rotation
 
 
 @triton.jit(do_not_specialize=["positions"])
 def _round_dq_kernel(
-    sum_ptr, dq_ptr, cu_seqlens_q_ptr, cos_ptr, sin_ptr, position_ids_ptr,
+    sum_ptr, dq_ptr, cu_seqlens_q_ptr, list_ptr, cos_ptr, sin_ptr, position_ids_ptr,
     sum_strides, dq_strides, cos_strides, sin_strides, position_strides,
     sizes, scale, positions,
     D: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -24,29 +25,34 @@ def _round_dq_kernel(
 
     With HALF, q was rotated by the tables, and dq gets the inverse rotation. So does dk, in a launch of its own.
     """
-    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
-    start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    dq = load_tile(matrix(sum_ptr, sum_strides, b, h, start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    dq = dq.to(tl.float32) * scale
-    if HALF:
-        s = m + tl.arange(0, BLOCK_M)
-        tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
-        dq = inverse_rotation(dq, tables, b, start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
-    store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
+    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
+        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
+        start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        dq = load_tile(matrix(sum_ptr, sum_strides, b, h, start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        dq = dq.to(tl.float32) * scale
+        if HALF:
+            s = m + tl.arange(0, BLOCK_M)
+            tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+            dq = inverse_rotation(dq, tables, b, start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
+        store_tile(matrix(dq_ptr, dq_strides, b, h, start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
 
 
 def round_launch(
-    total: torch.Tensor, grad: torch.Tensor, cu_seqlens: torch.Tensor | None, sizes: Sizes, scale: float, by: Rotation
-) -> Launch:
+    total: torch.Tensor, grad: torch.Tensor, cu_seqlens: torch.Tensor | None, list_q: torch.Tensor | None,
+    sizes: Sizes, scale: float, by: Rotation,
+) -> Launch:  # fmt: skip
     """grad = total * scale, with the inverse of the rotation `by`. sizes: of the rows of `grad`, in place of q's."""
     D, BLOCK_D = grad.shape[-1], width_class(grad.shape[-1])
     BLOCK_M = 4096 // BLOCK_D  # 32 elements per thread
     args = (
-        total, grad, cu_seqlens, *by.tensors, strides_of(total), strides_of(grad), *by.strides, sizes.as_arguments(),
-        scale, by.positions,
+        total, grad, cu_seqlens, list_q, *by.tensors, strides_of(total), strides_of(grad), *by.strides,
+        sizes.as_arguments(), scale, by.positions,
     )  # fmt: skip
     options = {
         "D": D, "FAR": far(grad), "HALF": by.half, "INTERLEAVED": by.interleaved, "BLOCK_M": BLOCK_M,
         "BLOCK_D": BLOCK_D, "num_warps": 4,
     }  # fmt: skip
-    return Launch(_round_dq_kernel, (cdiv(sizes.longest_q, BLOCK_M) * sizes.B * sizes.Hq,), args, options)
+    programs = cdiv(sizes.Sq, BLOCK_M) * sizes.B * sizes.Hq
+    if list_q is not None:
+        programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, walk=True)
+    return Launch(_round_dq_kernel, (programs,), args, options)
