@@ -208,7 +208,7 @@ def test_the_record_is_whole():
 @pytest.mark.parametrize("options", ["causal", "causal window softcap sinks packed"])
 def test_the_hopper_kernels_hide_their_softmax(options):
     kernels = {r.kernel: r for r in reports("sm_90", "hopper", f"D=64 bfloat16 {options}")}
-    assert set(kernels) == {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_dq_kernel"}
+    assert set(kernels) == {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_sum_kernel"}
     assert not any(r.faults or r.spill_bytes for r in kernels.values())
 
 

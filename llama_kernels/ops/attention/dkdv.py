@@ -96,14 +96,15 @@ def _dkdv_kernel(
     kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WALK: tl.constexpr,
+    WALK: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
 
-    One program sums over the group, in a fixed order and without atomics, so that every run gives the same bits. Either
-    of dk and dv may be None. Row blocks that see none of the keys are skipped. Sums are float32. With HALF, k was
-    rotated by the tables, and dk gets the inverse rotation.
+    One program sums over the group, in a fixed order and without atomics, so that every run gives the same bits. If
+    PARTS is not 1, it sums over sizes.group heads, a part of the group: dk and dv then are float32, and have PARTS
+    heads for each key head. Either of dk and dv may be None. Row blocks that see none of the keys are skipped. Sums are
+    float32. With HALF, k was rotated by the tables, and dk gets the inverse rotation.
     Bytes: k, v, dk, dv once; q, do, lse2, delta of the group once for each key tile, from L2. FLOPs: 4 (D + DV) for
     each visible pair.
     """
@@ -121,7 +122,8 @@ def _dkdv_kernel(
                 )
             begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
 
-            K, V = matrix(k_ptr, k_strides, b, h_kv, k_start), matrix(v_ptr, v_strides, b, h_kv, k_start)
+            K = matrix(k_ptr, k_strides, b, h_kv // PARTS, k_start)
+            V = matrix(v_ptr, v_strides, b, h_kv // PARTS, k_start)
             # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
             k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest)  # [BLOCK_N, BLOCK_D]
             v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest)  # [BLOCK_N, BLOCK_DV]

@@ -224,7 +224,7 @@ REACHED_BY = {
     "_combine_kernel": "decode",
     "_hopper_forward_kernel": "hopper-64",
     "_hopper_backward_kernel": "hopper-64",
-    "_round_dq_kernel": "hopper-64",
+    "_round_sum_kernel": "hopper-64",
 }
 # Likewise every operator.
 CALLED_BY = {

@@ -1,7 +1,7 @@
 """Attention for Hopper GPUs, in Gluon: bulk copies (TMA), warp groups that take turns, asynchronous products (wgmma).
 
 The portable kernels in the folder above compute the same; ../dispatch.py says which of them computes a call. forward.py
-and backward.py hold the kernels, round_dq.py what follows the backward, schedule.py the arithmetic of their pipelines,
+and backward.py hold the kernels, schedule.py the arithmetic of their pipelines,
 which tests run on a CPU, descriptors.py how the copy engine addresses tensors, tables.py the tiles, switch.py the
 opt-in, gluon.py the language.
 """

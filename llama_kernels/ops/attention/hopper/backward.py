@@ -28,7 +28,6 @@ from llama_kernels.ops.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from llama_kernels.ops.attention.hopper.round_dq import round_launch
 from llama_kernels.ops.attention.hopper.schedule import (
     filled_phase,
     freed_phase,
@@ -38,6 +37,7 @@ from llama_kernels.ops.attention.hopper.schedule import (
 )
 from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.masks import Mask, visible
+from llama_kernels.ops.attention.rounding import round_launch
 from llama_kernels.ops.attention.softmax import logits
 from llama_kernels.ops.attention.tile_list import TileLists, programs_for
 from llama_kernels.ops.attention.tiles import key_tile, sequence, tiles_of_program
