@@ -183,7 +183,7 @@ fmt: $(INSTALLED)
 # Under a minute: lint, and each op against float64 and eager, forward and gradients, in the interpreter.
 quick: lint
 	$(call NEEDS,test)
-	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -o addopts= -q tests/installation/test_report.py \
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -o addopts= -q tests/installation/test_check.py \
 		-k 'test_the_check_passes or test_the_check_of_attention_passes'
 
 # The site, in build/site. A warning or a broken link is an error.

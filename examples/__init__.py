@@ -1,5 +1,5 @@
-"""Scripts to run and to copy from."""
+"""Scripts to run and to copy code from."""
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local folders; read when Transformers is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before Transformers is imported: models are local folders

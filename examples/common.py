@@ -1,7 +1,7 @@
-"""What the examples on Hugging Face models share: arguments, data, a tokenizer, a model.
+"""What the examples on Hugging Face models share: arguments, data, tokenizer and model.
 
-Without --model, a tiny Llama with random weights and a byte-level tokenizer are built. With --model, a Hugging Face
-folder is loaded. Nothing is downloaded.
+Without --model, the model is a tiny Llama with random weights and a byte-level tokenizer. With --model, it is loaded
+from a Hugging Face folder. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def positive(text: str) -> int:
 
 
 def arguments(doc: str, data: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The arguments of all examples; `parse` reads them. `data` describes a line of --data."""
+    """A parser of the arguments that all examples have, for `parse`. `data` describes a line of --data."""
     transformers.utils.logging.set_verbosity_error()  # no warning that a new head has random weights
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
@@ -79,7 +79,7 @@ def read_jsonl(
     fields: dict[str, type | tuple[type, ...]],
     fault: Callable[[dict[str, Any]], str | None] = lambda example: None,
 ) -> Examples:
-    """The objects of a file, one a line. Ends the program at the first that lacks a field or has a fault."""
+    """The objects of a file, one a line. Ends the program at the first object with a wrong field or a fault."""
     examples = []
     for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -93,8 +93,8 @@ def read_jsonl(
                 wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
                 got = repr(example.get(name, "nothing") if isinstance(example, dict) else example)
                 raise SystemExit(f"{path}, line {n}: field {name!r} must be {wanted}, got {got:.60}")
-        if said := fault(example):
-            raise SystemExit(f"{path}, line {n}: {said}")
+        if error := fault(example):
+            raise SystemExit(f"{path}, line {n}: {error}")
         examples.append(example)
     if len(examples) < 2:
         raise SystemExit(f"{path}: at least two lines are needed, one to train on and one to test on")
@@ -102,9 +102,9 @@ def read_jsonl(
 
 
 def standard_library(*patterns: str) -> list[tuple[str, str]]:
-    """(name, source) of those files of Python's standard library: real text that every machine has.
+    """(name, source) of files of Python's standard library that match one of the patterns. Every machine has this text.
 
-    Sources with characters beyond ASCII are left out, so that a byte is a character.
+    Sources that are not ASCII are left out, so a byte is a character.
     """
     root = Path(os.__file__).parent
     paths = [path.relative_to(root) for pattern in patterns for path in sorted(root.glob(pattern))]
@@ -113,7 +113,7 @@ def standard_library(*patterns: str) -> list[tuple[str, str]]:
 
 
 def pieces(units: Iterable[str], characters: int) -> Iterator[tuple[int, str]]:
-    """(first character, text): consecutive units joined, at most `characters` long. A longer unit stands alone."""
+    """Join consecutive units to texts of at most `characters`, or of one longer unit: (first character, text) each."""
     start, text = 0, ""
     for unit in [*units, "\n" * (characters + 1)]:
         if text and len(text) + len(unit) > characters:
@@ -127,7 +127,7 @@ def shuffled(items: list[Any], seed: int) -> list[Any]:
 
 
 def split(examples: Examples, seed: int, share: float = 0.1) -> tuple[Examples, Examples]:
-    """Training and test examples, shuffled. Examples of the same "group", such as a file, go to the same side."""
+    """Training and test examples, shuffled. Examples with the same "group", such as a file, stay together."""
     groups = shuffled(sorted({e.get("group", i) for i, e in enumerate(examples)}, key=str), seed)
     test_groups = set(groups[: max(1, round(share * len(groups)))])
     parts: tuple[Examples, Examples] = [], []
@@ -137,7 +137,7 @@ def split(examples: Examples, seed: int, share: float = 0.1) -> tuple[Examples, 
 
 
 def f1(hits: int, predicted: int, actual: int) -> tuple[float, float, float]:
-    """Precision, recall, and their harmonic mean F1; 0 where nothing was predicted or nothing was there."""
+    """Precision, recall, and their harmonic mean F1: 0 if `predicted` or `actual` is 0."""
     precision, recall = hits / max(predicted, 1), hits / max(actual, 1)
     return precision, recall, 2 * precision * recall / max(precision + recall, 1e-12)
 
@@ -146,17 +146,17 @@ def f1(hits: int, predicted: int, actual: int) -> tuple[float, float, float]:
 
 
 def load_tokenizer(folder: Path | None, texts: Iterable[str] = (), size: int = 2048) -> PreTrainedTokenizerFast:
-    """The tokenizer of `folder`. Without one: bytes, and frequent pieces of the words of `texts`, `size` in all."""
+    """The tokenizer of `folder`, or a new one with `size` tokens: bytes, and frequent pieces of words of `texts`."""
     if folder:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="right")
         if not tokenizer.is_fast:
-            raise SystemExit(f"{folder}: its tokenizer is not a fast one, which alone can tell where a token stands")
+            raise SystemExit(f"{folder}: wanted a fast tokenizer, which gives the position of each token in the text")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama has no pad token
         return tokenizer
     special = ["<s>", "</s>", "<pad>"]
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\w+|\n *| +|."), "isolated"),  # a punctuation mark is always one token
+        pre_tokenizers.Split(Regex(r"\w+|\n *| +|."), "isolated"),  # a punctuation mark is one token
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     words.decoder = decoders.ByteLevel()
@@ -178,7 +178,7 @@ def load_model(
     model_class: Any, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype = torch.float32,
     layers: int = 2, **settings: Any,
 ) -> PreTrainedModel:  # fmt: skip
-    """An AutoModelFor... of --model, or of a tiny Llama. `settings` are fields of the configuration."""
+    """The model of --model, or a tiny Llama, by an AutoModelFor... class. `settings` are fields of its config."""
     settings |= {"pad_token_id": tokenizer.pad_token_id, "use_cache": False}
     torch.manual_seed(args.seed)
     if args.model:
@@ -193,7 +193,7 @@ def load_model(
 
 
 def prepare(model: Any, name: str, args: argparse.Namespace) -> None:
-    """Patches the model, unless its run is the stock one, and recomputes activations with --checkpointing."""
+    """Patch the model of the run "patched", and with --checkpointing recompute its activations in the backward."""
     if name == "patched":
         patch(model)
     if args.checkpointing:

@@ -1,12 +1,13 @@
-"""`make demo`: a small Llama learns Python from the standard library, twice, with stock torch ops and with ours.
+"""`make demo`: train a small Llama on the source of the standard library, with stock torch ops and with ours.
 
-Both start from the same weights and see the same batches. A third run with stock torch starts from weights one float32
-rounding away: it shows how much two correct runs differ, since training amplifies the last bit. Without a GPU, our
-model trains on the reference path, and a few steps are repeated with the kernels in Triton's interpreter.
+Both runs have the same weights at the start and the same batches. A third run, with stock torch, starts from weights
+that are one float32 rounding larger. It shows by how much two correct runs differ, since training amplifies the last
+bit. Without a GPU, our model trains on the reference path, and a few steps are repeated with the kernels in Triton's
+interpreter.
 
-The demo passes if, in each of these steps, the kernels' gradients are at most twice as far from float64 as stock
-torch's, if our losses differ from the stock ones by at most ten times as much as the third run's, and if each op passes
-the check of `python -m llama_kernels --check`.
+The demo passes if three conditions hold. In each of these steps, the error of the kernels' gradients against float64 is
+at most twice that of stock torch. The losses of our run differ from those of the stock run by at most ten times as much
+as the losses of the third run do. Each op passes the check of `python -m llama_kernels --check`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ console = Console()
 
 
 def standard_library() -> torch.Tensor:
-    """The source of Python's standard library, as bytes: a few megabytes of real text that everyone has."""
+    """The source of Python's standard library, as bytes: a few megabytes of text that every machine has."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     return torch.frombuffer(bytearray(b"\n".join(f.read_bytes() for f in files)), dtype=torch.uint8)
 
@@ -58,7 +59,7 @@ def windows(text: torch.Tensor, batch: int, seq: int, seed: int) -> torch.Tensor
 
 
 class Run:
-    """One model in training, its losses and what a step costs."""
+    """A model in training, its losses, and the time and memory of its steps."""
 
     def __init__(self, name: str, ops: Ops, config: Config, steps: int, device: str) -> None:
         self.name, self.device = name, device
@@ -95,7 +96,7 @@ class Run:
         return time.perf_counter()
 
     def nudge(self) -> None:
-        """Every weight to the next float32 up."""
+        """Replace every weight by the next larger float32."""
         with torch.no_grad():
             for p in self.model.parameters():
                 p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)))
@@ -115,7 +116,7 @@ class Run:
 
 
 def train(runs: list[Run], text: torch.Tensor, args: argparse.Namespace, points: list[int], folder: str) -> None:
-    """All runs side by side, on the same batches. Our model is saved at `points`, with two sequences of the batch."""
+    """Train all runs on the same batches. In the steps `points`, save our model and two sequences of the batch."""
     ours = runs[1].model
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console) as progress:
@@ -128,15 +129,15 @@ def train(runs: list[Run], text: torch.Tensor, args: argparse.Namespace, points:
                 torch.save({**snapshot, "step": i}, Path(folder, f"{i}.pt"))
             for run in runs:
                 run.step(tokens.to(args.device))
-            said = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs[:2])
-            progress.update(task, advance=1, description=f"loss: {said}")
+            losses = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs[:2])
+            progress.update(task, advance=1, description=f"loss: {losses}")
 
 
 # --- verification ----------------------------------------------------------------------------------------------------
 
 
 def verify(paths: list[Path], device: str) -> dict[str, Any]:
-    """examples/verify.py in a process of its own, since Triton decides at its import whether to interpret."""
+    """Run examples/verify.py in a new process, since Triton chooses the interpreter at its import."""
     env = {**os.environ, "TRITON_INTERPRET": "0" if device == "cuda" else "1"}
     command = [sys.executable, str(Path(__file__).with_name("verify.py")), "--device", device, *map(str, paths)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -181,7 +182,7 @@ def plot(runs: list[Run], verified: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def parse() -> argparse.Namespace:
@@ -240,7 +241,7 @@ def main() -> int:
         for run in (stock_run, our_run):
             median = sorted(run.seconds)[len(run.seconds) // 2]
             console.print(f"{run.name}: {median * 1e3:.1f} ms a step, peak memory {run.peak_bytes / 2**30:.2f} GiB")
-    console.print("\nour model writes:\n", style="bold")
+    console.print("\ntext generated by our model:\n", style="bold")
     console.print(our_run.write(b"def ", 160), markup=False, highlight=False)
 
     plot(runs, verified, args.out / "demo.png")
@@ -250,14 +251,14 @@ def main() -> int:
     }  # fmt: skip
     (args.out / "demo.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
-    claims = [(apart["ours"] <= 10 * apart["nudged"], "our losses are the stock ones, up to what one rounding does")]
+    claims = [(apart["ours"] <= 10 * apart["nudged"], "our losses differ from stock's by what a rounding can cause")]
     if why_not:
         console.print(f"not checked: the kernels' gradients. There is no GPU, and {why_not}", markup=False)
     else:
         gradients_hold = all(s["grad_error_ours"] <= 2 * s["grad_error_stock"] for s in verified["steps"])
-        claims.append((gradients_hold, "the kernels' gradients are as close to float64 as stock torch's"))
+        claims.append((gradients_hold, "the error of the kernels' gradients is at most twice that of stock torch"))
         ops_hold = all(o["passed"] for o in verified["ops"])
-        claims.append((ops_hold, "each op is as close to float64 as its dtype allows"))
+        claims.append((ops_hold, "each op passes the parity check"))
     for held, claim in claims:
         console.print(f"{'holds' if held else 'FAILS'}: {claim}", style="green" if held else "red")
     console.print(f"{args.out / 'demo.png'}, {args.out / 'demo.json'}")

@@ -1,7 +1,7 @@
-"""Fine-tunes a Hugging Face model, patched, with the Trainer: sequence or token classification, or question answering.
+"""Fine-tune a patched Hugging Face model with the Trainer: sequence or token classification, or question answering.
 
-Without --data the examples are made of Python's standard library; the test examples are from files that were not
-trained on. With --compare, the stock model is trained as well, from the same weights on the same batches.
+Without --data, the examples are made from Python's standard library, and the test examples from files that are not in
+the training set. With --compare, the stock model is trained too, from the same weights on the same batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TASKS: dict[str, Any] = {
 
 
 def with_adapters(model: PreTrainedModel, rank: int, peft_type: str) -> torch.nn.Module:
-    """The model with its weights frozen and low-rank adapters, and the new head, to be trained."""
+    """The model with frozen weights, whose low-rank adapters and new head are trained."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -62,7 +62,7 @@ def main() -> int:
     runs = []
     for name in common.run_names(args):
         run = report.Run(name)
-        dtype = common.DTYPES[args.dtype if args.lora else "float32"]  # weights that are trained stay float32
+        dtype = common.DTYPES[args.dtype if args.lora else "float32"]  # trained weights are float32
         model: Any = common.load_model(Task.model_class, args, tokenizer, dtype, **settings)
         common.prepare(model, name, args)
         if args.lora:

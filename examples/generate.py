@@ -1,8 +1,8 @@
-"""Generates with a patched model for prompts of unlike length: greedy, beam search and sampling, each timed.
+"""Generate text with a patched model, and time it: greedy, beam search and sampling, for prompts of different lengths.
 
-Without --model, a tiny Llama first learns source code for a while. With --compare, stock and patched model generate
-from the same weights; in float32, greedy and beam search must give the same tokens. In bfloat16, the order of two
-tokens of nearly equal probability may change.
+Without --model, a tiny Llama is trained on source code first. With --compare, the stock and the patched model generate
+from the same weights. In float32, greedy and beam search must give the same tokens. In bfloat16, two tokens of nearly
+equal probability may change places.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COMPARED = ("greedy", "beam search")  # sampling amplifies the last bit
 
 
 class Clock(LogitsProcessor):
-    """Leaves the logits as they are, and notes when they come."""
+    """Records the time of each step, and does not change the logits."""
 
     def __init__(self, device: str) -> None:
         self._device, self.times = device, [training.clock(device)]
@@ -51,7 +51,7 @@ class Clock(LogitsProcessor):
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, Any]:
-    """Of each method: tokens (B, --tokens), and the seconds of each token."""
+    """For each method: tokens (B, --tokens), and the seconds of each token."""
     methods: dict[str, dict[str, Any]] = {
         "greedy": {"do_sample": False},
         "beam search": {"do_sample": False, "num_beams": args.beams},
@@ -61,7 +61,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], args: argparse.Namespa
     for method, options in methods.items():
         torch.manual_seed(args.seed)
         clock = Clock(args.device)
-        # No end before --tokens, so that all methods are timed over the same length.
+        # Exactly --tokens tokens, so that all methods are timed over the same length.
         tokens = model.generate(**inputs, **options, max_new_tokens=args.tokens, min_new_tokens=args.tokens,
                                 logits_processor=[clock], use_cache=True)  # fmt: skip
         results[method] = {"tokens": tokens[:, inputs["input_ids"].shape[1] :].tolist(), "seconds": clock.seconds()}

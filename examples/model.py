@@ -1,4 +1,4 @@
-"""A Llama in one file: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Its operations are an argument."""
+"""A Llama in one file: RMSNorm, RoPE, grouped-query attention and SwiGLU. Its operations are an argument."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import llama_kernels as lk
 
 
 class Ops(NamedTuple):
-    """What makes a Llama a Llama."""
+    """The operations of the model that this package replaces."""
 
     norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x (..., C), weight (C,) -> (..., C)
     add_norm: Callable[..., Any]  # x, residual, weight -> norm(x + residual), x + residual
@@ -99,7 +99,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.Parameter(torch.ones(config.width))
 
     def forward(self, x, residual, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-        """x is what the block before added last: each add rides with the norm that follows it."""
+        """x is the last summand of the block before. Its addition to `residual` is fused with the norm that follows."""
         y, residual = self.ops.add_norm(x, residual, self.attention_norm)
         y, residual = self.ops.add_norm(self.attention(y, cos, sin), residual, self.mlp_norm)
         return self.mlp(y), residual
@@ -124,7 +124,7 @@ class Llama(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                # What is added to the residual stream starts smaller, by the number of additions.
+                # Summands of the residual stream start smaller, by the number of additions.
                 last = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * config.layers) ** 0.5 if last else 0.02)
 

@@ -1,4 +1,4 @@
-"""Documents packed into rows of tokens without padding: what examples.pretrain and examples.generate learn from."""
+"""Documents packed into rows of tokens without padding, for examples.pretrain and examples.generate."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from transformers import PreTrainedTokenizerFast
 from examples import common
 
 Rows = dict[str, torch.Tensor]  # input_ids, position_ids, labels (rows, length)
-IGNORED = -100  # cross_entropy's label for the first token of a document, which nothing predicts
+IGNORED = -100  # ignored by cross_entropy: the label of the first token of a document, which no token predicts
 
 
 def definitions(seed: int = 0, most: int = 600) -> list[str]:
-    """Top-level classes and functions of the standard library's plain modules."""
+    """Top-level classes and functions of the modules of the standard library: at most `most`, shuffled."""
     sources = (source for _, source in common.standard_library("*.py"))
     texts = [text for source in sources for text in re.split(r"\n(?=@|def |async def |class )", source) if text.strip()]
     return common.shuffled(texts, seed)[:most]
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> Rows:
-    """Documents one after the other, cut into rows."""
+    """Join the documents and cut them into rows of `length` tokens."""
     ids: list[int] = []
     positions: list[int] = []
     for document in tokenizer(texts, add_special_tokens=False)["input_ids"]:
@@ -32,7 +32,7 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> R
     if rows < 2:
         raise SystemExit(f"{len(ids)} tokens do not fill two rows of {length}: more --data, or a smaller --max-length")
     input_ids, position_ids = (torch.tensor(x[: rows * length]).view(rows, length) for x in (ids, positions))
-    # A document that is cut in two continues in the next row, where its positions begin at 0 again.
+    # A document that is cut continues in the next row with positions from 0.
     position_ids -= torch.where(position_ids < torch.arange(length), 0, position_ids[:, :1])
     labels = input_ids.masked_fill(position_ids == 0, IGNORED)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
@@ -43,18 +43,18 @@ def select(rows: Rows, index: Any) -> Rows:
 
 
 def draw_batch(rows: Rows, size: int, seed: int, step: int) -> Rows:
-    """Random rows, the same for the same seed and step."""
+    """Random rows that depend on seed and step only."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return select(rows, torch.randint(len(rows["labels"]), (size,), generator=generator))
 
 
 def count(rows: Rows) -> int:
-    """Tokens with a loss: all but the first of a row and the first of a document."""
+    """The number of tokens with a loss: all but the first of each row and of each document."""
     return int((rows["labels"][:, 1:] != IGNORED).sum())
 
 
 def unigram_loss(train_rows: Rows, test_rows: Rows) -> float:
-    """The loss of a model that knows how frequent each token is, and nothing else."""
+    """The loss of a model that predicts each token with its frequency."""
     counts = torch.bincount(train_rows["input_ids"].flatten(), minlength=int(test_rows["input_ids"].max()) + 1)
     labels = test_rows["labels"][test_rows["labels"] != IGNORED]
     return -((counts + 1) / (counts + 1).sum()).log()[labels].mean().item()

@@ -1,10 +1,10 @@
-"""Pretrains a patched Llama on source code, in plain PyTorch: documents packed without padding, on one process or many.
+"""Pretrain a patched Llama on source code in plain PyTorch, with packed documents, in one process or many.
 
     python -m examples.pretrain
     torchrun --nproc-per-node 2 -m examples.pretrain --parallel fsdp2
 
-A row of a batch holds several documents: position 0 begins each, and no document sees another. The batch of a step
-depends on the seed and the step only, so any number of processes computes the same losses, and so does a resumed run.
+A row of a batch has several documents. Each starts at position 0, and none sees another. The batch of a step depends on
+the seed and the step only, so the losses do not depend on the number of processes or on whether a run was resumed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from examples.packing import Rows, count, definitions, draw_batch, pack, select,
 
 
 class World:
-    """This process among those that torchrun started, or alone."""
+    """The number of processes that torchrun started, and the rank of this one. Without torchrun there is one."""
 
     def __init__(self, device: str) -> None:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -51,7 +51,7 @@ class World:
         report.console.quiet = self.rank > 0
 
     def share(self, rows: Rows) -> Rows:
-        """This process's part of a batch."""
+        """The part of a batch for this process."""
         return {name: x.chunk(self.size)[self.rank] for name, x in rows.items()}
 
     def sum(self, x: torch.Tensor) -> float:
@@ -61,7 +61,7 @@ class World:
 
 
 def distribute(model: Any, args: argparse.Namespace, world: World) -> torch.nn.Module:
-    """DDP: a replica in each process. FSDP2: each layer's weights in shards among the processes."""
+    """DDP keeps a replica in each process. FSDP2 shards the weights of each layer over the processes."""
     if not dist.is_initialized():
         return model
     if args.parallel == "ddp":
@@ -84,7 +84,7 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folde
 
 
 def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: report.Run) -> dict[str, Any]:
-    """What a checkpoint has: tensors in shards, so that any number of processes can load it."""
+    """The contents of a checkpoint: tensors in shards, which any number of processes can load."""
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments, "losses": run.losses, "seconds": run.seconds,
             "validation": run.validation}  # fmt: skip
@@ -120,7 +120,7 @@ def loss_sum(model: torch.nn.Module, rows: Rows, args: argparse.Namespace, divis
 
 @torch.no_grad()
 def validate(model: torch.nn.Module, rows: Rows, args: argparse.Namespace, world: World) -> float:
-    """Mean loss over the tokens of `rows`. Every process takes the same number of batches, as FSDP2 requires."""
+    """The mean loss of the tokens of `rows`. Each process has the same number of batches, as FSDP2 requires."""
     model.eval()
     total = torch.zeros((), device=args.device)
     for i in range(0, len(rows["labels"]), args.batch):
@@ -150,7 +150,7 @@ def pretrain(
         set_rate(optimizer, i, args)
         batch = draw_batch(rows, args.batch, args.seed, i)
         started = training.clock(args.device)
-        # Gradients are averaged over the processes, so each divides its sum by the tokens of an average process.
+        # Gradients are averaged over the processes, so each divides its sum by the mean number of tokens of a process.
         loss = loss_sum(model, world.share(batch), args, count(batch) / world.size)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -172,7 +172,7 @@ def pretrain(
         save_model(model, tokenizer, args.save, world.rank)
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def parse() -> argparse.Namespace:
@@ -210,7 +210,7 @@ def main() -> int:
         pretrain(run, args, world, tokenizer, rows, test)
 
     def draw(axes: Any) -> None:
-        axes.axhline(baseline, color="#b0b0b0", lw=1, ls="--", label="baseline: how frequent each token is")
+        axes.axhline(baseline, color="#b0b0b0", lw=1, ls="--", label="baseline: the frequency of each token")
         for run in runs:
             width = 5 if run.name == "stock" and len(runs) == 2 else 1.4
             label = f"{run.name}, {run.metrics['tokens/s']:,.0f} tokens/s"

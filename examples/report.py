@@ -1,4 +1,4 @@
-"""A training run's figures, and what the examples make of them: a table, a picture, and a JSON file."""
+"""The results of training runs, and their output: a table, a picture and a JSON file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rich.table import Table
 
 console = Console()
 COLORS = {"stock": "#9ec5e8", "patched": "#1b3a5c"}
-EARLY = 20  # steps over which two correct float32 runs stay together; later, training amplifies the last bit
+EARLY = 20  # steps in which two correct float32 runs stay close; later, training amplifies the last bit
 BOUND = 2e-3  # the largest difference of their losses there
 
 
 @dataclass
 class Run:
-    """One model in training. `metrics` has numbers, and dicts of numbers; what else it has is not in the table."""
+    """A model in training. The table has the numbers in `metrics` and in its dicts, and leaves out other values."""
 
     name: str
     losses: list[float] = field(default_factory=list)  # of each step
@@ -40,9 +40,9 @@ class Run:
 def write(
     args: argparse.Namespace, name: str, runs: list[Run], baseline: dict[str, Any], draw: Callable[[Any], None]
 ) -> int:
-    """Prints the table and writes NAME.png and NAME.json. `draw` fills the right half of the picture.
+    """Print the table and write NAME.png and NAME.json. `draw` draws the right axes of the picture.
 
-    Returns the exit status: 1 if --compare in float32 finds the losses further apart than BOUND.
+    Returns the exit status: 1 if, with --compare in float32, losses differ by more than BOUND.
     """
     console.print(_table(runs, baseline))
     numbers = {
@@ -60,8 +60,8 @@ def write(
         )
         if args.dtype == "float32":
             held = early <= BOUND
-            said = f"{'holds' if held else 'FAILS'}: the first {EARLY} losses differ by at most {BOUND}"
-            console.print(said, style="green" if held else "red")
+            outcome = f"{'holds' if held else 'FAILS'}: the first {EARLY} losses differ by at most {BOUND}"
+            console.print(outcome, style="green" if held else "red")
     args.out.mkdir(parents=True, exist_ok=True)
     picture, file = (args.out / f"{name}.{kind}" for kind in ("png", "json"))
     _plot(runs, name, draw, picture)
@@ -71,7 +71,7 @@ def write(
 
 
 def bars(axes: Any, scores: dict[str, dict[str, float]], label: str) -> None:
-    """Horizontal bars from 0 to 1: a group for each key of the inner dicts, a bar in it for each run."""
+    """Horizontal bars from 0 to 1: a group for each key of the inner dicts, with a bar for each run."""
     names = list(next(iter(scores.values())))
     width = 1 / (len(scores) + 1)
     for i, (run, values) in enumerate(scores.items()):
@@ -112,7 +112,7 @@ def _plot(runs: list[Run], name: str, draw: Callable[[Any], None], path: Path) -
     figure = Figure(figsize=(5.5 * (1 + len(runs)), 4.6), layout="constrained")
     axes = figure.subplots(1, 1 + len(runs))
     for run in runs:
-        wide = run.name == "stock" and len(runs) == 2  # so that both are seen where they coincide
+        wide = run.name == "stock" and len(runs) == 2  # so that both lines can be seen where they coincide
         axes[0].plot(run.losses, color=COLORS[run.name], lw=5 if wide else 1.1, solid_capstyle="round", label=run.name)
     axes[0].set(xlabel="step", ylabel="training loss", title=name)
     axes[0].legend(frameon=False)

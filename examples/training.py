@@ -1,4 +1,4 @@
-"""Training with the Hugging Face Trainer: its settings, and what it does not keep, each step's loss and seconds."""
+"""Training with the Hugging Face Trainer: its settings, and a record of the loss and time of each step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from examples.report import Run
 
 
 def clock(device: str) -> float:
-    """Seconds, with all work on the device done."""
+    """The time in seconds, after all work on the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class _Record(ProgressCallback):
-    """The Trainer's progress bar, with the loss beside it. Writes each step's loss and seconds into `run`."""
+    """The Trainer's progress bar with the loss. Records the loss and seconds of each step in `run`."""
 
     def __init__(self, run: Run, device: str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def train(
     run: Run, model: Any, train_set: Any, args: argparse.Namespace,
     tokenizer: PreTrainedTokenizerFast, **options: Any,
 ) -> Trainer:  # fmt: skip
-    """Trains for --steps steps of AdamW, warm-up and linear decay. `options` are further ones of the Trainer."""
+    """Train for --steps steps of AdamW with warm-up and linear decay. `options` are further arguments of Trainer."""
     settings = TrainingArguments(
         output_dir=str(args.out), max_steps=args.steps, seed=args.seed, use_cpu=args.device == "cpu",
         per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch,

@@ -1,7 +1,7 @@
-"""`python -m examples.verify SNAPSHOT...`: steps of a training run, and the ops by themselves, compared with float64.
+"""`python -m examples.verify SNAPSHOT...`: compare steps of a training run, and single ops, with float64.
 
-A snapshot is a model's configuration, its weights and one batch. With `--device cpu`, the default without a GPU, the
-kernels run in Triton's interpreter if TRITON_INTERPRET=1 is set, as the demo does. Prints one JSON object.
+A snapshot is the configuration of a model, its weights and one batch. With `--device cpu`, the default without a GPU,
+the kernels run in Triton's interpreter if TRITON_INTERPRET=1 is set, as the demo does. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def step(snapshot: dict[str, Any], ops: Ops, dtype: torch.dtype, device: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss, and the gradient of every parameter."""
+    """The loss, and the gradient of every parameter."""
     model = Llama(Config(**snapshot["config"]), ops)
     model.load_state_dict(snapshot["weights"])
     model.to(device, dtype)
@@ -39,7 +39,7 @@ def step(snapshot: dict[str, Any], ops: Ops, dtype: torch.dtype, device: str) ->
 
 
 def verify_step(path: str, device: str) -> dict[str, float]:
-    """Of stock torch and of ours, in float32: the loss, and the relative error of the worst gradient."""
+    """For stock torch and for our ops, in float32: the loss, and the largest relative error of a gradient."""
     snapshot = torch.load(path, weights_only=True)
     truth, true_grads = step(snapshot, stock, torch.float64, device)
     result: dict[str, float] = {"step": snapshot["step"], "loss_float64": truth}

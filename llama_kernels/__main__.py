@@ -1,4 +1,4 @@
-"""`python -m llama_kernels`: an environment report for bug reports, and with --check a parity check of every op."""
+"""`python -m llama_kernels`: an environment report for bug reports, and with --check a parity check of the ops."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--arch", choices=FAMILIES, help="show the attention tiles of this family of GPUs")
     made.add_argument(
         "--check", nargs="*", metavar="OP",
-        help="check forward and gradients of every op, or of these, against float64 and plain PyTorch, in bfloat16, "
-        "float16 and float32; takes about a minute; exits with status 1 where one fails",
+        help="compare forward and gradients of every op, or of these, with float64 and plain PyTorch, in bfloat16, "
+        "float16 and float32; takes about a minute; the exit status is 1 if a check fails",
     )  # fmt: skip
-    made.add_argument("--device", help="where to check: cuda, cuda:1 or cpu; by default the GPU, if there is one")
+    made.add_argument("--device", help="device of --check: cuda, cuda:1 or cpu; default: the GPU if there is one")
     return made
 
 
@@ -41,30 +41,31 @@ def main(arguments: list[str] | None = None) -> int:
     args = made.parse_args(arguments)
     if args.check is None:
         if args.device:
-            made.error("--device says where to --check")
+            made.error("--device needs --check, whose device it sets")
         report = {"environment": environment(), "kernels": kernels(args.arch)}
         print(json.dumps(report, indent=1) if args.json else "\n".join(report_lines(**report)))
         return 0
     if unknown := sorted(set(args.check) - set(reference.__all__)):
-        made.error(f"--check: unknown op {', '.join(unknown)}; there are {', '.join(reference.__all__)}")
+        made.error(f"--check: unknown op {', '.join(unknown)}; the ops are {', '.join(reference.__all__)}")
     return _check(_device(made, args.device), args.check, args.json)
 
 
 def _device(made: argparse.ArgumentParser, name: str | None) -> torch.device:
-    """Where to check. Default: the GPU, or the CPU where there is none or where kernels are interpreted."""
+    """The device of --check. Default: the GPU, or the CPU if there is none or kernels are interpreted."""
     available = torch.cuda.is_available()
     try:
         device = torch.device(name or ("cuda" if available and not INTERPRETED else "cpu"))
     except RuntimeError as error:
         made.error(f"--device {name}: {str(error).splitlines()[0]}")
     if device.type not in ("cuda", "cpu"):
-        made.error(f"--device {name}: kernels run on CUDA and HIP GPUs (cuda), and on the CPU (cpu)")
+        made.error(f"--device {name}: wanted cuda (a CUDA or HIP GPU) or cpu")
     if device.type == "cuda" and not available:
         made.error(f"--device {name}: torch sees no GPU; `python -m llama_kernels` shows its driver")
     return device
 
 
 def _check(device: torch.device, only: list[str], as_json: bool) -> int:
+    """Run and print the parity check. Returns the exit status."""
     start, rows = time.perf_counter(), []
     if not as_json:
         here = {name: x for name, x in environment().items() if name in ("llama_kernels", "system", "packages", "GPUs")}

@@ -1,4 +1,4 @@
-"""The ops as modules, with the state_dicts of Hugging Face's Llama."""
+"""Modules that run the ops. Their state_dicts are those of Hugging Face's Llama."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: torch.Tensor, *positional: Any, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """y of x (..., hidden_size), or with a residual, which is added to x first, (y, residual_out).
+        """Normalize x (..., hidden_size): returns y, or with a residual, which is added to x first, (y, residual_out).
 
         Raises:
-            TypeError: the residual is not given by keyword. Hooks such as the one of torch's SequenceParallel pass on
-                the first positional argument only.
+            TypeError: the residual is not passed by keyword. It must be, since hooks such as that of torch's
+                SequenceParallel keep the first positional argument only.
         """
         if positional:
             got = f"given {1 + len(positional)} positional arguments"
@@ -60,22 +60,22 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset)
 
     if TYPE_CHECKING:
-        __call__ = forward  # torch says that a call may return anything
+        __call__ = forward  # torch types the result of a call as Any
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}" + (f", offset={self.offset}" if self.offset else "")
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin for `rope`, of the frequencies of `rope_frequencies`. Call it once in a forward, for all layers.
+    """cos and sin for `rope`, from `rope_frequencies`. Call it once in a forward, for all layers.
 
-    It adds nothing to the state_dict. `.to(dtype)` of a model leaves the frequencies in their dtype.
+    It adds nothing to the state_dict. `.to(dtype)` of a model does not change the dtype of the frequencies.
 
     Args:
         head_dim, base, scaling, max_position_embeddings: those of `rope_frequencies`.
         device: the device of the frequencies.
-        frequency_dtype: the dtype of frequencies and angles. float32 gives the numbers of Transformers. With float64,
-            cos and sin, which are float32 in either case, are right to 1e-6 at position 10,000,000.
+        frequency_dtype: the dtype of frequencies and angles; cos and sin are always float32. float32 gives the numbers
+            of Transformers. With float64, cos and sin are right to 1e-6 at position 10,000,000.
     """
 
     inv_freq: torch.Tensor
@@ -101,7 +101,7 @@ class RotaryEmbedding(nn.Module):
         inv_freq, self.attention_factor = self._frequencies(device=device)
         long_inv_freq = None
         if self._kind == "longrope":
-            self._original_length = original_length(scaling, max_position_embeddings) or 0  # None has been refused
+            self._original_length = original_length(scaling, max_position_embeddings) or 0  # None is refused above
             long_inv_freq, _ = self._frequencies(seq_len=self._original_length + 1, device=device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
@@ -113,7 +113,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of position_ids, (*position_ids.shape, R/2) float32 each, on the device of `x`.
 
-        Nothing but the device of `x` is used.
+        `x` has no other effect.
         """
         position_ids = position_ids.to(x.device)
         inv_freq = self.inv_freq.to(x.device)

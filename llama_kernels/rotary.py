@@ -1,6 +1,6 @@
-"""RoPE's angles: frequencies, with the rescaling rules that Hugging Face configs name, and tables of cos and sin.
+"""RoPE's angles: frequencies, with the rescaling rules of Hugging Face configs, and tables of cos and sin.
 
-The formulas and the order of their operations are those of transformers.modeling_rope_utils, so results are bit-equal.
+Formulas and order of operations are those of transformers.modeling_rope_utils. Results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ def rope_frequencies(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, float]:
-    """The angle in radians by which pair i of a head is rotated per position, θ_i = base^(-2i/R), rescaled.
+    """Frequencies of RoPE: pair i of a head rotates by θ_i = base^(-2i/R) radians per position, possibly rescaled.
 
     Args:
-        head_dim: the width of a head. R of its elements are rotated: all, or the share
-            scaling["partial_rotary_factor"].
+        head_dim: the width of a head. R of its elements rotate: all, or the fraction scaling["partial_rotary_factor"].
         base: the base of θ_i. scaling["rope_theta"] overrides it.
         scaling: the `rope_scaling` or `rope_parameters` dict of a Hugging Face config, or None. "rope_type" (or "type")
             is default, linear, dynamic (NTK), yarn (arXiv 2309.00071), longrope (arXiv 2402.13753) or llama3
             (arXiv 2407.21783).
-        seq_len: the sequence length, an int or a scalar tensor. dynamic rescales for a length above
-            max_position_embeddings. longrope takes its long factors above the original length. None: no more than
-            either.
-        max_position_embeddings: that of the config. It may be in `scaling` instead. dynamic needs it with seq_len; yarn
+        seq_len: the sequence length, an int or a scalar tensor. If it is above max_position_embeddings, dynamic
+            rescales. If it is above the original length, longrope uses its long factors. None: above neither.
+        max_position_embeddings: that of the config; `scaling` may have it instead. dynamic needs it with seq_len; yarn
             and longrope need it unless `scaling` has both "factor" and "original_max_position_embeddings".
         device: the device of the frequencies.
         dtype: float32, as in Transformers, or float64. A float32 frequency has a relative error of 6e-8, which is an
@@ -46,7 +44,8 @@ def rope_frequencies(
             10,000,000.
 
     Returns:
-        inv_freq (R/2,) in dtype, and the factor of cos and sin, which is 1.0 except with yarn and longrope.
+        inv_freq (R/2,) in dtype, and the attention factor, which multiplies cos and sin. It is 1.0 except with yarn and
+        longrope.
 
     Raises:
         ValueError: rope_type is unknown, a key that it needs is missing, or R is odd or zero.
@@ -87,7 +86,7 @@ def rope_frequencies(
 
 
 def original_length(scaling: Mapping[str, Any], max_position_embeddings: int | None) -> int | None:
-    """The length that the model was trained with before its context was extended."""
+    """The maximum length in training before the context was extended, or None where neither argument has it."""
     longest = scaling.get("max_position_embeddings") if max_position_embeddings is None else max_position_embeddings
     original = scaling.get("original_max_position_embeddings")
     return longest if original is None else original
@@ -100,11 +99,11 @@ def rope_tables(
 
     Args:
         inv_freq: (R/2,), from `rope_frequencies`.
-        positions: how many positions, or a tensor of positions of any shape, which gives (*positions.shape, R/2).
-        attention_factor: the factor of cos and sin, from `rope_frequencies`.
+        positions: the number of positions, or a tensor of positions, which gives tables (*positions.shape, R/2).
+        attention_factor: multiplies cos and sin, from `rope_frequencies`.
 
-    Angles are computed in float64, so the error at a distant position is that of the frequencies alone. For exact
-    tables take `rope_frequencies(..., dtype=torch.float64)`.
+    Angles are computed in float64, so the error at a distant position comes from the frequencies alone. For exact
+    tables use `rope_frequencies(..., dtype=torch.float64)`.
     """
     if not isinstance(positions, torch.Tensor):
         positions = torch.arange(positions, device=inv_freq.device)
@@ -115,7 +114,7 @@ def angles_of(
     position_ids: torch.Tensor, inv_freq: torch.Tensor, attention_factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, (*position_ids.shape, R/2) float32, of angles computed in the dtype of `inv_freq`."""
-    # An elementwise product, which autocast leaves in its dtype. A matmul in bfloat16 cannot tell 256 from 257.
+    # Not a matmul: autocast would run it in bfloat16, in which the positions 256 and 257 are equal.
     angles = position_ids.unsqueeze(-1).to(inv_freq.dtype) * inv_freq
     return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
 
@@ -151,9 +150,9 @@ def _yarn(
         one, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
         attention_factor = mscale(one) / mscale(all_dim) if one and all_dim else mscale()
 
-    def dim_of(turns: float) -> float:
-        """The dimension whose pair makes so many full rotations over the original length."""
-        return R * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+    def dim_of(rotations: float) -> float:
+        """The dimension whose pair makes this many full rotations over the original length."""
+        return R * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = dim_of(scaling.get("beta_fast") or 32), dim_of(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):

@@ -106,7 +106,7 @@ def attention(
 
 
 def unseen(see: torch.Tensor) -> torch.Tensor:
-    """OptionalTensor that no query sees, (Sk, 1) or (B, 1, Sk, 1)."""
+    """The keys that no query sees, (Sk, 1) or (B, 1, Sk, 1)."""
     return ~(see if see.ndim == 2 else see[:, 0]).any(-2).unsqueeze(-1)
 
 

@@ -33,6 +33,7 @@ PACKAGES = (
     Package("transformers", "transformers", "Hugging Face models: the examples, and the tests of patch", ("examples",)),
     Package("peft", "peft", "low-rank adapters in the examples, and their tests"),
     Package("accelerate", "accelerate", "the Trainer in the examples, and tests of offloaded weights", ("examples",)),
+    Package("liger-kernel", "liger_kernel", "tests of patch beside Liger's loss, and the bench"),
     Package("einops", "einops", "the suites of other projects (make witness)", ("witness",)),
     Package("ruff", "ruff", "make lint", ("lint", "fmt", "quick")),
     Package("mypy", "mypy", "make typecheck, a part of make lint", ("typecheck", "quick")),

@@ -1,5 +1,5 @@
-"""The tasks of examples.finetune, one class a file: its data, encoding, metrics, baseline and picture.
+"""The tasks of examples.finetune, a class in each file: data, encoding, metrics, baseline and picture.
 
-A task is made of training and test examples, a tokenizer and a length. It encodes them into `train_set` and `test_set`
-for the Trainer; `metrics` scores what `Trainer.predict` returns for `test_set`.
+A task takes training and test examples, a tokenizer and a maximum length. It encodes the examples as `train_set` and
+`test_set` for the Trainer. `metrics` scores the predictions of `Trainer.predict` for `test_set`.
 """

@@ -1,7 +1,7 @@
-"""Extractive question answering: questions about a few lines of source, each answered by a part of them.
+"""Extractive question answering: questions about a few lines of source, whose answers are parts of the lines.
 
-The built-in questions ("Which exception is raised?", "What is indent set to?") are asked and answered by `ast`. The
-baseline is the best guess without reading the question.
+The built-in questions, such as "Which exception is raised?", and their answers come from `ast`. The baseline is the
+best guess without the question.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class QuestionAnswering:
         if not self.train_set or not kept:
             raise SystemExit(f"--max-length {max_length} cuts every answer off")
         self._examples, self._offsets, self.test_set = (list(column) for column in zip(*kept, strict=True))
-        # Of all answers in training, the most frequent one that the context holds.
+        # The baseline is the most frequent answer in training that occurs in the context.
         usual = [answer for answer, _ in Counter(e["answer"] for e in train_examples).most_common()]
         self.baseline = self._scores([next((a for a in usual if a in e["context"]), "") for e in self._examples])
 
@@ -47,12 +47,12 @@ class QuestionAnswering:
     def fault(example: dict[str, Any]) -> str | None:
         start = example.setdefault("start", example["context"].find(example["answer"]))
         if not example["answer"] or not example["context"].startswith(example["answer"], max(start, 0)):
-            return f"the answer {example['answer']!r} does not stand in the context"
+            return f"the answer {example['answer']!r} is not in the context"
         return None
 
     @staticmethod
     def built_in(characters: int = 250) -> Examples:
-        """Whole lines of a file, together at most `characters` long, and the questions that they answer once."""
+        """Whole lines of a file, at most `characters` long, with each question that has one answer in them."""
         examples = []
         for file, source in standard_library(*(f"{name}/*.py" for name in PACKAGES)):
             lines = source.splitlines(keepends=True)
@@ -95,7 +95,7 @@ class QuestionAnswering:
 
 
 def asked(node: ast.AST) -> Iterator[tuple[str, Any]]:
-    """The questions about a node, each with the part of the node that answers it."""
+    """The questions about a node, each with its answer, a part of the node."""
     match node:
         case ast.ClassDef(bases=[ast.Name() as base, *_]):
             yield "What is the base class?", base
@@ -124,7 +124,7 @@ def kind(question: str) -> str:
 def encode(
     examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> Iterator[tuple[dict[str, Any], list[tuple[int, int] | None], dict[str, Any]]]:
-    """(example, where each token stands in the context, features), less the examples whose answer is cut off."""
+    """(example, position of each token in the context, features) for the examples whose answer is not cut off."""
     encoded = tokenizer([e["question"] for e in examples], [e["context"] for e in examples], truncation=True,
                         max_length=max_length, return_offsets_mapping=True)  # fmt: skip
     for i, e in enumerate(examples):
@@ -138,7 +138,7 @@ def encode(
 
 
 def best_span(start: torch.Tensor, end: torch.Tensor, first: int, longest: int = 30) -> tuple[int, int]:
-    """The first and the last token of the likeliest answer, from token `first` on. Logits (tokens,) each."""
+    """The first and last token of the most probable answer from token `first` on. Logits are (tokens,) each."""
     S = len(start)
     allowed = torch.ones(S, S, dtype=torch.bool).triu().tril(longest - 1)
     allowed[:first] = False
@@ -148,7 +148,7 @@ def best_span(start: torch.Tensor, end: torch.Tensor, first: int, longest: int =
 
 
 def scores(answers: list[str], predictions: list[str], kinds: list[str]) -> dict[str, Any]:
-    """Exact match, also by kind of question, and F1 over the words that answer and prediction share."""
+    """Exact match, in all and by kind of question, and F1 over the words shared by answer and prediction."""
     hits: dict[str, list[bool]] = defaultdict(list)
     overlaps = []
     for answer, prediction, kind_of_question in zip(answers, predictions, kinds, strict=True):
@@ -156,7 +156,7 @@ def scores(answers: list[str], predictions: list[str], kinds: list[str]) -> dict
         hits[kind_of_question].append(a == p)
         overlaps.append(f1((Counter(a) & Counter(p)).total(), len(p), len(a))[2])
     by_kind = {name: sum(each) / len(each) for name, each in hits.items()}
-    if len(by_kind) > 12:  # users' questions are rarely of a few kinds
+    if len(by_kind) > 12:  # as with users' own questions
         by_kind = {}
     exact = sum(sum(each) for each in hits.values()) / len(answers)
     return {"exact match": exact, "F1": sum(overlaps) / len(overlaps),

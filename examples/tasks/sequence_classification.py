@@ -1,4 +1,4 @@
-"""Sequence classification, as for sentiment: which family of modules is a piece of source from?"""
+"""Sequence classification: from which family of modules is a piece of source?"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SequenceClassification:
         self.labels = sorted({str(e["label"]) for e in train_examples + test_examples})
         if len(self.labels) < 2:
             raise SystemExit(f"at least two labels are needed, got {self.labels[0]!r} only")
-        # The head reads the last token that is not the pad token: Transformers looks at the ids, not at the mask.
+        # The head reads the last token whose id is not the pad token. Transformers does not use the mask for this.
         self.train_set, self.test_set = (
             [{**tokenizer(e["text"], truncation=True, max_length=max_length, return_token_type_ids=False),
               "labels": self.labels.index(str(e["label"]))} for e in examples]
@@ -81,7 +81,7 @@ class SequenceClassification:
 
 
 def scores(confusion: torch.Tensor) -> dict[str, Any]:
-    """confusion (actual class, predicted class) counts. Precision, recall and F1 are means over the classes."""
+    """Scores of the counts in confusion (actual class, predicted class). Precision, recall and F1 are class means."""
     classes = range(len(confusion))
     each = [f1(int(confusion[c, c]), int(confusion[:, c].sum()), int(confusion[c].sum())) for c in classes]
     precision, recall, mean_f1 = (sum(column) / len(each) for column in zip(*each, strict=True))

@@ -1,4 +1,4 @@
-"""Token classification, as for named entities: the names, keywords, strings, numbers, comments and operators of source.
+"""Token classification: the names, keywords, strings, numbers, comments and operators of source.
 
 Accuracy is over tokens; precision, recall and F1 are over whole entities.
 """
@@ -17,7 +17,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from examples import report
 from examples.common import Examples, f1, pieces, standard_library
 
-IGNORED = -100  # cross_entropy's label for special tokens, and the collator's for padding
+IGNORED = -100  # ignored by cross_entropy: the label of special tokens, and of padding by the collator
 PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest")
 Span = tuple[int, int, str]  # first character, the one past the last, class
 
@@ -38,7 +38,7 @@ class TokenClassification:
             self._encode(examples, tokenizer, max_length) for examples in (train_examples, test_examples)
         )
         self.actual = [self._names(e["labels"], e) for e in self.test_set]
-        # Without a model: each token gets the tag that it has most often.
+        # The baseline gives each token its most frequent tag.
         counts: dict[int, Counter[int]] = defaultdict(Counter)
         for e in self.train_set:
             for token, label in zip(e["input_ids"], e["labels"], strict=True):
@@ -126,11 +126,11 @@ def python_tokens(source: str) -> tuple[list[Span], list[int]]:
 
 
 def tag(text: str, spans: list[Span], offsets: list[tuple[int, int]]) -> list[str]:
-    """B-class for the token in which a span begins, I-class for those after it, O outside. `spans` is sorted."""
+    """Tags: B-class where a span begins, I-class for its other tokens, O outside of spans. `spans` is sorted."""
     tags, current, begun = [], 0, -1
     for first, last in offsets:
         piece = text[first:last]
-        first += len(piece) - len(piece.lstrip()) if piece.strip() else 0  # many tokenizers put the space in the token
+        first += len(piece) - len(piece.lstrip()) if piece.strip() else 0  # many tokens begin with a space
         while current < len(spans) and spans[current][1] <= first:
             current += 1
         if current == len(spans) or first < spans[current][0]:
@@ -142,7 +142,7 @@ def tag(text: str, spans: list[Span], offsets: list[tuple[int, int]]) -> list[st
 
 
 def entities(tags: list[str]) -> set[Span]:
-    """(first token, the one past the last, class). An I- that follows no entity of its class begins one."""
+    """The entities, (first token, one past the last, class). An I- tag that continues no entity begins one."""
     found, begin = set(), 0
     for i, (before, here) in enumerate(zip(["O", *tags], [*tags, "O"], strict=True)):
         if before != "O" and (here[:2] != "I-" or here[2:] != before[2:]):
@@ -153,7 +153,7 @@ def entities(tags: list[str]) -> set[Span]:
 
 
 def scores(actual: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
-    """Of tags (examples, tokens): accuracy over tokens, and over entities the micro mean and the mean over classes."""
+    """Scores of tags (examples, tokens): accuracy over tokens, micro and macro means over entities."""
     equal = [a == p for these, those in zip(actual, predicted, strict=True) for a, p in zip(these, those, strict=True)]
     hits, found, there = Counter[str](), Counter[str](), Counter[str]()
     for these, those in zip(actual, predicted, strict=True):

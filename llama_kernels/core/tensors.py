@@ -25,12 +25,12 @@ def empty_in_order_of(
     x: torch.Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Uninitialised and dense, its dimensions nested in memory as those of `x` are, the last one innermost."""
-    shape = tuple(x.shape if shape is None else shape)
+    shape = x.shape if shape is None else tuple(shape)
     try:
         strides = _dense_strides(shape, x.stride())
     except TypeError:  # sizes that are symbols, while tracing, have no hash
         strides = _dense_strides.__wrapped__(shape, x.stride())
-    return torch.empty_strided(shape, strides, dtype=dtype or x.dtype, device=x.device)
+    return x.new_empty_strided(shape, strides, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,6 +1,6 @@
-"""`python -m llama_kernels`: the environment report that a bug report needs, and the parity check.
+"""`python -m llama_kernels`: the environment report for bug reports, and the parity check.
 
-environment.py collects versions, GPUs and settings, kernels.py says which kernel each op takes and why, text.py prints
-both. check.py runs the parity check, with the calls of cases.py, the plain PyTorch of eager.py and the bounds of
-rule.py. `import llama_kernels` imports none of these files.
+environment.py collects versions, GPUs and settings. kernels.py says which kernel runs for each op, and why. text.py
+prints both. check.py runs the parity check: cases.py has its calls, rule.py the bounds. `import llama_kernels` imports
+none of these files.
 """

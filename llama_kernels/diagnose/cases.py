@@ -1,18 +1,22 @@
-"""The calls of the parity check: inputs of each op, and the same in eager code."""
+"""The calls of the parity check: the inputs of each op, and the op in plain PyTorch.
+
+The functions in plain PyTorch compute in the dtype of their inputs, as Hugging Face's model code does. Their names and
+arguments are those of the public functions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from llama_kernels.diagnose import eager
 from llama_kernels.rotary import rope_frequencies, rope_tables
 
-Normal = Callable[..., torch.Tensor]  # sizes -> normally distributed numbers
-Inputs = dict[str, Any]  # the arguments of one call, by name
-Outputs = tuple[torch.Tensor, ...]
+Normal = Callable[..., Tensor]  # sizes -> normally distributed numbers
+Inputs = dict[str, Any]  # the arguments of a call, by name
 
 
 class Sizes(NamedTuple):
@@ -27,59 +31,16 @@ class Sizes(NamedTuple):
     columns: int
 
 
-# On a GPU the sizes of a common model, with a number of tokens that is no multiple of a tile. In the interpreter the
-# smallest for which errors are still comparable.
+# On a GPU, the sizes of a common model, with a number of tokens that is not a multiple of a tile. In the interpreter,
+# the smallest sizes at which errors can be compared.
 ON_GPU = Sizes(batch=2, q_heads=8, kv_heads=2, tokens=500, width=128, rows=512, columns=4096)
 ON_CPU = Sizes(batch=1, q_heads=4, kv_heads=2, tokens=150, width=64, rows=64, columns=512)
 INTERPRETED = Sizes(batch=1, q_heads=4, kv_heads=2, tokens=40, width=32, rows=16, columns=256)
 
-
-class Case(NamedTuple):
-    """One call of a public function.
-
-    op: the name of the function.
-    inputs: makes the keyword arguments.
-    eager: the function in plain PyTorch. It takes the same arguments and returns a tuple of the same results.
-    outputs: the names of the results.
-    differentiable: the arguments whose gradients are compared.
-    written: the arguments that are written in place, which are compared as results are.
-    """
-
-    op: str
-    inputs: Callable[[Sizes, Normal], Inputs]
-    eager: Callable[..., Outputs]
-    outputs: tuple[str, ...]
-    differentiable: tuple[str, ...] = ()
-    written: tuple[str, ...] = ()
-    options: str = ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.op}, {self.options}" if self.options else self.op
-
-
-def cases() -> Iterator[Case]:
-    """Every op once; attention also as in decoding, and with its other options."""
-    qkv, out = ("q", "k", "v"), ("out",)
-    yield Case("rope", _rope, lambda q, k, cos, sin: (eager.rope(q, cos, sin), eager.rope(k, cos, sin)),
-               ("q", "k"), ("q", "k"))  # fmt: skip
-    yield Case("rope_qkv", _rope_qkv, _eager_rope_qkv, qkv, ("qkv",))
-    yield Case("rope_into_cache", _rope_into_cache, _eager_rope_into_cache, ("q",), (), ("k_cache", "v_cache"))
-    yield Case("rms_norm", _rms_norm, lambda x, weight: (eager.rms_norm(x, weight),), ("y",), ("x", "weight"))
-    yield Case("add_rms_norm", _add_rms_norm, _eager_add_rms_norm, ("y", "residual_out"), ("x", "residual", "weight"))
-    yield Case("qk_norm_rope", _qk_norm_rope, _eager_qk_norm_rope, ("q", "k"), ("q", "k", "q_weight", "k_weight"))
-    yield Case("attention", _qkv, lambda q, k, v: (eager.attention(q, k, v),), out, qkv)
-    yield Case("attention", _decoding, lambda q, k, v: (eager.attention(q, k, v),), out, qkv, options="decoding")
-    yield Case("attention", _attention_options, _eager_attention_options, out, (*qkv, "sinks"),
-               options="window, softcap, sinks")  # fmt: skip
-    yield Case("attention_varlen", _varlen, _eager_varlen, out, qkv)
-    yield Case("rope_attention", _rope_attention, _eager_rope_attention, out, qkv)
-
-
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _heads(s: Sizes, normal: Normal, heads: int, tokens: int | None = None) -> torch.Tensor:
+def _heads(s: Sizes, normal: Normal, heads: int, tokens: int | None = None) -> Tensor:
     """(B, H, S, D) in the memory order of a projection, (B, S, H, D)."""
     return normal(s.batch, tokens or s.tokens, heads, s.width).transpose(1, 2)
 
@@ -141,69 +102,128 @@ def _rope_attention(s: Sizes, normal: Normal) -> Inputs:
     return {**_qkv(s, normal), **_tables(s, normal)}
 
 
-# --- eager code ------------------------------------------------------------------------------------------------------
+# --- plain PyTorch ---------------------------------------------------------------------------------------------------
 
 
-def _eager_rope_qkv(qkv: torch.Tensor, q_heads: int, kv_heads: int, cos: torch.Tensor, sin: torch.Tensor) -> Outputs:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, S, D) rotated by the first S rows of the tables (positions, D/2), which are rounded to its dtype."""
+    cos, sin = (torch.cat((t, t), -1)[: x.shape[-2]].to(x.dtype) for t in (cos, sin))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def rope_qkv(qkv: Tensor, q_heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1)).transpose(1, 2)
     q, k, v = heads.split((q_heads, kv_heads, kv_heads), 1)
-    return eager.rope(q, cos, sin), eager.rope(k, cos, sin), v
+    return *rope(q, k, cos, sin), v
 
 
-def _eager_rope_into_cache(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_position: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> Outputs:
-    cos, sin = cos[cache_position], sin[cache_position]
-    k_cache[:, :, cache_position] = eager.rope(k, cos, sin)
+def rope_into_cache(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_position: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    q, k_cache[:, :, cache_position] = rope(q, k, cos[cache_position], sin[cache_position])
     v_cache[:, :, cache_position] = v
-    return (eager.rope(q, cos, sin),)
+    return q
 
 
-def _eager_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Outputs:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Normalized in float32, rounded, then scaled."""
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return eager.rms_norm(total, weight), total
+    return rms_norm(total, weight), total
 
 
-def _eager_qk_norm_rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> Outputs:
-    q, k = eager.rms_norm(q, q_weight), eager.rms_norm(k, k_weight)
-    return eager.rope(q, cos, sin), eager.rope(k, cos, sin)
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    return rope(rms_norm(q, q_weight), rms_norm(k, k_weight), cos, sin)
 
 
-def _eager_attention_options(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, softcap: float, window_size: tuple[int, int]
-) -> Outputs:
-    return (eager.attention(q, k, v, window_size[0], softcap, sinks),)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int] = (-1, 0),
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention, queries aligned with the last keys: scores in q's dtype, softmax in float32, then rounded."""
+    group, Sq, Sk = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    distance = torch.arange(Sq, device=q.device)[:, None] + (Sk - Sq) - torch.arange(Sk, device=q.device)
+    left = window_size[0] if window_size[0] >= 0 else Sk
+    s = s.masked_fill((distance < 0) | (distance > left), -math.inf)
+    if sinks is not None:
+        s = torch.cat((s, sinks.to(s.dtype)[None, :, None, None].expand(*s.shape[:-1], 1)), -1)
+    p = torch.softmax(s.float(), -1)[..., :Sk].to(q.dtype)
+    return p @ v
 
 
-def _eager_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> Outputs:
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> Tensor:
+    """Attention of packed sequences (tokens, heads, head_dim), each with as many queries as keys."""
     lengths = cu_seqlens_q.diff().tolist()
     sequences = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)), strict=True)
-    return (torch.cat([eager.attention(*each)[0].transpose(0, 1) for each in sequences]),)
+    return torch.cat([attention(*each)[0].transpose(0, 1) for each in sequences])
 
 
-def _eager_rope_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> Outputs:
-    return (eager.attention(eager.rope(q, cos, sin), eager.rope(k, cos, sin), v),)
+def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return attention(*rope(q, k, cos, sin), v)
+
+
+# --- the calls -------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """One call of a public function.
+
+    eager: the function in plain PyTorch. It has the name, arguments and results of the public function.
+    inputs: makes the keyword arguments.
+    outputs: the names of the results.
+    differentiable: the arguments whose gradients are compared.
+    written: the arguments that are written in place. They are compared as results are.
+    options: what distinguishes the call from others of the same function.
+    """
+
+    eager: Callable[..., Any]
+    inputs: Callable[[Sizes, Normal], Inputs]
+    outputs: tuple[str, ...]
+    differentiable: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    options: str = ""
+
+    @property
+    def op(self) -> str:
+        return self.eager.__name__
+
+    @property
+    def label(self) -> str:
+        return f"{self.op}, {self.options}" if self.options else self.op
+
+
+_QKV, _OUT = ("q", "k", "v"), ("out",)
+# Every op once. Attention also as in decoding, and with its other options.
+CASES = (
+    Case(rope, _rope, ("q", "k"), ("q", "k")),
+    Case(rope_qkv, _rope_qkv, _QKV, ("qkv",)),
+    Case(rope_into_cache, _rope_into_cache, ("q",), written=("k_cache", "v_cache")),
+    Case(rms_norm, _rms_norm, ("y",), ("x", "weight")),
+    Case(add_rms_norm, _add_rms_norm, ("y", "residual_out"), ("x", "residual", "weight")),
+    Case(qk_norm_rope, _qk_norm_rope, ("q", "k"), ("q", "k", "q_weight", "k_weight")),
+    Case(attention, _qkv, _OUT, _QKV),
+    Case(attention, _decoding, _OUT, _QKV, options="decoding"),
+    Case(attention, _attention_options, _OUT, (*_QKV, "sinks"), options="window, softcap, sinks"),
+    Case(attention_varlen, _varlen, _OUT, _QKV),
+    Case(rope_attention, _rope_attention, _OUT, _QKV),
+)

@@ -1,7 +1,7 @@
-"""`python -m llama_kernels --check`: the parity check of every op on this machine, forward and gradients.
+"""`python -m llama_kernels --check`: the parity check of the ops on this machine, forward and gradients.
 
-Each call runs three times, the second and third with uninitialised memory filled with NaN. rule.py compares the first
-two results with float64 and eager code. The last two must be equal bit for bit.
+Each call runs three times, the second and third time with uninitialized memory filled with NaN. rule.py compares the
+first two results with float64 and with plain PyTorch. The last two must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 
 import llama_kernels
 from llama_kernels.core import language
-from llama_kernels.diagnose import cases as calls
+from llama_kernels.diagnose import cases
+from llama_kernels.diagnose.cases import Case, Sizes
 from llama_kernels.diagnose.environment import described, without_home
 from llama_kernels.diagnose.rule import Verdict, compare
 
@@ -25,14 +26,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Row(NamedTuple):
-    """One call in one dtype. The errors are those of the tensor that came nearest to its bound."""
+    """One call in one dtype. The errors are those of `nearest`, the tensor whose error is nearest to its bound."""
 
     call: str
     dtype: str
-    nearest: str  # the tensor that came nearest: a result, or the gradient of an argument
-    error: float | None  # None: the result is not finite
-    eager: float | None
-    first_call: float | None  # seconds for forward and backward, with compilation of what is not in Triton's cache
+    nearest: str  # a result, or the gradient of an argument
+    error: float | None  # None: the result is not finite, or the call raised
+    eager: float | None  # the error of plain PyTorch
+    first_call: float | None  # seconds of forward and backward, including compilation
     faults: list[str]
 
     @property
@@ -41,36 +42,36 @@ class Row(NamedTuple):
 
 
 def run(device: torch.device, only: list[str] | None = None) -> Iterator[Row]:
-    """Yield a row for each call and dtype on `device`, when it is done. `only`: the ops to check. Default: all."""
-    sizes = calls.INTERPRETED if language.INTERPRETED else calls.ON_GPU if device.type == "cuda" else calls.ON_CPU
+    """Check each call in each dtype on `device`, and yield its row. `only`: the ops to check. Default: all."""
+    sizes = cases.INTERPRETED if language.INTERPRETED else cases.ON_GPU if device.type == "cuda" else cases.ON_CPU
     with _full_precision():
-        for case in calls.cases():
+        for case in cases.CASES:
             for dtype in DTYPES if not only or case.op in only else ():
                 yield _row(case, dtype, device, sizes)
 
 
 def what_is_checked(device: torch.device) -> str:
-    """Which code the check runs on `device`, and what this shows."""
+    """Which code the check runs on `device`, and what its result means."""
     if language.INTERPRETED:
         return "the kernels in Triton's interpreter, on small inputs.\nThis shows nothing about compiled code."
     if device.type == "cuda":
         return "the kernels, compiled for this GPU."
     return (
-        "the reference, which is what CPU tensors run, against itself in float64.\n"
-        "This shows that it works here and rounds as it should, and nothing about the kernels: for those set "
-        "TRITON_INTERPRET=1."
+        "the plain PyTorch code that CPU tensors run.\n"
+        "This shows nothing about the kernels. To check them in Triton's interpreter, set TRITON_INTERPRET=1."
     )
 
 
-def _row(case: calls.Case, dtype: torch.dtype, device: torch.device, sizes: calls.Sizes) -> Row:
-    name = str(dtype).removeprefix("torch.")
+def _row(case: Case, dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Row:
+    row = Row(case.label, str(dtype).removeprefix("torch."), "", None, None, None, [])
     try:
-        return _checked(case, dtype, device, sizes)
+        return row._replace(**_checked(case, dtype, device, sizes))
     except Exception as error:
-        return Row(case.label, name, "", None, None, None, [without_home(described(error))])
+        return row._replace(faults=[without_home(described(error))])
 
 
-def _checked(case: calls.Case, dtype: torch.dtype, device: torch.device, sizes: calls.Sizes) -> Row:
+def _checked(case: Case, dtype: torch.dtype, device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """The fields of the row, other than call and dtype."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -83,7 +84,8 @@ def _checked(case: calls.Case, dtype: torch.dtype, device: torch.device, sizes: 
 
     start = time.perf_counter()
     results = _results(ours, case, inputs, grads)
-    _wait(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     first_call = time.perf_counter() - start
     with _poisoned_memory():
         again, repeated = (_results(ours, case, inputs, grads) for _ in range(2))
@@ -102,9 +104,8 @@ def _checked(case: calls.Case, dtype: torch.dtype, device: torch.device, sizes: 
             fault = "two runs differ"
         faults += [f"{tensor}: {fault}"] if fault else []
     nearest = max(verdicts, key=lambda tensor: _share(verdicts[tensor]))
-    error, eagers = (x if math.isfinite(x) else None for x in verdicts[nearest][:2])
-    name = str(dtype).removeprefix("torch.")
-    return Row(case.label, name, nearest, error, eagers, first_call, faults)
+    error, eager_error = (x if math.isfinite(x) else None for x in verdicts[nearest][:2])
+    return {"nearest": nearest, "error": error, "eager": eager_error, "first_call": first_call, "faults": faults}
 
 
 def _share(verdict: Verdict) -> float:
@@ -113,7 +114,7 @@ def _share(verdict: Verdict) -> float:
 
 
 def _outputs(
-    function: Callable[..., Any], case: calls.Case, inputs: dict[str, Any]
+    function: Callable[..., Any], case: Case, inputs: dict[str, Any]
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     """The results of a call with copies of `inputs`, and the copies."""
     copies = {name: x.detach().clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
@@ -124,9 +125,9 @@ def _outputs(
 
 
 def _results(
-    function: Callable[..., Any], case: calls.Case, inputs: dict[str, Any], grads: list[torch.Tensor]
+    function: Callable[..., Any], case: Case, inputs: dict[str, Any], grads: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Outputs, arguments that were written in place, and gradients of the differentiable arguments, by name."""
+    """By name: outputs, arguments written in place, and gradients of the differentiable arguments."""
     outputs, copies = _outputs(function, case, inputs)
     results = dict(zip(case.outputs, outputs, strict=True))
     results |= {name: copies[name] for name in case.written}
@@ -136,14 +137,9 @@ def _results(
     return {name: x.detach() for name, x in results.items()}
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Inside, eager products of float32 do not use TF32, gradients are enabled, and warnings are ignored."""
+    """A context without TF32 and warnings, with gradients enabled."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -156,7 +152,7 @@ def _full_precision() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Inside, uninitialised memory is filled with NaN, which torch does where algorithms are deterministic."""
+    """A context that fills uninitialized memory with NaN. torch does it only with deterministic algorithms."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     filled = settings.fill_uninitialized_memory
@@ -175,8 +171,8 @@ _COLUMNS = "{:36}{:10}{:>10}{:>10}{:>12}  {}"
 
 
 def heading(device: torch.device) -> str:
-    """What is checked, then the names of the columns of `line`."""
-    columns = _COLUMNS.format("call", "dtype", "error", "eager's", "first call", "")
+    """The lines above the table: what is checked, and the column names."""
+    columns = _COLUMNS.format("call", "dtype", "error", "eager", "first call", "")
     return f"parity on {device}: {what_is_checked(device)}\n\n{columns.rstrip()}"
 
 
@@ -184,8 +180,8 @@ def line(row: Row) -> str:
     """A row of the table."""
     numbers = [f"{x:.2g}" if x is not None else "" for x in (row.error, row.eager)]
     seconds = f"{row.first_call:.2f} s" if row.first_call is not None else ""
-    said = f"passed ({row.nearest})" if row.passed else f"FAILED: {'; '.join(row.faults)}"
-    return _COLUMNS.format(row.call, row.dtype, *numbers, seconds, said)
+    outcome = f"passed ({row.nearest})" if row.passed else f"FAILED: {'; '.join(row.faults)}"
+    return _COLUMNS.format(row.call, row.dtype, *numbers, seconds, outcome)
 
 
 def closing(rows: list[Row]) -> str:
@@ -196,7 +192,7 @@ def closing(rows: list[Row]) -> str:
 
 
 _LEGEND = """\
-error, eager's: relative errors against float64, of ours and of plain PyTorch in the same dtype, for the result or
-  gradient, named in brackets, that came nearest to its bound. A call also fails where a row is off, where an element
-  is not written, or where two runs differ in any bit.
-first call: forward and backward, compiling what was not in Triton's cache."""
+error, eager: the relative errors of the op and of plain PyTorch in the same dtype, against float64. They are those of
+  the result or gradient in brackets, whose error is nearest to its bound. A call also fails if one row is wrong, if an
+  element is not written, or if two runs differ in any bit.
+first call: time of forward and backward, including compilation of kernels that are not in Triton's cache."""

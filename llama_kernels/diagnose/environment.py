@@ -1,6 +1,6 @@
-"""What a bug report needs to know about a machine, as data. A section that cannot be read is reported as its error.
+"""What a bug report needs to know about a machine, as data. A section that cannot be read is given as its error.
 
-Home folders are written as ~, and values that may be secret are left out.
+Home folders are replaced by ~, and values that may be secret are hidden.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(llama_kernels.__file__).parent.parent
 
 
 def environment() -> dict[str, Any]:
-    """The sections by name: JSON values, or {"error": ...} with what was raised."""
+    """The sections by name, as JSON values. A section that raises is {"error": the error}."""
     sections: dict[str, Callable[[], Any]] = {
         "llama_kernels": package,
         "python": lambda: f"{platform.python_version()} ({sys.executable})",
@@ -48,17 +48,17 @@ def environment() -> dict[str, Any]:
 
 
 def attempted(section: Callable[[], Any]) -> Any:
-    """The result of `section` with the warnings that it gave, or {"error": ...} with what it raised."""
+    """The result of `section`, or {"error": the error} if it raises; with "warnings" if there were any."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         try:
             result = section()
         except Exception as error:
             result = {"error": described(error)}
-    said = sorted({str(each.message).strip().splitlines()[0] for each in given if str(each.message).strip()})
-    if not said:
+    warned = sorted({str(each.message).strip().splitlines()[0] for each in given if str(each.message).strip()})
+    if not warned:
         return result
-    return {**(result if isinstance(result, dict) else {"value": result}), "warnings": said}
+    return {**(result if isinstance(result, dict) else {"value": result}), "warnings": warned}
 
 
 def described(error: BaseException) -> str:
@@ -66,15 +66,15 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
-# --- what is not printed ---------------------------------------------------------------------------------------------
+# --- private values --------------------------------------------------------------------------------------------------
 
 _HOMES = re.compile(r"(/home|/Users)/[^/\s:;,'\"]+|[A-Za-z]:\\Users\\[^\\\s:;,'\"]+")
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # of an address
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # user and password of a URL
 
 
 def without_home(value: Any) -> Any:
-    """`value` with each home folder in its strings as ~."""
+    """`value` with every home folder in its strings replaced by ~."""
     if isinstance(value, dict):
         return {key: without_home(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -115,7 +115,7 @@ def _git(*arguments: str) -> str:
 
 
 def system() -> str:
-    """Operating system, its release, the processor's architecture, and how many processors this process may use."""
+    """Operating system and release, architecture of the processor, and the number of CPUs this process may use."""
     release = platform.platform()
     with contextlib.suppress(OSError, AttributeError):  # it exists on Linux only
         release = f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {release}"
@@ -124,7 +124,7 @@ def system() -> str:
 
 
 def packages() -> dict[str, Any]:
-    """The versions of the packages that this one imports, patches or is compared with."""
+    """The versions of the packages that this package imports, patches or is compared with."""
     found: dict[str, Any] = {"torch": torch.__version__}
     found["triton"] = language.triton.__version__ if language.HAS_TRITON else _why_no_triton()
     for name in ("numpy", "transformers", "accelerate", "peft", "liger-kernel", "flash-attn"):
@@ -144,7 +144,7 @@ def _why_no_triton() -> str:
 
 
 def torch_build() -> dict[str, Any]:
-    """What this torch was built with."""
+    """What torch was built with."""
     found = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "git": torch.version.git_version[:12]}
     if torch.version.cuda or torch.version.hip:
         found["GPUs it was built for"] = " ".join(torch.cuda.get_arch_list())
@@ -163,7 +163,7 @@ def driver() -> dict[str, Any]:
         with contextlib.suppress(OSError):
             found["kernel module"] = module.read_text().strip().splitlines()[0]
     if torch.version.cuda:
-        found["newest CUDA it serves"] = attempted(_newest_cuda)
+        found["newest CUDA it supports"] = attempted(_newest_cuda)
     return found or {"none": "no GPU driver was found"}
 
 
@@ -173,7 +173,7 @@ def _newest_cuda() -> str:
 
 
 def gpus() -> list[Any] | dict[str, Any]:
-    """Each GPU that torch sees, with the family of tiles that serves it, or why no tiles do."""
+    """The GPUs that torch sees, each with its tile family or the reason why it has none."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return {"none": "torch sees no GPU" if built else "this torch is built for CPUs only"}
@@ -200,7 +200,7 @@ def gpu(index: int) -> dict[str, Any]:
 
 
 def triton_tools() -> dict[str, Any]:
-    """What Triton compiles with, and its cache folder."""
+    """Triton's compilers and its cache folder."""
     if not language.HAS_TRITON:
         return {"none": "Triton is not installed"}
     knobs = language.triton.knobs
@@ -215,7 +215,7 @@ def triton_tools() -> dict[str, Any]:
         "backends": ", ".join(sorted(importlib.import_module("triton.backends").backends)),
     }
     for tool in ("ptxas", "ptxas_blackwell"):
-        with contextlib.suppress(Exception):  # some releases and platforms have none
+        with contextlib.suppress(Exception):  # not every release and platform has it
             found[tool] = getattr(knobs.nvidia, tool).version
     return found
 

@@ -1,4 +1,4 @@
-"""Which kernel each op takes on each device, forward and backward, and why: as data."""
+"""Which kernel runs for each op on each device, forward and backward, and why: as data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from llama_kernels import reference
 from llama_kernels.core.device import arch_of
 from llama_kernels.core.language import HAS_TRITON, INTERPRETED
-from llama_kernels.diagnose.cases import cases
+from llama_kernels.diagnose.cases import CASES
 from llama_kernels.diagnose.environment import attempted
 from llama_kernels.ops.attention import dispatch
 from llama_kernels.ops.attention.hopper import hopper_attention
@@ -22,7 +22,7 @@ _DTYPES = {"bfloat16, float16": torch.bfloat16, "float32": torch.float32}
 
 
 def kernels(family: str | None = None) -> dict[str, Any]:
-    """What runs where. `family`: the tiles of this family of GPUs, not of those that are here."""
+    """What runs where. `family`: show the tiles of this family of GPUs instead of those of the GPUs present."""
     families = [family] if family else families_here()
     return {
         "CPU tensors": cpu_path(),
@@ -37,23 +37,23 @@ def cpu_path() -> dict[str, str]:
     if not HAS_TRITON:
         return {"runs": "reference", "why": "plain PyTorch; Triton is not installed"}
     if INTERPRETED:
-        return {"runs": "interpreted", "why": "TRITON_INTERPRET=1: the kernels, in Triton's interpreter, for tests"}
+        return {"runs": "interpreted", "why": "TRITON_INTERPRET=1: the kernels run in Triton's interpreter, for tests"}
     return {"runs": "reference", "why": "plain PyTorch; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter"}
 
 
 def gpu_path() -> dict[str, str]:
-    """What CUDA and HIP tensors run, and why. A single GPU may still be refused: "GPUs" says so."""
+    """What CUDA and HIP tensors run, and why. "GPUs" of the environment says if one GPU is not supported."""
     if not HAS_TRITON:
-        return {"runs": "nothing", "why": "Triton is not installed; calls raise, llama_kernels.reference does not"}
+        return {"runs": "nothing", "why": "Triton is not installed; calls raise, llama_kernels.reference works"}
     if INTERPRETED:
         return {"runs": "interpreted", "why": "TRITON_INTERPRET=1: tensors are copied to the CPU and back; unset it"}
     if not sees_gpu():
         return {"runs": "nothing", "why": "torch sees no GPU"}
-    return {"runs": "compiled", "why": "at first use, for each dtype, head width and set of options; then from a cache"}
+    return {"runs": "compiled", "why": "once for each dtype, head width and set of options; later calls use a cache"}
 
 
 def sees_gpu() -> bool:
-    """Whether torch does. Where it cannot tell, no; "GPUs" of the environment says why."""
+    """Whether torch sees a GPU. False if it raises: "GPUs" of the environment has the error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -63,7 +63,7 @@ def sees_gpu() -> bool:
 
 
 def families_here() -> list[str]:
-    """The family of tiles of each GPU that has one, each once. "GPUs" of the environment says why one has none."""
+    """The tile families of the GPUs present, each once. "GPUs" of the environment says why a GPU has none."""
     found: list[str] = []
     for i in range(torch.cuda.device_count() if sees_gpu() else 0):
         with contextlib.suppress(Exception):
@@ -73,7 +73,7 @@ def families_here() -> list[str]:
 
 def ops() -> dict[str, dict[str, str]]:
     """Which kernels compute each op on a GPU."""
-    with_gradient = {case.op for case in cases() if case.differentiable}
+    with_gradient = {case.op for case in CASES if case.differentiable}
     kernels_of = dict.fromkeys(dispatch.OPS, "by the table below")
     return {
         name: {
@@ -85,7 +85,7 @@ def ops() -> dict[str, dict[str, str]]:
 
 
 def attention(family: str) -> dict[str, Any]:
-    """The tiles of the portable kernels, by dtype and pass, for heads of each width, and which kernel runs and why."""
+    """The tiles of the portable kernels by dtype, pass and head width; and which kernel runs, and why."""
     portable = {
         names: {pass_: [str(tile(family, pass_, width, dtype)) for width in WIDTHS] for pass_ in PASSES}
         for names, dtype in _DTYPES.items()
@@ -94,7 +94,7 @@ def attention(family: str) -> dict[str, Any]:
 
 
 def choices(family: str) -> dict[str, dict[str, str]]:
-    """By pass and width of head, in half precision: what runs now, and what runs inside `hopper_attention()`."""
+    """By pass and head width, in half precision: the kernel that runs now, and the one inside `hopper_attention()`."""
     found = {}
     for pass_ in ("forward", "backward"):
         for width in WIDTHS:

@@ -1,7 +1,7 @@
-"""When a result passes: its error against float64 is no larger than that of plain PyTorch in the same dtype.
+"""The rule of the parity check: the error of a result against float64 is about as small as that of plain PyTorch.
 
-The test suite has a stricter rule, which also compares with an ideal computation. This rule needs only the operation
-and eager code for it.
+The test suite has a stricter rule, which also compares with an ideal computation. This rule needs only the op in plain
+PyTorch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-# The relative error that one rounding to the dtype makes, on average over normally distributed values.
+# The average relative error of one rounding to the dtype, for normally distributed values.
 UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
-_ENOUGH = 4096  # with fewer elements the error of all of them together varies too much; only rows are judged
+_ENOUGH = 4096  # with fewer elements, the relative error of the whole tensor varies too much to have a bound
 
 
 class Verdict(NamedTuple):
@@ -28,13 +28,13 @@ def compare(result: torch.Tensor, truth: torch.Tensor, eager: torch.Tensor) -> V
     """Compare `result` and `eager`, of one dtype, with `truth`, in float64.
 
     A result passes if it is finite exactly where the truth is, and if
-        of all elements      error <= 1.05 eager's + 1/4 UNIT
-        of the worst row     error <= 1.5 eager's + UNIT
+        over all elements    error <= 1.05 error of eager + 1/4 UNIT
+        in the worst row     error <= 1.5 error of eager + UNIT
     In float32, where only the order of additions differs, the factors are 2 and 4, with 2 UNIT each.
     """
     unit = UNIT[result.dtype]
-    chance = result.dtype == torch.float32
-    by, plus, row_by, row_plus = (2, 2 * unit, 4, 2 * unit) if chance else (1.05, unit / 4, 1.5, unit)
+    float32 = result.dtype == torch.float32
+    by, plus, row_by, row_plus = (2, 2 * unit, 4, 2 * unit) if float32 else (1.05, unit / 4, 1.5, unit)
     result, truth, eager = (x.detach().double() for x in (result, truth, eager))
     if result.shape != truth.shape:
         return Verdict(float("inf"), 0.0, 0.0, f"shape {tuple(result.shape)}, not {tuple(truth.shape)}")
@@ -59,10 +59,10 @@ def _relative(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _worst_row(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest relative error of a row along the last dimension. Rows below the average norm count as average.
+    """The largest error of a row of the last dimension, relative to its norm or to the average norm if that is larger.
 
-    For example, the gradient of a query that sees one key is a sum of terms that cancel: its error has no relation to
-    its size.
+    The average matters for rows that are sums of terms that cancel, such as dq of a query with one visible key: the
+    error of such a row is not proportional to its norm.
     """
     size = truth.norm(dim=-1)
     average = max(size.square().mean().sqrt().item(), torch.finfo(torch.float64).tiny)

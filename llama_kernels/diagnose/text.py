@@ -1,4 +1,4 @@
-"""The report as text."""
+"""The environment report as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def report_lines(environment: dict[str, Any], kernels: dict[str, Any] | None = None) -> Iterator[str]:
-    """Lines of the report: the sections of `environment`, then, unless it is None, what runs where."""
+    """The lines of the report: the sections of `environment`, then `kernels` unless it is None."""
     for name, value in environment.items():
         yield from _section(name, value)
     if kernels is not None:
@@ -54,7 +54,7 @@ def _kernel_lines(kernels: dict[str, Any]) -> Iterator[str]:
             if choice["now"] != choice["with hopper_attention()"]:
                 yield f"    with llama_kernels.hopper_attention(): {choice['with hopper_attention()']}"
     if not kernels["attention"]:
-        yield "attention tiles: there is no GPU; --arch shows those of a family"
+        yield "attention tiles: none, since there is no GPU; --arch shows those of a family"
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Our ops inside other people's models. Each module imports the library it serves, so import them by name."""
+"""Integrations with model libraries. Each one imports its library, so import the one that you need by name."""

@@ -537,11 +537,8 @@ def _gradients(ctx, dy, ds):
         # x and residual have one gradient. Where their dtypes differ it is kept in the wider, and rounded once.
         grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
         dy, ds = last_dim_contiguous(dy), None if ds is None else last_dim_contiguous(ds)
-        call = _Backward(
-            dy, ds, x, weight, rstd, ctx.eps, ctx.offset,
-            grad_dtype=grad_dtype, need_dx=need_x or need_residual, need_dw=need_dw,
-        )  # fmt: skip
-        dx, dw = _rms_norm_backward(*call)
+        need_dx = need_x or need_residual
+        dx, dw = _rms_norm_backward(dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw)
     grads = (
         dx.to(x_dtype) if need_x and dx is not None else None,
         dx.to(residual_dtype) if need_residual and dx is not None else None,

@@ -495,9 +495,8 @@ def rope_into_cache(
     if position_ids is None and cos.ndim == 2:
         position_ids = cache_position
     check_angles(op, "q", q, tokens, q.shape[-1], cos, sin, position_ids)
-    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
-    rotation = Rotation(cos, sin, position_ids, interleaved)
-    return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, *rotation)
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved)
 
 
 def _declare_rotated(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Runs of the examples, shortened. They use CPU tensors' own path or a GPU, never the interpreter."""
+"""Short runs of the examples, on the reference path or on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = ("--batch", "4", "--max-length", "48", "--dtype", "float32")
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """The examples change what Transformers and rich print."""
+    """Restores what Transformers and rich print, which the examples change."""
     import transformers
 
     from examples import report
@@ -30,7 +30,7 @@ def _as_before() -> Iterator[None]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """run("finetune", "--task", ...): the exit status of the example's main, and the numbers that it wrote."""
+    """run("finetune", "--task", ...): the exit status of the example, and the contents of its JSON file."""
     from examples import finetune, generate, pretrain
 
     scripts = {"finetune": finetune, "pretrain": pretrain, "generate": generate}
@@ -58,7 +58,7 @@ def jsonl(tmp_path: Path) -> Callable[[list[Any]], Path]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of another shape than the built-in one, with its tokenizer, as save_pretrained leaves them."""
+    """The folder of a saved model with its tokenizer. Its shape is not that of the built-in model."""
     import transformers
 
     from examples import common

@@ -1,4 +1,4 @@
-"""Whole runs of the examples: that stock and patched agree and learn, with built-in and with users' data and models."""
+"""Runs of the examples: stock and patched models agree and learn, with built-in and with users' data and models."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_run_that_differs_from_stock_fails(run, monkeypatch, jsonl):
 
 
 @pytest.mark.parametrize("script", DATA, ids=" ".join)
-def test_users_data_and_model(run, script, tmp_path, jsonl, model_folder):
+def test_users_data_and_model_work(run, script, tmp_path, jsonl, model_folder):
     saved = tmp_path / "saved"
     status, numbers = run(*script, "--model", model_folder, "--data", jsonl(DATA[script]), "--compare", "--steps", "3",
                           "--checkpointing", "--save", saved)  # fmt: skip
@@ -72,7 +72,7 @@ def test_users_data_and_model(run, script, tmp_path, jsonl, model_folder):
 
 
 def test_checkpointing_recomputes_activations(run, jsonl, monkeypatch):
-    """It changes no number: that it is on shows in the forwards of a layer."""
+    """It changes no result, so the test counts the forwards of a layer."""
     forwards = 0
     forward = transformers.models.llama.modeling_llama.LlamaMLP.forward
 
@@ -100,7 +100,7 @@ def test_generate_gives_the_tokens_of_stock(run, jsonl, model_folder):
         assert [len(row) for row in tokens] == [12, 12]
 
 
-def test_generate_trains_a_model_where_none_is_given(run, monkeypatch, tmp_path):
+def test_generate_trains_a_model_if_none_is_given(run, monkeypatch, tmp_path):
     monkeypatch.setattr("examples.generate.definitions", lambda seed: ["def f(x): return x\n"] * 40)
     status, numbers = run("generate", "--stock", "--steps", "2", "--tokens", "4", "--save", tmp_path / "saved")
     assert status == 0
@@ -122,7 +122,7 @@ def test_lora_trains_adapters_only(run, tmp_path, jsonl, script):
 
 
 @pytest.mark.parametrize(
-    ("script", "lines", "said"),
+    ("script", "lines", "error"),
     [
         (SEQUENCE, ['{"text": "a", "label": "b"}', "{"], "line 2: not JSON"),
         (SEQUENCE, ['{"text": "a"}'], "line 1: field 'label' must be str or int, got 'nothing'"),
@@ -130,22 +130,22 @@ def test_lora_trains_adapters_only(run, tmp_path, jsonl, script):
         (SEQUENCE, ['{"text": "a", "label": "b"}'] * 2, "at least two labels are needed, got 'b' only"),
         (SEQUENCE, ["[1]"], "line 1: field 'text' must be str, got [1]"),
         (TOKEN, ['{"text": "a", "spans": [[0, 2, "x"]]}'] * 2, "line 1: a span must be"),
-        (QUESTION, ['{"question": "a", "context": "b", "answer": "c"}'] * 2, "does not stand in the context"),
+        (QUESTION, ['{"question": "a", "context": "b", "answer": "c"}'] * 2, "is not in the context"),
         (("pretrain",), ['{"text": "a"}'] * 2, "do not fill two rows"),
         (("pretrain",), ['{"text": "a text of some length"}'] * 9, "4 rows are less than two batches"),
         (GENERATE, ['{"prompt": 3}'] * 2, "field 'prompt' must be str, got 3"),
     ],
 )
-def test_bad_data_is_named(run, tmp_path, script, lines, said):
+def test_the_error_for_bad_data_names_it(run, tmp_path, script, lines, error):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(SystemExit) as refused:
         run(*script, "--data", path)
-    assert said in str(refused.value)
+    assert error in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
         (["--data", "/no/such/file"], "no file /no/such/file"),
         (["--model", "/no/such/model"], "no folder with a config.json"),
@@ -154,10 +154,10 @@ def test_bad_data_is_named(run, tmp_path, script, lines, said):
         (["--task", "translation"], "invalid choice: 'translation'"),
     ],
 )
-def test_bad_options_are_named(run, capsys, options, said):
+def test_the_error_for_bad_options_names_them(run, capsys, options, error):
     with pytest.raises(SystemExit):
         run(*SEQUENCE, *options)
-    assert said in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
 def test_resume_without_a_checkpoint_is_an_error(run, jsonl):
@@ -167,7 +167,7 @@ def test_resume_without_a_checkpoint_is_an_error(run, jsonl):
 
 @pytest.mark.parametrize("name", ["demo", "finetune", "generate", "pretrain", "verify"])
 def test_an_example_runs_by_its_path(monkeypatch, capsys, tmp_path, name):
-    """From any folder, and where the package is not installed: neither is on the path."""
+    """From any folder, without an installed package: neither is on the path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     path = [entry for entry in sys.path if Path(entry or ".").resolve() not in (EXAMPLES.parent, tmp_path)]
@@ -185,7 +185,7 @@ def test_an_example_runs_by_its_path(monkeypatch, capsys, tmp_path, name):
 
 @pytest.fixture
 def no_gpu_may_be_used(monkeypatch):
-    """torch says that there is a GPU. With a build for CPUs, any use of it fails; on a GPU, its memory is watched."""
+    """torch says that there is a GPU. Without one, its use raises. With one, no memory may be allocated on it."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         yield
@@ -196,13 +196,13 @@ def no_gpu_may_be_used(monkeypatch):
 
 
 @pytest.mark.parametrize("script", [*DATA, GENERATE], ids=" ".join)
-def test_on_a_cpu_where_there_is_a_gpu(run, no_gpu_may_be_used, jsonl, model_folder, script):
+def test_device_cpu_uses_no_gpu(run, no_gpu_may_be_used, jsonl, model_folder, script):
     options = ["--model", model_folder, "--tokens", "3"] if script == GENERATE else ["--data", jsonl(DATA[script])]
     status, numbers = run(*script, "--device", "cpu", "--compare", "--steps", "2", *options)
     assert status == 0 and set(numbers["runs"]) == {"stock", "patched"}
 
 
-def test_the_dtype_is_that_of_the_device(monkeypatch):
+def test_the_default_dtype_depends_on_the_device(monkeypatch):
     parser = common.arguments("A test.", "{}", steps=1, batch=1, max_length=1, lr=1.0)
     for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
         for options, wanted in (([], dtype), (["--dtype", "bfloat16"], "bfloat16")):
@@ -210,8 +210,8 @@ def test_the_dtype_is_that_of_the_device(monkeypatch):
             assert common.parse(parser).dtype == wanted
 
 
-def test_the_demo_on_a_cpu_where_there_is_a_gpu(no_gpu_may_be_used, monkeypatch, tmp_path):
-    """Its training, and the verification, which is a process of its own and here runs in this one."""
+def test_the_demo_with_device_cpu_uses_no_gpu(no_gpu_may_be_used, monkeypatch, tmp_path):
+    """The demo verifies its steps in a new process. Here that runs in this process."""
 
     def verified(command, env, **_):
         assert Path(command[1]) == EXAMPLES / "verify.py"
@@ -225,6 +225,5 @@ def test_the_demo_on_a_cpu_where_there_is_a_gpu(no_gpu_may_be_used, monkeypatch,
     assert demo.main() == 0
     numbers = json.loads((tmp_path / "demo.json").read_text())
     assert numbers["device"] == "cpu" and [s["step"] for s in numbers["steps"]] == [0, 1]
-    assert {o["call"].split(",")[0] for o in numbers["ops"]} == set(verify.OPS) and all(
-        o["passed"] for o in numbers["ops"]
-    )
+    assert {o["call"].split(",")[0] for o in numbers["ops"]} == set(verify.OPS)
+    assert all(o["passed"] for o in numbers["ops"])

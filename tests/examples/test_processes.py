@@ -1,4 +1,4 @@
-"""Pretraining on two processes computes what one process does, and one process resumes what two began."""
+"""Pretraining in two processes gives the losses of one process, and one process resumes what two have begun."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ for package in ("accelerate", "matplotlib", "rich"):
     pytest.importorskip(package)
 transformers = pytest.importorskip("transformers")
 
-from examples import packing, pretrain  # noqa: E402
+from examples import common, packing, pretrain  # noqa: E402
 
+load_model = common.load_model
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="a training loop in Triton's interpreter would take hours")
 
-# Each process runs both, one after the other: most of the time is the start of a process.
+# Each process runs DDP, then FSDP2, since most of the time goes into starting a process.
 BOTH = """
 import sys
 from unittest import mock
@@ -39,11 +40,28 @@ for parallel, skipped in (("ddp", "destroy_process_group"), ("fsdp2", "init_proc
 """
 
 
-def test_two_processes_compute_what_one_does(run, tmp_path, jsonl):
+def one_rounding_larger(*args, **kwargs):
+    """common.load_model, with every weight replaced by the next larger float32."""
+    model = load_model(*args, **kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)))
+    return model
+
+
+def test_two_processes_give_the_losses_of_one(run, tmp_path, jsonl):
     data = jsonl([{"text": f"a text of some length, the number {i}"} for i in range(60)])
     options = ["--data", data, "--device", "cpu", "--steps", "6", "--validate-every", "3"]
     _, numbers = run("pretrain", *options)
     alone = numbers["runs"]["patched"]
+    with mock.patch.object(common, "load_model", one_rounding_larger):
+        nudged = run("pretrain", *options)[1]["runs"]["patched"]
+    # Two processes add in another order, which changes roundings. Training amplifies them as it amplifies a rounding of
+    # the weights. As in the demo, losses may differ by ten times as much as they do after a rounding of all weights.
+    bound = 10 * max(abs(a - b) for a, b in zip(nudged["losses"], alone["losses"], strict=True))
+
+    def assert_close(found, expected):
+        torch.testing.assert_close(found, expected, atol=bound, rtol=0)
 
     script = tmp_path / "both.py"
     script.write_text(BOTH)
@@ -58,8 +76,8 @@ def test_two_processes_compute_what_one_does(run, tmp_path, jsonl):
     for parallel in ("ddp", "fsdp2"):
         folder = tmp_path / parallel
         together = json.loads((folder / "pretrain.json").read_text())["runs"]["patched"]
-        torch.testing.assert_close(together["losses"], alone["losses"], atol=2e-5, rtol=0)
-        torch.testing.assert_close(together["validation"], alone["validation"], atol=2e-5, rtol=0)
+        assert_close(together["losses"], alone["losses"])
+        assert_close(together["validation"], alone["validation"])
         assert len(transformers.AutoModelForCausalLM.from_pretrained(folder / "model").model.layers) == 4
 
         # One process resumes what two wrote after four steps, and ends with the same losses.
@@ -68,4 +86,4 @@ def test_two_processes_compute_what_one_does(run, tmp_path, jsonl):
             run("pretrain", *options, "--resume", "--out", folder)
         assert [call.args[-1] for call in drawn.call_args_list] == [4, 5]
         resumed = json.loads((folder / "pretrain.json").read_text())["runs"]["patched"]
-        torch.testing.assert_close(resumed["losses"], alone["losses"], atol=2e-5, rtol=0)
+        assert_close(resumed["losses"], alone["losses"])

@@ -1,4 +1,4 @@
-"""What the examples measure and how they make their data."""
+"""Scores and data of the examples."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_python_tokens_become_spans():
     assert ends == [source.index("\n") + 1, len(source)]
 
 
-def test_tags_follow_spans_where_tokens_cut_them():
+def test_tags_follow_spans_that_tokens_divide():
     text, spans = "ab = 'c d'", [(0, 2, "name"), (3, 4, "operator"), (5, 10, "string")]
     offsets = [(0, 1), (1, 2), (2, 4), (4, 6), (6, 8), (8, 9), (9, 10)]  # a token begins with the space before it
     assert token_classification.tag(text, spans, offsets) == [
@@ -54,7 +54,7 @@ def test_token_scores_count_whole_entities():
     assert (found["F1 by class"], found["F1, macro"]) == ({"a": 0.0, "b": 1.0}, 0.5)
 
 
-def test_answer_scores_are_exact_match_and_overlap_of_words():
+def test_answer_scores_are_exact_match_and_f1_over_words():
     found = question_answering.scores(["a b", "None", "x"], ["a", "none", "y"], ["how?", "how?", "why?"])
     assert found["exact match"] == pytest.approx(1 / 3)
     assert found["F1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
@@ -66,7 +66,7 @@ def test_the_best_span_is_forward_and_inside_the_context():
     assert question_answering.best_span(start, end, first=1) == (1, 1)  # not (0, 1), the question; not (3, 1), backward
 
 
-def test_built_in_answers_stand_in_their_contexts(monkeypatch):
+def test_built_in_answers_are_in_their_contexts(monkeypatch):
     monkeypatch.setattr(question_answering, "PACKAGES", ("http", "email"))
     examples = question_answering.QuestionAnswering.built_in()
     assert len(examples) > 1000

@@ -1,9 +1,9 @@
-"""`make matrix`: import, interpreter and compiler under each torch with each Triton, in environments of their own.
+"""`make matrix`: import, interpreter and compiler with each pair of torch and Triton versions, each in an environment.
 
     python -m tests.installation.matrix --torch 2.10.0 2.13.0 --triton 3.6.0 newest
 
-Writes build/matrix/table.md. What pip cannot give here is a row with the reason. Exits with 1 where something that was
-installed does not work.
+Writes build/matrix/table.md. A pair that pip cannot install has the reason in its row. The exit status is 1 if an
+installed pair does not work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TORCH = ("2.10.0", "2.11.0", "2.13.0", "newest")  # the oldest that the package takes, and later ones
 TRITON = ("3.6.0", "3.7.1", "newest")
 
-# What is asked of each pair: whether the kernels are interpreted, and what python is given.
+# The steps for each pair: TRITON_INTERPRET, and the arguments of python.
 STEPS = {
     "import": ("0", ("-c", "import llama_kernels as lk, torch; lk.rms_norm(torch.ones(2, 8))")),
     "interpreter": ("1", ("-m", "pytest", "-o", "addopts=", "-q", "tests/regressions/test_corpus.py",
@@ -39,29 +39,29 @@ print("spills", spilled) if spilled else None
 
 
 def run(command: list[str], **env: str) -> tuple[int, str]:
-    """Exit status, and the last line that was said."""
+    """The exit status, and the last line of the output."""
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, cwd=ROOT)
     lines = [line for line in (done.stderr if done.returncode else done.stdout).splitlines() if line.strip()]
     return done.returncode, lines[-1].strip() if lines else ""
 
 
 def install(python: str, folder: Path, torch: str, triton: str) -> str | None:
-    """An environment with the pair. Why there is none, or None."""
+    """Make an environment with the pair. Returns None, or the last line of pip's output if it fails."""
     if (folder / "installed").exists():
         return None
     pair = (("torch", torch), ("triton", triton))
     at = [name if version == "newest" else f"{name}=={version}" for name, version in pair]
     pip = [str(folder / "bin/python"), "-m", "pip", "install", "-q"]
     numpy = "numpy<2.4" if triton.startswith("3.6.") else "numpy"  # llama_kernels.core.versions.interpreter_fault
-    # Triton last, whatever torch asked for.
+    # Triton last, whichever version torch requires.
     for command in (
         [python, "-m", "venv", str(folder)],
         [*pip, at[0], numpy, "pytest", "hypothesis"],
         [*pip, at[1]],
     ):
-        code, said = run(command)
+        code, last_line = run(command)
         if code:
-            return said
+            return last_line
     (folder / "installed").touch()
     return None
 
@@ -83,9 +83,9 @@ def main() -> int:
         else:
             cells = []
             for interpret, command in STEPS.values():
-                code, said = run([str(folder / "bin/python"), *command], TRITON_INTERPRET=interpret)
+                code, last_line = run([str(folder / "bin/python"), *command], TRITON_INTERPRET=interpret)
                 failed |= code != 0
-                cells.append(f"FAILS: {said[:80]}" if code else said[:80] or "ok")
+                cells.append(f"FAILS: {last_line[:80]}" if code else last_line[:80] or "ok")
         rows.append((torch, triton, *cells))
         print(" | ".join(rows[-1]), flush=True)
     table = ["| torch | triton | " + " | ".join(STEPS) + " |", "|---" * (2 + len(STEPS)) + "|"]

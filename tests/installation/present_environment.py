@@ -1,11 +1,11 @@
-"""`make test-present`: the make targets with TORCH=present, on a machine made for it, without a network.
+"""`make test-present`: the make targets with TORCH=present, in an environment made for the test, without a network.
 
     python -m tests.installation.present_environment
 
-There, python3 is itself a virtual environment, whose torch and other packages are links to those of this Python. ruff,
-mypy and pytest-xdist are missing, and the repository is a copy without .git. If pip can download, numpy is the newest
-release and Triton is 3.6.0, whose interpreter does not work with it. What a target computes takes seconds. Exits with 1
-where one fails, does not print what it has to, or installs something.
+The Python is a virtual environment with links to the packages of this Python. ruff, mypy and pytest-xdist are missing,
+and the repository is a copy without .git. If pip can download, numpy is the newest release and Triton is 3.6.0, whose
+interpreter does not work with it. Each target is called with options that make it short. The exit status is 1 if a
+target fails, does not print what it should, or installs something.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
-# Beginnings of names in site-packages: what is missing, and what makes this repository's package importable.
+# Prefixes of names in site-packages: packages that are missing, and those that make this repository importable.
 NOT_LINKED = ("ruff", "mypy", "xdist", "pytest_xdist", "llama_kernels", "__editable__", "__pycache__")
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "HF_HUB_OFFLINE": "1"}
 ASK = """
@@ -37,7 +37,7 @@ print(why_not_interpreted() or "the interpreter works")
 
 
 class Target(NamedTuple):
-    """A make target and its variables, what it has to print, and its exit status."""
+    """A make target and its variables, texts that it must print, and its exit status."""
 
     arguments: tuple[str, ...]
     prints: tuple[str, ...]
@@ -45,7 +45,7 @@ class Target(NamedTuple):
 
 
 def targets(interpreter_works: bool) -> Iterator[Target]:
-    """Each target once, install first."""
+    """Every target once, install first."""
     not_run = () if torch.cuda.is_available() or interpreter_works else ("The kernels are not tested.", "wanted numpy")
     named = ("ruff            make lint", "pytest-xdist    tests in parallel", "python -m pip install pytest-xdist")
     yield Target(("install",), named)
@@ -83,17 +83,17 @@ def make_python(folder: Path) -> Path:
 
 
 def fault_of(target: Target, folder: Path, python: Path) -> str | None:
-    """Run the target in `folder`. What is wrong with it, or None."""
+    """Run the target in `folder`. Returns None, or why it fails."""
     command = ["make", *target.arguments, "TORCH=present", f"PYTHON={python}"]
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "PYTHONPATH")}
     start = time.monotonic()
     done = subprocess.run(command, cwd=folder, env={**env, **OFFLINE}, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    missing, status = [text for text in target.prints if text not in said], done.returncode
+    output = done.stdout + done.stderr
+    missing, status = [text for text in target.prints if text not in output], done.returncode
     print(f"{time.monotonic() - start:4.0f} s  make {' '.join(target.arguments)}", flush=True)
     if status == target.status and not missing:
         return None
-    return f"exit status {status}, not {target.status}; not printed: {missing}; it printed:\n{said[-3000:]}"
+    return f"exit status {status}, not {target.status}; not printed: {missing}; it printed:\n{output[-3000:]}"
 
 
 def main() -> int:
@@ -112,7 +112,7 @@ def main() -> int:
         if sorted(site_packages.iterdir()) != before or len(own) != 1:
             print(f"FAILS: something was installed: .venv has {own}")
             failed = True
-    print("make with TORCH=present:", "FAILS" if failed else "every target does what it has to")
+    print("make with TORCH=present:", "FAILS" if failed else "every target works")
     return int(failed)
 
 

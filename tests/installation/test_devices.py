@@ -1,12 +1,10 @@
-"""Where each op runs and where it does not: which GPUs take which tiles, what is refused, and in which words."""
+"""The GPUs and devices on which the ops run, the tile family of each GPU, and the errors for all others."""
 
 from __future__ import annotations
 
 import importlib.util
-import subprocess
+import inspect
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +15,12 @@ import llama_kernels as lk
 from llama_kernels.core import device as core_device
 from llama_kernels.core.device import GPU, SHARED_KIB, arch_of, family_of, lanes_of, shared_bytes_of, why_not_compiled
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import decode, forward, tables
-from llama_kernels.ops.attention.call import AttentionCall
+from tests.installation.processes import python
 from tests.support.devices import on
-from tests.support.ops import sample
+from tests.support.ops import OPS, REGISTERED, Make, Shape, registered_calls, sample
 
 pytestmark = pytest.mark.once
 
-ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
 
 
@@ -33,26 +28,10 @@ def nvidia(capability: tuple[int, int], kib: int | None) -> GPU:
     return GPU("a GPU", capability, None if kib is None else 1024 * kib, 32)
 
 
-@pytest.fixture
-def pretend(monkeypatch):
-    """Make cuda:0 be this GPU, in a process that compiles kernels."""
-
-    def pretend(name: str, capability: tuple[int, int], shared_bytes: int, **others: Any) -> None:
-        properties = SimpleNamespace(
-            name=name, major=capability[0], minor=capability[1], warp_size=32, shared_memory_per_block=49152,
-            shared_memory_per_block_optin=shared_bytes, multi_processor_count=40, total_memory=2**34,
-        )  # fmt: skip
-        properties.__dict__.update(others)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        monkeypatch.setattr(core_device, "INTERPRETED", False)
-        monkeypatch.setattr(core_device, "HAS_TRITON", True)
-
-    caches = (arch_of, core_device.gpu_of)
-    for cache in caches:
-        cache.cache_clear()
-    yield pretend
-    for cache in caches:
-        cache.cache_clear()
+def properties(name: str, capability: tuple[int, int], shared_bytes: int, **others: Any) -> dict[str, Any]:
+    """What torch says of a GPU."""
+    major, minor = capability
+    return {"name": name, "major": major, "minor": minor, "shared_memory_per_block_optin": shared_bytes, **others}
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------
@@ -76,14 +55,14 @@ def pretend(monkeypatch):
         ((13, 0), 99, "sm_86"),
     ],
 )
-def test_each_nvidia_gpu_takes_a_family_that_fits(capability, kib, family):
+def test_each_nvidia_gpu_takes_a_family_that_fits_its_shared_memory(capability, kib, family):
     gpu = nvidia(capability, kib)
     assert family_of(gpu) == family and SHARED_KIB[family] <= kib
     assert why_not_compiled(gpu) is None
 
 
 @pytest.mark.parametrize("arch", ["gfx908", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"])
-def test_each_amd_gpu_takes_the_rows_of_gfx942(arch):
+def test_each_amd_gpu_takes_the_family_gfx942(arch):
     gpu = GPU("a GPU", arch, 65536, 64)
     assert family_of(gpu) == "gfx942" and why_not_compiled(gpu) is None
 
@@ -94,12 +73,12 @@ def test_an_amd_gpu_without_matrix_instructions_is_refused(arch):
     assert reason.startswith(f"a GPU is a {arch}; wanted an AMD GPU with matrix instructions")
 
 
-def test_warps_are_as_wide_as_the_driver_says(pretend, monkeypatch):
-    """RDNA has 32 lanes a warp where CDNA has 64; both take the tiles of gfx942."""
+def test_the_width_of_a_warp_comes_from_the_driver(pretend_gpus, monkeypatch):
+    """A warp has 32 lanes on RDNA and 64 on CDNA; both take the tiles of gfx942."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for arch, lanes in (("gfx90a:sramecc+:xnack-", 64), ("gfx1100", 32)):
-        arch_of.cache_clear(), core_device.gpu_of.cache_clear()
-        pretend("a GPU", (9, 0), 0, gcnArchName=arch, warp_size=lanes, shared_memory_per_block=65536)
+        amd = {"gcnArchName": arch, "warp_size": lanes, "shared_memory_per_block": 65536}
+        pretend_gpus(properties("a GPU", (9, 0), 0, **amd))
         assert arch_of(CUDA) == "gfx942" and lanes_of(CUDA) == lanes
         assert core_device.gpu_of(CUDA).arch == arch.split(":")[0]
 
@@ -107,30 +86,30 @@ def test_warps_are_as_wide_as_the_driver_says(pretend, monkeypatch):
 def test_a_gpu_with_too_little_shared_memory_is_refused():
     reason = why_not_compiled(nvidia((9, 0), 99))
     assert reason == "a GPU has 99 KiB of shared memory a program; the kernels for such a GPU need 227 KiB"
-    assert why_not_compiled(nvidia((9, 0), None)) is None, "a torch that does not say how much there is"
+    assert why_not_compiled(nvidia((9, 0), None)) is None, "torch does not say how much there is"
 
 
 @pytest.mark.parametrize("name, capability", [("Tesla T4", (7, 5)), ("Tesla V100-SXM2-16GB", (7, 0))])
-def test_a_gpu_that_triton_does_not_compile_for_is_refused(pretend, name, capability):
-    pretend(name, capability, 65536)
+def test_a_gpu_without_triton_support_is_refused(pretend_gpus, name, capability):
+    pretend_gpus(properties(name, capability, 65536))
     with pytest.raises(ValueError) as error:
         arch_of(CUDA)
-    said = str(error.value)
+    text = str(error.value)
     for part in ("cuda:0", name, "compute capability " + "{}.{}".format(*capability), "8.0", "llama_kernels.reference"):
-        assert part in said
-    for ask in (lanes_of, shared_bytes_of):
+        assert part in text
+    for query in (lanes_of, shared_bytes_of):
         with pytest.raises(ValueError, match=name):
-            ask(CUDA)
+            query(CUDA)
 
 
-def test_the_interpreter_runs_on_any_gpu(pretend, monkeypatch):
-    pretend("Tesla T4", (7, 5), 65536)
+def test_the_interpreter_runs_on_any_gpu(pretend_gpus, monkeypatch):
+    pretend_gpus(properties("Tesla T4", (7, 5), 65536))
     monkeypatch.setattr(core_device, "INTERPRETED", True)
     assert arch_of(CUDA) in SHARED_KIB
 
 
-def test_a_gpu_without_triton_is_refused(pretend, monkeypatch):
-    pretend("NVIDIA H100", (9, 0), 232448)
+def test_a_gpu_is_refused_if_triton_is_not_installed(pretend_gpus, monkeypatch):
+    pretend_gpus(properties("NVIDIA H100", (9, 0), 232448))
     assert arch_of(CUDA) == "sm_90" and lanes_of(CUDA) == 32 and shared_bytes_of(CUDA) == 232448
     arch_of.cache_clear()
     monkeypatch.setattr(core_device, "HAS_TRITON", False)
@@ -138,47 +117,28 @@ def test_a_gpu_without_triton_is_refused(pretend, monkeypatch):
         arch_of(CUDA)
 
 
-class _Asked(Exception):
-    pass
+class Asked(Exception):
+    """Raised by the `arch_of` of a test."""
 
 
-def _launches() -> dict[str, Any]:
-    x, weight, rstd = torch.ones(4, 64), torch.ones(64), torch.ones(4, 1)
-    q, k, angles = torch.ones(1, 2, 4, 64), torch.ones(1, 1, 4, 64), (torch.ones(4, 32), torch.ones(4, 32), None)
-    scores = (0.1, None, None, 0)
-    return {
-        "rms_norm": lambda: KERNELS["rms_norm_forward"](x, None, weight, 1e-6, 0.0),
-        "rms_norm, backward": lambda: KERNELS["rms_norm_backward"](
-            x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True
-        ),
-        "rope": lambda: KERNELS["rope"](q, k, *angles, False, False),
-        "qk_norm_rope": lambda: KERNELS["qk_norm_rope"](q, k, weight, weight, *angles, 1e-6, 0.0, False),
-        "attention": lambda: KERNELS["attention_forward"](
-            torch.ones(1, 2, 64, 64), torch.ones(1, 1, 64, 64), torch.ones(1, 1, 64, 64),
-            None, None, None, None, None, 64, 64, *scores,
-        ),
-        "attention, decoding": lambda: decode.launch_decode(
-            AttentionCall(q[:, :, :1], k, k, *[None] * 5, 1, 4, *scores)
-        ),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", _launches())
-def test_no_launcher_compiles_before_it_asks_for_the_family(name, monkeypatch):
+# Not the backward of attention: its first kernel has no tiles, and its forward has asked before.
+@pytest.mark.parametrize("name", [name for name in REGISTERED if "attention backward" not in name])
+def test_a_launcher_asks_for_the_gpu_family_before_it_compiles(name, monkeypatch):
     def asked(_: torch.device) -> str:
-        raise _Asked
+        raise Asked
 
     class Kernel:
         def __getitem__(self, grid: Any) -> Any:
             raise AssertionError("compiled first")
 
-    monkeypatch.setattr(core_device, "arch_of", asked)
-    monkeypatch.setattr(tables, "arch_of", asked)
-    for module in (rms_norm, rope, qk_norm_rope, forward, decode):
-        for kernel in [key for key in vars(module) if key.endswith("_kernel")]:
-            monkeypatch.setattr(module, kernel, Kernel())
-    with pytest.raises(_Asked):
-        _launches()[name]()
+    for module in [module for path, module in sys.modules.items() if path.startswith("llama_kernels.")]:
+        for attribute in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
+            monkeypatch.setattr(module, attribute, Kernel())
+        if hasattr(module, "arch_of"):
+            monkeypatch.setattr(module, "arch_of", asked)
+    op, arguments = registered_calls(Shape(), Make())[name]
+    with pytest.raises(Asked):
+        KERNELS[op](*arguments)
 
 
 # --- other devices ---------------------------------------------------------------------------------------------------
@@ -189,17 +149,17 @@ OTHERS = ["mps", "xpu", "vulkan"]  # for the last, torch has no autocast
 
 @pytest.mark.parametrize("op", lk.reference.__all__)
 @pytest.mark.parametrize("device", OTHERS)
-def test_other_devices_are_refused_by_name(op, device):
+def test_the_error_for_another_device_names_it(op, device):
     args = sample(op)
     with FakeTensorMode(), pytest.raises(ValueError) as error:
         getattr(lk, op)(**on(device, args))
-    said = str(error.value)
-    assert said.startswith(f"llama_kernels.{op}: {next(iter(args))} is on {device}")
-    assert "wanted a CUDA, HIP or CPU tensor" in said and f"llama_kernels.reference.{op} is" in said
+    text = str(error.value)
+    assert text.startswith(f"llama_kernels.{op}: {next(iter(args))} is on {device}")
+    assert "wanted a CUDA, HIP or CPU tensor" in text and f"llama_kernels.reference.{op} is" in text
 
 
 @pytest.mark.parametrize("op", lk.reference.__all__)
-def test_meta_and_fake_tensors_give_shapes(op):
+def test_meta_and_fake_tensors_have_the_shapes_of_real_results(op):
     def shapes(results: Any) -> list[torch.Size]:
         return [x.shape for x in (results if isinstance(results, tuple) else (results,))]
 
@@ -219,19 +179,18 @@ _setup_privateuseone_for_python_backend("npu")
 """
 
 
-def in_a_backend(code: str) -> str:
-    """What `code` prints where torch has a backend "npu", of the dispatch key PrivateUse1. A process of its own, since
-    a backend cannot be taken back."""
-    done = subprocess.run([sys.executable, "-c", BACKEND + code], capture_output=True, text=True, cwd=ROOT)
+def with_backend(code: str) -> str:
+    """What `code` prints in a process where torch has a backend "npu", with the dispatch key PrivateUse1."""
+    done = python("-c", BACKEND + code)
     if "cannot import name" in done.stderr:
         pytest.skip(f"torch {torch.__version__} cannot define a backend in Python")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_backend_of_its_own_is_refused_and_has_the_reference():
-    """Real dispatch, of public functions and of registered ops."""
-    out = in_a_backend("""
+def test_a_backend_outside_torch_gets_errors_from_the_ops_and_results_from_the_reference():
+    """Through torch's dispatcher, for public functions and registered ops."""
+    out = with_backend("""
 from tests.support.devices import on
 from tests.support.ops import sample
 
@@ -243,7 +202,7 @@ for call in (lambda: lk.rms_norm(there), lambda: lk.rms_norm(here, there), lambd
         call()
     except Exception as error:
         print(type(error).__name__, error)
-for name in set(lk.reference.__all__) - {"attention_varlen", "rope_into_cache"}:  # which read values: a fake has none
+for name in set(lk.reference.__all__) - {"attention_varlen", "rope_into_cache"}:  # they read values
     with FakeTensorMode():
         results = getattr(lk.reference, name)(**on("npu", sample(name)))
     results = results if isinstance(results, tuple) else (results,)
@@ -258,8 +217,8 @@ for name in set(lk.reference.__all__) - {"attention_varlen", "rope_into_cache"}:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
-def test_a_patched_model_on_such_a_device_runs_stock_code_and_says_so():
-    out = in_a_backend("""
+def test_a_patched_model_on_such_a_backend_runs_stock_code_and_warns():
+    out = with_backend("""
 from transformers import LlamaConfig, LlamaForCausalLM
 from llama_kernels.integrations.transformers import patch
 from llama_kernels.integrations.transformers.attention import attention_forward
@@ -281,40 +240,32 @@ with FakeTensorMode():
         assert attention_forward(attention, q, k, k, None)[0].device.type == "npu"
 """)
     rows, attention = out.splitlines()
-    assert rows.startswith("llama_kernels: tensors on npu: stock code runs in place of the kernels")
-    assert attention.endswith("on npu: stock attention (SDPA or eager) runs in place of the kernels")
+    assert rows.startswith("llama_kernels: tensors on npu: stock code runs instead of the kernels")
+    assert attention.endswith("on npu: stock attention (SDPA or eager) runs instead of the kernels")
 
 
-def test_registered_ops_refuse_other_layouts():
+def test_registered_ops_refuse_sparse_tensors():
     with pytest.raises(ValueError, match=r"rms_norm_forward: x is of layout torch.sparse_coo; wanted torch.strided"):
         torch.ops.llama_kernels.rms_norm_forward(torch.ones(3, 8).to_sparse(), None, None, 1e-6, 0.0)
 
 
 # --- two devices in one call -----------------------------------------------------------------------------------------
 
-BESIDE = {  # what tests/contracts/test_errors.py does not move away from the first tensor
-    "rope": ["position_ids"],
-    "qk_norm_rope": ["position_ids"],
-    "rope_qkv": ["position_ids"],
-    "rope_attention": ["position_ids", "sinks", "kv_start", "kv_end"],
-    "rope_into_cache": ["cache_position", "position_ids"],
-    "attention": ["sinks", "kv_start", "kv_end"],
-    "attention_varlen": ["cu_seqlens_q", "cu_seqlens_k", "sinks", "kv_start", "kv_end"],
-    "rms_norm": [],
-    "add_rms_norm": [],
-}
+# tests/contracts/test_errors.py has the other tensors.
+NAMES = ("position_ids", "cache_position", "sinks", "kv_start", "kv_end", "cu_seqlens_q", "cu_seqlens_k")
+ARGUMENTS = [(op, name) for op in OPS for name in inspect.signature(getattr(lk, op)).parameters if name in NAMES]
 
 
-@pytest.mark.parametrize("op, argument", [(op, name) for op, names in BESIDE.items() for name in names])
-def test_a_tensor_on_another_device_is_refused_by_both_names(op, argument):
+@pytest.mark.parametrize("op, argument", ARGUMENTS)
+def test_an_error_for_tensors_on_two_devices_names_both(op, argument):
     args = sample(op)
-    rows = args["q"].shape[:1] if op == "attention_varlen" else (2, 6)
+    tokens = args["q"].shape[:1] if op == "attention_varlen" else (2, 6)
     tensors = {
         "position_ids": torch.zeros(1 if op == "rope_into_cache" else 6, dtype=torch.int64),
         "sinks": torch.zeros(4),
-        "kv_start": torch.zeros(rows, dtype=torch.int32),
-        "kv_end": torch.zeros(rows, dtype=torch.int32),
-        **{name: x for name, x in args.items() if isinstance(x, torch.Tensor)},
+        "kv_start": torch.zeros(tokens, dtype=torch.int32),
+        "kv_end": torch.zeros(tokens, dtype=torch.int32),
+        **args,
     }
     first = next(iter(args))
     with pytest.raises(ValueError, match=rf"{op}: {argument} is on meta; wanted the device of {first}, cpu"):

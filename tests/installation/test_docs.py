@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/: their code runs, their links lead somewhere, and what is generated is current."""
+"""README, CONTRIBUTING and docs/: code runs, links have targets, and generated parts are up to date."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = [
 # --- code ------------------------------------------------------------------------------------------------------------
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# The last line of a block that raises: the type of the error and what it says.
+# The last line of a block that raises: the type of the error and its message.
 _RAISES = re.compile(r"^# (\w+Error): (.*)\n\Z", re.MULTILINE)
 
 
@@ -33,7 +33,7 @@ def code_of(page: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def folder_with_a_llama(tmp_path_factory) -> Path:
-    """The working directory of the samples, in which path/to/llama is a small Llama."""
+    """A working directory for the code, in which path/to/llama is a small Llama."""
     folder = tmp_path_factory.mktemp("samples")
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -44,7 +44,7 @@ def folder_with_a_llama(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the samples run as they do for a reader, who does not set TRITON_INTERPRET")
+@pytest.mark.skipif(INTERPRETED, reason="readers do not set TRITON_INTERPRET")
 @pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("tests/") and code_of(page)])
 def test_the_code_of_a_page_runs(page, folder_with_a_llama, monkeypatch):
     """The blocks of a page run one after another and share their variables."""
@@ -89,7 +89,7 @@ def _without_marks(code: re.Match[str]) -> str:
 @pytest.mark.once
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings(page):
-    """Links to other hosts are not followed."""
+    """Links to other hosts are not checked."""
     source = ROOT / page
     for target, anchor in _LINK.findall(_CODE.sub("", source.read_text(encoding="utf-8"))):
         path = Path(os.path.normpath(source.parent / target)) if target else source
@@ -114,7 +114,7 @@ def names_in_files() -> list[tuple[str, str, str]]:
 
 @pytest.mark.once
 @pytest.mark.parametrize(("page", "name", "target"), names_in_files())
-def test_names_are_in_the_files_that_a_page_gives(page, name, target):
+def test_a_file_has_the_names_that_a_page_says_are_in_it(page, name, target):
     file = Path(os.path.normpath((ROOT / page).parent / target))
     assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{page}: there is no {name} in {target}"
 
@@ -126,11 +126,11 @@ def test_every_page_of_the_site_is_in_its_navigation():
     assert listed == {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
 
 
-# --- what is generated -----------------------------------------------------------------------------------------------
+# --- generated parts -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.once
-def test_the_diagrams_are_those_of_the_source():
+def test_the_diagrams_are_up_to_date():
     page = diagrams.PAGE.read_text(encoding="utf-8")
     assert page == diagrams.with_sections(page), "docs/architecture.md is out of date: python -m tools.diagrams --write"
 

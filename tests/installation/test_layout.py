@@ -1,4 +1,4 @@
-"""Who imports whom: docs/architecture.md."""
+"""Which folders import which, as docs/architecture.md says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import llama_kernels as lk
 pytestmark = pytest.mark.once
 
 ROOT = Path(lk.__file__).parents[1]
-# The files and folders of llama_kernels/ops that a public op is in.
+# The files and folders of llama_kernels/ops that have public ops.
 OPS = {getattr(lk, op).__module__.split(".")[2] for op in lk.reference.__all__}
 
 
@@ -32,8 +32,8 @@ def sources(folder: str) -> list[Path]:
     )
 
 
-def test_ops_import_core_and_the_reference_alone():
-    """rope_attention, which is made of two ops, is the exception."""
+def test_an_op_imports_core_and_the_reference_only():
+    """Except for rope_attention, which combines two ops."""
     for source in sources("llama_kernels/ops"):
         own = source.relative_to(ROOT / "llama_kernels/ops").parts[0].removesuffix(".py")
         ours = [name.split(".")[1:] for name in imported(source) if name.split(".")[0] == "llama_kernels"]
@@ -42,13 +42,11 @@ def test_ops_import_core_and_the_reference_alone():
         assert others <= ({"attention", "rope"} if own == "rope_attention" else set()), (source, others)
 
 
-def test_core_imports_nothing_of_ours_but_core():
+def test_core_imports_core_only():
     for source in sources("llama_kernels/core"):
         ours = {name for name in imported(source) if name.split(".")[0] == "llama_kernels"}
-        # The error for a missing derivative asks which ops the reference has.
-        assert {name for name in ours if not name.startswith("llama_kernels.core.")} <= {"llama_kernels.reference"}, (
-            source
-        )
+        others = {name for name in ours if not name.startswith("llama_kernels.core.")}
+        assert others <= {"llama_kernels.reference"}, source  # which ops have a reference, for errors
 
 
 def test_the_package_imports_no_tests_tools_or_bench():
@@ -59,4 +57,4 @@ def test_the_package_imports_no_tests_tools_or_bench():
 def test_no_test_file_imports_another():
     for source in sources("tests"):
         found = [name for name in imported(source) if name.startswith("tests.") and ".test_" in name]
-        assert not found, f"{source} imports {found}; what two test files share belongs into tests/support"
+        assert not found, f"{source} imports {found}; put what two test files share into tests/support"

@@ -1,4 +1,4 @@
-"""tools/link_environment.py: the environment that it makes has the packages of the Python that made it."""
+"""tools/link_environment.py: the environment that it makes finds the packages of the Python that runs it."""
 
 from __future__ import annotations
 
@@ -29,30 +29,28 @@ def site_packages(environment: Path) -> Path:
     return next(environment.glob("lib/python3*/site-packages"))
 
 
-def a_virtual_environment(folder: Path) -> tuple[Path, dict[str, str]]:
+def virtual_environment(folder: Path) -> tuple[Path, dict[str, str]]:
     venv.create(folder, symlinks=True)
     put_package(site_packages(folder))
     return folder / "bin" / "python", {}
 
 
-def a_virtual_environment_with_a_path_file(folder: Path) -> tuple[Path, dict[str, str]]:
+def virtual_environment_with_a_path_file(folder: Path) -> tuple[Path, dict[str, str]]:
     venv.create(folder, symlinks=True)
     put_package(folder / "elsewhere")
     (site_packages(folder) / "elsewhere.pth").write_text(f"{folder / 'elsewhere'}\n")
     return folder / "bin" / "python", {}
 
 
-def a_plain_python_with_packages_of_its_user(folder: Path) -> tuple[Path, dict[str, str]]:
+def python_with_user_packages(folder: Path) -> tuple[Path, dict[str, str]]:
     python, env = Path(sys._base_executable), {"PYTHONUSERBASE": str(folder)}
     command = (python, "-c", "import site; print(site.getusersitepackages())")
     put_package(Path(run(*command, **env).stdout.strip()))
     return python, env
 
 
-@pytest.mark.parametrize(
-    "make", [a_virtual_environment, a_virtual_environment_with_a_path_file, a_plain_python_with_packages_of_its_user]
-)
-def test_packages_of_the_python_that_made_it_are_found(make, tmp_path):
+@pytest.mark.parametrize("make", [virtual_environment, virtual_environment_with_a_path_file, python_with_user_packages])
+def test_the_environment_finds_the_packages_of_the_python_that_made_it(make, tmp_path):
     python, env = make(tmp_path / "outer")
     link = f"import sys; sys.path.append({str(ROOT)!r}); from tools.link_environment import link, Path; "
     done = run(python, "-c", f"{link} link(Path({str(tmp_path / 'made')!r}))", **env)
@@ -64,13 +62,13 @@ def test_packages_of_the_python_that_made_it_are_found(make, tmp_path):
 
 
 def test_a_python_without_torch_is_refused(tmp_path):
-    python, _ = a_virtual_environment(tmp_path / "outer")
+    python, _ = virtual_environment(tmp_path / "outer")
     done = run(python, ROOT / "tools" / "link_environment.py", tmp_path / "made")
     assert done.returncode == 1 and "and it has none. Choose another Python with PYTHON=" in done.stdout
     assert not (tmp_path / "made").exists()
 
 
-def test_an_environment_does_not_replace_itself(tmp_path):
-    python, _ = a_virtual_environment(tmp_path / "outer")
+def test_an_environment_cannot_replace_itself(tmp_path):
+    python, _ = virtual_environment(tmp_path / "outer")
     done = run(python, ROOT / "tools" / "link_environment.py", tmp_path / "outer")
     assert done.returncode == 1 and "belongs to" in done.stdout and python.exists()

@@ -1,4 +1,4 @@
-"""What a user meets before the first tensor: the import, the report, the files that ship."""
+"""The import of the package, its public names, and the files in the wheel and the source distribution."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import ast
 import fnmatch
 import importlib.util
 import inspect
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 import llama_kernels as lk
+from tests.installation.processes import output_of
 
 pytestmark = pytest.mark.once
 
@@ -26,40 +24,29 @@ ROOT = Path(lk.__file__).parent.parent
 SOURCES = sorted(Path(lk.__file__).parent.rglob("*.py"))
 
 
-def python(*args: str, **env: str) -> str:
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_every_public_name_is_there():
+def test_every_public_name_exists():
     assert set(lk.__all__) <= set(dir(lk))
     assert set(lk.reference.__all__) <= set(lk.__all__)
 
 
-def test_the_reference_knows_nothing_of_us():
+def test_the_reference_imports_only_torch_and_the_standard_library():
     for source in (ROOT / "reference").glob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert {name.split(".")[0] for name in names} <= {
-                "__future__",
-                "torch",
-                "itertools",
-                "typing",
-                "typing_extensions",
-            }, source
+            allowed = {"__future__", "torch", "itertools", "typing", "typing_extensions"}
+            assert {name.split(".")[0] for name in names} <= allowed, source
 
 
-def test_import_touches_no_gpu_and_loads_nothing_heavy():
-    out = python("-c", "import sys, torch, llama_kernels; print(torch.cuda.is_initialized(), 'numpy' in sys.modules, "
-                 "'transformers' in sys.modules)", TRITON_INTERPRET="0")  # fmt: skip
-    assert out.split()[0] == "False" and out.split()[2] == "False"
+def test_the_import_does_not_initialize_cuda_or_load_transformers():
+    loaded = "torch.cuda.is_initialized(), 'transformers' in sys.modules"
+    out = output_of("-c", f"import sys, torch, llama_kernels; print({loaded})", TRITON_INTERPRET="0")
+    assert out.split() == ["False", "False"]
 
 
 def test_without_triton_cpu_tensors_run_the_reference():
-    """As on a Mac: the import works, and so do all ops with their gradients."""
-    out = python("-c", """
+    """The import works, as on a Mac, and so do the ops and their gradients."""
+    out = output_of("-c", """
 import sys
 sys.modules["triton"] = None
 import torch, llama_kernels as lk
@@ -71,7 +58,7 @@ print(q.grad.shape == k.grad.shape == v.grad.shape)
     assert out.strip() == "True"
 
 
-def test_sources_are_typed_and_of_python_3_10():
+def test_sources_are_marked_as_typed_and_parse_with_python_3_10():
     assert (Path(lk.__file__).parent / "py.typed").exists()
     assert len(SOURCES) > 10
     for source in SOURCES:
@@ -83,21 +70,20 @@ def test_the_citation_names_this_version():
 
 
 @pytest.mark.skipif(not (ROOT / ".github").exists(), reason="the workflows are not part of this copy")
-def test_ci_keeps_the_reports_of_the_compile_gate():
+def test_ci_uploads_the_reports_of_the_compile_gate():
     pattern = re.search(r"path: (build/codegen\S+)", (ROOT / ".github/workflows/cpu.yml").read_text())[1]
     assert all(fnmatch.fnmatch(f"build/codegen{version}.json", pattern) for version in ("", "-newest"))
 
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """The wheel and the source distribution, built from a copy without a network: the names of the files in each."""
+    """The wheel and the source distribution, built without a network from a copy of the repository."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("needs setuptools to build")
     copy, built = tmp_path_factory.mktemp("repository") / "copy", tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=_left_out)
     build = f"from setuptools import build_meta as b; b.build_sdist({str(built)!r}); b.build_wheel({str(built)!r})"
-    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of("-c", build, cwd=copy)
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         requirements = re.findall("^Requires-Dist: (.*)$", archive.read(_metadata(archive)).decode(), re.MULTILINE)
@@ -108,14 +94,14 @@ def distributions(tmp_path_factory):
 
 
 class Distributions(NamedTuple):
-    wheel: set[str]
+    wheel: set[str]  # names of the files in it
     requirements: list[str]
     sdist: set[str]
     repository: Path
 
 
 def _left_out(folder: str, names: list[str]) -> set[str]:
-    """What is no part of the repository: environments, caches and builds. Of the hidden files two are copied."""
+    """Files that are not part of the repository: environments, caches and builds."""
     kept = {".github", ".pre-commit-config.yaml"}
     return {n for n in names if n.endswith(".egg-info") or n in ("build", "dist", "__pycache__") or n[0] == "."} - kept
 
@@ -132,13 +118,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
     assert any(name.endswith("licenses/LICENSE") for name in distributions.wheel)
 
 
-def test_the_wheel_requires_torch_and_triton_alone(distributions):
+def test_the_wheel_requires_torch_and_triton_only(distributions):
     always = {re.match(r"[\w-]+", line)[0] for line in distributions.requirements if "extra ==" not in line}
     assert always == {"torch", "triton"}
 
 
 def test_the_source_distribution_holds_the_repository(distributions):
-    """So the tests can run from it."""
+    """The tests can run from it."""
     copied = {path for path in distributions.repository.rglob("*") if path.is_file()}
     names = {path.relative_to(distributions.repository).as_posix() for path in copied}
     built = {name for name in names if name.split("/")[0] in ("build", "llama_kernels.egg-info")}
@@ -147,6 +133,6 @@ def test_the_source_distribution_holds_the_repository(distributions):
 
 
 @pytest.mark.parametrize("name", lk.reference.__all__)
-def test_the_reference_has_the_same_signature(name):
-    """Names, kinds, defaults and annotations."""
+def test_the_reference_has_the_signature_of_the_public_function(name):
+    """With the same names, kinds, defaults and annotations."""
     assert inspect.signature(getattr(lk, name)) == inspect.signature(getattr(lk.reference, name))

@@ -1,14 +1,9 @@
-"""`python -m llama_kernels`: the environment report, which never fails, and --check, which finds what is wrong."""
+"""`python -m llama_kernels`: the environment report has what a bug report needs, whatever is broken."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,21 +11,17 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.__main__ import main
-from llama_kernels.core import device as core_device
 from llama_kernels.core.language import INTERPRETED
-from llama_kernels.diagnose import cases, check, environment, kernels
-from llama_kernels.diagnose.rule import compare
+from llama_kernels.diagnose import environment, kernels
 from llama_kernels.ops.attention.tables import WIDTHS, tile
-from tests.support.environment import DEVICE
-from tests.support.judge import UNIT
+from tests.installation.processes import output_of
 
-ROOT = Path(lk.__file__).parents[1]
 CPU_PATH = "interpreted" if INTERPRETED else "reference"
 
 
 @pytest.fixture
 def report(capsys):
-    """The output of the command with these arguments, which succeeds."""
+    """report(*arguments): what the command prints. It must succeed."""
 
     def report(*arguments: str) -> str:
         assert main(list(arguments)) == 0
@@ -39,33 +30,8 @@ def report(capsys):
     return report
 
 
-@pytest.fixture
-def pretend_gpus(monkeypatch):
-    """Make torch see GPUs with these properties, in a process that compiles kernels."""
-
-    def pretend(*gpus: dict[str, Any]) -> None:
-        shared = {"total_memory": 80 * 2**30, "multi_processor_count": 132, "warp_size": 32}
-        described = [SimpleNamespace(**shared, **gpu) for gpu in gpus]
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: described[torch.device(device).index])
-        for module in (core_device, kernels):
-            monkeypatch.setattr(module, "INTERPRETED", False)
-            monkeypatch.setattr(module, "HAS_TRITON", True)
-
-    caches = (core_device.arch_of, core_device.gpu_of)
-    for cache in caches:
-        cache.cache_clear()
-    yield pretend
-    for cache in caches:
-        cache.cache_clear()
-
-
 H100 = {"name": "NVIDIA H100", "major": 9, "minor": 0, "shared_memory_per_block_optin": 232448}
 T4 = {"name": "Tesla T4", "major": 7, "minor": 5, "shared_memory_per_block_optin": 65536}
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_has_what_a_bug_report_needs(report):
@@ -82,21 +48,21 @@ def test_the_report_has_what_a_bug_report_needs(report):
         assert any(line.split()[:1] == [op] for line in lines), op
 
 
-def test_the_report_as_json(report):
+def test_the_report_can_be_json(report):
     found = json.loads(report("--json"))
     assert found["environment"]["packages"]["torch"] == torch.__version__
     assert found["kernels"]["CPU tensors"]["runs"] == CPU_PATH
     assert found["kernels"]["ops"].keys() == set(lk.reference.__all__)
 
 
-def test_the_report_shows_tiles(report):
+def test_the_report_shows_the_tiles_of_a_family(report):
     lines = report("--arch", "sm_90").splitlines()
     forward = next(line for line in lines if line.split()[:1] == ["forward"])
     assert all(str(tile("sm_90", "forward", width, torch.bfloat16)) in forward for width in WIDTHS)
     assert any("backward, D <= 256: portable" in line for line in lines)
 
 
-def test_the_report_of_gpus_says_which_kernels_each_takes(report, pretend_gpus):
+def test_the_report_shows_the_tile_family_of_each_gpu(report, pretend_gpus):
     pretend_gpus(H100, T4)
     out = report()
     gpus = [line for line in out.splitlines() if line.startswith("  device cuda:")]
@@ -108,7 +74,7 @@ def test_the_report_of_gpus_says_which_kernels_each_takes(report, pretend_gpus):
     assert "forward, D <= 128: portable: " in out
 
 
-def test_the_switched_on_hopper_kernels_are_reported(report, pretend_gpus, monkeypatch):
+def test_the_report_shows_the_hopper_kernels_and_whether_they_are_on(report, pretend_gpus, monkeypatch):
     pretend_gpus(H100)
     monkeypatch.setattr("llama_kernels.ops.attention.dispatch.HAS_GLUON", True)
     assert "with llama_kernels.hopper_attention(): Hopper kernel, 128 x 128, 2 stages" in report()
@@ -125,7 +91,7 @@ def _broken(*_: Any, **__: Any) -> Any:
     "name",
     ["package", "system", "packages", "torch_build", "driver", "gpus", "triton_tools", "variables", "torch_settings"],
 )
-def test_a_section_that_raises_is_a_line(name, report, monkeypatch):
+def test_a_section_that_raises_is_reported_on_one_line(name, report, monkeypatch):
     monkeypatch.setattr(environment, name, _broken)
     out = report()
     assert out.count("could not be read: RuntimeError: the driver is broken\n") == 1 and "second line" not in out
@@ -133,22 +99,22 @@ def test_a_section_that_raises_is_a_line(name, report, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["is_available", "get_device_properties", "device_count"])
-def test_a_broken_driver_is_a_line(name, report, monkeypatch, pretend_gpus):
+def test_a_broken_driver_is_reported(name, report, monkeypatch, pretend_gpus):
     pretend_gpus(H100)
     monkeypatch.setattr(torch.cuda, name, _broken)
-    if name == "device_count":  # torch's own is_available asks for it
+    if name == "device_count":  # torch's own is_available calls it
         monkeypatch.setattr(torch.cuda, "is_available", _broken)
     out = report()
     assert "RuntimeError: the driver is broken" in out and "GPU tensors run" in out
     json.loads(report("--json"))
 
 
-def test_a_tile_table_that_raises_is_a_line(report, monkeypatch):
+def test_a_tile_table_that_raises_is_reported_on_one_line(report, monkeypatch):
     monkeypatch.setattr(kernels, "tile", _broken)
     assert "attention on sm_80: could not be read: RuntimeError" in report("--arch", "sm_80")
 
 
-def test_a_tool_that_fails_says_so(report, monkeypatch, tmp_path):
+def test_the_error_of_nvidia_smi_is_reported(report, monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
     tool.chmod(0o755)
@@ -156,7 +122,7 @@ def test_a_tool_that_fails_says_so(report, monkeypatch, tmp_path):
     assert "nvidia-smi: Failed to initialize NVML: Driver/library version mismatch" in report()
 
 
-def test_what_torch_warns_of_is_shown(report, monkeypatch):
+def test_warnings_of_torch_are_reported(report, monkeypatch):
     def warns() -> bool:
         import warnings
 
@@ -174,10 +140,9 @@ sys.modules["triton"] = sys.modules["numpy"] = None
 sys.argv = ["llama_kernels"]
 runpy.run_module("llama_kernels", run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "triton: cannot be imported: " in done.stdout and "triton tools: Triton is not installed" in done.stdout
-    assert "GPU tensors run: nothing (Triton is not installed" in done.stdout
+    out = output_of("-c", code)
+    assert "triton: cannot be imported: " in out and "triton tools: Triton is not installed" in out
+    assert "GPU tensors run: nothing (Triton is not installed" in out
 
 
 def test_secrets_and_home_folders_are_not_printed(report, monkeypatch, tmp_path):
@@ -199,197 +164,8 @@ def test_secrets_and_home_folders_are_not_printed(report, monkeypatch, tmp_path)
     "name", ["CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF",
              "TRITON_PTXAS_PATH", "TORCHINDUCTOR_CACHE_DIR"],
 )  # fmt: skip
-def test_variables_that_matter_are_shown(name, report, monkeypatch):
+def test_environment_variables_that_change_results_are_reported(name, report, monkeypatch):
     monkeypatch.setenv(name, "seen-7")
     assert f"  {name}: seen-7" in report()
     monkeypatch.delenv(name)
     assert f"  {name}: " not in report()
-
-
-# --- the check -------------------------------------------------------------------------------------------------------
-
-
-def rows(capsys: Any, status: int, *ops: str) -> list[dict[str, Any]]:
-    capsys.readouterr()
-    assert main(["--check", *ops, "--device", DEVICE, "--json"]) == status
-    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["check"]  # no NaN, which is not JSON
-    assert found["passed"] == (status == 0) == all(call["passed"] for call in found["calls"])
-    return found["calls"]
-
-
-def test_the_check_has_every_op_with_its_gradients():
-    ops = {case.op: case for case in cases.cases()}
-    assert ops.keys() == set(lk.reference.__all__)
-    assert all(case.differentiable for case in ops.values() if case.op != "rope_into_cache")
-
-
-@pytest.mark.parametrize("op", ["rope", "rope_qkv", "rope_into_cache", "rms_norm", "add_rms_norm", "qk_norm_rope"])
-def test_the_check_passes(op, capsys):
-    calls = rows(capsys, 0, op)
-    assert [call["dtype"] for call in calls] == ["bfloat16", "float16", "float32"]
-    for call in calls:
-        dtype = getattr(torch, call["dtype"])
-        assert 0 < call["error"] < 4 * UNIT[dtype] and call["eager"] > 0 and call["first_call"] > 0
-
-
-@pytest.mark.parametrize("op", ["attention", "attention_varlen", "rope_attention"])
-def test_the_check_of_attention_passes(op, capsys, monkeypatch):
-    if INTERPRETED:  # which takes seconds for each
-        monkeypatch.setattr(check, "DTYPES", (torch.bfloat16,))
-        monkeypatch.setattr(cases, "INTERPRETED", cases.INTERPRETED._replace(q_heads=2, kv_heads=1))
-    calls = rows(capsys, 0, op)
-    assert {call["call"].partition(",")[0] for call in calls} == {op}
-
-
-def test_the_check_prints_a_line_for_each_call(capsys):
-    assert main(["--check", "rms_norm", "--device", DEVICE]) == 0
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("rms_norm ")]
-    assert len(lines) == 3 and all("passed" in line for line in lines) and "all 3 calls passed." in out
-    assert ("against itself in float64" in out) == (DEVICE == "cpu" and not INTERPRETED)
-
-
-def _mutants() -> dict[str, tuple[Any, str]]:
-    """What is wrong with an rms_norm, and what the check says of it."""
-    right, calls = lk.rms_norm, []
-
-    class ZeroedGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad.index_fill(0, torch.tensor([3], device=grad.device), 0)
-
-    def unwritten(x, weight):
-        y = right(x, weight)
-        if not torch.utils.deterministic.fill_uninitialized_memory:
-            return y  # what was in memory before is right by chance
-        return torch.where(torch.arange(y.shape[-1], device=y.device) == 5, torch.empty_like(y), y)
-
-    def one_row(x, weight):
-        return right(x, weight) * (1 + 0.05 * (torch.arange(x.shape[0], device=x.device) == 7)[:, None])
-
-    def unrepeatable(x, weight):
-        calls.append(1)
-        return right(x, weight) + 1e-9 * len(calls) * (x.dtype == torch.float32)
-
-    def raises(x, weight):
-        raise ValueError("no such kernel\nand more")
-
-    return {
-        "scaled": (lambda x, weight: right(x, weight) * 1.01, "y: error"),
-        "one row": (one_row, "y: "),
-        "no weight": (lambda x, weight: right(x) + 0 * weight, "y: error"),
-        "a gradient with a row of zeros": (lambda x, weight: right(ZeroedGradient.apply(x), weight), "gradient of x: "),
-        "unwritten": (unwritten, "y: 8 elements are not written"),
-        "unrepeatable": (unrepeatable, "y: two runs differ"),
-        "raises": (raises, "ValueError: no such kernel"),
-        "another shape": (lambda x, weight: right(x, weight)[:, :-1], ""),
-    }
-
-
-@pytest.mark.parametrize("name", _mutants())
-def test_the_check_finds_a_wrong_op(name, capsys, monkeypatch):
-    wrong, said = _mutants()[name]
-    monkeypatch.setattr(lk, "rms_norm", wrong)
-    monkeypatch.setattr(check, "DTYPES", (torch.bfloat16, torch.float32))
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    small = cases.Sizes(batch=1, q_heads=2, kv_heads=1, tokens=4, width=16, rows=8, columns=512)
-    for sizes in ("INTERPRETED", "ON_CPU", "ON_GPU"):
-        monkeypatch.setattr(cases, sizes, small)
-    failed = [call for call in rows(capsys, 1, "rms_norm") if not call["passed"]]
-    assert [call["dtype"] for call in failed] == (["float32"] if name == "unrepeatable" else ["bfloat16", "float32"])
-    for call in failed:
-        assert any(fault.startswith(said) for fault in call["faults"]), call["faults"]
-
-
-def test_a_failure_is_printed(capsys, monkeypatch):
-    right = lk.rms_norm
-    monkeypatch.setattr(lk, "rms_norm", lambda x, weight: right(x, weight) * 1.01)
-    assert main(["--check", "rms_norm", "--device", DEVICE]) == 1
-    out = capsys.readouterr().out
-    assert out.count("FAILED: y: error") == 3 and "3 of 3 calls FAILED." in out
-
-
-def test_what_is_written_in_place_is_checked(capsys, monkeypatch):
-    right = lk.rope_into_cache
-
-    def elsewhere(q, k, v, k_cache, v_cache, cache_position, cos, sin):
-        return right(q, k, v, k_cache, v_cache, cache_position - 1, cos, sin, cache_position)
-
-    monkeypatch.setattr(lk, "rope_into_cache", elsewhere)
-    faults = [fault for call in rows(capsys, 1, "rope_into_cache") for fault in call["faults"]]
-    assert {fault.split(":")[0] for fault in faults} == {"k_cache", "v_cache"}
-
-
-def test_the_check_leaves_settings_as_they_were():
-    def settings() -> tuple[Any, ...]:
-        return (
-            torch.get_float32_matmul_precision(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
-            torch.is_grad_enabled(),
-        )
-
-    torch.set_float32_matmul_precision("high")
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        with torch.no_grad():
-            before = settings()
-            assert all(row.passed for row in check.run(torch.device(DEVICE), ["rms_norm"]))
-            assert settings() == before
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        torch.utils.deterministic.fill_uninitialized_memory = True
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--check", "softmax"], "unknown op softmax; there are add_rms_norm"),
-        (["--check", "--device", "mps"], "kernels run on CUDA and HIP GPUs"),
-        (["--check", "--device", "nonsense"], "--device nonsense: "),
-        (["--device", "cpu"], "--device says where to --check"),
-        (["--check", "--device", "cuda"], "torch sees no GPU"),
-    ],
-)
-def test_arguments_that_make_no_sense(arguments, said, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2 and said in capsys.readouterr().err
-
-
-def test_the_check_needs_nothing_but_the_package(tmp_path):
-    """As installed: no tests, no bench, no repository."""
-    shutil.copytree(Path(lk.__file__).parent, tmp_path / "llama_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "llama_kernels", "--check", "rms_norm", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert str(tmp_path) in done.stdout and "all 3 calls passed." in done.stdout
-
-
-# --- the rule --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", UNIT)
-def test_the_rule_passes_a_rounding_and_fails_what_is_worse(dtype):
-    truth = torch.randn(256, 128, dtype=torch.float64)
-    rounded = truth.to(dtype)
-    assert compare(rounded, truth, rounded).fault is None
-    noise = torch.randn_like(truth) * UNIT[dtype] * (4 if dtype == torch.float32 else 1)
-    assert "error" in compare((truth + noise).to(dtype), truth, rounded).fault
-    row = truth.clone()
-    row[5] *= 1 + 10 * UNIT[dtype]
-    assert "worst row" in compare(row.to(dtype), truth, rounded).fault
-    assert "shape (256, 127), not (256, 128)" in compare(rounded[:, :-1], truth, rounded).fault
-    broken = rounded.clone()
-    broken[3, 4] = torch.nan
-    assert "1 of 32768 elements are NaN" in compare(broken, truth, rounded).fault
-    truth[3, 4] = torch.nan
-    assert compare(broken, truth, broken).fault is None
-    assert "NaN" in compare(rounded, truth, broken).fault, "finite where the truth is not"

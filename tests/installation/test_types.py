@@ -1,29 +1,25 @@
-"""The types of the package: `make typecheck` passes, and every public function has its types."""
+"""Type annotations: `make typecheck` passes, and every public function is annotated."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import llama_kernels as lk
-
-ROOT = Path(lk.__file__).parents[1]
+from tests.installation.processes import python
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy")
-def test_the_package_and_the_code_of_a_user_type_check():
-    done = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True, cwd=ROOT)
+def test_the_package_and_a_users_code_pass_mypy():
+    done = python("-m", "mypy")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in lk.__all__ if inspect.isfunction(getattr(lk, name))])
-def test_every_public_function_has_its_types(name):
-    """Those of ops/ too, where mypy allows functions without types: kernels and their launchers."""
+def test_every_public_function_is_annotated(name):
+    """mypy does not ask for it in ops/, where kernels and launchers have no annotations."""
     function = getattr(lk, name)
     signature = inspect.signature(function)
     untyped = [str(x) for x in signature.parameters.values() if x.annotation is x.empty]

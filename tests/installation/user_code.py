@@ -1,6 +1,6 @@
-"""Code as users write it, which `make typecheck` checks: the result types of the public functions.
+"""Code of a user, for `make typecheck`: mypy checks the result types of the public functions.
 
-A line with `# type: ignore[...]` is wrong on purpose: mypy reports the comment as unused if it does not find the error.
+A line with `# type: ignore[...]` has an error on purpose. mypy reports the comment as unused if it misses the error.
 """
 
 from __future__ import annotations

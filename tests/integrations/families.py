@@ -1,7 +1,7 @@
-"""Decoder families of Transformers as tiny models of random weights: one table, a row each.
+"""Decoder families of Transformers as tiny models with random weights: a table with a row for each family.
 
-A row gives what its config needs beyond SIZES. Windows, chunks and the lengths that rotary scaling goes by are shorter
-than the sequences of the checks, and every kind of layer that a family has occurs.
+A row has the settings of its config other than SIZES. Windows, chunks and the original lengths of rotary scaling are
+shorter than the sequences of the checks. Each model has every kind of layer of its family.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tests.integrations.small import randomized
 from tests.support.environment import DEVICE
 
-# A config gets those that it has a field for. All experts are chosen, so that rounding changes no routing. The epsilon
-# of norms is large enough to be seen.
+# A config gets the settings for which it has a field. Every token goes to all experts, so that rounding changes no
+# routing. The epsilon of norms is large, so that a wrong epsilon changes the results.
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99, "max_position_embeddings": 128, "sliding_window": 7,
@@ -221,27 +222,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
                                  "hybrid_sliding": rope(partial_rotary_factor=0.5)}},
 }  # fmt: skip
 
-# Have rotary embeddings and norms of their own kind, and no row: why.
+# Families without a row, and why.
 NO_ROW = {
-    "blt": "reads bytes, in patches that a model of its own cuts; its decoder is four decoders",
-    "inkling2_text": "its text has relative positions; the rotary embedding is the vision tower's",
-    "jamba": "its attention has no rotary embedding; the function is there unused",
-    "phi4_multimodal": "its text is phi3; images and audio need weights of their own",
+    "blt": "it reads bytes in patches, which another model chooses, with four decoders",
+    "inkling2_text": "its text has relative positions; only its vision tower has a rotary embedding",
+    "jamba": "its attention does not use the rotary embedding that its file defines",
+    "phi4_multimodal": "its text model is phi3; images and audio need adapter weights",
 }
 
-# Checks that say nothing, since the stock model does not run them, or its numbers are those of its padding: why.
-_SCORES_PADDING = "its sparse layers score blocks of keys with the padding among them"
+# Checks that do not apply to a family, and why.
+_SCORES_PADDING = "its sparse layers score blocks of keys that contain padding"
 UNDEFINED: dict[tuple[str, str], str] = {
     ("minimax_m3_vl_text", "left"): _SCORES_PADDING,
     ("minimax_m3_vl_text", "cache"): _SCORES_PADDING,
     ("minimax_m3_vl_text", "generate"): _SCORES_PADDING,
-    ("minimax_m3_vl_text", "far positions"): "its sparse layers take a position for the index of a key",
+    ("minimax_m3_vl_text", "far positions"): "its sparse layers use a position as the index of a key",
     ("recurrent_gemma", "cache"): "its output has no cache",
 }
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
-IMAGE, S = 98, 20  # the token that stands for a part of an image; tokens in a sequence
+IMAGE, S = 98, 20  # the token id of a part of an image; tokens in a sequence
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14}  # fmt: skip
 QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
@@ -249,7 +250,7 @@ QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_head
 QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95}
 SECTIONS = rope(mrope_section=[2, 3, 3])
 
-# The text decoder's type and what its config needs, the vision tower's config, the rest.
+# The text decoder's type and settings, the config of the vision tower, and the other settings.
 MULTIMODAL: dict[str, tuple[str | None, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"layer_types": SLIDING_FULL, "rope_parameters": BY_LAYER},
                {**VISION, "model_type": "siglip_vision_model"},
@@ -271,12 +272,12 @@ MULTIMODAL: dict[str, tuple[str | None, dict[str, Any], dict[str, Any], dict[str
 }  # fmt: skip
 
 EVERY_FAMILY = (*FAMILIES, *MULTIMODAL)
-DROPOUT = 0.2  # of the hidden states, in train mode; attention's is 0, since a patched model refuses any other
+DROPOUT = 0.2  # of hidden states. That of attention is 0: with another one, stock attention runs
 
 
 class Batch(NamedTuple):
     ids: torch.Tensor
-    by_token: dict[str, torch.Tensor]  # (B, S, ...): what else there is of each token
+    by_token: dict[str, torch.Tensor]  # (B, S, ...): other arguments with an element for each token
     images: dict[str, torch.Tensor]
 
     @property
@@ -291,7 +292,7 @@ def fields(config_class: type) -> set[str]:
 
 
 def settings(family: str, row: dict[str, Any]) -> dict[str, Any]:
-    """What the family's config is made with. Configs keep the dicts that they get, and write into them: a copy."""
+    """The arguments of the family's config: a copy, since configs keep the dicts that they get and write into them."""
     known = fields(CONFIG_MAPPING[family])
     dropouts = {
         name: 0.0 if "att" in name else DROPOUT for name in known if "drop" in name and "classifier" not in name
@@ -308,20 +309,17 @@ def config_of(family: str) -> Any:
 
 
 def stock(family: str, attention: str = "eager") -> torch.nn.Module:
-    """The family's small model with random weights, biases and norms among them."""
+    """The small model of the family, with random weights."""
     torch.manual_seed(1)
     auto = AutoModelForCausalLM if family in FAMILIES else AutoModelForImageTextToText
-    model = auto.from_config(
-        config_of(family), attn_implementation=attention, experts_implementation="eager"
-    ).eval()  # eager experts: the grouped ones have no float64
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.to(DEVICE)
+    # The grouped implementation of experts has no float64.
+    return randomized(
+        auto.from_config(config_of(family), attn_implementation=attention, experts_implementation="eager")
+    )
 
 
 def batch(family: str) -> Batch:
-    """Two sequences, each with an image where the family takes one."""
+    """Two sequences, each with an image if the family takes images."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 90, (2, S), generator=generator)
     if family in FAMILIES:
@@ -344,13 +342,15 @@ def batch(family: str) -> Batch:
         by_token = {"mm_token_type_ids": kind}
         images = {"pixel_values": torch.randn(32, 96, generator=generator),
                   "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}  # fmt: skip
-    move = lambda those: {name: x.to(DEVICE) for name, x in those.items()}  # noqa: E731
-    return Batch(ids.to(DEVICE), move(by_token), move(images))
+    by_token, images = ({name: x.to(DEVICE) for name, x in group.items()} for group in (by_token, images))
+    return Batch(ids.to(DEVICE), by_token, images)
 
 
 def decoder_families() -> set[str]:
-    """The installed causal language models with rotary embeddings and RMSNorm, or rotary embeddings and grouped
-    queries: the type of each class. Of multimodal models, those whose text has no class of its own."""
+    """The model types of the installed causal language models with rotary embeddings and RMSNorm or grouped queries.
+
+    Multimodal models are left out where their text model is a class of its own.
+    """
     found = set()
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if family not in CONFIG_MAPPING or "text_config" in CONFIG_MAPPING[family].sub_configs:

@@ -1,6 +1,6 @@
-"""The table of families in docs/transformers.md: python -m tests.integrations.families_table
+"""Make the table of families in docs/transformers.md: python -m tests.integrations.families_table
 
-Runs every check on every family and writes the table between its two markers.
+It runs every check on every family and writes the table between two markers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "0")  # the reference path on a CPU, where no test says otherwise
+os.environ.setdefault("TRITON_INTERPRET", "0")  # on a CPU, the reference path
 
 import torch
 import transformers
@@ -38,14 +38,14 @@ def header() -> list[str]:
 
 
 def who_computes(rows: list[Any], kind: str) -> str:
-    """ours, stock, or both: of which classes stock."""
+    """The cell of one kind: ours, stock, or ours but for the classes that stay stock."""
     ours = [row.cls for row in rows if row.kind == kind and row.ours]
     theirs = sorted({row.cls for row in rows if row.kind == kind and not row.ours})
     return ("ours, but " + ", ".join(theirs) if theirs else "ours") if ours else "stock" if theirs else "—"
 
 
 def families_row(family: str) -> tuple[str, dict[str, str], list[Any]]:
-    """Its row of the table, the checks that failed and why, and what `report` says of the patched model."""
+    """The row of the table, why each failed check failed, and the rows of `report` for the patched model."""
     baseline = Baseline(family)
     patched = copy.deepcopy(baseline.model)
     try:
@@ -69,7 +69,7 @@ def families_row(family: str) -> tuple[str, dict[str, str], list[Any]]:
 
 
 def committed() -> tuple[str, list[str]]:
-    """The Transformers that the table of the documentation was made with, and its lines."""
+    """The version of Transformers in the documentation's table, and the lines of the table."""
     before, after = BEGIN.split("{version}")
     _, _, rest = PAGE.read_text().partition(before)
     version, _, rest = rest.partition(after)

@@ -1,12 +1,13 @@
-"""Families of Transformers under tensor parallelism: two processes load each with its tp_plan, run it and patch it.
+"""Families of Transformers under tensor parallelism: two processes load a model with its tp_plan, run it and patch it.
 
     TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= python -m tests.integrations.tensor_parallel [family ...]
 
-says of each family, or of all, what stock and the patched model do.
+prints for each family, or for all, whether the results of the stock and of the patched model are right.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -21,22 +22,23 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llama_kernels.integrations.transformers import patch, report
-from tests.integrations.checks import Baseline, Result, close, logits_and_gradients
+from tests.integrations.checks import Baseline, Result, with_padding
+from tests.integrations.comparison import Results, compare
 from tests.integrations.families import EVERY_FAMILY, FAMILIES, batch
 
 RANKS = 2
 
 
-def whole(result: Result) -> dict[str, torch.Tensor]:
-    """The numbers of a result, of which each rank may hold a part."""
+def whole(result: Result) -> Results:
+    """The tensors of a result, gathered from all ranks."""
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in result.close.items()}
 
 
 def results(families: list[str], seconds: float) -> dict[str, dict[str, Any]]:
-    """By family, what `run` found. RuntimeError where the processes have not ended after so many seconds."""
+    """By family, what `run` saves. Raises RuntimeError if the processes have not ended after `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
         for family in families:
-            Baseline(family).model.save_pretrained(Path(folder, family))
+            baseline(family).model.save_pretrained(Path(folder, family))
         context = mp.spawn(run, (folder, families), nprocs=RANKS, join=False)
         try:
             end = time.monotonic() + seconds
@@ -50,8 +52,11 @@ def results(families: list[str], seconds: float) -> dict[str, dict[str, Any]]:
 
 
 def run(rank: int, folder: str, families: list[str]) -> None:
-    """What one process does. Rank 0 writes for each family: logits and gradients, "stock" and "patched", with padding
-    on the left; "ours", the kinds that are; "error" with a traceback where anything was raised."""
+    """Run the families in one process. Rank 0 saves a dict for each family.
+
+    "stock" and "patched" are logits and gradients, with padding on the left. "ours" counts the replaced operations by
+    kind. "error" is a traceback, if anything was raised.
+    """
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))  # as torchrun sets them
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
@@ -59,11 +64,11 @@ def run(rank: int, folder: str, families: list[str]) -> None:
         auto = AutoModelForCausalLM if family in FAMILIES else AutoModelForImageTextToText
         found: dict[str, Any] = {}
         try:
-            how = {"attn_implementation": "eager", "experts_implementation": "eager"}
-            model = auto.from_pretrained(f"{folder}/{family}", tp_plan="auto", **how).eval()
-            found["stock"] = whole(logits_and_gradients(model, batch(family), "left"))
+            options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+            model = auto.from_pretrained(f"{folder}/{family}", tp_plan="auto", **options).eval()
+            found["stock"] = whole(with_padding(model, batch(family), "left"))
             patch(model)
-            found["patched"] = whole(logits_and_gradients(model, batch(family), "left"))
+            found["patched"] = whole(with_padding(model, batch(family), "left"))
             rows = report(model).rows
             found["ours"] = {
                 kind: sum(r.count for r in rows if r.kind == kind and r.ours) for kind in {r.kind for r in rows}
@@ -75,22 +80,25 @@ def run(rank: int, folder: str, families: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def right(family: str, numbers: dict[str, torch.Tensor]) -> None:
-    """AssertionError where these are not the numbers of one process with the stock model."""
-    theirs, truth = Baseline(family).results("left")
-    close(numbers, theirs.close, truth.close)
+baseline = functools.cache(Baseline)
+
+
+def check_results(family: str, results: Results, check: str = "left") -> None:
+    """Raise AssertionError unless `results` are those of the stock model in one process."""
+    theirs, truth = baseline(family).results(check)
+    compare(results, theirs.close, truth.close)
 
 
 if __name__ == "__main__":
     for family, found in results(sys.argv[1:] or list(EVERY_FAMILY), 600).items():
-        said = []
+        words = []
         for name in ("stock", "patched"):
             try:
                 if name in found:
-                    right(family, found[name])
-                    said.append(f"{name} right")
+                    check_results(family, found[name])
+                    words.append(f"{name} right")
             except AssertionError as error:
-                said.append(f"{name} wrong: {error}")
+                words.append(f"{name} wrong: {error}")
         if "error" in found:
-            said.append(found["error"].splitlines()[-1])
-        print(family, *said, sep=" | ")
+            words.append(found["error"].splitlines()[-1])
+        print(family, *words, sep=" | ")

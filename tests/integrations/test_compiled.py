@@ -1,8 +1,7 @@
-"""Patched models under torch.compile and torch.export: one graph, and the numbers of stock."""
+"""Patched models under torch.compile and torch.export: they are one graph, and give the results of stock."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,17 +11,14 @@ pytest.importorskip("transformers", minversion="4.57")
 
 from transformers import StaticCache
 
-from llama_kernels.integrations.transformers import patch
-from tests.integrations.small import (
-    VERSION,
-    as_stock,
+from tests.integrations.comparison import (
+    Results,
+    compare_with_stock,
     logits_and_gradients,
     logits_of,
-    not_interpreted,
-    padded,
-    small,
-    tokens,
+    padding_mask,
 )
+from tests.integrations.small import CACHE, VERSION, not_interpreted, patched, small, tokens
 from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
@@ -36,72 +32,69 @@ def _nothing_compiled_before():
 @pytest.mark.parametrize(
     ("family", "side", "layers"),
     [("llama", "left", 1), ("mistral", None, 1), ("qwen3", "left", 1), ("gemma3_text", "left", 2),
-     ("gpt_oss", "left", 2)],  # the last two have a window in every second layer
+     ("gpt_oss", "left", 2)],  # the last two have a window in one of two layers
 )  # fmt: skip
 def test_training_compiles_without_a_graph_break(family, side, layers):
     if family == "gpt_oss" and VERSION < (5, 0):
-        pytest.skip("in Transformers 4 the experts are a loop over what was routed to them, in the stock model too")
+        pytest.skip("in Transformers 4 the stock model too has graph breaks: its experts are a loop over routed tokens")
     stock, ids = small(family, num_hidden_layers=layers), tokens()
-    run = logits_and_gradients(ids, None if side is None else padded(ids, side))
-    ours = patch(copy.deepcopy(stock))
+    run = logits_and_gradients(ids, None if side is None else padding_mask(ids, side))
+    ours = patched(stock)
     ours.config._experts_implementation = "batched_mm"  # the eager one is a loop
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
 
-    def without_prefix(model: Any) -> dict[str, torch.Tensor]:
+    def without_prefix(model: Any) -> Results:
         return {name.removeprefix("_orig_mod."): x for name, x in run(model).items()}
 
-    as_stock(compiled, stock, run, without_prefix)
+    compare_with_stock(compiled, stock, run, without_prefix)
 
 
-def test_documents_of_any_length_compile_once():
+def test_packed_documents_of_other_lengths_do_not_recompile():
     stock = small("mistral", num_hidden_layers=1)
-    compiled = torch.compile(patch(copy.deepcopy(stock)), backend="aot_eager", fullgraph=True, dynamic=True)
-    for length in (20, 24, 30):  # one power of two
+    compiled = torch.compile(patched(stock), backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (20, 24, 30):  # of one bit length, for which masks are compiled: see intervals.py
         ids = tokens(1, length)
         positions = torch.tensor([[*range(8), *range(length - 8)]], device=DEVICE)
         with torch._dynamo.config.patch(error_on_recompile=length > 20):
-            as_stock(compiled, stock, logits_of(ids, position_ids=positions, use_cache=False))
+            compare_with_stock(compiled, stock, logits_of(ids, position_ids=positions, use_cache=False))
 
 
-def test_a_static_cache_decodes_without_a_graph_break():
-    """And step after step without compiling again."""
+def test_decoding_with_a_static_cache_compiles_once_without_a_graph_break():
     stock, ids = small(), tokens(2, 11)
-    mask = padded(ids, "left")
-    ours = patch(copy.deepcopy(stock))
+    mask = padding_mask(ids, "left")
+    ours = patched(stock)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = StaticCache(config=ours.config, max_cache_len=16)
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    def decode(model: Any) -> dict[str, torch.Tensor]:
+    def decode(model: Any) -> Results:
         compiled = torch.compile(model, backend=graphs, fullgraph=True)
         logits = []
         for a, b in ((0, 8), (8, 9), (9, 10), (10, 11)):
-            call = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b], "use_cache": True}
-            call["cache" if VERSION >= (5, 24) else "past_key_values"] = cache
+            call = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b], "use_cache": True, CACHE: cache}
             if VERSION < (5, 0):
                 call["cache_position"] = torch.arange(a, b, device=DEVICE)
-            if a:  # as `generate` hands it over, of the cache's length
+            if a:  # of the length of the cache, as `generate` passes it
                 call["attention_mask"] = torch.nn.functional.pad(mask[:, :b], (0, 16 - b))
             logits.append((compiled if a else model)(ids[:, a:b], **call).logits[:, -1])
         return {"logits": torch.stack(logits, 1)}
 
-    def whole(model: Any) -> dict[str, torch.Tensor]:
+    def whole(model: Any) -> Results:
         return {"logits": model(ids, attention_mask=mask, position_ids=positions).logits[:, 7:]}
 
     with torch.no_grad():
-        as_stock(ours, stock, whole, decode)
+        compare_with_stock(ours, stock, whole, decode)
     assert graphs.frame_count <= 2
 
 
 @pytest.mark.parametrize("side", [None, "left"])
-def test_exported_with_any_length_from_two(side):
+def test_a_model_exported_with_a_dynamic_length_gives_the_logits_of_stock(side):
     stock, ids = small(attention="sdpa"), tokens(2, 9)
     length = torch.export.Dim("length", min=2, max=64)
     mask = None if side is None else torch.ones_like(ids)
-    ours = patch(copy.deepcopy(stock))
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     shapes = {"input_ids": {1: length}, "attention_mask": None if mask is None else {1: length}, "use_cache": None}
-    exported = torch.export.export(ours, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    exported = torch.export.export(patched(stock), (), inputs, dynamic_shapes=shapes, strict=False).module()
     for n in (2, 3, 20):
         x = tokens(2, n)
         given = None
@@ -109,8 +102,8 @@ def test_exported_with_any_length_from_two(side):
             given = torch.ones_like(x)
             given[0, : n // 2] = 0
 
-        def run(model: Any, x: Any = x, given: Any = given) -> dict[str, torch.Tensor]:
+        def run(model: Any, x: Any = x, given: Any = given) -> Results:
             out = model(input_ids=x, attention_mask=given, use_cache=False).logits
             return {"logits": out.detach()[(torch.ones_like(x) if given is None else given).bool()]}
 
-        as_stock(exported, stock, run)
+        compare_with_stock(exported, stock, run)

@@ -1,4 +1,4 @@
-"""Packed documents: each as if it were alone. Positions that do not fall start none, unless stock's mask says so."""
+"""Packed documents: no document sees another. Documents start where positions decrease or where stock starts them."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ pytest.importorskip("transformers", minversion="4.57")
 import transformers
 from transformers import StaticCache
 
-from llama_kernels.integrations.transformers import patch
-from tests.integrations.small import FAMILIES, VERSION, Calls, as_stock, logits_of, not_interpreted, small, tokens
+from tests.integrations.comparison import Results, compare_with_stock, gradients, logits_of, padding_mask
+from tests.integrations.small import CACHE, VERSION, Calls, families, not_interpreted, patched, small, tokens
 from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
 
 LENGTHS = (9, 2, 13)
 IDS = tokens(1, sum(LENGTHS))
-STARTS = torch.tensor([[*range(9), *range(2), *range(13)]], device=DEVICE)
-families = pytest.mark.parametrize("family", FAMILIES)
+POSITIONS = torch.tensor([[*range(9), *range(2), *range(13)]], device=DEVICE)
+changes = pytest.mark.parametrize("change", ["patched", "by name"])
 
 
-def with_gradients(model: Any, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    F.cross_entropy(logits[0], IDS[0]).backward()  # no shift: every logit counts, the last of a document too
-    gradients = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+def with_gradients(model: Any, logits: torch.Tensor) -> Results:
+    F.cross_entropy(logits[0], IDS[0]).backward()  # without a shift, so that the last logit of a document counts too
+    results = {"logits": logits.detach(), **gradients(model)}
     model.zero_grad()
-    return {"logits": logits.detach(), **gradients}
+    return results
 
 
-def apart(model: Any) -> dict[str, torch.Tensor]:
+def one_by_one(model: Any) -> Results:
     return with_gradients(model, torch.cat([model(ids, use_cache=False).logits for ids in IDS.split(LENGTHS, 1)], 1))
 
 
-def packed(**how: Any):
-    return lambda model: with_gradients(model, model(IDS, position_ids=STARTS, **how).logits)
+def packed(**options: Any):
+    return lambda model: with_gradients(model, model(IDS, position_ids=POSITIONS, **options).logits)
 
 
 def cu_seq_lens() -> dict[str, Any]:
@@ -46,62 +46,63 @@ def cu_seq_lens() -> dict[str, Any]:
     return {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 13, "max_length_k": 13}
 
 
-def changed(model: Any, how: str) -> Any:
+def changed(model: Any, change: str) -> Any:
+    """A copy of the model with our attention, patched or by name."""
+    if change == "patched":
+        return patched(model)
     ours = copy.deepcopy(model)
-    if how == "patched":
-        return patch(ours)
     ours.set_attn_implementation("llama_kernels")
     return ours
 
 
-@pytest.mark.parametrize("how", ["patched", "by name"])
+@changes
 @pytest.mark.parametrize("use_cache", [False, True])
 @families
-def test_positions_that_start_anew(family, use_cache, how):
+def test_documents_that_start_at_position_zero_are_separate(family, use_cache, change):
     model = small(family)
-    as_stock(changed(model, how), model, apart, packed(use_cache=use_cache))
+    compare_with_stock(changed(model, change), model, one_by_one, packed(use_cache=use_cache))
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_a_document_of_one_token(use_cache):
-    """Positions 0, 0 fall nowhere: without a cache two documents, as stock has it; with one, a repeated position."""
+def test_a_document_of_one_token_is_separate_only_without_a_cache(use_cache):
+    """Positions 0, 0 do not decrease. Without a cache, stock too starts a document where positions do not increase."""
     ids, positions = tokens(1, 6), torch.tensor([[0, 1, 2, 0, 0, 1]], device=DEVICE)
     cuts = (3, 3) if use_cache else (3, 1, 2)
     model = small()
 
-    def alone(model: Any) -> dict[str, torch.Tensor]:
+    def separately(model: Any) -> Results:
         pieces = zip(ids.split(cuts, 1), positions.split(cuts, 1), strict=True)
         return {"logits": torch.cat([model(x, position_ids=at, use_cache=True).logits for x, at in pieces], 1)}
 
     with torch.no_grad():
-        as_stock(patch(copy.deepcopy(model)), model, alone, logits_of(ids, position_ids=positions, use_cache=use_cache))
+        compare_with_stock(
+            patched(model), model, separately, logits_of(ids, position_ids=positions, use_cache=use_cache)
+        )
 
 
-@pytest.mark.parametrize("how", ["patched", "by name"])
+@changes
 @families
-def test_cu_seq_lens(family, how):
+def test_documents_given_by_cu_seq_lens_are_separate(family, change):
     model = small(family)
-    as_stock(changed(model, how), model, apart, packed(use_cache=False, **cu_seq_lens()))
+    compare_with_stock(changed(model, change), model, one_by_one, packed(use_cache=False, **cu_seq_lens()))
 
 
 @families
-def test_a_prefill_into_a_static_cache(family):
+def test_documents_are_separate_in_a_prefill_of_a_static_cache(family):
     model = small(family)
 
-    def prefill(model: Any) -> dict[str, torch.Tensor]:
-        call = {"past_key_values": StaticCache(config=model.config, max_cache_len=40), "use_cache": True}
-        if VERSION >= (5, 24):
-            call["cache"] = call.pop("past_key_values")
+    def prefill(model: Any) -> Results:
+        call = {CACHE: StaticCache(config=model.config, max_cache_len=40), "use_cache": True}
         if VERSION < (5, 0):
             call["cache_position"] = torch.arange(24, device=DEVICE)
         with torch.no_grad():
-            return {"logits": model(IDS, position_ids=STARTS, **call).logits}
+            return {"logits": model(IDS, position_ids=POSITIONS, **call).logits}
 
-    as_stock(patch(copy.deepcopy(model)), model, lambda model: {"logits": apart(model)["logits"]}, prefill)
+    compare_with_stock(patched(model), model, lambda model: {"logits": one_by_one(model)["logits"]}, prefill)
 
 
-@pytest.mark.parametrize("how", ["patched", "by name"])
-def test_a_batch_of_the_flattening_collator(how):
+@changes
+def test_documents_from_the_flattening_collator_are_separate(change):
     collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch = {
         name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x
@@ -109,31 +110,32 @@ def test_a_batch_of_the_flattening_collator(how):
     }
     assert {"position_ids", "cu_seq_lens_q"} <= batch.keys()
     model = small()
-    ours = changed(model, how)
-    as_stock(ours, model, apart, lambda model: with_gradients(model, model(**batch).logits))
+    ours = changed(model, change)
+    compare_with_stock(ours, model, one_by_one, lambda model: with_gradients(model, model(**batch).logits))
     assert ours(**batch).loss.isfinite()
 
 
-def test_each_row_has_documents_of_its_own():
+def test_rows_of_a_batch_have_different_documents():
     ids = tokens(2, 12)
     positions = torch.tensor([[*range(5), *range(7)], [*range(10), *range(2)]], device=DEVICE)
     model = small()
 
-    def alone(model: Any) -> dict[str, torch.Tensor]:
+    def separately(model: Any) -> Results:
         pieces = ((0, 0, 5), (0, 5, 12), (1, 0, 10), (1, 10, 12))
         return {"logits": torch.cat([model(ids[row : row + 1, a:b]).logits[0] for row, a, b in pieces])}
 
-    with torch.no_grad():
-        for use_cache in (True, False):
-            run = lambda model: {  # noqa: E731
-                "logits": model(ids, position_ids=positions, use_cache=use_cache).logits.flatten(0, 1)  # noqa: B023
-            }
-            as_stock(patch(copy.deepcopy(model)), model, alone, run)
+    for use_cache in (True, False):
+
+        def together(model: Any, use_cache: bool = use_cache) -> Results:
+            return {"logits": model(ids, position_ids=positions, use_cache=use_cache).logits.flatten(0, 1)}
+
+        with torch.no_grad():
+            compare_with_stock(patched(model), model, separately, together)
 
 
-# One document, whose positions do not go up by one, as in PoSE, parallel branches, ablations without positions. Without
-# a cache Transformers' mask splits it at every such step, and so does ours; with a cache neither does.
-ODD_POSITIONS = {
+# Positions of one document that do not increase by one, as in PoSE, parallel branches and ablations of positions.
+# Without a cache, Transformers' mask and ours start a document at every such step. With a cache, neither does.
+IRREGULAR = {
     "a jump": [*range(8), *range(48, 56)],
     "repeated": [0, 1, 2, 3, 3, 3, 3, *range(4, 13)],
     "constant": [0] * 16,
@@ -142,41 +144,39 @@ ODD_POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("how", ["patched", "by name"])
+@changes
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("positions", ODD_POSITIONS)
+@pytest.mark.parametrize("positions", IRREGULAR)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_odd_positions_mean_what_they_mean_in_stock(family, positions, use_cache, how):
-    positions = torch.tensor([ODD_POSITIONS[positions]] * 2, device=DEVICE)
+def test_irregular_positions_start_documents_as_in_stock(family, positions, use_cache, change):
+    positions = torch.tensor([IRREGULAR[positions]] * 2, device=DEVICE)
     model = small(family)
     run = logits_of(tokens(2, 16), position_ids=positions, use_cache=use_cache)
-    as_stock(changed(model, how), model, run)
+    compare_with_stock(changed(model, change), model, run)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "none"])
-def test_with_an_attention_mask_positions_start_no_document(side):
-    """As in stock."""
+def test_positions_start_no_document_if_there_is_an_attention_mask(side):
     ids = tokens(1, 24)
-    mask = torch.ones_like(ids)
-    mask[0, {"left": slice(0, 4), "right": slice(-4, None), "none": slice(0, 0)}[side]] = 0
+    mask = padding_mask(ids, side)
     model = small()
-    ours = patch(copy.deepcopy(model))
+    ours = patched(model)
 
-    def run(model: Any) -> dict[str, torch.Tensor]:
-        return {"logits": model(ids, attention_mask=mask, position_ids=STARTS).logits[mask.bool()]}
+    def run(model: Any) -> Results:
+        return {"logits": model(ids, attention_mask=mask, position_ids=POSITIONS).logits[mask.bool()]}
 
     with torch.no_grad():
-        as_stock(ours, model, run)
-        one = run(ours)["logits"]
-        assert (one - ours(ids, position_ids=STARTS).logits[mask.bool()]).abs().max() > 1e-2
+        compare_with_stock(ours, model, run)
+        masked = run(ours)["logits"]
+        assert (masked - ours(ids, position_ids=POSITIONS).logits[mask.bool()]).abs().max() > 1e-2
 
 
-def test_positions_of_one_call_are_not_those_of_the_next():
+def test_a_call_without_positions_forgets_those_of_the_call_before():
     model = small()
-    ours, ids = patch(copy.deepcopy(model)), IDS
+    ours, ids = patched(model), IDS
     with torch.no_grad():
-        ours(ids, position_ids=STARTS)
-    as_stock(ours, model, logits_of(ids))
+        ours(ids, position_ids=POSITIONS)
+    compare_with_stock(ours, model, logits_of(ids))
     with Calls() as calls:
         ours(ids)
     assert all(call["kv_start"] is None for call in calls.of("attention_forward"))

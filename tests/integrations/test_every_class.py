@@ -1,5 +1,7 @@
-"""`patch` on every class of causal and of image-text model that Transformers has: it returns the model, or it raises a
-ValueError or TypeError of its own. On the meta device, two layers each."""
+"""`patch` for every causal and image-text model class of Transformers, on the meta device with two layers each.
+
+It returns the model, or raises a ValueError or TypeError with a message of this package.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ CLASSES = sorted(
     }
 )
 
-# Configs that build no model as they are.
+# Settings without which the default config of a family builds no model.
 COMPLETED: dict[str, dict[str, object]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
@@ -51,12 +53,12 @@ COMPLETED: dict[str, dict[str, object]] = {
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "reformer": {"is_decoder": True},
 }  # fmt: skip
-# The package that each needs, which the suite does not install.
+# Families that need a package which the test suite does not install.
 NOT_INSTALLED = {"fast_vlm": "timm", "gemma3n": "timm", "perception_lm": "timm", "inkling_mm_model": "scipy"}
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`config` with two layers in each stack, in each config inside it; lists that have an entry a layer are cut."""
+    """`config` with two layers in each stack, also in its sub-configs. Lists with an entry a layer become as short."""
     values = vars(config)
     counts = {
         name: value
@@ -77,7 +79,7 @@ def build(model_type: str, name: str) -> torch.nn.Module:
     model_class = getattr(transformers, name)
     config_class = CONFIG_MAPPING[model_type]
     if config_class.sub_configs and not issubclass(config_class, model_class.config_class):
-        config_class, model_type = model_class.config_class, model_class.config_class.model_type  # the text alone
+        config_class, model_type = model_class.config_class, model_class.config_class.model_type  # only the text model
     if model_type in FAMILIES:
         config = config_of(model_type)
     else:
@@ -87,7 +89,7 @@ def build(model_type: str, name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("model_type", "name"), CLASSES, ids=["-".join(entry) for entry in CLASSES])
-def test_patch_of_every_class(model_type, name):
+def test_patch_returns_the_model_or_raises_an_error_of_this_package(model_type, name):
     if model_type in NOT_INSTALLED and importlib.util.find_spec(NOT_INSTALLED[model_type]) is None:
         pytest.skip(f"needs {NOT_INSTALLED[model_type]}")
     try:
@@ -95,12 +97,12 @@ def test_patch_of_every_class(model_type, name):
     except Exception as error:
         if transformers.__version__ == families_table.committed()[0]:
             raise
-        pytest.skip(f"the config of another version is needed: {error!r}")
+        pytest.skip(f"the config is for another version: {error!r}")
     before = {name: type(module) for name, module in model.named_modules()}
     try:
         assert patch(model) is model
     except (ValueError, TypeError) as refusal:
-        assert str(refusal).startswith("llama_kernels."), f"not an error of ours: {refusal!r}"
+        assert str(refusal).startswith("llama_kernels."), f"not an error of this package: {refusal!r}"
     else:
         assert all(isinstance(row.ours, bool) and (row.ours or row.why) for row in report(model).rows)
         unpatch(model)

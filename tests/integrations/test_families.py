@@ -1,4 +1,4 @@
-"""Every decoder family of Transformers, patched, does as stock does; docs/transformers.md has the table."""
+"""Patched models of every decoder family of Transformers pass the checks; docs/transformers.md has the table."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from tests.integrations.checks import Baseline
 from tests.integrations.families import EVERY_FAMILY, FAMILIES, MULTIMODAL, NO_ROW, decoder_families
 from tests.support.environment import INTERPRETED
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED, reason="runs on the reference path, or on a GPU, with compiled kernels, whose tests are others"
-)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs on the reference path, or on a GPU with compiled kernels")
 
-# Whose attention, norms and rotary embeddings are all ours.
-SERVED_FULLY = (
+# Families in which attention, norms and rotary embeddings are all replaced.
+FULLY_REPLACED = (
     "arcee", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
     "glm4_moe", "gpt_oss", "granite", "helium", "hunyuan_v1_dense", "llama", "llama4_text", "ministral3", "mistral",
     "mixtral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
@@ -31,7 +29,7 @@ SERVED_FULLY = (
 
 
 def skip_what_cannot_be_built(family: str) -> None:
-    """The configs are those of the release that the table is of: another may refuse one."""
+    """The configs are for the release of the table. Another release may raise for one."""
     try:
         Baseline(family)
     except Exception as error:
@@ -39,7 +37,7 @@ def skip_what_cannot_be_built(family: str) -> None:
 
 
 def stock_agrees_with_itself(family: str, name: str) -> bool:
-    """Whether stock's SDPA passes the check: in some releases it differs from stock's eager attention, or raises."""
+    """Whether stock with SDPA passes the check. In some releases SDPA differs from eager attention, or raises."""
     baseline = Baseline(family)
     other = copy.deepcopy(baseline.model)
     try:
@@ -51,7 +49,7 @@ def stock_agrees_with_itself(family: str, name: str) -> bool:
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_a_patched_family(family):
+def test_a_patched_family_passes_every_check(family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"Transformers {transformers.__version__} has no {family}")
     version, lines = families_table.committed()
@@ -61,7 +59,7 @@ def test_a_patched_family(family):
     if version != transformers.__version__:
         failed = {name: why for name, why in failed.items() if stock_agrees_with_itself(family, name)}
     assert not failed, "; ".join(f"{name}: {why}" for name, why in failed.items())
-    if family in SERVED_FULLY:
+    if family in FULLY_REPLACED:
         assert rows
         theirs = [row for row in rows if row.kind in families_table.KINDS and not row.ours]
         assert not theirs, f"stock: {theirs}"
@@ -79,14 +77,14 @@ def test_the_table_has_a_row_for_each_family():
     assert [line.split("|")[1].strip() for line in lines[2:]] == families_table.installed()
 
 
-def test_every_installed_family_has_a_row():
+def test_every_installed_decoder_family_is_tested():
     if families_table.committed()[0] != transformers.__version__:
         pytest.skip("other versions have other families")
     assert decoder_families() <= FAMILIES.keys() | NO_ROW.keys()
     assert not FAMILIES.keys() & NO_ROW.keys()
 
 
-# --- the checks can fail ---------------------------------------------------------------------------------------------
+# --- tests of the checks ---------------------------------------------------------------------------------------------
 
 
 def wrong_window(model):
@@ -107,18 +105,18 @@ def no_dropout(model):
         layer.resid_attn_dropout.p = 0.0
 
 
-def one_number_more(model):
+def one_random_number_more(model):
     def draw(module, args):
         torch.rand(1)
 
     model.register_forward_pre_hook(draw)
 
 
-def rotary_stays_short(model):
+def rotary_without_scaling(model):
     model.model.rotary_emb.rope_type = "default"
 
 
-def queries_not_scaled(model):
+def queries_without_scaling(model):
     model.config.rope_parameters["llama_4_scaling_beta"] = 0.0
 
 
@@ -133,14 +131,13 @@ def no_gradient(model):
         ("llama", wrong_scale, {"no padding", "left", "right", "training", "far positions", "cache"}),
         ("llama", wrong_norm, {"no padding", "left", "right", "training", "far positions", "cache"}),
         ("phi3", no_dropout, {"training"}),
-        ("llama", one_number_more, {"training"}),
-        ("phi3", rotary_stays_short, {"far positions"}),
-        ("ministral3", queries_not_scaled, {"far positions"}),
+        ("llama", one_random_number_more, {"training"}),
+        ("phi3", rotary_without_scaling, {"far positions"}),
+        ("ministral3", queries_without_scaling, {"far positions"}),
         ("llama", no_gradient, {"no padding", "left", "right", "training"}),
     ],
 )
-def test_the_checks_can_fail(family, change, caught):
-    """A model that differs in one respect from stock is found by the checks that are about it."""
+def test_the_checks_find_a_model_that_differs_from_stock(family, change, caught):
     baseline = Baseline(family)
     other = copy.deepcopy(baseline.model)
     change(other)
@@ -154,8 +151,8 @@ def test_the_checks_can_fail(family, change, caught):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "llama4_text", "qwen2_5_vl"])
-def test_the_checks_can_pass(family):
-    """Stock with another attention, which adds up in another order."""
+def test_the_checks_pass_for_stock_with_sdpa(family):
+    """SDPA adds in another order than eager attention."""
     baseline = Baseline(family)
     other = copy.deepcopy(baseline.model)
     other.set_attn_implementation("sdpa")

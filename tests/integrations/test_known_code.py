@@ -1,4 +1,4 @@
-"""Known code against the installed Transformers: what each entry serves, and that ours computes the same."""
+"""Known code and the installed Transformers: the families of each entry, and results equal to those of stock."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ _WANTED = re.compile(r"forward$|rotate_half|_apply_rotary_emb|_norm|apply_")
 
 
 def read(path: Path) -> list[Defined]:
-    """The functions of a file and of its classes that known code is about, found by indentation: `ast.parse` of whole
-    files takes ten times as long."""
+    """The functions and methods in a file that could be known code.
+
+    They are found by indentation, since `ast.parse` of whole files takes ten times as long.
+    """
     lines, found, outer, cls = path.read_text().splitlines(), [], "", ""
     module = f"transformers.models.{path.parent.name}.{path.stem}"
     for i, line in enumerate(lines):
@@ -74,7 +76,7 @@ def loaded(function: Defined) -> Any:
 
 
 def names_of(families: str) -> set[str]:
-    """The installed families that an entry names, if it is of this release: the newest, but where it says another."""
+    """The installed families that an entry names. An entry is for the newest release unless it names Transformers 4."""
     if VERSION < (5, 23) and not ("of Transformers 4" in families and VERSION < (5, 0)):
         return set()
     if "of Transformers 4" in families and VERSION >= (5, 0):
@@ -110,14 +112,14 @@ def stock_norm(known: known_code.Norm, size: int) -> nn.Module:
 
 
 @norms
-def test_a_norm_serves_the_families_that_it_names(known):
+def test_the_families_of_a_norm_entry_have_its_text(known):
     served = {function.family for function in norms_of(known.forward, known.norm)}
     assert names_of(known.families) <= served
     assert served or VERSION < (5, 0), "no class of this Transformers"
 
 
 @norms
-def test_a_norm_is_found_in_its_class_and_not_in_a_subclass(known):
+def test_a_norm_class_is_known_but_not_a_subclass_with_another_forward(known):
     cls = type(stock_norm(known, 8))
     assert known_code.norm_of(cls) == known
     own = type("Own", (cls,), {"forward": lambda self, x: x})
@@ -129,7 +131,7 @@ def test_a_norm_is_found_in_its_class_and_not_in_a_subclass(known):
 @norms
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_norm_computes_what_stock_computes(known, dtype, weight_dtype):
+def test_a_replaced_norm_gives_the_results_of_stock(known, dtype, weight_dtype):
     stock = stock_norm(known, 32).to(weight_dtype)
     ours = copy.deepcopy(stock)
     ours.__class__ = classes.class_of(type(stock), ("rms_norm",))
@@ -196,20 +198,20 @@ def variants(known: known_code.Rotary) -> list[tuple[Any, bool]]:
 
 
 @rotaries
-def test_a_rotary_embedding_serves_the_families_that_it_names(known):
+def test_the_families_of_a_rotary_entry_have_its_text(known):
     served = {function.family for function in rotaries_of(known.text)}
     assert names_of(known.families) <= served
     assert served or "of Transformers 4" in known.families or VERSION < (5, 0), "no function of this Transformers"
 
 
-def test_every_pairing_is_that_of_a_function():
+def test_every_helper_text_is_in_transformers():
     texts = {f.text for f in defined() if f.cls is None}
     for text in known_code.PAIRINGS:
         assert source.normalised(text) in texts
 
 
 def rotary_inputs(known: known_code.Rotary, heads: int, R: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """q, k and tables; the halves of the tables are unlike."""
+    """q, k and tables whose halves differ."""
     B, S, D = 2, 6, 16
     if known.heads == -2:
         q, k = (torch.randn(S, H, D, device=DEVICE, dtype=dtype) for H in (4, 2))
@@ -230,7 +232,7 @@ def rotary_inputs(known: known_code.Rotary, heads: int, R: int, rows: int, dtype
 @pytest.mark.parametrize("rows", [2, 1])
 @pytest.mark.parametrize("R", [16, 8, 12])
 @pytest.mark.parametrize("unsqueeze_dim", [1, 2])
-def test_a_rotary_embedding_computes_what_stock_computes(known, unsqueeze_dim, R, rows):
+def test_a_replaced_rotary_function_gives_the_results_of_stock(known, unsqueeze_dim, R, rows):
     found = variants(known)
     if not found:
         pytest.skip(f"no function of Transformers {transformers.__version__}")
@@ -256,7 +258,7 @@ def test_a_rotary_embedding_computes_what_stock_computes(known, unsqueeze_dim, R
         try:
             theirs = run(stock, torch.float32)
         except RuntimeError:
-            assert R < 16  # it rotates whole heads alone
+            assert R < 16  # it rotates whole heads only
             continue
         with Calls() as calls:
             ours = run(modules.rotary_like(stock, known, interleaved), torch.float32)
@@ -271,7 +273,7 @@ def test_a_rotary_embedding_computes_what_stock_computes(known, unsqueeze_dim, R
 
 @functools.cache
 def fused_texts() -> dict[str, set[str]]:
-    """By digest, the families whose forwards have the lines of a fusion."""
+    """By digest, the families with a forward that has the lines of a fusion."""
     found: dict[str, set[str]] = {}
     for function in defined():
         for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
@@ -287,36 +289,10 @@ def is_of_this_release(what: str) -> bool:
 
 
 @pytest.mark.parametrize("digest", fusions.KNOWN)
-def test_a_fusion_serves_the_families_that_it_names(digest):
+def test_the_families_of_a_fused_forward_have_its_text(digest):
     what = fusions.KNOWN[digest]
     if not is_of_this_release(what):
-        pytest.skip(f"Transformers {transformers.__version__} has it no more, or not yet")
+        pytest.skip(f"Transformers {transformers.__version__} does not have it")
     served = fused_texts().get(digest, set())
     named = {name for name in re.findall(r"\w+", what.rpartition(", ")[0]) if (MODELS / name).is_dir()}
     assert served and named <= served
-
-
-# --- masks of blocks -------------------------------------------------------------------------------------------------
-
-CONTIGUOUS = "a new number for each run of image tokens"
-PREFIX = "one block, of the image or of the tokens before the answer"
-# Models that make masks of blocks, and why each block is one run of tokens, which masks.py takes for granted.
-REVIEWED = {
-    "gemma3": CONTIGUOUS, "gemma4": CONTIGUOUS, "gemma4_unified": CONTIGUOUS, "diffusion_gemma": CONTIGUOUS,
-    "paligemma": PREFIX, "git": PREFIX, "hrm_text": PREFIX, "deepseek_ocr2": PREFIX,
-    "pi0": "two blocks: the prompt with the state, and the actions",
-    "unlimited_ocr": "it hands on what it gets, and a function of its own, with which its masks are written out",
-    "molmo2": "not so: all images of a sequence are one block. Written out, see _SCATTERED_BLOCKS",
-}  # fmt: skip
-
-
-def test_masks_of_blocks_were_reviewed():
-    users = {
-        path.parent.name
-        for path in MODELS.glob("*/modeling_*.py")
-        if re.search(r"block_sequence_ids|blockwise_overlay", path.read_text())
-    }
-    assert users <= REVIEWED.keys(), (
-        "new models with masks of blocks. Does each block number mark one run of tokens? If so, add the model to "
-        "REVIEWED; if not, to _SCATTERED_BLOCKS of masks.py too: a sequence with a block in two pieces gives NaN"
-    )

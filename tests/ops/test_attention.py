@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.ops.attention import decode, dispatch
+from llama_kernels.ops.attention import cpu_flash, decode, dispatch
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import (
@@ -23,6 +24,7 @@ from tests.support.attention import (
     padded_left,
     so_far,
 )
+from tests.support.environment import DEVICE, INTERPRETED
 from tests.support.hardware import EXACT, Arithmetic
 from tests.support.ideal import LOG2E, drawn
 from tests.support.judge import judge
@@ -96,6 +98,14 @@ def in_two_dtypes(cases: Sequence[Case]) -> list[tuple[Case, torch.dtype]]:
 @pytest.mark.parametrize("case, dtype", in_two_dtypes(CASES), ids=str)
 def test_outputs_and_gradients(case, dtype, device):
     check(case, dtype, device)
+
+
+@pytest.mark.once
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="about what CPU tensors run without the interpreter")
+@pytest.mark.parametrize("case", (*CASES, *DECODING), ids=str)
+def test_cpu_tensors_without_the_flash_kernel_of_pytorch(case, device):
+    with mock.patch.object(cpu_flash, "takes", lambda call: False):
+        check(case, torch.bfloat16, device)
 
 
 NARROW = [case for case in CASES if case.D <= 64]

@@ -41,8 +41,8 @@ def guarded_allocations() -> Iterator[None]:
         buffers.append((buffer, extent))
         return buffer.as_strided(shape, strides, _BAND)
 
-    def guarded_empty_strided(shape, strides, *, dtype, device):
-        return allocate(tuple(shape), tuple(strides), dtype, device)
+    def guarded_new_empty_strided(self, shape, strides, *, dtype=None):
+        return allocate(tuple(shape), tuple(strides), dtype or self.dtype, self.device)
 
     def guarded_new_empty(self, *shape, dtype=None, **elsewhere):
         if elsewhere:  # not a launcher's: Triton's interpreter allocates too
@@ -52,7 +52,7 @@ def guarded_allocations() -> Iterator[None]:
         return allocate(shape, strides, dtype or self.dtype, self.device)
 
     with (
-        mock.patch.object(torch, "empty_strided", guarded_empty_strided),
+        mock.patch.object(torch.Tensor, "new_empty_strided", guarded_new_empty_strided),
         mock.patch.object(torch.Tensor, "new_empty", guarded_new_empty),
     ):
         yield

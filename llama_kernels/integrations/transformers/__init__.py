@@ -1,16 +1,17 @@
 """The ops in Hugging Face models: `patch` a model, `unpatch` it, `report` what runs in it.
 
-Importing this registers attn_implementation="llama_kernels", for `from_pretrained` and `set_attn_implementation`, which
-replaces attention alone. `patch(model)` also replaces RMSNorm and RoPE. docs/transformers.md lists the models.
+Importing this package registers attn_implementation="llama_kernels" for `from_pretrained` and
+`set_attn_implementation`, which replaces attention only. `patch(model)` also replaces RMSNorm and RoPE.
+docs/transformers.md lists the tested models.
 
-The model's classes keep their own forwards. What changes inside them:
+The model's classes keep their own forwards. These files replace operations inside the forwards:
 
     attention.py    attention, through Transformers' AttentionInterface
     modules.py      RMSNorm modules, and the function apply_rotary_pos_emb
     fusions.py      residual add + norm, norms of q and k + RoPE, in forwards whose whole text is known
-    known_code.py   the functions that may be replaced, as text; known_rotaries.py has those of RoPE
+    known_code.py   the source texts of the functions that may be replaced; known_rotaries.py has those of RoPE
     masks.py        masks as ranges of keys; intervals.py reads the ranges from Transformers' mask functions
-    patch.py        what each module gets; classes.py makes its class, source.py reads and copies functions
+    patch.py        chooses the operations of each module; classes.py makes its class, source.py copies functions
 """
 
 import importlib.util
@@ -27,8 +28,8 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):
     raise ImportError(
         f"llama_kernels.integrations.transformers needs transformers 4.57; this is {transformers.__version__}"
     )
-if _said := untested("transformers", transformers.__version__):
-    warnings.warn(_said, stacklevel=2)
+if _warning := untested("transformers", transformers.__version__):
+    warnings.warn(_warning, stacklevel=2)
 
 from llama_kernels.integrations.transformers.attention import register
 from llama_kernels.integrations.transformers.patch import patch, report, unpatch

@@ -1,7 +1,7 @@
-"""The attention function of attn_implementation="llama_kernels", in patched models and by name.
+"""The attention function of attn_implementation="llama_kernels".
 
-The kernels do not compute dropout, heads wider than 256 and masks that are not ranges of keys. These calls run in
-PyTorch's SDPA or in the model's own eager function, and one warning says so.
+The kernels do not support dropout, heads wider than 256, or masks that are not one range of keys for each query. Such
+calls run in PyTorch's SDPA or in the model's own eager function, and one warning names the reason.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from llama_kernels.integrations.transformers.masks import (
     written_out,
 )
 from llama_kernels.integrations.transformers.modules import is_plain
-from llama_kernels.integrations.transformers.source import decorated, mask_is_only_handed_on
+from llama_kernels.integrations.transformers.source import decorated, passes_mask_on
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
 from llama_kernels.reference.attention import AttentionOptions
 
-NAME = "llama_kernels"  # Transformers looks names with "flash" or "/" up elsewhere
-FOLLOWS_MASK = "_llama_kernels_follows_mask"  # set on modules whose masks already have the documents of the batch
+NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
+FOLLOWS_MASK = "_llama_kernels_follows_mask"  # marks modules whose masks already separate packed documents
 logger = logging.getLogger(__name__)
 
 
@@ -61,23 +61,27 @@ def attention_forward(
     max_length_k: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention as Transformers calls it.
+    """Attention with the arguments and results that Transformers expects.
 
     Args:
         query: (B, Hq, Sq, D).
         key, value: (B, Hkv, Sk, D).
-        attention_mask: the result of `key_ranges`, or the caller's own mask (B, H or 1, Sq, Sk). If it is None, a
-            query sees what is_causal (default: that of the module), sliding_window and the documents in position_ids
-            let it see: a wrapper may have dropped the mask, as DeepSpeed's sequence parallelism does.
+        attention_mask: the result of `key_ranges`, or the caller's own mask (B, H or 1, Sq, Sk). If it is None,
+            is_causal (default: that of the module), sliding_window and the documents in position_ids decide which keys
+            are visible. Wrappers may drop the mask, as DeepSpeed's sequence parallelism does.
         scaling, softcap, s_aux: the scale, softcap and sinks of `attention`.
-        cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences. If given, the mask is not used.
-        dropout, others: with dropout or position_bias, stock code runs.
+        cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences. If given, attention_mask is ignored.
+        dropout, others: with dropout or a position_bias, stock attention runs.
 
     Returns:
-        out (B, Sq, Hq, D), and the weights of stock code, or None where a kernel ran.
+        out (B, Sq, Hq, D), and the attention weights: None where a kernel ran, otherwise those of stock attention.
+
+    Raises:
+        ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask, or
+            the call is inside PyTorch's context_parallel.
     """
     _refuse_context_parallel()
-    _refuse_what_needs_more(module)
+    _refuse_changed_mask(module)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     Sq, Sk = query.shape[2], key.shape[2]
@@ -90,7 +94,7 @@ def attention_forward(
         options |= {"is_causal": causal, "window_size": (-1 if sliding_window is None else sliding_window - 1, -1)}
         return _packed(query, key, value, bounds, longest, options), None
     if reason is None and attention_mask is None and causal and 1 < Sq != Sk:
-        reason = "queries and keys of unlike number without a mask"
+        reason = "unequal numbers of queries and keys without a mask"
     if reason is not None:
         given = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **others}
         return _stock(reason, module, query, key, value, attention_mask, is_causal=causal, **given)
@@ -117,14 +121,14 @@ def attention_forward(
 def _of_ranges(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ranges: KeyRanges, options: AttentionOptions
 ) -> torch.Tensor:
-    """(B, Hq, Sq, Dv): attention of each row to its range of keys."""
+    """Attention of each query to its range of keys. Returns (B, Hq, Sq, Dv)."""
     B = query.shape[0]
     ranges = KeyRanges._make(x if x is None or x.shape[0] == B else x.expand(B, -1) for x in ranges)
     if ranges.valid is not None:
         valid = ranges.valid.bool()
         if fits_decode(query, key) and not needs_grad(query, key, value, options["sinks"]):
-            how: dict[str, Any] = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), **options}
-            return decode_attention(query, key, value, valid, **how)
+            call: dict[str, Any] = {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), **options}
+            return decode_attention(query, key, value, valid, **call)
         ranges = without_hidden_keys(ranges.start.long(), ranges.end.long(), valid, None)
     if ranges.order is not None:
         key, value = _Rearranged.call("attention", key, value, ranges.order, ranges.inverse)
@@ -138,7 +142,7 @@ def _of_ranges(
 class _Rearranged(Differentiable):
     """k and v (B, H, S, D) with their tokens in the order of `KeyRanges`.
 
-    The gradients are gathered by the inverse order, so nothing is summed, and they repeat bit for bit.
+    The backward gathers with the inverse order. It adds nothing up, so gradients repeat bit for bit.
     """
 
     @staticmethod
@@ -159,7 +163,7 @@ class _Rearranged(Differentiable):
 
 
 def _take(tensors: tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    index = (order ^ (order >> 31)).long()[:, None, :, None]  # a hidden key has place -1 - p
+    index = (order ^ (order >> 31)).long()[:, None, :, None]  # of a hidden key, -1 - position: this gives the position
     return tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in tensors)
 
 
@@ -171,7 +175,7 @@ def _packed(
     longest: tuple[int | None, int | None],
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """(B, Sq, Hq, Dv) of a batch whose rows lie one after another, cut into sequences by cu_seqlens."""
+    """Attention in a batch whose rows are concatenated and divided into sequences by cu_seqlens: (B, Sq, Hq, Dv)."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))  # (B * S, H, D)
     bounds_q, bounds_k = bounds[0], bounds[0] if bounds[1] is None else bounds[1]
     longest_q, longest_k = (n if isinstance(n, int) else x.shape[0] for n, x in zip(longest, (q, k), strict=True))
@@ -179,7 +183,7 @@ def _packed(
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
-# --- what stock code computes ----------------------------------------------------------------------------------------
+# --- stock attention -------------------------------------------------------------------------------------------------
 
 
 def _why_stock(
@@ -190,13 +194,13 @@ def _why_stock(
     dropout: float,
     others: dict[str, Any],
 ) -> str | None:
-    """What the kernels do not compute of this call, or None."""
+    """Why the kernels do not support this call, or None where they do."""
     if dropout:
         return "dropout of attention probabilities"
     if others.get("position_bias") is not None:
         return "position_bias"
     if attention_mask is not None and attention_mask.dtype != torch.int32:
-        return "attention_mask is 4-D and no range of keys for each row"
+        return "a 4-D attention_mask that is not one range of keys for each query"
     if not all(is_plain(x) for x in (query, key, value)):
         return f"a {type(query).__name__} on {query.device.type}"
     if value.dtype not in KERNEL_DTYPES:
@@ -219,13 +223,13 @@ def _stock(
     s_aux: torch.Tensor | None,
     **others: Any,
 ) -> Any:
-    """The call in SDPA, or, with a softcap or sinks, which SDPA does not have, in the eager function of the model."""
+    """Run the call in SDPA, or in the model's eager function where it has a softcap or sinks, which SDPA lacks."""
     if not torch.compiler.is_compiling():
         _warn_of_stock(reason)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         attention_mask = written_out(attention_mask, query.shape[2], key.shape[2])
     if softcap is None and s_aux is None:
-        causal = query.shape[2] > 1 and attention_mask is None and is_causal  # Transformers 4 does not check this
+        causal = query.shape[2] > 1 and attention_mask is None and is_causal  # not checked in Transformers 4
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, is_causal=causal, **others)
     if attention_mask is None and is_causal and query.shape[2] > 1:
@@ -235,33 +239,33 @@ def _stock(
         attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
     eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
     if eager is None:
-        fix = "attn_implementation='eager' has it."
-        raise ValueError(message("attention_forward", "attention_mask", reason, "a range of keys for each row", fix))
+        fix = "Use attn_implementation='eager'."
+        raise ValueError(message("attention_forward", "attention_mask", reason, "a range of keys for each query", fix))
     return eager(module, query, key, value, attention_mask, softcap=softcap, s_aux=s_aux, **others)
 
 
 @functools.cache
 def _warn_of_stock(reason: str) -> None:
-    logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs in place of the kernels", reason)
+    logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs instead of the kernels", reason)
 
 
 def _refuse_context_parallel() -> None:
-    """Raise inside PyTorch's context_parallel, where the kernels would see the keys of this rank alone."""
-    sdpa = F.scaled_dot_product_attention  # a builtin function, unless it is replaced
+    """Raise inside PyTorch's context_parallel, where key has the keys of this rank only."""
+    sdpa = F.scaled_dot_product_attention  # builtin, until context_parallel replaces it with a Python function
     if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed.tensor.experimental"):
         fix = "Use attn_implementation='sdpa' with torch's context_parallel."
-        got = "a part of the keys, inside context_parallel"
+        got = "one rank's part of the keys, inside context_parallel"
         raise ValueError(message("attention_forward", "key", got, "all keys of the sequence", fix))
 
 
-def _refuse_what_needs_more(module: nn.Module) -> None:
-    """Raise if the module computes with its mask, which is wrong for a packed mask."""
+def _refuse_changed_mask(module: nn.Module) -> None:
+    """Raise if the module computes with its mask, since a packed mask has no element for each query and key."""
     if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
         return
-    if mask_is_only_handed_on(decorated(type(module).forward)[-1]):
+    if passes_mask_on(decorated(type(module).forward)[-1]):
         return
     fix = "Use attn_implementation='eager' or 'sdpa' for this model."
-    wanted = "an attention layer that hands its attention_mask on as it is"
+    wanted = "an attention layer that passes its attention_mask on unchanged"
     raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}", wanted, fix))
 
 

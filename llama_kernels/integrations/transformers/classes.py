@@ -1,4 +1,4 @@
-"""Which operations of a class of modules can be replaced, and the class that a patched module gets."""
+"""Which operations of a module class can be replaced, and the subclass that a patched module gets."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE
 
 
 class Found(NamedTuple):
-    """For one kind of operation: what ours would replace in a class, or None, and why."""
+    """One kind of operation in a class: what the replacement needs to know, or None if it stays stock, and why."""
 
     value: Any
     why: str
-    norms: tuple[str, ...] = ()  # the norm modules that a fusion would not call
+    norms: tuple[str, ...] = ()  # of a fusion: the norm modules that it does not call
 
 
 def found_in(cls: type) -> dict[str, Found]:
-    """What modules of this class have, by kind. A class that has changed since the last call is read again."""
+    """The operations of modules of this class, by kind. A class whose functions have changed is read again."""
     return _found_in(cls, _functions_of(cls))
 
 
 def class_of(stock: type, kinds: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass of `stock` that runs our operations of these kinds. `found_in` has found all of them."""
+    """The subclass of `stock` that runs our operations of `kinds`, which `found_in(stock)` must have found."""
     return _class_of(stock, kinds, _functions_of(stock))
 
 
 def new_module(stock: type[nn.Module], kinds: tuple[str, ...]) -> nn.Module:
-    """An empty module for pickle, patched where the code of `stock` is known in this process too."""
+    """An empty module for pickle. It is patched where this process knows the code of `stock` too."""
     found = found_in(stock)
     kinds = tuple(kind for kind in kinds if kind in found and found[kind].value)
     cls = class_of(stock, kinds) if kinds else stock
@@ -39,7 +39,7 @@ def new_module(stock: type[nn.Module], kinds: tuple[str, ...]) -> nn.Module:
 
 
 def _functions_of(cls: type) -> tuple[Any, ...]:
-    """Every function that `_found_in` reads, which makes them the key of its cache."""
+    """Every function that `_found_in` reads. They are its cache key."""
     forward = getattr(cls, "forward", None)
     inner = source.decorated(forward)[-1]
     rotaries = [inner.__globals__[name] for name in _rotary_names(inner)]
@@ -56,7 +56,7 @@ def _rotary_names(inner: Any) -> list[str]:
 
 
 def _base_that_rotates(cls: type) -> type | None:
-    """The base class whose forward has rotary embeddings, where the forward of `cls` has none."""
+    """The nearest base class whose forward applies rotary embeddings."""
     bases = (base for base in cls.__mro__[1:] if "forward" in vars(base))
     return next((base for base in bases if _rotary_names(source.decorated(vars(base)["forward"])[-1])), None)
 
@@ -74,9 +74,9 @@ def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
     elif (base := _base_that_rotates(cls)) is not None:
         found["rope"] = Found(None, f"its forward is not that of {base.__name__}")
     if "ALL_ATTENTION_FUNCTIONS" in source.global_names(inner):
-        handed_on = source.mask_is_only_handed_on(inner)
-        why = "through AttentionInterface" if handed_on else "it computes with attention_mask before it hands it on"
-        found["attention"] = Found(handed_on, why)
+        passed_on = source.passes_mask_on(inner)
+        why = "through AttentionInterface" if passed_on else "its forward computes with attention_mask"
+        found["attention"] = Found(passed_on, why)
     text = source.text_of(inner)
     for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
         if (fusion := fusions.fusion_of(kind, text)) is not None:
@@ -94,7 +94,7 @@ def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
             return Found(None, f"{name} is not known code")
         known[name] = (stock, *code)
     if source.with_globals(forward, {}) is None:
-        return Found(None, "a decorator of its forward hides what it wraps")
+        return Found(None, "a decorator of its forward does not expose the wrapped function")
     return Found(known, "known code")
 
 

@@ -1,7 +1,7 @@
-"""Rewritten forwards in which two operations are one: residual add + norm, or the norms of q and k + RoPE.
+"""Rewritten forwards with fused operations: residual add + norm, or the norms of q and k + RoPE.
 
-A rewrite changes a few lines of a forward whose whole text is known: KNOWN has the digests of these texts. A call runs
-the forward without the rewrite if one of the norms has hooks or is not ours, since the rewrite does not call it.
+A rewrite changes a few lines of a forward whose whole text is known: KNOWN has the digests of these texts. The rewrite
+does not call the norm modules. A call runs the forward without it if one of them has hooks or is not ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RESIDUAL = re.compile(
     r"(?P=indent)(?P=x) = self\.(?P<norm>\w*norm\w*)\((?P=x)\)$",
     re.M,
 )
-# Lines of the body, which is indented by four: norms in the projections, or after all three projections.
+# Lines of a body, which is indented by four. The norms are in the lines of the projections, or after all three.
 _HEAD_NORM = re.compile(r"^(    (query|key)_states = )self\.([qk]_norm)\((.+)\)(\.transpose\(1, 2\))$", re.M)
 _HEAD_NORMS_AFTER = re.compile(
     r"^    query_states = self\.q_norm\(query_states\)\n    key_states = self\.k_norm\(key_states\)\n"
@@ -34,7 +34,7 @@ _ROTARY = re.compile(
 
 _CACHE = re.compile(r"\bpast_key_values?\b")
 
-# Digests of the texts that were read, with the families and the releases of Transformers that have them.
+# Digests of reviewed texts, with the families and the releases of Transformers that have them.
 KNOWN = {
     # residual add + RMSNorm
     "054f4e0eff96": "llama, mistral, qwen2, qwen3, gemma and 60 others, 5.17 to 5.24",
@@ -87,7 +87,7 @@ class Fusion(NamedTuple):
 
 
 def fusion_of(kind: str, text: str) -> Fusion | None:
-    """The rewrite of a normalised forward that has the lines for it, whether or not its text is known."""
+    """The rewrite of a normalised forward, known or not. None where it does not have the lines of this kind."""
     if kind == ADD_NORM:
         found = list(_RESIDUAL.finditer(text))
         if not found:
@@ -108,19 +108,19 @@ def fusion_of(kind: str, text: str) -> Fusion | None:
 
 
 def digest(text: str) -> str:
-    """The digest of a text. The name of the cache, which differs between releases, is not in it."""
+    """The digest of a text. It does not depend on the argument name of the cache, which differs between releases."""
     return hashlib.sha256(_CACHE.sub("cache", text).encode()).hexdigest()[:12]
 
 
 def fused_forward(forward: Any, plain: Callable[..., Any], fusion: Fusion, names: dict[str, Any]) -> Any:
-    """The rewritten `forward` for calls in which `is_unwatched` holds for all its norms; `plain` for other calls."""
+    """A forward that runs the rewrite of `forward` if all its norms may be skipped, and otherwise `plain`."""
     fused = source.with_globals(forward, names, fusion.text)
     if fused is None:
         return None
 
     @functools.wraps(plain)
     def forward_of(self: Any, *args: Any, **kwargs: Any) -> Any:
-        unwatched = all(modules.is_unwatched(getattr(self, norm)) for norm in fusion.norms)
-        return (fused if unwatched else plain)(self, *args, **kwargs)
+        skipped = all(modules.may_be_skipped(getattr(self, norm)) for norm in fusion.norms)
+        return (fused if skipped else plain)(self, *args, **kwargs)
 
     return forward_of

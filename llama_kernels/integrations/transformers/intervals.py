@@ -1,8 +1,8 @@
 """Transformers' mask functions as intervals of visible keys, without an (S, S) matrix.
 
-Transformers composes a mask, with `and_masks` and `or_masks`, from closures of a few functions of its own. In each of
-them the keys that a query sees are one interval. So are those of the composition, and a few operations on (B, Sq)
-compute its bounds. Any other function is unknown, and so is every composition with it.
+Transformers composes a mask from closures of its own functions with `and_masks` and `or_masks`. Each function makes one
+interval of keys visible to a query, and so does the composition. A few operations on (B, Sq) compute the bounds. A
+composition with any other function is unknown.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _AND = and_masks(causal_mask_function).__code__
 
 
 class Interval(NamedTuple):
-    """Each query sees the keys from start to end - 1, (1 or B, Sq). None: no bound on that side."""
+    """The keys start to end - 1 are visible to each query. Bounds are (1 or B, Sq); None: no bound on that side."""
 
     start: torch.Tensor | None = None
     end: torch.Tensor | None = None
-    has_own: bool = True  # every query sees the key at its own position
-    sound: torch.Tensor | None = None  # (1 or B, 1) bool: False where the mask of a sequence is no interval after all
+    has_own: bool = True  # the key at the query's own position is visible
+    sound: torch.Tensor | None = None  # (1 or B, 1) bool: False for a sequence whose mask is not intervals after all
 
 
 class Window(NamedTuple):
-    """A mask of relative positions: query i sees keys i + Sk - Sq - left to i + Sk - Sq + right. -1: no limit."""
+    """Visible to query i are the keys i + Sk - Sq - left to i + Sk - Sq + right. -1: no limit on that side."""
 
     left: int
     right: int
@@ -42,13 +42,13 @@ class Rows(NamedTuple):
     """The positions of the queries of a mask. Positions count keys."""
 
     own: torch.Tensor  # (Sq,) int64
-    at: torch.Tensor  # (1 or B, Sq): the positions that the mask function is given, which differ in packed documents
+    at: torch.Tensor  # (1 or B, Sq): the positions given to the mask function; in packed documents they differ from own
     keys: int  # one past the position of the last key
     shown: torch.Tensor | None = None  # (B, keys) bool: the keys that are tokens, not padding
 
 
 def window_of(mask_function: MaskFunction) -> Window | None:
-    """The mask if it depends on relative positions alone, found without reading device memory. Else None."""
+    """The window of a mask that depends on relative positions only, otherwise None. Reads no device memory."""
     if mask_function is FULL_MASK:
         return Window(-1, -1)
     if mask_function is causal_mask_function:
@@ -70,9 +70,9 @@ def window_of(mask_function: MaskFunction) -> Window | None:
 
 
 def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -> Interval | None:
-    """The interval of every row, or None if the mask is not known to be intervals.
+    """The interval of every query, or None if the composition is unknown.
 
-    made_by_caller: the model or its user added functions of their own to the composition.
+    made_by_caller: the model or its user added functions to the composition.
     """
     name, parts = _parts_of(mask_function)
     at = rows.at
@@ -88,7 +88,7 @@ def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -
         padding, size = parts["left_padding"][:, None], parts["chunk_size"]
         start = padding + (at - padding) // size * size
         return Interval(start, start + size)
-    if name == "packed_sequence_mask_function" and not made_by_caller:  # numbers from Transformers never decrease
+    if name == "packed_sequence_mask_function" and not made_by_caller:  # then document numbers never decrease
         first, end = _runs(parts["packed_sequence_mask"])
         return Interval(first, end)
     if name == "remap_positions_for_packed_sequence":
@@ -112,16 +112,16 @@ def traced_interval(
 ) -> Interval | None:
     """`interval_of` under torch.compile, where closures cannot be read: the mask function is called instead.
 
-    local_size: the width of the window or chunk, as Transformers passes it. Without one, and with a query at each key,
-    an interval ends where a key does not see the next one. Otherwise bisection finds each end, from the query's own
-    key, which it sees.
+    local_size: the width of the window or chunk, as Transformers passes it. Without one, and if every key has a query,
+    an interval ends where a token does not see the next one. Otherwise bisection finds both ends, starting from the
+    query's own key, which is visible.
     """
     if mask_function is causal_mask_function:
         return Interval(end=rows.at + 1)
     if mask_function is FULL_MASK:
         return Interval()
     if made_by_caller or getattr(mask_function, "__code__", None) is not _AND:
-        return None  # a union may have blocks, and calling the function does not show whether they are contiguous
+        return None  # a union may have blocks, and calls do not show whether these are contiguous
     batch = torch.arange(batch_size, device=rows.own.device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=rows.own.device)
     if local_size is None and rows.keys == rows.own.shape[0]:
@@ -145,7 +145,7 @@ def traced_interval(
 
 
 def _steps(keys: int) -> int:
-    """The bit length of `keys`: how often it can be halved. Guards on a traced length fix this number only."""
+    """The bit length of `keys`: the steps of a bisection. Guards on a traced length depend on this number only."""
     if isinstance(keys, torch.SymInt):
         return 31  # torch.export allows no guard
     steps = 1
@@ -155,7 +155,7 @@ def _steps(keys: int) -> int:
 
 
 def _parts_of(mask_function: MaskFunction) -> tuple[str, dict[str, Any]]:
-    """The function of masking_utils that made this closure, by name, and its arguments. "" if none of them did."""
+    """The name of the function of masking_utils that made this closure, and its arguments; otherwise "" and {}."""
     name, _, inner = getattr(mask_function, "__qualname__", "").partition(".<locals>.")
     if getattr(mask_function, "__module__", None) != masking_utils.__name__ or not inner:
         return "", {}
@@ -164,14 +164,14 @@ def _parts_of(mask_function: MaskFunction) -> tuple[str, dict[str, Any]]:
 
 
 def _combined(name: str, parts: list[Interval | None]) -> Interval | None:
-    """The intersection of intervals, or the union of intervals that all have the query's own key."""
+    """The intersection of intervals, or the union of intervals that all contain the query's own key."""
     known = [part for part in parts if part is not None]
     union = name == "or_masks"
     if len(known) < len(parts) or (union and not all(part.has_own for part in known)):
         return None
 
     def bound(given: list[torch.Tensor | None], inner: Callable[..., Any], outer: Callable[..., Any]) -> Any:
-        """The inner or, of a union, the outer of the bounds. A part without a bound leaves a union without one."""
+        """The inner bound of an intersection, the outer bound of a union. None is the outermost."""
         there = [x for x in given if x is not None]
         if not there or (union and len(there) < len(given)):
             return None
@@ -184,7 +184,7 @@ def _combined(name: str, parts: list[Interval | None]) -> Interval | None:
 
 
 def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each element of each row, the first place of its run of equal numbers, and one past the last."""
+    """For each element of each row, the first index of its run of equal numbers, and one past the last."""
     S = numbers.shape[1]
     places = torch.arange(S, device=numbers.device)
     first = torch.where(numbers != numbers.roll(1, 1), places, 0).cummax(1).values
@@ -193,9 +193,9 @@ def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _block_of(numbers: torch.Tensor, rows: Rows) -> Interval:
-    """The block of mutually visible tokens of each query, or its own key if it is in none (number -1).
+    """Each query's block of mutually visible tokens, or its own key if it is in no block (number -1).
 
-    Blocks are taken to be contiguous. `sound` is False where a number occurs again after another one, except in
+    A block must be contiguous: `sound` is False if its number occurs in two runs that both contain tokens, not only
     padding.
     """
     first, end = _runs(numbers)

@@ -1,8 +1,8 @@
 """Functions of Transformers' models that an op may replace.
 
-Each entry has the text of a function and what it computes. A function is known if its normalised text
-(`source.normalised`) is one of these, in any file of any release. Any other, such as a user's subclass or an edited
-method, is not replaced. The texts are those of Transformers 4.57.6, 5.17.0, 5.23.0 and 5.24.0.
+Each entry has the text of a function and its formula. A function is known if its normalised text (`source.normalised`)
+is one of these texts, in any file of any release. All others, such as a user's subclass or an edited method, are not
+replaced. The texts are from Transformers 4.57.6, 5.17.0, 5.23.0 and 5.24.0.
 tests/integrations/test_known_code.py checks every entry against the source of the installed release.
 """
 
@@ -25,11 +25,11 @@ class Norm(NamedTuple):
     families: str
     forward: str
     norm: str = ""  # the text of the method _norm, if forward calls it
-    eps: str = "eps"  # the name of the attribute
+    eps: str = "eps"  # the name of the attribute that holds eps
     offset: float = 0.0
     weighted: bool = True
-    promotes: bool = False  # the result has the dtype that weight and x promote to, not that of x
-    as_weight: bool = False  # the result has the dtype of weight
+    promotes: bool = False  # the result's dtype is the one that weight and x promote to. False: that of x
+    as_weight: bool = False  # the result's dtype is that of weight
 
 
 _NORM = """def _norm(self, x):
@@ -94,7 +94,7 @@ def norm_of(cls: type) -> Norm | None:
 
 
 def rotary_of(function: Any) -> tuple[Rotary, bool] | None:
-    """What a function apply_rotary_pos_emb computes, and whether pairs are interleaved, or None if it is not known."""
+    """The entry of an apply_rotary_pos_emb, and whether it interleaves pairs. None if the function is not known."""
     text, helpers = source.without_unused_defaults(source.text_of(function)), {}
     for name in source.global_names(function):
         if name.startswith("rotate_half"):  # rotate_half_text, rotate_half_llm

@@ -1,4 +1,4 @@
-"""The texts of `apply_rotary_pos_emb` in Transformers' models, for known_code.py, and what each computes."""
+"""The texts of `apply_rotary_pos_emb` in Transformers' models, with the properties of each, for known_code.py."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class Rotary(NamedTuple):
 
     families: str
     text: str
-    helper: str = "rotate_half"  # the function that decides which elements are a pair
-    # What a row of cos has. "elements": an angle for each element. "first half": the same, but only the first half is
-    # used. "pairs": an angle for each pair. "complex": cos + i sin for each pair; there is no sin. "sections": three or
-    # four rows of "elements", of which each frequency takes one.
+    helper: str = "rotate_half"  # the function that chooses the elements of each pair
+    # The contents of a row of cos. "elements": an angle for each element. "first half": the same, but the function
+    # uses the first half only. "pairs": an angle for each pair. "complex": cos + i sin for each pair, without an
+    # argument sin. "sections": three or four rows of "elements"; each frequency takes its angle from one of them.
     tables: str = "elements"
-    promotes: bool = True  # the result has the dtype that q and cos promote to, not that of q
-    sorted_first: bool = False  # pairs are (2i, 2i + 1) in the input and (i, i + R/2) in the result
-    heads: int | None = None  # the dimension of the heads. None: the argument unsqueeze_dim
+    promotes: bool = True  # the result's dtype is the one that q and cos promote to. False: that of q
+    sorted_first: bool = False  # the pairs (2i, 2i + 1) of the input are the pairs (i, i + R/2) of the result
+    heads: int | None = None  # the dimension of the heads. None: the argument unsqueeze_dim gives it
 
 
 _UNSQUEEZE = """    cos = cos.unsqueeze(unsqueeze_dim)
@@ -121,7 +121,7 @@ ROTARIES = (
            promotes=False, heads=-2),
 )  # fmt: skip
 
-# The helpers, and whether pairs are interleaved.
+# The texts of the helpers, and whether each interleaves pairs.
 PAIRINGS = {
     """def rotate_half(x):
     x1 = x[..., : x.shape[-1] // 2]

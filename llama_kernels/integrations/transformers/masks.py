@@ -1,9 +1,9 @@
 """Transformers' attention masks as ranges of keys, without an (S, S) matrix and without waiting for the GPU.
 
-`key_ranges` is registered with Transformers' AttentionMaskInterface. Each forward calls it once for each kind of mask,
-and every attention layer gets its result. Transformers composes masks from functions of its own: causal, sliding
-window, packed documents and so on. intervals.py computes from the composition the interval of keys that each row sees.
-A composition with any other function is written out as a mask of every query and key.
+`key_ranges` is registered with Transformers' AttentionMaskInterface. A forward calls it once for each kind of mask and
+passes the result to every attention layer. Transformers composes masks from functions of its own: causal, sliding
+window, packed documents and so on. intervals.py computes each query's interval of visible keys from the composition.
+A composition with any other function becomes an ordinary mask, with an element for every query and key.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from llama_kernels.integrations.transformers.intervals import (
     window_of,
 )
 
-# Models whose blocks of mutually visible tokens may not be contiguous: all images of a sequence are one block.
+# Models whose blocks of mutually visible tokens need not be contiguous: all images of a sequence are one block.
 _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
-# Up to this many queries in inference, as in a decoding step, the kernel skips hidden keys. With more, keys are sorted.
+# In inference with at most this many queries, as in decoding, the kernel skips hidden keys. Otherwise keys are sorted.
 FEW_QUERIES = 8
 
 
 class KeyRanges(NamedTuple):
-    """A mask as every layer gets it: row i sees the keys from start[i] to end[i] - 1.
+    """A mask as every layer gets it: visible to query i are the keys start[i] to end[i] - 1.
 
-    With `order`, start and end are positions in k[order], where tokens come first and padding last, each in their old
-    order: so each row sees one interval, wherever the padding was. With `valid`, keys keep their places, and a key
-    where `valid` is 0 is hidden.
+    With `order`, start and end are positions in k[order]. There all tokens come before all padding, so the visible keys
+    are one interval wherever the padding was. Tokens keep their order among themselves, and so does padding. With
+    `valid`, keys keep their positions, and a key is hidden where `valid` is 0.
     """
 
     start: torch.Tensor  # (B, Sq) int32
     end: torch.Tensor  # (B, Sq) int32
-    order: torch.Tensor | None = None  # (B, Sk) int32; -1 - key for a hidden key
+    order: torch.Tensor | None = None  # (B, Sk) int32, the key at each new position; -1 - key for a hidden key
     inverse: torch.Tensor | None = None  # (B, Sk) int32, the new position of each key; -1 - position for a hidden key
     valid: torch.Tensor | None = None  # (B, Sk) int32
-    sound: torch.Tensor | None = None  # (B, Sk) int32, 0 where the result must be NaN
+    sound: torch.Tensor | None = None  # (B, Sk) int32, 0 in sequences whose result must be NaN
 
 
 # --- a mask as one 4-D tensor, which Transformers passes on unchanged ------------------------------------------------
 #
-# Model code may slice a 4-D mask to the last queries, [:, :, -n:], or to the first keys, [..., :Sk]. Neither changes
-# the meaning here: the dimension of queries has size 1 or 0, and lines of queries are aligned at the right.
+# Model code may slice a 4-D mask to the last queries, [:, :, -n:], or to the first keys, [..., :Sk]. That leaves a
+# packed mask as it is: its dimension of queries has size 1 or 0, and its rows of queries are aligned at the right.
 
 
 def pack(ranges: KeyRanges) -> torch.Tensor:
-    """(B, n, 1, max(Sq, Sk)) int32, one line for each field that is not None."""
+    """The fields that are not None, each padded to one length: (B, fields, 1, max(Sq, Sk)) int32."""
     queries, keys = ranges[:2], [line for line in ranges[2:] if line is not None]
     length = max(line.shape[-1] for line in (*queries, *keys))
     lines = [F.pad(line, (length - line.shape[-1], 0)) for line in queries]
@@ -62,12 +62,12 @@ def pack(ranges: KeyRanges) -> torch.Tensor:
 
 
 def pack_window(window: Window, device: torch.device | None) -> torch.Tensor:
-    """An int32 tensor without elements, whose sizes are the window: no device memory is read to know it."""
+    """An int32 tensor without elements. Its sizes encode the window, so reading it needs no device memory."""
     return torch.empty(window.right + 2, window.left + 2, 0, 0, dtype=torch.int32, device=device)
 
 
 def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
-    """What `pack` or `pack_window` wrote, for the last Sq of its queries and its Sk keys."""
+    """The argument of `pack` or `pack_window`, for the last Sq of its queries and the first Sk of its keys."""
     if mask.shape[2] == 0:
         return Window(mask.shape[1] - 2, mask.shape[0] - 2)
     lines = mask[:, :, 0].unbind(1)
@@ -77,7 +77,7 @@ def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
 
 
 def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
-    """A packed mask as (1 or B, 1, Sq, Sk) bool, for code that takes a mask of every query and key."""
+    """A packed mask as an ordinary one, (1 or B, 1, Sq, Sk) bool."""
     ranges = unpack(mask, Sq, Sk)
     keys = torch.arange(Sk, device=mask.device)
     if isinstance(ranges, Window):
@@ -99,7 +99,7 @@ def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
 
 
 class _Call(threading.local):
-    """The position_ids of the current call of a patched model, and the config that its masks are made with."""
+    """The position_ids of the current call of a patched model, and the config of its masks."""
 
     config: Any = None
     position_ids: torch.Tensor | None = None
@@ -109,10 +109,10 @@ _call = _Call()
 
 
 def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of patched models, which remembers position_ids for the masks of this forward.
+    """A forward pre-hook of patched models, which stores the caller's position_ids for the masks of this forward.
 
-    Positions from the caller may start documents. Those that the model makes itself do not, and need not be searched
-    for documents. Only this hook can tell one from the other.
+    Only positions from the caller can start documents. The mask function cannot tell them from positions that the model
+    makes itself; this hook can.
     """
     given = kwargs.get("position_ids")
     if len(args) > 2 and given is None:
@@ -122,16 +122,16 @@ def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def forget_position_ids(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    """A forward hook of patched models, which forgets the position_ids that `note_position_ids` remembered."""
+    """A forward hook of patched models, which clears what `note_position_ids` stored."""
     _call.config = _call.position_ids = None
 
 
 def document_starts(position_ids: torch.Tensor | None, Sq: int) -> torch.Tensor | None:
-    """(1 or B, Sq): the first query of the document of each query. A document begins where positions decrease."""
+    """The first query of each query's document, (1 or B, Sq). A document begins where positions decrease."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != Sq or Sq == 1:
         return None
-    falls = position_ids < position_ids.roll(1, 1)  # what the first says does not matter: its document begins at 0
-    return torch.where(falls, torch.arange(Sq, device=position_ids.device), 0).cummax(1).values
+    decreases = position_ids < position_ids.roll(1, 1)  # the first column has no effect: index 0 starts a document
+    return torch.where(decreases, torch.arange(Sq, device=position_ids.device), 0).cummax(1).values
 
 
 # --- the mask function of Transformers' AttentionMaskInterface -------------------------------------------------------
@@ -156,14 +156,14 @@ def key_ranges(
 ) -> torch.Tensor | None:
     """Make one mask of a forward, for `attention_forward`. The arguments are those of Transformers.
 
-    mask_function(b, h, i, j) is whether query i sees key j. attention_mask (B, keys) is whether a key is a token.
+    mask_function(b, h, i, j) says whether query i sees key j, attention_mask (B, keys) whether a key is a token.
 
     Returns:
-        int32 as `pack` and `pack_window` write it, or the mask written out, (B, 1, Sq, Sk) bool.
+        The int32 result of `pack` or `pack_window`, or an ordinary mask, (B, 1, Sq, Sk) bool.
     """
     if cache_position is not None:  # Transformers 4
         device, q_length = cache_position.device, cache_position.shape[0]
-        # As many keys as queries: a prefill. Otherwise the offset is in device memory.
+        # As many keys as queries make a prefill, whose offset is 0. Otherwise the offset is in device memory.
         q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     documents = None
@@ -171,8 +171,8 @@ def key_ranges(
         documents = document_starts(_call.position_ids, q_length)
     window = window_of(mask_function)
     skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip
-    # A mask that may not be left out will be combined with another one by the model's code, except in a decoding step
-    # with a static cache. Transformers 4 never leaves a mask out with a static cache.
+    # If Transformers may not omit the mask, the model's code combines it with another one. The exception is a decoding
+    # step with a static cache. Transformers 4 never omits a mask with a static cache.
     static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)
     combined = window is not None and not skip and not static_step and cache_position is None
     unmasked = attention_mask is None and documents is None and not combined
@@ -197,12 +197,12 @@ def key_ranges(
         )  # fmt: skip
     start = torch.zeros_like(own)[None] if interval.start is None else interval.start
     end = torch.full_like(own, rows.keys)[None] if interval.end is None else interval.end
-    if documents is not None:  # the first document of this call began in the cache
+    if documents is not None:  # the first document of this call continues one in the cache
         start = torch.maximum(start, torch.where(documents > 0, documents + q_offset, 0))
     # From here on, positions are relative to the first key of this layer's cache.
     start, end = (bound.clamp(kv_offset, kv_offset + kv_length) - kv_offset for bound in (start, end))
     if attention_mask is not None:
-        missing = max(kv_offset + kv_length - attention_mask.shape[-1], 0)  # a static cache has room for more
+        missing = max(kv_offset + kv_length - attention_mask.shape[-1], 0)  # the empty part of a static cache
         attention_mask = F.pad(attention_mask.bool(), (0, missing))[:, kv_offset : kv_offset + kv_length]
     elif interval.sound is not None:
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
@@ -218,10 +218,10 @@ def key_ranges(
 def without_hidden_keys(
     start: torch.Tensor, end: torch.Tensor, attention_mask: torch.Tensor, sound: torch.Tensor | None
 ) -> KeyRanges:
-    """The intervals [start, end) counted among the keys where attention_mask (B, Sk) is True, and their new order."""
+    """Move the keys that attention_mask (B, Sk) hides behind all others: the new order, and the intervals in it."""
     B, Sk = attention_mask.shape
     shown = attention_mask.long().cumsum(1)  # (B, Sk)
-    before = F.pad(shown, (1, 0))  # (B, Sk + 1): keys shown before key j
+    before = F.pad(shown, (1, 0))  # (B, Sk + 1): the number of keys shown before each key
     keys = torch.arange(Sk, device=attention_mask.device).expand(B, -1)
     place = torch.where(attention_mask, shown - 1, shown[:, -1:] + keys - shown)
     order = torch.empty_like(place).scatter_(1, place, torch.where(attention_mask, keys, -1 - keys))

@@ -1,8 +1,8 @@
-"""What patched modules run in place of stock code: RMSNorm, apply_rotary_pos_emb, and fusions of the two.
+"""The operations of patched modules: RMSNorm, apply_rotary_pos_emb, and their fusions.
 
 A patched module is the same object with the same parameters. Its class becomes a subclass of its stock class. Each
-operation here runs stock code where it would compute something else: for tensor subclasses (DTensor), weights that are
-elsewhere (ZeRO-3, offloading), and dtypes that stock promotes.
+operation runs stock code where the op would give another result: for tensor subclasses (DTensor), for weights that are
+elsewhere (ZeRO-3, offloading), and for dtypes that stock code promotes.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
-    _Module = object  # a patched module is an nn.Module by its stock class
+    _Module = object  # the stock class, which is the other base, is an nn.Module
 
 
 def is_plain(x: Any) -> bool:
-    """Whether x is a tensor, not a subclass with its own behaviour, on a device that the ops take."""
+    """Whether x is a tensor without a subclass's behaviour, on a device that the ops support."""
     if type(x) not in _PLAIN_TYPES:
         return False
     if x.device.type in _DEVICES:
@@ -52,7 +52,7 @@ def is_plain(x: Any) -> bool:
 @functools.cache
 def _warn_of_device(device_type: str) -> None:
     logger.warning(
-        "llama_kernels: tensors on %s: stock code runs in place of the kernels, which take CUDA, HIP and CPU tensors",
+        "llama_kernels: tensors on %s: stock code runs instead of the kernels, which take CUDA, HIP and CPU tensors",
         device_type,
     )
 
@@ -62,13 +62,12 @@ def _takes(x: Any) -> bool:
 
 
 def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether stock's product of the two has the dtype of x. Under autocast its dtype does not matter: the next op
-    casts it."""
+    """Whether the product of the two has the dtype of x. Under autocast it may have another: the next op casts it."""
     return torch.promote_types(x.dtype, other.dtype) == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 class Patched(_Module):
-    """The base of the classes of patched modules. They are made at run time, so pickle stores what they are made of."""
+    """The base of the classes of patched modules. They are made at run time, so pickle stores their stock classes."""
 
     _stock_forward: Callable[..., Any]
 
@@ -85,7 +84,7 @@ class Patched(_Module):
 
 
 def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
-    """The kinds that were patched in a patched `module`, and the class that it had."""
+    """The kinds of operations that were patched in `module`, and its stock class."""
     return type(module)._kinds, type(module).__bases__[-1]
 
 
@@ -93,7 +92,7 @@ def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
 
 
 class RMSNorm(Patched):
-    """`rms_norm` in place of a forward that `known` describes."""
+    """`rms_norm` instead of the forward that `known` describes."""
 
     known: Norm
     weight: torch.Tensor
@@ -110,7 +109,7 @@ class RMSNorm(Patched):
 
 
 def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
-    """Whether `rms_norm` takes x and weight, and computes what stock does, in the same dtype."""
+    """Whether `rms_norm` accepts x and weight, and returns what stock code does, in the same dtype."""
     if not _takes(x) or x.ndim == 0:
         return False
     if weight is None:
@@ -124,8 +123,8 @@ def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
     )
 
 
-def is_unwatched(norm: Any) -> TypeGuard[RMSNorm]:
-    """Whether skipping the call of a patched norm has no visible effect: no hooks, no wrapper, not compiled."""
+def may_be_skipped(norm: Any) -> TypeGuard[RMSNorm]:
+    """Whether a fusion may compute this norm without calling it: it is ours, unwrapped, without hooks, not compiled."""
     return (
         isinstance(norm, RMSNorm)
         and "forward" not in norm.__dict__
@@ -137,9 +136,9 @@ def is_unwatched(norm: Any) -> TypeGuard[RMSNorm]:
 
 
 def add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """norm(residual + x) and the sum, in one pass where the norm module need not be called."""
+    """norm(residual + x) and the sum, in one kernel where the norm may be skipped."""
     if (
-        is_unwatched(norm)
+        may_be_skipped(norm)
         and _takes(residual)
         and is_plain(x)
         and x.dtype == residual.dtype
@@ -156,7 +155,7 @@ def add_and_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[to
 
 
 def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
-    """`rope` in place of the function `replaced`, which `known` describes, with the same arguments."""
+    """A function with the arguments of `replaced`, which `known` describes, that runs `rope`."""
     stock = called_by(replaced)
 
     def of_complex(xq: Any, xk: Any, freqs_cis: Any) -> Any:
@@ -186,15 +185,15 @@ def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) 
 
 
 def _is_kernelized(replaced: Any) -> bool:
-    """Whether `replaced` is an object of the package kernels, and kernelize has given it a forward."""
+    """Whether `replaced` is an object of the package kernels with a forward from kernelize."""
     return isinstance(replaced, nn.Module) and "forward" in replaced.__dict__
 
 
 def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -> bool:
-    """Whether `rope` computes what stock does with these arguments.
+    """Whether `rope` returns what stock code does for these arguments.
 
-    q and k are (B, H, S, D) if heads is 1, (B, S, H, D) if 2, and (S, H, D), as in vision towers, if -2. cos and sin
-    have a row for each token.
+    q and k are (B, H, S, D) if heads is 1, (B, S, H, D) if it is 2, and (S, H, D), as in vision towers, if it is -2.
+    cos and sin have a row for each token.
     """
     if not (_takes(q) and _takes(k) and is_plain(cos) and is_plain(sin)):
         return False
@@ -230,7 +229,7 @@ def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any
         q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
         interleaved = False
     D = q.shape[-1]
-    if cos.shape[-1] == R and 2 * R <= D:  # `rope` takes tables this narrow to have an angle for each pair
+    if cos.shape[-1] == R and 2 * R <= D:  # `rope` would read tables of this width as an angle for each pair
         rotated = rope(q[..., :R], k[..., :R], cos, sin, interleaved=interleaved)
         q, k = (torch.cat((x, rest[..., R:]), -1) for x, rest in zip(rotated, (q, k), strict=True))
     else:
@@ -239,7 +238,7 @@ def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any
 
 
 def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """cos and sin as `rope` takes them, and R, the number of elements of a head that are rotated."""
+    """cos and sin for `rope`, and R, the number of rotated elements of a head."""
     if known.tables == "first half":
         R = cos.shape[-1]
         return cos[..., : R // 2], sin[..., : R // 2], R
@@ -247,7 +246,7 @@ def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.
 
 
 def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:
-    """The fusion of q_norm, k_norm and `apply_rotary_pos_emb`. It takes q and k (B, H, S, D) before their norms."""
+    """The fusion of q_norm, k_norm and `apply_rotary_pos_emb`, for q and k (B, H, S, D) before their norms."""
     rotary = rotary_like(stock, known, interleaved)
 
     def apply(q_norm: Any, k_norm: Any, q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
@@ -268,7 +267,7 @@ def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool)
 
 
 def _norms_agree(q_norm: Any, k_norm: Any, weights: tuple[Any, Any]) -> bool:
-    """Whether one call may do what both norms do: they differ in their weights alone."""
+    """Whether one call can compute both norms: they differ in their weights only."""
     known, other = q_norm.known, k_norm.known
     same_eps = getattr(q_norm, known.eps) == getattr(k_norm, other.eps)
     return known == other and same_eps and (weights[0] is None) == (weights[1] is None)

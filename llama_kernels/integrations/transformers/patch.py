@@ -1,4 +1,4 @@
-"""`patch`, `unpatch` and `report`: which modules of a model run the ops of this package, and why others do not."""
+"""`patch`, `unpatch` and `report`: make a model run the ops of this package, and say what runs in it and why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NEEDS = {ADD_NORM: ("rms_norm",), QK_NORM_ROPE: ("rms_norm", "rope")}  # the ki
 
 
 class Row(NamedTuple):
-    """`count` modules of class `cls` with an operation of this kind, whether it is ours or stock, and why."""
+    """`count` modules of class `cls` with an operation of this kind, whether ours runs in them, and why."""
 
     kind: str  # attention, rms_norm or rope, or a fusion of them: add_rms_norm or qk_norm_rope
     cls: str
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The result of `report`: rows as data; printed, a table."""
+    """The result of `report`. Printed, it is a table."""
 
     rows: tuple[Row, ...]
 
@@ -49,7 +49,7 @@ class Report(NamedTuple):
 
 
 class Place(NamedTuple):
-    """One module, and whether its operation of one kind can be ours."""
+    """One operation of one module, and whether ours can replace it."""
 
     module: nn.Module
     kind: str
@@ -66,12 +66,12 @@ def patch(
     fuse: bool = True,
     strict: bool = False,
 ) -> Model:
-    """Replace attention, RMSNorm and RoPE in this one model by the ops of this package.
+    """Replace attention, RMSNorm and RoPE in this model by the ops of this package.
 
-    The model's classes keep their own forwards. Inside them the attention function, RMSNorm modules and
-    `apply_rotary_pos_emb` are replaced, each only where its code is known to compute what ours does. Everything else
-    stays stock, and a warning names it. Parameters, state_dict and hooks do not change, nor do the classes and configs
-    of other models. Call it before `fully_shard` and before `torch.compile`. Patching a patched model has no effect.
+    The model's classes keep their own forwards. Inside them, `patch` replaces the attention function, RMSNorm modules
+    and `apply_rotary_pos_emb`, each only where its code is known to compute the same. Everything else stays stock, and
+    a warning names it. Parameters, state_dict, hooks, and the classes and configs of other models do not change. Call
+    `patch` before `fully_shard` and before `torch.compile`. Patching a patched model has no effect.
 
     Args:
         model: a Transformers model with any head, multimodal or wrapped (by PEFT, for example), on any device,
@@ -79,18 +79,17 @@ def patch(
         attention: set attn_implementation="llama_kernels" in every part of the model that takes it.
         rms_norm: replace RMSNorm modules.
         rope: replace `apply_rotary_pos_emb`, in text decoders and vision towers.
-        fuse: compute the residual add with RMSNorm, and the norms of q and k with RoPE, where both parts are ours.
-        strict: raise if anything that was asked for stays stock.
+        fuse: fuse the residual add with RMSNorm, and the norms of q and k with RoPE, where both parts are ours.
+        strict: raise if a requested operation stays stock.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: nothing in it can be replaced, or, with strict, not everything.
+        ValueError: no operation can be replaced, or, with strict, not all of them.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(message("patch", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
+    _check_model("patch", model)
     if _is_patched(model):
         return model
     wanted = {kind for kind, on in zip(KINDS, (attention, rms_norm, rope, fuse, fuse), strict=True) if on}
@@ -100,8 +99,9 @@ def patch(
         got = f"a {type(model).__name__}, in which nothing can be replaced" + (f":\n{stock}" if stock.rows else "")
         raise ValueError(message("patch", "model", got, "a Transformers model with attention, RMSNorm or RoPE"))
     if strict and stock.rows:
-        fix = "strict=False leaves that as it is."
-        raise ValueError(message("patch", "model", f"a {type(model).__name__} in part:\n{stock}\n", "all ours", fix))
+        got = f"a {type(model).__name__} of which this stays stock:\n{stock}\n"
+        fix = "strict=False allows stock operations."
+        raise ValueError(message("patch", "model", got, "a model in which everything can be replaced", fix))
     expected = [row for row in stock.rows if row.kind not in _NEEDS]
     if expected:
         logger.warning(
@@ -118,10 +118,9 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: the class of a patched module has changed since, as `fully_shard` changes it.
+        ValueError: the class of a patched module has changed since `patch`, as `fully_shard` changes it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(message("unpatch", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
+    _check_model("unpatch", model)
     for module in model.modules():
         if isinstance(module, Patched) and "_kinds" not in vars(type(module)):
             got = f"with a {type(module).__name__} of classes {type(module).__bases__}"
@@ -145,29 +144,33 @@ def unpatch(model: Model) -> Model:
 
 
 def report(model: nn.Module) -> Report:
-    """What runs in each kind of module of `model`, ours or stock, and why: a table to print, with its rows.
+    """Which operations of `model` are ours or stock, and why: rows, which print as a table.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(message("report", "model", f"a {type(model).__name__}", "a torch.nn.Module"))
+    _check_model("report", model)
     now = []
     for place in _places(model, set(KINDS)):
         if place.kind == "attention":
             runs = getattr(getattr(place.module, "config", None), "_attn_implementation", None) == NAME
         else:
             runs = isinstance(place.module, Patched) and place.kind in parts_of(place.module)[0]
-        why = "patch has not put it in" if place.ours and not runs else place.why
+        why = "patch has not replaced it" if place.ours and not runs else place.why
         now.append(place._replace(ours=runs, why=why))
     return Report(_rows(now))
 
 
-# --- the plan --------------------------------------------------------------------------------------------------------
+def _check_model(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(message(function, "model", f"a {type(model).__name__}", "a torch.nn.Module"))
+
+
+# --- choosing operations ---------------------------------------------------------------------------------------------
 
 
 def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
-    """Every module with an operation that could be ours, in the order of the model.
+    """Every operation of the model that is of one of the kinds, in the order of its modules.
 
     wanted: the kinds that fusions may combine.
     """
@@ -185,7 +188,7 @@ def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
             value, why, fused = found[kind]
             parts: list[Any] = [getattr(module, name, None) for name in fused]
             if fused and not any("rms_norm" in _found(part) for part in parts):
-                continue  # its norms are of another kind: there is nothing to fuse
+                continue  # its norms are not RMSNorm
             ours = bool(value)
             if kind == "attention":
                 if ours and not hasattr(module, "config"):
@@ -196,7 +199,7 @@ def _places(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                 ours, why = False, own
             elif ours and kind in _NEEDS:
                 if not wanted.issuperset(_NEEDS[kind]) or (kind == QK_NORM_ROPE and not found["rope"].value):
-                    ours, why = False, "the operations that it is made of are not ours"
+                    ours, why = False, "the operations that it combines are not ours"
                 elif not all(id(part) in norms for part in parts):
                     ours, why = False, f"{' or '.join(fused)} is not a known RMSNorm"
             yield Place(module, kind, ours, why)
@@ -207,7 +210,7 @@ def _found(module: nn.Module) -> dict[str, Any]:
 
 
 def _own_forward(module: nn.Module) -> str | None:
-    """Why a module does not run the forward of its class, or None where it does."""
+    """Why a module does not run the forward of its class, or None if it does."""
     if "forward" not in module.__dict__:
         return None
     return "a forward is set on the instance (by accelerate or kernelize: patch before; by a tp_plan: it stays)"
@@ -218,7 +221,7 @@ def _rows(places: Iterable[Place]) -> tuple[Row, ...]:
     return tuple(Row(KINDS[kind], cls, n, ours, why) for (kind, cls, ours, why), n in sorted(counts.items()))
 
 
-# --- applying it -----------------------------------------------------------------------------------------------------
+# --- replacing them --------------------------------------------------------------------------------------------------
 
 
 def _is_patched(model: nn.Module) -> bool:
@@ -238,7 +241,7 @@ def _apply(model: nn.Module, places: list[Place]) -> None:
 
 
 def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:
-    """Give the model copies of its configs; those of `attentions` name ours. `unpatch` brings the old ones back."""
+    """Give the model copies of its configs, with our attention in those of `attentions`. `unpatch` restores them."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         config: Any = module.__dict__.get("config")

@@ -1,6 +1,6 @@
-"""Reading functions as text, and copying them with other objects for some of their global names.
+"""Functions as normalised text, and copies of functions with other objects for some of their global names.
 
-A normalised text is the function printed from its syntax tree, without docstrings, comments, annotations and its name.
+A normalised text is a function printed from its syntax tree, without its name, docstrings, comments and annotations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def normalised(source: str) -> str:
 
 
 def without_unused_defaults(text: str) -> str:
-    """A normalised text without the optional arguments that are never used, which differ between releases."""
+    """A normalised text without its unused optional arguments, which differ between releases."""
     if not text:
         return text
     tree = ast.parse(text)
@@ -41,14 +41,14 @@ def without_unused_defaults(text: str) -> str:
 
 
 def text_of(function: Any) -> str:
-    """The normalised text of a plain Python function. "" for a wrapper, a builtin, and code without a source file."""
+    """The normalised text of a plain Python function; "" for a wrapper, a builtin or code without a source file."""
     if not isinstance(function, Function) or hasattr(function, "__wrapped__"):
         return ""
     return _text_of_code(_Identity(function.__code__))
 
 
 def called_by(function: Any) -> Any:
-    """The plain function inside an object of the package kernels; any other function as it is."""
+    """The function that an object of the package kernels wraps. Any other function is returned as it is."""
     forward: Any = getattr(type(function), "forward", None)
     if text_of(forward) != _FORWARD_OF_KERNELS or forward.__code__.co_freevars != ("func",):
         return function
@@ -56,7 +56,7 @@ def called_by(function: Any) -> Any:
 
 
 def decorated(function: Any) -> list[Function]:
-    """The wrappers that functools.wraps has recorded on a function, outermost first, then the function they wrap."""
+    """The wrappers of a function, as functools.wraps records them, outermost first, then the wrapped function."""
     chain = [function]
     while hasattr(chain[-1], "__wrapped__"):
         chain.append(chain[-1].__wrapped__)
@@ -64,23 +64,23 @@ def decorated(function: Any) -> list[Function]:
 
 
 def global_names(function: Any) -> set[str]:
-    """The names that a plain function, and functions defined in it, look up in their module."""
+    """The global names and attributes that a plain function, and the functions defined in it, look up."""
     if not isinstance(function, Function):
         return set()
     return {name for code in _codes(function.__code__) for name in code.co_names}
 
 
 def with_globals(function: Function, names: dict[str, Any], text: str | None = None) -> Function | None:
-    """A copy of `function` with other objects for the global `names`, and with another `text`, if one is given.
+    """A copy of `function` with other objects for the global `names`, and with the code of `text` if it is given.
 
-    Decorators are kept: each wrapper is copied, with the copy in its closure. None if the wrapped function is not in
-    the closure of a wrapper. The copy keeps the other globals as they are now.
+    Decorators are kept: each wrapper is copied too, with the inner copy in its closure. None if a wrapper does not hold
+    the function it wraps in its closure. The copy keeps the other globals as they are now.
     """
     *wrappers, inner = decorated(function)
     if not isinstance(inner, Function):
         return None
     globals_ = {**inner.__globals__, **names}
-    globals_.pop("__name__", None)  # torch.compile would look the names up in the module of this name
+    globals_.pop("__name__", None)  # torch.compile would look names up in the module of this name, not here
     code = inner.__code__
     if text is not None:
         code = _compiled(text, f"<llama_kernels: {inner.__module__}.{inner.__qualname__}>")
@@ -96,11 +96,11 @@ def with_globals(function: Function, names: dict[str, Any], text: str | None = N
 
 
 @functools.cache
-def mask_is_only_handed_on(function: Function) -> bool:
-    """Whether an attention forward only passes its attention_mask on to the attention function.
+def passes_mask_on(function: Function) -> bool:
+    """Whether an attention forward passes its attention_mask to the attention function without computing with it.
 
-    It may also choose between masks, compare one with None, and slice the last dimension. It may not compute another
-    mask. True for a forward that does not call an attention function itself.
+    It may choose between masks, compare one with None, and slice one without an offset. It may not compute a new mask.
+    True for a forward that does not call an attention function itself.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -119,7 +119,7 @@ def mask_is_only_handed_on(function: Function) -> bool:
     }
     for node in ast.walk(tree):
         is_mask = isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load)
-        if is_mask and not _hands_on(node, parents):
+        if is_mask and not _only_passed_on(node, parents):
             return False
         if isinstance(node, ast.Call) and _is_attention(node.func):
             given = [k.value for k in node.keywords if k.arg == "attention_mask"] or node.args[4:5]
@@ -128,7 +128,7 @@ def mask_is_only_handed_on(function: Function) -> bool:
     return True
 
 
-def _hands_on(name: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+def _only_passed_on(name: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     node: ast.AST = parents[name]
     if isinstance(node, ast.keyword):
         node = parents[node]
@@ -224,13 +224,8 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def _copied(function: Function, code: types.CodeType, globals_: dict[str, Any], closure: Any, wraps: Any = None) -> Any:
     copy: Any = types.FunctionType(code, globals_, function.__name__, function.__defaults__, closure)
-    copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
-    copy.__dict__.update(function.__dict__)
-    copy.__module__, copy.__doc__, copy.__annotations__ = (
-        function.__module__,
-        function.__doc__,
-        function.__annotations__,
-    )
-    if wraps is not None:
-        copy.__wrapped__ = wraps
+    copy.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copy, function).__wrapped__ = wraps
+    if wraps is None:
+        del copy.__wrapped__
     return copy

@@ -176,6 +176,15 @@ def empty_outputs(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out, q.new_empty(shape[:-1] if len(shape) == 4 else (shape[1], shape[0]), dtype=torch.float32)
 
 
+def outputs_to_fill(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`empty_outputs` for tokens that may be nobody's to compute: packed, they hold 0 and -inf."""
+    out, lse = empty_outputs(call)
+    if call.packed:
+        out.zero_()
+        lse.fill_(-math.inf)
+    return out, lse
+
+
 def empty_grads(call: AttentionCall, wanted: Wanted) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv and dsinks, each in its tensor's memory order; without elements where it is not wanted."""
     tensors = (call.q, call.k, call.v, call.sinks)

@@ -5,33 +5,37 @@ They are written out because the op runs below autograd, which records no graph 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from llama_kernels.ops.attention.call import (
-    AttentionCall,
-    Results,
-    Wanted,
-    empty_grads,
-    empty_outputs,
-)
+from llama_kernels.ops.attention import cpu_flash
+from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, outputs_to_fill
 from llama_kernels.ops.rotation import Rotation
-from llama_kernels.reference.attention import AttentionOptions, attention, attention_varlen, spans, unseen, visible
+from llama_kernels.reference.attention import AttentionOptions, attention, spans, unseen, visible
 from llama_kernels.reference.rope import rope
 
 
 def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of `call`."""
+    out, lse = outputs_to_fill(call)
+    if not call.packed:
+        results = _dense_forward(call)
+        return out.copy_(results[0]), lse.copy_(results[1])
+    for rows, _, dense in _sequences(call):
+        results = _dense_forward(dense)
+        out[rows], lse[:, rows] = results[0][0].transpose(0, 1).to(out.dtype), results[1][0]
+    return out, lse
+
+
+def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    if cpu_flash.takes(call):
+        return cpu_flash.flash_forward(call)
     options: AttentionOptions = {
         "is_causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks,
         "kv_start": call.kv_start, "kv_end": call.kv_end, "window_size": _window_size(call),
     }  # fmt: skip
-    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        results = attention(call.q, call.k, call.v, return_lse=True, **options)
-    else:
-        sequences = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_q, call.longest_k)
-        results = attention_varlen(call.q, call.k, call.v, *sequences, return_lse=True, **options)
-    out, lse = (empty.copy_(x) for empty, x in zip(empty_outputs(call), results, strict=True))
-    return out, lse
+    return attention(call.q, call.k, call.v, return_lse=True, **options)
 
 
 def plain_backward(
@@ -54,20 +58,26 @@ def _packed_backward(call, results: Results):
     q, k, v, out, lse, do, dlse = call.q, call.k, call.v, *results
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
     dsinks = lse.new_zeros(q.shape[1])
-    of_q = spans(call.cu_seqlens_q, q.shape[0], call.longest_q)
-    of_k = spans(call.cu_seqlens_k, k.shape[0], call.longest_k)
-    for rows, keys in zip(of_q, of_k, strict=True):
-        dense = call._replace(
-            q=_dense(q[rows]), k=_dense(k[keys]), v=_dense(v[keys]),
-            kv_start=None if call.kv_start is None else call.kv_start[None, rows],
-            kv_end=None if call.kv_end is None else call.kv_end[None, rows],
-        )  # fmt: skip
+    for rows, keys, dense in _sequences(call):
         dlse_rows = None if dlse is None else dlse[None, :, rows]
         parts = _dense_backward(dense, Results(_dense(out[rows]), lse[None, :, rows], _dense(do[rows]), dlse_rows))
         for grad, part, span in zip((dq, dk, dv), parts[:3], (rows, keys, keys), strict=True):
             grad[span] += part[0].transpose(0, 1)
         dsinks += parts[3]
     return dq, dk, dv, dsinks
+
+
+def _sequences(call) -> Iterator[tuple[slice, slice, AttentionCall]]:
+    """Of each sequence of a packed call: its queries, its keys, and the dense call of them."""
+    of_q = spans(call.cu_seqlens_q, call.q.shape[0], call.longest_q)
+    of_k = spans(call.cu_seqlens_k, call.k.shape[0], call.longest_k)
+    for rows, keys in zip(of_q, of_k, strict=True):
+        yield rows, keys, call._replace(
+            q=_dense(call.q[rows]), k=_dense(call.k[keys]), v=_dense(call.v[keys]),
+            kv_start=None if call.kv_start is None else call.kv_start[None, rows],
+            kv_end=None if call.kv_end is None else call.kv_end[None, rows],
+            cu_seqlens_q=None, cu_seqlens_k=None, longest_q=rows.stop - rows.start, longest_k=keys.stop - keys.start,
+        )  # fmt: skip
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -79,6 +89,9 @@ def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor
     """dq, dk, dv and dsinks, all float32."""
     q, k, v, sinks, scale, softcap = call.q, call.k, call.v, call.sinks, call.scale, call.softcap
     out, lse, do, dlse = results
+    if dlse is None and cpu_flash.takes(call):
+        delta = (out.float() * do.float()).sum(-1)
+        return *cpu_flash.flash_backward(call, results), _dsinks(sinks, lse, delta)
     Hq, Hkv, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     groups = (Hkv, Hq // Hkv if Hkv else 1)
     q, do, out = (x.float().unflatten(1, groups) for x in (q, do, out))  # (B, Hkv, G, Sq, D)
@@ -100,10 +113,14 @@ def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor
     dq = torch.einsum("bhgij,bhjd->bhgid", ds, k).flatten(1, 2) * scale
     dk = torch.einsum("bhgij,bhgid->bhjd", ds, q) * scale
     dv = torch.einsum("bhgij,bhgid->bhjd", p, do)
+    return dq, dk, dv, _dsinks(sinks, results.lse, delta.squeeze(-1).flatten(1, 2))
+
+
+def _dsinks(sinks: torch.Tensor | None, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The gradient of sinks, (Hq,) float32, of lse and delta (B, Hq, Sq); zeros where there are none."""
     if sinks is None:
-        return dq, dk, dv, dq.new_zeros(Hq)
-    mass = torch.exp(sinks.float().unflatten(0, groups)[:, :, None, None] - lse)
-    return dq, dk, dv, -(mass * delta).sum((0, 3, 4)).flatten()
+        return delta.new_zeros(lse.shape[1])
+    return -(torch.exp(sinks.float()[:, None] - lse) * delta).sum((0, 2))
 
 
 def _window_size(call: AttentionCall) -> tuple[int, int]:

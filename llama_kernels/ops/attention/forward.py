@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from llama_kernels.core.language import LN2, LOG2E, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention import dispatch, hopper
-from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, lse_strides
+from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, lse_strides, outputs_to_fill
 from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.masks import Mask, key_blocks
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend, first_scores, last_values, no_probs
@@ -121,9 +119,9 @@ def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     choice = dispatch.forward(call)
     if choice is dispatch.DECODE:
         return launch_decode(call)
+    if not call.sizes.B:
+        return outputs_to_fill(call)
     o, lse = empty_outputs(call)
-    if not call.sizes.B:  # packed, tokens may be left which no sequence owns
-        return o.zero_(), lse.fill_(-math.inf)
     lists = tile_lists(call, of_keys=False)
     if choice.tile is None or not hopper.try_forward(call, choice.tile, o, lse, lists):
         _launches(call, o, lse, lists)

@@ -14,8 +14,8 @@ from llama_kernels.core.registry import needs_grad, register
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs
 from llama_kernels.ops.attention.checks import checked_call
+from llama_kernels.ops.attention.cpu import plain_forward
 from llama_kernels.ops.attention.decode import MOST_QUERIES, MOST_ROWS, fits_decode, launch_decode
-from llama_kernels.reference.attention import attention
 
 __all__ = ["decode_attention", "fits_decode"]
 
@@ -29,7 +29,7 @@ def _by(run: Callable[[AttentionCall, torch.Tensor], torch.Tensor]) -> Callable[
 
 
 def _plain(call: AttentionCall, key_mask: torch.Tensor) -> torch.Tensor:
-    """The reference on the visible keys of one sequence at a time, where kv_start and kv_end count visible keys."""
+    """Attention to the visible keys of one sequence at a time, where kv_start and kv_end count visible keys."""
     out, _ = empty_outputs(call)
     for b, visible in enumerate(key_mask):
         one = slice(b, b + 1)
@@ -38,10 +38,9 @@ def _plain(call: AttentionCall, key_mask: torch.Tensor) -> torch.Tensor:
             None if bound is None else visible_before[bound[one].clamp(0, visible.numel())]
             for bound in (call.kv_start, call.kv_end)
         )
-        out[b] = attention(
-            call.q[one], call.k[one, :, visible], call.v[one, :, visible], is_causal=False, scale=call.scale,
-            softcap=call.softcap, sinks=call.sinks, kv_start=kv_start, kv_end=kv_end,
-        )[0]  # fmt: skip
+        k, v = call.k[one, :, visible], call.v[one, :, visible]
+        alone = call._replace(q=call.q[one], k=k, v=v, kv_start=kv_start, kv_end=kv_end, longest_k=k.shape[2])
+        out[b] = plain_forward(alone)[0][0]
     return out
 
 

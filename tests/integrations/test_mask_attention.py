@@ -1,0 +1,76 @@
+"""Attention with a mask as ranges of keys: results against the ideal, without the host waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="4.57")
+
+from llama_kernels.integrations.transformers.attention import attention_forward
+from tests.integrations.mask_cases import BLOCKS, STATES, B, Masks, S, no_waiting, padding  # noqa: F401  a fixture
+from tests.integrations.small import WithoutWaiting, not_interpreted
+from tests.support.environment import DEVICE
+from tests.support.ideal import drawn, ideal_attention
+from tests.support.judge import judge
+
+pytestmark = not_interpreted
+
+SCALE = 0.25
+
+
+def random_qkv(queries: int = S, keys: int = S, rows: int = B) -> list[torch.Tensor]:
+    return [torch.randn(rows, H, n, 16, device=DEVICE) for H, n in ((4, queries), (2, keys), (2, keys))]
+
+
+def attend(mask: torch.Tensor | None, qkv: list[torch.Tensor], **options: Any) -> torch.Tensor:
+    """(B, Hq, Sq, D), without the host waiting for the device."""
+    with WithoutWaiting():
+        return attention_forward(torch.nn.Module(), *qkv, mask, scaling=SCALE, **options)[0].transpose(1, 2)
+
+
+def check(out: torch.Tensor, qkv: list[torch.Tensor], see: torch.Tensor) -> None:
+    """Judge `out` for queries that see the keys in `see` (B, Sq, Sk). A row that sees no key is 0."""
+    q, k, v = qkv
+    ideal = drawn(ideal_attention, q, k, v, see[:, None], SCALE, None, None, q, q[..., 0])[0]
+    q, k, v = (x.double() for x in (q, *(x.repeat_interleave(2, 1) for x in (k, v))))
+    p = torch.softmax((q @ k.mT * SCALE).masked_fill(~see[:, None], -torch.inf), -1)
+    judge("attention", out, p.nan_to_num(0) @ v, ideal)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "holes"])
+@pytest.mark.parametrize("kind", ["causal", "sliding", "chunked"])
+def test_attention_sees_the_keys_of_the_mask(kind, side):
+    for state in (STATES["no cache"], STATES["second piece"], STATES["static step"]):
+        for training in (True, False):
+            of_kind = Masks(kind, state, attention_mask=padding(side, state.past + state.queries))
+            see = of_kind.stock()
+            qkv = random_qkv(state.queries, see.shape[-1])
+            with torch.set_grad_enabled(training):
+                out = attend(of_kind.ours(), qkv)
+            check(out, qkv, see)
+
+
+def test_cu_seq_lens_separate_documents():
+    cu = torch.tensor([0, 5, 12, 24], dtype=torch.int32, device=DEVICE)
+    bounds = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 12, "max_length_k": 12}
+    qkv = random_qkv(24, 24, 1)
+    document = torch.bucketize(torch.arange(24, device=DEVICE), cu, right=True)
+    see = (document[:, None] == document).tril()
+    check(attend(None, qkv, **bounds), qkv, see[None])
+
+
+def test_a_block_in_two_pieces_gives_nan():
+    """Its mask is not ranges of keys, which the host does not know when it makes the mask."""
+    blocks = torch.tensor([[-1, 0, 0, -1, 0, 0, -1, -1, -1, -1, -1, -1], BLOCKS["one image"][0]], device=DEVICE)
+    out = attend(Masks("causal", block_sequence_ids=blocks).ours(), random_qkv())
+    assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+def test_padding_may_have_the_number_of_a_block():
+    """PaliGemma's processor gives padding on the right the number of the prefix. It is not a second piece of it."""
+    blocks = torch.tensor([[0] * 5 + [-1] * 5 + [0] * 2, BLOCKS["a prefix"][1]], device=DEVICE)
+    mask = Masks("causal", block_sequence_ids=blocks, attention_mask=padding("right")).check()
+    assert attend(mask, random_qkv()).isfinite().all()

@@ -1,0 +1,120 @@
+"""Code that users change: `patch` replaces an operation only where it is still the code that it knows."""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", minversion="4.57")
+
+from transformers.models.llama import modeling_llama
+
+from llama_kernels.integrations.transformers import patch, report
+from tests.integrations.comparison import compare_with_stock, logits_and_gradients
+from tests.integrations.small import not_interpreted, patched, small, stock_rows, tokens
+from tests.integrations.user_classes import OwnAttention, OwnLayer, OwnRMSNorm, Renamed, with_class
+
+pytestmark = not_interpreted
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "stays_stock"),
+    [
+        ("model.layers.1.self_attn", OwnAttention, True),
+        ("model.layers.1.input_layernorm", OwnRMSNorm, True),
+        ("model.layers.1.post_attention_layernorm", OwnRMSNorm, True),
+        ("model.norm", OwnRMSNorm, True),
+        ("model.layers.0", OwnLayer, False),
+        ("model.layers.0.self_attn", Renamed, False),
+    ],
+)
+def test_a_subclass_of_a_module_runs_its_own_forward(name, cls, stays_stock):
+    stock = with_class(small(), name, cls)
+    ours = patched(stock)
+    assert isinstance(ours.get_submodule(name), cls)
+    assert any(row_cls == cls.__name__ for _, row_cls in stock_rows(ours)) == stays_stock
+    run = logits_and_gradients(tokens())
+    compare_with_stock(ours, stock, run)
+    plain = run(small())["logits"]
+    assert cls is Renamed or (run(ours)["logits"] - plain).abs().max() > 1e-2
+
+
+def norm_without_mean(self, hidden_states):
+    return self.weight * nn.functional.normalize(hidden_states, dim=-1)
+
+
+def attention_that_returns_zeros(self, hidden_states, *args, **kwargs):
+    return torch.zeros_like(hidden_states), None
+
+
+def no_rotation(q, k, cos, sin, *args, unsqueeze_dim=1, **kwargs):
+    return q, k
+
+
+def interleaved_rotate_half(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+EDITS = {
+    "the norm's forward": (modeling_llama.LlamaRMSNorm, "forward", norm_without_mean, "rms_norm"),
+    "the attention's forward": (modeling_llama.LlamaAttention, "forward", attention_that_returns_zeros, "attention"),
+    "apply_rotary_pos_emb": (modeling_llama, "apply_rotary_pos_emb", no_rotation, "rope"),
+    "rotate_half": (modeling_llama, "rotate_half", interleaved_rotate_half, "rope"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_function_edited_after_another_model_was_patched_stays_stock(edit, monkeypatch):
+    run = logits_and_gradients(tokens())
+    plain = run(patch(small()))["logits"]
+    where, name, function, kind = EDITS[edit]
+    with monkeypatch.context() as edited:
+        edited.setattr(where, name, function)
+        stock = small()
+        ours = patched(stock)
+        assert kind not in {row.kind for row in report(ours).rows if row.ours}
+        compare_with_stock(ours, stock, run)
+        assert (run(ours)["logits"] - plain).abs().max() > 1e-2
+    assert not stock_rows(patch(small()))
+
+
+def halved_norm(self, hidden_states):
+    return 0.5 * type(self).forward(self, hidden_states)
+
+
+def halved_attention(self, hidden_states, **kwargs):
+    out, weights = type(self).forward(self, hidden_states, **kwargs)
+    return out * 0.5, weights
+
+
+def test_a_forward_set_on_an_instance_runs():
+    stock = small()
+    norm, attention = stock.model.layers[1].input_layernorm, stock.model.layers[0].self_attn
+    norm.forward = types.MethodType(halved_norm, norm)
+    attention.forward = types.MethodType(halved_attention, attention)
+    ours = patched(stock)
+    why = stock_rows(ours)
+    assert "set on the instance" in why["rms_norm", "LlamaRMSNorm"]
+    assert "set on the instance" in why["rope", "LlamaAttention"]
+    run = logits_and_gradients(tokens())
+    compare_with_stock(ours, stock, run)
+    assert (run(ours)["logits"] - run(small())["logits"]).abs().max() > 1e-2
+
+
+def test_a_norm_whose_forward_is_wrapped_stays_stock(monkeypatch):
+    def doubled(forward):
+        @functools.wraps(forward)
+        def wrapper(self, hidden_states):
+            return 2 * forward(self, hidden_states)
+
+        return wrapper
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", doubled(modeling_llama.LlamaRMSNorm.forward))
+    stock = small()
+    ours = patched(stock)
+    assert stock_rows(ours)["rms_norm", "LlamaRMSNorm"] == "its forward is not known code"
+    compare_with_stock(ours, stock, logits_and_gradients(tokens()))

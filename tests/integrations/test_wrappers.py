@@ -1,0 +1,138 @@
+"""Patched models whose modules or functions other libraries wrap: results are those of stock."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.0")
+
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_kernels.integrations.transformers import patch, source, unpatch
+from llama_kernels.integrations.transformers.attention import attention_forward
+from tests.integrations.changed_models import changed, compare_with_stock, families, on_cpu, orders, replaced
+from tests.integrations.families import batch, stock
+
+pytestmark = on_cpu
+
+# --- accelerate ------------------------------------------------------------------------------------------------------
+
+
+def offloaded_to_cpu(model: nn.Module, folder) -> nn.Module:
+    return accelerate().cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def offloaded_to_disk(model: nn.Module, folder) -> nn.Module:
+    return accelerate().disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+
+
+def dispatched(model: nn.Module, folder) -> nn.Module:
+    """One layer stays on the CPU. The other layer and the last norm are offloaded to disk."""
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
+    parts |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    return accelerate().dispatch_model(model, parts, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+def accelerate():
+    return pytest.importorskip("accelerate")
+
+
+@orders
+@pytest.mark.parametrize("change", [offloaded_to_cpu, offloaded_to_disk, dispatched])
+@families
+def test_offloading_by_accelerate_gives_the_results_of_stock(family, change, order, tmp_path):
+    model = changed(functools.partial(change, folder=tmp_path), stock(family), order)
+    assert "attention" in replaced(model)
+    assert ("rms_norm" in replaced(model)) == (order == "patch first")
+    compare_with_stock(family, model, "far positions")
+    compare_with_stock(family, unpatch(model), "far positions")
+
+
+# --- wrappers of our attention ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """A context in which another function is registered under the name of our attention."""
+
+    @contextlib.contextmanager
+    def registered(function) -> Iterator[None]:
+        with monkeypatch.context() as patched:
+            patched.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "llama_kernels", function)
+            yield
+
+    return registered
+
+
+def test_a_wrapper_registered_under_our_name_is_called(registered):
+    """DeepSpeed's UlyssesSPAttentionHF registers itself in this way."""
+    calls = []
+
+    def wrapper(module, *args, **kwargs):
+        calls.append(module.layer_idx)
+        return attention_forward(module, *args, **kwargs)
+
+    model = patch(stock("llama"))
+    with registered(wrapper):
+        compare_with_stock("llama", model)
+    assert calls == [0, 1]
+    compare_with_stock("llama", model)
+    assert calls == [0, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_oss"])
+def test_windows_and_documents_need_no_mask(family, registered):
+    """A wrapper may drop the mask, as DeepSpeed's does, which collects the keys of all ranks."""
+
+    def wrapper(module, query, key, value, attention_mask, *args, **kwargs):
+        return attention_forward(module, query, key, value, None, *args, **kwargs)
+
+    model, ids = patch(stock(family)), batch(family).ids
+    positions = torch.cat([torch.arange(9), torch.arange(11)]).expand_as(ids)
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        with registered(wrapper):
+            logits = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits, expected)
+
+
+# --- the package kernels ---------------------------------------------------------------------------------------------
+
+
+def as_kernels_wraps(func):
+    """Wraps a function as use_kernel_forward_from_hub of kernels 0.17 does."""
+
+    class Func(nn.Module):
+        def forward(self, *args, **kwargs):
+            return func(*args, **kwargs)
+
+    return Func()
+
+
+def by_kernels(function):
+    return pytest.importorskip("kernels").use_kernel_forward_from_hub("rotary_pos_emb")(function)
+
+
+@pytest.mark.parametrize("wrap", [as_kernels_wraps, by_kernels])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_rotary_function_wrapped_by_kernels_is_replaced_until_kernelize_sets_its_forward(monkeypatch, family, wrap):
+    """All models of the family then run that forward, patched ones too."""
+    module = sys.modules[type(stock(family)).__module__]
+    wrapped = wrap(source.called_by(module.apply_rotary_pos_emb))
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", wrapped)
+    theirs, model = stock(family), patch(stock(family))
+    assert "rope" in replaced(model) and ("qk_norm_rope" in replaced(model)) == (family == "qwen3")
+    compare_with_stock(family, model)
+    compare_with_stock(family, copy.deepcopy(model))
+    wrapped.forward = lambda q, k, cos, sin: (q * 2, k)
+    ids = batch(family).ids
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits)
