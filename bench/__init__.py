@@ -1,1 +1,1 @@
-"""Measurements and machine-code reports. Not installed: run from a checkout, as `python -m bench.codegen`."""
+"""Measurements and reports of machine code. Not installed: run from a checkout, for example `python -m bench`."""

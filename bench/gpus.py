@@ -1,16 +1,16 @@
-"""The GPUs of the estimates: what their datasheets say, and how much of it a program reaches."""
+"""The GPUs of the estimates: the rates of their datasheets, and the share of each rate that a program reaches."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-COPY_SHARE = 0.90  # of the datasheet's bandwidth, read plus written, that a plain copy reaches
-MATMUL_SHARE = 0.80  # of the datasheet's dense rate that a large product reaches
-# Both as seen on an H200: 4.3 of 4.8 TB/s, 788 of 989 TFLOP/s.
+# Measured on an H200: a large copy moved 4.3 of 4.8 TB/s (read plus written), a large product 788 of 989 TFLOP/s.
+COPY_SHARE = 0.90
+MATMUL_SHARE = 0.80
 
 
 class Gpu(NamedTuple):
-    """From the datasheet: GB/s of memory, dense TFLOP/s in half precision and in float32 without tensor cores."""
+    """Datasheet rates: memory in GB/s; dense TFLOP/s in half precision, and in float32 without tensor cores."""
 
     bandwidth: float
     half: float
@@ -18,6 +18,7 @@ class Gpu(NamedTuple):
 
     @property
     def ceilings(self) -> dict[str, float]:
+        """Rates that a program reaches: GB/s of a copy, TFLOP/s of a product by dtype."""
         half, float32 = self.half * MATMUL_SHARE, self.float32 * MATMUL_SHARE
         return {"copy": self.bandwidth * COPY_SHARE, "bfloat16": half, "float16": half, "float32": float32}
 

@@ -1,9 +1,9 @@
-"""What a call costs the host, without a GPU: `python -m bench.host [--json FILE]`.
+"""Host time of a call, measured without a GPU: `python -m bench.host [--json FILE]`.
 
-The public functions run on small CPU tensors. The kernels' launchers are registered for these, and a driver stands in
-for a GPU: Triton binds, specialises and looks up the compiled kernel as on a GPU, and the launch itself does nothing.
-So the figures contain everything but the driver's own launch (about 3 µs a kernel on an H200's host). They hold for
-the processor of this machine.
+The public functions run on small CPU tensors, for which the kernels' launchers are registered. A stand-in driver takes
+the place of the GPU's: Triton binds the arguments and looks up the compiled kernel as on a GPU, and the launch does
+nothing. The figures include everything except the driver's launch (about 3 µs a kernel on an H200's host). They are
+times of this machine's processor.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from llama_kernels.core import launch_cache, registry
 from llama_kernels.ops.attention import tables
 from tests.support.ops import OPS, Make, Shape
 
-GOAL = 25.0  # microseconds of a forward call
+GOAL = 25.0  # microseconds a forward call
 BATCHES, CALLS = 20, 50
 
 
 class _Utils:
-    """A GPU with enough shared memory for every kernel. Loading a kernel does nothing."""
+    """Reports enough shared memory for every kernel. Loading a kernel does nothing."""
 
     def load_binary(self, *_: Any) -> tuple[object, int, int, int, int]:
         return object(), 0, 0, 0, 1024
 
-    def unload_module(self, _: Any) -> None:  # from Triton 3.9 on, of a kernel that is dropped
+    def unload_module(self, _: Any) -> None:  # Triton 3.9 and newer call it when a kernel is freed
         pass
 
     def get_device_properties(self, _: int) -> dict[str, int]:
@@ -57,9 +57,9 @@ class LaunchingNothing(StandInDriver):
 
 
 def calls() -> Iterator[tuple[str, Callable[[], torch.Tensor], tuple[torch.Tensor, ...]]]:
-    """Name, call, and what it is differentiated by, of every op and of a decoding step.
+    """(name, call, tensors that need a gradient) of every op and of a decoding step.
 
-    The tensors are small: on the host a call costs the same at all sizes.
+    The tensors are small, because the host time of a call does not depend on their sizes.
     """
     shape, make = Shape(B=1, Hq=8, Hkv=2, S=128, D=64, N=1024), Make(dtype=torch.bfloat16)
     for op in OPS.values():
@@ -76,7 +76,7 @@ def _first_result(op: Callable[..., Any], arguments: dict[str, Any]) -> torch.Te
 
 
 def microseconds(run: Callable[[], object]) -> float:
-    """The median over batches of calls."""
+    """Microseconds a call: the median over BATCHES batches of CALLS calls."""
     for _ in range(CALLS):
         run()
     samples = []
@@ -93,8 +93,9 @@ def _step(call: Callable[[], torch.Tensor], leaves: tuple[torch.Tensor, ...], dy
 
 
 def measure() -> list[dict[str, Any]]:
+    """A row for each of `calls`: microseconds of the forward, and of forward and backward where there is one."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of PyTorch: an implementation is replaced
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns when an implementation is replaced
         for name, launcher in registry.KERNELS.items():
             registry.LIBRARY.impl(name, launcher, "CPU", allow_override=True)
     before = driver._active
@@ -112,7 +113,7 @@ def measure() -> list[dict[str, Any]]:
                 rows.append(row)
     finally:
         driver._active = before
-        launch_cache.forget()  # its launches are of the stand-in driver
+        launch_cache.forget()  # its bound launches belong to the stand-in driver
     return rows
 
 
@@ -121,9 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
     if knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set, so there is no launch to time: unset it")
+        parser.error("TRITON_INTERPRET is set, and the interpreter has no launch to time; unset it")
     if torch.cuda.is_available():
-        parser.error('needs a machine without a GPU, or CUDA_VISIBLE_DEVICES="": the launches here do nothing')
+        parser.error('the stand-in driver would replace that of the GPU; set CUDA_VISIBLE_DEVICES=""')
     torch.set_num_threads(1)
     rows = measure()
     for row in rows:

@@ -1,8 +1,8 @@
 """Hooks of `mkdocs build` (mkdocs.yml): pages made from files outside docs/, and links to such files.
 
-CONTRIBUTING.md and CHANGELOG.md stand at the root of the repository, where people look for them; the site has them as
-pages. A link to any other file outside docs/ leads to the file in the repository at `repo_url`, or becomes the path of
-the file where no `repo_url` is set. A link to a file that does not exist is a warning, which `strict` makes an error.
+The site has CONTRIBUTING.md and CHANGELOG.md, which are at the root of the repository, as pages. A link to another file
+outside docs/ becomes a link to that file at `repo_url`, or its path as text if no `repo_url` is set. A link to a file
+that does not exist is a warning, which `strict` makes an error.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-# Files at the root that are pages of the site, by the name of the page.
+# Files at the root that become pages, and the names of the pages.
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
-# [text](target), where the target is no address of another host and no anchor of the same page.
+# [text](target), unless the target is a URL or an anchor of the same page.
 _LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 _log = logging.getLogger("mkdocs.plugins.docs_site")
 
@@ -42,12 +42,12 @@ def on_page_markdown(markdown: str, page: Any, config: Mapping[str, Any], **_: A
 
 
 def replace_links(markdown: str, source: Path, page: Path, repo_url: str | None) -> str:
-    """`markdown` of the file `source` as the site takes it.
+    """`markdown` of the file `source`, with links that are valid on the site.
 
     Args:
-        source: the file that the text was read from; its links are relative to this.
-        page: the page of the site, as a path in docs/; its links are to be relative to this.
-        repo_url: the address of the repository, or None.
+        source: the file that the text was read from, to which its links are relative.
+        page: the path of the page in docs/, to which the returned links are relative.
+        repo_url: the URL of the repository, or None.
     """
 
     def replaced(match: re.Match[str]) -> str:

@@ -1,10 +1,10 @@
-"""Make a virtual environment that sees this repository and every package of the Python that runs this file.
+"""Makes a virtual environment that has this repository and every package of the Python that runs this file.
 
     python3 tools/link_environment.py .venv
 
-Nothing is installed: a .pth file in the new environment lists the folders. So neither pip nor a network is needed. The
-Python may be a plain one, with packages in its site-packages, dist-packages or the user's folder. It may also be itself
-a virtual environment, whose packages `python -m venv --system-site-packages` would not show.
+Nothing is installed, so neither pip nor a network is needed: a .pth file in the new environment lists the folders. The
+Python may have its packages in site-packages, in dist-packages or in the user's folder. It may also be in a virtual
+environment, whose packages `python -m venv --system-site-packages` would not include.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ PTH = "packages_of_the_python_that_made_this.pth"
 
 
 def search_path(python: Path) -> list[str]:
-    """Where `python` looks for modules."""
+    """The sys.path of `python`."""
     command = [python, "-c", "import json, sys; print(json.dumps(sys.path))"]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout)
 
 
 def link(folder: Path) -> None:
-    """Make the environment at `folder`, in place of what is there."""
+    """Make the environment at `folder`. An existing folder is replaced."""
     if folder.exists():
         shutil.rmtree(folder)
     venv.create(folder, symlinks=True, with_pip=False)
     python = folder / "bin" / "python"
-    own = search_path(python)  # the standard library, and the site-packages that is still empty
+    own = search_path(python)  # the standard library, and an empty site-packages
     of_packages = [path for path in search_path(Path(sys.executable)) if path and path not in own]
     site_packages = next(Path(path) for path in own if Path(path).name == "site-packages")
     (site_packages / PTH).write_text("\n".join([str(ROOT), *of_packages]) + "\n")
@@ -45,11 +45,11 @@ def main() -> int:
         return 2
     folder, python = Path(sys.argv[1]).absolute(), sys.executable
     if folder == Path(sys.prefix).absolute():
-        print(f"{python} belongs to {folder} itself. Deactivate it, or choose another with PYTHON=/path/to/python3")
+        print(f"{python} belongs to {folder}, which would be replaced. Choose another with PYTHON=/path/to/python3")
         return 1
     if importlib.util.find_spec("torch") is None:
-        print(f"TORCH=present takes the torch that {python} has, and it has none. Choose another Python with "
-              "PYTHON=/path/to/python3, or leave TORCH=present out: then torch is downloaded.")  # fmt: skip
+        print(f"TORCH=present uses the torch of {python}, and it has none. Choose another Python with "
+              "PYTHON=/path/to/python3, or leave out TORCH=present to download torch.")  # fmt: skip
         return 1
     link(folder)
     command = [folder / "bin" / "python", "-c", "import llama_kernels"]

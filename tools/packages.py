@@ -1,9 +1,9 @@
-"""Which packages each make target needs, and which of them are missing here.
+"""Lists the packages that make targets need and this Python does not have.
 
-    python tools/packages.py                         lists what is missing, each with what it is used for
-    python tools/packages.py demo --python python3   exits with 1 where `make demo` cannot run, and says why
+    python tools/packages.py                         lists all missing packages, and what they are used for
+    python tools/packages.py demo --python python3   exits with 1 if `make demo` cannot run, and says why
 
-`make` runs it with TORCH=present, where it installs nothing. --python is the Python that the packages belong to.
+`make` runs this for TORCH=present, which installs nothing. --python is the Python to install packages for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Package(NamedTuple):
-    """A package by its name for pip, the module that it brings, and the make targets that cannot run without it."""
+    """A package: its name for pip, its module, what it is used for, and the make targets that cannot run without it."""
 
     name: str
     module: str
@@ -43,7 +43,7 @@ PACKAGES = (
 
 
 def missing(target: str | None = None) -> list[Package]:
-    """Packages that this Python does not have: all of them, or those that `target` cannot run without."""
+    """Packages that this Python does not have and, if given, `target` cannot run without."""
     wanted = [package for package in PACKAGES if target is None or target in package.targets]
     return [package for package in wanted if importlib.util.find_spec(package.module) is None]
 
@@ -54,7 +54,7 @@ def install_command(python: str, packages: list[Package]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tools/packages.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("target", nargs="?", help="a make target; without one, everything that is missing is listed")
+    parser.add_argument("target", nargs="?", help="a make target; without one, all missing packages are listed")
     parser.add_argument("--python", default=sys.executable, help="the Python to install packages for")
     args = parser.parse_args()
     lacking = missing(args.target)

@@ -1,1 +1,1 @@
-"""The compile gate: what every kernel compiles to, read without a GPU."""
+"""The compile gate: compiles every kernel without a GPU and reads the machine code."""

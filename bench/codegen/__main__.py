@@ -1,14 +1,18 @@
-"""What every kernel compiles to, read offline: `python -m bench.codegen [--json FILE]`. No GPU needed.
+"""The machine code of every kernel, without a GPU: `python -m bench.codegen [--json FILE]`.
 
-The package's own launchers run under a driver that stands in for a GPU: Triton specialises and compiles just what it
-would there, and the launch is dropped. So nothing here repeats a kernel's signature, and a launcher that does not fit
-its kernel fails here. Triton's own cuobjdump and nvdisasm then read the machine code.
+The package's launchers run under a stand-in driver: Triton specialises and compiles exactly what it would on a GPU, and
+nothing is launched. So no signature of a kernel is repeated here, and a launcher that does not fit its kernel fails.
+Triton's cuobjdump and nvdisasm then read the machine code.
 
-Exits with 1 on a spill (of more than 64 bytes in dk and dv), on attention without tensor-core instructions or with a
-serialised tensor-core pipeline, on what sass.py and hopper.py find wrong in its loops, on RoPE or RMSNorm with a loop
-that has no 128-bit accesses or more instructions than fit beside its bytes, on more shared memory than a block of the
-target may have, or where the plain causal kernels of attention differ from `bench/codegen/machine_code.json`: an option
-that is off must not change them. `--record` records an intended change.
+Exits with 1 if any of these is found:
+
+- a spill (in the kernel of dk and dv, of more than 64 bytes);
+- more shared memory than a thread block of the target can have;
+- attention without tensor-core instructions, with a serialised tensor-core pipeline, or with a fault in its loops that
+  sass.py or hopper.py names;
+- RoPE or RMSNorm with a loop without 128-bit accesses, or with more instructions than can issue while its bytes move;
+- a plain causal kernel of attention that differs from `bench/codegen/machine_code.json`, since an option that is off
+  must not change it. `--record` records an intended change.
 """
 
 from __future__ import annotations
@@ -44,16 +48,16 @@ def show(reports: list[Report]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="write the reports there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the reports to FILE")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
-    parser.add_argument("--full", action="store_true", help="every case for every target, not one of each kind")
+    parser.add_argument("--full", action="store_true", help="compile every case for every target, not one of each kind")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--record", action="store_true", help=f"what is found is meant: write {record.RECORD.name}")
+    parser.add_argument("--record", action="store_true", help=f"the changes are intended: write {record.RECORD.name}")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+        parser.error("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     if args.record and (args.full or set(args.targets) != set(TARGETS)):
-        parser.error("--record takes what is compiled by default")
+        parser.error("--record needs the default cases and targets; leave out --full and --targets")
     reports = collect(args.targets, args.full, args.workers)
     show(reports)
     print("\na_byte: instructions of a thread in the heaviest loop, for each byte of global memory that it moves")

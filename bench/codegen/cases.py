@@ -1,12 +1,13 @@
 """The calls that the compile gate compiles. bench/codegen/hopper.py and ones.py have more.
 
-The package's own launchers run, so nothing here repeats a kernel's signature, and a launcher that does not fit its
-kernel fails here.
+The calls go to the package's launchers, so no signature of a kernel is repeated here.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -28,9 +29,14 @@ def cases() -> Iterator[Case]:
     yield from ones.cases()
 
 
+def _call(op: str, label: str, kernel: str, *arguments: Any, full: bool = False) -> Case:
+    """A case that calls the launcher of the registered op `kernel`."""
+    return Case(op, label, lambda: KERNELS[kernel](*arguments), full)
+
+
 def _rms_norm_cases() -> Iterator[Case]:
     half, single = torch.bfloat16, torch.float32
-    # Each row of the tile table once, and a width that is no power of two; its neighbours are left to --full.
+    # Each row of the tile table once, and a width that is not a power of two. Similar widths only with --full.
     for N in (64, 128, 1024, 2048, 4096, 5120, 8192, 14336, 16384, 32768, 65536, 262144):
         yield from _rows_of(N, half, half, N in (64, 2048, 14336, 65536))
     for N in (128, 4096, 8192, 16384, 32768):
@@ -44,9 +50,9 @@ def _rows_of(N: int, dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) 
     for residual in (None, x):
         label = f"N={N}" + " float32" * (dtype == torch.float32) + " float32 weight" * (weight_dtype != dtype)
         label += "" if residual is None else " +residual"
-        yield Case("rms_norm", label, lambda a=(x, residual, weight, 1e-6, 0.0): KERNELS["rms_norm_forward"](*a), full)
+        yield _call("rms_norm", label, "rms_norm_forward", x, residual, weight, 1e-6, 0.0, full=full)
         grads = (x, residual, x, weight, rstd, 1e-6, 0.0, dtype, True, True)
-        yield Case("rms_norm", label, lambda a=grads: KERNELS["rms_norm_backward"](*a), full)
+        yield _call("rms_norm", label, "rms_norm_backward", *grads, full=full)
 
 
 def _rope_cases() -> Iterator[Case]:
@@ -54,17 +60,16 @@ def _rope_cases() -> Iterator[Case]:
                           (128, 128, 32, 1), (256, 256, 8, 4)):  # fmt: skip
         for interleaved in (False, True):
             q, k, *angles = _heads(D, R, Hq, Hkv)
-            label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
-            yield Case("rope", label, lambda a=(q, k, *angles, interleaved, False): KERNELS["rope"](*a))
+            label = f"D={D} R={R} heads={Hq}/{Hkv}" + " interleaved" * interleaved
+            yield _call("rope", label, "rope", q, k, *angles, interleaved, False)
     q, k, *angles = _heads(128, 128, 32, 8)
-    yield Case("rope", "D=128 heads=32/8 packed", lambda a=(q, k, k, *angles, False): KERNELS["rope_qkv_backward"](*a))
+    yield _call("rope", "D=128 heads=32/8 packed", "rope_qkv_backward", q, k, k, *angles, False)
     cache, slots = torch.empty(1, 8, 64, 128, dtype=q.dtype), angles[-1]
     into = (q, k, k, cache, cache, slots, *angles, False)
-    yield Case("rope", "D=128 heads=32/8 into a cache", lambda a=into: KERNELS["rope_into_cache"](*a))
+    yield _call("rope", "D=128 heads=32/8 into a cache", "rope_into_cache", *into)
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
-        wide = (*_wide_tables(128), angles[-1], interleaved)
-        yield Case("rope", label, lambda a=(q, k, *wide, True): KERNELS["rope"](*a), interleaved)
+        yield _call("rope", label, "rope", q, k, *_wide_tables(128), slots, interleaved, True, full=interleaved)
 
 
 def _qk_norm_rope_cases() -> Iterator[Case]:
@@ -72,18 +77,16 @@ def _qk_norm_rope_cases() -> Iterator[Case]:
         for interleaved in (False, True):
             q, k, *angles = _heads(D, R, Hq, Hkv)
             weights = (torch.empty(D, dtype=q.dtype),) * 2
-            label = f"D={D} R={R} heads={Hq}/{Hkv}" + (" interleaved" if interleaved else "")
+            label = f"D={D} R={R} heads={Hq}/{Hkv}" + " interleaved" * interleaved
             rest, full = (*weights, *angles, 1e-6, 0.0, interleaved), D == 80 or (interleaved and (D, R) != (128, 128))
-            yield Case("qk_norm_rope", label, lambda a=(q, k, *rest): KERNELS["qk_norm_rope"](*a), full)
-            yield Case(
-                "qk_norm_rope", label, lambda a=(q, k, q, k, *rest, True): KERNELS["qk_norm_rope_backward"](*a), full
-            )
+            yield _call("qk_norm_rope", label, "qk_norm_rope", q, k, *rest, full=full)
+            yield _call("qk_norm_rope", label, "qk_norm_rope_backward", q, k, q, k, *rest, True, full=full)
     q, k, *_, position_ids = _heads(128, 128, 32, 8)
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         weights = (torch.empty(128, dtype=q.dtype),) * 2
-        rest = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
-        yield Case("qk_norm_rope", label, lambda a=rest: KERNELS["qk_norm_rope_backward"](*a), interleaved)
+        grads = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
+        yield _call("qk_norm_rope", label, "qk_norm_rope_backward", *grads, full=interleaved)
 
 
 def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:
@@ -93,22 +96,22 @@ def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:
 
 
 def _wide_tables(D: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin as a Hugging Face model in bfloat16 has them."""
+    """cos, sin (S, D) in bfloat16, as Hugging Face models have them."""
     return torch.empty(32, D, dtype=torch.bfloat16), torch.empty(32, D, dtype=torch.bfloat16)
 
 
 def _attention_cases() -> Iterator[Case]:
-    # Every width class with and without masked columns; v narrower than q as multi-head latent attention has it.
+    # Every width of tiles, with and without masked columns. With multi-head latent attention, v is narrower than q.
     widths = ((16, 16), (32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
     for D, DV in widths:
         for dtype in (torch.bfloat16, torch.float32):
             for features in ("causal", "all"):
-                # What a class shares with a wider case of its own is left to --full.
+                # A narrower head with the tiles of a wider one is compiled only with --full.
                 full = (D, DV) not in ((64, 64), (128, 128), (192, 128), (256, 256)) or (
                     dtype == torch.float32 and (features == "all" or D != 128)
                 )
                 label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
-                yield Case("attention", label, lambda a=(D, DV, dtype, features == "all"): _attention(*a), full)
+                yield Case("attention", label, functools.partial(_attention, D, DV, dtype, features == "all"), full)
 
     for D in (64, 128, 256):
         label = f"D={D} bfloat16 packed causal"
@@ -118,8 +121,10 @@ def _attention_cases() -> Iterator[Case]:
 
 
 def _rope_attention_cases() -> Iterator[Case]:
-    """The backward's big kernels, which end with a rotation; the rest is compiled above. Whole heads and parts of them,
-    halves and neighbours, the options that hold registers."""
+    """The backward kernels, which end with a rotation; other kernels are compiled above.
+
+    Rotations of whole heads and of parts of them, of halves and of neighbours, and the options that need registers.
+    """
     for D, R, interleaved, dtype, features in (
         (64, 64, False, torch.bfloat16, "causal"), (128, 128, False, torch.bfloat16, "causal"),
         (128, 128, True, torch.bfloat16, "causal"), (128, 64, False, torch.bfloat16, "causal"),
@@ -133,23 +138,25 @@ def _rope_attention_cases() -> Iterator[Case]:
         full = (D, R, interleaved, dtype, features) not in (
             (128, 128, False, torch.bfloat16, "causal"), (256, 128, True, torch.bfloat16, "all"),
         )  # fmt: skip
-        call = (D, R, interleaved, dtype, features == "all")
-        yield Case("attention", label, lambda a=call: _rope_attention(*a), full)
+        launch = functools.partial(_rope_attention, D, R, interleaved, dtype, features == "all")
+        yield Case("attention", label, launch, full)
 
 
 def _decode_cases() -> Iterator[Case]:
     for D in (64, 128, 256):
         for dtype, features in ((torch.bfloat16, "causal"), (torch.bfloat16, "all"), (torch.float32, "all")):
             label = f"D={D} {str(dtype)[6:]} {features}"
-            yield Case("decode", label, lambda a=(D, dtype, features == "all"): _decode(*a))
+            yield Case("decode", label, functools.partial(_decode, D, dtype, features == "all"))
         for dtype in (torch.bfloat16, torch.float32):
-            call, full = (D, dtype, True, True), (D, dtype) != (128, torch.bfloat16)
-            yield Case("decode", f"D={D} {str(dtype)[6:]} key mask", lambda a=call: _decode(*a), full)
+            launch, full = functools.partial(_decode, D, dtype, True, masked=True), (D, dtype) != (128, torch.bfloat16)
+            yield Case("decode", f"D={D} {str(dtype)[6:]} key mask", launch, full)
 
 
 def _decode(D: int, dtype: torch.dtype, everything: bool, masked: bool = False) -> None:
-    """One token for four heads a key head, or the most rows that are split, with all options. No call has a window and
-    a mask of keys."""
+    """One token with four query heads a key head; with `everything`, the most rows that are split, and all options.
+
+    A key mask excludes a window.
+    """
     B, Hkv, Sk = 2, 2, 2048
     Hq, Sq = (8 * Hkv, decode.TILE_ROWS // 8) if everything else (4 * Hkv, 1)
     q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for S, H in ((Sq, Hq), (Sk, Hkv), (Sk, Hkv)))
@@ -163,7 +170,7 @@ def _decode(D: int, dtype: torch.dtype, everything: bool, masked: bool = False) 
 
 def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool, packed: bool = False) -> None:
     B, Hq, Hkv, S = 2, 8, 2, 512
-    # 512 tokens hold packed sequences too, whose options are compiled together with all the others.
+    # With `everything`, the 512 tokens are packed sequences, and all options are compiled together.
     q, k, v, do = (
         torch.empty(B, S, H, d, dtype=dtype).transpose(1, 2) for H, d in ((Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV))
     )

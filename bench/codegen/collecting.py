@@ -1,6 +1,6 @@
-"""The cases of the compile gate, compiled and read in several processes.
+"""Compiles and reads the cases of the compile gate in several processes.
 
-A module of its own: a process started by multiprocessing does not import `bench.codegen.__main__` again.
+This is not in `bench.codegen.__main__`, because processes that multiprocessing starts do not import that again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ def _work(job: tuple[str, int]) -> list[Report]:
 
 
 def chosen(name: str, case: Case, full: bool) -> bool:
-    """Whether `case` is compiled for target `name`. Row tiles of sm_86 are those of sm_80."""
+    """Whether `case` is compiled for target `name`. Except for attention, sm_86 has the tiles of sm_80."""
     elsewhere = name == "sm_86" and case.op not in ("attention", "decode")
     return case.only in (None, name) and (full or not (case.full or elsewhere))
 
 
 def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
+    """The reports of all kernels of the chosen cases."""
     jobs = [(name, i) for i, case in enumerate(cases()) for name in targets if chosen(name, case, full)]
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [report for reports in pool.map(_work, jobs) for report in reports]

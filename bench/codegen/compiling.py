@@ -1,6 +1,6 @@
-"""Calls compiled without a GPU, under a driver that stands in for that of a target.
+"""Compiles calls for a target without a GPU, under a stand-in driver.
 
-Triton specialises and compiles just what it would on the target, and the launch is dropped.
+Triton specialises and compiles exactly what it would on the target, and nothing is launched.
 """
 
 from __future__ import annotations
@@ -34,24 +34,27 @@ class Case:
     op: str
     label: str
     launch: Callable[[], Any]
-    full: bool = False  # only with --full
-    only: str | None = None  # a target; None: all
-    ones: bool = False  # with sizes of 1: it must compile and fit; how fast such code is does not matter
+    full: bool = False  # compiled only with --full
+    only: str | None = None  # the one target to compile for; None: all
+    ones: bool = False  # has sizes of 1: it must compile and fit into shared memory, and may be slow
 
 
 class StandInDriver:
-    """What Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
+    """Answers what Triton asks a driver before it compiles for a family of GPUs, or for the `target` of a GPU.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    Triton's caches in memory take each pair of arguments for another device.
+    """
+
+    def __init__(self, name: str, target: GPUTarget | None = None) -> None:
+        self._target, self._device = target or TARGETS[name], (name, target)
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self._name]
+        return self._target
 
-    def get_current_device(self) -> int:
-        return list(TARGETS).index(self._name)
+    def get_current_device(self) -> tuple[str, GPUTarget | None]:
+        return self._device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: tuple[str, GPUTarget | None]) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
@@ -59,7 +62,7 @@ class StandInDriver:
 
 
 def compile_case(name: str, case: Case) -> list[tuple[str, Any]]:
-    """The kernels that `case` launches on target `name`: (kernel name, triton's CompiledKernel)."""
+    """Compile the kernels that `case` launches on target `name`: (kernel name, triton.CompiledKernel)."""
     compiled = []
     run = JITFunction.run
 

@@ -1,7 +1,7 @@
 """The calls of the Hopper kernels that the compile gate compiles, and the rules for their loops.
 
-A loop over blocks must have no spill, no mask where none is needed, no softmax that waits for the tensor cores and no
-product that is computed twice: each makes the kernel slow and its results stay right. hopper_loops.py shows the loops.
+A loop over blocks must not spill, mask blocks that need no mask, wait for the tensor cores in the softmax, or compute a
+product twice. Each of these makes a kernel slow without changing its results. hopper_loops.py shows the loops.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHOWN = (
 
 
 def cases() -> Iterator[Case]:
-    """Each row of the table of tiles, causal and with all options at once; the others with --full."""
+    """Each row of the table of tiles, causal and with all options; other combinations only with --full."""
     for D in (64, 128, 256, 80, 96, 192):
         for options in ((), ("causal",), ("causal", "window"), ("causal", "packed"), ("causal", "softcap"),
                         ("causal", "window", "softcap", "sinks", "packed")):  # fmt: skip
@@ -47,8 +47,7 @@ def cases() -> Iterator[Case]:
 
 
 def _attention(D: int, options: tuple[str, ...]) -> None:
-    """Forward and backward, as on a Hopper GPU; a pass that the package would leave to the portable kernels is not
-    compiled."""
+    """Forward and backward as on a Hopper GPU. A pass that the package leaves to the portable kernels is skipped."""
     B, Hq, Hkv, S = 2, 8, 2, 512
     q, k, v = (torch.empty(B, S, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (Hq, Hkv, Hkv))
     lse, cu_seqlens = torch.empty(B, Hq, S), None
@@ -60,7 +59,7 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
     softcap = 30.0 if "softcap" in options else None
     rest = (sinks, None, None, cu_seqlens, cu_seqlens, S, S, 0.1, softcap, left, right)
     with mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"), hopper_attention(), warnings.catch_warnings():
-        warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile is said, and stepped over
+        warnings.filterwarnings("error", "llama_kernels: ")  # the package only warns if a kernel does not compile
         KERNELS["attention_forward"](q, k, v, *rest)
         if "rotated" in options:
             tables = (torch.empty(S, D // 2), torch.empty(S, D // 2), None)
@@ -77,16 +76,16 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
 
 
 class Loop(NamedTuple):
-    """One trip of a loop with products in it, of one warp group."""
+    """One iteration of a loop with products, of one warpgroup."""
 
     instructions: int
     mix: dict[str, int]
-    tensor_cycles: int  # of a multiprocessor, for its products: 4096 FLOPs a cycle
-    covered: float  # share of the exponentials that are issued while a product is under way
+    tensor_cycles: int  # cycles of the SM for its products, at 4096 FLOPs a cycle
+    covered: float  # share of the exponentials that are issued while a product is running
 
 
 def loops(cubin: bytes) -> list[Loop]:
-    """The innermost loops that multiply, in the order of the machine code."""
+    """The innermost loops with products, in the order of the machine code."""
     return [_loop(body) for body in sass.innermost(*sass.instructions(sass.disassembled(cubin)), "HGMMA")]
 
 
@@ -106,7 +105,7 @@ def _loop(body: list[str]) -> Loop:
 
 
 def faults(kernel: str, label: str, compiled: Any) -> list[str]:
-    """What the gate holds against a Hopper kernel, beyond what it asks of every kernel."""
+    """The faults of a Hopper kernel, in addition to those that reading.py finds in any kernel."""
     found = loops(compiled.asm["cubin"])
     wrong = [] if found else ["no loop that multiplies on tensor cores"]
     ptx = compiled.asm["ptx"]
@@ -115,12 +114,12 @@ def faults(kernel: str, label: str, compiled: Any) -> list[str]:
             wrong.append(f"without {needed}")
     pass_, D = re.match(r"hopper_(\w+)_kernel", kernel)[1], int(re.search(r"D=(\d+)", label)[1])
     tile = next(tile for tile in TILES[pass_] if tile.width >= D)
-    # Two products of 64 rows and BLOCK_N keys in the forward, five of 64 keys and BLOCK_M rows in the backward.
+    # The forward has two products of 64 rows and BLOCK_N keys, the backward five of 64 keys and BLOCK_M rows.
     products, across = (2, tile.BLOCK_N) if pass_ == "forward" else (5, tile.BLOCK_M)
     wanted = products * 2 * 64 * across * tile.width // 4096
     if any(loop.tensor_cycles != wanted for loop in found):
         wrong.append(f"tensor cores busy for {[loop.tensor_cycles for loop in found]} cycles, not {wanted}")
-    # The exponentials of softcap's tanh are many, and come first.
+    # With softcap, the backward has the exponentials of tanh too, which come before any product.
     if any(loop.covered < 0.9 for loop in found) and (pass_ == "forward" or "softcap" not in label):
         wrong.append(f"{min(loop.covered for loop in found):.0%} of the exponentials under a product, wanted 90%")
     plain = min(found, key=lambda loop: loop.instructions, default=None)

@@ -1,4 +1,4 @@
-"""`python -m bench.codegen.hopper_loops [D=128 causal ...]`: what a trip of each loop of the Hopper kernels issues."""
+"""`python -m bench.codegen.hopper_loops [D=128 causal ...]`: the instructions in each loop of the Hopper kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.codegen.reading import read
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.codegen.hopper_loops", description=__doc__)
-    parser.add_argument("words", nargs="*", help="only cases with all of these in their label, D=128 or packed say")
+    parser.add_argument("words", nargs="*", help="only cases whose label has all of these, such as D=128 or packed")
     words = parser.parse_args().words
     for case in cases():
         if not set(words) <= set(case.label.split()):

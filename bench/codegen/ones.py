@@ -1,7 +1,7 @@
 """Calls with sizes of 1, for the compile gate: they must compile and fit into shared memory.
 
-Triton makes a constant of an integer argument that is 1, and compiles another kernel for it. So each size that a user
-can make 1 is 1 in some call: the length of documents, all tokens, the batch, the heads, the rows, the width of a row.
+Triton takes an integer argument of 1 as a constant and compiles another kernel for it. So every size that can be 1 is 1
+in some call: the lengths of documents, the number of tokens, the batch, the heads, the rows, and the width of a row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Size(NamedTuple):
     Hkv: int = 2
     Sq: int = 300
     Sk: int = 300
-    tokens: int | None = None  # in all, of packed documents of at most Sq and Sk tokens; None: dense
+    tokens: int | None = None  # of all packed documents, each of at most Sq and Sk tokens; None: dense
 
 
 _SIZES = (

@@ -1,4 +1,4 @@
-"""The machine code of a compiled kernel, read by Triton's own cuobjdump and nvdisasm, and what is wrong with it."""
+"""Reads the machine code of a compiled kernel with Triton's cuobjdump and nvdisasm, and finds faults in it."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from llama_kernels.core import device
 
 @dataclasses.dataclass
 class Report:
-    """One compiled kernel. Widths are in bits: of global accesses, with how many there are."""
+    """One compiled kernel. `loads` and `stores` count its global accesses by their width in bits."""
 
     target: str
     op: str
     kernel: str
     label: str
     warps: int
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    instructions: int
-    tensor_core: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    moves: list[traffic.Loop] = dataclasses.field(default_factory=list)  # of RoPE and RMSNorm on NVIDIA's
-    loops: list[sass.Loop] = dataclasses.field(default_factory=list)  # of attention in half precision on NVIDIA's
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    instructions: int = 0
+    tensor_core: int = 0
+    loads: dict[int, int] = dataclasses.field(default_factory=dict)
+    stores: dict[int, int] = dataclasses.field(default_factory=dict)
+    moves: list[traffic.Loop] = dataclasses.field(default_factory=list)  # of memory-bound kernels on NVIDIA GPUs
+    loops: list[sass.Loop] = dataclasses.field(default_factory=list)  # of attention in half precision on NVIDIA GPUs
     faults: list[str] = dataclasses.field(default_factory=list)
 
 
-_SPILL_LIMITS = {"dkdv_kernel": 64}  # bytes; two accumulators fill the registers
+_SPILL_LIMITS = {"dkdv_kernel": 64}  # bytes; its two accumulators fill the registers
 
 
 def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
+    """The report of a kernel that `compile_case` compiled for target `name`."""
     reader = _read_nvidia if TARGETS[name].backend == "cuda" else _read_amd
-    report = Report(name, case.op, kernel, case.label, compiled.metadata.num_warps, 0, 0, compiled.metadata.shared,
-                    0, 0, {}, {})  # fmt: skip
+    metadata = compiled.metadata
+    report = Report(name, case.op, kernel, case.label, metadata.num_warps, shared_bytes=metadata.shared)
     serialised = reader(compiled, report)
     if report.shared_bytes > 1024 * device.SHARED_KIB[name]:
         report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {device.SHARED_KIB[name]} KiB")
@@ -62,6 +63,9 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
             report.faults.append("no 128-bit global access")
         report.faults += traffic.faults(report.moves, name)
     return report
+
+
+# Both fill in the report, and return whether the tensor-core pipeline is serialised.
 
 
 def _read_nvidia(compiled: Any, report: Report) -> bool:
@@ -93,7 +97,7 @@ def _read_amd(compiled: Any, report: Report) -> bool:
         return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
 
     report.registers = number("vgpr_count")
-    report.spill_bytes = number("private_segment_fixed_size")  # scalar registers spill into vector ones, for free
+    report.spill_bytes = number("private_segment_fixed_size")  # scalar registers spill into vector registers at no cost
     report.instructions = len(re.findall(r"^\t[a-z]\w+\b", text, re.MULTILINE))
     report.tensor_core = len(re.findall(r"\bv_mfma_", text))
     for into, verb in ((report.loads, "load"), (report.stores, "store")):

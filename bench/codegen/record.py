@@ -15,7 +15,7 @@ RECORD = Path(__file__).with_name("machine_code.json")
 
 
 def plain(reports: list[Report]) -> dict[str, dict[str, int]]:
-    """What is kept of the kernels of causal attention without any other option, in half precision."""
+    """The recorded figures of the kernels of causal attention without other options, in half precision."""
     return {
         f"{r.target} {r.op} {r.kernel} {r.label}": {
             "instructions": r.instructions,
@@ -30,7 +30,7 @@ def plain(reports: list[Report]) -> dict[str, dict[str, int]]:
 
 
 def changes(reports: list[Report], record: dict[str, Any]) -> list[str]:
-    """What differs from the record, where that is of this Triton."""
+    """What differs from the record. Nothing if the record was made with another Triton."""
     if record["triton"] != triton.__version__:
         return []
     found = []
@@ -39,8 +39,8 @@ def changes(reports: list[Report], record: dict[str, Any]) -> list[str]:
         if then is None:
             found.append(f"{kernel}: not recorded")
         elif then != now:
-            found.append(f"{kernel}: " + ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now
-                                                   if then[name] != now[name]))  # fmt: skip
+            changed = (f"{name} {then[name]} -> {now[name]}" for name in now if then[name] != now[name])
+            found.append(f"{kernel}: {', '.join(changed)}")
     return found
 
 
@@ -49,12 +49,12 @@ def read() -> dict[str, Any]:
 
 
 def write(reports: list[Report]) -> None:
-    """Keep what was found as the record."""
+    """Write the record from `reports`."""
     RECORD.write_text(one_a_line({"triton": triton.__version__, "kernels": plain(reports)}))
 
 
 def one_a_line(record: dict[str, Any]) -> str:
-    """JSON with a line for each kernel, in the order of their names."""
+    """The record as JSON with one line for each kernel, sorted by name."""
     kernels = (
         f"  {json.dumps(name)}: {json.dumps(values, sort_keys=True)}"
         for name, values in sorted(record["kernels"].items())

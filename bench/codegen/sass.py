@@ -1,8 +1,8 @@
-"""The loops of a kernel in its machine code: what a step of attention issues, and the cycles that it takes at least.
+"""The loops of a kernel in its machine code: the instructions of a step of attention, and the least cycles it takes.
 
-A model, not a measurement: pipes have the rates of NVIDIA's tables, warps run in lockstep, no instruction waits for its
-operands, memory is never late. So cycles are a bound from below and the share of the tensor cores' rate one from above;
-they compare two loops, and predict no time.
+This is a model, not a measurement: pipes have the rates of NVIDIA's tables, warps run in lockstep, and no instruction
+waits for its operands or for memory. So the cycles are a lower bound, and the share of the tensor cores' rate is an
+upper bound. They serve to compare two loops and do not predict a time.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import triton
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """An SM. Rates are for a cycle."""
+    """An SM. Rates are per cycle."""
 
-    tensor_flops: int | None  # in half precision with float32 sums; None where the instructions do not show their sizes
-    float32: int
-    shared: int  # bytes of shared memory that its programs have together
-    shared_rate: int = 128  # bytes
+    tensor_flops: int | None  # in half precision with float32 sums; None if instructions do not show their sizes
+    float32: int  # operations
+    shared: int  # bytes of shared memory for all its programs
+    shared_rate: int = 128  # bytes read from shared memory
     registers: int = 65536
     warps: int = 64
 
@@ -43,16 +43,16 @@ PROCESSORS = {
 
 @dataclasses.dataclass
 class Loop:
-    """One step of an innermost loop around tensor-core instructions. Instructions are a warp's, cycles a program's."""
+    """One step of an innermost loop with tensor-core instructions: instructions of a warp, and cycles of a program."""
 
     instructions: int
-    mix: dict[str, int]  # instructions by kind
+    mix: dict[str, int]  # number of instructions by kind
     cycles: dict[str, int]  # by pipe
-    ideal: int  # cycles of the tensor cores for the products of one tile, each computed once
-    covered: float  # of the exponentials, those issued while a product is in flight; only Hopper's instructions show it
-    step: int  # cycles of a step, one program alone on its processor
-    programs: int  # that fit on a processor
-    share: float  # of the tensor cores' rate, at most, with that many programs on it
+    ideal: int  # cycles of the tensor cores if each product of a tile is computed once
+    covered: float  # share of the exponentials issued while a product is running; known only for Hopper
+    step: int  # cycles of a step if the program is alone on its SM
+    programs: int  # programs that fit on an SM
+    share: float  # upper bound of the share of the tensor cores' rate, with that many programs
 
 
 # --- instructions ----------------------------------------------------------------------------------------------------
@@ -76,15 +76,16 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def disassembled(cubin: bytes) -> str:
-    return _tool(cubin, "nvdisasm", "-c", "-ndf")  # no dataflow analysis: a third faster, and only notes are missing
+    """The output of nvdisasm."""
+    return _tool(cubin, "nvdisasm", "-c", "-ndf")  # -ndf, no dataflow analysis: a third faster, only notes are missing
 
 
 def usage(cubin: bytes) -> str:
-    """What cuobjdump says of registers and stack."""
+    """The output of cuobjdump about registers and stack."""
     return _tool(cubin, "cuobjdump", "--dump-resource-usage")
 
 
-@functools.lru_cache(maxsize=32)  # the same small kernels come again and again
+@functools.lru_cache(maxsize=32)  # many cases compile the same small kernels
 def _tool(cubin: bytes, name: str, *options: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -93,7 +94,7 @@ def _tool(cubin: bytes, name: str, *options: str) -> str:
 
 
 def instructions(text: str) -> tuple[list[str], dict[str, int]]:
-    """Of what nvdisasm prints: the instructions, without their guards, and which of them each label stands before."""
+    """From the output of nvdisasm: the instructions without guards, and for each label the index of the next one."""
     lines, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"\s*\.(L_x_\d+):", line):
@@ -108,9 +109,8 @@ def innermost(lines: list[str], labels: dict[str, int], around: str) -> Iterator
     ends: dict[int, int] = {}
     for at, line in enumerate(lines):
         target = re.match(r"BRA.*`\(\.(L_x_\d+)\)", line)
-        spins = any(
-            "SYNCS.PHASECHK" in x for x in lines[max(at - 3, 0) : at]
-        )  # waits for a barrier: not a loop of the kernel
+        # A loop that waits for a barrier is not a loop of the kernel.
+        spins = any("SYNCS.PHASECHK" in x for x in lines[max(at - 3, 0) : at])
         if target and (begin := labels.get(target[1], at + 1)) <= at and not spins:
             ends[begin] = max(at, ends.get(begin, 0))
     loops = [(a, b) for a, b in sorted(ends.items()) if any(re.match(around, x) for x in lines[a : b + 1])]
@@ -120,12 +120,12 @@ def innermost(lines: list[str], labels: dict[str, int], around: str) -> Iterator
 
 
 def _pipe(line: str, on: Processor) -> tuple[str, float]:
-    """Which pipe an instruction takes, and a scheduler's cycles there for one warp of 32. Tensor cores apart."""
+    """The pipe of an instruction, and the cycles that it takes there for one warp. Not for tensor-core instructions."""
     if line.startswith("MUFU"):
         return "mufu", 8
     if re.match(r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2", line):
         return "float32", 128 / on.float32
-    if line.startswith("IMAD"):  # by the same units
+    if line.startswith("IMAD"):  # runs on the same units
         return "float32", 1 if line.startswith("IMAD.MOV") else 2
     if re.match(r"FMNMX|FSEL|FSETP?|ISETP|SEL|LOP3|IADD3|SHF|LEA|PRMT|PLOP3|V?IMNMX|VIADD|F2FP|MOV", line):
         return "alu", 2
@@ -135,8 +135,10 @@ def _pipe(line: str, on: Processor) -> tuple[str, float]:
 
 
 def _product(line: str, on: Processor) -> tuple[float, float]:
-    """Of a tensor-core instruction of one warpgroup (HMMA: of one warp on each scheduler): the cycles that it computes,
-    and those it takes at least to read its operands from shared memory."""
+    """The cycles in which a tensor-core instruction computes, and those that it needs to read shared memory.
+
+    The instruction is that of one warpgroup; for HMMA, that of one warp on each scheduler.
+    """
     if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\S*\s+\w+,\s*(gdesc)?", line):
         m, n, k = map(int, found.groups()[:3])
         operands = 2 * k * (n + (m if found[4] else 0))
@@ -151,23 +153,27 @@ def _product(line: str, on: Processor) -> tuple[float, float]:
 
 
 def covered(body: list[str]) -> float:
-    """The share of a loop's exponentials that are issued while a product is in flight. The loop is followed twice and
-    counted once: a product that one step leaves in flight covers the next step."""
-    in_flight, exps, beneath = 0, 0, 0
-    for trip in range(2):
+    """The share of a loop's exponentials that are issued while a product is running.
+
+    Counted in the second of two iterations, since products of the first may still be running then.
+    """
+    running, exps, beneath = 0, 0, 0
+    for iteration in range(2):
         for line in body:
             if line.startswith("HGMMA"):
-                in_flight += 1
+                running += 1
             elif wait := re.match(r"WARPGROUP\.DEPBAR\S*\s+gsb0,\s*0x(\w+)", line):
-                in_flight = min(in_flight, int(wait[1], 16))
-            elif line.startswith("MUFU.EX2") and trip:
-                exps, beneath = exps + 1, beneath + (in_flight > 0)
+                running = min(running, int(wait[1], 16))
+            elif line.startswith("MUFU.EX2") and iteration:
+                exps, beneath = exps + 1, beneath + (running > 0)
     return beneath / exps if exps else 1.0
 
 
 def _step(body: list[str], turns: int, on: Processor) -> float:
-    """Cycles of a step in steady state: `turns` warps a scheduler issue in order, products run until they are waited
-    for (HGMMA) or beside whatever comes next (HMMA)."""
+    """Cycles of a step in steady state. Each scheduler has `turns` warps, whose instructions are issued in order.
+
+    A product runs until there is a wait for it (HGMMA), or while later instructions are issued (HMMA).
+    """
     asynchronous = any(line.startswith("HGMMA") for line in body)
     now, tensor, starts = 0.0, 0.0, []
     pipes: collections.Counter[str] = collections.Counter()
@@ -182,19 +188,19 @@ def _step(body: list[str], turns: int, on: Processor) -> float:
             else:
                 pipe, cycles = _pipe(line, on)
                 pipes[pipe] = max(pipes[pipe], now) + cycles * turns
-                now = max(now, pipes[pipe] - 8 * cycles * turns)  # a few may queue
+                now = max(now, pipes[pipe] - 8 * cycles * turns)  # eight instructions may wait for a pipe
         now = max(now, *pipes.values(), 0 if asynchronous else tensor)
     return starts[3] - starts[2]
 
 
 def _programs(registers: int, shared: int, warps: int, on: Processor) -> int:
-    """That fit on a processor, which gives each warp its registers by the 256."""
+    """The number of programs that fit on an SM, which allocates the registers of a warp in units of 256."""
     by_registers = on.registers // (math.ceil(max(registers, 24) * 32 / 256) * 256 * warps)
     return min(by_registers, on.shared // (shared + 1024), on.warps // warps)
 
 
 def loops(text: str, target: str, registers: int, shared: int, warps: int, flops: int) -> list[Loop]:
-    """Of what nvdisasm prints of one kernel. `flops`: of the products of one step, each computed once."""
+    """The loops in the output of nvdisasm for one kernel. `flops`: those of a step's products, each computed once."""
     on, found = PROCESSORS[target], []
     turns = max(warps // 4, 1)
     programs = _programs(registers, shared, warps, on)
@@ -218,17 +224,17 @@ def loops(text: str, target: str, registers: int, shared: int, warps: int, flops
 
 
 def flops(kernel: str, constants: dict[str, Any]) -> int:
-    """Of the products in a step of `kernel`, at the widths that its tiles are padded to."""
+    """FLOPs of the products in a step of `kernel`, at the padded widths of its tiles."""
     D, DV = constants["BLOCK_D"], constants["BLOCK_DV"]
-    # dk and dv: q @ k^T for both, v @ do^T and dS^T @ q for the one, P^T @ do for the other. What is not wanted has a
-    # constant for a pointer.
+    # dk and dv: q @ k^T for both, v @ do^T and dS^T @ q for dk, P^T @ do for dv. The pointer of a gradient that is not
+    # wanted is a constant.
     dkdv = D + ("dk_ptr" not in constants) * (D + DV) + ("dv_ptr" not in constants) * DV
     widths = {"forward_kernel": D + DV, "dq_kernel": 2 * D + DV, "dkdv_kernel": dkdv}
     return 2 * constants["BLOCK_M"] * constants["BLOCK_N"] * widths[kernel]
 
 
 def faults(found: list[Loop], target: str, kernel: str, plain: bool) -> list[str]:
-    """What a loop must not show. `plain`: a causal call without options."""
+    """The faults of loops. `plain`: of a causal call without other options, for which there are more rules."""
     if not found:
         return ["no loop around tensor-core instructions"]
     said = []
@@ -238,7 +244,7 @@ def faults(found: list[Loop], target: str, kernel: str, plain: bool) -> list[str
         return said
     if any(loop.mix["local"] for loop in found):
         said.append("local memory in a loop")
-    inner = min(found, key=lambda loop: loop.instructions)  # the one without a mask
+    inner = min(found, key=lambda loop: loop.instructions)  # the loop without a mask
     if kernel != "dkdv_kernel" and inner.mix["select"]:
         said.append("a select in the unmasked loop")
     if (target, kernel) == ("sm_90", "forward_kernel") and inner.covered < 0.9:

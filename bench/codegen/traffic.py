@@ -1,7 +1,7 @@
 """The global accesses of a memory-bound kernel in its machine code: their widths, and the instructions for each byte.
 
-A model, not a measurement: a processor issues four warps of 32 a cycle, and memory is as fast as a copy. A kernel
-with fewer instructions can be bound by memory; that it is, this does not show.
+This is a model, not a measurement: an SM issues instructions for four warps of 32 threads a cycle, and memory is as
+fast as a copy. A kernel with more instructions than that cannot be bound by memory; one with fewer may be.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from bench.gpus import GPUS
 
 @dataclasses.dataclass(frozen=True)
 class Processors:
-    """Of the GPU that stands for a family: how many, and GHz."""
+    """The SMs of the GPU that represents a family: their number, and their clock in GHz."""
 
     gpu: str
     count: int
     clock: float
 
     def instructions_a_byte(self) -> float:
-        """That all processors together issue to threads while memory moves a byte, at the bandwidth of a copy."""
+        """Instructions of threads that all SMs issue while memory moves a byte, at the bandwidth of a copy."""
         return self.count * 4 * 32 * self.clock / GPUS[self.gpu].ceilings["copy"]
 
 
@@ -33,16 +33,15 @@ PROCESSORS = {
 }
 
 
-# Of the instructions that could issue; what is over it would be waiting for them, not for memory.
-MOST_ISSUE = 1.0
+MOST_ISSUE = 1.0  # a larger share of the instructions that can issue would limit the kernel, not memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A step of an innermost loop that touches global memory, or all of a kernel that has none. Of one thread."""
+    """A step of an innermost loop with global accesses, or a whole kernel without loops. All is of one thread."""
 
     instructions: int
-    loads: dict[int, int]  # by width in bits, how many
+    loads: dict[int, int]  # number by width in bits
     stores: dict[int, int]
 
     @property
@@ -54,7 +53,7 @@ class Loop:
         return self.instructions / self.bytes
 
     def share_of_issue(self, target: str) -> float | None:
-        """Of the instructions that could issue at the bandwidth of a copy, those that this takes."""
+        """Its instructions / those that can issue while its bytes move. None for a family without a GPU above."""
         if target not in PROCESSORS:
             return None
         return self.instructions_a_byte / PROCESSORS[target].instructions_a_byte()
@@ -67,7 +66,7 @@ def width(op: str) -> int:
 
 
 def loops(text: str) -> list[Loop]:
-    """Of what nvdisasm prints of one kernel."""
+    """The loops in the output of nvdisasm for one kernel."""
     lines, labels = sass.instructions(text)
     bodies = list(sass.innermost(lines, labels, "LDG|STG")) or [lines]
     return [loop for loop in map(_loop, bodies) if loop.bytes]
@@ -85,12 +84,12 @@ def _loop(body: list[str]) -> Loop:
 
 
 def heaviest(found: list[Loop]) -> Loop | None:
-    """The loop that takes most instructions for its bytes."""
+    """The loop with the most instructions a byte."""
     return max(found, key=lambda loop: loop.instructions_a_byte, default=None)
 
 
 def faults(found: list[Loop], target: str) -> list[str]:
-    """What a loop over rows must not show."""
+    """The faults of loops over rows."""
     said = []
     for what, widths in (("load", [loop.loads for loop in found]), ("store", [loop.stores for loop in found])):
         if any(of and 128 not in of for of in widths):
@@ -102,7 +101,7 @@ def faults(found: list[Loop], target: str) -> list[str]:
 
 
 def assumption() -> str:
-    """How many fit beside a byte, by family."""
+    """The instructions that can issue while a byte moves, for each family."""
     return ", ".join(
         f"{p.instructions_a_byte():.1f} on {family} ({p.gpu}, {p.count} processors at {p.clock} GHz)"
         for family, p in PROCESSORS.items()

@@ -1,11 +1,11 @@
-"""`python -m bench`: kernels side by side. See docs/bench.md.
+"""`python -m bench`: measures kernels side by side. See docs/bench.md.
 
 python -m bench                       every provider at the shapes of published models; a report in build/bench
-python -m bench --preset sweeps       over sizes
+python -m bench --preset sweeps       the same over sizes
 python -m bench parity                parity at small shapes, without times: a gate for CI
-python -m bench compare A.json B.json what became slower; exits with 1 past the threshold
-python -m bench report FILES          pictures and page again, from records
-python -m bench providers             which providers can be measured here, and why others cannot
+python -m bench compare A.json B.json what became slower from A to B; exits with 1 if anything did
+python -m bench report FILES          draws the pictures and the page again from records
+python -m bench providers             which providers can be measured here, and why the others cannot
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def parser() -> argparse.ArgumentParser:
         return one.add_argument
 
     def add_measuring(add: Callable[..., argparse.Action], folder: str, minutes: float) -> None:
-        """Where, how long, and in which process."""
+        """Add the options of every command that measures."""
         add_device(add)
         add("--minutes", type=_positive, default=minutes,
-            help="work that is left after these is listed as not run (default: %(default)s)")  # fmt: skip
+            help="time limit; work that is left then is listed as not run (default: %(default)s)")  # fmt: skip
         add("--out", type=Path, default=Path(folder), metavar="FOLDER", help="default: %(default)s")
-        add("--resume", action="store_true", help="go on from FOLDER/records.json: what it has is not measured again")
+        add("--resume", action="store_true", help="continue from FOLDER/records.json; its rows are not measured again")
         add("--patience", type=_positive, default=10, metavar="MINUTES",
-            help="a provider that takes longer for one step is left out (default: %(default)s)")  # fmt: skip
+            help="leave out a provider whose single step takes longer (default: %(default)s)")  # fmt: skip
         add("--in-process", action="store_true",
-            help="in this process, for debuggers: a provider that crashes ends the run")  # fmt: skip
+            help="measure in this process, for a debugger; a provider that crashes then ends the run")  # fmt: skip
 
     def add_device(add: Callable[..., argparse.Action]) -> None:
         here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,16 +62,16 @@ def parser() -> argparse.ArgumentParser:
     add = command("run", run, "measure (the default command)")
     add("--preset", choices=PRESETS, default="models", help="which shapes (default: %(default)s)")
     add("--ops", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)} (default: all)")
-    add("--shapes", default="", metavar="TEXT", help="only shapes with this in their name, as '8B'")
+    add("--shapes", default="", metavar="TEXT", help="only shapes whose name contains TEXT, such as 8B")
     add("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     add("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="default: all three")
     add("--providers", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
     add("--seconds", type=_positive, default=0.5, help="seconds of samples for each direction (default: %(default)s)")
     add_measuring(add, "build/bench", 30)
-    add("--json", type=Path, metavar="FILE", help="write the records there too")
+    add("--json", type=Path, metavar="FILE", help="also write the records to FILE")
     add("--save", action="store_true", help="keep the records in bench/results/<gpu>/")
     add("--workers", type=int, default=os.cpu_count(), help="processes that compile, without a GPU")
-    add("--hopper", action="store_true", help="our attention takes its Hopper kernels, which are off by default")
+    add("--hopper", action="store_true", help="use the Hopper kernels of attention, off by default")
 
     add = command("parity", check_parity, "parity at small shapes, without times",
                   directions=None, hopper=False, seconds=0.0)  # fmt: skip
@@ -81,14 +81,14 @@ def parser() -> argparse.ArgumentParser:
     add("--providers", nargs="+", choices=names, metavar="NAME")
     add("--json", type=Path, metavar="FILE")
 
-    add = command("compare", compare_runs, "two files of records; exits with 1 on a regression, 2 if it cannot compare")
+    add = command("compare", compare_runs, "compare two files of records; exits with 1 on a regression, 2 on an error")
     add("before", type=Path)
     add("after", type=Path)
     add("--threshold", type=_positive, default=100 * compare.THRESHOLD, metavar="PERCENT",
-        help="slower by more is a regression (default: %(default)s)")  # fmt: skip
-    add("--all", action="store_true", help="all providers, not only llama_kernels")
+        help="a time that grew by more is a regression (default: %(default)s)")  # fmt: skip
+    add("--all", action="store_true", help="compare all providers, not only llama_kernels")
 
-    add = command("report", redraw, "pictures and page from records")
+    add = command("report", redraw, "draw the pictures and the page again from records")
     add("files", type=Path, nargs="+")
     add("--out", type=Path, default=Path("build/bench"), metavar="FOLDER")
 

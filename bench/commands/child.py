@@ -1,4 +1,4 @@
-"""`python -m bench.commands.child`: a command of the bench in the process that measures, which may be lost."""
+"""`python -m bench.commands.child`: runs a command of the bench in a child process, which a failure may end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if status == LOST:
-        os._exit(status)  # CUDA's own clean-up would fail, and might not end
+        os._exit(status)  # skips the cleanup of CUDA, which would fail or hang
     sys.exit(status)
 
 

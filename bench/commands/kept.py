@@ -1,4 +1,4 @@
-"""`python -m bench compare` and `report`, from kept records, and `providers`."""
+"""The commands that measure nothing: `python -m bench compare`, `report` and `providers`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from bench.works.presets import OPS
 
 
 def compare_runs(args: argparse.Namespace) -> int:
+    provider = None if args.all else OURS
     try:
         before, after = records.read(args.before), records.read(args.after)
-        findings = list(compare.compare(before, after, args.threshold / 100, None if args.all else OURS))
+        findings = list(compare.compare(before, after, args.threshold / 100, provider))
     except (OSError, ValueError) as e:
         console.print(f"bench compare: {e}", soft_wrap=True)
         return 2
-    count = compare.matched(before, after, None if args.all else OURS)
+    count = compare.matched(before, after, provider)
     for finding in sorted(findings, key=lambda f: not f.regression):
-        console.print(
-            f"[{'red' if finding.regression else 'green'}]{escape(str(finding))}[/]", soft_wrap=True, highlight=False
-        )
+        color = "red" if finding.regression else "green"
+        console.print(f"[{color}]{escape(str(finding))}[/]", soft_wrap=True, highlight=False)
     regressions = sum(f.regression for f in findings)
     console.print(f"{count} rows in both, {regressions} regressions, {len(findings) - regressions} faster")
     return 1 if regressions else 0
@@ -40,7 +40,7 @@ def redraw(args: argparse.Namespace) -> int:
         console.print(f"bench report: {e}", soft_wrap=True)
         return 2
     last = runs[-1]
-    every = {(*r.key, r.gpu): r for one in runs for r in one.records}  # of one row, the last file's
+    every = {(*r.key, r.gpu): r for one in runs for r in one.records}  # of a row in several files, the last
     merged = Run(last.machine, last.ceilings, records.with_ratios(every.values()), last.extra)
     console.print("written: " + ", ".join(map(str, report.write(merged, args.out))), soft_wrap=True)
     return 0

@@ -1,6 +1,6 @@
-"""`python -m bench parity`: everyone's numbers at small shapes, without a clock.
+"""`python -m bench parity`: the numbers of every provider at small shapes, without times. The gate of CI.
 
-Kernels run in Triton's interpreter where there is no GPU. Exits with 1 where ours are wrong: the gate for CI.
+Without a GPU, the kernels run in Triton's interpreter. Exits with 1 if an op of llama_kernels is wrong.
 """
 
 from __future__ import annotations

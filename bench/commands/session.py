@@ -1,4 +1,4 @@
-"""All providers at all work of a run. The records are on disk after each piece of work, so that a run can resume."""
+"""Measures all providers at all work of a run. Records are written after each piece of work, so a run can resume."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from bench.measuring import machine, processes, records, runner
 from bench.measuring.capture import Lost
-from bench.measuring.journal import Journal
+from bench.measuring.journal import Journal, Step
 from bench.measuring.records import Record, Run
-from bench.providers.provider import Provider
+from bench.providers.provider import NOT_INSTALLED, Provider
 from bench.providers.registry import PROVIDERS
 from bench.reporting.terminal import console, progress, table
 from bench.training import runner as training_runner
@@ -32,12 +32,13 @@ def chosen(names: Sequence[str] | None) -> list[Provider]:
 
 
 def in_new_processes(args: argparse.Namespace) -> int:
-    """The command that `args` came from, measured by a process that may be lost. Its exit status, or 2."""
+    """Run the command that `args` came from in child processes, which a failure may end. Returns its exit status."""
 
     def command(resume: bool, minutes: float) -> list[str]:
         again = ["--resume"] if resume else []
         return [sys.executable, "-m", "bench.commands.child", *args.argv, "--minutes", str(minutes), *again]
 
+    console.print("starting the process that measures")
     options = {"resume": args.resume, "minutes": args.minutes, "patience": args.patience, "say": console.print}
     try:
         return processes.supervise(command, args.out, **options)
@@ -51,9 +52,9 @@ def measure(
 ) -> Run:
     """Measure all providers at `works` and `training` until the minutes are over. Without a clock: parity and memory.
 
-    `args.out`/records.json is whole after each piece of work. With args.resume, what it has is not measured again. An
-    interruption or the loss of the process ends the run early: `extra["stopped"]` says why. Raises ValueError if the
-    records to go on from are of another machine or commit.
+    `args.out`/records.json is complete after each piece of work. With args.resume, its rows are not measured again.
+    Ctrl-C and the loss of the process end the run early, and `extra["stopped"]` says which. Raises ValueError if the
+    records to continue from are of another machine or commit.
     """
     about = {**machine.describe(device), "hopper": args.hopper}
     file, before = args.out / "records.json", None
@@ -64,16 +65,17 @@ def measure(
     journal = Journal(args.out, fresh=not args.resume)
     _allow_many_calls()
     if clock is not None and not run.ceilings:
-        with console.status("the ceilings of this machine"):
+        with console.status("measuring the ceilings of this machine"):
             run.ceilings.update(clock.ceilings())
     _say_where(run)
+    _say_what_is_missing(providers, {work.op for work in works}, device)
     if before:
-        console.print(f"going on from {file}: {len(training) + len(works)} pieces of work are left", soft_wrap=True)
+        console.print(f"continuing from {file}: {len(training) + len(works)} pieces of work are left", soft_wrap=True)
     records.write(run, file)
     end = time.monotonic() + 60 * args.minutes
     options = {"device": device, "clock": clock, "ceilings": run.ceilings, "about": about, "journal": journal,
                "out_of_time": lambda: time.monotonic() > end}  # fmt: skip
-    # Training first: to import some peers changes Transformers for the whole process.
+    # Training comes first, because importing some peers changes Transformers for the whole process.
     jobs = itertools.chain(
         training_runner.run(training, variations, **options),
         runner.run(works, providers, directions=args.directions, seconds=args.seconds, **options),
@@ -81,6 +83,7 @@ def measure(
     try:
         with progress() as bar:
             task = bar.add_task("measuring", total=len(training) + len(works))
+            journal.watch = lambda step: bar.update(task, description=_in_short(step))
             for made in jobs:
                 run.records.extend(made)
                 records.write(run, file)
@@ -92,12 +95,17 @@ def measure(
         run.extra["stopped"] = str(e)
     if stopped := run.extra.get("stopped"):
         records.write(run, file)
-        console.print(f"stopped: {stopped}. What was measured is in {file}; --resume goes on.", soft_wrap=True)
+        console.print(f"stopped: {stopped}. {file} has what was measured; --resume continues.", soft_wrap=True)
     return run
 
 
+def _in_short(step: Step) -> str:
+    """The step under way, beside the progress bar."""
+    return f"{step.work.split(' (')[0]}: {step.provider or 'bench'}, {step.doing}"
+
+
 def status_of(run: Run) -> int | None:
-    """The exit status of a run that ended early, or None."""
+    """The exit status of a run that ended early; None for a run that came to its end."""
     stopped = run.extra.get("stopped")
     return None if stopped is None else processes.INTERRUPTED if stopped == INTERRUPTION else processes.LOST
 
@@ -110,7 +118,7 @@ def _left_to_do(
     providers: list[Provider],
     directions: Sequence[str] | None,
 ) -> tuple[Run, list[Scale], list[Work]]:
-    """A run with the records of `before` that are to stay, and what is to be measured."""
+    """A run with the records of `before` that are kept, and the training and works that are still to be measured."""
     if before is None:
         return Run(about, {}, [], {}), training, works
     done = {r.key for r in before.records if r.finished}
@@ -136,8 +144,8 @@ def _same_machine(file: Path, about: dict[str, Any]) -> Run:
         was, now = before.machine.get(name), about[name]
         if was != now:
             raise ValueError(
-                f"--resume: {file} was measured with {name} {was!r}, this is {now!r}; choose another --out, or leave "
-                "--resume away to measure everything again"
+                f"--resume: {file} was measured with {name} {was!r}, and this is {now!r}; choose another --out, or "
+                "measure everything again without --resume"
             )
     return before
 
@@ -150,8 +158,14 @@ def _say_where(run: Run) -> None:
     console.print(said)
 
 
+def _say_what_is_missing(providers: list[Provider], ops: set[str], device: str) -> None:
+    reasons = {p.name: p.why_not(op, device) or "" for p in providers for op in ops if p.has(op)}
+    if missing := [name for name, reason in reasons.items() if reason.startswith(NOT_INSTALLED)]:
+        console.print(f"not installed: {', '.join(missing)} (`python -m bench providers` says how)", soft_wrap=True)
+
+
 def _allow_many_calls() -> None:
-    """Raise limits of torch.compile: the bench compiles many shapes, and repeats the backward of one forward."""
+    """Set torch.compile up for the bench, which compiles many shapes and repeats the backward of one forward."""
     importlib.import_module("torch._functorch.config").donated_buffer = False
     dynamo = importlib.import_module("torch._dynamo.config")
     setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 256)

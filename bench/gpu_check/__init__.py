@@ -1,1 +1,1 @@
-"""Every check that needs a GPU, in stages that can be resumed: `make gpu-check`. See docs/gpu_check.md."""
+"""`make gpu-check`: every check that needs a GPU, in stages that can be resumed. See docs/gpu_check.md."""

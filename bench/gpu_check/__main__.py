@@ -1,7 +1,7 @@
-"""`python -m bench.gpu_check`: every check that needs a GPU, the most valuable first, in stages that can resume.
+"""`python -m bench.gpu_check`: every check that needs a GPU, the most valuable first, in stages that can be resumed.
 
 Exits with 0 if all stages passed and nothing became slower, 1 if something is wrong or slower, 2 without a GPU,
-3 if nothing is wrong so far and stages are left: the same command goes on. See docs/gpu_check.md.
+3 if nothing is wrong so far and stages are left: the same command continues. See docs/gpu_check.md.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from bench.measuring import machine
 from llama_kernels.core.device import arch_of
 
 PASSED, WRONG, NO_GPU, LEFT = 0, 1, 2, 3
-LEAST = 5.0  # seconds that are left for a stage, or it does not begin
+LEAST = 5.0  # seconds; a stage does not begin with less time left
 
 
 def check(
     made: Iterable[Stage | Missing], folder: Path, about: Mapping[str, Any], workers: int, left: Callable[[], float]
 ) -> None:
-    """Carry out the stages that have not passed yet. `left`: seconds until none begins and none goes on."""
+    """Carry out the stages that have not passed yet. `left` returns the seconds until the run ends."""
     for stage in made:
         if isinstance(stage, Missing):
             outcome = Outcome(stage.name, ABSENT, 0.0, stage.why, {}, {})
@@ -46,7 +46,10 @@ def check(
 
 
 def show(made: Sequence[Stage | Missing], wanted: Sequence[Stage | Missing], folder: Path) -> int:
-    """Print the page of what `made` left on disk and write it to page.md. The exit code, of the stages `wanted`."""
+    """Print the page of the results on disk of the stages `made`, and write it to page.md.
+
+    Returns the exit code that follows from the stages `wanted`.
+    """
     nothing = [Outcome(stage.name, UNFINISHED, 0.0, "did not begin", {}, {}) for stage in made]
     outcomes = [state.read(run.stage_file(folder, o.name)) or o for o in nothing]
     found = page.Findings.of(folder, outcomes)
@@ -61,7 +64,7 @@ def show(made: Sequence[Stage | Missing], wanted: Sequence[Stage | Missing], fol
 
 
 def put_away(stage: Stage | Missing, folder: Path) -> None:
-    """Forget the results of `stage`. Its folder is kept in earlier/ until the next time."""
+    """Remove the results of `stage`. Its folder is kept in earlier/ until this is done again."""
     run.stage_file(folder, stage.name).unlink(missing_ok=True)
     own, earlier = folder / stage.name, folder / "earlier" / stage.name
     if own.exists():
@@ -71,7 +74,7 @@ def put_away(stage: Stage | Missing, folder: Path) -> None:
 
 
 def chosen(made: Iterable[Stage | Missing], names: Sequence[str] | None) -> list[Stage | Missing]:
-    """The stages with these names, and what they need. All where `names` is None."""
+    """The stages with these names, and those that they need. With None, all stages."""
     made = list(made)
     if names is None:
         return made
@@ -80,7 +83,7 @@ def chosen(made: Iterable[Stage | Missing], names: Sequence[str] | None) -> list
 
 
 class _Clock:
-    """Seconds left; none after a signal that ends a program."""
+    """Returns the seconds that are left: 0 or less after SIGINT, SIGTERM or SIGHUP."""
 
     def __init__(self, minutes: float) -> None:
         self.end = time.monotonic() + 60 * minutes
@@ -99,10 +102,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__, **layout)
     add, cores = made.add_argument, len(os.sched_getaffinity(0))
     add("--minutes", type=float, default=float("inf"), metavar="N",
-        help="end after so long, a stage under way too; the same command goes on later (default: no end)")  # fmt: skip
+        help="end after N minutes, even in a stage; the same command continues later (default: never)")  # fmt: skip
     add("--only", nargs="+", metavar="STAGE", help="only these stages")
-    add("--fresh", action="store_true", help="repeat what passed, too")
-    add("--page", action="store_true", help="only print the page of what earlier runs found")
+    add("--fresh", action="store_true", help="also repeat stages that passed")
+    add("--page", action="store_true", help="only print the page of earlier results")
     add("--workers", type=int, default=min(cores, 16), help="test processes that share the GPU (default: %(default)s)")
     add("--out", type=Path, default=Path("build/gpu-check"), metavar="FOLDER", help="default: %(default)s")
     return made
@@ -112,14 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     gpu = torch.cuda.is_available()
     if not gpu and not args.page:
-        print("gpu-check: torch sees no GPU here. `make test` and `make bench` need none.")
+        print("gpu-check: torch sees no GPU here. `make test` and `make bench` do not need one.")
         return NO_GPU
     clock, args.out = _Clock(args.minutes), args.out.absolute()
     hopper = gpu and arch_of(torch.device("cuda", torch.cuda.current_device())) == "sm_90"
     every = list(stages(Machine(hopper, find_sanitizer(), len(os.sched_getaffinity(0)))))
     if unknown := set(args.only or ()) - {stage.name for stage in every}:
         known = ", ".join(stage.name for stage in every)
-        parser().error(f"--only: no stage is called {', '.join(sorted(unknown))}; there are {known}")
+        parser().error(f"--only: no stage is called {', '.join(sorted(unknown))}; the stages are {known}")
     wanted = chosen(every, args.only)
     if not args.page:
         about = machine.describe("cuda")

@@ -1,8 +1,8 @@
-"""Compile the kernels that later stages launch, on every core: `python -m bench.gpu_check.compile`.
+"""Compiles the kernels that later stages launch, on every core: `python -m bench.gpu_check.compile`.
 
-Triton makes the same cache key of a launch on the meta device (bench.gpu_check.launches) as of one on the GPU: the same
-types, constants, options, and the same divisibility of addresses and numbers by 16. So the first pass only collects the
-keys; then every worker compiles a kernel at a time into Triton's cache on disk, where a launch in any process finds it.
+A launch on the meta device (bench.gpu_check.launches) has the same cache key as one on the GPU: the same types,
+constants and options, and the same divisibility of addresses and numbers by 16. A first pass only collects the keys.
+Then each worker compiles one kernel at a time into Triton's cache on disk, where a launch in any process finds it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _begin(target: Target) -> None:
 
 
 def _compile(job: tuple[int, str]) -> dict[str, Any]:
-    """One kernel, by its key, of one call."""
+    """Compile one kernel, given by its key, of one call."""
     (target, made), (index, key), hits = _worker, job, []
     start, error = time.perf_counter(), ""
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
@@ -41,36 +41,35 @@ def _compile(job: tuple[int, str]) -> dict[str, Any]:
         launching_for(target, lambda kernel: kernel.key == key) as compiled,
         warnings.catch_warnings(record=True) as said,
     ):
-        warnings.simplefilter("always")  # what a Hopper kernel says that does not compile
+        warnings.simplefilter("always")  # a Hopper kernel that does not compile warns
         try:
             made[index].run()
-        except Exception as e:  # of the compiler; the other kernels are compiled all the same
+        except Exception as e:  # an error of the compiler; the other kernels are still compiled
             error = f"{type(e).__name__}: {e}"
     if not compiled and not error:
-        error = next(
-            (str(w.message) for w in said if "Hopper" in str(w.message)), "this worker launched no such kernel"
-        )
+        hopper = (str(w.message) for w in said if "Hopper" in str(w.message))
+        error = next(hopper, "this worker launched no such kernel")
     launcher = next(filter(None, map(_launcher, compiled)), "")
     return {"call": made[index].name, "on disk": bool(hits) and all(hits), "hashes": [k.hash for k in compiled],
             "seconds": time.perf_counter() - start, "launcher": launcher, "error": error}  # fmt: skip
 
 
 def _launcher(compiled: Any) -> str:
-    """Build the C code that launches the kernel, which Triton caches on disk too. Says why it could not, or ""."""
+    """Build the C code that launches the kernel, which Triton also caches on disk. Returns the error, or ""."""
     try:
         from triton.backends.nvidia.driver import CudaLauncher
 
         CudaLauncher(compiled.src, compiled.metadata)
-    except Exception as error:  # of Triton's internals; the first launch builds it then
+    except Exception as error:  # uses internals of Triton; the first launch builds it instead
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
 
 
 def compile_all(target: Target, workers: int) -> dict[str, Any]:
-    """Compile every distinct kernel once. What was launched by which call, and what was compiled."""
+    """Compile every distinct kernel once. Returns which kernels each call launches, and what was compiled."""
     made = calls(target)
     launched = collected(target, made)
-    first: dict[str, int] = {}  # call of each key
+    first: dict[str, int] = {}  # the first call with each key
     for index, kernels in enumerate(launched):
         for kernel in kernels:
             first.setdefault(kernel.key, index)
@@ -86,19 +85,19 @@ def compile_all(target: Target, workers: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check.compile", description=__doc__.split("\n\n")[0])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write there what each call launches")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what each call launches to FILE")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("torch sees no GPU here, whose kernels would be compiled")
+        parser.error("torch sees no GPU here, for which kernels would be compiled")
     target = Target.here()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the workers, which need no context on the GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the workers need no context on the GPU
     found = compile_all(target, args.workers)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     done = found["compiled"]
     if reason := next((each["launcher"] for each in done if each["launcher"]), None):
-        print(f"launchers are left to the first launch: {reason}")
+        print(f"each kernel's first launch will build its launcher: {reason}")
     fresh = [each for each in done if not each["on disk"]]
     seconds = sum(each["seconds"] for each in fresh)
     failed = [each for each in done if each["error"]]

@@ -1,4 +1,4 @@
-"""The kernels that the bench launches on a GPU, found on the meta device, whose tensors have no data."""
+"""Finds the kernels that the bench launches on a GPU, by running it on the meta device, whose tensors have no data."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import llama_kernels as lk
+from bench.codegen.compiling import StandInDriver
 from bench.measuring.step import Step
 from bench.providers.provider import OURS, Unsupported
 from bench.providers.registry import PROVIDERS
@@ -31,12 +32,12 @@ from llama_kernels.core.device import arch_of, processors_of
 
 
 class Target(NamedTuple):
-    """A GPU, as far as a kernel's code depends on it."""
+    """The properties of a GPU that a kernel's code depends on."""
 
     backend: str
     arch: int | str
     warp_size: int
-    family: str  # whose tiles it takes
+    family: str  # the family whose tiles it uses
     processors: int
 
     @classmethod
@@ -55,7 +56,7 @@ class Call(NamedTuple):
 
 
 def calls(target: Target) -> list[Call]:
-    """Attention, whose kernels compile longest, comes first."""
+    """The calls of the stages parity, speed and hopper-speed. Attention, which compiles longest, comes first."""
     works = [("bench", False, work) for work in presets.works_of("smoke")]
     if target.family == "sm_90":
         works += [("bench, Hopper", True, work) for kind, _, work in works if "attention" in work.op]
@@ -69,7 +70,7 @@ def calls(target: Target) -> list[Call]:
 
 
 def _work(work: Work, hopper: bool) -> None:
-    """Forward and backward of every provider that is made of our kernels."""
+    """Run forward and backward of every provider that launches our kernels."""
     backward = "backward" in work.directions
     with lk.hopper_attention(hopper):
         for provider in PROVIDERS:
@@ -81,7 +82,7 @@ def _work(work: Work, hopper: bool) -> None:
 
 
 def _layer(scale: training.Scale) -> None:
-    with contextlib.suppress(Unsupported):  # without transformers
+    with contextlib.suppress(Unsupported):  # transformers is not installed
         stock = llama(scale, "meta", scale.dtype)
         step = TrainingStep(scale, Ours(False), "meta", scale.dtype, stock)
         step.backward(step.forward())
@@ -91,7 +92,7 @@ def _layer(scale: training.Scale) -> None:
 
 
 class Kernel(NamedTuple):
-    """key: what Triton tells kernels of this process apart by. tile: its constants of block sizes, warps, stages."""
+    """key: identifies the kernel within this process. tile: its block sizes, warps and stages."""
 
     key: str
     name: str
@@ -102,26 +103,13 @@ class Kernel(NamedTuple):
         return hashlib.sha256(self.key.encode()).hexdigest()[:8]
 
 
-class _Driver:
-    """What Triton asks of a driver before it compiles. Each target is a device of its own to Triton's caches."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget(*self._target[:3])
-
-    def get_current_device(self) -> Target:
-        return self._target
-
-    def get_current_stream(self, device: Target) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def launching_for(target: Target, wanted: Callable[[Kernel], bool]) -> Iterator[list[Any]]:
-    """Inside, ops on meta tensors launch as they do on `target`, into nothing. A kernel that is `wanted` is compiled
-    first, and its triton CompiledKernel is in the list. Kernels that this process has compiled are not asked for."""
+    """In this context, ops on meta tensors launch as they do on `target`, except that nothing runs.
+
+    A kernel for which `wanted` returns True is compiled, and its triton.CompiledKernel is added to the list. `wanted`
+    is not called for kernels that this process has compiled before.
+    """
     compiled: list[Any] = []
     run, asked_for = JITFunction.run, [False]
 
@@ -142,13 +130,13 @@ def launching_for(target: Target, wanted: Callable[[Kernel], bool]) -> Iterator[
         stack.callback(driver.set_active, driver._active)
         stack.callback(setattr, knobs.runtime, "jit_cache_hook", knobs.runtime.jit_cache_hook)
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", category=UserWarning)  # that an implementation is replaced: so it shall be
-        _launch_on_meta(library)
+        warnings.filterwarnings("ignore", category=UserWarning)  # PyTorch warns when an implementation is replaced
+        run_launchers_on("Meta", library)
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         for module in [m for name, m in sys.modules.items() if name.startswith("llama_kernels")]:
             for asked in answers.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, asked, answers[asked]))
-        driver.set_active(_Driver(target))
+        driver.set_active(StandInDriver(target.family, GPUTarget(*target[:3])))
         knobs.runtime.jit_cache_hook = is_left_out
         yield compiled
 
@@ -161,17 +149,17 @@ def _kernel(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> Kernel:
     return Kernel(f"{fn.module}.{fn.name} {key}", fn.jit_function.__name__.strip("_"), tile)
 
 
-def _launch_on_meta(library: torch.library.Library) -> None:
-    """Meta tensors run what CUDA tensors do: the launchers."""
+def run_launchers_on(device: str, library: torch.library.Library) -> None:
+    """Register the launchers, which run on CUDA tensors, for tensors of another dispatch key as well."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("llama_kernels::"):
             op = getattr(torch.ops.llama_kernels, name.split("::")[1]).default
-            library.impl(op, lambda *args, op=op: op.redispatch(cuda, *args), "Meta", allow_override=True)
+            library.impl(op, lambda *args, op=op: op.redispatch(cuda, *args), device, allow_override=True)
 
 
 def collected(target: Target, made: list[Call]) -> list[list[Kernel]]:
-    """What each call launches, in order. Nothing is compiled."""
+    """The kernels that each call launches, in order. Nothing is compiled."""
     launched: list[list[Kernel]] = []
     with launching_for(target, lambda kernel: bool(launched[-1].append(kernel))):
         for call in made:

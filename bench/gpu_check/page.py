@@ -1,8 +1,7 @@
-"""The page at the end. It is made of the stages' files, so that a run that was cut short has a page too."""
+"""The page at the end. It is made from the files of the stages, so a run that was cut short has a page too."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import textwrap
@@ -10,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.gpu_check import state
 from bench.gpu_check.state import ABSENT, PASSED, UNFINISHED, Outcome
 from bench.measuring import records
 from bench.measuring.records import Run
@@ -19,33 +19,38 @@ from bench.reporting.compare import THRESHOLD
 from llama_kernels.ops.attention import dispatch
 
 COLUMNS, LINES = 110, 60
-SHAPE = "Llama 3.1 8B"  # whose attention is looked at: heads of 128, 32 and 8
+SHAPE = "Llama 3.1 8B"  # the shape whose attention the page shows: 32/8 heads of 128
 _ATTENTION = ("forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel")
 
 
 class Findings(NamedTuple):
-    """What the page shows. A run that is None was not made."""
+    """What the page shows. A value of None means that the stage left no result."""
 
     folder: Path
     outcomes: Sequence[Outcome]
-    about: Mapping[str, Any]  # bench.measuring.machine.describe(); empty where there was no run
+    about: Mapping[str, Any]  # what machine.describe returned; empty if there was no run
     speed: Run | None
     hopper: Run | None
     parity: Run | None
     kernels: Mapping[str, Any] | None
     host: Sequence[Mapping[str, Any]] | None
-    before: Run | None  # the newest that bench/results/ keeps of this GPU
-    worse: Sequence[str]  # slower than there by more than the spread, or without a time now
+    before: Run | None  # the newest run of this GPU in bench/results/
+    worse: Sequence[str]  # what is slower than there by more than the spread, or has no time now
 
     @classmethod
     def of(cls, folder: Path, outcomes: Sequence[Outcome]) -> Findings:
-        about, speed = _json(folder / "machine.json") or {}, _run(folder / "speed" / "records.json")
+        """Read the files that the stages left in `folder`."""
+        about = state.read_json(folder / "machine.json") or {}
         latest = records.latest(about["gpu"]) if about else None
-        before = _run(latest) if latest else None
-        worse = list(changes(before, speed)) if before and speed else []
-        return cls(folder, outcomes, about, speed, _run(folder / "hopper-speed" / "records.json"),
-                   _run(folder / "parity" / "records.json"), _json(folder / "compile" / "kernels.json"),
-                   _json(folder / "host" / "microseconds.json"), before, worse)  # fmt: skip
+        speed, before = _run(folder / "speed" / "records.json"), _run(latest) if latest else None
+        return cls(
+            folder, outcomes, about, speed=speed, before=before,
+            hopper=_run(folder / "hopper-speed" / "records.json"),
+            parity=_run(folder / "parity" / "records.json"),
+            kernels=state.read_json(folder / "compile" / "kernels.json"),
+            host=state.read_json(folder / "host" / "microseconds.json"),
+            worse=list(changes(before, speed)) if before and speed else [],
+        )  # fmt: skip
 
     def of_stage(self, name: str) -> Outcome:
         nothing = Outcome(name, UNFINISHED, 0.0, "did not begin", {}, {})
@@ -59,15 +64,8 @@ def _run(path: Path) -> Run | None:
         return None
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def changes(before: Run, after: Run) -> Iterator[str]:
-    """Of ours in both runs: what became slower by more than both spreads and THRESHOLD, or has no time any more."""
+    """Which of our rows became slower by more than both spreads and THRESHOLD, or lost their time."""
     new = {r.key: r for r in after.records if r.provider == OURS and not r.estimate}
     for old in before.records:
         r = new.get(old.key)
@@ -84,6 +82,7 @@ def changes(before: Run, after: Run) -> Iterator[str]:
 
 
 def line(o: Outcome) -> str:
+    """The line of a stage."""
     counted = ", ".join(f"{n:,} {what}" for what, n in o.counts.items())
     said = o.last_line if not counted else f"{counted}; {o.last_line}" if o.wrong or "parts" in o.last_line else counted
     seconds = f"{o.seconds:4.0f} s" if o.seconds else "      "
@@ -91,7 +90,7 @@ def line(o: Outcome) -> str:
 
 
 def page(found: Findings) -> str:
-    """At most LINES lines of COLUMNS columns."""
+    """The page: at most LINES lines of at most COLUMNS characters."""
     about = found.about
     if not about:
         return f"no run in {found.folder}"
@@ -125,7 +124,7 @@ def _parity(found: Findings) -> str:
     tests = found.of_stage("tests")
     suite = f"suite: {', '.join(f'{n:,} {what}' for what, n in tests.counts.items()) or tests.status}"
     if found.parity is None:
-        return f"the bench's works were not compared; {suite}"
+        return f"the work of the bench was not compared; {suite}"
     ours = [r for r in found.parity.records if r.provider == OURS]
     if wrong := {f"{r.op}, {r.shape}, {r.dtype}: {r.reason}" for r in ours if r.reason}:
         return f"WRONG: {'; '.join(sorted(wrong))}; {suite}"
@@ -134,56 +133,54 @@ def _parity(found: Findings) -> str:
         errors[r.dtype] = max(errors.get(r.dtype, 0.0), r.error or 0.0)
     worst = ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items())
     works = len({r.key[:1] + r.key[2:] for r in ours})
-    return f"right in {works} works of the bench, largest relative error {worst}; {suite}"
+    return f"right in {works} pieces of work of the bench, largest relative error {worst}; {suite}"
 
 
 def _determinism(found: Findings) -> str:
     o = found.of_stage("determinism")
     if o.status == PASSED:
-        return "gradients repeat bit for bit, a thousand times, in processes that load the GPU for each other"
+        return "gradients repeat bit for bit, a thousand times, while other processes load the GPU"
     return f"{o.status}: {o.last_line}"
 
 
 def _races(found: Findings) -> str:
     o = found.of_stage("sanitizer")
-    unknown = "accesses out of bounds, races in shared memory and reads of unwritten memory stay unknown"
+    unknown = "accesses out of bounds, races in shared memory and reads of unwritten memory are not tested"
     if o.status in (ABSENT, UNFINISHED):
         return f"not looked for ({o.last_line}): {unknown}"
     return "none found by memcheck, racecheck and initcheck" if o.status == PASSED else f"{o.status}: {o.last_line}"
 
 
 def _attention(found: Findings) -> Iterator[str]:
-    """Which kernels attention launches, with which tiles, and why these."""
+    """The kernels that attention launches, their tiles, and the reason for them."""
     if found.kernels is None:
-        yield from _wrapped("attention", "which kernels it launches is not known: the compile stage has not ended")
+        yield from _wrapped("attention", "its kernels are not known, because the compile stage has not ended")
         return
     launched, family = found.kernels["launched"], found.kernels["target"]["family"]
     plain = _launches(launched, "bench: attention, ")
     for name, tile, _ in plain:
         yield _short(f"{'attention' if name == plain[0][0] else '':14}{name}: {tile}")
-    said = []
-    for pass_ in ("forward", "backward"):
-        said.append(f"{pass_}: {dispatch.for_heads(pass_, family, 128)}")
-    yield from _wrapped("  why", said[0] if len({s.split(": ", 1)[1] for s in said}) == 1 else "; ".join(said))
+    reasons = {pass_: str(dispatch.for_heads(pass_, family, 128)) for pass_ in ("forward", "backward")}
+    both = reasons["forward"] == reasons["backward"]
+    said = "; ".join(f"{pass_}: {reason}" for pass_, reason in reasons.items())
+    yield from _wrapped("  why", f"forward: {reasons['forward']}" if both else said)
     if said := _fallbacks(found.folder):
         yield from _wrapped("  Hopper", said)
     if layer := _launches(launched, "patched layer: "):
         known = {digest for *_, digest in plain}
         others = ", ".join(f"{name} ({tile})" for name, tile, digest in layer if digest not in known)
-        same = "the kernels of the plain causal call"
-        yield from _wrapped(
-            "  a layer", f"a patched Llama layer launches {f'OTHER kernels: {others}' if others else same}"
-        )
+        found_there = f"OTHER kernels: {others}" if others else "the kernels of the plain causal call"
+        yield from _wrapped("  a layer", f"a patched Llama layer launches {found_there}")
 
 
 def _launches(launched: Mapping[str, Any], kind: str) -> list[tuple[str, str, str]]:
-    """Name, tile and digest of the cache key of attention's kernels in the call of this kind at SHAPE."""
+    """(name, tile, digest of the cache key) of the kernels of attention in the call of this kind at SHAPE."""
     calls = (kernels for call, kernels in launched.items() if call.startswith(kind) and SHAPE in call)
     return [tuple(k) for k in next(calls, []) if k[0] in _ATTENTION]
 
 
 def _fallbacks(folder: Path) -> str:
-    """What the package said where a Hopper kernel failed and the portable one ran in its place."""
+    """The warning of the package if a Hopper kernel failed and the portable one ran in its place; else ""."""
     for log in sorted((*folder.glob("hopper-speed/*.txt"), *folder.glob("hopper/*.txt"))):
         if said := re.search(r"llama_kernels: (attention .*since the Hopper one failed\..*)", log.read_text()):
             return said[1]
@@ -216,24 +213,23 @@ def _last_record(found: Findings) -> str:
     if found.speed is None:
         return "not compared: nothing was measured"
     if found.before is None:
-        return f"bench/results/ has none of {found.about['gpu']}"
+        return f"bench/results/ has no run of {found.about['gpu']}"
     rows = {r.key for r in found.speed.records} & {r.key for r in found.before.records}
     when = f"{found.before.machine.get('date', '')[:10]}, commit {found.before.machine.get('commit')}"
     if not found.worse:
-        return f"nothing slower by more than the spread in {len(rows)} rows ({when})"
+        return f"nothing is slower by more than the spread in {len(rows)} rows ({when})"
     return f"WORSE than {when}: " + "; ".join(found.worse)
 
 
 def _next(found: Findings) -> list[str]:
-    """What to do, the most urgent first."""
+    """At most five steps to do next, the most urgent first."""
     again, steps = "python -m bench.gpu_check", []
     for o in found.outcomes:
         if o.wrong:
-            steps.append(
-                f"{again} --only {o.name}, which is wrong: {os.path.relpath(found.folder)}/{o.name}/*.txt say how"
-            )
+            logs = f"{os.path.relpath(found.folder)}/{o.name}/*.txt"
+            steps.append(f"{again} --only {o.name}, which is wrong: see {logs}")
     if left := [o.name for o in found.outcomes if o.status == UNFINISHED]:
-        steps.append(f"{again} goes on with {', '.join(left)}")
+        steps.append(f"{again} continues with {', '.join(left)}")
     if found.worse:
         steps.append(f"see what became slower: {again} --only speed --fresh, then python -m bench compare")
     if any(o.status == ABSENT and o.name == "sanitizer" for o in found.outcomes):
@@ -241,5 +237,5 @@ def _next(found: Findings) -> list[str]:
     if not steps:
         steps.append("python -m bench --save keeps the records of published shapes; commit bench/results/")
         if found.hopper:
-            steps.append("where Hopper goals are met: name the record in TILES of ops/attention/hopper/tables.py")
+            steps.append("if the Hopper goals are met: name the record in TILES of ops/attention/hopper/tables.py")
     return steps[:5]

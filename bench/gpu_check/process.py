@@ -1,7 +1,7 @@
-"""Subprocesses with a time limit each, their output in a file, that leave no process behind.
+"""Runs subprocesses, each with a time limit and its output in a file. No process is left behind.
 
-A job is a process group of its own, which is killed as one. A child that left the group, for a session of its own, is
-known by a variable in its environment.
+A job is a process group, which is killed as a whole. A child that left the group for another session is found by a
+variable in its environment.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import NamedTuple
 from bench.gpu_check.state import ROOT
 
 POLL = 0.05  # seconds
-# Output at once, for who is killed; and the compiled kernels, whatever the shell says.
+# Unbuffered output, so that a killed job has a log; and compiled kernels, whatever the environment says.
 _ENV = {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
 _MARK = "LLAMA_KERNELS_GPU_CHECK_JOB"
 _numbers = itertools.count()
 
 
 class Job(NamedTuple):
-    """One command. `seconds`: its limit. `env`: variables beside those of this process."""
+    """One command. `seconds`: its time limit. `env`: variables added to those of this process."""
 
     name: str
     command: tuple[str, ...]
@@ -35,7 +35,7 @@ class Job(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """code: None where the job was killed, at its limit or (`cut`) because time was over for all jobs."""
+    """A job that ended. `code` is None if it was killed: at its limit or, with `cut`, at the end of the whole run."""
 
     job: Job
     code: int | None
@@ -48,8 +48,8 @@ def run_all(
 ) -> Iterator[Ended]:
     """Run `jobs` in the repository, at most `workers` at once, and yield each as it ends. Output: `folder`/NAME.txt.
 
-    over: asked all the time; once it is true no job starts, and those that run are killed. Whatever a job has started
-    is killed when it ends, and so are all running jobs if the caller stops iterating.
+    Once `over` returns True, no job starts and the running ones are killed. Processes that a job has started are
+    killed when it ends. If the caller stops iterating, all running jobs are killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     waiting, running = list(jobs), []
@@ -81,7 +81,7 @@ class _Running:
 
     def ended(self, over: bool) -> Ended | None:
         seconds = time.monotonic() - self.start
-        # The leader is waited for after its group was killed. Until then no other process can get its process ID.
+        # WNOWAIT: the leader keeps its process ID until `kill` has killed its group.
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return Ended(self.job, self.kill(), seconds)
         if over or seconds > self.job.seconds:
@@ -90,7 +90,7 @@ class _Running:
         return None
 
     def kill(self) -> int:
-        """End the whole group and who left it; the exit code of its leader."""
+        """Kill the group and the children that left it. Returns the exit code of the leader."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
@@ -103,7 +103,7 @@ class _Running:
 
 
 def _marked(variable: str) -> list[int]:
-    """Processes with this in their environment. One that has ended and was not waited for has none."""
+    """The processes with `variable` in their environment. One that has ended has an empty environment."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

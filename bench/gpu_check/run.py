@@ -1,8 +1,8 @@
-"""One stage: run the jobs that have no verdict yet, and write down each verdict, then the stage's."""
+"""Carries out one stage: runs the jobs without a result, and writes the result of each job, then that of the stage."""
 
 from __future__ import annotations
 
-import json
+import collections
 import re
 import shutil
 import time
@@ -18,8 +18,8 @@ from bench.gpu_check.stages import Stage
 from bench.gpu_check.state import ABSENT, FAILED, PASSED, STOPPED, UNFINISHED, Outcome
 
 _IDENTITY = "identity.json"
-GRACE = 1.0  # seconds: a job that is as long as its stage ends at its own limit
-_REFUSED = re.compile(r"Device not supported")  # compute-sanitizer on a machine that does not let it in
+GRACE = 1.0  # seconds; with them, a job with the limit of its stage is stopped at its own limit
+_REFUSED = re.compile(r"Device not supported")  # compute-sanitizer, on a machine that does not permit it
 _WORST_FIRST = (FAILED, STOPPED, UNFINISHED, PASSED, ABSENT)
 
 
@@ -28,7 +28,7 @@ def stage_file(folder: Path, name: str) -> Path:
 
 
 def kept(stage: Stage, folder: Path, about: Mapping[str, Any]) -> Outcome | None:
-    """What an earlier run found, where it passed with the same commands, sources, versions and GPU."""
+    """The result of an earlier run, if it passed with the same commands, sources, versions and GPU."""
     outcome = state.read(stage_file(folder, stage.name))
     if not outcome or outcome.status not in (PASSED, ABSENT):
         return None
@@ -41,7 +41,7 @@ def carry_out(
     stage: Stage, folder: Path, about: Mapping[str, Any], workers: int, over: Callable[[], bool],
     say: Callable[[str], None] = print,
 ) -> Outcome:  # fmt: skip
-    """Jobs that passed before are not repeated. Logs: `folder`/STAGE/JOB.txt, verdicts beside them."""
+    """Run the jobs of `stage` that have not passed. Logs are `folder`/STAGE/JOB.txt, with the results beside them."""
     own, found = folder / stage.name, state.identity(stage.sources, about)
     stage_file(folder, stage.name).unlink(missing_ok=True)
     _keep_only(own, found)
@@ -68,29 +68,22 @@ def carry_out(
 
 
 def is_current(stage: Stage, folder: Path, about: Mapping[str, Any]) -> bool:
-    """Whether what is in the folder of `stage` was found at this commit, with these sources, versions and GPU."""
-    return _note(folder / stage.name) == state.identity(stage.sources, about)
-
-
-def _note(own: Path) -> Any:
-    try:
-        return json.loads((own / _IDENTITY).read_text())
-    except (OSError, ValueError):
-        return None
+    """Whether the results in the folder of `stage` are of this commit, these sources, versions and GPU."""
+    return state.read_json(folder / stage.name / _IDENTITY) == state.identity(stage.sources, about)
 
 
 def _keep_only(own: Path, found: Mapping[str, str]) -> None:
-    """Empty the folder of a stage if what is in it is not current."""
-    if _note(own) != found:
+    """Empty the folder of a stage if its results are not current."""
+    if state.read_json(own / _IDENTITY) != found:
         shutil.rmtree(own, ignore_errors=True)
         state.write_json(found, own / _IDENTITY)
 
 
 def _earlier(job: Job, folder: Path) -> Outcome | None:
-    """The verdict on `job` that an earlier run left, if it is one and the command is the same."""
+    """The result of `job` in an earlier run, if it passed with the same command."""
     outcome = state.read(folder / f"{job.name}.json")
-    holds = outcome and outcome.status in (PASSED, ABSENT) and outcome.identity == _command(job)
-    return outcome if holds else None
+    current = outcome and outcome.status in (PASSED, ABSENT) and outcome.identity == _command(job)
+    return outcome if current else None
 
 
 def _command(job: Job) -> dict[str, str]:
@@ -111,13 +104,12 @@ def _judged(ended: Ended, folder: Path) -> Outcome:
 
 
 def _together(name: str, outcomes: Sequence[Outcome | None], seconds: float, found: Mapping[str, str]) -> Outcome:
-    """A job without an outcome did not start."""
+    """The outcome of a stage from those of its jobs. A job without one did not start."""
     statuses = {o.status if o else UNFINISHED for o in outcomes} or {UNFINISHED}
     status = next(s for s in _WORST_FIRST if s in statuses)
-    counts: dict[str, int] = {}
+    counts: collections.Counter[str] = collections.Counter()
     for o in filter(None, outcomes):
-        for what, n in o.counts.items():
-            counts[what] = counts.get(what, 0) + n
+        counts.update(o.counts)
     done = sum(o is not None and o.status != UNFINISHED for o in outcomes)
     wrong = [o.name for o in outcomes if o and o.wrong]
     if len(outcomes) == 1 and outcomes[0]:
@@ -128,5 +120,5 @@ def _together(name: str, outcomes: Sequence[Outcome | None], seconds: float, fou
 
 
 def _kernels_on_disk() -> int:
-    """In Triton's cache. What a stage adds to it, the compile stage did not know."""
+    """The number of kernels in Triton's cache. A stage adds those that the compile stage did not compile."""
     return sum(1 for pattern in ("*/*.cubin", "*/*.hsaco") for _ in Path(knobs.cache.dir).glob(pattern))

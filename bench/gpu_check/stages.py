@@ -1,4 +1,4 @@
-"""The stages, the most valuable first. Each is a list of jobs with one time limit for all."""
+"""The stages of gpu-check, the most valuable first. A stage is a list of jobs with a common time limit."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from bench.measuring import records
 
 _PYTHON = (sys.executable, "-m")
 _PACKAGE = ("llama_kernels", "reference")
-# Their verdict depends on the package and on these.
+# What the results of the bench and of the tests depend on.
 _BENCH, _TESTS = (*_PACKAGE, "bench"), (*_PACKAGE, "bench", "tests")
 
-# Under compute-sanitizer: what ends inside a block, and sums over programs.
+# The tests that run under compute-sanitizer: partial blocks at the end, and sums over programs.
 SANITIZED = ("tests/regressions/test_corpus.py", "-k", "tail_block or first_rows")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# Each allocation is one of its own, so that an access past its end is seen.
+# PyTorch's caching allocator would hide an access past the end of a tensor.
 _NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-UNDER_LOAD = 3  # processes that repeat the same launches side by side
+UNDER_LOAD = 3  # processes that repeat the same launches at the same time
 OURS_BOTH = ("llama_kernels", "llama_kernels, apart")
 HOPPER_OPS = ("attention", "rope_attention", "attention_varlen")
 
 
 class Stage(NamedTuple):
-    """minutes: its clock, for all its jobs. jobs: of the folder of the run. sources: what its verdict depends on.
+    """One stage.
 
-    workers: jobs side by side, 0 for as many as the command line says. needs: a stage that must come before it.
-    finished: of the stage's folder, whether commands that passed have done everything, and need not go on.
+    minutes: time limit of all its jobs together.
+    jobs: takes the folder of the run and returns the jobs.
+    sources: folders that the result depends on.
+    workers: how many jobs run at once; 0 for --workers of the command line.
+    needs: a stage that must come before this one.
+    finished: takes the folder of the stage and returns whether commands that passed have done all their work.
     """
 
     name: str
@@ -46,14 +50,14 @@ class Stage(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A stage that this machine cannot do."""
+    """A stage that cannot run on this machine, and why."""
 
     name: str
     why: str
 
 
 class Machine(NamedTuple):
-    """What decides which stages there are."""
+    """The properties of the machine that decide which stages there are."""
 
     hopper: bool
     sanitizer: str | None
@@ -98,20 +102,20 @@ def _compile(folder: Path, cores: int) -> Job:
 
 
 def _parity(folder: Path) -> Job:
-    """Ours alone; its peers' numbers are checked where they are timed."""
+    """Our providers alone; the numbers of their peers are checked when these are timed."""
     run = ("parity", "--out", folder / "parity", "--resume", "--patience", 0.5, "--providers", *OURS_BOTH)
     return _bench("parity", 1, *run)
 
 
 def _speed(name: str, folder: Path, minutes: float, *options: str) -> Job:
-    """The records of a work are on disk before the next; --resume measures what has none."""
-    inside = 0.8 * minutes  # what is left is for the page of the bench, and for a work that began late
+    """Records are on disk after each piece of work, and --resume measures what has none."""
+    inside = 0.8 * minutes  # the rest is for the report, and for work that began just before the limit
     run = ("run", "--preset", "smoke", "--minutes", inside, "--out", folder / name, "--resume", "--patience", 1)
     return _bench(name, minutes, *run, *options)
 
 
 def _all_measured(folder: Path) -> bool:
-    """Whether the bench came to an end of its work before the end of its minutes."""
+    """Whether the bench measured all its work within its minutes."""
     try:
         return all(r.finished for r in records.read(folder / "records.json").records)
     except (OSError, ValueError):
@@ -119,7 +123,7 @@ def _all_measured(folder: Path) -> bool:
 
 
 def _determinism() -> list[Job]:
-    """The same repeats in several processes: each is the load of the others."""
+    """The same repeats in several processes at once, which load the GPU for each other."""
     names = [f"under-load.{i}" for i in range(1, UNDER_LOAD + 1)]
     return [suite.pytest_job(name, "tests/gpu/test_gpu.py", "-k", suite.REPEATS, seconds=120) for name in names]
 
@@ -133,19 +137,18 @@ def _sanitizers(program: str) -> list[Job]:
 
 
 def _host(folder: Path) -> Job:
-    """Without the GPU, into whose time the launches would wait."""
+    """Host time is measured without the GPU: bench.host has a stand-in driver whose launches do nothing."""
     command = (*_PYTHON, "bench.host", "--json", str(folder / "host" / "microseconds.json"))
     return Job("host", command, 30, {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer on the PATH, of the CUDA toolkit, or of a wheel that NVIDIA publishes."""
+    """The path of compute-sanitizer: on the PATH, in the CUDA toolkit, or in a wheel of NVIDIA; else None."""
     if found := shutil.which("compute-sanitizer"):
         return found
     toolkits = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [
-        Path(toolkit, folder) for toolkit in (*toolkits, "/usr/local/cuda") for folder in ("bin", "compute-sanitizer")
-    ]
+    folders = ("bin", "compute-sanitizer")
+    places = [Path(toolkit, folder) for toolkit in (*toolkits, "/usr/local/cuda") for folder in folders]
     wheels = Path(sysconfig.get_path("purelib"), "nvidia")
     places += [path.parent for path in wheels.rglob("compute-sanitizer")]
     return next((found for place in places if (found := shutil.which("compute-sanitizer", path=str(place)))), None)

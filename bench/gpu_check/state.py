@@ -1,23 +1,27 @@
-"""The result of each stage and of each job, in a JSON file each, from which a second run resumes."""
+"""The results of stages and jobs. Each is a JSON file, so that a second run can resume."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.measuring.records import replace_text
+
 ROOT = Path(__file__).parents[2]
 
-PASSED, FAILED, STOPPED = "passed", "FAILED", "STOPPED"  # STOPPED: killed at its own limit
-UNFINISHED = "unfinished"  # no verdict: the time of the whole run was over, or it was interrupted
-ABSENT = "not here"  # this machine cannot do it; `last_line` says why
+PASSED, FAILED, STOPPED = "passed", "FAILED", "STOPPED"  # STOPPED: killed at its own time limit
+UNFINISHED = "unfinished"  # no result: the time of the whole run was over, or it was interrupted
+ABSENT = "not here"  # cannot run on this machine; `last_line` says why
 
 
 class Outcome(NamedTuple):
-    """Of a stage or a job. `counts`: of tests, of kernels compiled. `identity`: what it was found with."""
+    """The result of a stage or a job.
+
+    counts: numbers of tests by result, and of kernels compiled. identity: what the result holds for.
+    """
 
     name: str
     status: str
@@ -36,29 +40,34 @@ def write(outcome: Outcome, path: Path) -> None:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """The file is there as a whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(unfinished, path)
+    """Write `value` to `path`, atomically."""
+    replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read(path: Path) -> Outcome | None:
-    """None where there is none, or what is there is not ours."""
+    """The outcome in `path`, or None if there is none."""
     try:
-        return Outcome(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return Outcome(**read_json(path))
+    except TypeError:
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`, or None if the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
 
 
 def identity(folders: Iterable[str], about: Mapping[str, Any]) -> dict[str, str]:
-    """What a verdict holds for: the commit and the sources in `folders`, the versions, the GPU and its driver."""
+    """What a result holds for: the commit, the sources in `folders`, the versions, the GPU and its driver."""
     named = {name: str(about[name]) for name in ("commit", "torch", "triton", "python", "gpu", "driver")}
     return {"sources": digest(folders), **named}
 
 
 def digest(folders: Iterable[str]) -> str:
-    """Of every Python file in `folders`: a changed file counts before it is committed, and no git is needed."""
+    """A digest of every Python file in `folders`. It needs no git, and changes before a change is committed."""
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):

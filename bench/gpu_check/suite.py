@@ -1,8 +1,8 @@
-"""The test suite in parts of at most PART tests, each a pytest process with a time limit of its own.
+"""The test suite in parts of at most PART tests. Each part is a pytest process with its own time limit.
 
-Parts run side by side, which compiles cold kernels on every core, and each part's verdict is on disk: a second run
-repeats only what has none. Which tests there are pytest says, so no list of files can go stale; a test that means
-nothing on a GPU is skipped there by its own mark.
+Parts run at the same time, so kernels compile on every core. The result of each part is on disk, so a second run
+repeats only parts without one. pytest lists the tests, so there is no list of files to maintain. A test that has no
+meaning on a GPU is skipped by its own mark.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ from bench.gpu_check.process import Job
 from bench.gpu_check.state import ROOT
 
 PART = 40
-SECONDS = 300.0  # of a part: its kernels may all be new
+SECONDS = 300.0  # time limit of a part, all of whose kernels may need to be compiled
 COLLECT_SECONDS = 60.0
-# Slow, and least likely to say something new about a GPU.
+# Slow, and the least likely to find a fault of a GPU.
 LAST = ("tests/integrations/", "tests/examples/", "tests/regressions/test_fuzz.py", "tests/gpu/test_large.py")
-# Hundreds of launches that must be alike, which the determinism stage repeats while others use the GPU.
+# Words in the names of tests that the determinism stage runs, while other processes use the GPU.
 REPEATS = "repeat or races"
 
 _PYTEST = (sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider")
 
 
 def pytest_job(name: str, *args: str, seconds: float = SECONDS, env: Mapping[str, str] = {}) -> Job:
-    """-v names each test before it runs, so the last line of a job that hangs is the test that hung."""
+    """A job that runs pytest. With -v, the last line of a job that hangs names the test that hangs."""
     hang = f"faulthandler_timeout={0.8 * seconds:.0f}"
     return Job(name, (*_PYTEST, "-v", "--durations=5", "-o", hang, *args), seconds, env)
 
 
 def collect_job() -> Job:
-    """Lists the tests that depend on how kernels run, in collect/collect.txt."""
+    """A job that lists the tests that depend on how kernels run, in collect/collect.txt."""
     return Job("collect", (*_PYTEST, "-q", "--collect-only", "-m", "not once", "tests"), COLLECT_SECONDS)
 
 
 def listed(folder: Path) -> list[str]:
-    """The ids of all tests, and of a file that pytest could not collect its name: run by itself, it fails and says
-    why. Empty where nothing was collected."""
+    """The ids of all tests, and the names of files that pytest could not collect: run, such a file fails and says why.
+
+    Empty if nothing was collected.
+    """
     try:
         lines = (folder / "collect" / "collect.txt").read_text().splitlines()
     except OSError:
@@ -49,7 +51,7 @@ def listed(folder: Path) -> list[str]:
 
 
 def once(folder: Path) -> list[Job]:
-    """Every test, but for those that the determinism stage repeats."""
+    """Every test except those that the determinism stage runs."""
     return parts(test for test in listed(folder) if not is_repeated(test))
 
 
@@ -59,7 +61,7 @@ def with_hopper(folder: Path) -> list[Job]:
 
 
 def parts(ids: Iterable[str], *options: str) -> list[Job]:
-    """Jobs for `ids`, in their order but for files that are LAST. A part holds tests of one file."""
+    """Jobs for `ids`. A part has tests of one file; the files in LAST come last."""
     by_file: dict[str, list[str]] = {}
     for each in ids:
         by_file.setdefault(each.split("::")[0], []).append(each)
@@ -73,12 +75,12 @@ def parts(ids: Iterable[str], *options: str) -> list[Job]:
 
 
 def is_repeated(test: str) -> bool:
-    """Whether the determinism stage runs `test`: the same choice as pytest's -k REPEATS in tests/gpu/test_gpu.py."""
+    """Whether the determinism stage runs `test`, as pytest -k REPEATS chooses in tests/gpu/test_gpu.py."""
     return test.startswith("tests/gpu/test_gpu.py::") and any(word in test.lower() for word in REPEATS.split(" or "))
 
 
 def reaches_attention(test: str) -> bool:
-    """Whether the file of `test` calls attention, by itself or among all ops: --hopper may change what it runs."""
+    """Whether the file of `test` calls attention, alone or among all ops, so that --hopper may change what it runs."""
     file = test.split("::")[0]
     if file.startswith("tests/integrations/"):
         return False
@@ -87,6 +89,6 @@ def reaches_attention(test: str) -> bool:
 
 
 def counts(output: str) -> dict[str, int]:
-    """How many tests passed, failed and so on, of pytest's last line."""
+    """The numbers of tests by result, from the last line of pytest's output."""
     last = output.strip().rsplit("\n", 1)[-1]
     return {what.rstrip("s"): int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", last)}

@@ -1,1 +1,1 @@
-"""How work is measured: clocks, failures, lost processes and records."""
+"""Measuring: clocks, CUDA graph capture, failures of providers, child processes and records."""

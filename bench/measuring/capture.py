@@ -1,14 +1,15 @@
-"""CUDA graph capture of code that we do not know.
+"""CUDA graph capture of code that may not support it.
 
-A capture that fails can leave a process unusable, so three things guard it:
+A capture that fails can leave a process unable to use the GPU. Three functions guard against that:
 
-1. `host_wait` finds calls that wait for the GPU, which no graph can hold. They are never captured.
+1. `host_wait` finds calls that wait for the GPU, which cannot be captured. No capture of them is tried.
 2. `capture` restores the current stream, the random generator and the allocator after any failure. `torch.cuda.graph`
    restores them only where `cudaStreamEndCapture` succeeds. Otherwise the capture stream stays the current stream. The
    generator of torch 2.11 and older stays in capture mode, so that every later draw fails (pytorch/pytorch#171263). The
-   allocator believes that the capture goes on, so that `torch.cuda.empty_cache` and every later capture fail.
-3. `gpu_fault` then tries what a measurement needs. If that fails, because a release of torch keeps more state than we
-   restore, or because no process recovers from the error, the run goes on in a new process (processes.py).
+   allocator still has a capture under way, so that `torch.cuda.empty_cache` and every later capture fail.
+3. `gpu_fault` tests afterwards whether the process can still measure. If it cannot, because a release of torch keeps
+   more state than `capture` restores or because the error is permanent, the run continues in a new process
+   (processes.py).
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import torch
 
 Calls = Sequence[Callable[[], object]]
 
-CYCLES_A_MS = 2_000_000  # of the GPU's clock, at 2 GHz; slower clocks only wait longer
-BUSY_MS = 5.0  # the GPU is kept busy at least this long to see whether a call waits for it
+CYCLES_A_MS = 2_000_000  # GPU cycles a millisecond at 2 GHz; at a lower clock a sleep only takes longer
+BUSY_MS = 5.0  # the shortest time for which the GPU is kept busy, to see whether a call waits for it
 MOST_BUSY_MS = 500.0
 
 
 def brief(e: BaseException) -> str:
-    """One line that says what went wrong."""
+    """The type and the first line of `e`, at most 160 characters."""
     if isinstance(e, torch.cuda.OutOfMemoryError):
         return "out of memory"
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
@@ -44,12 +45,12 @@ class Lost(RuntimeError):
 
 
 def host_wait(calls: Calls, stream: torch.cuda.Stream) -> str | None:
-    """Run `calls`, the first of which has run before; how they make the host wait for the GPU, or None if they do not.
+    """Run `calls` and return how they make the host wait for the GPU, or None if they do not.
 
-    PyTorch's own waits (`.item()`, `.cpu()`, `nonzero`, ...) raise an error under `set_sync_debug_mode("error")`. That
-    mode does not see `torch.cuda.synchronize`, events, or the waits of an extension. So the first call runs once more
-    while `stream` is busy: if the stream is idle when the call returns, the call has waited, or took longer than the
-    stream was busy, which a second try with more time tells apart.
+    The first call must have run before. PyTorch's own waits (`.item()`, `.cpu()`, `nonzero`, ...) raise an error under
+    `set_sync_debug_mode("error")`. That mode does not see `torch.cuda.synchronize`, events, or the waits of an
+    extension. So the first call runs once more while `stream` is busy. If the stream is idle when the call returns,
+    either the call waited, or it took longer than the stream was busy; a second try with more time tells which.
     """
     with torch.cuda.stream(stream):
         try:
@@ -97,18 +98,18 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
 
 
 class EmptyCapture(RuntimeError):
-    """Nothing was launched on the stream of the capture."""
+    """The capture recorded no launch."""
 
 
 def capture(run: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """The launches of `run` as a graph, captured on `stream`.
+    """Capture the launches of `run` on `stream` and return the graph.
 
-    Raises what `run` or the capture raises, and EmptyCapture. Afterwards, however it ended, the current stream, the
-    default generator and the allocator are as before:
+    Raises what `run` or the capture raises, and EmptyCapture. The current stream, the default generator and the
+    allocator are restored in every case:
 
-    - the stream is set again;
-    - the generator lends the capture a copy of its state, and gets its own state back;
-    - the graph's memory pool is named by us, so that allocation to it can be ended where the capture did not.
+    - the current stream is set again;
+    - the capture uses a copy of the generator's state, and the generator gets its own state back;
+    - the graph's memory pool is created here, so that a failed capture's allocation to it can be ended.
     """
     device, current = torch.cuda.current_device(), torch.cuda.current_stream()
     generator = torch.cuda.default_generators[device]
@@ -132,11 +133,11 @@ def capture(run: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.
 
 
 def _end_allocation(device: int, pool: tuple[int, int]) -> None:
-    """Of a failed capture, to its pool. PyTorch has no public name for this."""
+    """End the allocation of a failed capture to its pool. PyTorch has no public function for this."""
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
     except (AttributeError, RuntimeError):
-        return  # ended by the capture itself, whose graph releases the pool; or no longer known by this name
+        return  # the capture ended it, and its graph releases the pool; or this torch has no such function
     torch._C._cuda_releasePool(device, pool)
 
 
@@ -144,17 +145,16 @@ def _end_allocation(device: int, pool: tuple[int, int]) -> None:
 
 
 def gpu_fault(device: str) -> str | None:
-    """Why this process can no longer measure on `device`, or None.
+    """Why this process can no longer measure on `device`; None if it can. Always None on a CPU.
 
-    On a GPU, what a measurement needs is tried once: random numbers, the allocator, a capture and a replay. A CPU has
-    no such faults.
+    On a GPU, everything that a measurement needs is tried once: random numbers, the allocator, a capture and a replay.
     """
     if torch.device(device).type != "cuda":
         return None
     try:
         torch.cuda.synchronize()
         if torch.cuda.current_stream() != torch.cuda.default_stream():
-            return "another stream than the default one stayed the current stream"
+            return "a stream other than the default one stayed the current stream"
         torch.cuda.empty_cache()
         x, y = torch.randn(256, device=device), torch.zeros(256, device=device)
         graph = capture(lambda: torch.add(x, x, out=y), torch.cuda.Stream())

@@ -1,18 +1,19 @@
-"""The step under way and the incidents of a run, in a file that outlives the process that measures."""
+"""The step under way and the incidents of a run, in a file that remains when the process that measures is lost."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.measuring.records import replace_text
 
-CAPTURE = "capture"  # the step that may try a capture: what ends a process here is timed by events afterwards
+CAPTURE = "capture"  # the step that tries a capture; a provider that ends a process in it is timed by events later
 
 
 class Step(NamedTuple):
-    """What is being done: `doing` it for `provider` at `work`. An empty provider is the bench itself."""
+    """A step under way: `doing` names it. An empty `provider` is the bench itself."""
 
     work: str
     provider: str
@@ -20,7 +21,7 @@ class Step(NamedTuple):
 
 
 class Incident(NamedTuple):
-    """A step that ended or spoiled its process, and how."""
+    """A step after which the process could no longer measure, and the reason."""
 
     work: str
     provider: str
@@ -32,13 +33,14 @@ class Incident(NamedTuple):
 
 
 class Journal:
-    """The step under way and the incidents so far; in `folder`, or only in memory.
+    """The step under way and the incidents so far, in `folder`/journal.json or, with None, only in memory.
 
-    fresh: what an earlier run left in `folder` is forgotten. Raises ValueError if it cannot be read.
+    `fresh` ignores what an earlier run left in `folder`. Raises ValueError if that cannot be read.
     """
 
     def __init__(self, folder: Path | None = None, fresh: bool = False) -> None:
         self.file = None if folder is None else folder / "journal.json"
+        self.watch: Callable[[Step], None] = lambda step: None  # called at the beginning of each step
         self.step: Step | None = None
         self.incidents: list[Incident] = []
         if self.file is not None and self.file.exists() and not fresh:
@@ -46,6 +48,7 @@ class Journal:
 
     def begin(self, work: str, provider: str, doing: str) -> None:
         self.step = Step(work, provider, doing)
+        self.watch(self.step)
         self._write()
 
     def end(self) -> None:
@@ -53,7 +56,7 @@ class Journal:
         self._write()
 
     def blame(self, reason: str) -> Incident | None:
-        """Enter the step under way as an incident. None if no step is under way."""
+        """Enter the step under way as an incident and return it. Returns None if no step is under way."""
         if self.step is None:
             return None
         self.incidents.append(Incident(*self.step, reason))
@@ -61,7 +64,7 @@ class Journal:
         return self.incidents[-1]
 
     def left_out(self, work: str, provider: str) -> str | None:
-        """Why `provider` is not to run at `work`: it ended a process there, or two processes anywhere."""
+        """Why `provider` is left out at `work`: it ended a process there, or two processes anywhere. Else None."""
         theirs = [i for i in self.incidents if i.provider == provider and i.doing != CAPTURE]
         here = [i for i in theirs if i.work == work]
         if here:
@@ -71,9 +74,9 @@ class Journal:
         return None
 
     def by_events(self, provider: str) -> str | None:
-        """Why `provider` is to be timed by events, without a capture: one of its captures ended a process."""
+        """Why `provider` is timed by events without a capture: one of its captures ended a process. Else None."""
         captures = [i for i in self.incidents if i.provider == provider and i.doing == CAPTURE]
-        return f"an earlier capture of it ended a process ({captures[-1].reason})" if captures else None
+        return f"its earlier capture ended a process ({captures[-1].reason})" if captures else None
 
     def _read(self) -> None:
         try:
@@ -82,7 +85,7 @@ class Journal:
             self.incidents = [Incident(*fields) for fields in whole["incidents"]]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(
-                f"{self.file}: not a journal of the bench ({e}); remove it, or choose another --out"
+                f"{self.file} is not a journal of the bench ({e}); remove it, or choose another --out"
             ) from None
 
     def _write(self) -> None:

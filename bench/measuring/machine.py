@@ -1,4 +1,4 @@
-"""The machine that measures: its GPU, versions and commit."""
+"""The machine that measures: its GPU, the versions and the commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_kernels.core.language import HAS_TRITON, triton
 
 
 def describe(device: str) -> dict[str, Any]:
-    """What the report's head tells. device: "cuda" or "cpu"; on a CPU there is no GPU to name."""
+    """Versions, GPU, driver, date and commit. For device "cpu", GPU and driver are "none"."""
     gpu = device == "cuda"
     return {
         "torch": torch.__version__,
@@ -30,22 +30,22 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def repeated(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `describe` every record repeats."""
+    """The part of `describe` that every record repeats."""
     return {name: about[name] for name in ("torch", "triton", "gpu", "driver", "date")}
 
 
 def clock(device: str) -> int | None:
-    """MHz of the current GPU's multiprocessors now. None on a CPU."""
+    """The clock of the current GPU's SMs now, in MHz. None on a CPU, or if nvidia-smi does not say."""
     found = re.match(r"\d+", _smi("clocks.sm")) if device == "cuda" else None
     return int(found[0]) if found else None
 
 
 def _smi(field: str) -> str:
-    """What nvidia-smi says of the current CUDA device, or "unknown".
+    """`field` of nvidia-smi for the current CUDA device, or "unknown".
 
-    nvidia-smi lists every GPU of the machine in PCI order, whatever CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER say, so
-    an index means another GPU there. The GPU is found by its UUID; a MIG slice, which has a UUID of its own, by the PCI
-    address of its GPU; and if neither is known, the answer is what all GPUs have in common.
+    nvidia-smi lists every GPU of the machine in PCI order and ignores CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER, so
+    its indices differ from CUDA's. The GPU is found by its UUID. A MIG slice has another UUID than its GPU, so it is
+    found by the PCI address. If neither is known, the result is the value that all GPUs share.
     """
     listed = _output("nvidia-smi", f"--query-gpu=uuid,pci.bus_id,{field}", "--format=csv,noheader")
     rows = [[cell.strip() for cell in line.split(",", 2)] for line in listed.splitlines() if line.count(",") >= 2]

@@ -1,9 +1,9 @@
-"""A run on a GPU is made by a child process, so that a provider that crashes it does not end the run.
+"""A run on a GPU measures in a child process, so that a provider that crashes the process does not end the run.
 
-The parent (`supervise`) touches no GPU. The child measures, and writes two files as it goes: `records.json` after each
-piece of work, and `journal.json` with the step under way. When the child dies of a signal, reports that it cannot use
-the GPU any more (exit status LOST), or spends too long on a step, the step is entered in the journal as an incident. A
-new child goes on where the records end. The journal tells it what to leave out.
+The parent (`supervise`) does not use the GPU. The child measures and keeps two files up to date: `records.json` after
+each piece of work, and `journal.json` with the step under way. If the child dies of a signal, reports that it can no
+longer use the GPU (exit status LOST), or spends too long on a step, that step is entered in the journal as an incident.
+A new child continues from the records, and leaves out what the journal says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.measuring.journal import Journal
 
-LOST = 75  # exit status of a process that cannot use its GPU any more; the journal says because of whom
+LOST = 75  # exit status of a process that can no longer use its GPU; the journal names the provider
 INTERRUPTED = 130
 MOST_CHILDREN = 40
 
@@ -32,18 +32,24 @@ def supervise(
     patience: float,
     say: Callable[[str], object] = print,
 ) -> int:
-    """Run children until one ends by itself; its exit status.
+    """Run children until one ends by itself, and return its exit status.
 
-    command: of (resume, minutes left) the command line of a child. minutes: for all children together. patience:
-    minutes that one step of one provider may take. Ctrl-C goes to the child, which keeps what it has. Raises ValueError
-    on a journal in `folder` that cannot be read.
+    Args:
+        command: (resume, minutes left) -> the command line of a child.
+        folder: where the children write their records and the journal.
+        resume: whether the first child continues from the records in `folder`.
+        minutes: time limit of all children together.
+        patience: minutes that one step of one provider may take.
+        say: prints a line.
+
+    Ctrl-C is sent to the child, which keeps its records. Raises ValueError if the journal in `folder` cannot be read.
     """
     end, status = time.monotonic() + 60 * minutes, LOST
-    # A step that was interrupted with an earlier run is not a failure of its provider.
+    # The step that an earlier run was interrupted in is no failure of its provider.
     Journal(folder, fresh=not resume).end()
     for _ in range(MOST_CHILDREN):
         left = max(end - time.monotonic(), 1.0) / 60
-        # Not the terminal's process group: a Ctrl-C reaches the child once, from here. It ends when the pipe closes.
+        # In a session of its own, the child gets Ctrl-C once, from here. It ends when the pipe closes.
         child = subprocess.Popen([*command(resume, left)], stdin=subprocess.PIPE, start_new_session=True)
         stuck = _wait(child, folder, patience)
         child.stdin.close()
@@ -52,20 +58,20 @@ def supervise(
             return status
         journal = Journal(folder)
         if status == LOST and not stuck:
-            incident = journal.incidents[-1] if journal.incidents else None  # the child entered it
+            incident = journal.incidents[-1] if journal.incidents else None  # entered by the child
         else:
             incident = journal.blame(stuck or f"the process ended by {_signal_name(-status)}")
         if incident is None:
-            say(f"bench: the measuring process ended ({_signal_name(-status)}), in no step of any provider")
+            say(f"bench: the measuring process ended ({_signal_name(-status)}) outside any step of a provider")
             return status if status > 0 else 128 - status
-        say(f"bench: {incident}; going on in a new process")
+        say(f"bench: {incident}; continuing in a new process")
         resume = True
-    say(f"bench: {MOST_CHILDREN} processes were lost; giving up. `--resume` goes on.")
+    say(f"bench: gave up after {MOST_CHILDREN} lost processes. --resume continues.")
     return status
 
 
 def _wait(child: subprocess.Popen[bytes], folder: Path, patience: float) -> str | None:
-    """Until `child` has ended. It is killed if a step takes longer than `patience` minutes: the reason, else None."""
+    """Wait for `child`. If a step takes longer than `patience` minutes, kill it and return the reason; else None."""
     journal = folder / "journal.json"
     while True:
         try:
@@ -91,10 +97,10 @@ def _signal_name(number: int) -> str:
 
 
 def end_with_parent() -> None:
-    """End this process when the parent is gone, however it ended: then standard input, a pipe from it, closes."""
+    """End this process when its parent ends: standard input, a pipe from the parent, closes then."""
 
     def watch() -> None:
-        while os.read(0, 1):  # not sys.stdin, whose lock Python wants when it ends
+        while os.read(0, 1):  # not sys.stdin, whose lock Python needs at exit
             pass
         os._exit(INTERRUPTED)
 

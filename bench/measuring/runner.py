@@ -1,8 +1,9 @@
-"""One piece of work after another: the numbers of every provider are checked, then all are timed in turns."""
+"""Measures one piece of work after another: checks the numbers of every provider, then times all of them in turns."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,11 +20,11 @@ from bench.providers.provider import Provider
 from bench.works.errors import disparity, errors
 from bench.works.work import Call, Function, Results, Work, compute
 
-Bars = dict[str, tuple[float, float]]  # errors of plain PyTorch, as bench.works.errors.errors has them
+Errors = dict[str, tuple[float, float]]  # what bench.works.errors.errors returns
 
 
 class Clock(Protocol):
-    """What takes the time. `timing.Gpu` is one."""
+    """Takes the times, as `timing.Gpu` does."""
 
     cache: int
 
@@ -47,10 +48,17 @@ def run(
     out_of_time: Callable[[], bool] = lambda: False,
     journal: Journal | None = None,
 ) -> Iterator[list[Record]]:
-    """The records of each of `works`. Without a clock: parity and memory, no time.
+    """Yield the records of each of `works`. Without a clock: parity and memory, no times.
 
-    seconds: for the samples of one direction. What a provider raises is the reason of its rows. Otherwise as
-    `one_after_another`; `journal` has the step that lost the process.
+    Args:
+        ceilings: as `Clock.ceilings` returns them.
+        about: the machine, as machine.describe returns it.
+        directions: which to measure; None for all.
+        seconds: time for the samples of one direction.
+        out_of_time: once it returns True, the remaining work is listed as not run.
+        journal: gets the step under way, and the step that lost the process.
+
+    An exception of a provider is the reason in its rows. Raises Lost as `one_after_another` does.
     """
 
     def start(work: Work) -> tuple[list[Record], Callable[[], None]]:
@@ -67,10 +75,10 @@ def one_after_another(
     timed: bool,
     out_of_time: Callable[[], bool],
 ) -> Iterator[list[Record]]:
-    """The records of each of `works`. `start` gives its empty rows, and what fills them in.
+    """Yield the records of each of `works`. `start` returns its empty rows, and a function that fills them in.
 
-    Work that comes after `out_of_time` is listed as not run. Raises Lost, after the records of the work, if the process
-    cannot use its GPU any more.
+    Once `out_of_time` returns True, the remaining work is listed as not run. Raises Lost, after yielding the records
+    of the work, if the process can no longer use its GPU.
     """
     for work in works:
         rows, measure = start(work)
@@ -92,7 +100,7 @@ def one_after_another(
 def rows_of(
     work: Work, providers: Sequence[Provider], about: Mapping[str, Any], directions: Sequence[str] | None = None
 ) -> dict[str, list[Record]]:
-    """By provider that has the op, a record for each direction, still empty."""
+    """For each provider that has the op, an empty record for each direction."""
     chosen = [d for d in work.directions if directions is None or d in directions]
     same = {"op": work.op, "shape": work.shape, "sizes": work.sizes, "dtype": str(work.dtype)[6:]}
     same |= machine.repeated(about)
@@ -101,7 +109,7 @@ def rows_of(
 
 @dataclasses.dataclass
 class _Bench:
-    """One piece of work. Fills in `rows`."""
+    """Measures one piece of work and fills in `rows`."""
 
     work: Work
     rows: Mapping[str, list[Record]]
@@ -119,45 +127,44 @@ class _Bench:
         if not self.every:
             return
         self.contained = Contained(self.every[0].work, self.device, self.journal)
-        prepared = None
-        with self.contained.step("", "inputs", self.every):
-            self.contained.admit("")
-            prepared = self.prepare()
+        prepared = self.contained.attempt("", "inputs", self.every, self.prepare)
         if prepared is None:
             return
-        call, truth, bars = prepared
-        functions = {p.name: self.checked(p, call, truth, bars) for p in providers if p.name in self.rows}
+        call, truth, plain = prepared
+        functions = {}
+        for p in providers:
+            if p.name in self.rows:
+                check = functools.partial(self.checked, p, call, truth, plain)
+                functions[p.name] = self.contained.attempt(p.name, "numbers and memory", self.rows[p.name], check)
         functions = {name: f for name, f in functions.items() if f is not None}
         del prepared, truth
         if self.clock is not None:
             for i, _ in enumerate(next(iter(self.rows.values()))):
                 self.time(call, functions, {name: own[i] for name, own in self.rows.items()})
 
-    def prepare(self) -> tuple[Call, Results, Bars]:
-        """Inputs, float64 results, and what plain PyTorch's errors are."""
+    def prepare(self) -> tuple[Call, Results, Errors]:
+        """The inputs, the float64 results, and the errors of plain PyTorch."""
         torch.manual_seed(0)
         torch.compiler.reset()  # each work starts as a user's process does
         call = self.work.draw(self.device)
         truth = self.work.truth(call)
         return call, truth, errors(self.work, self.work.yardstick(call), truth)
 
-    def checked(self, provider: Provider, call: Call, truth: Results, bars: Bars) -> Function | None:
-        """The provider's function, if it gives right numbers. Fills in error and memory, or the reason."""
-        rows, right = self.rows[provider.name], None
-        with self.contained.step(provider.name, "numbers and memory", rows):
-            self.contained.admit(provider.name)
-            f = provider.function(self.work, self.device)
-            results = compute(self.work, f, call, self.backward)
-            error, reason = disparity(self.work, results, truth, bars)
-            del results
-            for r in rows:
-                r.error, r.reason = error if math.isfinite(error) else None, reason
-            if reason is None:
-                self.memory(f, call, rows)
-                right = f
-        return right
+    def checked(self, provider: Provider, call: Call, truth: Results, plain: Errors) -> Function | None:
+        """The provider's function, or None if its numbers are wrong. Fills in error and memory, or the reason."""
+        rows, f = self.rows[provider.name], provider.function(self.work, self.device)
+        results = compute(self.work, f, call, self.backward)
+        error, reason = disparity(self.work, results, truth, plain)
+        del results
+        for r in rows:
+            r.error, r.reason = error if math.isfinite(error) else None, reason
+        if reason is not None:
+            return None
+        self.memory(f, call, rows)
+        return f
 
     def memory(self, f: Function, call: Call, rows: list[Record]) -> None:
+        """Fill in the peak memory, and the bytes kept for the backward."""
         step = Step(f, call, self.backward)
         saved = timing.saved_for_backward(step.forward) if self.backward else None
         for r in rows:
@@ -168,7 +175,7 @@ class _Bench:
             step.forget()
 
     def time(self, call: Call, functions: Mapping[str, Function], rows: Mapping[str, Record]) -> None:
-        """All of `functions` in one direction; `rows` are theirs."""
+        """Time all of `functions` in one direction. `rows` has the row of each."""
         sampled: dict[str, timing.Sampling] = {}
         for name, f in functions.items():
             if rows[name].reason is None:
@@ -180,7 +187,7 @@ class _Bench:
             put_rate(rows[name], self.work, self.ceilings)
 
     def calls(self, f: Function, call: Call, direction: str) -> list[Callable[[], object]]:
-        """On tensors of their own: some peers write over their arguments."""
+        """Calls that together exceed the cache, each on its own tensors, which some peers write over."""
         sets = timing.sets_needed(self.work.bytes(direction), self.clock.cache)
         steps = [Step(f, call, self.backward) for _ in range(sets)]
         if direction == "backward":
@@ -192,7 +199,7 @@ class _Bench:
 def in_turns(
     sampled: Mapping[str, timing.Sampling], seconds: float, contained: Contained, rows: Mapping[str, Record]
 ) -> list[str]:
-    """Take the samples; the names of those whose samples all succeeded. Fills in time and method, or the reason."""
+    """Take the samples in turns, and fill in time and method, or the reason. Returns the names that have a time."""
 
     def noted(name: str) -> timing.Sampler:
         def sample() -> float:

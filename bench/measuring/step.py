@@ -1,4 +1,4 @@
-"""One call of an op on tensors of its own, and the rate that its time stands for."""
+"""One call of an op on its own tensors, and the rate that follows from its time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.works.work import Call, Function, Work, as_tuple
 
 
 class Step:
-    """One call on tensors of its own, forward, backward or both."""
+    """One call of `f` on copies of the tensors of `call`: forward, backward or both."""
 
     def __init__(self, f: Function, call: Call, backward: bool) -> None:
         self.f, self.outputs = f, ()
@@ -26,7 +26,7 @@ class Step:
         return self.f(*self.args)
 
     def forward_once(self, stream: torch.cuda.Stream | None = None) -> None:
-        """What `backward` goes back through; on the stream on which it will be captured."""
+        """Run the forward whose backward `backward` repeats, on the stream that will capture the backward."""
         with contextlib.ExitStack() as here:
             if stream is not None:
                 stream.wait_stream(torch.cuda.current_stream())
@@ -49,7 +49,7 @@ def _same_layout(x: torch.Tensor) -> torch.Tensor:
 
 
 def put_rate(r: Record, work: Work, ceilings: Mapping[str, float]) -> None:
-    """Rate, unit, ceiling and percent, by whichever of bytes and FLOPs takes this machine longer."""
+    """Fill in rate, unit, ceiling and percent, by bytes or by FLOPs: whichever takes this machine longer."""
     size, flops = work.bytes(r.direction), work.flops(r.direction)
     copy, matmul = ceilings["copy"] * 1e6, ceilings[str(work.dtype)[6:]] * 1e9  # a millisecond
     by_flops = flops / matmul > size / copy

@@ -16,18 +16,17 @@ import torch
 
 from bench.measuring.capture import CYCLES_A_MS, Calls, EmptyCapture, Lost, brief, capture, gpu_fault, host_wait
 
-Sampler = Callable[[], float]  # one sample: milliseconds a call
+Sampler = Callable[[], float]  # takes one sample and returns milliseconds a call
 
-WARM = 3  # rounds that are thrown away
-ROUNDS = 20  # at most, after them
-LEAST_ROUNDS = 5
-SAMPLE_MS = 1.0  # calls are repeated in a sample until it takes this long: events tick in half microseconds
+WARM = 3  # rounds whose samples are dropped
+ROUNDS, LEAST_ROUNDS = 20, 5  # rounds after those, at most and at least
+SAMPLE_MS = 1.0  # a sample repeats its calls until it takes this long, since events have a resolution of 0.5 µs
 MOST_CALLS = 200
 MOST_SETS = 512
 
 
 class Sampling(NamedTuple):
-    """A sampler, how it takes its samples ("graph" or "events"), and why by events where a graph was wanted."""
+    """A sampler, its method ("graph" or "events"), and the reason if events were used in place of a graph."""
 
     sampler: Sampler
     method: str
@@ -36,7 +35,7 @@ class Sampling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call, and the middle half of the samples over their median."""
+    """Milliseconds a call (the median), and the range of the middle half of the samples divided by the median."""
 
     ms: float
     spread: float
@@ -55,10 +54,10 @@ def in_turns(
     clock: Sampler = time.perf_counter,
     failed: Callable[[str, BaseException], None] | None = None,
 ) -> dict[str, Timing]:
-    """Sample A B C, C B A, A B C, ..., so that a drift is in all. Ends after ROUNDS, or `seconds` and LEAST_ROUNDS.
+    """Take samples in the order A B C, C B A, A B C, ..., so that a drift of the clock affects all alike.
 
-    A sampler that raises takes no further turns and has no timing; `failed` gets its name and the exception. Without
-    `failed` the exception is raised.
+    Ends after ROUNDS rounds, or once `seconds` are over and LEAST_ROUNDS rounds are done. A sampler that raises takes
+    no further samples and has no timing; `failed` gets its name and the exception. Without `failed` it is raised.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     end = clock() + seconds
@@ -77,28 +76,29 @@ def in_turns(
 
 
 def sets_needed(touched: int, cache: int) -> int:
-    """How many sets of tensors to go through, so that none is still in a cache of `cache` bytes when its turn comes.
+    """How many sets of tensors calls take in turn, so that no set is in a cache of `cache` bytes when it is used again.
 
-    MOST_SETS at most: work of a few kilobytes stays in the cache, as it does in a model.
+    `touched` is the bytes that one call moves. At most MOST_SETS: work of a few kilobytes stays in the cache, as it
+    does in a model.
     """
     return 1 if touched >= 4 * cache else min(max(2, math.ceil(2 * cache / max(touched, 1)) + 1), MOST_SETS)
 
 
 class Gpu:
-    """Samples on the current CUDA device: a graph where the work can be captured, else events around calls."""
+    """Takes samples on the current CUDA device: a graph if the calls can be captured, else calls between events."""
 
     def __init__(self) -> None:
         self.cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self.stream = torch.cuda.Stream()
 
     def sampler(self, calls: Calls, by_events: str | None = None) -> Sampling:
-        """A sample goes through `calls`, each on tensors of its own, as often as it takes.
+        """A sampler that repeats `calls`, each on its own tensors, until a sample takes SAMPLE_MS.
 
-        by_events: why no capture shall be tried. Raises Lost if a failed capture left the process unusable.
+        by_events: the reason not to try a capture, or None. Raises Lost if a failed capture left the process unusable.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            calls[0]()  # compiled and tuned, which may wait
+            calls[0]()  # compiles and tunes, which may wait for the GPU
         reason = by_events or host_wait(calls, self.stream)
         once = self._launched(calls, 1) * len(calls)
         repeats = max(1, min(math.ceil(SAMPLE_MS / max(once, 1e-3)), MOST_CALLS // len(calls)))
@@ -108,15 +108,15 @@ class Gpu:
                 count = repeats * len(calls)
                 return Sampling(lambda: self._between_events(graph.replay) / count, "graph")
             except EmptyCapture:
-                raise  # events would time nothing either
-            except Exception as e:  # whatever a provider does that a graph cannot hold
+                raise  # events would measure nothing either
+            except Exception as e:  # a provider may do anything that cannot be captured
                 reason = f"its capture failed: {brief(e)}"
             if fault := gpu_fault("cuda"):
                 raise Lost(f"{reason}; then {fault}")
         return Sampling(lambda: self._launched(calls, repeats), "events", f"timed by events: {reason}")
 
     def eager_sampler(self, step: Callable[[], object]) -> Sampling:
-        """A sample is one `step` on the user's stream: the host's time counts, where it is the longer."""
+        """A sampler of one `step` on the current stream, as a user runs it: if the host is slower, its time counts."""
         step()
 
         def sample() -> float:
@@ -126,7 +126,7 @@ class Gpu:
         return Sampling(sample, "events")
 
     def _launched(self, calls: Calls, repeats: int) -> float:
-        """Milliseconds a call, launched one by one behind a wait that lets the host get ahead."""
+        """Milliseconds a call. The GPU sleeps first, so that the host launches ahead of it."""
         count = repeats * len(calls)
         with torch.cuda.stream(self.stream):
             torch.cuda._sleep(int(CYCLES_A_MS * min(0.1 * count, 20.0)))
@@ -142,7 +142,7 @@ class Gpu:
         return start.elapsed_time(end)
 
     def ceilings(self) -> dict[str, float]:
-        """The best rates of this machine, measured: GB/s of a copy (read and written), TFLOP/s of an 8192³ product."""
+        """The best rates of this machine: GB/s of a copy (read plus written), TFLOP/s of a product by dtype."""
         x = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
         y = torch.empty_like(x)
         rates = {"copy": 2 * x.numel() / self._median([lambda: y.copy_(x)]) / 1e6}
@@ -162,7 +162,7 @@ def _repeat(calls: Calls, repeats: int) -> None:
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int | None:
-    """Bytes that `run` has allocated on a GPU at its peak, beyond what was there before. None on a CPU."""
+    """The most bytes that `run` has allocated at one time, without those allocated before. None on a CPU."""
     if torch.device(device).type != "cuda":
         run()
         return None
@@ -175,12 +175,12 @@ def peak_memory(run: Callable[[], object], device: str) -> int | None:
 
 
 def saved_for_backward(forward: Callable[[], object]) -> int:
-    """Bytes that autograd keeps alive for the backward: every distinct storage once, inputs among them."""
+    """Bytes that autograd keeps alive for the backward. Each storage counts once; inputs are among them."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no address comes twice
+        kept[storage._cdata] = storage  # keeping it alive prevents a second storage at its address
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

@@ -1,1 +1,1 @@
-"""Who is measured: llama_kernels, PyTorch and other libraries."""
+"""The providers that are measured: llama_kernels, PyTorch and other libraries."""

@@ -1,4 +1,4 @@
-"""Plain PyTorch as in a model's code, op by op and through torch.compile."""
+"""Plain PyTorch as a model's code writes it: op by op, and through torch.compile."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import torch
 from bench.providers.provider import Provider, Unsupported
 from bench.works.attention import PLAIN_LIMIT, Attention, AttentionVarlen, plain_attention
 from bench.works.norms import plain_norm
+from bench.works.presets import MEMORY_BOUND
 from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV, plain_rope
 from bench.works.work import Function, Work
 
 
 def then_copied(work: RopeIntoCache, device: str, rotate: Function) -> Function:
-    """q and k by `rotate`, which gets the cache position too, then k and v copied there."""
+    """Rotate q and k by `rotate`, which also gets the cache position, then copy k and v into caches of this work."""
     slot, caches = torch.tensor([work.position], device=device), work.caches(device)
     cached = [x[:, :, work.position, None] for x in caches]
 
@@ -73,11 +74,12 @@ class Eager(Provider):
 
 
 class Compiled(Provider):
-    """torch.compile of what `eager` runs."""
+    """torch.compile of `eager`. It has no attention, since `flex_attention` is what torch.compile makes of that."""
 
     name = "torch.compile"
 
-    def _compiled(self, work: Work, device: str) -> Function:
-        return torch.compile(Eager().function(work, device), fullgraph=True, dynamic=False)
+    def has(self, op: str) -> bool:
+        return op in MEMORY_BOUND
 
-    rms_norm = add_rms_norm = rope = qk_norm_rope = rope_qkv = rope_into_cache = _compiled
+    def any_op(self, work: Work, device: str) -> Function:
+        return torch.compile(Eager().function(work, device), fullgraph=True, dynamic=False)

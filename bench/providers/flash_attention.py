@@ -1,4 +1,4 @@
-"""The generations of FlashAttention."""
+"""FlashAttention 2, 3 and 4."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.works.work import Function
 
 
 class FlashAttention(Provider):
-    """What its generations share; `home` is where their functions are."""
+    """What all versions share. `home` is the module that has their functions."""
 
     home: str
 
@@ -59,13 +59,13 @@ class FlashAttention4(FlashAttention):
 
 
 def rotary(apply_rotary_emb: Function, work: Rope, device: str) -> Function:
-    """Of FlashAttention and quack: q and k one after the other."""
+    """RoPE of FlashAttention and quack, which rotates q and k in two calls."""
     cos, sin = work.tables(device)
     return lambda q, k: tuple(swap(apply_rotary_emb(swap(x), cos, sin)) for x in (q, k))
 
 
 def _flash(flash_attn_func: Function, work: Attention) -> Function:
-    """The releases of FlashAttention differ in whether lse comes back too."""
+    """Some releases of FlashAttention return lse as well."""
     options = {"window_size": (work.window, 0)} if work.window >= 0 else {}
 
     def attend(q, k, v):

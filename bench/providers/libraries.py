@@ -1,4 +1,4 @@
-"""Other libraries of kernels."""
+"""Other libraries with kernels."""
 
 from __future__ import annotations
 

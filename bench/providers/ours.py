@@ -1,4 +1,4 @@
-"""llama_kernels, and its ops one by one."""
+"""llama_kernels, with its fused ops and with separate ops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ours(Provider):
     cpu = True
 
     def any_op(self, work: Work, device: str) -> Function:
-        """A public function that takes the work's arguments and no others."""
+        """The public function, for ops that need no other arguments than those of the work."""
         return getattr(lk, work.op)
 
     def rope(self, work: Rope, device: str) -> Function:
@@ -60,7 +60,7 @@ class Ours(Provider):
 
 
 class Apart(Provider):
-    """Our ops one by one, to show what a fused op saves."""
+    """Separate calls of our ops in place of a fused op, to show what fusing saves."""
 
     name = f"{OURS}, apart"
     cpu = True

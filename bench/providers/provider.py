@@ -1,8 +1,8 @@
-"""A provider is one small class: a method for each op it has, named after the op, or `any_op` for those without one.
+"""A provider is a class with a method for each op that it has, named after the op. Other ops go to `any_op`.
 
-A method gets the work and the device, does what a user does once (import, tables, masks), and returns a function of the
-op's arguments. It raises `Unsupported` for what it cannot do; a package that is missing is noticed here. Either
-way the provider stays in the table, with the reason. bench/providers/registry.py has the list.
+A method gets the work and the device. It does what a user does once (imports, tables, masks) and returns a function of
+the op's arguments. It raises `Unsupported` for work that it cannot do; `Provider` itself checks that the package is
+installed. In both cases the provider keeps its rows, with the reason. bench/providers/registry.py lists all providers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch
 from bench.works.work import Function, Work
 
 OURS = "llama_kernels"
+NOT_INSTALLED = "not installed"  # the reason begins so if a package is missing
 
 
 class Unsupported(Exception):
-    """Why a provider does not do a piece of work."""
+    """A provider cannot do a piece of work; the message says why."""
 
 
 class Provider:
-    """`module`: what must be there to import; `package`: what to install for it. `cpu`: runs on CPU tensors too."""
+    """`module`: the import that it needs. `package`: what pip installs for it. `cpu`: whether it takes CPU tensors."""
 
     name: str
     module: str | None = None
@@ -29,24 +30,25 @@ class Provider:
     cpu = False
 
     def function(self, work: Work, device: str) -> Function:
-        """The op as this provider has it, ready to be called. Raises Unsupported."""
+        """This provider's function of the op's arguments. Raises Unsupported."""
         if reason := self.why_not(work.op, device):
             raise Unsupported(reason)
         return getattr(self, work.op, self.any_op)(work, device)
 
     def any_op(self, work: Work, device: str) -> Function:
-        """An op that has no method. A provider that has such ops overrides this."""
+        """The function of an op without a method of its own. Providers with such ops override this."""
         raise Unsupported(f"has no {work.op}")
 
     def has(self, op: str) -> bool:
+        """Whether this provider has `op`, wherever it runs."""
         return hasattr(self, op) or type(self).any_op is not Provider.any_op
 
     def why_not(self, op: str, device: str) -> str | None:
-        """Why it cannot do `op` at any shape here, or None."""
+        """Why this provider cannot do `op` at any shape on this machine, or None."""
         if not self.has(op):
             return f"has no {op}"
         if self.module is not None and not _importable(self.module):
-            return f"not installed (pip install {self.package})"
+            return f"{NOT_INSTALLED} (pip install {self.package})"
         return "needs a GPU" if device == "cpu" and not self.cpu else None
 
 
@@ -63,7 +65,7 @@ def swap(x: torch.Tensor) -> torch.Tensor:
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:
-    """(1, H, T, D) -> (T, H, D), a view; and so is its gradient, where indexing would write one full of zeros."""
+    """(1, H, T, D) -> (T, H, D), a view. Its gradient is a view too; that of x[0] would fill a tensor with zeros."""
     return x.squeeze(0).transpose(0, 1)
 
 

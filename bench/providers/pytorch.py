@@ -31,7 +31,7 @@ class TorchNorm(Provider):
 
 
 class Sdpa(Provider):
-    """torch.nn.functional.scaled_dot_product_attention, with a backend or with the one it chooses by itself."""
+    """torch.nn.functional.scaled_dot_product_attention with one backend, or with the one that PyTorch chooses."""
 
     def __init__(self, name: str, backend: SDPBackend | None) -> None:
         self.name, self.backend = name, backend
@@ -42,7 +42,7 @@ class Sdpa(Provider):
             if self.backend is None:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
             with sdpa_kernel(self.backend):
-                if self.backend is SDPBackend.EFFICIENT_ATTENTION:  # has no GQA: k and v are repeated in memory
+                if self.backend is SDPBackend.EFFICIENT_ATTENTION:  # no GQA: k and v must be repeated
                     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
                     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
                 return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
@@ -63,7 +63,7 @@ class Sdpa(Provider):
 
 
 class Flex(Provider):
-    """torch.compile of flex_attention, with block masks made beforehand."""
+    """torch.compile of flex_attention. The block masks are made once, before any call."""
 
     name = "flex_attention"
 
@@ -99,7 +99,7 @@ class TorchVarlen(Provider):
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = work.cu_seqlens(device), max(work.lengths)
-        known = inspect.signature(varlen_attn).parameters  # causality and GQA were named otherwise in each release
+        known = inspect.signature(varlen_attn).parameters  # releases differ in their names
         options = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
         gqa = "enable_gqa" in known
         options |= {"enable_gqa": True} if gqa else {}

@@ -1,4 +1,4 @@
-"""All providers, in the order of the reports."""
+"""All providers, in the order in which reports list them."""
 
 from __future__ import annotations
 

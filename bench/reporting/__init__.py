@@ -1,1 +1,1 @@
-"""What is made of records: pages, pictures, comparisons, goals and tables."""
+"""Pages, pictures, comparisons, goals and tables that are made from records."""

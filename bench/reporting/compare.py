@@ -1,4 +1,4 @@
-"""Two runs against each other: what became slower, less exact, larger or went missing."""
+"""Compares two runs: what became slower, less exact or larger, and what is missing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from bench.measuring.records import Record, Run
 from bench.providers.provider import OURS
 
-THRESHOLD = 0.05
-ERROR_BY = 1.25  # an error may grow by this factor before it counts: other tiles round elsewhere
-MEMORY_BY = 1.02
+THRESHOLD = 0.05  # a time that grew by a larger share is a regression
+ERROR_BY = 1.25  # so is an error that grew by a larger factor (other tiles round in other places)
+MEMORY_BY = 1.02  # and memory that grew by a larger factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Finding:
 
 
 def compare(before: Run, after: Run, threshold: float = THRESHOLD, provider: str | None = OURS) -> Iterator[Finding]:
-    """What changed from `before` to `after`, for `provider` (its compiled form too) or, with None, for all.
+    """What changed from `before` to `after` in rows of `provider` (and of its compiled form), or of all for None.
 
-    Slower by more than `threshold` is a regression. So is an error or a memory that grew, a number that is missing now,
-    and a row that is gone. Raises ValueError on runs of two GPUs.
+    A time that grew by more than `threshold` is a regression. So are an error or memory that grew, a number that is
+    missing now, and a row that is gone. Raises ValueError if the runs are of two GPUs.
     """
     gpus = before.machine.get("gpu"), after.machine.get("gpu")
     if gpus[0] != gpus[1]:
@@ -61,6 +61,6 @@ def compare(before: Run, after: Run, threshold: float = THRESHOLD, provider: str
 
 
 def matched(before: Run, after: Run, provider: str | None = OURS) -> int:
-    """How many rows both runs have."""
+    """The number of rows that are in both runs."""
     keys = {r.key for r in after.records}
     return sum(r.key in keys for r in before.records if provider is None or r.provider.startswith(provider))

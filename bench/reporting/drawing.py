@@ -16,7 +16,7 @@ Series = dict[str, dict[str, float]]  # provider -> group -> value
 
 OUR_COLOR = "#1b3a5c"
 COLORS = ("#c8452d", "#e0a030", "#5a9e6f", "#7b6fb0", "#4ba3c3", "#b0607f", "#8a8a3c", "#777777", "#c49a6c", "#3f7f7f")
-SHOWN_GPU, SHOWN_MODEL = "H100", "Llama 3.1 8B"  # of the estimates, in pictures; the tables have all
+SHOWN_GPU, SHOWN_MODEL = "H100", "Llama 3.1 8B"  # of the estimates in pictures; tables have all GPUs and models
 
 
 def color_of(provider: str, providers: Sequence[str]) -> str:
@@ -26,25 +26,25 @@ def color_of(provider: str, providers: Sequence[str]) -> str:
 
 
 def providers_of(rs: Iterable[Record]) -> list[str]:
-    """In the order of their first record."""
+    """The providers in the order of their first records."""
     return list(dict.fromkeys(r.provider for r in rs))
 
 
 def grid(count: int, width: float = 5.0, height: float = 3.4, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, each `width` by `height` inches."""
     from matplotlib import pyplot as plt
 
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
-    )
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for unused in axes.flat[count:]:
         unused.set_visible(False)
     return figure, list(axes.flat[:count])
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One for all panels, below."""
+    """One legend for all panels, below them."""
     found: dict[str, Any] = {}
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
@@ -53,7 +53,7 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def bars(ax: Axes, groups: Sequence[str], series: Series, show: Callable[[float], str]) -> None:
-    """Horizontal bars: a group on the y axis, a bar for each of the series that has it."""
+    """Horizontal bars: the groups on the y axis, and in each group a bar for each series that has it."""
     providers = list(series)
     height = 0.8 / max((sum(g in values for values in series.values()) for g in groups), default=1)
     for name, values in series.items():
@@ -70,6 +70,7 @@ def bars(ax: Axes, groups: Sequence[str], series: Series, show: Callable[[float]
 
 
 def series(rs: Iterable[Record], group: Callable[[Record], str], value: Callable[[Record], float]) -> Series:
+    """`value` of each record, by provider and `group`. Of several records in a group, the last counts."""
     series: dict[str, dict[str, float]] = {}
     for r in rs:
         series.setdefault(r.provider, {})[group(r)] = value(r)
@@ -77,4 +78,5 @@ def series(rs: Iterable[Record], group: Callable[[Record], str], value: Callable
 
 
 def in_order(rs: Iterable[Record], series: dict[str, Any]) -> dict[str, Any]:
+    """`series` in the order of `providers_of`."""
     return {name: series[name] for name in providers_of(rs) if name in series}

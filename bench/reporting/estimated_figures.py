@@ -1,4 +1,4 @@
-"""Figures of what is known without a GPU: bounds, the roofs of GPUs and the host's cost."""
+"""Figures of what is known without a GPU: bounds on times, rooflines, and the host time of a call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def saving_figure(rs: list[Record]) -> Figure:
-    """Each op once, at one model: the ratios hardly depend on the width."""
+    """The bound of each provider over ours: each op once, at one model, since the ratios hardly depend on its sizes."""
     rs = [r for r in rs if r.direction != "both" or r.op in TRAINING]
     unnamed = {r.shape for r in rs if not r.shape.startswith(tuple(MODELS))}
     rs = [r for r in rs if r.gpu == SHOWN_GPU and (SHOWN_MODEL in r.shape or r.shape in unnamed)]
@@ -49,9 +49,8 @@ def roofline_figure(rs: list[Record]) -> Figure:
     for i, gpu in enumerate(g for g in GPUS if any(r.gpu == g for r in rs)):
         ceilings = GPUS[gpu].ceilings
         x = [0.1, ceilings["bfloat16"] * 1e3 / ceilings["copy"], 2e4]
-        ax.plot(
-            x, [min(n * ceilings["copy"] / 1e3, ceilings["bfloat16"]) for n in x], color=COLORS[i], lw=1.4, label=gpu
-        )
+        y = [min(n * ceilings["copy"] / 1e3, ceilings["bfloat16"]) for n in x]
+        ax.plot(x, y, color=COLORS[i], lw=1.4, label=gpu)
     for r in rs:
         shown = (r.gpu, r.provider) == (SHOWN_GPU, OURS) and SHOWN_MODEL in r.shape
         if shown and r.op in ("attention", "decode") and r.direction != "both":
@@ -61,15 +60,15 @@ def roofline_figure(rs: list[Record]) -> Figure:
             shift = (8, 8) if r.op == "attention" and r.direction == "forward" else (8, -12)
             ax.annotate(_row_of(r), (x, y), xytext=shift, textcoords="offset points")
     ax.axvspan(0.1, 1, color=OUR_COLOR, alpha=0.08, lw=0)
-    ax.text(0.32, 1.5e3, "RoPE, RMSNorm:\nno matrix products,\nbytes alone decide", fontsize=8, ha="center", va="top")
-    ax.set(xscale="log", yscale="log", xlim=(0.1, 2e4), xlabel="FLOPs a byte of the floor", ylabel="TFLOP/s",
+    ax.text(0.32, 1.5e3, "RoPE, RMSNorm:\nno matrix products,\nbound by memory", fontsize=8, ha="center", va="top")
+    ax.set(xscale="log", yscale="log", xlim=(0.1, 2e4), xlabel="FLOPs / least bytes", ylabel="TFLOP/s",
            title=f"circles: {OURS}, {SHOWN_MODEL} on {SHOWN_GPU}, at its bound")  # fmt: skip
     ax.legend(loc="lower right")
     return figure
 
 
 def work_of(r: Record) -> Work:
-    """The work that a record of an op is about."""
+    """The work that a record was made from."""
     kind = next(kind for kind in KINDS if kind.op == r.op)
     sizes = {name: tuple(n) if isinstance(n, list) else n for name, n in r.sizes.items()}
     return kind(shape=r.shape, dtype=getattr(torch, r.dtype), **sizes)

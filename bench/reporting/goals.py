@@ -1,4 +1,4 @@
-"""The goals of speed, and whether a run reaches them. All are in bfloat16, relative to what the same run measured.
+"""The goals of speed in bfloat16, and whether a run meets them.
 
 A goal picks records by op, direction and sizes. It is met if the slowest of them reaches it.
 """
@@ -12,20 +12,23 @@ from typing import NamedTuple
 from bench.measuring.records import Record
 from bench.providers.provider import OURS
 
-HOST_MICROSECONDS = 25.0  # of a forward call, its launch included
-LAUNCH_MICROSECONDS = 3.0  # of the driver, a kernel: what bench.host does not see
+HOST_MICROSECONDS = 25.0  # goal of the host time of a forward call with its launch
+LAUNCH_MICROSECONDS = 3.0  # time of the driver's launch of a kernel, which bench.host does not measure
 
-# What is compared: a share of the copy's bandwidth, a rate, times as fast as a peer, a share of another rate of ours.
+# What a goal is about: see Goal.quantity.
 COPY, RATE, RATIO, SHARE = "copy", "rate", "ratio", "share"
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """`work`: a name for people. `sizes`: of each named size the smallest and the largest that count, both included.
+    """A goal for one op in one direction.
 
-    quantity: COPY, the rate over that of a copy; RATE, in TFLOP/s; RATIO, the time of provider `against` over ours;
-    SHARE, the rate over that of our record of op and shape `beside`.
-    hopper: of the run with the Hopper kernels.
+    work: the name of the goal on pages.
+    quantity: COPY, our rate / that of a copy in the same run; RATE, our TFLOP/s; RATIO, the time of provider `against`
+        / ours; SHARE, our rate / our rate at the op and shape `beside`.
+    least: the goal is met if the quantity is at least this.
+    sizes: for each size, the smallest and the largest that count, both included.
+    hopper: whether the goal is for the run with the Hopper kernels.
     """
 
     work: str
@@ -84,7 +87,7 @@ GOALS = (
 
 
 class Standing(NamedTuple):
-    """`value`: of the slowest record, or None and `why`."""
+    """A goal, and the value of the slowest record; or None, and `why` there is no value."""
 
     goal: Goal
     value: float | None
@@ -96,7 +99,7 @@ class Standing(NamedTuple):
 
 
 def standings(portable: Sequence[Record], hopper: Sequence[Record] = ()) -> Iterator[Standing]:
-    """Every goal against the records of a run, and of a run with the Hopper kernels."""
+    """The standing of every goal in the records of a run, and in those of a run with the Hopper kernels."""
     for goal in GOALS:
         found = hopper if goal.hopper else portable
         picked = [r for r in found if goal.picks(r) and r.shape != (goal.beside or ("", ""))[1]]
@@ -113,7 +116,7 @@ def standings(portable: Sequence[Record], hopper: Sequence[Record] = ()) -> Iter
         yield Standing(goal, min(numbers)) if numbers else Standing(goal, None, str(measured[0]))
 
 
-# Of a record: the number, or why there is none.
+# The functions of _MEASURES: the value of a goal's quantity for one record, or why there is none.
 
 
 def _of_copy(goal: Goal, r: Record, found: Sequence[Record]) -> float | str:

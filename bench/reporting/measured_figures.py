@@ -1,4 +1,4 @@
-"""Figures of what was measured: speed over size, shares of the ceiling, training and errors."""
+"""Figures of measurements: speed over size, percent of the ceiling, training, and errors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ def sweep_figure(panels: list[tuple[tuple[str, ...], dict[str, list[tuple[int, R
         roof = sorted({(n, r.ceiling) for points in lines.values() for n, r in points})
         ax.plot(*zip(*roof, strict=True), "--", color="#999999", lw=1)
         ax.set_xscale("log", base=2)
-        ax.set(
-            title=f"{direction}, {dtype}" + (f", {family}" if family else ""), xlabel=AXES[op][1], ylabel=some[0].unit
-        )
+        title = ", ".join(filter(None, (direction, dtype, family)))
+        ax.set(title=title, xlabel=AXES[op][1], ylabel=some[0].unit)
         ax.set_ylim(0, 1.08 * max(r.ceiling for r in some))
     legend(figure, axes)
     return figure
@@ -41,18 +40,13 @@ def models_figure(rs: list[Record]) -> Figure:
     each_way = [d for d in DIRECTIONS[:2] if any(r.direction == d for r in rs)] or ["both"]
     panels = [(op, d) for op in dict.fromkeys(r.op for r in rs) for d in each_way
               if any(r.op == op and r.direction == d for r in rs)]  # fmt: skip
-    most = max(
-        len({r.shape for r in rs if r.op == op}) * len(providers_of(r for r in rs if r.op == op)) for op, _ in panels
-    )
+    of_op = {op: [r for r in rs if r.op == op] for op, _ in panels}
+    most = max(len({r.shape for r in own}) * len(providers_of(own)) for own in of_op.values())
     figure, axes = grid(len(panels), height=max(2.5, 0.14 * most + 1))
     for ax, (op, direction) in zip(axes, panels, strict=True):
-        here = [r for r in rs if (r.op, r.direction) == (op, direction)]
-        bars(
-            ax,
-            list(dict.fromkeys(r.shape for r in here)),
-            series(here, lambda r: r.shape, lambda r: r.percent),
-            "{:.0f}".format,
-        )
+        here = [r for r in of_op[op] if r.direction == direction]
+        shapes = list(dict.fromkeys(r.shape for r in here))
+        bars(ax, shapes, series(here, lambda r: r.shape, lambda r: r.percent), "{:.0f}".format)
         ax.axvline(100, ls="--", color="#999999", lw=1)
         ax.set(title=f"{op}, {direction}", xlabel="% of the ceiling", xlim=(0, 112))
     legend(figure, axes)
@@ -99,11 +93,10 @@ def error_figure(rs: list[Record]) -> Figure:
     groups = list(dict.fromkeys(r.op for r in rs))
     figure, axes = grid(len(dtypes), columns=3, width=4.2, height=max(2.5, 0.55 * len(groups) + 1.2))
     for ax, dtype in zip(axes, dtypes, strict=True):
-        here = sorted((r for r in rs if r.dtype == dtype), key=lambda r: r.error)  # of several shapes the worst
+        here = sorted((r for r in rs if r.dtype == dtype), key=lambda r: r.error)  # series() keeps the largest
         unit = UNIT[getattr(torch, dtype)]
-        bars(
-            ax, groups, in_order(rs, series(here, lambda r: r.op, lambda r, unit=unit: r.error / unit)), "{:.2g}".format
-        )
+        errors = series(here, lambda r: r.op, lambda r, unit=unit: r.error / unit)
+        bars(ax, groups, in_order(rs, errors), "{:.2g}".format)
         ax.margins(x=0.15)
         ax.set(title=dtype, xlabel=f"error over one rounding to {dtype}, {unit:.1e}")
     legend(figure, axes)

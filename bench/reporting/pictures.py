@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn from records alone."""
+"""The pictures of a report, drawn from its records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
-    """(file name, what it shows, picture)."""
+    """Yield (file name, caption, picture)."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -51,15 +51,8 @@ def figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
         yield "error", "Relative error against float64, worst of outputs and gradients", error_figure(wrong)
     if any(r.estimate for r in run.records):
         estimated = [r for r in run.records if r.estimate and r.ms is not None]
-        yield (
-            "saving",
-            f"Estimate ({SHOWN_GPU}): the least time each way of computing needs, over ours",
-            saving_figure(estimated),
-        )
-        yield (
-            "roofline",
-            "Estimate: the roof of each GPU, and where the work stands under it",
-            roofline_figure(estimated),
-        )
+        caption = f"Estimate ({SHOWN_GPU}): the least time that each provider needs, over ours"
+        yield "saving", caption, saving_figure(estimated)
+        yield "roofline", "Estimate: the roofline of each GPU, and our attention under it", roofline_figure(estimated)
     if host := run.extra.get("host"):
-        yield "host", "Host cost of a call, without the driver's launch", host_figure(host)
+        yield "host", "Host time of a call, without the driver's launch", host_figure(host)

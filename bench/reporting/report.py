@@ -1,4 +1,4 @@
-"""One self-contained page from the records of a run: `python -m bench report FILES...` makes it again."""
+"""The report of a run, a self-contained page made from its records. `python -m bench report FILES` makes it again."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
 """
 _HEAD = ("gpu", "driver", "torch", "triton", "python", "commit", "date")
 _ESTIMATES = (
-    "<b>ESTIMATES.</b> No GPU was there: every millisecond on this page is a bound computed from bytes and FLOPs, none "
-    "was measured. Errors, bytes kept for the backward, machine code and the host's cost are real."
+    "<b>ESTIMATES.</b> There was no GPU: every time in milliseconds on this page is a bound computed from bytes and "
+    "FLOPs; none was measured. Errors, bytes kept for the backward, machine code and host times are real."
 )
 
 
 def page(run: Run, pictures: Sequence[tuple[str, str, bytes]], note: str = "") -> str:
-    """The whole report; pictures (name, caption, PNG) are put inside, or `note` in their place."""
+    """The HTML of the report. It contains `pictures` (name, caption, PNG), or `note` in their place."""
     measured = any(r.ms is not None and not r.estimate for r in run.records)
     title = f"llama_kernels on {run.machine['gpu']}" if measured else "llama_kernels: estimates without a GPU"
     parts = [
@@ -63,7 +63,7 @@ def _text(x: object) -> str:
 
 
 def _row(cells: Sequence[tuple[str, str]], classes: str = "") -> str:
-    """(class of the cell, its HTML)."""
+    """A row of a table from cells (class, HTML)."""
     return f'<tr class="{classes}">' + "".join(f'<td class="{kind}">{x}</td>' for kind, x in cells) + "</tr>"
 
 
@@ -84,7 +84,7 @@ def _tables(run: Run) -> Iterator[str]:
         yield (f"<details><summary>machine code for {_text(kernels[0]['target'])}, {len(kernels)} kernels</summary>"
                f"{_codegen(kernels)}</details>")  # fmt: skip
     if state := run.extra.get("providers"):
-        yield "<h2>Who has what</h2>" + _matrix(state)
+        yield "<h2>Which provider has which op</h2>" + _matrix(state)
 
 
 COLUMNS = (
@@ -115,7 +115,7 @@ def _table(rs: list[Record]) -> str:
 
 
 def _first_seen(rs: list[Record], r: Record) -> tuple[int, int]:
-    """Rows of one piece of work together, in one direction after the other; within them as they came."""
+    """Sorts the rows of one piece of work together, by direction; otherwise they keep their order."""
     same = next(i for i, o in enumerate(rs) if (o.shape, o.sizes, o.dtype) == (r.shape, r.sizes, r.dtype))
     return same, (*DIRECTIONS, "step").index(r.direction)
 
@@ -130,7 +130,7 @@ def _codegen(kernels: list[dict[str, Any]]) -> str:
 
 
 def _matrix(state: dict[str, dict[str, str]]) -> str:
-    """Provider and op: usable here, or why not."""
+    """A table of providers and ops: "yes", or why an op cannot be measured here."""
     ops = list(dict.fromkeys(op for row in state.values() for op in row))
     rows = [_head(("provider", *ops), ())]
     rows += [_row([("t", _text(name)), *(("t", _text(row.get(op, ""))) for op in ops)]) for name, row in state.items()]
@@ -138,9 +138,12 @@ def _matrix(state: dict[str, dict[str, str]]) -> str:
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """records.json, PNGs and report.html in `folder`: what was written. Without matplotlib, a page without pictures."""
+    """Write records.json, the pictures and report.html into `folder`. Returns the paths of the files.
+
+    Without matplotlib the page has no pictures.
+    """
     written, pictures, figures, note = [folder / "records.json"], [], iter(()), ""
-    records.write(run, written[0])  # first: pictures may fail
+    records.write(run, written[0])  # before the pictures, which may fail
     try:
         from matplotlib import pyplot as plt
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from bench.measuring.records import Record
 
-# What a sweep runs over, and what it is called.
+# For each op, the size that a sweep varies, and its label.
 AXES = {
     "rms_norm": ("N", "row length N"),
     "add_rms_norm": ("N", "row length N"),
@@ -22,7 +22,7 @@ AXES = {
 
 
 def sweeps(rs: Iterable[Record]) -> dict[tuple[str, ...], dict[str, list[tuple[int, Record]]]]:
-    """(op, direction, dtype, the rest of the sizes) -> provider -> (size, record) in order, of three sizes or more."""
+    """(op, direction, dtype, other sizes) -> provider -> (size, record) by size. A sweep has three sizes or more."""
     found: dict[tuple[str, ...], dict[str, dict[int, Record]]] = collections.defaultdict(
         lambda: collections.defaultdict(dict)
     )
@@ -34,7 +34,7 @@ def sweeps(rs: Iterable[Record]) -> dict[tuple[str, ...], dict[str, list[tuple[i
             lines = found.setdefault((r.op, r.direction, r.dtype, family), {})
             by_size = lines.setdefault(r.provider, {})
             size, other = r.sizes[axis], by_size.get(r.sizes[axis])
-            if other is None or r.rate * r.ms > other.rate * other.ms:  # of one size, the larger work
+            if other is None or r.rate * r.ms > other.rate * other.ms:  # of two works of one size, the larger
                 by_size[size] = r
     return {
         key: {name: sorted(by_size.items()) for name, by_size in lines.items()}

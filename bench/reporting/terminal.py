@@ -1,4 +1,4 @@
-"""What the commands show: the console, a progress bar, a table for each piece of work."""
+"""The output of the commands: the console, a progress bar, and a table for each piece of work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.measuring.records import Record
-from bench.providers.provider import OURS
+from bench.providers.provider import NOT_INSTALLED, OURS
 from bench.reporting.report import COLUMNS
 
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -22,23 +22,29 @@ def progress() -> Progress:
 
 
 def table(rs: list[Record]) -> Table:
-    """One piece of work: a row for each provider and direction. Those with one reason for all share a row."""
+    """One piece of work: a row for each provider and direction, and one row for a provider without any time.
+
+    Providers that are not installed have no row.
+    """
     first = rs[0]
     sizes = ", ".join(f"{name} {n}" for name, n in first.sizes.items() if type(n) is int and n >= 0)
     estimate = f" [yellow]ESTIMATE for {first.gpu}[/]" if first.estimate else ""
     shown = Table(title=f"{first.op}, {first.shape} ({sizes}), {first.dtype}{estimate}", title_justify="left", box=None)
     for name in ("provider", "direction"):
         shown.add_column(name)
-    for name, _ in COLUMNS:
+    columns = [(name, column) for name, column in COLUMNS if any(map(column, rs))]
+    for name, _ in columns:
         shown.add_column(name, justify="right")
     shown.add_column("")
     told = set()
     for r in rs:
+        if (r.reason or "").startswith(NOT_INSTALLED):
+            continue
         if r.ms is None:
             if r.provider in told:
                 continue
             told.add(r.provider)
-        cells = [column(r) or "" for _, column in COLUMNS]
+        cells = [column(r) or "" for _, column in columns]
         style = "bold" if r.provider.startswith(OURS) else "" if r.ms is not None or r.reason is None else "dim"
         shown.add_row(r.provider, r.direction if r.ms is not None else "", *cells, escape(r.reason or ""), style=style)
     return shown

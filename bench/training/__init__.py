@@ -1,1 +1,1 @@
-"""Training steps of Transformers models: stock, patched by llama_kernels, patched by Liger."""
+"""Training steps of Transformers models: stock, patched by llama_kernels, and patched by Liger."""

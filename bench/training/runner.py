@@ -1,4 +1,4 @@
-"""Decoder layers and whole Llama models of Transformers, one training step of each variation: checked, then timed.
+"""Measures a training step of decoder layers and Llama models of Transformers: checks each variation, then times all.
 
 All variations have the same weights and tokens.
 """
@@ -6,6 +6,7 @@ All variations have the same weights and tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,9 @@ def run(
     out_of_time: Callable[[], bool] = lambda: False,
     journal: Journal | None = None,
 ) -> Iterator[list[Record]]:
-    """The records of each scale: time of a step, tokens a second, memory, parity on its first 256 tokens.
+    """Yield the records of each scale: time of a step, tokens a second, memory, and parity on its first 256 tokens.
 
-    What a variation raises is the reason of its row. Raises Lost as bench.measuring.runner.run does.
+    An exception of a variation is the reason in its row. The arguments are those of bench.measuring.runner.run.
     """
 
     def start(scale: Scale) -> tuple[list[Record], Callable[[], None]]:
@@ -51,7 +52,7 @@ def run(
 
 
 def rows_of(scale: Scale, variations: Sequence[Variation], about: Mapping[str, Any]) -> dict[str, Record]:
-    """By variation, a record that is still empty."""
+    """An empty record for each variation."""
     return {v.name: row_of(scale, v.name, about) for v in variations}
 
 
@@ -63,7 +64,7 @@ def row_of(scale: Scale, name: str, about: Mapping[str, Any]) -> Record:
 
 @dataclasses.dataclass
 class _Bench:
-    """One scale. Fills in `rows`."""
+    """Measures one scale and fills in `rows`."""
 
     scale: Scale
     rows: Mapping[str, Record]
@@ -74,27 +75,23 @@ class _Bench:
     contained: Contained
 
     def run(self, variations: Sequence[Variation]) -> None:
-        prepared = None
-        with self.contained.step("", "inputs", self.rows.values()):
-            self.contained.admit("")
-            prepared = self.prepare()
+        prepared = self.contained.attempt("", "inputs", self.rows.values(), self.prepare)
         if prepared is None:
             return
         sampled: dict[str, timing.Sampling] = {}
         for variation in variations:
-            name, step = variation.name, None
-            with self.contained.step(name, "numbers and memory", [self.rows[name]]):
-                self.contained.admit(name)
-                step = self.checked(variation, *prepared)
+            name, rows = variation.name, [self.rows[variation.name]]
+            check = functools.partial(self.checked, variation, *prepared)
+            step = self.contained.attempt(name, "numbers and memory", rows, check)
             if step is not None and self.clock is not None:
-                with self.contained.step(name, "timing by events", [self.rows[name]]):
+                with self.contained.step(name, "timing by events", rows):
                     sampled[name] = self.clock.eager_sampler(step)
         del prepared
         for name in in_turns(sampled, self.seconds, self.contained, self.rows):
             put_rate(self.rows[name], self.scale, self.ceilings)
 
     def prepare(self) -> tuple[Scale, nn.Module, list[torch.Tensor], list[float]]:
-        """The first tokens, the stock model, and there its float64 gradients and the errors of its own."""
+        """A scale of the first tokens, the stock model, and on that scale its float64 gradients and its errors."""
         torch.compiler.reset()
         short = dataclasses.replace(self.scale, B=1, S=min(self.scale.S, 256))
         stock = llama(self.scale, self.device, self.scale.dtype)
@@ -105,13 +102,13 @@ class _Bench:
     def checked(
         self, variation: Variation, short: Scale, stock: nn.Module, truth: list[torch.Tensor], theirs: list[float]
     ) -> Step | None:
-        """A step of `variation`, if it gives right gradients."""
+        """A step of `variation`, or None if its gradients are wrong. Fills in error and memory, or the reason."""
         r, dtype = self.rows[variation.name], self.scale.dtype
         r.error, r.reason = disparity(Step(short, variation, self.device, dtype, stock), truth, theirs)
         if r.reason is not None:
             return None
         step = Step(self.scale, variation, self.device, dtype, stock)
-        step()  # compiled, and the optimizer has its state
+        step()  # compiles the model and allocates the state of the optimizer
         with variation.active():
             r.saved = timing.saved_for_backward(step.forward)
         r.memory = timing.peak_memory(step, self.device)

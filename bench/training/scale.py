@@ -17,10 +17,10 @@ TRAINING = ("decoder_layer", "llama")
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """A model, as many layers of it as are run, and the tokens of a step."""
+    """A model with as many layers as are run, and the batch of a step: B sequences of S tokens."""
 
     shape: str
-    whole: bool  # a model with its embedding, head, loss and AdamW step; else one decoder layer
+    whole: bool  # True: with embedding, head, loss and a step of AdamW; False: one decoder layer
     model: Model
     B: int
     S: int
@@ -40,13 +40,14 @@ class Scale:
 
 
 def scales() -> Iterator[Scale]:
+    """The scales that are measured."""
     for name in ("Llama 3.2 1B", "Llama 3.1 8B"):
         yield Scale(name, False, MODELS[name]._replace(layers=1, vocab=64), 2, 4096)
     yield Scale("4 layers of Llama 3.2 1B", True, MODELS["Llama 3.2 1B"]._replace(layers=4, vocab=32000), 2, 4096)
 
 
 def put_rate(r: Record, scale: Scale, ceilings: Mapping[str, float]) -> None:
-    """Tokens a second; the ceiling is what the matrix products alone would take."""
+    """Fill in tokens a second. The ceiling is the rate if a step took only as long as its matrix products."""
     tokens = scale.B * scale.S
     r.rate, r.unit = tokens / r.ms * 1e3, "tokens/s"
     r.ceiling = tokens / (flops(scale) / ceilings[r.dtype] / 1e9) * 1e3
@@ -54,7 +55,7 @@ def put_rate(r: Record, scale: Scale, ceilings: Mapping[str, float]) -> None:
 
 
 def flops(scale: Scale) -> int:
-    """Of the matrix products of a step, forward and backward."""
+    """FLOPs of the matrix products of a step, forward and backward."""
     tokens, m = scale.B * scale.S, scale.model
     heads = 2 * m.heads + 2 * m.kv_heads  # q and out, k and v
     weights = m.layers * (m.hidden * heads * m.head_dim + 3 * m.hidden * m.mlp)

@@ -8,17 +8,18 @@ import math
 import torch
 from torch import nn
 
-from bench.providers.provider import Unsupported
+from bench.providers.provider import NOT_INSTALLED, Unsupported
 from bench.training.scale import Scale
 from bench.training.variations import Variation
 from bench.works.errors import UNIT, relative_errors
 
 
 def llama(scale: Scale, device: str, dtype: torch.dtype) -> nn.Module:
+    """The stock model of `scale` with random weights. Raises Unsupported without transformers."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
-        raise Unsupported("not installed (pip install transformers)") from None
+        raise Unsupported(f"{NOT_INSTALLED} (pip install transformers)") from None
     m = scale.model
     config = LlamaConfig(
         vocab_size=m.vocab, hidden_size=m.hidden, intermediate_size=m.mlp, num_hidden_layers=m.layers,
@@ -32,7 +33,7 @@ def llama(scale: Scale, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 class Step:
-    """One variation's model, and a step of it on its tokens or its hidden states."""
+    """A training step of one variation, on random tokens or, for a decoder layer, on random hidden states."""
 
     def __init__(self, scale: Scale, variation: Variation, device: str, dtype: torch.dtype, stock: nn.Module) -> None:
         self.scale, self.variation = scale, variation
@@ -64,6 +65,7 @@ class Step:
         y.backward(None if self.scale.whole else self.dy)
 
     def gradients(self) -> list[torch.Tensor]:
+        """The gradients of all parameters, and first that of a decoder layer's input."""
         with self.variation.active():
             self.backward(self.forward())
         leaves = self.parameters if self.scale.whole else [self.x, *self.parameters]
@@ -83,16 +85,17 @@ class Step:
         self.forget()
 
 
-def disparity(step: Step, truth: list[torch.Tensor], theirs: list[float]) -> tuple[float | None, str | None]:
-    """The largest relative error of a gradient, if it is finite, and why it is wrong, or None.
+def disparity(step: Step, truth: list[torch.Tensor], plain: list[float]) -> tuple[float | None, str | None]:
+    """The largest relative error of a gradient if it is finite, and the reason why it is wrong, or None.
 
-    The bar is that of bench.works.errors.disparity.
+    The limit is that of bench.works.errors.disparity. `plain` are the errors of the stock model.
     """
     worst, reason = 0.0, None
-    for grad, exact, stock in zip(step.gradients(), truth, theirs, strict=True):
+    for grad, exact, stock in zip(step.gradients(), truth, plain, strict=True):
         error, _ = relative_errors(grad, exact)
-        bar = 2 * stock + 2 * UNIT[step.scale.dtype]
+        limit = 2 * stock + 2 * UNIT[step.scale.dtype]
         worst = max(worst, error, key=lambda e: (e != e, e))
-        if not error <= bar:
-            reason = f"wrong numbers: a gradient of shape {tuple(exact.shape)} is off by {error:.1e}, allowed {bar:.1e}"
+        if not error <= limit:
+            shape = tuple(exact.shape)
+            reason = f"wrong numbers: a gradient of shape {shape} is off by {error:.1e}, allowed {limit:.1e}"
     return worst if math.isfinite(worst) else None, reason

@@ -1,7 +1,4 @@
-"""Variations: how a stock model is changed, and what is in force while it runs.
-
-Liger replaces functions of Transformers' module, which would change the other models too.
-"""
+"""Variations of a stock model: unchanged, patched by llama_kernels, patched by Liger; each plain or compiled."""
 
 from __future__ import annotations
 
@@ -11,20 +8,22 @@ from unittest import mock
 
 from torch import nn
 
-from bench.providers.provider import OURS, Unsupported
+from bench.providers.provider import NOT_INSTALLED, OURS, Unsupported
 
 
 class Variation:
+    """How a stock model is changed, and what is in force while it runs. `cpu`: whether it runs on a CPU."""
+
     name: str
     compiled = False
     cpu = True
 
     def change(self, model: nn.Module) -> nn.Module:
-        """`model`, or what to run in its place. Raises Unsupported."""
+        """The changed `model`, which may be the same object. Raises Unsupported."""
         return model
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
-        """Entered around every call."""
+        """A context in which every call runs."""
         return contextlib.nullcontext()
 
 
@@ -44,8 +43,11 @@ class Ours(Variation):
 
 
 class Liger(Variation):
-    """`everything`: what Liger does by default, its SwiGLU and its loss that never writes the logits among it; else the
-    ops that we have too."""
+    """Liger's patch. It replaces functions in the module of Transformers, so they are put back between calls.
+
+    everything: Liger's default, with its SwiGLU and its loss that does not write the logits. Otherwise only the ops
+    that llama_kernels has too.
+    """
 
     cpu = False
 
@@ -57,7 +59,7 @@ class Liger(Variation):
         try:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
         except ImportError:
-            raise Unsupported("not installed (pip install liger-kernel)") from None
+            raise Unsupported(f"{NOT_INSTALLED} (pip install liger-kernel)") from None
         from transformers.models.llama import modeling_llama
 
         before = dict(vars(modeling_llama))

@@ -13,18 +13,20 @@ import llama_kernels as lk
 from bench.works.rotations import Rope, plain_rotation
 from bench.works.work import Call, Piece, Work
 
-QUERIES = 1024  # of a piece
-PLAIN_LIMIT = 2**31  # elements of a score matrix that plain PyTorch is still asked to write
+QUERIES = 1024  # queries of a piece
+PLAIN_LIMIT = 2**31  # scores; plain PyTorch, which writes all of them, is not measured above
 
 
 def pairs(S: int, window: int = -1) -> int:
-    """(query, key) that a causal mask of S tokens lets see each other; `window` keys to the left at most."""
+    """The number of visible (query, key) under a causal mask of S tokens. `window`: keys to the left, or -1 for all."""
     reach = S if window < 0 else min(window + 1, S)
     return reach * (reach + 1) // 2 + (S - reach) * reach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Attention(Work):
+class AnyAttention(Work):
+    """What all kinds of attention share."""
+
     Hq: int
     Hkv: int
     D: int
@@ -43,11 +45,11 @@ class _Attention(Work):
         return getattr(self, "window", -1)
 
     def judged(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The last key head and its queries, of the last of the batch: what lies furthest from the origin."""
+        """The last key head and its query heads, in the last sequence: its offsets in memory are the largest."""
         return x[-1:, -(1 if name in ("dk", "dv") else self.Hq // self.Hkv) :]
 
     def _cut(self, call: Call, ends: list[int]) -> Iterator[Piece]:
-        """Pieces of QUERIES rows within sequences that end at `ends`. q, k, v (B, H, T, D)."""
+        """Pieces of at most QUERIES rows of one sequence. The sequences end at `ends`; q, k, v are (B, H, T, D)."""
         q, k, v = (self.judged(name, x) for name, x in zip(("dq", "dk", "dv"), call.args, strict=True))
         do = self.judged("o", call.grads[0])
         every, start = slice(None), 0
@@ -62,12 +64,12 @@ class _Attention(Work):
     @property
     @abc.abstractmethod
     def tokens(self) -> tuple[int, int]:
-        """Queries and keys, in all sequences together."""
+        """The numbers of queries and keys in all sequences."""
 
     @property
     @abc.abstractmethod
     def visible_pairs(self) -> int:
-        """Pairs of a query and a key that it sees, in all sequences together."""
+        """The number of visible pairs (query, key) in all sequences."""
 
     def least_bytes(self) -> tuple[int, int]:
         q, k = (n * H * self.D * self.dtype.itemsize for n, H in zip(self.tokens, (self.Hq, self.Hkv), strict=True))
@@ -75,14 +77,17 @@ class _Attention(Work):
         return 2 * q + 2 * k + lse, 4 * q + 4 * k + lse  # q, k, v, o; the same, do, dq, dk, dv
 
     def least_flops(self) -> tuple[int, int]:
-        """Two products for a visible pair in the forward, five in the backward."""
+        """Two products for each visible pair in the forward, five in the backward."""
         product = 2 * self.Hq * self.D * self.visible_pairs
         return 2 * product, 5 * product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attention(_Attention):
-    """Causal, `window` keys to the left at most. q (B, Hq, S, D), k, v (B, Hkv, S, D), views of (B, S, H, D) -> o."""
+class Attention(AnyAttention):
+    """Causal attention to at most `window` keys to the left (-1: all).
+
+    q (B, Hq, S, D), k, v (B, Hkv, S, D), views of (B, S, H, D) -> o.
+    """
 
     B: int
     S: int
@@ -111,7 +116,7 @@ class Attention(_Attention):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeAttention(Attention):
-    """Attention of q and k that come unrotated, at positions 0 to S - 1: both are rotated, dq and dk turned back."""
+    """RoPE of q and k at positions 0 to S - 1, then attention. The backward rotates dq and dk inversely."""
 
     op: ClassVar[str] = "rope_attention"
 
@@ -122,12 +127,12 @@ class RopeAttention(Attention):
         tables = 2 * self.S * (self.D // 2) * 4
         return forward + tables, backward + tables
 
-    # Of a piece the last query stands at the last key, and only distances count.
+    # The last query of a piece is at the position of its last key; the scores depend only on distances.
 
     def reference(self, q, k, v):
         cos, sin = self.tables(q.device)
-        stands = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        q, k = lk.reference.rope(q, None, cos, sin, stands)[0], lk.reference.rope(k, None, cos, sin)[0]
+        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        q, k = lk.reference.rope(q, None, cos, sin, positions)[0], lk.reference.rope(k, None, cos, sin)[0]
         return super().reference(q, k, v)
 
     def plain(self, q, k, v):
@@ -137,8 +142,8 @@ class RopeAttention(Attention):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionVarlen(_Attention):
-    """Causal within each of packed documents. q (1, Hq, T, D), k, v (1, Hkv, T, D), views of (T, H, D) -> o."""
+class AttentionVarlen(AnyAttention):
+    """Causal attention within each packed document. q (1, Hq, T, D), k, v (1, Hkv, T, D), views of (T, H, D) -> o."""
 
     lengths: tuple[int, ...]
 
@@ -171,8 +176,8 @@ class AttentionVarlen(_Attention):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decode(_Attention):
-    """One token against a cache. q (B, Hq, 1, D), k, v (B, Hkv, Sk, D) -> o."""
+class Decode(AnyAttention):
+    """Attention of one new token to a cache. q (B, Hq, 1, D), k, v (B, Hkv, Sk, D) -> o."""
 
     B: int
     Sk: int
@@ -199,7 +204,7 @@ class Decode(_Attention):
 
 
 def plain_attention(q, k, v, window: int = -1) -> torch.Tensor:
-    """Transformers' eager attention: k and v repeated, scores written out. The last query stands at the last key."""
+    """Eager attention of Transformers: it repeats k and v and writes the scores. Causality is bottom-right aligned."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * q.shape[-1] ** -0.5
     i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]

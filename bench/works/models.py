@@ -1,4 +1,4 @@
-"""The widths of published models."""
+"""The sizes of published models."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 
 class Model(NamedTuple):
-    """The widths of a published model. `window`: keys that a query of its sliding layers sees, itself among them.
-    `qk_norm`: the heads of q and k are normed."""
+    """The sizes of a published model.
+
+    window: visible keys of a query in its sliding-window layers, with its own key; -1 if it has no such layers.
+    qk_norm: whether RMSNorm is applied to the heads of q and k.
+    """
 
     hidden: int
     mlp: int
@@ -32,7 +35,7 @@ MODELS = {
 
 
 def models_by(*fields: str) -> Iterator[tuple[str, Model]]:
-    """The models that differ in `fields`, under the names of all that are alike."""
+    """One model for each combination of values of `fields`, with the names of all models that have them."""
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, m in MODELS.items():
         alike.setdefault(tuple(getattr(m, field) for field in fields), []).append(name)

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and after an addition."""
+"""RMSNorm, and addition with RMSNorm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import llama_kernels as lk
 from bench.works.work import Call, Piece, Work
 
 EPS = 1e-6
-ROWS = 4096  # of a piece
+ROWS = 4096  # rows of a piece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class RMSNorm(Work):
 
     @property
     def _row(self) -> int:
-        """Bytes."""
+        """Bytes of a row."""
         return self.N * self.dtype.itemsize
 
     def draw(self, device: str) -> Call:
@@ -76,10 +76,10 @@ class AddRMSNorm(RMSNorm):
 
 
 def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Transformers' LlamaRMSNorm."""
+    """LlamaRMSNorm of Transformers."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return weight * wide.to(x.dtype)
 
 
-NORMS: tuple[type[RMSNorm], ...] = (RMSNorm, AddRMSNorm)  # at the shapes of one, each is measured
+NORMS: tuple[type[RMSNorm], ...] = (RMSNorm, AddRMSNorm)  # all are measured at the same shapes

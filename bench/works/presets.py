@@ -1,4 +1,4 @@
-"""Which work a run measures: the shapes of published models, sweeps over sizes, and small shapes for parity."""
+"""The work that a run measures: the shapes of published models, sweeps over sizes, and small shapes for parity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
+from bench.works.attention import AnyAttention, Attention, AttentionVarlen, Decode, RopeAttention
 from bench.works.models import MODELS, models_by
 from bench.works.norms import NORMS, AddRMSNorm, RMSNorm
 from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
@@ -19,11 +19,13 @@ KINDS: tuple[type[Work], ...] = (
     *(Attention, RopeAttention, AttentionVarlen, Decode),
 )
 OPS = tuple(kind.op for kind in KINDS)
+MEMORY_BOUND = tuple(kind.op for kind in KINDS if not issubclass(kind, AnyAttention))
 PRESETS = ("models", "sweeps", "attention", "memory_bound", "training", "smoke", "all")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def works_of(preset: str) -> Iterator[Work]:
+    """The works of one of PRESETS. "training" has none: its models are in bench.training.scale."""
     packed = tuple(_packed(16384))
     if preset in ("models", "all"):
         yield from (*_memory_bound_models(), *_attention_models(), *packed)
@@ -56,7 +58,7 @@ def _memory_bound_models(tokens: int = 16384) -> Iterator[Work]:
 
 
 def _memory_bound_sweeps() -> Iterator[Work]:
-    """From head norms to the longest rows, 512 MB a tensor or less; RoPE over sequence lengths; few rows."""
+    """RMSNorm over row lengths (tensors of at most 512 MB) and over few rows; RoPE over sequence lengths."""
     for N in (64, 128):
         yield RMSNorm(shape=f"head norm {N}", M=2**20, N=N)
     for log in range(10, 19):
@@ -78,7 +80,7 @@ def _memory_bound_sweeps() -> Iterator[Work]:
 
 
 def _packed(tokens: int) -> Iterator[Work]:
-    """Packed documents of unequal lengths, and as many of one length, whose speed is the measure of theirs."""
+    """Packed documents of unequal lengths, and the same number of equal length, to compare the speed with."""
     lengths = documents(tokens)
     equal = (tokens // len(lengths),) * len(lengths)
     for shape, each in (("packed documents", lengths), ("equal documents", equal)):
@@ -86,14 +88,14 @@ def _packed(tokens: int) -> Iterator[Work]:
 
 
 def documents(tokens: int, shortest: int = 128) -> tuple[int, ...]:
-    """Lengths that add up to `tokens`, long and short as in pretraining data, the same every time."""
+    """16 fixed lengths, short and long as in pretraining data, that add up to `tokens`."""
     shares = [1, 8, 2, 32, 4, 1, 16, 2, 4, 8, 1, 16, 2, 4, 8, 19]
     lengths = [max(share * tokens // 128, shortest) for share in shares[:-1]]
     return (*lengths, tokens - sum(lengths))
 
 
 def _attention_models(tokens: int = 16384) -> Iterator[Work]:
-    """Training at 4k tokens a sequence, and a step of decoding, at the heads of published models."""
+    """Training on sequences of 4k tokens and one step of decoding, at the heads of published models."""
     for name, m in models_by("heads", "kv_heads", "head_dim", "window"):
         heads = {"Hq": m.heads, "Hkv": m.kv_heads, "D": m.head_dim}
         S = min(4096, tokens)
@@ -105,7 +107,7 @@ def _attention_models(tokens: int = 16384) -> Iterator[Work]:
 
 
 def _attention_sweeps(tokens: int = 32768) -> Iterator[Work]:
-    """Over sequence length at a fixed number of tokens, head widths and ratios, packed documents, caches."""
+    """Sequence lengths at a fixed number of tokens, head sizes and ratios, packed documents, and lengths of caches."""
     for heads in ((32, 8, 128), (32, 8, 64), (16, 8, 256)):
         Hq, Hkv, D = heads
         for S in (512, 1024, 2048, 4096, 8192, 16384, 32768):
@@ -124,7 +126,7 @@ def _attention_sweeps(tokens: int = 32768) -> Iterator[Work]:
 
 
 def small(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> Iterator[Work]:
-    """Every op and option of the bench, small enough for an interpreter."""
+    """Every op and option of the bench, at shapes small enough for Triton's interpreter."""
     works: tuple[Work, ...] = (
         *(kind(shape="rows of 4096", M=48, N=4096) for kind in NORMS),
         RMSNorm(shape="head norm 128", M=512, N=128),

@@ -1,4 +1,4 @@
-"""RoPE, alone and together with head norms, a packed projection or a cache."""
+"""RoPE, alone and together with RMSNorm of heads, a packed projection or a cache."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Rope(Work):
         return lk.rope_tables(inv_freq.to(device), self.S)
 
     def wide_tables(self, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (1, S, D), both halves written out: as Transformers passes them from layer to layer."""
+        """cos, sin (1, S, D) with both halves, as Transformers passes them to its layers."""
         cos, sin = (torch.cat((x, x), -1)[None].to(dtype) for x in self.tables(device))
         return cos, sin
 
     def head_bytes(self, heads: int) -> int:
-        """Bytes of `heads` heads of every token."""
+        """Bytes of `heads` heads of all tokens."""
         return self.B * self.S * heads * self.D * self.dtype.itemsize
 
     @property
@@ -63,7 +63,7 @@ class Rope(Work):
         return plain_rope(q, k, *self.wide_tables(q.device, q.dtype))
 
     def pieces(self, call: Call) -> Iterator[Piece]:
-        """Sequences."""
+        """One piece for each sequence."""
         for b in range(self.B):
             one = slice(b, b + 1)
             part = Call(*(tuple(x[one] for x in tensors) for tensors in call))
@@ -72,7 +72,7 @@ class Rope(Work):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QKNormRope(Rope):
-    """q, k as in Rope, weights (D,) each -> q, k with every head normed, then rotated."""
+    """q, k as in Rope, q_weight, k_weight (D,) -> q, k after RMSNorm of every head and rotation."""
 
     op: ClassVar[str] = "qk_norm_rope"
     arguments: ClassVar[tuple[str, ...]] = ("q", "k", "q_weight", "k_weight")
@@ -99,7 +99,7 @@ class QKNormRope(Rope):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeQKV(Rope):
-    """qkv (B, S, (Hq + 2 Hkv) D), a packed projection -> q, k rotated, v, each (B, H, S, D)."""
+    """A packed projection qkv (B, S, (Hq + 2 Hkv) D) -> q, k rotated, v, each (B, H, S, D)."""
 
     op: ClassVar[str] = "rope_qkv"
     arguments: ClassVar[tuple[str, ...]] = ("qkv",)
@@ -111,7 +111,7 @@ class RopeQKV(Rope):
         return Call((qkv,), (dq, dk, torch.randn_like(dk)))
 
     def least_bytes(self) -> tuple[int, int]:
-        forward, backward = super().least_bytes()  # v stays where it is
+        forward, backward = super().least_bytes()  # the forward returns v as a view
         return forward, backward + 2 * self.head_bytes(self.Hkv)
 
     def reference(self, qkv):
@@ -129,9 +129,9 @@ class RopeQKV(Rope):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeIntoCache(Rope):
-    """One new token: q (B, Hq, 1, D), k, v (B, Hkv, 1, D) -> q rotated, and what then stands in caches of S tokens.
+    """One new token: q (B, Hq, 1, D), k, v (B, Hkv, 1, D) -> q rotated, and k and v read from caches of S tokens.
 
-    `caches` gives a provider its own.
+    Every provider makes its own `caches`.
     """
 
     op: ClassVar[str] = "rope_into_cache"
@@ -141,6 +141,7 @@ class RopeIntoCache(Rope):
 
     @property
     def position(self) -> int:
+        """Where in the caches the token goes."""
         return self.S // 2
 
     def caches(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +171,7 @@ class RopeIntoCache(Rope):
 
 
 def plain_rope(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transformers' apply_rotary_pos_emb; cos, sin (1, S, D)."""
+    """apply_rotary_pos_emb of Transformers; cos, sin (1, S, D)."""
     return tuple(plain_rotation(x, cos, sin) for x in (q, k))
 
 

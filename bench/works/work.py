@@ -1,4 +1,4 @@
-"""What is measured: an op at a shape in a dtype, the fewest bytes and FLOPs it takes, and its float64 results."""
+"""A piece of work: an op at a shape in a dtype, the least bytes and FLOPs that it needs, and its float64 results."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 DIRECTIONS = ("forward", "backward", "both")
 
-Function = Callable[..., Any]  # an op: arguments -> its output, or a tuple of them
-Results = dict[str, torch.Tensor]  # outputs by name; gradients by "d" and the argument's name
+Function = Callable[..., Any]  # an op: arguments -> its output, or a tuple of outputs
+Results = dict[str, torch.Tensor]  # outputs by their names; gradients by "d" + the argument's name
 
 
 class Call(NamedTuple):
-    """The tensors of one call, and the gradients of its outputs."""
+    """The arguments of one call, and the gradients of its outputs."""
 
     args: tuple[torch.Tensor, ...]
     grads: tuple[torch.Tensor, ...]
 
 
 class Piece(NamedTuple):
-    """A part of a call that can be computed alone, and where in the whole its outputs and its gradients lie."""
+    """A part of a call that can be computed alone, and where its outputs and gradients are in those of the whole."""
 
     call: Call
     outputs: tuple[Any, ...]
@@ -32,9 +32,10 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work(abc.ABC):
-    """An op at one shape. Subclasses add its sizes as fields.
+    """An op at one shape. Subclasses add the sizes as fields.
 
-    A provider of the op is a function of `arguments` that gives `outputs`. `shape` is a name for people.
+    A provider's function takes tensors named `arguments` and returns those named `outputs`. `shape` is the name of the
+    shape in reports.
     """
 
     shape: str
@@ -51,18 +52,18 @@ class Work(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, device: str) -> Call:
-        """Random tensors, in the memory order that training code gives them."""
+        """Random tensors in the memory order that training code has."""
 
     @abc.abstractmethod
     def least_bytes(self) -> tuple[int, int]:
-        """Of a forward and of a backward: every input read once, every output written once."""
+        """Bytes of the forward and of the backward if every input is read once and every output written once."""
 
     def bytes(self, direction: str) -> int:
-        """The least bytes that `direction` moves: the floor of memory-bound work."""
+        """The least bytes that `direction` moves."""
         return _of(direction, self.least_bytes())
 
     def least_flops(self) -> tuple[int, int]:
-        """Of the matrix products of a forward and of a backward."""
+        """FLOPs of the matrix products of the forward and of the backward."""
         return 0, 0
 
     def flops(self, direction: str) -> int:
@@ -70,25 +71,26 @@ class Work(abc.ABC):
 
     @abc.abstractmethod
     def reference(self, *args: torch.Tensor) -> Any:
-        """A piece by llama_kernels.reference, in the dtype of its arguments."""
+        """The op by llama_kernels.reference, on the arguments of a piece and in their dtype."""
 
     @abc.abstractmethod
     def plain(self, *args: torch.Tensor) -> Any:
-        """A piece as a model's code writes it in PyTorch, one op after another."""
+        """The op as a model's code writes it in plain PyTorch, on the arguments of a piece."""
 
     @abc.abstractmethod
     def pieces(self, call: Call) -> Iterator[Piece]:
-        """Parts small enough for float64; together they are what `judged` picks."""
+        """Pieces small enough for float64. Together they make up what `judged` returns."""
 
     def judged(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The part of a result that is compared with the truth."""
+        """The part of a result that is compared with float64."""
         return x
 
     def truth(self, call: Call) -> Results:
+        """The results of `reference` in float64."""
         return self._assemble(call, self.reference, torch.float64)
 
     def yardstick(self, call: Call) -> Results:
-        """The same by `plain` in the work's own dtype: whose error is the measure of a provider's."""
+        """The results of `plain` in the work's dtype, whose errors set the limit for those of a provider."""
         return self._assemble(call, self.plain, self.dtype)
 
     def _assemble(self, call: Call, f: Function, dtype: torch.dtype) -> Results:
@@ -112,13 +114,13 @@ def _of(direction: str, each: tuple[int, int]) -> int:
 
 
 def compute(work: Work, f: Function, call: Call, backward: bool) -> Results:
-    """Outputs and, with `backward`, the gradients of all arguments. The tensors of `call` stay as they are."""
+    """Outputs and, with `backward`, the gradients of all arguments. The tensors of `call` are not changed."""
     args = tuple(x.detach().clone().requires_grad_(backward) for x in call.args)
     grads = tuple(g.clone() for g in call.grads)
     outputs = as_tuple(f(*args))
     results = {name: y.detach() for name, y in zip(work.outputs, outputs, strict=True)}
     if backward:
-        # Copies first: some peers write a gradient over the output's.
+        # Copied before the backward, because some peers write gradients over the outputs.
         results = {name: y.clone() for name, y in results.items()}
         for name, g in zip(work.arguments, torch.autograd.grad(outputs, args, grads), strict=True):
             results["d" + name] = g

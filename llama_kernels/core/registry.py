@@ -40,8 +40,8 @@ def register(
         kernel: runs for CUDA and HIP tensors, and for CPU tensors in Triton's interpreter. It launches Triton kernels.
         reference: runs for CPU tensors otherwise. It gives the same results in plain PyTorch.
         fake: gives results of the right shape, dtype and strides while PyTorch traces.
-        call: a NamedTuple whose fields are the parameters of `schema`. The three functions above take one such tuple.
-            None: they take the op's arguments by position.
+        call: a NamedTuple whose fields, and their defaults, are the parameters of `schema`. The three functions above
+            take one such tuple. None: they take the op's arguments by position.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -76,9 +76,14 @@ def register(
 
 
 def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`function`, which takes a `call`, as a function of its fields. The dispatcher sees to their number."""
-    new = tuple.__new__
-    return lambda *args: function(new(call, args))
+    """`function`, which takes a `call`, as a function of its fields. Arguments that the dispatcher leaves out at the
+    end have their default values."""
+    new, count, defaults = tuple.__new__, len(call._fields), tuple(call._field_defaults.values())
+
+    def by_position(*args: Any) -> Any:
+        return function(new(call, args if len(args) == count else args + defaults[len(args) - count :]))
+
+    return by_position
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,6 +119,7 @@ def register_gradient(name: str, arguments: Sequence[str], by: Callable[..., Any
 def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """What `op` does where autograd is not left out, as it is by the package's own calls."""
     name, parameters = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
+    defaults = [argument.default_value for argument in op._schema.arguments]
     public = re.sub("(_forward|_backward|_)$", "", name)
 
     def with_gradient(keyset: Any, *args: Any) -> Any:
@@ -127,6 +133,7 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
         refuse_forward_mode(public, *args)
         if not differentiated:
             return op.redispatch(keyset & _after_autograd, *args)
+        args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what has its default value
         differentiable, by = _gradients.get(name, (frozenset[str](), None))
         for parameter, x in zip(parameters, args, strict=True):
             if isinstance(x, torch.Tensor) and x.requires_grad and parameter not in differentiable:
@@ -145,7 +152,7 @@ def _refuse_device_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     public = re.sub("(_forward|_backward|_)$", "", name)
 
     def refuse(*args: Any) -> Any:
-        for parameter, x in zip(parameters, args, strict=True):
+        for parameter, x in zip(parameters, args, strict=False):  # without arguments that have their default values
             if not isinstance(x, torch.Tensor):
                 continue
             if x.layout != torch.strided:

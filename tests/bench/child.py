@@ -1,4 +1,4 @@
-"""`python -m tests.bench.child DOES run ...`: a measuring process whose provider `bad` does one of DOES."""
+"""`python -m tests.bench.child FAULT run ...`: a measuring process whose provider `bad` fails as FAULT says."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_outside() -> None:
     torch.zeros(4, device="cuda")[torch.tensor([10**6], device="cuda")]
 
 
-DOES = {
+FAULTS = {
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "lost": lose_the_gpu,
     "hang": lambda: time.sleep(600),
@@ -36,23 +36,23 @@ DOES = {
 }
 
 
-def supervised(folder: Path, does: str, patience: float = 10) -> tuple[int, list[str]]:
-    """The exit status of a supervised run into `folder`, and what was said."""
+def supervised(folder: Path, fault: str, patience: float = 10) -> tuple[int, list[str]]:
+    """The exit status of a supervised run into `folder`, and the lines that it printed."""
     said: list[str] = []
 
     def command(resume: bool, minutes: float) -> list[str]:
         options = ["--out", str(folder), "--minutes", str(minutes), "--seconds", "0.01", *["--resume"] * resume]
-        return [sys.executable, "-m", "tests.bench.child", does, "run", *options]
+        return [sys.executable, "-m", "tests.bench.child", fault, "run", *options]
 
     status = processes.supervise(command, folder, resume=False, minutes=10, patience=patience, say=said.append)
     return status, said
 
 
-def main(does: str, *arguments: str) -> None:
+def main(fault: str, *arguments: str) -> None:
     ours, device, clock = (), "cpu", FakeClock()
-    if does == "read outside":
+    if fault == "read outside":
         ours, device, clock = (Ours(),), "cuda", timing.Gpu()
-    session.PROVIDERS = (*ours, Eager(), Bad(DOES[does]))
+    session.PROVIDERS = (*ours, Eager(), Bad(FAULTS[fault]))
     run = session.measure(parser().parse_args(arguments), [ADD, NORM, ROPE], [], device, clock)
     sys.stdout.flush()
     os._exit(session.status_of(run) or 0)

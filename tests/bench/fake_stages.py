@@ -1,4 +1,4 @@
-"""Stages and jobs made up for the tests of bench.gpu_check, and how they are waited for."""
+"""Small stages and jobs for the tests of bench.gpu_check, and functions that wait for them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def carry_out(
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"not true within {seconds:.0f} seconds"
         time.sleep(0.02)
     return found
 
@@ -52,8 +52,38 @@ def wrote(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs. One that has ended and was not waited for (a zombie) does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def is_dead(pid_file: Path) -> Callable[[], bool]:
+    """A function that returns whether the process whose ID is in `pid_file` has ended."""
+    return lambda: not is_alive(int(pid_file.read_text()))
+
+
+# Hangs, and so does its child. Writes the process ID of the child into a file.
+HANGS = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+print("now it hangs", flush=True)
+time.sleep(600)
+"""
+# Adds a line to a file, then executes its second argument.
+COUNTS = "import sys; open(sys.argv[1], 'a').write('run\\n'); exec(sys.argv[2])"
+
+
+def runs(path: Path) -> int:
+    """How often a command of COUNTS has run."""
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 class HurriedTime:
-    """In the place of the module `time`: an hour passes at the moment when `happened` is true."""
+    """Replaces the module `time`: the time is 0, and an hour once `happened` returns True."""
 
     sleep = staticmethod(time.sleep)
 
@@ -68,9 +98,12 @@ class HurriedTime:
 
 
 def pretend(replace: Callable[[Any, str, Any], None], about: dict[str, str], described: list[list[Any]]) -> None:
-    """A GPU for `python -m bench.gpu_check`, and these stages: name, minutes, [job, seconds, arguments of python -c].
+    """Let `python -m bench.gpu_check` see a GPU and these stages.
 
-    replace: setattr, or pytest's monkeypatch.setattr.
+    Args:
+        replace: setattr, or pytest's monkeypatch.setattr.
+        about: what machine.describe returns.
+        described: a list for each stage: name, minutes, *[job, seconds, arguments of python -c]; or name, why missing.
     """
 
     def made(described_stage: list[Any]) -> Stage | Missing:

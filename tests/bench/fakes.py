@@ -1,4 +1,4 @@
-"""Stand-ins for the tests of the bench: small works, a clock, failing providers, records of a GPU that is not there."""
+"""Replacements for the tests of the bench: small works, a clock, failing providers, and records of an imaginary GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WORKS = (
     PACKED,
     Decode(shape="decode", B=2, Sk=50, **_HEADS),
 )
-# Of an op without one above: the works of the parity run.
+# Ops without a work above have those of the parity run.
 EVERY_OP = (*_WORKS, *(work for work in small((torch.float16,)) if work.op not in {other.op for other in _WORKS}))
 ABOUT = {"torch": "2", "triton": "3", "gpu": "Fake GPU", "driver": "1", "date": "2026-01-01T00:00:00+00:00"}
 CEILINGS = {"copy": 1000.0, "bfloat16": 100.0, "float16": 100.0, "float32": 10.0}
@@ -48,7 +48,7 @@ def tiny_model(whole: bool, B: int) -> Scale:
 
 
 class FakeClock:
-    """Every call takes `ms`. `calls` has the number of calls that each sampler was made of."""
+    """A clock for which every call takes `ms`. `calls` has the number of calls of each sampler."""
 
     cache = 1000
 
@@ -70,7 +70,7 @@ class FakeClock:
 
 
 class FailingClock(FakeClock):
-    """The sampler after the first `n` raises `e`, unless it is to sample by events."""
+    """The sampler after the first `n` raises `e`, unless it samples by events."""
 
     def __init__(self, n: int, e: BaseException) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def run(work, *providers, clock=None, **more) -> list[Record]:
 
 
 def norm_provider(make: Any, name: str = "made up") -> Provider:
-    """A provider of rms_norm alone; `make(work, device)` gives its function."""
+    """A provider of rms_norm only; `make(work, device)` returns its function."""
 
     class MadeUp(Provider):
         cpu = True
@@ -106,7 +106,7 @@ def norm_provider(make: Any, name: str = "made up") -> Provider:
 
 
 class Bad(Provider):
-    """Plain PyTorch that calls `does` when its function is built ("build") or called ("call")."""
+    """Plain PyTorch that also calls `does` when its function is made ("build") or called ("call")."""
 
     name, cpu = "bad", True
 
@@ -152,7 +152,7 @@ def record(
 
 
 def norm_row(N: int, percent: float, **more: Any) -> Record:
-    """A forward of rms_norm over rows of N, at `percent` of the copy's bandwidth."""
+    """A record of the forward of rms_norm with rows of N, at `percent` of the bandwidth of a copy."""
     sizes = {"op": "rms_norm", "shape": f"rows of {N}", "sizes": {"M": 16384, "N": N}}
     values = {**sizes, "unit": "GB/s", "percent": percent}
     return record(**{**values, **more})

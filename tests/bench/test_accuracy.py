@@ -1,4 +1,4 @@
-"""A provider is timed only where its numbers are right. Each has its rows, with a reason where it has no time."""
+"""A provider is timed only if its numbers are right. Every provider has rows; one without a time has a reason."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ once = pytest.mark.once
 
 
 @pytest.mark.parametrize("work", EVERY_OP, ids=lambda w: w.shape)
-def test_our_ops_and_plain_pytorch_are_right(work):
-    """Of PyTorch's own kernels, those that run at every shape and on every GPU."""
+def test_our_ops_and_plain_pytorch_give_right_numbers(work):
+    """Of PyTorch's kernels, only those that run at every shape and on every GPU."""
     made = run(work, *(p for p in PROVIDERS if p.module is None and p.cpu))
     assert {r.provider for r in made} >= {OURS, "eager"}
     for r in made:
@@ -30,7 +30,7 @@ def test_our_ops_and_plain_pytorch_are_right(work):
 
 
 def wrong(change) -> Provider:
-    """A provider of rms_norm whose result is what `change` makes of ours."""
+    """A provider of rms_norm whose result is our result after `change`."""
     return norm_provider(lambda work, device: lambda x, w: change(lk.rms_norm(x, w, EPS), x, w), "wrong")
 
 
@@ -60,7 +60,7 @@ WRONG = {
 
 @once
 @pytest.mark.parametrize("change, reason", WRONG.values(), ids=WRONG)
-def test_a_wrong_provider_has_the_reason_and_no_time(change, reason):
+def test_a_provider_with_wrong_numbers_has_a_reason_and_is_not_timed(change, reason):
     clock = FakeClock()
     made = run(NORM, wrong(change), Ours(), clock=clock)
     rows = [r for r in made if r.provider == "wrong"]
@@ -73,7 +73,7 @@ def test_a_wrong_provider_has_the_reason_and_no_time(change, reason):
 
 
 @once
-def test_attention_that_drops_its_last_key_head_is_wrong():
+def test_attention_that_drops_its_last_key_head_is_found_wrong():
     class Dropping(Provider):
         name, cpu = "dropping", True
 
@@ -96,7 +96,7 @@ def test_a_provider_that_writes_over_its_arguments_changes_no_other_row():
 
     made = run(NORM, wrong(writes), Ours(), Eager(), clock=FakeClock())
     assert all(r.reason is None and r.ms for r in made if r.provider in (OURS, "eager"))
-    assert all(r.reason for r in made if r.provider == "wrong")  # its own gradient is lost with x
+    assert all(r.reason for r in made if r.provider == "wrong")  # its own gradient is wrong, since x is gone
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -104,15 +104,15 @@ def test_a_provider_that_writes_over_its_arguments_changes_no_other_row():
 
 @once
 @pytest.mark.parametrize("provider", [p for p in PROVIDERS if p.module], ids=lambda p: p.name)
-def test_a_peer_that_is_not_installed_has_that_reason(provider, monkeypatch):
-    """Whether or not it is installed here."""
+def test_the_rows_of_a_peer_that_is_not_installed_say_so(provider, monkeypatch):
+    """The test is independent of what is installed here."""
     monkeypatch.setattr(provider_module, "_importable", lambda module: False)
     work = next(w for w in EVERY_OP if provider.has(w.op))
     assert {r.reason for r in run(work, provider)} == {f"not installed (pip install {provider.package})"}
 
 
 @once
-def test_a_provider_that_cannot_says_why():
+def test_a_provider_that_cannot_do_the_work_says_why():
     class Missing(Ours):
         name, module, package = "missing", "no_such_module_anywhere", "no-such-package"
 
@@ -130,13 +130,13 @@ def test_a_provider_that_cannot_says_why():
 
 
 @once
-def test_work_that_comes_after_the_end_of_the_time_has_that_reason():
+def test_work_after_the_time_limit_is_listed_as_not_run():
     made = run(NORM, Ours(), Eager(), clock=FakeClock(), out_of_time=lambda: True)
     assert [r.reason for r in made] == ["not run: out of time"] * 6
 
 
 @once
-def test_rates_ceilings_and_ratios():
+def test_rate_percent_and_ratio_follow_from_the_time():
     for r in run(NORM, Ours(), Eager(), clock=FakeClock(0.001), directions=["forward"]):
         assert r.unit == "GB/s" and r.ceiling == 1000 and r.method == "graph" and r.ratio == 1
         assert r.rate == pytest.approx(NORM.bytes("forward") / 1e-6 / 1e9)
@@ -147,7 +147,7 @@ def test_rates_ceilings_and_ratios():
 
 
 @once
-def test_every_provider_has_a_name_of_its_own_and_an_op():
+def test_providers_have_distinct_names_and_at_least_one_op():
     names, ops = [p.name for p in PROVIDERS], {w.op for w in EVERY_OP}
     assert len(set(names)) == len(names) and names[0] == OURS
     assert all(any(p.has(op) for op in ops) for p in PROVIDERS)

@@ -1,4 +1,4 @@
-"""The offline compile gate: it sees what it must see. Its verdict on the package is `make codegen`."""
+"""The compile gate finds the faults that it must find. `make codegen` runs the gate on the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench.codegen import cases, compiling, hopper, ones, reading, record, sass, traffic
-from llama_kernels.ops.attention import delta, tables
+from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention import decode, delta, tables
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import tiles
 from tests.support.environment import COMPILES
@@ -22,17 +23,30 @@ def reports(target: str, op: str, label: str, tile: Tile | None = None):
         return [reading.read(target, case, name, kernel) for name, kernel in compiling.compile_case(target, case)]
 
 
+def test_the_gate_compiles_every_registered_op(monkeypatch):
+    """`rope_` launches the kernel of `rope`, and `decode_attention` calls launch_decode."""
+    called = set()
+    for name in KERNELS:
+        monkeypatch.setitem(KERNELS, name, lambda *_, name=name: called.add(name))
+    monkeypatch.setattr(decode, "launch_decode", lambda *_: called.add("decode_attention"))
+    for case in cases.cases():
+        case.launch()
+    assert called | {"rope_"} == KERNELS.keys() | {"decode_attention", "rope_"}
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_attention_runs_on_tensor_cores(target):
+def test_attention_compiles_to_tensor_core_instructions(target):
     kernels = {r.kernel: r for r in reports(target, "attention", "D=64 bfloat16 causal")}
     assert set(kernels) == {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"}
     assert all(r.tensor_core for name, r in kernels.items() if name != "delta_kernel")
     assert not any(r.faults for r in kernels.values())
 
 
-def test_documents_of_one_token_run_the_kernels_of_longer_ones():
-    """Their length is no constant of the kernel: ptxas crashes on some code in which it is (Triton 3.6, sm_90). Without
-    causal mask and window, which calls of documents of one token do not need."""
+def test_documents_of_one_token_have_the_machine_code_of_longer_ones():
+    """A length of 1 must not be a constant of the kernel: ptxas then crashes on some code (Triton 3.6, sm_90).
+
+    Without causal mask and window, which documents of one token do not need.
+    """
 
     def machine_code(length: int) -> list[bytes]:
         size = ones._Size("documents", Sq=length, Sk=length, tokens=512)
@@ -51,8 +65,8 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(op, label):
 
 @pytest.mark.parametrize("op, label", [("rope", "D=128 R=128 heads=32/8"), ("rms_norm", "N=8192"),
                                        ("qk_norm_rope", "D=128 R=128 heads=32/8")])  # fmt: skip
-def test_instructions_a_byte_are_counted(op, label):
-    """RoPE moves 32 bytes in and out for 8 pairs a thread: at least 4 products or sums for each, and 64 bytes."""
+def test_instructions_a_byte_are_read_from_machine_code(op, label):
+    """A thread of RoPE moves 64 bytes, in and out, for 8 pairs, and each pair takes at least 4 products or sums."""
     for r in reports("sm_90", op, label):
         assert r.moves and all(loop.bytes for loop in r.moves)
         if r.kernel == "rope_kernel":
@@ -83,15 +97,15 @@ def test_narrow_accesses_and_too_many_instructions_are_faults():
     assert loops(code.replace("@P0 BRA `(.L_x_0)", "EXIT")) == [Loop(7, {64: 1, 128: 2}, {16: 1})]
 
 
-def test_a_tile_too_large_is_a_fault():
+def test_a_tile_that_spills_or_exceeds_shared_memory_is_a_fault():
     faults = [f for r in reports("sm_90", "attention", "D=128 bfloat16 causal", Tile(128, 128, 4, 2)) for f in r.faults]
     assert any("spills" in f for f in faults) and "local memory in a loop" in faults
     faults = [f for r in reports("sm_80", "attention", "D=256 bfloat16 causal", Tile(128, 128, 8, 3)) for f in r.faults]
     assert any("shared memory" in f for f in faults)
 
 
-def test_exponentials_with_nothing_above_them_are_a_fault():
-    """The textbook order, of which one program fills a processor."""
+def test_exponentials_that_overlap_no_product_are_a_fault():
+    """The tile of one program an SM, whose softmax follows the product."""
     forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal", Tile(128, 128, 8, 2))[0]
     assert forward_kernel.faults == ["0% of the exponentials beneath a product"]
     forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal")[0]
@@ -99,10 +113,9 @@ def test_exponentials_with_nothing_above_them_are_a_fault():
 
 
 def test_products_computed_twice_are_a_fault():
-    """Eight warps on 64 rows: the two warpgroups share them."""
-    dkdv = next(
-        r for r in reports("sm_90", "attention", "D=64 bfloat16 causal", Tile(64, 64, 8, 2)) if "dkdv" in r.kernel
-    )
+    """Eight warps on 64 rows: both warpgroups compute the same rows."""
+    kernels = reports("sm_90", "attention", "D=64 bfloat16 causal", Tile(64, 64, 8, 2))
+    dkdv = next(r for r in kernels if "dkdv" in r.kernel)
     (loop,) = dkdv.loops
     assert dkdv.faults == ["products computed more than once"] and loop.cycles["tensor"] == 1.5 * loop.ideal
 
@@ -114,19 +127,17 @@ FLOPS = 2 * 64 * 64 * 16
 
 def loops_of(*body: str, flops: int = FLOPS):
     code = (".L_x_1:", *body, "@!P0 BRA `(.L_x_1)", "EXIT")
-    text = "\n".join(
-        line if line.startswith(".") else f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(code)
-    )
-    return sass.loops(text, "sm_90", registers=168, shared=1 << 16, warps=4, flops=flops)
+    lines = (line if line.startswith(".") else f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(code))
+    return sass.loops("\n".join(lines), "sm_90", registers=168, shared=1 << 16, warps=4, flops=flops)
 
 
-def test_a_loop_is_read_as_it_stands():
+def test_instructions_cycles_and_overlap_of_a_loop_are_read_from_its_code():
     (loop,) = loops_of(WAIT, "MUFU.EX2 R1, R2", "@P1 FSEL R1, R1, -INF, P0", PRODUCT, "MUFU.EX2 R3, R4", "BAR.SYNC 0x0")
     assert loop.instructions == 7 and loop.covered == 0.5
     assert (loop.mix["tensor"], loop.mix["exp"], loop.mix["select"], loop.mix["barrier"]) == (1, 2, 1, 1)
     assert loop.cycles["tensor"] == loop.ideal == 32 and loop.cycles["mufu"] == 16
     assert loop.programs == 3 and loop.step >= 32 and 0 < loop.share <= 1
-    # A product of 32 cycles that nothing waits for, and exponentials of 16: they run beneath it. With a wait, after it.
+    # Exponentials of 16 cycles overlap a product of 32 cycles; after a wait for the product, they do not.
     (loop,) = loops_of(PRODUCT, *["MUFU.EX2 R1, R2"] * 2)
     assert loop.covered == 1 and loop.step == 32
     (loop,) = loops_of(PRODUCT, WAIT, *["MUFU.EX2 R1, R2"] * 2)
@@ -144,7 +155,7 @@ def test_a_loop_is_read_as_it_stands():
         (("MUFU.EX2 R1, R2",), FLOPS, "no loop around tensor-core instructions"),
     ],
 )
-def test_what_a_loop_must_not_show(body, flops, fault):
+def test_each_fault_of_a_loop_is_reported(body, flops, fault):
     found = loops_of(*body, flops=flops)
     assert sass.faults(found, "sm_90", "forward_kernel", plain=True) == [fault]
     always = fault.startswith(("products", "no loop"))
@@ -152,7 +163,7 @@ def test_what_a_loop_must_not_show(body, flops, fault):
     assert not sass.faults(loops_of(PRODUCT, "MUFU.EX2 R1, R2"), "sm_90", "forward_kernel", plain=True)
 
 
-def test_options_that_hold_registers_take_another_tile(monkeypatch):
+def test_options_that_need_registers_get_the_crowded_tile(monkeypatch):
     monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
     q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
     row = tables.tile_for("forward", q, q)
@@ -160,7 +171,7 @@ def test_options_that_hold_registers_take_another_tile(monkeypatch):
     assert tables.tile_for("decode", q, q, True) == tables.tile_for("decode", q, q)
 
 
-def test_a_row_may_differ_by_compiler_and_by_the_width_of_v(monkeypatch):
+def test_a_tile_may_depend_on_the_triton_version_and_on_the_width_of_v(monkeypatch):
     monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
     older, newer = (tables.tile("sm_90", "dq", 256, torch.bfloat16, triton) for triton in ((3, 8), (3, 10)))
     assert older.newer == newer and not newer.newer
@@ -170,7 +181,7 @@ def test_a_row_may_differ_by_compiler_and_by_the_width_of_v(monkeypatch):
 
 
 @pytest.mark.corpus(67, 68)
-def test_every_row_of_the_tables_is_there():
+def test_every_family_pass_and_width_has_a_valid_tile():
     assert set(tables.FAMILIES) == set(compiling.TARGETS)
     for family in tables.FAMILIES:
         for pass_ in tables.PASSES:
@@ -180,12 +191,12 @@ def test_every_row_of_the_tables_is_there():
                     rows += [row.narrow_v for row in rows if row.narrow_v]
                     for tile in filter(None, (*rows, *(row.crowded for row in rows))):
                         assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
-                        assert delta.PADDING.value >= tile.BLOCK_M  # what lse2 and delta are padded to
+                        assert delta.PADDING.value >= tile.BLOCK_M  # the padding of lse2 and delta
                         # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages
                         assert family != "sm_100" or tile.num_stages not in (2, 3)
 
 
-def test_a_plain_kernel_that_changes_is_told():
+def test_a_change_of_recorded_machine_code_is_reported():
     found = reports("sm_90", "attention", "D=64 bfloat16 causal")
     now = {"triton": record.triton.__version__, "kernels": record.plain(found)}
     assert len(now["kernels"]) == len(found) and not record.changes(found, now)
@@ -197,7 +208,7 @@ def test_a_plain_kernel_that_changes_is_told():
     assert len(record.changes(found, {**now, "kernels": {}})) == len(found)
 
 
-def test_the_record_is_whole():
+def test_the_record_has_all_families_and_kernels():
     recorded = record.read()
     assert f"RECORDED := {recorded['triton']}\n" in (Path(__file__).parents[2] / "Makefile").read_text()
     for family in tables.FAMILIES:
@@ -206,17 +217,17 @@ def test_the_record_is_whole():
 
 
 @pytest.mark.parametrize("options", ["causal", "causal window softcap sinks packed"])
-def test_the_hopper_kernels_hide_their_softmax(options):
+def test_the_hopper_kernels_have_no_spills_or_faults(options):
     kernels = {r.kernel: r for r in reports("sm_90", "hopper", f"D=64 bfloat16 {options}")}
     assert set(kernels) == {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_sum_kernel"}
     assert not any(r.faults or r.spill_bytes for r in kernels.values())
 
 
-def test_what_a_loop_hides_is_read_from_its_machine_code():
+def test_overlap_in_a_hopper_loop_is_read_from_its_code():
     product, exp = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", "MUFU.EX2 R1, R2"
     one_left, none_left = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
     pipelined = hopper._loop([product, product, one_left, exp, exp, none_left])
     assert pipelined.covered == 1 and pipelined.tensor_cycles == 2 * 64 and pipelined.mix["MUFU.EX2"] == 2
     assert hopper._loop([product, product, one_left, exp, none_left, exp]).covered == 0.5
     assert hopper._loop([exp, product, none_left]).covered == 0
-    assert hopper._loop([exp, none_left, product]).covered == 1  # left under way by the trip before
+    assert hopper._loop([exp, none_left, product]).covered == 1  # the product of the iteration before

@@ -1,4 +1,4 @@
-"""The commands of `python -m bench`, in this process where that is possible."""
+"""The commands of `python -m bench`, run in this process if possible."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_compare_exits_with_1_on_a_regression(tmp_path, capsys):
 
 
 @once
-def test_report_merges_files(tmp_path):
+def test_report_merges_several_files(tmp_path):
     pytest.importorskip("matplotlib")
     first = record(shape="S", percent=50.0, error=1e-3, rate=1.0, ceiling=2.0, unit="GB/s")
     second = record(shape="S", ms=2.0), record(shape="S", ms=8.0, provider="peer")
@@ -57,8 +57,8 @@ def test_report_merges_files(tmp_path):
 
 
 @once
-def test_a_whole_run_with_a_fake_clock(tmp_path, monkeypatch):
-    """What a GPU is measured with, from arguments to report, on CPU tensors."""
+def test_a_run_with_a_fake_clock_measures_every_op_and_writes_a_report(tmp_path, monkeypatch):
+    """The code that measures a GPU, from arguments to report, on CPU tensors."""
     pytest.importorskip("matplotlib")
     small = [dataclasses.replace(w, dtype=torch.bfloat16) for w in EVERY_OP]
     monkeypatch.setattr(session, "VARIATIONS", [v for v in session.VARIATIONS if not v.compiled])  # takes minutes
@@ -98,7 +98,7 @@ def test_help_names_every_command(monkeypatch, capsys):
 
 @once
 @compiles
-def test_host_cost_is_measured_without_a_gpu(tmp_path):
+def test_host_time_of_every_op_is_measured_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "bench.host", "--json", str(tmp_path / "host.json")]
     subprocess.run(command, check=True, capture_output=True)
     rows = json.loads((tmp_path / "host.json").read_text())

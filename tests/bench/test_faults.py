@@ -1,4 +1,4 @@
-"""What a provider does wrong ends nothing but its own rows. Providers, clocks and GPU faults are made up here."""
+"""A fault of a provider affects only its own rows. The providers, clocks and GPU faults here are artificial."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.once
 
 
 def run(works, *providers, clock=None, **more):
-    """All records, and the Lost that ended the run, or None."""
+    """All records, and the Lost exception that ended the run, or None."""
     made = []
     try:
         for rs in runner.run(works, providers, **options(clock, **more)):
@@ -59,14 +59,14 @@ def run(works, *providers, clock=None, **more):
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else "",
 )
-def test_what_a_provider_raises_is_its_reason(e, reason, when):
+def test_an_exception_of_a_provider_is_the_reason_in_its_rows(e, reason, when):
     made, lost = run([NORM, ADD], Bad(fail(e), when), Eager(), clock=FakeClock())
     assert lost is None and reasons(made) == {reason}
     others = [r for r in made if r.provider == "eager"]
     assert {r.op for r in others} == {"rms_norm", "add_rms_norm"} and all(r.ms == 2.0 for r in others)
 
 
-def test_a_failure_while_clocks_run_costs_one_direction():
+def test_a_failure_during_the_samples_affects_one_direction():
     class Failing(FakeClock):
         def sampler(self, calls, by_events=None):
             sampling = super().sampler(calls, by_events)
@@ -78,14 +78,14 @@ def test_a_failure_while_clocks_run_costs_one_direction():
     assert all(r.method is None for r in made if r.ms is None)
 
 
-def test_a_failure_before_the_samples_costs_one_direction():
+def test_a_failure_before_the_samples_affects_one_direction():
     clock = FailingClock(2, RuntimeError("in the warm-up"))
     made, _ = run([NORM], Bad(lambda: None), Eager(), clock=clock)
     assert [r.reason for r in made if r.provider == "bad"] == [None, "RuntimeError: in the warm-up", None]
     assert all(r.ms == 2.0 for r in made if r.provider == "eager")
 
 
-def test_no_time_is_no_measurement():
+def test_a_time_of_zero_is_not_a_measurement():
     made, _ = run([NORM], Eager(), clock=FakeClock(0.0), directions=["forward"])
     assert reasons(made, "eager") == {"took no time: it does not work on the current stream"} and made[0].ms is None
 
@@ -107,7 +107,7 @@ def test_the_tensors_of_a_failed_provider_are_free_before_the_gpu_is_tested(monk
     assert lost is None  # other providers may hold the memory
 
 
-def test_work_without_inputs_has_a_reason(monkeypatch):
+def test_a_failure_to_make_inputs_is_the_reason_of_all_rows(monkeypatch):
     monkeypatch.setattr(RMSNorm, "draw", fail(torch.cuda.OutOfMemoryError("much")))
     made, _ = run([NORM, ROPE], Eager(), clock=FakeClock())
     assert {(r.op, r.reason) for r in made} == {
@@ -118,12 +118,12 @@ def test_an_infinite_error_does_not_end_a_run(tmp_path):
     infinite = norm_provider(lambda *args: lambda x, weight: Eager().any_op(*args)(x, weight) * math.inf)
     made, _ = run([NORM], infinite, clock=FakeClock())
     assert all(r.reason.startswith("wrong numbers") and r.error is None for r in made)
-    made[0].error = math.nan  # should one be left all the same
+    made[0].error = math.nan  # in case an error that is not finite reaches the file
     records.write(records.Run({}, {}, made, {}), tmp_path / "x.json")
     assert records.read(tmp_path / "x.json").records[0].error is None
 
 
-def test_a_variation_of_training_that_fails_ends_nothing():
+def test_a_training_variation_that_fails_affects_only_its_row():
     pytest.importorskip("transformers")
 
     class Broken(Stock):
@@ -141,7 +141,7 @@ def test_a_variation_of_training_that_fails_ends_nothing():
 
 @pytest.fixture
 def sticky(monkeypatch):
-    """A function that fails as a kernel with an illegal access does: from then on the GPU fails every test."""
+    """A function that fails like a kernel with an illegal access: from then on, gpu_fault finds a fault."""
     faults = []
     monkeypatch.setattr(contain, "gpu_fault", lambda device: faults[0] if faults else None)
 
@@ -152,16 +152,16 @@ def sticky(monkeypatch):
     return does
 
 
-def test_a_lost_process_ends_the_run_and_names_the_provider(sticky):
+def test_a_lost_process_ends_the_run_and_its_provider_is_left_out_afterwards(sticky):
     journal = Journal()
     made, lost = run([NORM, ADD], Eager(), Bad(sticky), clock=FakeClock(), journal=journal)
     assert "illegal memory access" in str(lost) and "'numbers and memory' of bad at rms_norm, norm" in str(lost)
-    assert {r.op for r in made} == {"rms_norm"}  # and nothing after it
+    assert {r.op for r in made} == {"rms_norm"}  # the run ended before add_rms_norm
     assert reasons(made, "eager") == {"not run: the process was lost"} and not any(r.finished for r in made[:3])
     assert all("illegal memory access" in r.reason and r.finished for r in made if r.provider == "bad")
     assert [i.provider for i in journal.incidents] == ["bad"] and journal.step is None
 
-    # The process after it: the provider is left out here, and only here.
+    # In the next process, the provider is left out at this work only.
     made, lost = run([NORM, ADD], Eager(), Bad(lambda: None), clock=FakeClock(), journal=journal)
     assert lost is None and all(r.ms for r in made if r.provider == "eager")
     (reason,) = reasons(made)
@@ -178,7 +178,7 @@ def test_a_provider_that_ended_two_processes_is_left_out_everywhere(sticky):
     assert reason.startswith("left out: it ended 2 processes, the last one at rope, rope (")
 
 
-def test_a_lost_capture_is_not_tried_again():
+def test_a_provider_whose_capture_ended_a_process_is_timed_by_events():
     lost = Lost("its capture failed: RuntimeError: x; then the generator fails")
     journal = Journal()
     made, e = run([NORM], Eager(), Bad(lambda: None), clock=FailingClock(1, lost), journal=journal)
@@ -187,11 +187,11 @@ def test_a_lost_capture_is_not_tried_again():
     made, e = run([NORM], Eager(), Bad(lambda: None), clock=FailingClock(1, lost), journal=journal)
     assert e is None and all(r.ms == 2.0 for r in made)
     assert {r.method for r in made if r.provider == "bad"} == {"events"}
-    assert "an earlier capture of it ended a process" in reasons(made).pop()
+    assert "its earlier capture ended a process" in reasons(made).pop()
     assert {r.method for r in made if r.provider == "eager"} == {"graph"}
 
 
-def test_inputs_that_end_a_process_are_not_drawn_again(monkeypatch):
+def test_inputs_that_ended_a_process_are_not_made_again(monkeypatch):
     journal = Journal()
     journal.begin(runner.rows_of(NORM, [Eager()], ABOUT)["eager"][0].work, "", "inputs")
     journal.blame("the process ended by SIGKILL")

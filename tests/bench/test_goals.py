@@ -1,4 +1,4 @@
-"""The goals of bench.goals against made-up records."""
+"""bench.reporting.goals on artificial records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def standing(
     return found
 
 
-def test_a_share_of_the_copy_is_that_of_the_slowest_shape():
+def test_a_share_of_the_copy_bandwidth_is_that_of_the_slowest_shape():
     rs = [norm_row(2048, 97), norm_row(4096, 96), norm_row(131072, 50), norm_row(1024, 50), norm_row(64, 93)]
     rows = standing("RMSNorm, rows of 2k to 65k", "forward", goals.COPY, rs)
     assert rows.value == 0.96 and rows.met
@@ -35,13 +35,11 @@ def test_a_share_of_the_copy_is_that_of_the_slowest_shape():
     assert standing("RMSNorm, rows of 2k to 65k", "forward", goals.COPY, rs + others).value == 0.96
 
 
-def test_times_are_those_of_the_same_work():
+def test_a_ratio_compares_times_of_the_same_work():
     work = "attention, D=128, 4k to 16k"
     sizes = {**HEADS, "window": -1}
-    ours, flash = (
-        record("attention", "forward", 2.0, sizes=sizes),
-        record("attention", "forward", 2.6, "sdpa-flash", sizes=sizes),
-    )
+    ours = record("attention", "forward", 2.0, sizes=sizes)
+    flash = record("attention", "forward", 2.6, "sdpa-flash", sizes=sizes)
     other = record("attention", "forward", 9.9, "sdpa-flash", sizes={**sizes, "S": 8192})
     found = standing(work, "forward", goals.RATIO, [other, ours, flash])
     assert found.value == pytest.approx(1.3) and found.met
@@ -52,7 +50,7 @@ def test_times_are_those_of_the_same_work():
     assert standing(work, "forward", goals.RATIO, windowed).value is None
 
 
-def test_hopper_goals_look_at_the_hopper_run():
+def test_hopper_goals_use_the_records_of_the_hopper_run():
     sizes = {**HEADS, "window": -1}
     portable = record("attention", "forward", 2.0, sizes=sizes, unit="TFLOP/s", rate=450.0)
     hopper = dataclasses.replace(portable, ms=1.4, rate=640.0)
@@ -63,7 +61,7 @@ def test_hopper_goals_look_at_the_hopper_run():
     assert standing(work, "forward", goals.RATE, [portable, cudnn]).why == "no record"
 
 
-def test_packed_documents_are_held_against_equal_ones():
+def test_packed_documents_are_compared_with_equal_ones():
     packed = record("attention_varlen", "forward", 2.0, shape="packed documents", sizes={}, unit="TFLOP/s", rate=400.0)
     equal = dataclasses.replace(packed, shape="equal documents", rate=430.0)
     work = "packed, unequal over equal documents"
@@ -71,7 +69,7 @@ def test_packed_documents_are_held_against_equal_ones():
     assert standing(work, "forward", goals.SHARE, [packed]).why == "no record of equal documents"
 
 
-def test_what_is_wrong_or_was_not_run_is_no_speed():
+def test_rows_that_are_wrong_or_were_not_run_have_no_value():
     late = dataclasses.replace(norm_row(4096, 0), ms=None, percent=None, reason="not run: out of time")
     wrong = dataclasses.replace(late, reason="wrong numbers: y is off by 1.0e+00, allowed 1.0e-02")
     work = ("RMSNorm, rows of 2k to 65k", "forward", goals.COPY)
@@ -80,8 +78,8 @@ def test_what_is_wrong_or_was_not_run_is_no_speed():
     assert standing(*work, [norm_row(2048, 97), wrong]).why.startswith("wrong numbers")
 
 
-def test_each_goal_picks_work_that_the_bench_has():
-    """A size or an op that is renamed would leave a goal without records, in silence."""
+def test_each_goal_picks_some_work_of_the_bench():
+    """After a size or an op was renamed, a goal would have no records, without an error."""
     missing = []
     for goal in goals.GOALS:
         sizes = [{"S": 4096, "Hq": 32, "Hkv": 8, "D": 128} | w.sizes for w in works_of("all") if w.op == goal.op]

@@ -1,4 +1,4 @@
-"""The bench on a GPU: what its clock captures, what is timed by events, and what a failed capture leaves behind."""
+"""The bench on a GPU: what is timed by graphs, what by events, and the state after a failed capture."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("work", EVERY_OP, ids=lambda w: w.shape)
-def test_no_kernel_of_pytorch_is_called_in_a_wrong_way(work):
-    """It may refuse a shape, or this GPU; but right arguments give right numbers."""
+def test_kernels_of_pytorch_give_right_numbers(work):
+    """A kernel may refuse a shape or this GPU, but it may not give wrong numbers."""
     for r in run(work, *[p for p in PROVIDERS if p.module is None and not p.cpu]):
         assert not (r.reason or "").startswith("wrong"), f"{r.provider}: {r.reason}"
 
 
 @pytest.mark.parametrize("work", EVERY_OP, ids=lambda w: w.shape)
-def test_everything_is_timed_on_a_gpu(work):
+def test_every_op_is_timed_on_a_gpu_and_ours_by_graphs(work):
     made = run(work, Ours(), Eager(), clock=timing.Gpu(), seconds=0.05)
     assert all(r.ms > 0 and r.memory is not None and r.percent < 110 for r in made), made
-    assert all(r.method == "graph" for r in made if r.provider == OURS), [r.reason for r in made]  # none of ours waits
+    assert all(r.method == "graph" for r in made if r.provider == OURS), [r.reason for r in made]
 
 
-def test_the_clock_of_a_gpu():
+def test_the_clock_measures_plausible_times_on_a_gpu():
     clock = timing.Gpu()
     x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
@@ -62,7 +62,7 @@ def _waiting_calls(x: torch.Tensor) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("how", ["item", "cpu", "nonzero", "device", "event"])
-def test_what_waits_is_never_captured_on_a_gpu(how, monkeypatch):
+def test_calls_that_wait_are_never_captured_on_a_gpu(how, monkeypatch):
     captured = []
     monkeypatch.setattr(timing, "capture", lambda *args: captured.append(args))
     sample, method, reason = timing.Gpu().sampler([_waiting_calls(torch.randn(1000, device="cuda"))[how]])
@@ -71,7 +71,7 @@ def test_what_waits_is_never_captured_on_a_gpu(how, monkeypatch):
     assert torch.cuda.get_sync_debug_mode() == 0
 
 
-# A capture that fails for certain: the wait is there only while capturing, so that no test before the capture finds it.
+# Waits only during a capture, so that no test before the capture finds it and the capture fails.
 FAILING_CAPTURE = """
 import torch
 from bench.measuring import capture, timing
@@ -89,7 +89,7 @@ torch.manual_seed(0)
 expected = torch.randn(4, device="cuda")
 try:
     sample, method, reason = clock.sampler([waits_when_captured])
-except capture.Lost as e:  # a release that cannot be restored; the bench goes on in a new process
+except capture.Lost as e:  # this torch cannot be restored; the bench continues in a new process
     print("lost:", e)
     raise SystemExit(0)
 assert method == "events" and "its capture failed" in reason, (method, reason)
@@ -105,8 +105,8 @@ print("restored")
 """
 
 
-def test_a_failed_capture_on_a_gpu():
-    """In a process of its own, which it may spoil: it ends either restored, or known as lost."""
+def test_a_process_is_restored_or_known_as_lost_after_a_failed_capture_on_a_gpu():
+    """Runs in a new process, which may be unable to use the GPU afterwards."""
     command, root = [sys.executable, "-c", FAILING_CAPTURE], Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def test_a_failed_capture_on_a_gpu():
 
 
 def test_a_provider_whose_kernel_fails_on_a_gpu_is_left_out(tmp_path):
-    """A device-side assertion: no call on the GPU succeeds in that process any more."""
+    """After a device-side assertion, no call on the GPU succeeds in the process."""
     status, said = supervised(tmp_path, "read outside")
     run = records.read(tmp_path / "records.json")
     assert status == 0 and len(said) == 1 and "of bad at rms_norm, norm" in said[0], said

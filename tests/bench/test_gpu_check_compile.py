@@ -1,4 +1,4 @@
-"""The compile stage without a GPU: Triton finds on disk what was compiled for tensors without data."""
+"""The compile stage without a GPU: Triton finds on disk the kernels that were compiled for meta tensors."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ pytestmark = [*COMPILES, pytest.mark.once]
 
 SM_90 = launches.Target("cuda", 90, 32, "sm_90", 132)
 
-# Compiles the kernels of a few works on the meta device, or launches them on real tensors under a driver whose launches
-# do nothing. Prints whether each kernel was in Triton's cache on disk.
+# Compiles the kernels of a few works on the meta device, or launches them on CPU tensors under a driver whose launches
+# do nothing. Prints for each kernel whether it was in Triton's cache on disk.
 CALLS = """
 import sys, torch
-from unittest import mock
 from triton import knobs
 from triton.runtime import driver
 from bench.works.presets import small
@@ -41,10 +40,8 @@ else:
     from llama_kernels.ops import qk_norm_rope, rms_norm
     from llama_kernels.ops.attention import tables
     from llama_kernels.core import device
-    library, cuda = torch.library.Library("llama_kernels", "IMPL"), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    for name in {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("llama_kernels::")}:
-        op = getattr(torch.ops.llama_kernels, name).default
-        library.impl(op, lambda *args, op=op: op.redispatch(cuda, *args), "CPU", allow_override=True)
+    library = torch.library.Library("llama_kernels", "IMPL")
+    launches.run_launchers_on("CPU", library)
     driver.set_active(LaunchingNothing("sm_90"))
     for module in (qk_norm_rope, rms_norm):
         module.processors_of = lambda _: 132
@@ -61,8 +58,8 @@ print(hits)
 """
 
 
-def test_what_is_compiled_first_is_what_is_launched(tmp_path):
-    """In two processes: every launch on real tensors finds its kernel on disk, though they come in another order."""
+def test_launches_find_the_kernels_compiled_on_the_meta_device(tmp_path):
+    """In another process and another order, every launch on CPU tensors finds its kernel on disk."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(state.ROOT)}
 
     def hits(what: str) -> list[bool]:
@@ -75,7 +72,7 @@ def test_what_is_compiled_first_is_what_is_launched(tmp_path):
     assert len(launched) >= 14 and all(launched)
 
 
-def test_every_kernel_is_collected_once_and_compiled_by_its_key(tmp_path, monkeypatch):
+def test_kernels_are_collected_and_compiled_by_their_cache_key(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made = [call for call in launches.calls(SM_90) if call.name == "parity: rms_norm, head norm 128, bfloat16"]
     (kernels,) = launches.collected(SM_90, made)
@@ -84,15 +81,15 @@ def test_every_kernel_is_collected_once_and_compiled_by_its_key(tmp_path, monkey
     monkeypatch.setattr(compiling, "_worker", (SM_90, made), raising=False)
     for on_disk in (False, True):
         for kernel in filter(lambda x: hasattr(x, "device_caches"), vars(rms_norm).values()):
-            kernel.device_caches.clear()  # of this process
+            kernel.device_caches.clear()  # the cache of this process
         found = compiling._compile((0, kernels[0].key))
         assert found["on disk"] == on_disk and len(found["hashes"]) == 1 and not found["error"]
     missing = compiling._compile((0, "another key"))
     assert missing["error"] and not missing["hashes"] and not missing["on disk"]
 
 
-def test_the_compile_stage_knows_the_kernels_of_attention_and_of_a_patched_layer():
-    torch.use_deterministic_algorithms(False)  # which leave the backward to the portable kernels
+def test_attention_and_a_patched_layer_launch_the_expected_kernels():
+    torch.use_deterministic_algorithms(False)  # with them, the backward takes the portable kernels
     made = launches.calls(SM_90)
     launched = {call.name: kernels for call, kernels in zip(made, launches.collected(SM_90, made), strict=True)}
     assert all(launched.values())

@@ -1,4 +1,4 @@
-"""The page of bench.gpu_check, of made-up outcomes and records."""
+"""The page of bench.gpu_check, made from artificial outcomes and records."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ pytestmark = pytest.mark.once
 
 
 def a_full_run(folder: Path, wrong: bool = False) -> list[Outcome]:
-    """What all stages leave behind, good or bad."""
-    status = FAILED if wrong else PASSED
-    names = [s.name for s in stages(HOPPER)]
-    outcomes = [
-        Outcome(name, status, 61.0, f"{name} " * 30, {"passed": 1234, "kernels compiled": 99}, {}) for name in names
-    ]
+    """Write the files that all stages leave, and return their outcomes: all good, or all `wrong`."""
+    status, counts = FAILED if wrong else PASSED, {"passed": 1234, "kernels compiled": 99}
+    outcomes = [Outcome(s.name, status, 61.0, f"{s.name} " * 30, counts, {}) for s in stages(HOPPER)]
     sizes = {**HEADS, "window": -1}
     rs = [norm_row(4096, 97), record("attention", "forward", 2.0, sizes=sizes, unit="TFLOP/s", rate=500.0),
           record("attention", "forward", 2.6, "sdpa-flash", sizes=sizes)]  # fmt: skip
@@ -45,7 +42,7 @@ def a_full_run(folder: Path, wrong: bool = False) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_the_page_fits_a_terminal(wrong, tmp_path, monkeypatch):
+def test_the_page_shows_all_results_and_fits_a_terminal(wrong, tmp_path, monkeypatch):
     outcomes = a_full_run(tmp_path, wrong)
     before = Run({**ABOUT, "date": "2025-12-31"}, {}, [norm_row(4096, 97, ms=0.5 if wrong else 1.0)] * 9, {})
     records.write(before, tmp_path / "before.json")
@@ -64,14 +61,14 @@ def test_the_page_fits_a_terminal(wrong, tmp_path, monkeypatch):
         assert "since the Hopper one failed. Boom" in text and "--only environment" in text
         assert [line for line in lines if "host, rope" in line and "MISSED" in line and "43.0" in line]
     else:
-        assert "right in 1 works" in text and "the kernels of the plain causal call" in text
-        assert "nothing slower" in text and "bench --save" in text
+        assert "right in 1 pieces of work" in text and "the kernels of the plain causal call" in text
+        assert "nothing is slower" in text and "bench --save" in text
         assert [line for line in lines if "sdpa-flash" in line and "met" in line and "1.30x" in line]
         assert [line for line in lines if "600 TFLOP/s" in line and "met" in line and "610" in line]
         assert [line for line in lines if "95% of the copy" in line and "met" in line and "97%" in line]
 
 
-def test_a_page_that_is_too_long_keeps_what_to_do_next(tmp_path, monkeypatch):
+def test_a_page_that_is_too_long_keeps_the_next_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "LINES", 20)
     lines = page.page(page.Findings.of(tmp_path, a_full_run(tmp_path))).splitlines()
     assert len(lines) == 20 and "bench --save" in "".join(lines[-3:])
@@ -80,10 +77,10 @@ def test_a_page_that_is_too_long_keeps_what_to_do_next(tmp_path, monkeypatch):
 def test_a_run_cut_short_has_a_page(tmp_path):
     state.write_json(ABOUT, tmp_path / "machine.json")
     (tmp_path / "speed").mkdir()
-    (tmp_path / "speed" / "records.json").write_text('{"schema": 1, "rec')  # by a writer that does not replace
+    (tmp_path / "speed" / "records.json").write_text('{"schema": 1, "rec')  # as after an incomplete write
     outcomes = [Outcome("environment", PASSED, 1.0, "", {}, {}), Outcome("compile", UNFINISHED, 9.0, "", {}, {})]
     text = page.page(page.Findings.of(tmp_path, outcomes))
-    assert "not measured" in text and "goes on with compile" in text and "not looked for" in text
+    assert "not measured" in text and "continues with compile" in text and "not looked for" in text
     assert "no run in" in page.page(page.Findings.of(tmp_path / "nothing", []))
 
 
@@ -95,7 +92,7 @@ def test_a_run_cut_short_has_a_page(tmp_path):
     (None, None, "wrong numbers: y", ["rms_norm forward, rows of 4096: took 1.0000 ms, now: wrong numbers: y"]),
     (None, None, "not run: out of time", []),
 ])  # fmt: skip
-def test_slower_is_by_more_than_the_spread(ms, spread, reason, said):
+def test_a_row_is_slower_if_it_exceeds_the_spread(ms, spread, reason, said):
     before = Run({}, {}, [norm_row(4096, 97), norm_row(8192, 97)], {})
     after = Run({}, {}, [dataclasses.replace(norm_row(4096, 97), ms=ms, spread=spread, reason=reason)], {})
     assert list(page.changes(before, after)) == said

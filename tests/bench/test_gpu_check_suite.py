@@ -1,4 +1,4 @@
-"""The stages that bench.gpu_check has, and the suite in parts."""
+"""The stages of bench.gpu_check, and the test suite in parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_all_stages_together_take_under_25_minutes(tmp_path):
         assert each.needs is None or names.index(each.needs) < names.index(each.name)
 
 
-def test_speed_goes_on_until_everything_is_measured(tmp_path):
+def test_the_speed_stage_is_unfinished_until_all_work_is_measured(tmp_path):
     (speed,) = [s for s in stages(HOPPER) if s.name == "speed"]
     assert not speed.finished(tmp_path)
     late = dataclasses.replace(norm_row(8192, 0), ms=None, percent=None, reason="not run: out of time")
@@ -43,20 +43,20 @@ def test_speed_goes_on_until_everything_is_measured(tmp_path):
         assert speed.finished(tmp_path) == finished
 
 
-def test_stages_that_a_machine_cannot_do_say_why():
+def test_stages_that_cannot_run_on_a_machine_say_why():
     missing = {s.name: s.why for s in stages(Machine(False, None, 8)) if isinstance(s, Missing)}
     assert list(missing) == ["hopper", "hopper-speed", "sanitizer"]
     assert "compute-sanitizer" in missing["sanitizer"] and "Hopper" in missing["hopper"]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_commands_of_the_stages_exist(tmp_path, monkeypatch, capsys):
-    """Each module can be imported and knows the options that it is given."""
+def test_the_commands_of_all_stages_and_their_options_exist(tmp_path, monkeypatch, capsys):
+    """Each module can be imported and accepts the options that it gets."""
     for each in stages(HOPPER):
         for job in each.jobs(tmp_path):
             module, *options = job.command[job.command.index("-m") + 1 :]
             if module in ("pytest", "bench"):
-                continue  # below; and of the bench, whose parser is its own
+                continue  # tested below
             monkeypatch.setattr(sys, "argv", [module, "--help"])
             with pytest.raises(SystemExit, match="0"):
                 runpy.run_module(module, run_name="__main__")
@@ -64,7 +64,7 @@ def test_commands_of_the_stages_exist(tmp_path, monkeypatch, capsys):
             assert all(option in told for option in options if option.startswith("--")), module
 
 
-def test_options_of_the_bench_exist(tmp_path):
+def test_the_bench_accepts_the_options_of_the_stages(tmp_path):
     for each in stages(HOPPER):
         for job in each.jobs(tmp_path):
             if "bench" in job.command:
@@ -72,7 +72,7 @@ def test_options_of_the_bench_exist(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["path", "toolkit", "wheel", "nowhere"])
-def test_compute_sanitizer_is_looked_for_where_it_may_be(place, tmp_path, monkeypatch):
+def test_compute_sanitizer_is_found_on_the_path_in_a_toolkit_or_in_a_wheel(place, tmp_path, monkeypatch):
     folders = {"path": "path", "toolkit": "cuda/compute-sanitizer", "wheel": "site/nvidia/cu13/bin"}
     program = tmp_path / folders.get(place, "other") / "compute-sanitizer"
     program.parent.mkdir(parents=True)
@@ -95,7 +95,7 @@ echo "%s"; exit %d
 @pytest.mark.parametrize("said, code, status", [
     ("ERROR SUMMARY: 0 errors", 0, PASSED), ("ERROR SUMMARY: 1 error", 1, FAILED), ("Device not supported", 1, ABSENT),
 ])  # fmt: skip
-def test_the_sanitizer_stage_has_the_verdict_of_its_tools(said, code, status, tmp_path):
+def test_the_sanitizer_stage_has_the_result_of_its_tools(said, code, status, tmp_path):
     program = tmp_path / "compute-sanitizer"
     program.write_text(SANITIZER % (said, code))
     program.chmod(0o755)
@@ -111,15 +111,15 @@ def test_the_sanitizer_stage_has_the_verdict_of_its_tools(said, code, status, tm
 
 @pytest.fixture(scope="module")
 def every_test(tmp_path_factory) -> list[str]:
-    """As the collect stage lists them."""
+    """The tests that the collect stage lists."""
     folder = tmp_path_factory.mktemp("collected")
     (ended,) = run_all([suite.collect_job()], folder / "collect", workers=1)
     assert ended.code == 0, (folder / "collect" / "collect.txt").read_text()[-2000:]
     return suite.listed(folder)
 
 
-def test_no_test_is_left_out(every_test):
-    """Of a file, either a test is listed, or all its tests have a mark by which they are not run here."""
+def test_the_parts_hold_every_test_once_and_slow_files_last(every_test):
+    """A file without a listed test has a mark by which its tests are not run here."""
     on_disk = {str(path.relative_to(state.ROOT)) for path in (state.ROOT / "tests").rglob("test_*.py")}
     listed = {test.split("::")[0] for test in every_test}
     assert listed <= on_disk
@@ -130,10 +130,9 @@ def test_no_test_is_left_out(every_test):
     assert sorted(given) == sorted(every_test) and len(given) == len(set(given))
     assert len({job.name for job in jobs}) == len(jobs)
     assert all(sum(arg.startswith("tests/") for arg in job.command) <= suite.PART for job in jobs)
-    slow = [
-        job.name.startswith(("integrations-", "examples-", "regressions-test_fuzz", "gpu-test_large")) for job in jobs
-    ]
-    assert slow == sorted(slow), "what is slow comes last"
+    last = ("integrations-", "examples-", "regressions-test_fuzz", "gpu-test_large")
+    slow = [job.name.startswith(last) for job in jobs]
+    assert slow == sorted(slow), "slow files must come last"
 
 
 @pytest.mark.parametrize("count, sizes", [(1, [1]), (40, [40]), (41, [40, 1]), (81, [40, 40, 1])])
@@ -148,27 +147,27 @@ def collected(*args: str) -> set[str]:
     return {line for line in out.splitlines() if "::" in line}
 
 
-def test_repeats_run_in_one_stage_or_the_other(every_test):
+def test_repeated_tests_run_only_in_the_determinism_stage(every_test):
     repeated = set(filter(suite.is_repeated, every_test))
     assert repeated == collected("tests/gpu/test_gpu.py", "-k", suite.REPEATS)
     assert any("thousand_times" in test for test in repeated) and any("races" in test for test in repeated)
     assert len(repeated) < sum(test.startswith("tests/gpu/test_gpu.py") for test in every_test)
 
 
-def test_sanitizers_have_tests(every_test):
+def test_the_sanitizer_stage_selects_existing_tests(every_test):
     file, _, words = SANITIZED
     for word in words.split(" or "):
         assert any(test.startswith(f"{file}::") and word in test for test in every_test), word
 
 
-def test_hopper_reaches_the_tests_of_attention(every_test):
+def test_the_hopper_stage_runs_the_tests_of_attention(every_test):
     files = {test.split("::")[0] for test in every_test if suite.reaches_attention(test)}
     ours = ("ops/test_attention", "ops/test_rope_attention", "gpu/test_gpu", "regressions/test_corpus")
     assert {f"tests/{name}.py" for name in (*ours, "contracts/test_autograd")} <= files
     assert not files & {"tests/ops/test_rms_norm.py", "tests/ops/test_qk_norm_rope.py"}
 
 
-def test_a_file_that_cannot_be_collected_is_a_part(tmp_path):
+def test_a_file_that_cannot_be_collected_becomes_a_part(tmp_path):
     (tmp_path / "collect").mkdir()
     (tmp_path / "collect" / "collect.txt").write_text(
         "tests/test_a.py::test_x[a - b]\n\n==== ERRORS ====\n___ ERROR collecting tests/test_b.py ___\n"
@@ -179,8 +178,8 @@ def test_a_file_that_cannot_be_collected_is_a_part(tmp_path):
     assert suite.listed(tmp_path / "nothing") == []
 
 
-def test_a_part_runs(every_test, tmp_path):
-    """pytest takes the options, names each test before it runs, and its counts are read."""
+def test_a_part_runs_its_tests_and_counts_their_results(every_test, tmp_path):
+    """pytest accepts the options and names each test before it runs, and its counts are read."""
     ids = [test for test in every_test if test.startswith("tests/ops/test_rms_norm.py")][:3]
     (job,) = suite.parts(ids)
     outcome = carry_out(stage("tests", job), tmp_path)

@@ -1,4 +1,4 @@
-"""Which module of bench imports which: there is no circle, also not through an import inside a function."""
+"""No modules of bench import each other in a circle, not even by imports inside functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.once
 
 
 def modules(folder: Path) -> dict[str, Path]:
-    """By dotted name, every module below `folder`, whose parent is where imports are looked for."""
+    """Every module below `folder` by its dotted name, which begins with the name of `folder`."""
     found = {}
     for path in folder.rglob("*.py"):
         parts = path.relative_to(folder.parent).with_suffix("").parts
@@ -23,7 +23,7 @@ def modules(folder: Path) -> dict[str, Path]:
 
 
 def imports(folder: Path) -> dict[str, set[str]]:
-    """By module, the modules below `folder` that it imports anywhere. A module imports its packages too."""
+    """For each module, the modules below `folder` that it imports. A module also imports its packages."""
     paths = modules(folder)
     graph = {}
     for name, path in paths.items():
@@ -41,7 +41,7 @@ def imports(folder: Path) -> dict[str, set[str]]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of a circle, or nothing."""
+    """The modules of a circle, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as e:
@@ -55,21 +55,21 @@ def test_no_module_of_bench_imports_in_a_circle():
     assert circle(graph) == []
 
 
-def test_no_room_of_bench_imports_in_a_circle():
-    """The same of its folders, which are read in one order then."""
-    rooms: dict[str, set[str]] = {}
+def test_no_folder_of_bench_imports_in_a_circle():
+    """So there is an order in which the folders can be read."""
+    folders: dict[str, set[str]] = {}
     for name, named in imports(ROOT / "bench").items():
-        room, used = name.split(".")[1:2], {x.split(".")[1] for x in named if "." in x}
-        if room:
-            rooms.setdefault(room[0], set()).update(used - {room[0]})
-    assert circle(rooms) == []
+        folder, used = name.split(".")[1:2], {x.split(".")[1] for x in named if "." in x}
+        if folder:
+            folders.setdefault(folder[0], set()).update(used - {folder[0]})
+    assert circle(folders) == []
 
 
 @pytest.mark.parametrize(
     "importing", ["import pack.a.one", "from pack.a import one", "from pack.a.one import x", "from . import one",
                   "from ..a.one import x", "def f():\n    from pack.a import one"],
 )  # fmt: skip
-def test_a_circle_is_found(importing, tmp_path):
+def test_an_import_circle_is_found(importing, tmp_path):
     (tmp_path / "pack" / "a").mkdir(parents=True)
     for name, text in {"__init__": "", "a/__init__": "", "a/one": "import pack.a.two", "a/two": importing}.items():
         (tmp_path / "pack" / f"{name}.py").write_text(text)

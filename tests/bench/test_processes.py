@@ -1,6 +1,6 @@
-"""A run that ends early goes on: its records are on disk, and a process that is lost is replaced.
+"""A measuring process that is lost is replaced by a new one.
 
-Providers, clocks and GPU faults are made up here; tests/bench/test_gpu.py has a real one.
+The providers, clocks and GPU faults here are artificial; tests/bench/test_gpu.py has a real fault.
 """
 
 from __future__ import annotations
@@ -16,166 +16,18 @@ import torch
 
 pytest.importorskip("rich", reason="the bench's commands print with rich")
 
-from bench.commands import session, without_gpu
-from bench.commands.arguments import main, parser
-from bench.measuring import machine, processes, records
-from bench.providers.eager import Eager
-from bench.providers.ours import Ours
-from llama_kernels.core.language import INTERPRETED
+from bench.commands.arguments import main
+from bench.measuring import processes, records
 from tests.bench.child import supervised
-from tests.bench.fakes import ADD, CEILINGS, NORM, ROPE, Bad, FailingClock, FakeClock, fail, reasons
-from tests.support.environment import DEVICE
+from tests.bench.fakes import reasons
 
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.once
 
 
-# --- records after each piece of work --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def measure(tmp_path, monkeypatch):
-    """measure(works, clock, *options): the run, of `eager` and `bad` on a CPU, with its records in tmp_path."""
-    monkeypatch.setattr(session, "PROVIDERS", (Eager(), Bad(lambda: None)))
-
-    def measure(works, clock, *options):
-        args = parser().parse_args(["run", "--out", str(tmp_path), "--seconds", "0.01", *options])
-        return session.measure(args, works, [], "cpu", clock)
-
-    return measure
-
-
-def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeypatch):
-    counts, write = [], records.write
-    monkeypatch.setattr(records, "write", lambda run, path: (write(run, path), counts.append(len(run.records))))
-    run = measure([NORM, ADD, ROPE], FakeClock())
-    assert counts == [0, 6, 9, 12] and len(records.read(tmp_path / "records.json").records) == 12
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert session.status_of(run) is None
-
-
-def test_a_file_that_is_being_written_is_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    records.replace_text(path, "old")
-
-    class Killed(BaseException):
-        pass
-
-    monkeypatch.setattr(Path, "write_text", lambda self, text: (self.open("w").write(text[:1]), fail(Killed())()))
-    with pytest.raises(Killed):
-        records.replace_text(path, "new")
-    assert path.read_text() == "old"
-
-
-def test_an_interrupted_run_keeps_its_records_and_goes_on(measure, tmp_path, capsys):
-    clock = FailingClock(7, KeyboardInterrupt())  # six samplers of the norm, and one of what follows
-    stopped = measure([NORM, ADD, ROPE], clock)
-    assert session.status_of(stopped) == processes.INTERRUPTED
-    kept = records.read(tmp_path / "records.json")
-    assert kept.extra["stopped"] == "interrupted" and {r.op for r in kept.records} == {"rms_norm"}
-    assert "--resume goes on" in capsys.readouterr().out
-
-    class Other(FakeClock):
-        def ceilings(self):
-            raise AssertionError("those of the first process count")
-
-    clock = Other(3.0)
-    whole = measure([NORM, ADD, ROPE], clock, "--resume")
-    assert {r.op: r.ms for r in whole.records if r.provider == "eager"} == {
-        "rms_norm": 2.0, "add_rms_norm": 3.0, "rope": 3.0}  # fmt: skip
-    assert len(clock.calls) == 6 and whole.ceilings == CEILINGS and "stopped" not in whole.extra
-    assert records.read(tmp_path / "records.json").extra == {}
-
-
-def test_what_was_not_run_is_run_by_the_resumed(measure):
-    measure([NORM, ADD], FakeClock(), "--minutes", "1e-9")
-    again = measure([NORM, ADD], FakeClock(), "--resume")
-    assert len(again.records) == 9 and all(r.ms == 2.0 for r in again.records)
-
-
-def test_new_providers_and_directions_are_measured_by_the_resumed(measure):
-    measure([NORM, ADD], FakeClock(), "--directions", "forward", "--providers", "eager")
-    clock = FakeClock(3.0)
-    again = measure([NORM, ADD], clock, "--directions", "forward", "--resume")
-    assert [(r.op, r.provider, r.ms) for r in again.records] == [
-        ("add_rms_norm", "eager", 2.0), ("rms_norm", "eager", 3.0), ("rms_norm", "bad", 3.0)]  # fmt: skip
-
-
-def test_records_of_another_machine_are_not_gone_on_from(measure, tmp_path):
-    measure([NORM], FakeClock())
-    whole = json.loads((tmp_path / "records.json").read_text())
-    whole["machine"]["gpu"] = "Another GPU"
-    (tmp_path / "records.json").write_text(json.dumps(whole))
-    with pytest.raises(
-        ValueError, match=r"--resume: .*records.json was measured with gpu 'Another GPU', this is 'none'"
-    ):
-        measure([NORM], FakeClock(), "--resume")
-    assert measure([NORM], FakeClock()).records  # without --resume, everything anew
-
-
-def test_parity_goes_on_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bench.works.presets.small", lambda dtypes: iter([NORM, ROPE]))
-    options = ["parity", "--device", "cpu", "--out", str(tmp_path), "--providers", "llama_kernels"]
-    assert main(options) == 0 and len(records.read(tmp_path / "records.json").records) == 6
-    monkeypatch.setattr(Ours, "rope", lambda *_: lambda q, k: (q, k))
-    assert main([*options, "--resume"]) == 0  # it was right before
-    assert main(options) == 1
-    (tmp_path / "journal.json").write_text("{")
-    assert main([*options, "--resume"]) == 2 and "not a journal of the bench" in capsys.readouterr().out
-
-
-# --- a CPU where there is a GPU --------------------------------------------------------------------------------------
-
-
-def test_a_cpu_is_measured_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
-    """Every command that takes --device. Without a GPU, torch says that there is one, and any use of it fails."""
-
-    def used():
-        return torch.cuda.memory_stats().get("allocation.all.allocated", 0) if DEVICE == "cuda" else 0
-
-    before = used()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "_smi", fail(AssertionError("the GPU is asked for")))
-    monkeypatch.setattr("bench.works.presets.small", lambda dtypes: iter([NORM, ROPE]))
-    options = ["--device", "cpu", "--out", str(tmp_path)]
-    assert main(["parity", *options, "--providers", "llama_kernels", "eager"]) == 0
-    assert main(["providers", "--device", "cpu"]) == 0 and "needs a GPU" in capsys.readouterr().out
-    if INTERPRETED:
-        assert main(["run", *options]) == 2  # an interpreter is not timed
-        return
-    extra = {"host": [], "codegen": {"kernels": []}}
-    monkeypatch.setattr("bench.commands.without_gpu.run", lambda say, workers: ([], extra))
-    monkeypatch.setattr("bench.reporting.report.write", lambda run, folder: [folder / "report.html"])
-    assert main(["run", *options, "--ops", "rms_norm", "--shapes", "Llama 3.2 1B"]) == 0
-    assert used() == before
-
-
-def test_without_a_gpu_no_process_sees_one(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(without_gpu.subprocess, "Popen", lambda command, env, **_: seen.update(env))
-    without_gpu._start("bench.host")
-    assert seen["CUDA_VISIBLE_DEVICES"] == seen["HIP_VISIBLE_DEVICES"] == ""
-
-
-def test_a_process_that_writes_nothing_is_an_error(tmp_path):
-    started = without_gpu._start("bench.host", "--no-such-option")
-    with pytest.raises(RuntimeError, match=r"-m bench.host failed:\n(.|\n)*unrecognized arguments: --no-such-option"):
-        without_gpu._wait(started, tmp_path / "host.json")
-
-
-def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        main(["run", "--device", "cuda"])
-    assert "argument --device: torch sees no GPU here" in capsys.readouterr().err
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    "does, patience, reason",
+    "fault, patience, reason",
     [
         ("segfault", 10, "the process ended by SIGSEGV"),
         ("lost", 10, "RuntimeError: the kernel failed; then CUDA error: an illegal memory access was encountered"),
@@ -183,32 +35,32 @@ def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
     ],
     ids=["segfault", "lost", "hang"],
 )
-def test_a_run_goes_on_in_a_new_process(tmp_path, does, patience, reason):
-    status, said = supervised(tmp_path, does, patience)
+def test_a_run_continues_in_a_new_process(tmp_path, fault, patience, reason):
+    status, said = supervised(tmp_path, fault, patience)
     run = records.read(tmp_path / "records.json")
-    assert status == 0 and len(said) == 1 and "going on in a new process" in said[0]
+    assert status == 0 and len(said) == 1 and "continuing in a new process" in said[0]
     assert reasons(run.records) == {f"left out: {reason}, in the step 'numbers and memory'"}
     others = [r for r in run.records if r.provider == "eager"]
     assert [r.op for r in others] == ["add_rms_norm"] * 3 + ["rms_norm"] * 3 + ["rope"] * 3
     assert all(r.ms == 2.0 for r in others) and "stopped" not in run.extra
 
 
-def test_a_child_that_exits_by_itself_is_believed(tmp_path):
+def test_the_exit_status_of_a_child_that_exits_by_itself_is_returned(tmp_path):
     status, said = supervised(tmp_path, "exit")
     assert (status, said) == (9, [])
     assert {r.op for r in records.read(tmp_path / "records.json").records} == {"add_rms_norm"}
 
 
-def test_a_child_that_dies_in_no_step_is_not_started_again(tmp_path):
+def test_a_child_that_dies_outside_any_step_is_not_started_again(tmp_path):
     said: list[str] = []
     (tmp_path / "journal.json").write_text(json.dumps({"step": ["work", "bad", "sampling"], "incidents": []}))  # stale
     command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"]
     options = {"resume": True, "minutes": 1, "patience": 10, "say": said.append}
     assert processes.supervise(lambda *_: command, tmp_path, **options) == 128 + 6
-    assert said == ["bench: the measuring process ended (SIGABRT), in no step of any provider"]
+    assert said == ["bench: the measuring process ended (SIGABRT) outside any step of a provider"]
 
 
-def test_a_child_is_the_same_command_in_one_process(tmp_path):
+def test_a_child_runs_the_same_command_in_one_process(tmp_path):
     options = ["--device", "cpu", "--ops", "rms_norm", "--dtypes", "fp32", "--providers", "llama_kernels"]
     command = [sys.executable, "-m", "bench.commands.child", "parity", *options, "--out", str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as child:

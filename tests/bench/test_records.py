@@ -1,4 +1,4 @@
-"""Records: their file, the machine they name, and two runs against each other."""
+"""Records: their file, the machine that they name, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.bench.fakes import CEILINGS, PACKED, FakeClock, fake_run, record, run
 pytestmark = pytest.mark.once
 
 
-def test_records_come_back_as_they_were(tmp_path):
+def test_records_are_read_as_they_were_written(tmp_path):
     made = Run({"gpu": "Fake GPU"}, CEILINGS, run(PACKED, Ours(), clock=FakeClock()), {"host": [{"op": "rope"}]})
     records.write(made, tmp_path / "a" / "run.json")
     back = records.read(tmp_path / "a" / "run.json")
@@ -34,15 +34,15 @@ def test_records_come_back_as_they_were(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("{", "not JSON"),
-        ("[]", "no object with `records`"),
-        ('{"schema": 99, "records": []}', "schema 99; this is 1"),
-        ('{"schema": 1, "records": [3]}', "record 0 is no object"),
+        ("{", "x.json is not JSON"),
+        ("[]", "no JSON object with a list of `records`"),
+        ('{"schema": 99, "records": []}', "schema 99; this bench reads schema 1"),
+        ('{"schema": 1, "records": [3]}', "record 0 is no JSON object"),
         ('{"schema": 1, "records": [{"op": "rope"}]}', "record 0 has no direction"),
         ('{"schema": 1, "records": [{"speed": 1}]}', "record 0 has unknown fields: speed"),
     ],
 )
-def test_a_file_that_is_not_ours_is_refused(tmp_path, text, said):
+def test_a_file_of_another_format_is_refused(tmp_path, text, said):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=said):
         records.read(tmp_path / "x.json")
@@ -51,7 +51,7 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path, text, said):
 @pytest.mark.parametrize(
     "field, value", [("ms", "fast"), ("estimate", 1), ("sizes", None), ("memory", 1.5), ("ms", True)]
 )
-def test_fields_are_checked(tmp_path, field, value):
+def test_a_field_of_the_wrong_type_is_refused(tmp_path, field, value):
     records.write(fake_run(record()), tmp_path / "x.json")
     whole = json.loads((tmp_path / "x.json").read_text())
     whole["records"][0][field] = value
@@ -60,7 +60,7 @@ def test_fields_are_checked(tmp_path, field, value):
         records.read(tmp_path / "x.json")
 
 
-def test_the_ratio_is_to_the_fastest_other():
+def test_the_ratio_compares_with_the_fastest_other_provider():
     rows = [record(ms=ms, provider=name) for name, ms in ((OURS, 2.0), ("a", 3.0), ("b", 5.0), ("c", None))]
     made = records.with_ratios([*rows, record(shape="x")])
     assert [r.ratio for r in made] == [1.5, pytest.approx(2 / 3), 0.4, None, None]
@@ -77,7 +77,7 @@ def test_results_have_a_folder_for_each_gpu(tmp_path, monkeypatch):
 
 # --- the machine -----------------------------------------------------------------------------------------------------
 
-# What nvidia-smi says on a machine of two GPUs, in the order of their PCI addresses.
+# The output of nvidia-smi on a machine with two GPUs, in the order of their PCI addresses.
 LISTED = """GPU-AAAAAAAA-1111-2222-3333-444444444444, 00000000:3B:00.0, {0}
 GPU-bbbbbbbb-1111-2222-3333-444444444444, 00000000:AF:00.0, {1}"""
 FIELDS = {"driver_version": ("580.65.06", "580.65.06"), "clocks.sm": ("1980 MHz", "345 MHz")}
@@ -85,13 +85,13 @@ FIELDS = {"driver_version": ("580.65.06", "580.65.06"), "clocks.sm": ("1980 MHz"
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """two_gpus(**properties): torch.cuda's only visible device has these, as under CUDA_VISIBLE_DEVICES."""
+    """two_gpus(**properties): CUDA_VISIBLE_DEVICES leaves torch.cuda one device, with these properties."""
 
     def make(listed=LISTED, **properties):
         def output(*command):
             if command[0] != "nvidia-smi":
                 return ""
-            assert "-i" not in command  # an index of CUDA is not one of nvidia-smi
+            assert "-i" not in command  # indices of CUDA and of nvidia-smi differ
             field = command[1].rsplit(",", 1)[-1]
             return listed.format(*FIELDS[field])
 
@@ -105,7 +105,7 @@ def two_gpus(monkeypatch):
 
 @pytest.mark.parametrize("uuid, mhz", [("aaaaaaaa", 1980), ("bbbbbbbb", 345)])
 def test_the_gpu_is_found_by_its_uuid(two_gpus, uuid, mhz):
-    """Device 0 of CUDA is either of nvidia-smi's, by CUDA_VISIBLE_DEVICES or by CUDA_DEVICE_ORDER."""
+    """Device 0 of CUDA may be any GPU of nvidia-smi: CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER decide."""
     two_gpus(uuid=f"{uuid}-1111-2222-3333-444444444444")
     assert machine.clock("cuda") == mhz
     made = machine.describe("cuda")
@@ -118,9 +118,9 @@ def test_a_mig_slice_is_found_by_the_address_of_its_gpu(two_gpus):
     assert machine.clock("cuda") == 345
 
 
-def test_what_nvidia_smi_does_not_say_is_unknown(two_gpus):
+def test_values_that_nvidia_smi_does_not_give_are_unknown(two_gpus):
     two_gpus()  # neither UUID nor address
-    assert machine.clock("cuda") is None and machine.describe("cuda")["driver"] == "580.65.06"  # which both have
+    assert machine.clock("cuda") is None and machine.describe("cuda")["driver"] == "580.65.06"  # that of both
     two_gpus(listed="", uuid="x")  # no nvidia-smi
     assert machine.clock("cuda") is None and machine.describe("cuda")["driver"] == "unknown"
 
@@ -153,13 +153,13 @@ GOOD = {"ms": 1.0, "error": 1e-3, "memory": 1000, "saved": 1000}
     ({"memory": 1010}, []),
     ({"shape": "renamed"}, [True]),
 ])  # fmt: skip
-def test_what_is_a_regression(changed, regressions):
+def test_which_changes_are_regressions(changed, regressions):
     before, after = fake_run(record(**GOOD)), fake_run(record(**GOOD | changed))
     assert [f.regression for f in compare.compare(before, after)] == regressions
 
 
 @pytest.mark.parametrize("provider, regressions", [("peer", []), (f"{OURS}, compiled", [True])])
-def test_a_regression_is_of_our_ops(provider, regressions):
+def test_only_rows_of_our_ops_are_regressions(provider, regressions):
     before, after = (fake_run(record(ms=ms, provider=provider)) for ms in (1.0, 2.0))
     assert [f.regression for f in compare.compare(before, after)] == regressions
 

@@ -1,4 +1,4 @@
-"""The pages and pictures that are made of records."""
+"""The pages and pictures that are made from records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.once
 
 @functools.cache
 def measured() -> Run:
-    """As from a GPU: every op over sizes, one provider with a reason."""
+    """A run as on a GPU: every op over sizes; one provider has a reason and no times."""
     rs = []
     for work in (*works_of("models"), *works_of("sweeps")):
         for direction in work.directions:
@@ -52,7 +52,7 @@ def measured() -> Run:
     return fake_run(*records.with_ratios(rs), providers={OURS: {"rope": "yes"}})
 
 
-def test_a_report_of_measurements(tmp_path):
+def test_a_report_of_measurements_has_all_pictures_and_rows(tmp_path):
     pytest.importorskip("matplotlib")
     made = measured()
     written = {path.name for path in report.write(made, tmp_path)}
@@ -60,14 +60,14 @@ def test_a_report_of_measurements(tmp_path):
     assert written == speeds | {"models.png", "training.png", "error.png", "report.html", "records.json"}
     page = (tmp_path / "report.html").read_text()
     assert "llama_kernels on Fake GPU" in page and "ESTIMATES" not in page
-    assert page.count("data:image/png;base64,") == 12 and 'src="http' not in page  # nothing to load
+    assert page.count("data:image/png;base64,") == 12 and 'src="http' not in page  # the page loads nothing
     assert "not installed (pip install &lt;liger&gt; &amp; more)" in page
     assert page.count("<tr class=") >= len(made.records)
     for path in tmp_path.glob("*.png"):
         assert path.stat().st_size > 5000
 
 
-def test_a_report_without_matplotlib_has_everything_else(tmp_path, monkeypatch):
+def test_a_report_without_matplotlib_has_everything_but_pictures(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
     made = measured()
     assert [path.name for path in report.write(made, tmp_path)] == ["records.json", "report.html"]
@@ -77,7 +77,7 @@ def test_a_report_without_matplotlib_has_everything_else(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_report_of_one_direction(tmp_path, direction):
+def test_a_report_can_be_made_of_one_direction(tmp_path, direction):
     pytest.importorskip("matplotlib")
     made = measured()
     works = [w.op for w in works_of("models")]
@@ -85,14 +85,12 @@ def test_a_report_of_one_direction(tmp_path, direction):
     assert "report.html" in {path.name for path in report.write(made._replace(records=rs), tmp_path)}
 
 
-def test_a_report_of_estimates_says_so(tmp_path):
+def test_a_report_of_estimates_says_that_nothing_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
     works = [dataclasses.replace(w, shape="Llama 3.1 8B", dtype=torch.bfloat16) for w in EVERY_OP]
     rs = bounds.estimates(works, [Ours(), Eager(), bounds.FLASH], ABOUT)
-    host = [
-        {"op": "rope", "forward": 20.0, "training": 60.0, "goal": 25.0},
-        {"op": "decode", "forward": 30.0, "goal": 25.0},
-    ]
+    host = [{"op": "rope", "forward": 20.0, "training": 60.0, "goal": 25.0},
+            {"op": "decode", "forward": 30.0, "goal": 25.0}]  # fmt: skip
     kernel = {"target": "sm_90", "kernel": "k", "label": "D<64", "warps": 4, "registers": 9, "spill_bytes": 0,
               "shared_bytes": 0, "tensor_core": 3, "faults": ["spills"]}  # fmt: skip
     made = Run({"gpu": "none"}, {}, rs, {"host": host, "codegen": {"kernels": [kernel]}})
@@ -110,5 +108,5 @@ def test_sweeps_are_rows_that_differ_in_one_size():
     assert norm.keys() == {OURS, "eager", "flash-attn-2"}
     sizes = [n for n, _ in norm[OURS]]
     assert sizes == sorted(sizes) and {64, 4096, 262144} <= set(sizes)
-    assert next(r for n, r in norm[OURS] if n == 4096).sizes["M"] == 2**15  # not the few rows of that length
+    assert next(r for n, r in norm[OURS] if n == 4096).sizes["M"] == 2**15  # not the work with few rows of that length
     assert any("Hq=32, Hkv=8, D=128" in key[3] for key in found if key[0] == "attention")

@@ -1,4 +1,4 @@
-"""Training steps of a tiny model: the variations are checked and timed like providers."""
+"""Training steps of a tiny model. Variations are checked and timed as providers are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["layer", "llama"])
-def test_training_runs_stock_and_ours(whole):
+def test_stock_and_our_training_steps_are_timed_and_a_wrong_one_is_not(whole):
     pytest.importorskip("transformers")
     scale = tiny_model(whole, 1)
 
@@ -31,10 +31,10 @@ def test_training_runs_stock_and_ours(whole):
         assert by[name].reason is None and by[name].rate == pytest.approx(32 / 4e-3) and by[name].unit == "tokens/s"
     assert by[OURS].saved < by["stock"].saved
     assert by["broken"].reason.startswith("wrong numbers") and by["broken"].ms is None
-    assert all(by[v.name].reason for v in variations if not v.cpu)  # they need a GPU, or are not installed
+    assert all(by[v.name].reason for v in variations if not v.cpu)  # these need a GPU or a package
 
 
-def test_what_liger_replaces_is_there_only_while_it_runs():
+def test_functions_that_liger_replaces_are_put_back_after_each_call():
     modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
     stock = modeling.apply_rotary_pos_emb
     liger = Liger(False)

@@ -1,4 +1,4 @@
-"""What is measured: the bytes and FLOPs of each work, its float64 results and the presets."""
+"""The bytes and FLOPs of each work, its results in float64, and the presets."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_pairs_are_those_of_the_mask(S, window):
     assert attention.pairs(S, window) == int(visible.sum())
 
 
-def test_bytes_of_the_norms():
+def test_least_bytes_of_the_norms():
     norm, add = norms.RMSNorm(shape="", M=10, N=8), norms.AddRMSNorm(shape="", M=10, N=8)
     assert [norm.bytes(d) for d in DIRECTIONS] == [2 * 160 + 16, 3 * 160 + 32, 5 * 160 + 48]
     assert [add.bytes(d) for d in DIRECTIONS] == [4 * 160 + 16, 4 * 160 + 32, 8 * 160 + 48]
 
 
-def test_bytes_of_the_rotations():
+def test_least_bytes_of_the_rotations():
     sizes = {"shape": "", "B": 2, "S": 3, "Hq": 4, "Hkv": 1, "D": 8}
     rope, heads, packed = Rope(**sizes), QKNormRope(**sizes), RopeQKV(**sizes)
     assert rope.bytes("forward") == rope.bytes("backward") == 2 * (2 * 3 * 5 * 8 * 2) + 2 * 3 * 4 * 4
@@ -40,7 +40,7 @@ def test_bytes_of_the_rotations():
     assert packed.bytes("backward") == rope.bytes("backward") + 2 * (2 * 3 * 1 * 8 * 2)
 
 
-def test_bytes_and_flops_of_attention():
+def test_least_bytes_and_flops_of_attention():
     heads = {"shape": "", "Hq": 4, "Hkv": 2, "D": 8}
     dense, rotated = attention.Attention(B=2, S=4, **heads), attention.RopeAttention(B=2, S=4, **heads)
     q, k, lse = 2 * 4 * 4 * 8 * 2, 2 * 2 * 4 * 8 * 2, 2 * 4 * 4 * 4
@@ -55,7 +55,7 @@ def test_bytes_and_flops_of_attention():
 
 
 @pytest.mark.parametrize("tokens", [16384, 32768])
-def test_documents_fill_the_batch(tokens):
+def test_documents_add_up_to_all_tokens(tokens):
     lengths = documents(tokens)
     (equal,) = [w.lengths for w in works_of("all") if w.shape == "equal documents" and sum(w.lengths) == tokens]
     assert len(equal) == len(lengths) and len(set(equal)) == 1
@@ -63,30 +63,22 @@ def test_documents_fill_the_batch(tokens):
 
 
 def whole_reference(work):
-    """The reference of all of the work at once."""
-    window = (getattr(work, "window", -1), -1)
+    """The reference on the whole work at once. For two ops, `work.reference` is only right for pieces."""
 
     def packed(q, k, v):
         cu, longest = work.cu_seqlens("cpu"), max(work.lengths)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return lk.reference.attention_varlen(q, k, v, cu, cu, longest, longest).transpose(0, 1)[None]
 
-    special = {
-        "rope": lambda q, k: lk.reference.rope(q, k, *work.tables("cpu")),
-        "qk_norm_rope": lambda *args: lk.reference.qk_norm_rope(*args, *work.tables("cpu"), eps=norms.EPS),
-        "rope_qkv": lambda qkv: lk.reference.rope_qkv(qkv, work.Hq, work.Hkv, *work.tables("cpu")),
-        "rope_into_cache": lambda q, k, v: (*lk.reference.rope(q, k, *work.angles("cpu")), v),
-        "attention": lambda q, k, v: lk.reference.attention(q, k, v, window_size=window),
-        "rope_attention": lambda q, k, v: lk.reference.rope_attention(q, k, v, *work.tables("cpu")),
-        "attention_varlen": packed,
-        "decode": lk.reference.attention,
-    }
-    return special[work.op] if work.op in special else getattr(lk.reference, work.op)
+    def rotated(q, k, v):
+        return lk.reference.rope_attention(q, k, v, *work.tables("cpu"))
+
+    return {"attention_varlen": packed, "rope_attention": rotated}.get(work.op, work.reference)
 
 
 @pytest.mark.parametrize("work", EVERY_OP, ids=lambda w: w.shape)
-def test_float64_results_in_pieces_are_those_of_the_whole(work, monkeypatch):
-    """Also in the dtype of the work: eager PyTorch at once is as exact as eager PyTorch in pieces."""
+def test_results_in_pieces_equal_those_of_the_whole(work, monkeypatch):
+    """So do the errors of eager PyTorch in the dtype of the work."""
     call, backward = work.draw("cpu"), "backward" in work.directions
     monkeypatch.setattr(norms, "ROWS", 7)
     monkeypatch.setattr(attention, "QUERIES", 8)
@@ -102,11 +94,11 @@ def test_float64_results_in_pieces_are_those_of_the_whole(work, monkeypatch):
 
 
 @pytest.mark.parametrize("preset", ["models", "sweeps", "attention", "memory_bound", "smoke"])
-def test_a_preset_has_no_work_twice(preset):
+def test_a_preset_has_each_work_once(preset):
     keys = [(w.op, w.shape, str(w.sizes)) for w in works_of(preset)]
     assert keys and len(set(keys)) == len(keys)
 
 
-def test_every_op_is_measured():
+def test_the_presets_measure_every_op_of_the_table():
     assert {w.op for w in works_of("models")} == {w.op for w in small()} == {w.op for w in EVERY_OP} == {*OPS, "decode"}
     assert len(list(works_of("all"))) == len(list(works_of("models"))) + len(list(works_of("sweeps")))

@@ -269,6 +269,7 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
             "qk_norm_rope_backward", (dq, dk, q, k, head, None, *angles, positions, 1e-6, 1.0, False, True)),
         "attention": ("attention_forward", (q, k, v, *plain)),
         "attention, options": ("attention_forward", (q, k, v, *options)),
+        "attention, float32 out": ("attention_forward", (q, k, v, *plain, torch.float32)),
         "attention, packed": ("attention_forward", (*packed_qkv, *packed)),
         "attention, decoding": ("attention_forward", (token, keys, values, *decoding)),
         "attention backward": ("attention_backward", (dq, None, *saved, *plain, True, True, True, False, None)),
@@ -277,6 +278,8 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
                                    True, True, True, False, None)),
         "attention backward, options": (
             "attention_backward", (dq, lse, *saved, *options, False, True, True, True, None)),
+        "attention backward, float32 gradients": (
+            "attention_backward", (dq, None, *saved, *plain, True, True, True, False, None, torch.float32)),
         "rope_attention backward": (
             "rope_attention_backward", (dq, lse, *saved, sinks, *rest, True, True, True, True, None)),
         "rope_attention backward, dq not needed": (

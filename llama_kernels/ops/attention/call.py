@@ -79,6 +79,7 @@ class AttentionCall(NamedTuple):
     softcap: float | None
     left: int | None  # of the window
     right: int | None
+    out_dtype: torch.dtype | None = None  # of out; None: that of q
 
     @property
     def packed(self) -> bool:
@@ -131,10 +132,15 @@ class Wanted(NamedTuple):
     dv: bool
     dsinks: bool
     deterministic: bool | None = None  # as in `llama_kernels.attention`
+    grad_dtype: torch.dtype | None = None  # of dq, dk and dv; None: that of q
 
 
 class Results(NamedTuple):
-    """What the forward returned, and the gradients of it."""
+    """What the forward returned, and the gradients of it.
+
+    The keys of the call may be a part of those that out and lse belong to. The backward then gives this part's
+    gradients, and its share of dq.
+    """
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -170,9 +176,9 @@ def _bound_strides(bound: torch.Tensor | None) -> tuple[int, int, int] | None:
 
 
 def empty_outputs(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """out in q's memory order with v's width, and lse (B, Hq, Sq) or (Hq, Tq) float32."""
+    """out in q's memory order with v's width, and lse (B, Hq, Sq) or (Hq, Tq), float32."""
     q, shape = call.q, call.q.shape
-    out = empty_in_order_of(q, (*shape[:-1], call.v.shape[-1]))
+    out = empty_in_order_of(q, (*shape[:-1], call.v.shape[-1]), call.out_dtype)
     return out, q.new_empty(shape[:-1] if len(shape) == 4 else (shape[1], shape[0]), dtype=torch.float32)
 
 
@@ -187,6 +193,8 @@ def outputs_to_fill(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def empty_grads(call: AttentionCall, wanted: Wanted) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv and dsinks, each in its tensor's memory order; without elements where it is not wanted."""
-    tensors = (call.q, call.k, call.v, call.sinks)
-    pairs = zip(tensors, (wanted.dq, wanted.dk, wanted.dv, wanted.dsinks), strict=True)
-    return tuple(call.q.new_empty(0) if x is None or not need else empty_in_order_of(x) for x, need in pairs)
+    tensors, dtype = (call.q, call.k, call.v), wanted.grad_dtype
+    pairs = zip(tensors, (wanted.dq, wanted.dk, wanted.dv), strict=True)
+    grads = (empty_in_order_of(x, dtype=dtype) if need else x.new_empty(0) for x, need in pairs)
+    sinks = call.sinks if wanted.dsinks else None
+    return *grads, call.q.new_empty(0) if sinks is None else empty_in_order_of(sinks)

@@ -35,7 +35,8 @@ def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         "is_causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks,
         "kv_start": call.kv_start, "kv_end": call.kv_end, "window_size": _window_size(call),
     }  # fmt: skip
-    return attention(call.q, call.k, call.v, return_lse=True, **options)
+    q = call.q.to(torch.promote_types(call.q.dtype, torch.float32))  # out is rounded where it is stored
+    return attention(q, call.k, call.v, return_lse=True, **options)
 
 
 def plain_backward(

@@ -47,6 +47,8 @@ def backward(call: AttentionCall, do: torch.Tensor, wanted: Wanted, family: str 
         return PORTABLE
     if not (wanted.dq and wanted.dk and wanted.dv):
         return Choice("portable", "not all of dq, dk and dv are wanted")
+    if wanted.grad_dtype not in (None, call.q.dtype):
+        return Choice("portable", f"the gradients are wanted in {str(wanted.grad_dtype)[6:]}")
     if wanted.deterministic or (wanted.deterministic is None and torch.are_deterministic_algorithms_enabled()):
         return Choice("portable", "the gradients are to repeat bit for bit")
     return _hopper("backward", call, (call.q, call.k, call.v, do), family)
@@ -84,6 +86,8 @@ def _hopper(pass_: str, call: AttentionCall, copied: tuple[torch.Tensor, ...], f
 def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: str) -> str | None:
     """Why the Hopper kernel does not compute `call`, wherever its tensors lie in memory. None: it does."""
     D, DV, dtype = call.q.shape[-1], call.v.shape[-1], call.q.dtype
+    if call.out_dtype not in (None, dtype):
+        return f"out is wanted in {str(call.out_dtype)[6:]}"
     if family != "sm_90":
         return f"{family} is not Hopper"
     if not HAS_GLUON:

@@ -24,30 +24,30 @@ _OPTIONS = (
 def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callable[..., Any]:
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-        scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic,
+        scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, grad_dtype=None,
     ):  # fmt: skip
         call = AttentionCall(
             q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
             scale, softcap, left, right,
         )  # fmt: skip
-        wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
+        wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic, grad_dtype)
         return run(call, Results(out, lse, do, dlse), wanted)
 
     return backward
 
 
-# -> out, lse (float32)
+# -> out in out_dtype, by default q's; lse in float32
 attention_forward = register(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
     call=AttentionCall,
     kernel=launch_forward,
     reference=plain_forward,
     fake=empty_outputs,
 )
-# -> dq, dk, dv, dsinks; without elements where not needed
-_attention_backward = register(
+# -> dq, dk and dv in grad_dtype, by default q's, and dsinks; without elements where not needed
+attention_backward = register(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic) "
+    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic, ScalarType? grad_dtype=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_by(launch_backward),
     reference=_backward_by(plain_backward),
@@ -64,7 +64,7 @@ class _Attention(Differentiable):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, ctx.deterministic, *tensors, longest_q, longest_k, scale, softcap, left, right = inputs
+        ctx.op, ctx.deterministic, *tensors, longest_q, longest_k, scale, softcap, left, right, _ = inputs
         ctx.numbers = (longest_q, longest_k, scale, softcap, left, right)
         ctx.save_for_backward(*output, *tensors)
         ctx.set_materialize_grads(False)
@@ -74,7 +74,8 @@ class _Attention(Differentiable):
         out, lse, q, k, v, sinks, *bounds = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:6]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
-        grads = _attention_backward(
+        do = do.to(q.dtype)  # where out_dtype is another: the kernels multiply do with v
+        grads = attention_backward(
             do, dlse, q, k, v, out, lse, sinks, *bounds, *ctx.numbers, *needed, ctx.deterministic
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]

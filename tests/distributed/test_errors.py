@@ -1,0 +1,119 @@
+"""Bad arguments of context parallelism raise on each rank before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+if not dist.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from llama_kernels.distributed import Layout, attention, cp_attention, layout, shard, transport, unshard
+from tests.support.environment import DEVICE
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(DEVICE == "cuda", reason="the processes are imagined, their tensors on the CPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def four_ranks() -> Iterator[None]:
+    """This process as rank 0 of 4, whose sends go nowhere; sending is an error."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    with (
+        mock.patch.object(attention, "all_gather", side_effect=AssertionError("sent")),
+        mock.patch.object(layout, "all_gather", side_effect=AssertionError("sent")),
+        mock.patch.object(transport.dist, "batch_isend_irecv", side_effect=AssertionError("sent")),
+    ):
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (4,))
+
+
+def call(mesh: DeviceMesh, heads: tuple[int, int] = (4, 2), tokens: int = 8, **options):
+    q, k = (torch.randn(1, H, tokens, 16) for H in heads)
+    options = {"mesh": mesh, "layout": Layout(32, 4), **options}
+    return cp_attention(q, k, k, **options)
+
+
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        ({"mesh": "cpu"}, TypeError, "mesh is a str; wanted a torch.distributed DeviceMesh"),
+        ({"layout": 4}, TypeError, "layout is a int; wanted a llama_kernels.distributed.Layout"),
+        ({"layout": Layout(32, 2)}, ValueError, "layout is of 2 ranks; wanted the 4 of the mesh"),
+        ({"method": "tree"}, ValueError, "method is 'tree'"),
+        ({"method": ("ring", "ring")}, ValueError, r"method is \('ring', 'ring'\)"),
+        ({"method": ("ulysses", "ring")}, ValueError, "mesh is of 1 dimensions; wanted 2"),
+        ({"tokens": 7}, ValueError, "q is of shape .*; wanted 8 tokens"),
+        ({"heads": (6, 2), "method": "ulysses"}, ValueError, "q, k is of 6 and 2 heads"),
+        ({"heads": (12, 3), "method": "ulysses"}, ValueError, "q, k is of 12 and 3 heads"),
+        ({"doc_start": torch.zeros(1, 8)}, TypeError, "doc_start is torch.float32; wanted torch.int32"),
+        ({"doc_start": torch.zeros(1, 32, dtype=torch.int32)}, ValueError, r"doc_start is of shape \(1, 32\)"),
+        ({"sinks": torch.zeros(3)}, ValueError, "cp_attention: sinks is of shape"),
+        ({"window_size": (-2, 0)}, ValueError, "cp_attention: window_size"),
+    ],
+    ids=str,
+)
+def test_cp_attention_names_the_bad_argument(mesh, options, error, text):
+    with pytest.raises(error, match=text):
+        call(**{"mesh": mesh, **options})
+
+
+def test_sending_would_show(mesh):
+    with pytest.raises(AssertionError, match="sent"):
+        call(mesh)
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ((30, 4), "tokens is 30; wanted a multiple of 8, for 4 ranks. Pad the sequence to 32 tokens"),
+        ((30, 4, "contiguous"), "tokens is 30; wanted a multiple of 4"),
+        ((8, 0), "ranks is 0"),
+        ((8, 2, "striped"), "kind is 'striped'"),
+        ((4, 2, [[0, 1], [2]]), r"kind is lists of \[2, 1\] positions"),
+        ((4, 2, [[1, 0], [2, 3]]), "kind is not increasing for rank 0"),
+        ((4, 2, [[0, 1], [1, 3]]), "kind is not each token once"),
+    ],
+    ids=str,
+)
+def test_a_layout_says_what_does_not_fit(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        Layout(*arguments)
+
+
+def test_shard_and_unshard_check_tokens(mesh):
+    with pytest.raises(ValueError, match=r"tensors\[0\] is of shape \(2, 16\), 16 tokens in dimension 1; wanted 32"):
+        shard(mesh, [torch.zeros(2, 16)], [1], layout=Layout(32, 4))
+    with pytest.raises(ValueError, match=r"tensors\[0\] .*; wanted 8 tokens"):
+        unshard(mesh, [torch.zeros(2, 16)], [1], layout=Layout(32, 4))
+    with pytest.raises(ValueError, match="dims is 1 dimensions; wanted one for each of 2 tensors"):
+        shard(mesh, [torch.zeros(2, 32)] * 2, [1], layout=Layout(32, 4))
+
+
+def test_shard_gives_the_tokens_of_the_layout(mesh):
+    (part,) = shard(mesh, [torch.arange(32)], [0], layout=Layout(32, 4))
+    assert part.tolist() == [0, 1, 2, 3, 28, 29, 30, 31]
+
+
+def test_a_second_derivative_raises():
+    """A mesh of one process: nothing is sent."""
+    leaves = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3)]
+    mesh = DeviceMesh("cpu", [0])
+    out = cp_attention(*leaves, mesh=mesh, layout=Layout(8, 1))
+    (dq,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="cp_attention: double backward is not supported"):
+        dq.sum().backward()
