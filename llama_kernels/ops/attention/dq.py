@@ -68,12 +68,10 @@ def _dq_kernel(
             mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
-            q = load_tile(
-                matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D
-            )  # [BLOCK_M, BLOCK_D]
-            do = load_tile(
-                matrix(do_ptr, do_strides, b, h, q_start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV
-            )  # [BLOCK_M, BLOCK_DV]
+            Q = matrix(q_ptr, q_strides, b, h, q_start)
+            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            DO = matrix(do_ptr, do_strides, b, h, q_start)
+            do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, q_start)) + i
             lse2, delta = tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded)  # [BLOCK_M, 1]
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)

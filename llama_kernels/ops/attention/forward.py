@@ -53,9 +53,8 @@ def _forward_kernel(
             mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
-            q = load_tile(
-                matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D
-            )  # [BLOCK_M, BLOCK_D]
+            Q = matrix(q_ptr, q_strides, b, h, q_start)
+            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
             peak, mass = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)

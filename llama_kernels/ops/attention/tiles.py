@@ -55,7 +55,7 @@ def listed(list_ptr, turn, heads, ROWS: tl.constexpr):
 
 @triton.jit
 def query_tile(list_ptr, turn, sizes, BLOCK_M: tl.constexpr):
-    """First row, head and batch of a tile of query rows: of this program, or packed of tile `step`.
+    """First row, head and batch of a tile of query rows: this program's, or its `turn`-th of a packed batch.
 
     The last rows come first, since under a causal mask they see the most keys. Heads run fastest, so that programs that
     run at the same time share keys.
