@@ -2,6 +2,9 @@
 
     python -m examples.pretrain
     torchrun --nproc-per-node 2 -m examples.pretrain --parallel fsdp2
+    torchrun --nproc-per-node 2 -m examples.pretrain --parallel cp
+
+With ddp and fsdp2 each process has some rows of a batch, with cp (context parallelism) some tokens of every row.
 
 A row of a batch has several documents. Each starts at position 0, and none sees another. The batch of a step depends on
 the seed and the step only, so the losses do not depend on the number of processes or on whether a run was resumed.
@@ -10,6 +13,7 @@ the seed and the step only, so the losses do not depend on the number of process
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -35,6 +39,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from examples import common, report, training
 from examples.packing import Rows, count, definitions, draw_batch, pack, select, unigram_loss
+from llama_kernels.distributed import Layout, context_parallel
 
 # --- many processes --------------------------------------------------------------------------------------------------
 
@@ -50,9 +55,9 @@ class World:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
         report.console.quiet = self.rank > 0
 
-    def share(self, rows: Rows) -> Rows:
-        """The part of a batch for this process."""
-        return {name: x.chunk(self.size)[self.rank] for name, x in rows.items()}
+    def share(self, rows: Rows, parallel: str) -> Rows:
+        """The rows of a batch for this process. With cp all have all: context_parallel divides the tokens."""
+        return rows if parallel == "cp" else {name: x.chunk(self.size)[self.rank] for name, x in rows.items()}
 
     def sum(self, x: torch.Tensor) -> float:
         if dist.is_initialized():
@@ -62,7 +67,7 @@ class World:
 
 def distribute(model: Any, args: argparse.Namespace, world: World) -> torch.nn.Module:
     """DDP keeps a replica in each process. FSDP2 shards the weights of each layer over the processes."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or args.parallel == "cp":
         return model
     if args.parallel == "ddp":
         return DistributedDataParallel(model)
@@ -73,6 +78,21 @@ def distribute(model: Any, args: argparse.Namespace, world: World) -> torch.nn.M
     for module in (*model.base_model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
+
+
+def divided_tokens(model: Any, args: argparse.Namespace, world: World) -> contextlib.AbstractContextManager[None]:
+    """With cp, the context in which each process computes some tokens of every row."""
+    if not dist.is_initialized() or args.parallel != "cp":
+        return contextlib.nullcontext()
+    mesh = init_device_mesh(args.device, (world.size,))
+    return context_parallel(model, mesh, layout=Layout(args.max_length, world.size))
+
+
+def sum_gradients(model: torch.nn.Module) -> None:
+    """With cp, a process has the gradients of its tokens."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
 
 
 def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, rank: int) -> None:
@@ -112,7 +132,7 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespa
 
 
 def loss_sum(model: torch.nn.Module, rows: Rows, args: argparse.Namespace, divisor: float) -> torch.Tensor:
-    """The sum of the tokens' losses, divided by `divisor`."""
+    """The sum of the tokens' losses, divided by `divisor`: of this process's rows, or with cp of the whole batch."""
     autocast = args.dtype == "bfloat16" and not (args.parallel == "fsdp2" and dist.is_initialized())  # FSDP2 casts
     with torch.autocast(args.device, dtype=torch.bfloat16, enabled=autocast):
         return model(**{name: x.to(args.device) for name, x in rows.items()}, num_items_in_batch=divisor).loss
@@ -124,17 +144,15 @@ def validate(model: torch.nn.Module, rows: Rows, args: argparse.Namespace, world
     model.eval()
     total = torch.zeros((), device=args.device)
     for i in range(0, len(rows["labels"]), args.batch):
-        total += loss_sum(model, world.share(select(rows, slice(i, i + args.batch))), args, 1.0)
+        total += loss_sum(model, world.share(select(rows, slice(i, i + args.batch)), args.parallel), args, 1.0)
     model.train()
-    return world.sum(total) / count(rows)
+    return world.sum(total) / count(rows) / (world.size if args.parallel == "cp" else 1)
 
 
 def pretrain(
-    run: report.Run, args: argparse.Namespace, world: World, tokenizer: PreTrainedTokenizerFast, rows: Rows, test: Rows
-) -> None:
-    model: Any = common.load_model(AutoModelForCausalLM, args, tokenizer, layers=4)
-    common.prepare(model, run.name, args)
-    model = distribute(model, args, world)
+    run: report.Run, model: Any, args: argparse.Namespace, world: World, tokenizer: PreTrainedTokenizerFast,
+    rows: Rows, test: Rows,
+) -> None:  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     checkpoints = args.out / f"pretrain-{run.name}"
     if args.resume:
@@ -150,9 +168,13 @@ def pretrain(
         set_rate(optimizer, i, args)
         batch = draw_batch(rows, args.batch, args.seed, i)
         started = training.clock(args.device)
-        # Gradients are averaged over the processes, so each divides its sum by the mean number of tokens of a process.
-        loss = loss_sum(model, world.share(batch), args, count(batch) / world.size)
+        # DDP and FSDP2 average gradients over the processes, so each divides its sum by the mean number of tokens of a
+        # process. With cp each has the loss of the whole batch.
+        divisor = count(batch) / (1 if args.parallel == "cp" else world.size)
+        loss = loss_sum(model, world.share(batch, args.parallel), args, divisor)
         loss.backward()
+        if args.parallel == "cp" and dist.is_initialized():
+            sum_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -177,13 +199,21 @@ def pretrain(
 
 def parse() -> argparse.Namespace:
     parser = common.arguments(__doc__, '{"text": ...}', steps=100, batch=12, max_length=256, lr=3e-3)
-    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="under torchrun")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp2", "cp"), default="ddp", help="under torchrun")
     parser.add_argument("--validate-every", type=common.positive, default=20, metavar="STEPS")
     parser.add_argument("--checkpoint-every", type=common.positive, metavar="STEPS", help="into --out")
     parser.add_argument("--resume", action="store_true", help="from the newest checkpoint in --out")
     args = common.parse(parser)
-    if args.batch % int(os.environ.get("WORLD_SIZE", 1)):
-        parser.error(f"--batch {args.batch} does not divide among {os.environ['WORLD_SIZE']} processes")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.parallel == "cp":
+        if args.max_length % (2 * processes):
+            parser.error(
+                f"--max-length {args.max_length} does not divide into 2 x {processes} chunks for --parallel cp"
+            )
+        if args.stock or args.compare:
+            parser.error("--parallel cp is of patched models: leave out --stock and --compare")
+    elif args.batch % processes:
+        parser.error(f"--batch {args.batch} does not divide among {processes} processes")
     return args
 
 
@@ -207,7 +237,10 @@ def main() -> int:
 
     runs = [report.Run(name) for name in common.run_names(args)]
     for run in runs:
-        pretrain(run, args, world, tokenizer, rows, test)
+        model: Any = common.load_model(AutoModelForCausalLM, args, tokenizer, layers=4)
+        common.prepare(model, run.name, args)
+        with divided_tokens(model, args, world):
+            pretrain(run, distribute(model, args, world), args, world, tokenizer, rows, test)
 
     def draw(axes: Any) -> None:
         axes.axhline(baseline, color="#b0b0b0", lw=1, ls="--", label="baseline: the frequency of each token")

@@ -1,12 +1,15 @@
-"""Attention over sequences that are divided among processes, on torch.distributed and DeviceMesh.
+"""Attention over sequences that are divided among processes, and DTensor, on torch.distributed and DeviceMesh.
 
 layout.py says which tokens each process holds, attention.py has the public `cp_attention`. The methods are in ring.py
 (blocks of keys travel around a ring), all_gather.py (each process gets all keys) and ulysses.py (each process gets all
 tokens of some heads). blocks.py says which keys a row sees in a block, and calls the attention ops on it; transport.py
-sends tensors.
+sends tensors. dtensor.py has the sharding rules of all ops for DTensor,
+models.py the context manager for Hugging Face models.
 """
 
 from llama_kernels.distributed.attention import cp_attention
+from llama_kernels.distributed.dtensor import register_dtensor_rules
 from llama_kernels.distributed.layout import Layout, shard, unshard
+from llama_kernels.distributed.models import context_parallel
 
-__all__ = ["Layout", "cp_attention", "shard", "unshard"]
+__all__ = ["Layout", "context_parallel", "cp_attention", "register_dtensor_rules", "shard", "unshard"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,8 +19,35 @@ from llama_kernels.distributed.ulysses import Exchange, Local
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.checks import checked_call
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _OP = "cp_attention"
 _METHODS = ("ring", "all_gather", "ulysses")
+
+
+class _Options(TypedDict, total=False):
+    doc_start: torch.Tensor | None
+    method: str | tuple[str, str]
+    is_causal: bool
+    window_size: tuple[int, int]
+    scale: float | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+@overload
+def cp_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mesh: DeviceMesh, layout: Layout,
+    return_lse: Literal[False] = False, **options: Unpack[_Options],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def cp_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mesh: DeviceMesh, layout: Layout,
+    return_lse: Literal[True], **options: Unpack[_Options],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def cp_attention(

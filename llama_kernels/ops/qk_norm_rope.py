@@ -435,10 +435,11 @@ _qk_norm_rope = register(
     reference=_forward_reference,
     fake=_forward_fake,
 )
-# -> dq, dk, dq_weight, dk_weight; empty where there is none, or none is needed
+# -> dq, dk, dq_weight, dk_weight; empty where there is none, or none is needed. need_dw is an int in the schema since
+# DTensor remembers results by tensors, and by other arguments from the first int on only.
 _qk_norm_rope_backward = register(
     "qk_norm_rope_backward(Tensor dq, Tensor? dk, Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, "
-    "Tensor sin, Tensor? position_ids, float eps, float offset, bool interleaved, bool need_dw) "
+    "Tensor sin, Tensor? position_ids, float eps, float offset, bool interleaved, int need_dw) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     call=_Backward,
     kernel=_backward,

@@ -24,17 +24,21 @@ from examples import common, packing, pretrain  # noqa: E402
 load_model = common.load_model
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="a training loop in Triton's interpreter would take hours")
 
-# Each process runs DDP, then FSDP2, since most of the time goes into starting a process.
-BOTH = """
+# Each process runs DDP, then context parallelism, then FSDP2, since most of the time goes into starting a process.
+ALL = """
+import contextlib
 import sys
 from unittest import mock
 import torch.distributed as dist
 from examples import pretrain
 folder, *options = sys.argv[1:]
-for parallel, skipped in (("ddp", "destroy_process_group"), ("fsdp2", "init_process_group")):
+begin, end = "init_process_group", "destroy_process_group"
+for parallel, skipped in (("ddp", [end]), ("cp", [begin, end]), ("fsdp2", [begin])):
     out = f"{folder}/{parallel}"
     sys.argv[1:] = [*options, "--parallel", parallel, "--out", out, "--save", f"{out}/model"]
-    with mock.patch.object(dist, skipped):  # both runs use one process group
+    with contextlib.ExitStack() as stack:  # all runs use one process group
+        for name in skipped:
+            stack.enter_context(mock.patch.object(dist, name))
         if pretrain.main():
             sys.exit(1)
 """
@@ -63,17 +67,17 @@ def test_two_processes_give_the_losses_of_one(run, tmp_path, jsonl):
     def assert_close(found, expected):
         torch.testing.assert_close(found, expected, atol=bound, rtol=0)
 
-    script = tmp_path / "both.py"
-    script.write_text(BOTH)
+    script = tmp_path / "all.py"
+    script.write_text(ALL)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path,
                *SMALL, *options, "--checkpoint-every", "4"]  # fmt: skip
     root = Path(pretrain.__file__).parents[1]
     env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation loss") == 2  # of each run, only one process prints
+    assert done.stdout.count("validation loss") == 3  # of each run, only one process prints
 
-    for parallel in ("ddp", "fsdp2"):
+    for parallel in ("ddp", "cp", "fsdp2"):
         folder = tmp_path / parallel
         together = json.loads((folder / "pretrain.json").read_text())["runs"]["patched"]
         assert_close(together["losses"], alone["losses"])

@@ -24,6 +24,7 @@ from llama_kernels.integrations.transformers.intervals import Window
 from llama_kernels.integrations.transformers.masks import (
     KeyRanges,
     document_starts,
+    documents_of,
     key_ranges,
     pack_window,
     unpack,
@@ -86,6 +87,10 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     Sq, Sk = query.shape[2], key.shape[2]
     reason = _why_stock(query, key, value, attention_mask, dropout, others)
+    if (doc_start := documents_of(attention_mask)) is not None:
+        _refuse_in_context_parallel(reason or (None if causal else "is_causal=False"))
+        left = -1 if sliding_window is None else sliding_window - 1
+        return _context_parallel(query, key, value, doc_start, left, options), None
     if reason is not None and cu_seq_lens_q is not None:
         wanted = "None, since stock attention does not read it"
         raise ValueError(message("attention_forward", "cu_seq_lens_q", f"given beside {reason}", wanted))
@@ -116,6 +121,35 @@ def attention_forward(
     else:
         out = _of_ranges(query, key, value, ranges, options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _context_parallel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, left: int,
+    options: AttentionOptions,
+) -> torch.Tensor:  # fmt: skip
+    """Causal attention to the keys of all processes, inside `llama_kernels.distributed.context_parallel`."""
+    from llama_kernels.distributed import models
+    from llama_kernels.distributed.attention import cp_attention
+
+    context = models.active()
+    if context is None:
+        fix = "Run the backward inside context_parallel too, since it computes checkpointed layers again."
+        raise ValueError(
+            message("attention_forward", "attention_mask", "of a context_parallel that ended", "None", fix)
+        )
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out = cp_attention(
+        query, key, value, mesh=context.mesh, layout=context.layout, method=context.method,
+        doc_start=doc_start.contiguous(), window_size=(left, -1), scale=options["scale"], softcap=options["softcap"],
+        sinks=options["sinks"],
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous()
+
+
+def _refuse_in_context_parallel(reason: str | None) -> None:
+    if reason is not None:
+        wanted = "a call that the kernels take: stock attention sees a part of the keys only"
+        raise ValueError(message("context_parallel", "model", f"an attention layer with {reason}", wanted))
 
 
 def _of_ranges(

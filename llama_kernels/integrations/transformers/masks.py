@@ -66,6 +66,17 @@ def pack_window(window: Window, device: torch.device | None) -> torch.Tensor:
     return torch.empty(window.right + 2, window.left + 2, 0, 0, dtype=torch.int32, device=device)
 
 
+def pack_documents(starts: torch.Tensor) -> torch.Tensor:
+    """Causal attention inside documents that begin at the global positions `starts` (B, S), for tokens that are divided
+    among processes: (B, 1, 1, S) int32. `documents_of` is the inverse."""
+    return starts.int()[:, None, None]
+
+
+def documents_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The argument of `pack_documents`, or None where `mask` is not a result of it."""
+    return mask[:, 0, 0] if mask is not None and mask.dtype == torch.int32 and mask.shape[1:3] == (1, 1) else None
+
+
 def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
     """The argument of `pack` or `pack_window`, for the last Sq of its queries and the first Sk of its keys."""
     if mask.shape[2] == 0:

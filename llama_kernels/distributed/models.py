@@ -1,0 +1,150 @@
+"""Context parallelism of patched Hugging Face models: a context manager that shards the inputs of their forwards."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from llama_kernels.core.checks import message
+from llama_kernels.distributed.layout import Layout, rank_in
+
+_OP = "context_parallel"
+_IGNORED = -100  # a label without a loss, as in Transformers and F.cross_entropy
+
+
+class Context(NamedTuple):
+    """How attention runs inside `context_parallel`."""
+
+    mesh: DeviceMesh
+    layout: Layout
+    method: str | tuple[str, str]
+
+
+_active: list[Context] = []
+
+
+def active() -> Context | None:
+    """The innermost `context_parallel` that the program is in."""
+    return _active[-1] if _active else None
+
+
+@contextlib.contextmanager
+def context_parallel(
+    model: nn.Module, mesh: DeviceMesh, *, layout: Layout, method: str | tuple[str, str] = "ring"
+) -> Iterator[None]:
+    """Inside, forwards of a patched model for causal language modelling compute this process's share of each sequence.
+
+    Every process calls the model with the same whole batch: input_ids or inputs_embeds, and labels and position_ids if
+    there are any. The tokens of the layout's rank are computed: RoPE gets their global positions, attention sees the
+    keys of all processes, and documents stay apart. A document begins where position_ids do not grow by 1. The results
+    are those of these tokens, but `loss` is that of the whole batch on every process: the mean over its tokens, or
+    their sum divided by num_items_in_batch. Run the backward inside too, since checkpointed layers are computed again
+    there.
+
+        with context_parallel(model, mesh, layout=Layout(tokens, mesh.size())):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+
+    The gradients of parameters are this process's share: sum them over the mesh, which is W times the mean that DDP and
+    FSDP take.
+
+    Args:
+        model: patched by `llama_kernels.integrations.transformers.patch`, or with attn_implementation="llama_kernels".
+        mesh, layout, method: as in `cp_attention`.
+
+    Raises:
+        TypeError, ValueError: the mesh and the layout do not fit; in a forward, also if it has an attention_mask, a
+            cache, a loss of router logits, or another number of tokens than the layout.
+    """
+    rank = rank_in(_OP, mesh, layout)
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "llama_kernels":
+        fix = "Call llama_kernels.integrations.transformers.patch first."
+        raise ValueError(message(_OP, "model", "not patched", "a model whose attention is that of this package", fix))
+
+    def shard_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
+        return (), _sharded(module, args, kwargs, layout, rank)
+
+    def sum_loss(module: nn.Module, args: Any, output: Any) -> Any:
+        if getattr(output, "loss", None) is not None:
+            output.loss = _SumOverRanks.apply(output.loss, mesh)
+        return output
+
+    hooks = [
+        model.register_forward_pre_hook(shard_inputs, with_kwargs=True, prepend=True),
+        model.register_forward_hook(sum_loss),
+    ]
+    _active.append(Context(mesh, layout, method))
+    try:
+        yield
+    finally:
+        _active.pop()
+        for hook in hooks:
+            hook.remove()
+
+
+def _sharded(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, rank: int
+) -> dict[str, Any]:
+    """The arguments of a forward for this rank's tokens, of those for the whole batch."""
+    from llama_kernels.integrations.transformers.masks import pack_documents
+
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name in ("attention_mask", "past_key_values", "cache"):
+        if given.get(name) is not None:
+            fix = "Pack documents with position_ids instead of padding them." if name == "attention_mask" else ""
+            raise ValueError(message(_OP, name, "given", "None", fix))
+    if given.get("output_router_logits") or getattr(module.config, "output_router_logits", False):
+        wanted = "False: the loss that balances experts is not a mean over tokens"
+        raise ValueError(message(_OP, "output_router_logits", True, wanted))
+    inputs = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+    if inputs is None or inputs.shape[1] != layout.tokens:
+        got = "missing" if inputs is None else f"of shape {tuple(inputs.shape)}"
+        raise ValueError(message(_OP, "input_ids", got, f"(B, {layout.tokens}), the whole sequences of {layout}"))
+
+    B, tokens, device = inputs.shape[0], layout.tokens, inputs.device
+    positions = given.get("position_ids")
+    if positions is None:
+        positions = torch.arange(tokens, device=device)[None]
+    labels = given.get("labels")
+    if labels is not None:
+        following = torch.cat((labels[:, 1:], labels.new_full((B, 1), _IGNORED)), 1)
+        given["shift_labels"] = following
+        if given.get("num_items_in_batch") is None:  # what the sum of the losses is divided by
+            given["num_items_in_batch"] = (following != _IGNORED).sum()
+    mine = layout.positions(rank, device)
+    given |= {"position_ids": positions, "starts": _document_starts(positions).expand(B, -1)}
+    for name in ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels", "starts"):
+        if given.get(name) is not None:
+            given[name] = given[name].index_select(1, mine)
+    given["attention_mask"] = pack_documents(given.pop("starts"))
+    return {**given, "use_cache": False}
+
+
+def _document_starts(positions: torch.Tensor) -> torch.Tensor:
+    """The first token of each token's document, of position_ids (B or 1, tokens)."""
+    begins = positions.diff(dim=1, prepend=positions[:, :1] - 2) != 1
+    here = torch.arange(positions.shape[1], device=positions.device)
+    return torch.where(begins, here, 0).cummax(1).values
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of the ranks' shares of the loss. The gradient of a share is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        total = loss.detach().clone()
+        for dim in range(mesh.ndim):
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None

@@ -1,0 +1,64 @@
+"""The ops on DTensors, on 2 and 4 processes, against the same calls on whole tensors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+if not dist.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+from tests.distributed import dtensors
+from tests.distributed.processes import run
+from tests.support.environment import DEVICE, INTERPRETED
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(DEVICE == "cuda", reason="processes meet over gloo, and have CPU tensors"),
+    pytest.mark.skipif(INTERPRETED, reason="about placements, not about what runs on a shard"),
+]
+BOUND = 2e-6  # float32, whose sums are in another order
+
+
+@functools.cache
+def results(ranks: int) -> dict[str, Any]:
+    if ranks == 4:
+        return run({name: (dtensors.error_on_a_mesh_of_two_dimensions, (name,)) for name in dtensors._CALLS}, 4)
+    todo: dict[str, Any] = {f"{case}": (dtensors.error_and_placements, case) for case in dtensors.CASES}
+    todo["three key heads"] = (dtensors.error_with_key_heads_that_the_mesh_does_not_divide, ())
+    todo["weights"] = (dtensors.errors_where_the_weight_needs_a_gradient_or_not, ())
+    return run(todo, 2)
+
+
+def found(ranks: int, name: str) -> Any:
+    result = results(ranks)[name]
+    assert not isinstance(result, str), result
+    return result
+
+
+@pytest.mark.parametrize("case", dtensors.CASES, ids=", ".join)
+def test_results_and_gradients_of_sharded_tensors(case):
+    name, placement = case
+    error, placements = found(2, f"{case}")
+    assert error < BOUND
+    stays = placement in ("rows by batch", "rows by token", "batch", "heads")
+    if stays or (placement == "tokens" and name in ("rope", "qk_norm_rope")):
+        assert "Shard" in placements[0], f"gathered: {placements}"
+        if "norm" in name:
+            assert "Partial" in placements[-1], f"the gradient of the weight is {placements[-1]}"
+
+
+@pytest.mark.parametrize("name", dtensors._CALLS)
+def test_meshes_of_two_dimensions(name):
+    assert found(4, name) < BOUND
+
+
+def test_key_heads_that_the_mesh_does_not_divide_are_gathered():
+    assert found(2, "three key heads") < BOUND
+
+
+def test_a_weight_may_need_a_gradient_in_one_call_and_none_in_the_next():
+    assert max(found(2, "weights")) < BOUND

@@ -1,0 +1,101 @@
+"""Patched Hugging Face models under context_parallel, on 2 processes, against the stock model on one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("transformers", minversion="5.0")
+if not dist.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from llama_kernels.distributed import Layout, context_parallel
+from llama_kernels.integrations.transformers import patch
+from tests.distributed import hf_models
+from tests.distributed.processes import run
+from tests.integrations.families import stock
+from tests.support.environment import DEVICE, INTERPRETED
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(DEVICE == "cuda", reason="processes meet over gloo, and have CPU tensors"),
+    pytest.mark.skipif(INTERPRETED, reason="about what is sent to whom; the kernels have other tests"),
+]
+
+# Family, method, packed documents, checkpointed layers. Gemma 3 and GPT-OSS have sliding windows; GPT-OSS has sinks.
+CASES = [
+    ("llama", "ring", False, False),
+    ("llama", "all_gather", True, False),
+    ("llama", "ulysses", True, True),
+    ("llama", "ring", True, True),
+    ("gemma3_text", "ring", True, False),
+    ("gpt_oss", "ring", False, False),
+    ("qwen3", "ulysses", False, False),
+]
+
+
+@functools.cache
+def results() -> dict[str, Any]:
+    return run({f"{case}": (hf_models.errors, case) for case in CASES}, 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_and_gradients_are_those_of_the_whole_batch(case):
+    """As accurate as the stock model in float32, by the factor for sums in another order of tests/integrations."""
+    found = results()[f"{case}"]
+    assert not isinstance(found, str), found
+    assert found["tokens"] == hf_models.TOKENS // 2
+    (loss, gradients), (stock_loss, stock_gradients) = found["found"], found["stock"]
+    ulp = torch.finfo(torch.float32).eps
+    assert loss <= 2 * stock_loss + 2 * ulp, found
+    assert gradients <= 2 * stock_gradients + 2 * ulp, found
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return patch(stock("llama"))
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+def test_bad_arguments_are_named(model, mesh):
+    ids, layout = torch.zeros(2, 32, dtype=torch.int64), Layout(32, 1)
+    with pytest.raises(ValueError, match="model is not patched"), context_parallel(stock("llama"), mesh, layout=layout):
+        pass
+    with context_parallel(model, mesh, layout=layout):
+        with pytest.raises(ValueError, match=r"attention_mask is given.*position_ids"):
+            model(ids, attention_mask=torch.ones_like(ids))
+        with pytest.raises(ValueError, match="output_router_logits is True"):
+            model(ids, output_router_logits=True)
+        with pytest.raises(ValueError, match=r"input_ids is of shape \(2, 31\); wanted \(B, 32\)"):
+            model(ids[:, 1:])
+
+
+def test_a_backward_of_checkpointed_layers_outside_is_an_error(model, mesh):
+    model.train()
+    model.gradient_checkpointing_enable()
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    with context_parallel(model, mesh, layout=Layout(8, 1)):
+        loss = model(ids, labels=ids).loss
+    with pytest.raises(ValueError, match="Run the backward inside context_parallel"):
+        loss.backward()
+
+
+def test_the_model_is_as_before_afterwards(model, mesh):
+    ids = torch.arange(3, 11)[None]
+    before = model(ids).logits
+    with context_parallel(model, mesh, layout=Layout(8, 1)):
+        torch.testing.assert_close(model(ids).logits, before)
+    assert torch.equal(model(ids).logits, before)
