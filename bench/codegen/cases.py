@@ -113,6 +113,12 @@ def _attention_cases() -> Iterator[Case]:
                 label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
                 yield Case("attention", label, functools.partial(_attention, D, DV, dtype, features == "all"), full)
 
+    for D in (64, 128, 256):
+        label = f"D={D} bfloat16 packed causal"
+        yield Case("attention", label, lambda a=(D, D, torch.bfloat16, False, True): _attention(*a), D == 256)
+
+    yield Case("attention", "D=128 bfloat16 in parts causal", _in_parts)
+
 
 def _rope_attention_cases() -> Iterator[Case]:
     """The backward kernels, which end with a rotation; other kernels are compiled above.
@@ -152,7 +158,7 @@ def _decode(D: int, dtype: torch.dtype, everything: bool, masked: bool = False) 
     A key mask excludes a window.
     """
     B, Hkv, Sk = 2, 2, 2048
-    Hq, Sq = (8 * Hkv, decode.MOST_ROWS // 8) if everything else (4 * Hkv, 1)
+    Hq, Sq = (8 * Hkv, decode.TILE_ROWS // 8) if everything else (4 * Hkv, 1)
     q, k, v = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for S, H in ((Sq, Hq), (Sk, Hkv), (Sk, Hkv)))
     bound = torch.zeros(B, Sq, dtype=torch.int32)
     given = (torch.empty(Hq), bound, bound) if everything else (None, None, None)
@@ -162,24 +168,35 @@ def _decode(D: int, dtype: torch.dtype, everything: bool, masked: bool = False) 
     decode.launch_decode(call, torch.empty(B, Sk, dtype=torch.bool) if masked else None)
 
 
-def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool) -> None:
+def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool, packed: bool = False) -> None:
     B, Hq, Hkv, S = 2, 8, 2, 512
     # With `everything`, the 512 tokens are packed sequences, and all options are compiled together.
     q, k, v, do = (
         torch.empty(B, S, H, d, dtype=dtype).transpose(1, 2) for H, d in ((Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV))
     )
     lse = torch.empty(B, Hq, S)
-    if everything:
+    cu_seqlens = None
+    if everything or packed:
         q, k, v, do = (x[0].transpose(0, 1) for x in (q, k, v, do))
-        lse = lse[0]
-        cu_seqlens, bound = torch.zeros(3, dtype=torch.int32), torch.zeros(S, dtype=torch.int32)
+        lse, cu_seqlens = lse[0], torch.zeros(3, dtype=torch.int32)
+    if everything:
+        bound = torch.zeros(S, dtype=torch.int32)
         rest = (bound, bound, cu_seqlens, cu_seqlens, S, S, 0.1, 30.0, 64, 0)
         sinks, dlse = torch.empty(Hq), lse
     else:
-        rest = (None, None, None, None, S, S, 0.1, None, None, 0)
+        rest = (None, None, cu_seqlens, cu_seqlens, S, S, 0.1, None, None, 0)
         sinks = dlse = None
     KERNELS["attention_forward"](q, k, v, sinks, *rest)
     KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything, None)
+
+
+def _in_parts() -> None:
+    """Few keys and many query heads, which several programs divide among them."""
+    S = 4096
+    q, k = (torch.empty(1, H, S, 128, dtype=torch.bfloat16) for H in (32, 1))
+    plain = (None, None, None, None, None, S, S, 0.1, None, None, 0)
+    wanted = (False, True, True, False, None)
+    KERNELS["attention_backward"](q, None, q, k, k, q, torch.empty(1, 32, S), *plain, *wanted)
 
 
 def _rope_attention(D: int, R: int, interleaved: bool, dtype: torch.dtype, everything: bool) -> None:

@@ -48,7 +48,7 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
         return report
     if report.spill_bytes > _SPILL_LIMITS.get(kernel, 0) * (TARGETS[name].backend == "cuda"):
         report.faults.append(f"spills {report.spill_bytes} bytes")
-    if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine|round", kernel):
+    if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine|round|tile_list", kernel):
         if "float32" not in case.label and not report.tensor_core:
             report.faults.append("no tensor-core instruction")
         if case.op == "attention" and "float32" not in case.label and TARGETS[name].backend == "cuda":
@@ -57,7 +57,7 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
             report.faults.append("tensor-core pipeline serialised")
         if kernel.startswith("hopper"):
             report.faults += hopper.faults(kernel, case.label, compiled)
-    elif not re.search("combine|sum_partials", kernel):
+    elif not re.search("combine|sum_partials|tile_list", kernel):
         writes_rows = case.op not in ("attention", "decode", "hopper") and "weight" not in kernel
         if 128 not in report.loads or (writes_rows and 128 not in report.stores):
             report.faults.append("no 128-bit global access")

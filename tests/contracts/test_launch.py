@@ -19,7 +19,7 @@ from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.call import AttentionCall, empty_outputs
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from llama_kernels.ops.attention.hopper.tables import TILES
@@ -53,7 +53,8 @@ _CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the
 
 def _hopper_attention():
     def launch(*call):
-        return hopper_forward.launch_hopper_forward(AttentionCall(*call), TILES["forward"][0])
+        call = AttentionCall(*call)
+        return hopper_forward.launch_hopper_forward(call, TILES["forward"][0], *empty_outputs(call), None)
 
     return launch, (heads(4), heads(2), heads(2), *_CALL)
 
@@ -64,7 +65,7 @@ def _hopper_attention_backward():
 
     def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
         call, rotation = AttentionCall(q, k, v, *_CALL), Rotation(*tables, False)
-        rest = (do, lse2, delta, dq_sum, dq, dk, dv, rotation)
+        rest = (do, lse2, delta, dq_sum, dq, dk, dv, rotation, None)
         hopper_backward.launch_hopper_backward(call, TILES["backward"][0], *rest)
 
     return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())

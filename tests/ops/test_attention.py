@@ -82,6 +82,8 @@ DECODING = (
     Case(2, 8, 2, 6, 150, 32, 32, kv_start=padded_left),
     Case(2, 8, 2, 4, 150, 32, 32, is_causal=False, kv_start=padded_left, kv_end=so_far, sinks=True),
     Case(1, 2, 1, 7, 100, 32, 32, kv_start=anywhere, kv_end=backwards),
+    Case(2, 4, 1, 19, 100, 16, 16, sinks=True),  # tiles of 32 rows, some of two heads
+    Case(1, 8, 1, 12, 70, 16, 16, window_size=(20, 0), kv_start=padded_left),
 )
 
 
@@ -159,7 +161,9 @@ def test_calls_of_few_queries_and_many_keys_are_split():
         return dispatch.forward(call) is dispatch.DECODE
 
     assert takes(32, 8, 1, 257) and takes(32, 8, 8, 4096) and takes(64, 2, 1, 1024)
-    assert not takes(32, 8, 1, 256) and not takes(32, 8, 9, 4096) and not takes(0, 0, 1, 4096)
+    assert takes(32, 8, 32, 4096) and takes(64, 2, 4, 4096)
+    assert not takes(32, 8, 1, 256) and not takes(32, 8, 33, 4096) and not takes(64, 2, 5, 4096)
+    assert not takes(0, 0, 1, 4096)
     chunks = [decode.chunk_of(Sk) for Sk in (257, 4096, 16384, 16385, 32768, 131072)]
     assert chunks == [256, 256, 256, 512, 512, 1024]
 

@@ -119,7 +119,7 @@ MASK = torch.ones(2, 5, dtype=torch.bool)
 @pytest.mark.parametrize(
     "error, argument, said, changed",
     [
-        (ValueError, "q", r"of shape \(2, 4, 17, 8\) for 2 key heads; wanted 1 to 32 query", {"q": F(2, 4, 17, 8)}),
+        (ValueError, "q", r"of shape \(2, 4, 33, 8\) for 2 key heads; wanted 1 to 128 query", {"q": F(2, 4, 33, 8)}),
         (ValueError, "q", r"of shape \(2, 4, 0, 8\)", {"q": F(2, 4, 0, 8)}),
         (ValueError, "key_mask", r"of shape \(2, 6\); wanted \(2, 5\)", {"key_mask": F(2, 6, dtype=torch.bool)}),
         (ValueError, "key_mask", r"of shape \(2, 1, 1, 5\)", {"key_mask": MASK[:, None, None]}),

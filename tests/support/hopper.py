@@ -45,7 +45,7 @@ def expected_kernels(case: Case) -> set[str]:
     """The kernels of a call and its gradients. The Hopper kernels have no backward of heads wider than 128, nor of
     softcap at heads wider than 64."""
     backward = case.D <= 128 and (case.softcap is None or case.D <= 64)
-    of_backward = {"_hopper_backward_kernel", "_round_dq_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
+    of_backward = {"_hopper_backward_kernel", "_round_sum_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
     return {"_hopper_forward_kernel", "_delta_kernel"} | of_backward
 
 

@@ -273,6 +273,9 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
         "attention, packed": ("attention_forward", (*packed_qkv, *packed)),
         "attention, decoding": ("attention_forward", (token, keys, values, *decoding)),
         "attention backward": ("attention_backward", (dq, None, *saved, *plain, True, True, True, False, None)),
+        "attention backward, packed": (
+            "attention_backward", (dq[0].transpose(0, 1), None, *packed_qkv, dq[0].transpose(0, 1), lse[0], *packed,
+                                   True, True, True, False, None)),
         "attention backward, options": (
             "attention_backward", (dq, lse, *saved, *options, False, True, True, True, None)),
         "attention backward, float32 gradients": (

@@ -13,8 +13,7 @@ from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import rms_norm
-from llama_kernels.ops.attention import delta, dispatch, dkdv, dq, forward, hopper, tables
-from llama_kernels.ops.attention.hopper import round_dq
+from llama_kernels.ops.attention import delta, dispatch, dkdv, dq, forward, hopper, rounding, tables
 from tests.support.environment import compiles
 from tests.support.launches import kernels_launched, names
 
@@ -33,7 +32,7 @@ def driver_that_announces() -> Iterator[None]:
     def forget() -> None:
         """What Triton compiled for another driver."""
         launch_cache.forget()
-        for module in (rms_norm, forward, delta, dkdv, dq, hopper.forward, hopper.backward, round_dq):
+        for module in (rms_norm, forward, delta, dkdv, dq, hopper.forward, hopper.backward, rounding):
             for kernel in vars(module).values():
                 if isinstance(kernel, triton.runtime.JITFunction):
                     kernel.device_caches.clear()
@@ -75,7 +74,7 @@ def test_the_hopper_kernels_are_recorded_where_they_are_launched(driver_that_ann
                 out, lse = KERNELS["attention_forward"](q, k, v, *call)
                 KERNELS["attention_backward"](q, None, q, k, v, out, lse, *call, True, True, True, False, deterministic)
             ran[deterministic] = names(launches)
-    assert ran[False] == ["_hopper_forward_kernel", "_delta_kernel", "_hopper_backward_kernel", "_round_dq_kernel"]
+    assert ran[False] == ["_hopper_forward_kernel", "_delta_kernel", "_hopper_backward_kernel", "_round_sum_kernel"]
     assert ran[True] == ["_hopper_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"]
 
 

@@ -7,6 +7,8 @@ no atomics.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from llama_kernels.core.launch_cache import Launch, cached_launch
@@ -15,6 +17,7 @@ from llama_kernels.ops.attention import dispatch, hopper
 from llama_kernels.ops.attention.call import (
     AttentionCall,
     Results,
+    Sizes,
     Wanted,
     empty_grads,
     far,
@@ -23,36 +26,116 @@ from llama_kernels.ops.attention.call import (
 from llama_kernels.ops.attention.delta import launch_delta
 from llama_kernels.ops.attention.dkdv import _dkdv_kernel
 from llama_kernels.ops.attention.dq import _dq_kernel
-from llama_kernels.ops.attention.tables import tile_for
+from llama_kernels.ops.attention.rounding import round_launch
+from llama_kernels.ops.attention.tables import Tile, tile_for
+from llama_kernels.ops.attention.tile_list import Fill, TileLists, programs_for, tile_lists, walks
 from llama_kernels.ops.rotation import Rotation
+
+# Programs of dk and dv for one sequence: about two for each SM of a large GPU. Fewer divide a group's heads among them.
+ENOUGH_PROGRAMS = 256
+# Rows that a part of a group has at least, so that to add up the parts takes under a tenth of their time.
+ROWS_OF_A_PART = 16384
+
+
+def parts_of_group(call: AttentionCall, BLOCK_N: int) -> int:
+    """How many programs divide the query heads of a key head among them, for dk and dv of BLOCK_N keys.
+
+    It depends on the sizes of one sequence alone, so that its gradients are the same bits in any batch. The sequences
+    of a packed batch are as long as the GPU alone knows: 1.
+    """
+    sizes, left, parts = call.sizes, call.window.left, 1
+    if call.packed:
+        return parts
+    tiles = cdiv(sizes.Sk, BLOCK_N) * sizes.Hkv
+    rows = sizes.group * (sizes.Sq if left is None else min(sizes.Sq, left + BLOCK_N))
+    while tiles * parts < ENOUGH_PROGRAMS and sizes.group % (2 * parts) == 0 and rows >= 2 * parts * ROWS_OF_A_PART:
+        parts *= 2
+    return parts
+
+
+class _Sums(NamedTuple):
+    """(B, Hkv * parts, Sk, D or DV) float32: what programs add to dk and dv that compute a part of a group each."""
+
+    dk: torch.Tensor | None
+    dv: torch.Tensor | None
+
+
+def _tile_of_keys(call: AttentionCall) -> Tile:
+    return tile_for("dkdv", call.q, call.v, call.softcap is not None or call.kv_end is not None)
+
+
+def _arguments(call: AttentionCall, given, outputs, rotation: Rotation, list_ptr, sizes: Sizes) -> tuple[Any, ...]:
+    """What both kernels take, in their order. given: do, lse2 and delta."""
+    tensors, delta = (call.q, call.k, call.v, given[0]), given[2]
+    return (
+        call.q, call.k, call.v, *given, *outputs,
+        call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors, list_ptr,
+        *map(strides_of, tensors), lse_strides(delta), *map(optional_strides_of, outputs),
+        *call.bound_strides, *rotation.strides,
+        sizes.as_arguments(), call.scoring, call.window, rotation.positions,
+    )  # fmt: skip
+
+
+def _flags(call: AttentionCall, do: torch.Tensor, rotation: Rotation) -> dict[str, Any]:
+    flags = {"FAR": far(call.q, call.k, call.v, do), "WALK": walks(call)}
+    return {**call.widths, **flags, "HALF": rotation.half, "INTERLEAVED": rotation.interleaved}
+
+
+def _dkdv_launches(call: AttentionCall, given, outputs, rotation: Rotation, list_k, sums: _Sums | None) -> list[Launch]:
+    """dk and dv of `outputs`, each None where it is not wanted. sums: None where one program sums over a group."""
+    sizes, tile, parts, launches = call.sizes, _tile_of_keys(call), 1, []
+    written, ends_with = outputs, rotation
+    if sums is not None:
+        parts, written, ends_with = parts_of_group(call, tile.BLOCK_N), sums, Rotation()
+    of_part = sizes._replace(group=sizes.group // parts)
+    programs = cdiv(sizes.Sk, tile.BLOCK_N) * sizes.B * of_part.Hkv
+    if list_k is not None:
+        programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, tile.BLOCK_N, walks(call))
+    if not programs:
+        return []
+    dk, dv = written
+    for pair in ((dk, None), (None, dv)) if tile.split else ((dk, dv),):
+        if pair != (None, None):
+            args = _arguments(call, given, pair, ends_with, list_k, of_part)
+            options = {**_flags(call, given[0], ends_with), "PARTS": parts, **tile.launch_options}
+            launches.append(Launch(_dkdv_kernel, (programs,), args, options))
+    if sums is not None:
+        keys_as_rows = sizes._replace(Hq=sizes.Hkv, Sq=sizes.Sk, longest_q=sizes.longest_k)
+        for total, grad, by in zip(sums, outputs, (rotation, Rotation()), strict=True):
+            if grad is not None:
+                launches.append(round_launch(total, grad, None, None, keys_as_rows, 1.0, by))
+    return launches
+
+
+def _dq_launch(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> Launch:
+    sizes = call.sizes
+    tile = tile_for("dq", call.q, call.v, call.crowded or call.packed or rotation.half > 0)
+    programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
+    if list_q is not None:
+        programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))
+    options = {**_flags(call, given[0], rotation), **tile.launch_options}
+    return Launch(_dq_kernel, (programs,), _arguments(call, given, (dq,), rotation, list_q, sizes), options)
 
 
 @cached_launch
-def _launches(call: AttentionCall, do, lse2, delta, dq, dk, dv, rotation: Rotation) -> list[Launch]:
+def _launches(
+    call: AttentionCall, do, lse2, delta, dq, dk, dv, rotation: Rotation, lists: TileLists | None, sums: _Sums | None
+) -> list[Launch]:
     """dq, dk and dv are None where they are not wanted."""
-    q, k, v, sizes = call.q, call.k, call.v, call.sizes
-    # What both kernels take, in their order: before the gradients, after them, after the gradients' strides.
-    inputs = (q, k, v, do, lse2, delta)
-    bounds = (call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors)
-    input_strides = (*map(strides_of, (q, k, v, do)), lse_strides(delta))
-    bound_strides = (*call.bound_strides, *rotation.strides)
-    numbers = (sizes.as_arguments(), call.scoring, call.window, rotation.positions)
-    flags = {**call.widths, "FAR": far(q, k, v, do), "HALF": rotation.half, "INTERLEAVED": rotation.interleaved}
-    launches = []
-
-    tile = tile_for("dkdv", q, v, call.softcap is not None or call.kv_end is not None)
-    programs = cdiv(call.longest_k, tile.BLOCK_N) * sizes.B * sizes.Hkv
-    for pair in ((dk, None), (None, dv)) if tile.split else ((dk, dv),):
-        if programs and pair != (None, None):
-            args = (*inputs, *pair, *bounds, *input_strides, *map(optional_strides_of, pair), *bound_strides, *numbers)
-            launches.append(Launch(_dkdv_kernel, (programs,), args, {**flags, **tile.launch_options}))
-
-    tile = tile_for("dq", q, v, call.crowded or rotation.half > 0)
-    programs = cdiv(call.longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
-    if programs and dq is not None:
-        args = (*inputs, dq, *bounds, *input_strides, strides_of(dq), *bound_strides, *numbers)
-        launches.append(Launch(_dq_kernel, (programs,), args, {**flags, **tile.launch_options}))
+    given, (list_q, list_k) = (do, lse2, delta), lists or (None, None)
+    launches = _dkdv_launches(call, given, (dk, dv), rotation, list_k, sums)
+    if dq is not None:
+        launches.append(_dq_launch(call, given, dq, rotation, list_q))
     return launches
+
+
+def _sums(call: AttentionCall, grads: tuple[torch.Tensor | None, torch.Tensor | None]) -> _Sums | None:
+    """The sums for dk and dv, `grads`. None: one program sums over a group."""
+    sizes, parts = call.sizes, parts_of_group(call, _tile_of_keys(call).BLOCK_N)
+    if parts == 1:
+        return None
+    shape = (sizes.B, sizes.Hkv * parts, sizes.Sk)
+    return _Sums(*(x if x is None else x.new_empty(*shape, x.shape[-1], dtype=torch.float32) for x in grads))
 
 
 def launch_backward(
@@ -63,16 +146,18 @@ def launch_backward(
     rotation: of q and k before the call; dq and dk get its inverse before they are rounded.
     """
     sizes, do = call.sizes, results.do
-    dq, dk, dv, dsinks = empty_grads(call, wanted)
-    if call.packed or not sizes.Hq:  # no program visits a token that no sequence owns, or keys that no head reads
-        for grad in (dq, dk, dv):
-            grad.zero_()
+    dq, dk, dv, dsinks = grads = empty_grads(call, wanted)
+    if not (sizes.B and sizes.Hq and sizes.Sq):  # no program would write the gradients
+        return tuple(grad.zero_() for grad in grads)
+    outputs = [grad if need else None for grad, need in zip(grads[:3], wanted[:3], strict=True)]
+    lists = tile_lists(call, of_keys=True)
     choice = dispatch.backward(call, do, wanted)
     dq_sum = None if choice.tile is None else empty_in_order_of(dq, dtype=torch.float32)
-    lse2, delta, dsinks = launch_delta(call, results, sizes, dsinks, dq_sum)
-    if choice.tile is None or not hopper.try_backward(call, choice.tile, do, lse2, delta, dq_sum, dq, dk, dv, rotation):
-        _launches(
-            call, do, lse2, delta,
-            dq if wanted.dq else None, dk if wanted.dk else None, dv if wanted.dv else None, rotation,
-        )  # fmt: skip
+    fill = Fill(outputs[0], None, *outputs[1:])
+    lse2, delta, dsinks = launch_delta(call, results, sizes, dsinks, dq_sum, lists, fill)
+    if choice.tile is None or not hopper.try_backward(
+        call, choice.tile, do, lse2, delta, dq_sum, dq, dk, dv, rotation, lists
+    ):
+        _, dk_wanted, dv_wanted = outputs
+        _launches(call, do, lse2, delta, *outputs, rotation, lists, _sums(call, (dk_wanted, dv_wanted)))
     return dq, dk, dv, dsinks

@@ -1,7 +1,8 @@
 """Attention of few queries and many keys, as in decoding: split over the keys, then combined (Flash-Decoding).
 
 The forward kernel would leave most of a GPU idle, and read k and v once for each query head. Here a program computes
-one chunk of the keys of one key head, for the rows of all its query heads in one tile.
+one chunk of the keys of one key head, for a tile of the rows of all its query heads. When decoding one tile holds all
+of them; with the drafts of speculative decoding, or short pieces of a prompt, there are up to four.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import load_bound, matrix
 
 _CHUNKS_PER_STEP = 32  # of the sum over the chunks
-MOST_ROWS = 32  # query rows per key head; more of them fill a GPU without splitting the keys
+TILE_ROWS = 32  # query rows of a program, of one key head
+# Query rows per key head, and queries. More of them fill a GPU and the forward's tiles without splitting the keys.
+MOST_ROWS, MOST_QUERIES = 128, 32
 
 
 def chunk_of(Sk: int) -> int:
@@ -32,8 +35,8 @@ def chunk_of(Sk: int) -> int:
 
 
 def fits_decode(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether one tile holds all query rows of a key head: 1 to MOST_ROWS, Hq // Hkv * Sq."""
-    return 0 < q.shape[1] // max(k.shape[1], 1) * q.shape[2] <= MOST_ROWS
+    """Whether there are at most MOST_QUERIES, and 1 to MOST_ROWS query rows per key head, Hq // Hkv * Sq."""
+    return q.shape[2] <= MOST_QUERIES and 0 < q.shape[1] // max(k.shape[1], 1) * q.shape[2] <= MOST_ROWS
 
 
 @triton.jit
@@ -54,15 +57,17 @@ def _decode_kernel(
     """part = softmax(q @ k^T scale + mask) @ v over one chunk of the keys of one key head, and its lse2, in base 2.
 
     q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, DV), part (B, Hq, Sq, chunks, DV) and lse2 (B, Hq, Sq, chunks)
-    float32. The tile holds all group * Sq rows that read this key head. A chunk of which no row sees a key is not
-    loaded: its lse2 is -inf, its part is not written, and the sum over the chunks skips it. key_mask (B, Sk) bool, of
-    contiguous rows, hides single keys, which are loaded all the same.
+    float32. The tile holds BLOCK_M of the group * Sq rows that read this key head. A chunk of which no row sees a key
+    is not loaded: its lse2 is -inf, its part is not written, and the sum over the chunks skips it. key_mask (B, Sk)
+    bool, of contiguous rows, hides single keys, which are loaded all the same.
     Bytes: k and v once, part. FLOPs: 2 (D + DV) for each visible pair, of BLOCK_M rows.
     """
     pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
-    h_kv, b, c = pid % Hkv, pid // Hkv % sizes.B, pid // (Hkv * sizes.B)
-    r = tl.arange(0, BLOCK_M)
     rows = sizes.group * sizes.Sq
+    tiles = tl.cdiv(rows, BLOCK_M)
+    first, pid = pid % tiles * BLOCK_M, pid // tiles  # tiles of the same keys run at the same time
+    h_kv, b, c = pid % Hkv, pid // Hkv % sizes.B, pid // (Hkv * sizes.B)
+    r = first + tl.arange(0, BLOCK_M)
     i = (r % sizes.Sq)[:, None]
     kv_start = load_bound(kv_start_ptr, kv_start_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
     kv_end = load_bound(kv_end_ptr, kv_end_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
@@ -151,10 +156,12 @@ def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]
     if not sizes.B:
         return []
     chunks, tile = lse2.shape[-1], tile_for("decode", q, v)
-    options = {**tile.launch_options, "BLOCK_M": max(next_power_of_2(sizes.group * sizes.Sq), 16)}
+    rows = sizes.group * sizes.Sq
+    BLOCK_M = min(max(next_power_of_2(rows), 16), TILE_ROWS)
+    options = {**tile.launch_options, "BLOCK_M": BLOCK_M}
     decode = Launch(
         _decode_kernel,
-        (chunks * sizes.B * sizes.Hkv,),
+        (chunks * sizes.B * sizes.Hkv * cdiv(rows, BLOCK_M),),
         (
             q, k, v, part, lse2, call.kv_start, call.kv_end, key_mask,
             *map(strides_of, (q, k, v, part, lse2)), *call.bound_strides,

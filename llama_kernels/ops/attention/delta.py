@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from llama_kernels.core.language import LN2, LOG2E, tl, triton
@@ -15,11 +17,21 @@ from llama_kernels.ops.attention.call import (
     lse_strides,
     width_class,
 )
-from llama_kernels.ops.attention.tiles import load_tile, matrix, offset, query_tile, sequence, store_tile
+from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
+from llama_kernels.ops.attention.tiles import (
+    BLOCK,
+    load_tile,
+    matrix,
+    offset,
+    query_tile,
+    sequence,
+    store_tile,
+    tiles_of_program,
+)
 
 # Rows of lse2 and delta are padded to a multiple of this, which every BLOCK_M divides. In a packed batch each sequence
 # starts at a multiple of it, so that a tile of one sequence never loads the rows of the next.
-PADDING: tl.constexpr = tl.constexpr(128)
+PADDING: tl.constexpr = BLOCK
 
 
 @triton.jit
@@ -33,7 +45,8 @@ def padded_start(cu_seqlens_q_ptr, b, q_start):
 
 @triton.jit
 def _delta_kernel(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, lse2_ptr, delta_ptr, dsinks_ptr, dq_sum_ptr, cu_seqlens_q_ptr,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, lse2_ptr, delta_ptr, dsinks_ptr, dq_sum_ptr,
+    cu_seqlens_q_ptr, list_ptr,
     o_strides, do_strides, lse_strides, dlse_strides, delta_strides, dq_sum_strides,
     sizes,
     DV: tl.constexpr, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -45,48 +58,62 @@ def _delta_kernel(
     None. dq_sum, float32 as o, or None, is zeroed for a backward that adds to it. Bytes: o and do once. FLOPs: 2 DV for
     each row.
     """
-    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
-    start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    dsinks = 0.0
+    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
+        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
+        start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        i = m + tl.arange(0, BLOCK_M)
+        o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        do = load_tile(matrix(do_ptr, do_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
+        if dq_sum_ptr is not None:
+            zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+            store_tile(matrix(dq_sum_ptr, dq_sum_strides, b, h, start), m, Sq, zeros, DV, FAR, BLOCK_M, BLOCK_DV)
+        if dlse_ptr is not None:
+            dlse_rows = offset(dlse_strides, b, h, start) + i.to(tl.int64) * dlse_strides[2]
+            delta -= tl.load(dlse_ptr + dlse_rows, mask=i < Sq, other=0.0)
+        lse = tl.load(lse_ptr + offset(lse_strides, b, h, start) + i, mask=i < Sq, other=float("-inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, start)) + i
+        tl.store(delta_ptr + padded, delta)
+        # The inverse of the forward's * LN2. Division gives back the forward's bits; * LOG2E would be a few ulps off.
+        lse2 = tl.div_rn(lse, tl.full([BLOCK_M], LN2, tl.float32))
+        tl.store(lse2_ptr + padded, lse2)
+        if sinks_ptr is not None:
+            p = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
+            dsinks -= tl.sum(p * delta)
     if sinks_ptr is not None:
-        tl.store(dsinks_ptr + tl.program_id(0), 0.0)
-    if m >= tl.cdiv(Sq, PADDING) * PADDING:
-        return
-    i = m + tl.arange(0, BLOCK_M)
-    o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    do = load_tile(matrix(do_ptr, do_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
-    if dq_sum_ptr is not None:
-        zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        store_tile(matrix(dq_sum_ptr, dq_sum_strides, b, h, start), m, Sq, zeros, DV, FAR, BLOCK_M, BLOCK_DV)
-    if dlse_ptr is not None:
-        dlse_rows = offset(dlse_strides, b, h, start) + i.to(tl.int64) * dlse_strides[2]
-        delta -= tl.load(dlse_ptr + dlse_rows, mask=i < Sq, other=0.0)
-    lse = tl.load(lse_ptr + offset(lse_strides, b, h, start) + i, mask=i < Sq, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, start)) + i
-    tl.store(delta_ptr + padded, delta)
-    # The inverse of the forward's * LN2. Division gives back the forward's bits; * LOG2E would be a few ulps off.
-    lse2 = tl.div_rn(lse, tl.full([BLOCK_M], LN2, tl.float32))
-    tl.store(lse2_ptr + padded, lse2)
-    if sinks_ptr is not None:
-        p = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
-        tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(p * delta))
+        tl.store(dsinks_ptr + tl.program_id(0), dsinks)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
+class _Packing(NamedTuple):
+    """What the launch before this one takes: see tile_list.py."""
+
+    lists: TileLists
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    fill: Fill
+
+
 @cached_launch
-def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, sizes) -> list[Launch]:
+def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, packing: _Packing | None, sizes) -> list[Launch]:
     sizes = Sizes(*sizes)
     BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _rows_per_program(o)
+    launches, list_q, cu_seqlens_q = [], None, None
+    if packing is not None:
+        list_q, cu_seqlens_q = packing.lists.of_q, packing.cu_seqlens_q
+        launches.append(list_tiles(packing.lists, cu_seqlens_q, packing.cu_seqlens_k, sizes, packing.fill))
     args = (
-        o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q,
+        o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, list_q,
         strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
         lse_strides(delta), optional_strides_of(dq_sum), sizes.as_arguments(),
     )  # fmt: skip
     options = {"DV": o.shape[-1], "FAR": far(o, do), "BLOCK_M": BLOCK_M, "BLOCK_DV": BLOCK_DV, "num_warps": 4}
-    return [Launch(_delta_kernel, (_tiles(sizes, BLOCK_M) * sizes.B * sizes.Hq,), args, options)]
+    programs = _programs(sizes, BLOCK_M, packing is not None)
+    return [*launches, Launch(_delta_kernel, (programs,), args, options)]
 
 
 def _rows_per_program(o: torch.Tensor) -> int:
@@ -94,26 +121,32 @@ def _rows_per_program(o: torch.Tensor) -> int:
     return min(max(4096 // width_class(o.shape[-1]), 16), PADDING.value)
 
 
-def _tiles(sizes: Sizes, BLOCK_M: int) -> int:
-    return cdiv(sizes.longest_q, PADDING.value) * (PADDING.value // BLOCK_M)
+def _programs(sizes: Sizes, BLOCK_M: int, packed: bool) -> int:
+    """A multiple of Hq. Packed or dense, they write the rows up to the next multiple of PADDING."""
+    if packed:
+        return programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, walk=True)
+    return cdiv(sizes.Sq, PADDING.value) * (PADDING.value // BLOCK_M) * sizes.B * sizes.Hq
 
 
 def launch_delta(
-    call: AttentionCall, results: Results, sizes: Sizes, dsinks: torch.Tensor, dq_sum: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    call: AttentionCall, results: Results, sizes: Sizes, dsinks: torch.Tensor, dq_sum: torch.Tensor | None,
+    lists: TileLists | None, fill: Fill,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks.
 
-    dsinks has no elements where it is not wanted. dq_sum, unless it is None, is zeroed.
+    dsinks has no elements where it is not wanted. dq_sum, unless it is None, is zeroed. Packed, `lists` and `fill` are
+    written first.
     """
     out, lse, do, dlse = results
     sinks, shares = None, None
     rows = (cdiv(sizes.Sq, PADDING.value) + (sizes.B if call.packed else 0)) * PADDING.value
     shape = (*lse.shape[:-1], rows)
     lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
-    tiles = _tiles(sizes, _rows_per_program(out)) * sizes.B
-    if not tiles * sizes.Hq:
+    programs = _programs(sizes, _rows_per_program(out), call.packed)
+    if not programs:
         return lse2, delta, dsinks.zero_()
     if dsinks.numel():
-        sinks, shares = call.sinks, lse.new_empty(tiles, sizes.Hq)  # heads run fastest over the programs
-    _launches(out, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, call.cu_seqlens_q, tuple(sizes))
+        sinks, shares = call.sinks, lse.new_empty(programs // sizes.Hq, sizes.Hq)  # heads run fastest over the programs
+    packing = lists and _Packing(lists, call.cu_seqlens_q, call.cu_seqlens_k, fill)
+    _launches(out, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, packing, tuple(sizes))
     return lse2, delta, dsinks if shares is None else shares.sum(0).to(dsinks.dtype)

@@ -6,7 +6,16 @@ from llama_kernels.core.language import cast, dot, tl, triton
 from llama_kernels.ops.attention.delta import padded_start
 from llama_kernels.ops.attention.masks import Mask, query_blocks, visible
 from llama_kernels.ops.attention.softmax import probs_and_score_grads
-from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, sequence, store_tile
+from llama_kernels.ops.attention.tiles import (
+    key_tile,
+    load_bound,
+    load_tile,
+    matrix,
+    offset,
+    sequence,
+    store_tile,
+    tiles_of_program,
+)
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
@@ -82,56 +91,59 @@ def _add_dkdv(
 @triton.jit(do_not_specialize=["positions"])
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr, list_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dk_strides, dv_strides,
     kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    WALK: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
 
-    One program sums over the group, in a fixed order and without atomics, so that every run gives the same bits. Either
-    of dk and dv may be None. Row blocks that see none of the keys are skipped. Sums are float32. With HALF, k was
-    rotated by the tables, and dk gets the inverse rotation.
+    One program sums over the group, in a fixed order and without atomics, so that every run gives the same bits. If
+    PARTS is not 1, it sums over sizes.group heads, a part of the group: dk and dv then are float32, and have PARTS
+    heads for each key head. Either of dk and dv may be None. Row blocks that see none of the keys are skipped. Sums are
+    float32. With HALF, k was rotated by the tables, and dk gets the inverse rotation.
     Bytes: k, v, dk, dv once; q, do, lse2, delta of the group once for each key tile, from L2. FLOPs: 4 (D + DV) for
     each visible pair.
     """
-    pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
-    h_kv, b = pid % Hkv, pid // Hkv % sizes.B
-    n = pid // (Hkv * sizes.B) * BLOCK_N  # the first keys come first, since under a causal mask the most rows see them
-    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
-    if n >= Sk:
-        return
-    j = n + tl.arange(0, BLOCK_N)[:, None]
-    last = tl.minimum(n + BLOCK_N, Sk) - 1
-    mask = Mask(Sk - Sq, window.left, window.right, None, None, None)
-    first_row, row_end, lowest, past = 0, Sq, None, Sk
-    if kv_start_ptr is not None or kv_end_ptr is not None:
-        first_row, row_end, lowest, past = _rows_by_bounds(
-            kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, n, last, Sk, CHUNK=1024
-        )
-    begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
+    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq // sizes.group, BLOCK_N, WALK), disable_licm=True):
+        n, h_kv, b, k_start, Sk = key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N)
+        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        if n < Sk:
+            j = n + tl.arange(0, BLOCK_N)[:, None]
+            last = tl.minimum(n + BLOCK_N, Sk) - 1
+            mask = Mask(Sk - Sq, window.left, window.right, None, None, None)
+            first_row, row_end, lowest, past = 0, Sq, None, Sk
+            if kv_start_ptr is not None or kv_end_ptr is not None:
+                first_row, row_end, lowest, past = _rows_by_bounds(
+                    kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, n, last, Sk, CHUNK=1024
+                )
+            begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
 
-    K, V = matrix(k_ptr, k_strides, b, h_kv, k_start), matrix(v_ptr, v_strides, b, h_kv, k_start)
-    # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
-    k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest)  # [BLOCK_N, BLOCK_D]
-    v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest)  # [BLOCK_N, BLOCK_DV]
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    dk, dv = _add_dkdv(
-        dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr,
-        q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides,
-        mask, j, b, h_kv, sizes.group, q_start, padded_start(cu_seqlens_q_ptr, b, q_start), Sq, begin, end, scoring,
-        D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    if dk_ptr is not None:
-        dk = dk * scoring.scale
-        if HALF:
-            s = n + tl.arange(0, BLOCK_N)
-            tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
-            dk = inverse_rotation(dk, tables, b, k_start + s, s < Sk, HALF, INTERLEAVED, BLOCK_N, BLOCK_D)
-        store_tile(matrix(dk_ptr, dk_strides, b, h_kv, k_start), n, Sk, dk, D, FAR, BLOCK_N, BLOCK_D)
-    if dv_ptr is not None:
-        store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)
+            K = matrix(k_ptr, k_strides, b, h_kv // PARTS, k_start)
+            V = matrix(v_ptr, v_strides, b, h_kv // PARTS, k_start)
+            # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
+            k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest)  # [BLOCK_N, BLOCK_D]
+            v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest)  # [BLOCK_N, BLOCK_DV]
+            padded = padded_start(cu_seqlens_q_ptr, b, q_start)
+            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+            dk, dv = _add_dkdv(
+                dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr,
+                q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides,
+                mask, j, b, h_kv, sizes.group, q_start, padded, Sq, begin, end, scoring,
+                D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            if dk_ptr is not None:
+                dk = dk * scoring.scale
+                if HALF:
+                    s = n + tl.arange(0, BLOCK_N)
+                    tables = Tables(
+                        cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions
+                    )
+                    dk = inverse_rotation(dk, tables, b, k_start + s, s < Sk, HALF, INTERLEAVED, BLOCK_N, BLOCK_D)
+                store_tile(matrix(dk_ptr, dk_strides, b, h_kv, k_start), n, Sk, dk, D, FAR, BLOCK_N, BLOCK_D)
+            if dv_ptr is not None:
+                store_tile(matrix(dv_ptr, dv_strides, b, h_kv, k_start), n, Sk, dv, DV, FAR, BLOCK_N, BLOCK_DV)

@@ -6,7 +6,16 @@ from llama_kernels.core.language import cast, dot, tl, triton
 from llama_kernels.ops.attention.delta import padded_start
 from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import probs_and_score_grads
-from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, query_tile, sequence, store_tile
+from llama_kernels.ops.attention.tiles import (
+    load_bound,
+    load_tile,
+    matrix,
+    offset,
+    query_tile,
+    sequence,
+    store_tile,
+    tiles_of_program,
+)
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
@@ -35,11 +44,12 @@ def _add_dq(
 @triton.jit(do_not_specialize=["positions"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr,
+    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr, list_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dq_strides,
     kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    WALK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dq = dS @ k scale, for BLOCK_M rows of one head, over the same key blocks as in the forward.
@@ -47,40 +57,44 @@ def _dq_kernel(
     Sums are float32. With HALF, q was rotated by the tables, and dq gets the inverse rotation.
     Bytes: q, do, dq once; k, v once for each row tile, from L2. FLOPs: 2 (2 D + DV) for each visible pair.
     """
-    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
-    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
-    if m >= Sq:
-        return
-    i = m + tl.arange(0, BLOCK_M)[:, None]
-    kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-    kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-    mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
-    blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
+    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, WALK), disable_licm=True):
+        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
+        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+        if m < Sq:
+            i = m + tl.arange(0, BLOCK_M)[:, None]
+            kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+            kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
+            blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
-    q = load_tile(matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do = load_tile(matrix(do_ptr, do_strides, b, h, q_start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, q_start)) + i
-    lse2, delta = tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded)  # [BLOCK_M, 1]
-    K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
-    V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if window.left is not None or kv_start_ptr is not None:
-        dq = _add_dq(
-            dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
-            D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-    dq = _add_dq(
-        dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
-        D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    dq = _add_dq(
-        dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
-        D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    dq = dq * scoring.scale
-    if HALF:
-        s = m + tl.arange(0, BLOCK_M)
-        tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
-        dq = inverse_rotation(dq, tables, b, q_start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
-    store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
+            Q = matrix(q_ptr, q_strides, b, h, q_start)
+            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            DO = matrix(do_ptr, do_strides, b, h, q_start)
+            do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, q_start)) + i
+            lse2, delta = tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded)  # [BLOCK_M, 1]
+            K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
+            V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
+            dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            if window.left is not None or kv_start_ptr is not None:
+                dq = _add_dq(
+                    dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
+                    D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+            dq = _add_dq(
+                dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
+                D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            dq = _add_dq(
+                dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
+                D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            dq = dq * scoring.scale
+            if HALF:
+                s = m + tl.arange(0, BLOCK_M)
+                tables = Tables(
+                    cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions
+                )
+                dq = inverse_rotation(dq, tables, b, q_start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
+            store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)

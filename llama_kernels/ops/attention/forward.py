@@ -8,20 +8,31 @@ from llama_kernels.core.language import LN2, LOG2E, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention import dispatch, hopper
-from llama_kernels.ops.attention.call import AttentionCall, far, lse_strides, outputs_to_fill
+from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, lse_strides, outputs_to_fill
 from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.masks import Mask, key_blocks
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend, first_scores, last_values, no_probs
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import load_bound, load_tile, matrix, offset, query_tile, sequence, store_tile
+from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for, tile_lists, walks
+from llama_kernels.ops.attention.tiles import (
+    load_bound,
+    load_tile,
+    matrix,
+    offset,
+    query_tile,
+    sequence,
+    store_tile,
+    tiles_of_program,
+)
 
 
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    list_ptr,
     q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides, kv_end_strides,
     sizes, scoring, window,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, CARRY: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, CARRY: tl.constexpr, WALK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q @ k^T scale + mask) @ v and lse = log(sum(exp(q @ k^T scale + mask))), BLOCK_M rows of one head.
@@ -31,71 +42,75 @@ def _forward_kernel(
     Blocks of keys that no row of the tile sees are skipped; only blocks at the edge of the mask compute it.
     Bytes: q and o once; k and v once for each row tile, from L2. FLOPs: 2 (D + DV) for each visible pair.
     """
-    m, h, b = query_tile(tl.program_id(0), sizes, BLOCK_M)
-    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
-    if m >= Sq:
-        return
-    i = m + tl.arange(0, BLOCK_M)[:, None]
-    kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-    kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-    mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
-    blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
+    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, WALK), disable_licm=True):
+        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
+        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+        if m < Sq:
+            i = m + tl.arange(0, BLOCK_M)[:, None]
+            kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+            kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
+            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
+            blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
-    q = load_tile(matrix(q_ptr, q_strides, b, h, q_start), m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
-    V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
-    peak, mass = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    if sinks_ptr is not None:  # one more logit, whose value is 0
-        peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
-    state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
-    probs = no_probs(V, BLOCK_M, BLOCK_N)
-    begin, full_begin, full_end = blocks.begin, blocks.full_begin, blocks.full_end
-    if CARRY:
-        state, probs = first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
-        begin += BLOCK_N
-        full_begin, full_end = tl.maximum(full_begin, begin), tl.maximum(full_end, begin)
-    if window.left is not None or kv_start_ptr is not None:
-        state, probs = attend(
-            state, probs, q, K, V, mask, i, blocks, begin, full_begin, scoring,
-            D, DV, FAR, True, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-    state, probs = attend(
-        state, probs, q, K, V, mask, i, blocks, full_begin, full_end, scoring,
-        D, DV, FAR, False, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    state, probs = attend(
-        state, probs, q, K, V, mask, i, blocks, full_end, blocks.end, scoring,
-        D, DV, FAR, True, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    if CARRY:
-        state = last_values(state, probs, V, mask, blocks, DV, FAR, BLOCK_N, BLOCK_DV)
+            Q = matrix(q_ptr, q_strides, b, h, q_start)
+            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
+            V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
+            peak, mass = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            if sinks_ptr is not None:  # one more logit, whose value is 0
+                peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
+            state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
+            probs = no_probs(V, BLOCK_M, BLOCK_N)
+            begin, full_begin, full_end = blocks.begin, blocks.full_begin, blocks.full_end
+            if CARRY:
+                state, probs = first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
+                begin += BLOCK_N
+                full_begin, full_end = tl.maximum(full_begin, begin), tl.maximum(full_end, begin)
+            if window.left is not None or kv_start_ptr is not None:
+                state, probs = attend(
+                    state, probs, q, K, V, mask, i, blocks, begin, full_begin, scoring,
+                    D, DV, FAR, True, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+            state, probs = attend(
+                state, probs, q, K, V, mask, i, blocks, full_begin, full_end, scoring,
+                D, DV, FAR, False, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            state, probs = attend(
+                state, probs, q, K, V, mask, i, blocks, full_end, blocks.end, scoring,
+                D, DV, FAR, True, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            if CARRY:
+                state = last_values(state, probs, V, mask, blocks, DV, FAR, BLOCK_N, BLOCK_DV)
 
-    mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: o is 0 / 1, and lse is -inf
-    o = state.acc * (1.0 / mass)[:, None]  # [BLOCK_M, BLOCK_DV]
-    store_tile(matrix(o_ptr, o_strides, b, h, q_start), m, Sq, o, DV, FAR, BLOCK_M, BLOCK_DV)
-    lse = (state.peak + tl.log2(mass)) * LN2  # [BLOCK_M]
-    rows = m + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + offset(lse_strides, b, h, q_start) + rows, lse, mask=rows < Sq)
+            mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: o is 0 / 1, and lse is -inf
+            o = state.acc * (1.0 / mass)[:, None]  # [BLOCK_M, BLOCK_DV]
+            store_tile(matrix(o_ptr, o_strides, b, h, q_start), m, Sq, o, DV, FAR, BLOCK_M, BLOCK_DV)
+            lse = (state.peak + tl.log2(mass)) * LN2  # [BLOCK_M]
+            rows = m + tl.arange(0, BLOCK_M)
+            tl.store(lse_ptr + offset(lse_strides, b, h, q_start) + rows, lse, mask=rows < Sq)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
 @cached_launch
-def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor) -> list[Launch]:
+def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None) -> list[Launch]:
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
     tile = tile_for("forward", q, v, call.crowded)
-    programs = cdiv(call.longest_q, tile.BLOCK_M) * sizes.B * sizes.Hq
+    launches, list_q, programs = [], None, cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
+    if call.cu_seqlens_q is not None and lists is not None:
+        list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))
+        launches.append(list_tiles(lists, call.cu_seqlens_q, None, sizes, Fill(o, lse)))
     if not programs:
         return []
     args = (
-        q, k, v, o, lse, call.sinks, call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k,
+        q, k, v, o, lse, call.sinks, call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, list_q,
         *map(strides_of, (q, k, v, o)), lse_strides(lse), *call.bound_strides,
         sizes.as_arguments(), call.scoring, call.window,
     )  # fmt: skip
-    options = {**call.widths, "FAR": far(q, k, v, o), "CARRY": tile.carry, **tile.launch_options}
-    return [Launch(_forward_kernel, (programs,), args, options)]
+    options = {**call.widths, "FAR": far(q, k, v, o), "CARRY": tile.carry, "WALK": walks(call), **tile.launch_options}
+    return [*launches, Launch(_forward_kernel, (programs,), args, options)]
 
 
 def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,8 +118,10 @@ def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     choice = dispatch.forward(call)
     if choice is dispatch.DECODE:
         return launch_decode(call)
-    if choice.tile is not None and (results := hopper.try_forward(call, choice.tile)) is not None:
-        return results
-    o, lse = outputs_to_fill(call)
-    _launches(call, o, lse)
+    if not call.sizes.B:
+        return outputs_to_fill(call)
+    o, lse = empty_outputs(call)
+    lists = tile_lists(call, of_keys=False)
+    if choice.tile is None or not hopper.try_forward(call, choice.tile, o, lse, lists):
+        _launches(call, o, lse, lists)
     return o, lse

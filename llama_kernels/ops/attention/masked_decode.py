@@ -15,7 +15,7 @@ from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_forward
-from llama_kernels.ops.attention.decode import MOST_ROWS, fits_decode, launch_decode
+from llama_kernels.ops.attention.decode import MOST_QUERIES, MOST_ROWS, fits_decode, launch_decode
 
 __all__ = ["decode_attention", "fits_decode"]
 
@@ -70,8 +70,9 @@ def decode_attention(
     It neither waits for the GPU nor copies k or v. For inference: it has no gradient.
 
     Args:
-        q, k, v, scale, softcap, sinks, kv_start, kv_end: as in `llama_kernels.attention`. There are 1 to 32 query rows
-            per key head, Hq // Hkv * Sq, as `fits_decode(q, k)` checks. Hidden keys and their values must be finite.
+        q, k, v, scale, softcap, sinks, kv_start, kv_end: as in `llama_kernels.attention`. There are at most 32 queries,
+            and 1 to 128 query rows per key head, Hq // Hkv * Sq, as `fits_decode(q, k)` checks. Hidden keys and their
+            values must be finite.
         key_mask: (B, Sk) bool, False for a key that no query of the sequence sees. A last dimension that is not
             contiguous is copied.
 
@@ -95,7 +96,7 @@ def decode_attention(
     if key_mask.device != q.device:
         raise ValueError(message(op, "key_mask", f"on {key_mask.device}", f"the device of q, {q.device}"))
     if not fits_decode(q, k):
-        wanted = f"1 to {MOST_ROWS} query rows per key head, Hq // Hkv * Sq"
+        wanted = f"1 to {MOST_ROWS} query rows per key head, Hq // Hkv * Sq, of at most {MOST_QUERIES} queries"
         raise ValueError(message(op, "q", f"{shape_of(q)} for {k.shape[1]} key heads", wanted))
     tensors = {"q": q, "k": k, "v": v, "sinks": sinks}
     if needs_grad(*tensors.values()):

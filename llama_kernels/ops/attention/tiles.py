@@ -13,6 +13,9 @@ from typing import NamedTuple
 from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.ops.attention.masks import both
 
+# Tokens of a block of a packed sequence: what every tile of rows or keys divides.
+BLOCK: tl.constexpr = tl.constexpr(128)
+
 
 class Matrix(NamedTuple):
     """One head of one sequence: row r begins at base + r * stride."""
@@ -22,15 +25,49 @@ class Matrix(NamedTuple):
 
 
 @triton.jit
-def query_tile(pid, sizes, BLOCK_M: tl.constexpr):
-    """First row, head and batch of program pid, in a grid over row tiles.
+def tiles_of_program(list_ptr, heads, ROWS: tl.constexpr, WALK: tl.constexpr):
+    """How many tiles, of ROWS rows or keys of one of the heads, this program computes. Dense (list_ptr is None): one.
+
+    Of a packed batch, program p of P computes tile p, if there is one; with WALK also tiles p + P, p + 2 P and so on.
+    """
+    count = 1
+    if list_ptr is not None:
+        pid, P = tl.program_id(0), tl.num_programs(0)
+        tiles = tl.load(list_ptr) * (heads * (BLOCK // ROWS))
+        if WALK:
+            count = (tiles + P - 1 - pid) // P
+        else:
+            count = (pid < tiles).to(tl.int32)
+    return count
+
+
+@triton.jit
+def listed(list_ptr, turn, heads, ROWS: tl.constexpr):
+    """Of a program's tile `turn` in a packed batch: its head, sequence, block, and place in the block.
+
+    Heads run fastest, so that programs that run at the same time share keys.
+    """
+    step = tl.program_id(0) + turn * tl.num_programs(0)
+    place = step // heads % (BLOCK // ROWS)
+    entry = list_ptr + 2 + step // (heads * (BLOCK // ROWS)) * 2
+    return step % heads, tl.load(entry), tl.load(entry + 1), place
+
+
+@triton.jit
+def query_tile(list_ptr, turn, sizes, BLOCK_M: tl.constexpr):
+    """First row, head and batch of a tile of query rows: this program's, or its `turn`-th of a packed batch.
 
     The last rows come first, since under a causal mask they see the most keys. Heads run fastest, so that programs that
     run at the same time share keys.
     """
-    heads = sizes.B * sizes.Hq
-    tile = tl.num_programs(0) // heads - 1 - pid // heads
-    return tile * BLOCK_M, pid % sizes.Hq, pid // sizes.Hq % sizes.B
+    if list_ptr is None:
+        pid, heads = tl.program_id(0), sizes.B * sizes.Hq
+        tile = tl.num_programs(0) // heads - 1 - pid // heads
+        m, h, b = tile * BLOCK_M, pid % sizes.Hq, pid // sizes.Hq % sizes.B
+    else:
+        h, b, block, place = listed(list_ptr, turn, sizes.Hq, BLOCK_M)
+        m = block * BLOCK + (BLOCK // BLOCK_M - 1 - place) * BLOCK_M
+    return m, h, b
 
 
 @triton.jit
@@ -51,6 +88,24 @@ def sequence(cu_seqlens_ptr, b, size, minus_longest):
 
 
 @triton.jit
+def key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N: tl.constexpr):
+    """First key, key head, batch, first token and number of keys of the sequence, of a tile as `query_tile`.
+
+    The first keys come first, since under a causal mask the most rows see them.
+    """
+    Hkv = sizes.Hq // sizes.group
+    if list_ptr is None:
+        pid = tl.program_id(0)
+        n, h_kv, b = pid // (Hkv * sizes.B) * BLOCK_N, pid % Hkv, pid // Hkv % sizes.B
+        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+    else:
+        h_kv, b, block, place = listed(list_ptr, turn, Hkv, BLOCK_N)
+        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+        n = (tl.cdiv(Sk, BLOCK) - 1 - block) * BLOCK + place * BLOCK_N
+    return n, h_kv, b, k_start, Sk
+
+
+@triton.jit
 def offset(strides, b, h, start):
     """Where head h of a sequence begins, in elements. 64-bit, since each of the products may pass 2^31."""
     return tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1] + start * strides[2]
@@ -62,7 +117,7 @@ def matrix(ptr, strides, b, h, start):
 
 
 @triton.jit
-def _tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.arange(0, BLOCK)
     if FAR:  # the stride is so large that BLOCK of them may pass 2^31
         rows = rows.to(tl.int64)
@@ -77,7 +132,7 @@ def load_tile(
 
     Rows from `limit` on and rows before `floor`, unless these are None, are not loaded and are zeros too.
     """
-    ptrs = _tile_ptrs(x, first, FAR, BLOCK, BLOCK_D)
+    ptrs = tile_ptrs(x, first, FAR, BLOCK, BLOCK_D)
     rows, d = first + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
     loaded = None
     if limit is not None:
@@ -95,7 +150,7 @@ def store_tile(
 ):  # fmt: skip
     """Round `tile` [BLOCK, BLOCK_D] to the dtype of x, and store its rows before `limit` and its columns before D."""
     stored = (first + tl.arange(0, BLOCK)[:, None] < limit) & (tl.arange(0, BLOCK_D)[None, :] < D)
-    tl.store(_tile_ptrs(x, first, FAR, BLOCK, BLOCK_D), cast(tile, x.base.dtype.element_ty), mask=stored)
+    tl.store(tile_ptrs(x, first, FAR, BLOCK, BLOCK_D), cast(tile, x.base.dtype.element_ty), mask=stored)
 
 
 @triton.jit

@@ -217,13 +217,14 @@ REACHED_BY = {
     "_qk_norm_rope_backward_kernel": "qk_norm_rope-64-64",
     "_forward_kernel": "causal-64",
     "_delta_kernel": "causal-64",
+    "_tile_list_kernel": "varlen",
     "_dkdv_kernel": "causal-64",
     "_dq_kernel": "causal-64",
     "_decode_kernel": "decode",
     "_combine_kernel": "decode",
     "_hopper_forward_kernel": "hopper-64",
     "_hopper_backward_kernel": "hopper-64",
-    "_round_dq_kernel": "hopper-64",
+    "_round_sum_kernel": "hopper-64",
 }
 # Likewise every operator.
 CALLED_BY = {

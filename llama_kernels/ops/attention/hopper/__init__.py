@@ -1,14 +1,12 @@
 """Attention for Hopper GPUs, in Gluon: bulk copies (TMA), warp groups that take turns, asynchronous products (wgmma).
 
 The portable kernels in the folder above compute the same; ../dispatch.py says which of them computes a call. forward.py
-and backward.py hold the kernels, round_dq.py what follows the backward, schedule.py the arithmetic of their pipelines,
+and backward.py hold the kernels, schedule.py the arithmetic of their pipelines,
 which tests run on a CPU, descriptors.py how the copy engine addresses tensors, tables.py the tiles, switch.py the
 opt-in, gluon.py the language.
 """
 
 from __future__ import annotations
-
-import torch
 
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.hopper.backward import launch_hopper_backward
@@ -19,10 +17,13 @@ from llama_kernels.ops.attention.hopper.tables import HopperTile
 __all__ = ["hopper_attention", "try_backward", "try_forward"]
 
 
-def try_forward(call: AttentionCall, tile: HopperTile) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """out and lse. None: the kernel does not compile or launch on this machine."""
-    _, results = attempt("forward", launch_hopper_forward, call, tile)
-    return results
+def try_forward(call: AttentionCall, tile: HopperTile, *others: object) -> bool:
+    """Whether out and lse are filled; arguments as `launch_hopper_forward`.
+
+    False: the kernel does not compile or launch on this machine.
+    """
+    done, _ = attempt("forward", launch_hopper_forward, call, tile, *others)
+    return done
 
 
 def try_backward(call: AttentionCall, tile: HopperTile, *others: object) -> bool:

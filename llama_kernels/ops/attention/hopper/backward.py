@@ -28,7 +28,6 @@ from llama_kernels.ops.attention.hopper.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from llama_kernels.ops.attention.hopper.round_dq import round_launch
 from llama_kernels.ops.attention.hopper.schedule import (
     filled_phase,
     freed_phase,
@@ -38,8 +37,10 @@ from llama_kernels.ops.attention.hopper.schedule import (
 )
 from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.masks import Mask, visible
+from llama_kernels.ops.attention.rounding import round_launch
 from llama_kernels.ops.attention.softmax import logits
-from llama_kernels.ops.attention.tiles import sequence
+from llama_kernels.ops.attention.tile_list import TileLists, programs_for
+from llama_kernels.ops.attention.tiles import key_tile, sequence, tiles_of_program
 from llama_kernels.ops.rotation import Rotation
 
 
@@ -222,7 +223,7 @@ def _consume(buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARE
 @jit
 def _hopper_backward_kernel(
     q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, dq_desc, dk_desc, dv_desc,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, list_ptr,
     sizes, scoring, window,
     PADDING: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -235,12 +236,9 @@ def _hopper_backward_kernel(
     Bytes: k, v, dk, dv once; q and do of the group and the sum of dq once for each key tile, from L2. FLOPs: 10 D for
     each visible pair.
     """
-    pid, Hkv = gl.program_id(0), sizes.Hq // sizes.group
-    h_kv, b = pid % Hkv, pid // Hkv % sizes.B
-    n = pid // (Hkv * sizes.B) * 128  # the first keys come first, since under a causal mask the most rows see them
-    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
-    if n < Sk:
+    if tiles_of_program(list_ptr, sizes.Hq // sizes.group, 128, False) > 0:
+        n, h_kv, b, k_start, Sk = key_tile(list_ptr, 0, sizes, cu_seqlens_k_ptr, 128)
+        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
         walk = row_walk(Mask(Sk - Sq, window.left, window.right, None, None, Sk), n, Sq, 64, 128)
         heads, padded_start = b * sizes.Hq, 0
         if cu_seqlens_q_ptr is not None:
@@ -277,36 +275,41 @@ def _hopper_backward_kernel(
 
 @cached_launch
 def _launches(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation: Rotation
-) -> list[Launch]:
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation: Rotation,
+    lists: TileLists | None,
+) -> list[Launch]:  # fmt: skip
     """unrotated: dk before the inverse rotation; None where there is none."""
     sizes = call.sizes
+    list_q, list_k = lists or (None, None)
     dk_sum = dk if unrotated is None else unrotated
     args = (
         *(describe(x, 64, tile.width) for x in (call.q, call.k, call.v, do)),
         describe_rows(lse2, 64), describe_rows(delta, 64),
         describe(dq_sum, 64, 64), describe(dk_sum, 64, tile.width), describe(dv, 64, tile.width),
-        call.cu_seqlens_q, call.cu_seqlens_k, sizes.as_arguments(), call.scoring, call.window,
+        call.cu_seqlens_q, call.cu_seqlens_k, list_k, sizes.as_arguments(), call.scoring, call.window,
     )  # fmt: skip
     options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
-    programs = cdiv(call.longest_k, 128) * sizes.B * sizes.Hkv
+    programs = cdiv(sizes.Sk, 128) * sizes.B * sizes.Hkv
+    if lists is not None:
+        programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, 128, walk=False)
     launches = [
         Launch(_hopper_backward_kernel, (programs,), args, options),
-        round_launch(dq_sum, dq, call.cu_seqlens_q, sizes, call.scale, rotation),
+        round_launch(dq_sum, dq, call.cu_seqlens_q, list_q, sizes, call.scale, rotation),
     ]
     if unrotated is not None:
         keys_as_rows = sizes._replace(Hq=sizes.Hkv, Sq=sizes.Sk, longest_q=sizes.longest_k)
-        launches.append(round_launch(unrotated, dk, call.cu_seqlens_k, keys_as_rows, 1.0, rotation))
+        launches.append(round_launch(unrotated, dk, None, None, keys_as_rows, 1.0, rotation))
     return launches
 
 
 def launch_hopper_backward(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, rotation: Rotation
-) -> None:
+    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, rotation: Rotation,
+    lists: TileLists | None,
+) -> None:  # fmt: skip
     """Fill dq, dk and dv. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
 
     rotation: of q and k before the call. dq gets its inverse where its sum is rounded; dk, which the kernel writes
     rounded, in a launch of its own.
     """
     unrotated = empty_in_order_of(dk) if rotation.half else None
-    _launches(call, tile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation)
+    _launches(call, tile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation, lists)

@@ -9,7 +9,7 @@ import torch
 from llama_kernels.core.language import LN2, LOG2E, TRITON_VERSION
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv
-from llama_kernels.ops.attention.call import AttentionCall, lse_strides, outputs_to_fill
+from llama_kernels.ops.attention.call import AttentionCall, lse_strides
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
@@ -33,7 +33,8 @@ from llama_kernels.ops.attention.hopper.schedule import (
 from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import logits
-from llama_kernels.ops.attention.tiles import offset, query_tile, sequence
+from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
+from llama_kernels.ops.attention.tiles import offset, query_tile, sequence, tiles_of_program
 
 # From Triton 3.9 on, the code of width 256 with a window has no two registers left.
 _ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
@@ -210,7 +211,7 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
 
 @jit
 def _hopper_forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, sinks_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, sinks_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, list_ptr,
     lse_strides,
     sizes, scoring, window,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -223,10 +224,10 @@ def _hopper_forward_kernel(
     cores run the products of the other. Only blocks at the edge of the mask compute it.
     Bytes: q and o once; k and v once for each row tile, from L2. FLOPs: 4 D for each visible pair.
     """
-    m, h, b = query_tile(gl.program_id(0), sizes, 128)
-    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
-    if m < Sq:
+    if tiles_of_program(list_ptr, sizes.Hq, 128, False) > 0:
+        m, h, b = query_tile(list_ptr, 0, sizes, 128)
+        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
         mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
         walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), window.left, Sk, BLOCK_N)
         where = Where(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
@@ -255,23 +256,26 @@ def _hopper_forward_kernel(
 
 
 @cached_launch
-def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, tile: HopperTile) -> list[Launch]:
+def _launches(
+    call: AttentionCall, tile: HopperTile, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
+) -> list[Launch]:
     sizes = call.sizes
-    programs = cdiv(call.longest_q, 128) * sizes.B * sizes.Hq
-    if not programs:
-        return []
+    launches, list_q, programs = [], None, cdiv(sizes.Sq, 128) * sizes.B * sizes.Hq
+    if call.cu_seqlens_q is not None and lists is not None:
+        list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, 128, walk=False)
+        launches.append(list_tiles(lists, call.cu_seqlens_q, None, sizes, Fill(o, lse)))
     args = (
         describe(call.q, 64, tile.width), describe(call.k, tile.BLOCK_N, tile.width),
         describe(call.v, tile.BLOCK_N, tile.width), describe(o, 64, tile.width),
-        lse, call.sinks, call.cu_seqlens_q, call.cu_seqlens_k, lse_strides(lse),
+        lse, call.sinks, call.cu_seqlens_q, call.cu_seqlens_k, list_q, lse_strides(lse),
         sizes.as_arguments(), call.scoring, call.window,
     )  # fmt: skip
     options = {"BLOCK_N": tile.BLOCK_N, "STAGES": tile.STAGES, "num_warps": 4}
-    return [Launch(_hopper_forward_kernel, (programs,), args, options)]
+    return [*launches, Launch(_hopper_forward_kernel, (programs,), args, options)]
 
 
-def launch_hopper_forward(call: AttentionCall, tile: HopperTile) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of `call`, which dispatch.py gave this tile."""
-    o, lse = outputs_to_fill(call)
-    _launches(call, o, lse, tile)
-    return o, lse
+def launch_hopper_forward(
+    call: AttentionCall, tile: HopperTile, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
+) -> None:
+    """Fill o and lse. tile: that which dispatch.py gave the call."""
+    _launches(call, tile, o, lse, lists)
