@@ -48,13 +48,13 @@ _HALF = {
     # registers leave room for a second program on an SM. At width 128, 128 keys per step would spill up to 152 bytes,
     # since p takes registers twice: see `in_registers_of_its_own`.
     ("sm_90", "forward"): (
-        Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 64, 8, 2)),
+        Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),
         Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on.
     ("sm_90", "dq"): (
-        Tile(128, 64, 8, 2),
+        Tile(128, 128, 8, 2, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 2),
         Tile(128, 32, 8, 2, newer=Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))),
     ),
@@ -63,7 +63,7 @@ _HALF = {
     # operands. At width 128 they spill up to 16 bytes, outside the loop; with softcap and more, 104 bytes; under Triton
     # 3.9 inside the loop.
     ("sm_90", "dkdv"): (
-        Tile(64, 128, 8, 2),
+        Tile(64, 128, 8, 3),
         Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2), newer=Tile(32, 128, 8, 2)),
         Tile(32, 128, 8, 2, split=True),
     ),
@@ -71,7 +71,7 @@ _HALF = {
     # an inverse rotation spills 8 bytes with all options at once, outside the loop.
     ("sm_80", "forward"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
     ("sm_80", "dq"): (
-        Tile(128, 64, 8, 3),
+        Tile(128, 64, 8, 2),
         Tile(64, 128, 8, 2, newer=Tile(64, 128, 8, 2, crowded=Tile(64, 64, 8, 2))),
         Tile(64, 64, 8, 2, crowded=Tile(64, 64, 8, 1)),
     ),
