@@ -1,15 +1,17 @@
-"""How the suite runs: on a GPU the compiled kernels; without one the kernels in Triton's interpreter; with
-TRITON_INTERPRET=0 and no GPU the reference path that CPU tensors take otherwise; with --compiled sm_80 or sm_90 the PTX
-of the kernels, on CPU tensors (tests/compiled). The tests are the same."""
+"""What the suite runs. The tests are the same in each case:
+
+- on a GPU, the compiled kernels;
+- without a GPU, the kernels in Triton's interpreter;
+- without a GPU and with TRITON_INTERPRET=0, the reference, which CPU tensors take otherwise;
+- with --compiled sm_80 or sm_90, the compiled PTX of the kernels, on CPU tensors (tests/compiled).
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
-from typing import Any
 
-# Before NumPy is loaded, which multiplies for the interpreter: for its small products more threads only wait.
+# Before NumPy is loaded. The interpreter's products are too small for more than one thread.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
@@ -17,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     compiled = any(argument.startswith("--compiled") for argument in sys.argv)
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")  # before the first kernel is decorated
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product: cuBLAS is deterministic only so
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product, for cuBLAS to be deterministic
 
 import pytest
 
@@ -30,27 +32,10 @@ pytest_plugins = ("tests.compiled.plugin", "tests.compiled.llama.plugin", "tests
 
 torch.set_num_threads(1)  # tests run side by side, on tensors too small to share
 
-_BUILTINS: dict[Any, list[str]] = {}  # by module of the language, or class
-
-
-def _patch_builtin(pkg: Any, builder: Any, scope: Any) -> None:
-    """For Triton's interpreter, which at every call of a device function searches its language for builtins to replace,
-    that the launch has replaced long before: a third of the suite's time. The same, with one search a module."""
-    from triton.runtime import interpreter
-
-    is_builtin = interpreter.tl.core.is_builtin
-    if pkg not in _BUILTINS:
-        _BUILTINS[pkg] = [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
-    for name in _BUILTINS[pkg]:
-        if is_builtin(member := getattr(pkg, name)):
-            interpreter._patch_attr(pkg, name, member, builder, scope)
-
-
 if INTERPRETED:
-    from triton.runtime import interpreter
+    from tests.support import interpreter
 
-    if inspect.signature(interpreter._patch_builtin).parameters.keys() == {"pkg", "builder", "scope"}:
-        interpreter._patch_builtin = _patch_builtin
+    interpreter.make_faster()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -106,15 +91,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _reproducible_and_poisoned(request: pytest.FixtureRequest):
-    """A seed, and uninitialised memory filled with NaN: what a kernel does not write shows. No launch is cached of
-    another test, which may have replaced a tile.
+    """Set a seed, fill uninitialised memory with NaN, and empty the launch cache.
 
-    PyTorch fills memory where deterministic algorithms are asked for, and then the Hopper backward is not taken. So
-    under --hopper they are not asked for, but in tests marked `deterministic`."""
+    NaN shows what a kernel does not write. A cached launch may have a tile that another test replaced. PyTorch fills
+    memory only where deterministic algorithms are asked for, which rule out the Hopper backward: under --hopper, only
+    tests marked `deterministic` ask for them.
+    """
     torch.manual_seed(0)
     launch_cache.forget()
     wanted = not request.config.getoption("hopper") or request.node.get_closest_marker("deterministic") is not None
-    torch.use_deterministic_algorithms(wanted, warn_only=True)  # of the references, some have no such algorithm
+    torch.use_deterministic_algorithms(wanted, warn_only=True)  # some of the reference's operations have none
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -72,12 +72,12 @@ _KINDS = {
 }
 
 
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def disassembled(cubin: bytes) -> str:
-    """The output of nvdisasm."""
-    return _tool(cubin, "nvdisasm", "-c", "-ndf")  # -ndf, no dataflow analysis: a third faster, only notes are missing
+def disassembled(cubin: bytes, *options: str) -> str:
+    """The output of nvdisasm. -ndf, no dataflow analysis, is a third faster; only notes are missing."""
+    return _tool(cubin, "nvdisasm", "-c", "-ndf", *options)
 
 
 def usage(cubin: bytes) -> str:
@@ -90,7 +90,7 @@ def _tool(cubin: bytes, name: str, *options: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        return subprocess.run([_TOOLS / name, *options, path], capture_output=True, text=True).stdout
+        return subprocess.run([TOOLS / name, *options, path], capture_output=True, text=True).stdout
 
 
 def instructions(text: str) -> tuple[list[str], dict[str, int]]:

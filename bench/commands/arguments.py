@@ -6,6 +6,8 @@ python -m bench parity                parity at small shapes, without times: a g
 python -m bench compare A.json B.json what became slower from A to B; exits with 1 if anything did
 python -m bench report FILES          draws the pictures and the page again from records
 python -m bench providers             which providers can be measured here, and why the others cannot
+python -m bench estimate              estimates speed without a GPU, beside published speeds
+python -m bench calibrate PEERS       how far these estimates are off, for the peers' kernels in a folder
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import torch
 from bench.commands.kept import compare_runs, list_providers, redraw
 from bench.commands.parity import check_parity
 from bench.commands.run import run
+from bench.estimate import OPS as ESTIMATED
+from bench.estimate.constants import gpus
 from bench.providers.registry import PROVIDERS
 from bench.reporting import compare
 from bench.training.scale import TRAINING
@@ -92,8 +96,41 @@ def parser() -> argparse.ArgumentParser:
     add("files", type=Path, nargs="+")
     add("--out", type=Path, default=Path("build/bench"), metavar="FOLDER")
 
+    add = command("estimate", estimate_speed, "estimates of speed without a GPU, beside published speeds")
+    add("--gpus", nargs="+", choices=tuple(gpus()), default=["H100", "A100"], metavar="GPU",
+        help=f"of {', '.join(gpus())} (default: H100 A100)")  # fmt: skip
+    add("--ops", nargs="+", choices=ESTIMATED, default=ESTIMATED, metavar="OP",
+        help=f"of {', '.join(ESTIMATED)} (default: all)")  # fmt: skip
+    add("--hopper", action="store_true", help="attention on Hopper by the Gluon kernels too")
+    add("--json", type=Path, metavar="FILE", help="write our estimates there")
+    add(
+        "--before",
+        type=Path,
+        metavar="FILE",
+        help="what --json wrote another day: show the change beside each estimate",
+    )
+    add("--layer", type=Path, metavar="FILE", help="a Llama 3.1 8B layer: write a picture of where its time goes")
+    add("--peers", type=Path, metavar="PEERS", help="with --layer: a folder with Liger, whose parts are shown too")
+
+    add = command("calibrate", calibrate_models, "how far estimates are off, for peers' kernels in a folder")
+    add("peers", type=Path, metavar="PEERS", help="a folder with the code of peers; see docs/performance.md")
+    add("--only", default="", metavar="OP", help='figures of an op, as "rms_norm" or "attention forward"')
+    add("--record", action="store_true", help="keep the errors, which `estimate` prints, in bench/estimate/errors.json")
+
     add_device(command("providers", list_providers, "which providers can be measured here, and why others cannot"))
     return whole
+
+
+def estimate_speed(args: argparse.Namespace) -> int:
+    from bench.commands.estimate import estimate_speed  # compiles, so it needs Triton, which the rest does not
+
+    return estimate_speed(args)
+
+
+def calibrate_models(args: argparse.Namespace) -> int:
+    from bench.commands.calibrate import calibrate_models  # likewise
+
+    return calibrate_models(args)
 
 
 def _positive(text: str) -> float:

@@ -132,13 +132,19 @@ class SharedAccess(GlobalAccess):
         if found:
             self.finding(k, f"race in shared memory, {found}")
 
+    def _unfence(self, warps: np.ndarray, places: np.ndarray) -> None:
+        """Asynchronous units see what these warps wrote here, at most 16 bytes each, behind a fence.proxy.async."""
+        if self.clocks:
+            self.clocks.store_clock[warps, places // 16] = self.clocks.clock[warps, warps]
+        elif self.program.asynchronous:
+            self.shared.unfenced.reshape(-1)[warps * (self.shared.size // 16) + places % self.shared.size // 16] = 1
+
     def _store(self, k: int, warps: np.ndarray, places: np.ndarray, size: int, containers: np.ndarray) -> None:
         """By st or stmatrix, which asynchronous units see only behind a fence.proxy.async."""
         shared = self.shared
         self._check_write(k, places, size)
         self.report.counts["shared bytes written"] += size * len(places)
-        if self.program.asynchronous:
-            shared.unfenced.reshape(-1)[warps * (shared.size // 16) + places % shared.size // 16] = 1
+        self._unfence(warps, places)
         if self.races:
             self._race(k, self.races.write(warps, places, size, containers))
         shared.store(places, size, containers)

@@ -25,17 +25,10 @@ class Barrier:
     left: int  # arrivals of this phase
     bytes: int = 0  # expected, less landed
     phase: int = 0
-    past: np.ndarray | None = None  # vector clock of the arrivals
+    past: np.ndarray | None = None  # what comes before the arrivals (ClockRaces.release)
     over: np.ndarray | None = None  # of the last phase that is over
     fenced: bool = False  # a fence has made its initialisation visible to copies
-
-    def step(self, column: int) -> None:
-        if self.left == 0 and self.bytes == 0:
-            self.phase += 1
-            self.left = self.count
-            if self.past is not None:
-                self.past[column] = self.phase
-                self.over = self.past.copy()
+    waited: dict[int, int] = dataclasses.field(default_factory=dict)  # who has waited for that phase, and when
 
 
 class Bulk(Products):
@@ -78,7 +71,7 @@ class Bulk(Products):
             index = len(self.barriers) if place not in self.barriers else self.barriers[place].index
             if self.clocks and index >= self.clocks.MBARRIERS:
                 raise NotImplementedError(f"more than {self.clocks.MBARRIERS} mbarriers: {self.program.code[k]}")
-            past = np.zeros(len(self.clocks.clock), "i4") if self.clocks else None
+            past = np.zeros((2, len(self.clocks.clock)), "i4") if self.clocks else None
             self.barriers[place] = Barrier(index, n, n, past=past)
 
     def barrier_inval(self, k: int, address: np.ndarray, M: np.ndarray | None) -> None:
@@ -99,6 +92,28 @@ class Bulk(Products):
     def _column(self, barrier: Barrier) -> int:
         return self.warps + barrier.index
 
+    def _step(self, k: int, barrier: Barrier) -> None:
+        """Go on to the next phase if this one is over."""
+        if barrier.left or barrier.bytes:
+            return
+        barrier.phase += 1
+        barrier.left = barrier.count
+        if self.clocks:
+            late = [warp for warp, at in barrier.waited.items() if barrier.past[0, warp] < at]
+            if late:
+                self.finding(k, f"a phase of an mbarrier may be over before warp {late[0]} has waited for the last")
+            barrier.waited.clear()
+            barrier.past[0, self._column(barrier)] = barrier.phase
+            barrier.over = barrier.past.copy()
+
+    def _waited(self, k: int, barrier: Barrier, warp: int) -> None:
+        """A warp has found a phase over. It must know of the phase before, whose parity is that of the phase after."""
+        if barrier.over is not None:
+            if self.clocks.clock[warp, self._column(barrier)] < barrier.phase - 1:
+                self.finding(k, "a wait for an mbarrier may take an earlier phase for the one that it waits for")
+            self.clocks.acquire(warp, barrier.over)
+        barrier.waited[warp] = int(self.clocks.clock[warp, warp])
+
     def barrier_arrive(
         self, k: int, address: np.ndarray, count: np.ndarray, expect: bool, M: np.ndarray | None
     ) -> None:
@@ -114,7 +129,7 @@ class Bulk(Products):
                 self.fault(k, "more threads arrive on an mbarrier than it counts", lane)
             if self.clocks:
                 barrier.past = np.maximum(barrier.past, self.clocks.release(int(self.warp[lane])))
-            barrier.step(self._column(barrier))
+            self._step(k, barrier)
 
     def barrier_over(self, k: int, address: np.ndarray, parity: np.ndarray, M: np.ndarray | None) -> np.ndarray:
         """Whether the phase of this parity is over."""
@@ -127,8 +142,8 @@ class Bulk(Products):
             out[at] = (parity[at] & np.uint32(1)) != barrier.phase % 2
             for warp in np.unique(self.warp[at]).tolist():
                 self._ordered_after_init(k, place, 32 * warp)
-                if self.clocks and barrier.over is not None and out[32 * warp : 32 * warp + 32].any():
-                    self.clocks.acquire(warp, barrier.over)
+                if self.clocks and out[32 * warp : 32 * warp + 32].any():
+                    self._waited(k, barrier, warp)
             if not out[at].all():
                 self.polled.add(place)
         return out
@@ -188,7 +203,7 @@ class Bulk(Products):
         shared.store(load.places, each, values)
         barrier = self.barriers[load.barrier]
         barrier.bytes -= load.descriptor.bytes
-        barrier.step(self._column(barrier))
+        self._step(load.k, barrier)
 
     def bulk_store(
         self, k: int, tensor: np.ndarray, at: list[np.ndarray], source: np.ndarray, how: str, M: np.ndarray | None
@@ -197,8 +212,7 @@ class Bulk(Products):
             descriptor, where, places = self._box(k, source, tensor, at, lane)
             chunks = np.unique(places // 16)
             per_cta = self.shared.size // 16
-            if self.shared.unfenced[int(chunks[0]) // per_cta][:, chunks % per_cta].any():
-                self.finding(k, "read of shared memory before a fence.proxy.async")
+            self._check_fenced(k, int(chunks[0]) // per_cta, chunks % per_cta, self.warp[[lane]])
             self._check_read(k, chunks * 16, 16, np.full(len(chunks), self.warp[lane]))
             self.shared.busy(chunks, 1)
             self.stores.append(Store(descriptor, where, places, how, lane, int(self.bulk_groups[lane]), k))

@@ -83,7 +83,8 @@ class Copies(SharedAccess):
         self.copies = kept
 
     def _land(self, copy: Copy) -> None:
-        # A wgmma needs no fence.proxy.async after a cp.async: neither Triton nor CUTLASS has one there.
+        if self.checks.fenced_copies:
+            self._unfence(copy.warps, copy.places)
         if self.races:
             self._race(copy.k, self.races.write(copy.warps, copy.places, copy.size, copy.values))
         self.shared.store(copy.places, copy.size, copy.values)

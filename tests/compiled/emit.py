@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .parse import Instruction, Memory
-from .registers import SPECIAL, python_name, read, size_of, written
+from .registers import SPECIAL, python_name, size_of
 
 if TYPE_CHECKING:
     from .program import Program
@@ -55,16 +55,16 @@ class Lines:
         if each.mods[0] in ("wgmma", "bra", "brx", "ret", "exit"):
             self.flush_operand_writes()
         else:
-            self._note_operand_writes(each)
+            self._note_operand_writes(k, each)
         try:
             handler(self, each, each.mods)
         except (IndexError, KeyError, ValueError, TypeError, StopIteration) as error:
             raise NotImplementedError(f"PTX instruction that is not supported: {each}: {error!r}") from error
 
-    def _note_operand_writes(self, each: Instruction) -> None:
+    def _note_operand_writes(self, k: int, each: Instruction) -> None:
         """Writes of registers that a wgmma uses. A mov of registers, packed or not, makes no new value."""
-        moved = tuple(read(each, self.program.entry)) if each.mods[0] == "mov" else ()
-        self._operand_writes += [(to, moved) for to in sorted(written(each) & self.program.operands)]
+        moved = tuple(self.program.reads[k]) if each.mods[0] == "mov" else ()
+        self._operand_writes += [(to, moved) for to in sorted(self.program.writes[k] & self.program.operands)]
 
     def flush_operand_writes(self) -> None:
         """Tell the machine of the writes noted so far."""

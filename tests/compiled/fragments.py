@@ -45,7 +45,7 @@ def c_registers(c: np.ndarray) -> list[np.ndarray]:
     return list(np.ascontiguousarray(lanes).reshape(columns // 2, warps * 32))
 
 
-# --- wgmma's operands in shared memory --------------------------------------------------------------------------------
+# --- wgmma's operands in shared memory -------------------------------------------------------------------------------
 
 _ROW_BYTES = {1: 128, 2: 64, 3: 32, 0: 16}  # by the swizzle mode of a descriptor
 _XOR = {0: 0, 1: 7, 2: 3, 3: 1}  # bits 7 and up of an address that are mixed into bits 4 and up

@@ -57,8 +57,8 @@ class Kernel:
         report = Report(self.name)
         grid = (*grid, 1, 1)[:3]
         total = grid[0] * grid[1] * grid[2]
-        at_once = 1 if self.program.specialised else max(1, LANES // entry.threads)
         memory, checks = Global(regions), checks or Checks()
+        at_once = 1 if self.program.specialised or checks.clocks else max(1, LANES // entry.threads)
         for first in range(0, total, at_once):
             ctas = np.arange(first, min(first + at_once, total))
             Machine(self.program, grid, ctas, params, descriptors, memory, dynamic_shared, checks, report).run()

@@ -135,14 +135,17 @@ class Machine(Bulk):
             counts = {self.program.blocks[b].barrier[1] for b in blocks}
             if len(counts) > 1:
                 raise Fault(f"{self.program.entry.name}: barrier {number} for different counts: {sorted(counts)}")
-            arrived = there.reshape(self.ctas, -1).sum(1)
-            ready = (arrived > 0) & (arrived >= np.minimum(live, counts.pop() or self.threads))
+            arrived, count = there.reshape(self.ctas, -1).sum(1), counts.pop() or self.threads
+            if (arrived > count).any():
+                raise Fault(f"{self.program.entry.name}: {arrived.max()} threads at barrier {number} for {count}")
+            ready = (arrived > 0) & (arrived >= np.minimum(live, count))
             if ready.any():
                 opened = True
                 there &= np.repeat(ready, self.threads)
                 self.released = self.released | there
                 if self.clocks:
-                    self.clocks.barrier(np.unique(self.warp[there]))
+                    if found := self.clocks.barrier(number, np.unique(self.warp[there])):
+                        self.report.add(found)
                 else:
                     first = self.program.code[self.program.blocks[blocks[0]].first]
                     self._barrier_races(np.flatnonzero(ready), str(first))

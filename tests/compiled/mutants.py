@@ -10,7 +10,6 @@ for result in survey(log.launches[0]):
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,16 +19,29 @@ from .driver import Launched
 from .global_memory import Fault
 from .kernel import Kernel
 from .parse import Entry, Instruction, parse
-from .redundant import reason, touches_shared
 from .report import Checks, Report
+
+# Why a mutant is right, where vector clocks find nothing either: then every schedule gives the same results (races.py).
+ORDERED = "what it orders is ordered without it"
+EQUAL_VALUES = "it orders only stores of the value that is there already"
+_REDUNDANT = {
+    "fence.proxy.async": "no store reaches an asynchronous read without another fence",
+    "wgmma.fence": "another wgmma.fence follows the last write of each register that a product uses",
+    "mbarrier.init": "nothing uses this mbarrier",
+    "wait": "another wait comes before each use of what it waits for",
+    "": ORDERED,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """seen: "fault", "reported" or "numbers" for what showed the error; "no" where nothing did. said: the message, or
-    where nothing shows why not, if that is known.
-    runs: how often each warp ran the instruction, on the average. Of a loop that turned once, what a second turn needs
-    is not seen."""
+    """What became of one mutant.
+
+    seen: "fault", "reported" or "numbers" for what showed the error; "no" for a mutant that is right.
+    said: the message, or why the mutant is right.
+    runs: how often each warp ran the instruction, on average. Of a loop that ran once, what a second step needs is not
+        seen.
+    """
 
     kernel: str
     kind: str
@@ -54,6 +66,13 @@ def _is_barrier(each: Instruction | str) -> bool:
     return _is(each, "bar.sync", "barrier.sync")
 
 
+def _touches_shared(each: Instruction) -> bool:
+    """Whether an instruction reads or writes shared memory, or starts a copy or a product that does."""
+    return each.op.startswith(("ldmatrix", "stmatrix", "cp.async.c", "cp.async.bulk.t", "wgmma.mma")) or (
+        each.mods[0] in ("ld", "st") and "shared" in each.mods
+    )
+
+
 def _ends_block(each: Instruction | str) -> bool:
     return isinstance(each, str) or each.mods[0] in ("bra", "brx", "ret", "exit") or _is_barrier(each)
 
@@ -62,7 +81,7 @@ def _moved(code: list[Instruction | str], i: int, step: int) -> list[Instruction
     """The barrier at i on the other side of the next access of shared memory, in its own basic block."""
     j = i + step
     while 0 <= j < len(code) and not _ends_block(code[j]):
-        if touches_shared(code[j]):
+        if _touches_shared(code[j]):
             rest = code[:i] + code[i + 1 :]
             return [*rest[:j], code[i], *rest[j:]]
         j += step
@@ -120,45 +139,50 @@ def _runs(kernel: Kernel, report: Report) -> dict[int, float]:
 def survey(
     launched: Launched, kinds: Iterable[str] | None = None, seeds: Iterable[int | None] = (None,)
 ) -> list[Result]:
-    """What is seen of each mutant of a launch, beyond what the kernel shows as it is. Only what was run is spoiled; a
-    mutant runs until one seed shows it."""
+    """What shows of each mutant of a launch, beyond what the kernel shows as it is.
+
+    Only instructions that ran are changed. A mutant runs under one seed after another until something shows, at last
+    with vector clocks. Those find what could show in any schedule: where they find nothing, the mutant is right.
+    """
     given = [t.detach() for t in launched.tensors]
     before = [t.clone() for t in given]
 
-    def run(kernel: Kernel, seed: int | None) -> tuple[list[torch.Tensor], Report]:
+    def run(kernel: Kernel, checks: Checks) -> tuple[list[torch.Tensor], Report]:
         for t, b in zip(given, before, strict=True):
             t.copy_(b)
-        report = kernel.launch(launched.grid, launched.values, launched.regions, launched.shared, Checks(seed=seed))
+        report = kernel.launch(launched.grid, launched.values, launched.regions, launched.shared, checks)
         return [t.clone().nan_to_num(7.5) for t in given], report
 
-    def look(kernel: Kernel) -> tuple[str, str]:
-        for seed in seeds:
-            try:
-                got, report = run(kernel, seed)
-            except Fault as fault:
-                return "fault", str(fault)
-            if found := [each for each in report.findings if each not in known]:
-                return "reported", found[0]
-            if not all(map(torch.equal, got, expected)):
-                return "numbers", ""
-        return "no", ""
+    def shown(kernel: Kernel, checks: Checks) -> tuple[str, str] | None:
+        try:
+            got, report = run(kernel, checks)
+        except Fault as fault:
+            return "fault", str(fault)
+        if found := [each for each in report.findings if each not in known[checks]]:
+            return "reported", found[0]
+        return None if all(map(torch.equal, got, expected)) else ("numbers", "")
 
-    def shows(kernel: Kernel) -> bool:
-        return not known.issuperset(run(kernel, None)[1].findings)
+    def outcome(kernel: Kernel, kind: str) -> tuple[str, str]:
+        for checks in (*schedules, *exact):
+            if found := shown(kernel, checks):
+                return found
+        if kind.startswith("barrier"):
+            return "no", EQUAL_VALUES if shown(kernel, strict) else ORDERED
+        return "no", next(why for name, why in _REDUNDANT.items() if name in kind)
 
     entry = parse(Path(launched.ptx).read_text())
     whole = Kernel(entry)
-    expected, report = run(whole, None)
-    known = set(report.findings)
+    schedules = [Checks(seed=seed) for seed in seeds]
+    exact = Checks(clocks=True), Checks(clocks=True, fenced_copies=True)
+    strict = Checks(clocks=True, equal_stores=True)
+    expected, report = run(whole, Checks())
+    known = {checks: set(run(whole, checks)[1].findings) for checks in (*schedules, *exact, strict)}
     runs = _runs(whole, report)
     out = []
     for mutant in mutants(entry):
         instruction = entry.code[mutant.index]
         if id(instruction) in runs and (kinds is None or mutant.kind in kinds):
-            spoiled = Kernel(mutant.entry)
-            seen, said = look(spoiled)
-            if seen == "no" and _is_barrier(instruction) and not whole.program.specialised:
-                said = reason(whole.program, instruction, functools.partial(shows, spoiled))
+            seen, said = outcome(Kernel(mutant.entry), mutant.kind)
             out.append(Result(whole.name, mutant.kind, str(instruction), runs[id(instruction)], seen, said))
-    run(whole, None)
+    run(whole, Checks())
     return out

@@ -7,6 +7,7 @@ else raises a SyntaxError or a NotImplementedError that quotes it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -35,7 +36,7 @@ class Instruction:
     negated: bool = False  # @!p
     where: str = ""  # file:line
 
-    @property
+    @functools.cached_property
     def mods(self) -> list[str]:
         """The opcode and its modifiers: ["ld", "global", "b32"]."""
         return self.op.replace("::", ".").split(".")

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import FUNCTIONS
-from .emit import Lines
+from .emit import Lines, unsupported
 from .parse import Entry, Instruction
 from .registers import named, python_name, read, size_of, written
 
 SHARED_BASE = 1024  # shared address of a thread block's first byte: 0 is no address, and swizzles find their alignment
-DESCRIPTORS = 2**40  # address of the first parameter, where it is a tensor descriptor; the next is 4096 further
+DESCRIPTORS = 2**31  # address of the first parameter, if it is a tensor descriptor; the next is 4096 further
 _ENDS = ("bra", "brx", "ret", "exit", "trap")
 
 
@@ -46,7 +46,10 @@ class Program:
         self.blocks: list[Block] = []
         self.namespace: dict[str, Any] = dict(FUNCTIONS)
         self._cut(entry.code)
-        self.used = set().union(*(read(each, entry) for each in self.code))  # registers that an instruction reads
+        self.named = [named(each, entry) for each in self.code]  # registers of each instruction
+        self.reads = [read(each, entry) for each in self.code]
+        self.writes = [written(each) for each in self.code]
+        self.used = set().union(*self.reads)
         self.operands = self._operands()  # registers that a wgmma reads or writes, and what is moved into them
         self.storage = self._storage()
         pending = self._pending()
@@ -78,11 +81,6 @@ class Program:
         head = [f"def block_{block}{'_keep' * keep}(m, M):"]
         head += ["    global " + ", ".join(map(python_name, shared))] if shared else []
         return "\n".join(head + ["    " + line for line in lines.lines] + ["    pass"])
-
-    def check(self) -> None:
-        """Raise NotImplementedError if any instruction is not supported, whether or not it is ever run."""
-        for block in range(len(self.blocks)):
-            self.source(block, True)
 
     def constant(self, value: Any, dtype: str) -> str:
         """The name of a constant array."""
@@ -129,7 +127,7 @@ class Program:
             first, last = self.code[b.first], self.code[b.last - 1]
             if _is_barrier(first):
                 if "sync" not in first.mods or first.guard:
-                    raise NotImplementedError(str(first))
+                    raise unsupported(first)
                 b.barrier = (int(first.args[0]), int(first.args[1]) if len(first.args) > 1 else 0)
             if last.mods[0] == "bra":
                 b.target = at.get(labels[last.args[0]], len(self.blocks))
@@ -151,21 +149,21 @@ class Program:
         """Registers that a wgmma reads or writes, and those that are moved into them."""
         products = [each.args for each in self.code if each.op.startswith("wgmma.mma")]
         found = {x for args in products for part in args[:2] if isinstance(part, list) for x in part}
-        moves = [each for each in self.code if each.mods[0] == "mov"]
-        while more := set().union(*(read(each, self.entry) for each in moves if written(each) & found)) - found:
+        moves = [k for k, each in enumerate(self.code) if each.mods[0] == "mov"]
+        while more := set().union(*(self.reads[k] for k in moves if self.writes[k] & found)) - found:
             found |= more
         return found
 
     def _storage(self) -> dict[str, str]:
         """The NumPy type of each register: bits, or float32 where an instruction makes it float32."""
         found: dict[str, str] = {}
-        for each in self.code:
+        for k, each in enumerate(self.code):
             mods = each.mods
             floating = mods[-1] == "f32" or mods[0] in ("mma", "wgmma")
             if mods[0] == "cvt":
                 floating = mods[-2] == "f32"
-            made = written(each) if floating else set()
-            for x in named(each, self.entry):
+            made = self.writes[k] if floating else set()
+            for x in self.named[k]:
                 bits = {"pred": "p", "b16": "u2", "b32": "u4", "b64": "u8", "b8": "u1"}[self.entry.width(x)]
                 if x not in found or (x in made and bits == "u4"):
                     found[x] = "f4" if x in made and bits == "u4" else bits
@@ -176,11 +174,11 @@ class Program:
         blocks: dict[str, set[int]] = {}
         read_first: set[str] = set()
         for i, b in enumerate(self.blocks):
-            for each in self.code[b.first : b.last]:
-                for x in named(each, self.entry):
+            for k in range(b.first, b.last):
+                for x in self.named[k]:
                     if i not in blocks.setdefault(x, set()):
                         blocks[x].add(i)
-                        if x not in written(each) or each.guard or x in read(each, self.entry):
+                        if x not in self.writes[k] or self.code[k].guard or x in self.reads[k]:
                             read_first.add(x)
         return {x for x, where in blocks.items() if len(where) == 1 and x not in read_first}
 

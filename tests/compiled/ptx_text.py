@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
+from .descriptors import Descriptor
 from .global_memory import Region
 from .kernel import Kernel
 from .report import Checks, Report
@@ -35,15 +37,23 @@ KERNEL = """
 
 def launch(
     body: str, *arrays: np.ndarray, threads: int = 32, target: str = "sm_90", shared: int = 1024, grid: int = 1,
-    checks: Checks | None = None, extra: Sequence = (), parameters: str = "",
+    checks: Checks | None = None, owned: np.ndarray | None = None, boxes: Mapping[int, tuple] = MappingProxyType({}),
 ) -> Report:  # fmt: skip
-    """Run PTX. %r0 is the thread, %r1 the address of `shared` bytes, %rd0, %rd1, ... are addresses of the arrays."""
-    loads = "".join(f" ld.param.b64 %rd{i}, [k_param_{i}];\n" for i in range(len(arrays)))
-    names = [f".param .u64 .ptr .global .align 1 k_param_{i}" for i in range(len(arrays))]
-    names += [parameters] if parameters else []
-    text = KERNEL.format(target=target, parameters=", ".join(names), threads=threads, loads=loads, body=body)
-    regions = [Region.of(i, f"array {i}", x.ctypes.data, x.nbytes) for i, x in enumerate(arrays)]
-    return Kernel(text).launch((grid,), [*(r.address for r in regions), *extra], regions, shared, checks)
+    """Run PTX. %r0 is the thread, %r1 the address of `shared` bytes, %rd0, %rd1, ... are addresses of the arrays.
+
+    owned: which elements of array 0 are its own.
+    boxes: arrays that are passed as tensor descriptors, with the fields of `Descriptor` behind the address.
+    """
+    loads = "".join(f" ld.param.b64 %rd{i}, [k_param_{i}];\n" for i in range(len(arrays)) if i not in boxes)
+    declared = ".param .u64 .ptr .global .align 1 k_param_{}", ".param .align 64 .b8 k_param_{}[128]"
+    names = ", ".join(declared[i in boxes].format(i) for i in range(len(arrays)))
+    text = KERNEL.format(target=target, parameters=names, threads=threads, loads=loads, body=body)
+    regions = [
+        Region.of(i, f"array {i}", x.ctypes.data, x.nbytes, x.itemsize, None if i else owned)
+        for i, x in enumerate(arrays)
+    ]
+    args = [Descriptor(r.address, *boxes[i]) if i in boxes else r.address for i, r in enumerate(regions)]
+    return Kernel(text).launch((grid,), args, regions, shared, checks)
 
 
 _REGISTER = {8: ("h", 16), 16: ("h", 16), 32: ("r", 32), 64: ("rd", 64), 1: ("p", 1)}

@@ -3,7 +3,10 @@
 A store of the value that is there already, by another warp, is no race: Triton lets several warps store copies of one
 value. `BarrierRaces` is for kernels in which only barriers of the whole thread block order warps: there two accesses
 are ordered if a barrier lies between them. `ClockRaces` is for all others, and follows named barriers and mbarriers
-with vector clocks. Both find a race in any schedule that takes the same branches, not only where it spoils the result.
+with vector clocks. Both find a race in any schedule that takes the same branches, not only where it changes the result.
+`ClockRaces` also finds what a schedule could change without a race: who meets at a named barrier, which phase a wait on
+an mbarrier gets, and whether an asynchronous read comes after a fence. So a launch of which it finds nothing executes
+the same instructions on the same values in every schedule.
 
 Agents are the warps, and each mbarrier for the copies that arrive on it.
 """
@@ -23,8 +26,6 @@ def _same(shared: Shared, places: np.ndarray, size: int, containers: np.ndarray)
 
 class BarrierRaces:
     """Two accesses race if no barrier of the whole thread block lies between them."""
-
-    EQUAL_STORES_RACE = False  # whether a store of the value that is there already counts
 
     def __init__(self, shared: Shared) -> None:
         self.shared, size = shared, shared.size
@@ -58,7 +59,7 @@ class BarrierRaces:
         twins = self._owner[at] != warps  # several warps, one place, one instruction
         shared.store(places, size, containers)
         agree = not twins.any() or bool(_same(shared, places, size, containers).all())
-        new = ~(again | twins) | self.EQUAL_STORES_RACE
+        new = ~(again | twins)
         self._mark(self.writes, warps[new], places[new], size)
         written[places // unit] = ones
         return None if agree else "warps store different values to one place"
@@ -95,12 +96,13 @@ class ClockRaces:
     """Two accesses race if the second agent's vector clock does not cover the first access.
 
     One thread block. `clock[a, b]` is how much of agent b's past agent a is known to come after.
+    equal_stores: whether a store of the value that is there already counts as a write.
     """
 
     MBARRIERS = 96
 
-    def __init__(self, shared: Shared) -> None:
-        self.shared, self.warps = shared, shared.warps
+    def __init__(self, shared: Shared, equal_stores: bool = False) -> None:
+        self.shared, self.warps, self.equal_stores = shared, shared.warps, equal_stores
         agents = shared.warps + self.MBARRIERS
         self.clock = np.zeros((agents, agents), "i4")
         self.clock[np.arange(agents), np.arange(agents)] = 1
@@ -108,6 +110,10 @@ class ClockRaces:
         self.writer = np.zeros(places, "i2")  # the agent of the last write
         self.write_clock = np.zeros(places, "i4")  # and its clock; 0: never
         self.read_clock = np.zeros((shared.warps, places), "i4")
+        self.read_before = np.zeros((shared.warps, places), "i4")  # read_clock at the time of that write
+        self.store_clock = np.zeros((shared.warps, shared.size // 16), "i4")  # of a warp's last store in 16 bytes
+        self.fenced = np.zeros_like(self.clock)  # as clock, of what a fence.proxy.async lies behind
+        self.meetings: dict[int, tuple[np.ndarray, int]] = {}  # of each named barrier: who met there last, and when
 
     def _each(self, agents: np.ndarray, places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Agent and place of each two bytes."""
@@ -126,11 +132,14 @@ class ClockRaces:
         return self._ordered(*self._each(warps, places, size))
 
     def _ordered(self, agent: np.ndarray, at: np.ndarray, same: np.ndarray | bool = False) -> str | None:
+        """same: stores of the value that another warp's store left there, which may come before or after that store,
+        but not before a read of the value before it."""
         late = (self.write_clock[at] > self.clock[agent, self.writer[at]]) & np.logical_not(same)
         if found := self._found(late, agent, at, "writes"):
             return found
         for w in range(self.warps):
-            unseen = (self.read_clock[w, at] > self.clock[agent, w]) & (agent != w) & np.logical_not(same)
+            read_clock = np.where(same, self.read_before[w, at], self.read_clock[w, at])
+            unseen = (read_clock > self.clock[agent, w]) & (agent != w)
             if unseen.any():
                 i = int(np.flatnonzero(unseen)[0])
                 return f"byte {2 * int(at[i])}: warp {w} reads, warp {int(agent[i])} writes"
@@ -150,10 +159,14 @@ class ClockRaces:
         same = np.repeat(_same(self.shared, places, size, containers), max(1, size // 2))
         self.shared.store(places, size, containers)
         late = self.write_clock[at] > self.clock[agent, self.writer[at]]
-        copies = late & same  # of what another warp stored: it stays that warp's
+        copies = late & same & (not self.equal_stores)  # of what another warp stored: it stays that warp's
         found = self._ordered(agent, at, copies)
-        self.writer[at[~copies]] = agent[~copies]
-        self.write_clock[at[~copies]] = self.clock[agent, agent][~copies]
+        new, agent = at[~copies], agent[~copies]
+        self.writer[new] = agent
+        self.write_clock[new] = self.clock[agent, agent]
+        self.read_before[:, new] = self.read_clock[:, new]
+        if self.equal_stores:  # several warps, one place, one instruction
+            found = found or self._found(self.writer[new] != agent, agent, new, "writes")
         return found or (
             None if _same(self.shared, places, size, containers).all() else "warps store different values to one place"
         )
@@ -166,16 +179,33 @@ class ClockRaces:
 
     # --- what orders ----------------------------------------------------------------------------------------------
 
-    def barrier(self, warps: np.ndarray) -> None:
-        """These warps have met."""
+    def barrier(self, number: int, warps: np.ndarray) -> str | None:
+        """These warps have met at a barrier. Others may not do so while these could still be on their way there."""
+        before, at = self.meetings.get(number, (warps, 0))
+        found = None
+        if strangers := [w for w in warps.tolist() if w not in before and self.clock[w, before[0]] < at]:
+            found = f"warp {strangers[0]} may meet warps {before.tolist()} at barrier {number}"
         self.clock[warps] = self.clock[warps].max(0)
+        self.fenced[warps] = self.fenced[warps].max(0)
+        self.meetings[number] = warps, int(self.clock[warps[0], warps[0]])
+        self.clock[warps, warps] += 1
+        return found
+
+    def fence(self, warps: np.ndarray) -> None:
+        """A fence.proxy.async: asynchronous units see what these warps stored, and what they know of others' stores."""
+        self.fenced[warps] = np.maximum(self.fenced[warps], self.clock[warps])
         self.clock[warps, warps] += 1
 
+    def unfenced(self, warps: np.ndarray, chunks: np.ndarray) -> bool:
+        """Whether some store in these 16 bytes each may have no fence before an asynchronous read by these warps."""
+        return bool((self.store_clock[:, chunks].max(1) > self.fenced[warps, : self.warps].min(0)).any())
+
     def release(self, warp: int) -> np.ndarray:
-        """What comes before the next thing that this warp does."""
-        past = self.clock[warp].copy()
+        """What comes before the next thing that this warp does: rows of `clock` and of `fenced`."""
+        past = np.stack([self.clock[warp], self.fenced[warp]])
         self.clock[warp, warp] += 1
         return past
 
     def acquire(self, warp: int, past: np.ndarray) -> None:
-        self.clock[warp] = np.maximum(self.clock[warp], past)
+        self.clock[warp] = np.maximum(self.clock[warp], past[0])
+        self.fenced[warp] = np.maximum(self.fenced[warp], past[1])

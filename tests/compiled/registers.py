@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from .parse import Entry, Instruction, Memory
@@ -25,14 +26,15 @@ def size_of(t: str) -> int:
     return 1 if t == "p" else int(t[1])
 
 
+@functools.cache
 def python_name(register: str) -> str:
     return "r_" + re.sub(r"\W", "_", register.lstrip("%"))
 
 
-def named(each: Instruction, entry: Entry) -> list[str]:
-    """All registers in an instruction; an operand `a|b` is two of them."""
+def named(each: Instruction, entry: Entry, first: int = 0) -> list[str]:
+    """All registers in an instruction's guard, and in its operands from one on; an operand `a|b` is two of them."""
     out = [each.guard] if each.guard else []
-    for x in each.args:
+    for x in each.args[first:]:
         for y in x if isinstance(x, list) else [x.base, *x.at] if isinstance(x, Memory) else x.split("|"):
             y = y.lstrip("!")
             if (y.startswith("%") or y in entry.registers) and not SPECIAL.match(y):
@@ -48,6 +50,5 @@ def written(each: Instruction) -> set[str]:
 
 
 def read(each: Instruction, entry: Entry) -> set[str]:
-    accumulates = each.mods[0] == "wgmma"  # its result registers are also an operand
-    rest = each.args[1:] if written(each) and not accumulates else each.args
-    return set(named(Instruction(each.op, rest, each.guard), entry))
+    first = 1 if written(each) and each.mods[0] != "wgmma" else 0  # what wgmma writes is also an operand
+    return set(named(each, entry, first))

@@ -27,9 +27,20 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Checks:
-    """races: look for races in shared memory. seed: None runs warps in lockstep as far as they go; a number draws a
-    schedule of the warps and of the copies by chance. banks: count bank conflicts of shared memory."""
+    """What a launch is checked for, and how it is scheduled.
+
+    races: look for races in shared memory.
+    seed: None runs warps in lockstep as far as they go; a number draws a schedule of the warps and of the copies.
+    banks: count bank conflicts of shared memory.
+    clocks: look for races with vector clocks (races.py), which is slower, also where they are not needed.
+    equal_stores: with vector clocks, a store of the value that is there already is a write like any other.
+    fenced_copies: what cp.async wrote takes a fence.proxy.async before a wgmma reads it, like a store. The PTX ISA asks
+        for it. Triton 3.7 and 3.9 put one there; 3.6 does not.
+    """
 
     races: bool = True
     seed: int | None = None
     banks: bool = False
+    clocks: bool = False
+    equal_stores: bool = False
+    fenced_copies: bool = False

@@ -31,7 +31,10 @@ class State:
         self.shared = Shared(self.ctas, self.warps, program.static_shared() + dynamic_shared)
         self.races: BarrierRaces | ClockRaces | None = None
         if checks.races:
-            self.races = ClockRaces(self.shared) if program.specialised else BarrierRaces(self.shared)
+            if program.specialised or checks.clocks:
+                self.races = ClockRaces(self.shared, checks.equal_stores)
+            else:
+                self.races = BarrierRaces(self.shared)
         self.clocks = self.races if isinstance(self.races, ClockRaces) else None
         self.random = None if checks.seed is None else random.Random(checks.seed)
         lane = np.arange(self.lanes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
-from .global_memory import Fault, Region
-from .kernel import Kernel
+from .global_memory import Fault
 from .ptx_text import launch
+from .races import ClockRaces
 from .report import Checks
+from .shared_memory import Shared
 
 # Each of 64 threads has its own four bytes at %r2; %r3 are those of a thread of the other warp.
 OWN = """
@@ -22,7 +25,7 @@ def findings(body: str, threads: int = 64, target: str = "sm_90", **options) -> 
     return list(launch(OWN + body, x, threads=threads, target=target, **options).findings)
 
 
-# --- global memory ----------------------------------------------------------------------------------------------------
+# --- global memory ---------------------------------------------------------------------------------------------------
 
 LOAD = "mul.wide.u32 %rd9, %r0, 4; add.s64 %rd9, %rd9, %rd0; ld.global.b32 %r5, [%rd9+{}];"
 
@@ -50,22 +53,11 @@ def test_misaligned_in_global_memory(access):
 
 def test_what_lies_between_the_rows_of_a_tensor_is_not_its_own():
     x = np.zeros(32, "u4")
-    owned = np.arange(32) % 2 == 0
-    kernel = Kernel(_text(LOAD.format(0)))
-    region = Region.of(0, "x", x.ctypes.data, x.nbytes, 4, owned)
-    with pytest.raises(Fault, match="4 bytes at 4 of x: between the tensor's elements; thread 1 "):
-        kernel.launch((1,), [region.address], [region])
+    with pytest.raises(Fault, match="4 bytes at 4 of array 0: between the tensor's elements; thread 1 "):
+        launch(LOAD.format(0), x, owned=np.arange(32) % 2 == 0)
 
 
-def _text(body: str) -> str:
-    from .ptx_text import KERNEL
-
-    parameter = ".param .u64 .ptr .global .align 1 k_param_0"
-    loads = " ld.param.b64 %rd0, [k_param_0];"
-    return KERNEL.format(target="sm_90", parameters=parameter, threads=32, loads=loads, body=body)
-
-
-# --- shared memory ----------------------------------------------------------------------------------------------------
+# --- shared memory ---------------------------------------------------------------------------------------------------
 
 
 def test_bounds_and_alignment_of_shared_memory():
@@ -118,10 +110,51 @@ def test_a_named_barrier_orders_those_who_meet_there():
     meet, write, read = "bar.sync 1, 64;", "st.shared.b32 [%r2], %r0;", "ld.shared.b32 %r5, [%r3];"
     body = "setp.ge.u32 %p2, %r0, 64; @%p2 bra away;" + write + "{}" + read + "away: bar.sync 0;"
     assert not findings(body.format(meet), threads=96)
-    assert "race" in findings(body.format("bar.sync 1, 64;").replace(meet, "", 1) + " bar.sync 1, 96;", threads=96)[0]
+    assert "race" in findings(body.format("") + "bar.sync 1, 96;", threads=96)[0]
 
 
-# --- mbarriers --------------------------------------------------------------------------------------------------------
+def test_warps_that_may_meet_others_at_a_named_barrier():
+    """Warps 0 and 1 meet at a barrier, then warps 1 and 2: in another schedule, warp 0 could meet warp 2."""
+    body = """
+    setp.lt.u32 %p1, %r0, 32; @%p1 bra first; setp.ge.u32 %p2, %r0, 64; @%p2 bra last;
+    bar.sync 1, 64; {} bar.sync {}, 64; bra.uni done;
+    first: bar.sync 1, 64; {} bra.uni done;
+    last: {} bar.sync {}, 64;
+    done:
+    """
+    with pytest.raises(Fault, match="96 threads at barrier 1 for 64"):
+        findings(body.format("", 1, "", "", 1), threads=96)
+    assert not findings(body.format("", 2, "", "", 2), threads=96)
+    meet = "bar.sync 3, 96;"  # in between
+    assert not findings(body.format(meet, 1, meet, meet, 1), threads=96)
+    clocks = ClockRaces(Shared(ctas=1, warps=3, size=16))  # of a schedule in which the last warp comes later
+    assert clocks.barrier(1, np.array([0, 1])) is None
+    assert clocks.barrier(1, np.array([1, 2])) == "warp 2 may meet warps [0, 1] at barrier 1"
+    assert clocks.barrier(0, np.array([0, 1, 2])) is clocks.barrier(1, np.array([0, 2])) is None
+
+
+def test_stores_of_equal_values_are_writes_if_asked():
+    body = "mov.b32 %r5, 7; st.shared.b32 [%r1], %r5; bar.sync 0; ld.shared.b32 %r6, [%r1];"
+    assert not findings(body, checks=Checks(clocks=True))
+    assert "race" in findings(body, checks=Checks(clocks=True, equal_stores=True))[0]
+
+
+def test_a_store_of_an_equal_value_comes_after_the_reads_of_the_one_before():
+    """Warps 1 and 0 store 7, without an order between them, over what warp 2 reads before it meets warp 0."""
+    body = """
+    st.shared.b32 [%r1], %r1; bar.sync 0; mov.b32 %r5, 7;
+    setp.lt.u32 %p1, %r0, 32; @%p1 bra first; setp.ge.u32 %p2, %r0, 64; @%p2 bra last;
+    bar.sync {}; st.shared.b32 [%r1], %r5; bra.uni done;
+    last: ld.shared.b32 %r6, [%r1]; add.s32 %r6, %r6, 1; bar.sync {}; bra.uni done;
+    first: bar.sync {}; st.shared.b32 [%r1], %r5;
+    done:
+    """
+    alone, together = ("3, 32", "1, 64", "1, 64"), ("1, 96", "1, 96", "1, 96")
+    assert not findings(body.format(*together), threads=96, checks=Checks(clocks=True))
+    assert "race" in findings(body.format(*alone), threads=96)[0]
+
+
+# --- mbarriers -------------------------------------------------------------------------------------------------------
 
 # Thread 0 makes the mbarrier at byte 512. Warp 0 writes, then arrives there with one thread; warp 1 waits, then reads.
 HAND_OVER = """
@@ -171,6 +204,36 @@ def test_an_mbarrier_is_made_before_it_is_used():
         findings(HAND_OVER.format(**RIGHT).replace("@%p0 mbarrier.init", "@!%p0 bra over; over: @%p5 mbarrier.init"))
 
 
+# Two phases of an mbarrier, on which warp 0 arrives; warp 1 waits for both of them, or for the second alone.
+PHASES = """
+setp.eq.u32 %p0, %r0, 0; @%p0 mbarrier.init.shared::cta.b64 [%r1+512], 1; bar.sync 0;
+setp.lt.u32 %p1, %r0, 32; @%p1 bra writer;
+{first} {meet}
+again: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r1+512], 1; @!%p3 bra.uni again;
+bra.uni done;
+writer:
+@%p0 mbarrier.arrive.shared::cta.b64 _, [%r1+512], 1; {meet}
+@%p0 mbarrier.arrive.shared::cta.b64 _, [%r1+512], 1;
+done:
+"""
+FIRST = (
+    "{ .reg .pred over; before: mbarrier.try_wait.parity.shared::cta.b64 over, [%r1+512], 0; @!over bra.uni before; }"
+)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_a_wait_names_one_phase_of_an_mbarrier(seed):
+    """A wait for parity 1 is over before the first phase is, and the wait for parity 0 is not after the second."""
+    checks = Checks(seed=seed)
+    assert not findings(PHASES.format(first=FIRST, meet="bar.sync 1, 64;"), checks=checks)
+    for first in ("", FIRST):
+        try:
+            found = findings(PHASES.format(first=first, meet=""), checks=checks)
+        except Fault as fault:
+            found = [str(fault)]
+        assert re.search("may take an earlier phase|before warp 1 has waited|deadlock", found[0]), found
+
+
 def test_a_phase_that_never_ends_is_a_deadlock():
     with pytest.raises(Fault, match="deadlock"):
         findings(HAND_OVER.format(**{**RIGHT, "parity": 0}).replace("[%r1+512], 1;", "[%r1+512], 2;", 1))
@@ -192,7 +255,7 @@ def test_part_of_a_warp():
         findings(body)
 
 
-# --- asynchronous copies and products ---------------------------------------------------------------------------------
+# --- asynchronous copies and products --------------------------------------------------------------------------------
 
 COPY = """
 cp.async.ca.shared.global [%r2], [%rd9], 4; cp.async.commit_group; {}
@@ -285,14 +348,40 @@ def test_what_threads_store_is_fenced():
     assert any("fence.proxy.async" in each for each in _product(fence="")[1])
 
 
+def test_what_is_copied_is_fenced_if_asked():
+    copied = re.sub(r"st\.shared\.v4\.b32 (\[.*?\]), .*", r"cp.async.cg.shared.global \1, [%rd0], 16;", PRODUCT)
+    copied = copied.replace("{fence}", "cp.async.wait_all; {fence}")
+    for fence, fenced_copies, count in ((FENCE, True, 0), ("", False, 0), ("", True, 1)):
+        text = copied.format(fence=fence, wait=WAIT, before="", after="", fields=FIELDS)
+        checks = Checks(fenced_copies=fenced_copies)
+        assert len(launch(text, np.ones(128, "f4"), threads=128, shared=4096, checks=checks).findings) == count
+
+
+def test_a_fence_lies_between_a_store_and_an_asynchronous_read():
+    """Of the warps that stored before the barrier, or of those that multiply behind it, but not of one warp there."""
+    one_warp = "setp.ge.u32 %p1, %r0, 32; @%p1 bra over; fence.proxy.async.shared::cta; over:"
+    for before, behind, count in ((FENCE, "", 0), ("", FENCE, 0), ("", "", 1), ("", one_warp, 1)):
+        text = PRODUCT.replace("bar.sync 0;", "bar.sync 0; " + behind)
+        text = text.format(fence=before, wait=WAIT, before="", after="", fields=FIELDS)
+        found = launch(text, np.ones(128, "f4"), threads=128, shared=4096, checks=Checks(clocks=True)).findings
+        assert sum("fence.proxy.async" in each for each in found) == count, (before, behind, found)
+
+
 def test_an_instruction_that_is_not_supported_is_named():
     with pytest.raises(NotImplementedError, match=r"not supported: fancy\.op %r5"):
         launch("fancy.op %r5, %r0;", np.zeros(1))
     with pytest.raises(NotImplementedError, match=r"add\.cc"):
         launch("add.cc.u32 %r5, %r0, %r0;", np.zeros(1))
+    with pytest.raises(NotImplementedError, match=r"not supported: bar\.arrive 1, 64"):
+        launch("bar.arrive 1, 64;", np.zeros(1))
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
+def test_an_instruction_that_is_not_supported_has_its_source_line():
+    with pytest.raises(NotImplementedError, match=r"fancy\.op %r5  \(kernels\.py:12\)"):
+        launch(".loc 1 12 5 // kernels.py:12:5\nfancy.op %r5;", np.zeros(1))
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride, passes", [(4, 1), (8, 2), (12, 1), (128, 32), (0, 1)])

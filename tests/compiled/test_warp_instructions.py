@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .descriptors import Descriptor
-from .global_memory import Fault, Region
-from .kernel import Kernel
-from .ptx_text import KERNEL, launch
+from .global_memory import Fault
+from .ptx_text import launch
 from .report import Report
 
 # %rd9: the address of the thread's own 4 bytes of array 0.
@@ -22,7 +20,7 @@ def results(body: str, threads: int = 32, value: str = "%r5", **options) -> list
     return out.tolist()
 
 
-# --- control flow, special registers, memory --------------------------------------------------------------------------
+# --- control flow, special registers, memory -------------------------------------------------------------------------
 
 
 def test_lanes_part_at_a_branch_and_meet_again():
@@ -68,6 +66,14 @@ def test_trap_and_exit():
     assert results("setp.eq.u32 %p0, %r0, 3; mov.b32 %r5, 1; @%p0 exit;") == [int(i != 3) for i in range(32)]
 
 
+@pytest.mark.parametrize("nothing", [
+    "membar.cta;", "griddepcontrol.wait;", "setmaxnreg.inc.sync.aligned.u32 240;", "discard.global.L2 [%rd0], 128;",
+    "prefetch.global.L2 [%rd0];", "nanosleep.u32 20;", "barrier.sync 0;",
+])  # fmt: skip
+def test_instructions_that_change_no_result(nothing):
+    assert results(f"add.s32 %r5, %r0, 7; {nothing}") == [i + 7 for i in range(32)]
+
+
 def test_special_registers():
     body = "mov.u32 %r5, %ctaid.x; mov.u32 %r6, %nctaid.x; mad.lo.u32 %r5, %r5, 100, %r6; mov.u32 %r7, %ntid.x;"
     out = np.zeros(6 * 64, "u4")
@@ -85,7 +91,7 @@ def test_vectors_of_every_width():
     x, out = np.arange(256, dtype="u1"), np.zeros(256, "u1")
     body = """
     mul.wide.u32 %rd8, %r0, 8; add.s64 %rd9, %rd0, %rd8; add.s64 %rd10, %rd1, %rd8;
-    ld.global.v4.b16 {%h1, %h2, %h3, %h4}, [%rd9];
+    ldu.global.v4.b16 {%h1, %h2, %h3, %h4}, [%rd9];
     mad.lo.u32 %r2, %r0, 8, %r1;
     st.shared.v2.b16 [%r2], {%h2, %h1};
     st.shared.b16 [%r2+4], %h4;
@@ -140,7 +146,7 @@ def test_cp_async(size):
     assert (out.reshape(32, size) == rows).all()
 
 
-# --- warps ------------------------------------------------------------------------------------------------------------
+# --- warps -----------------------------------------------------------------------------------------------------------
 
 
 def _shuffled(how: str, i: int, by: int, clamp: int) -> int:
@@ -211,7 +217,7 @@ def test_ldmatrix_and_stmatrix(count, transposed):
     assert (again.view("u2").reshape(-1) == memory.reshape(-1)).all()
 
 
-# --- tensor cores -----------------------------------------------------------------------------------------------------
+# --- tensor cores ----------------------------------------------------------------------------------------------------
 
 
 def _bits(x: np.ndarray, kind: str) -> np.ndarray:
@@ -342,7 +348,7 @@ def test_wgmma(kind, layout, from_registers):
     assert not report.findings
 
 
-# --- the tensor memory accelerator ------------------------------------------------------------------------------------
+# --- the tensor memory accelerator -----------------------------------------------------------------------------------
 
 
 BOX = """
@@ -351,7 +357,7 @@ setp.eq.u32 %p0, %r0, 0; mov.b32 %r2, {row}; mov.b32 %r3, {column};
 fence.mbarrier_init.release.cluster;
 bar.sync 0;
 @%p0 mbarrier.arrive.expect_tx.shared.b64 _, [%r1+8192], {bytes};
-mov.b64 %rd5, k_param_1; mov.b64 %rd6, k_param_2;
+mov.b64 %rd5, k_param_1; mov.b32 %r7, k_param_2; cvt.u64.u32 %rd6, %r7;
 @%p0 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd5, {{%r3, %r2}}], [%r1+8192];
 {{ .reg .pred complete;
 waitLoop: mbarrier.try_wait.parity.shared::cta.b64 complete, [%r1+8192], 0;
@@ -372,17 +378,13 @@ def _copy_a_box(
     memory, and the report. drop: a part of the line to leave out. more: bytes too many that are expected."""
     x = np.arange(32 * 64, dtype="u2").reshape(32, 64)
     out, seen = np.full_like(x, 7), np.zeros(8 * width, "u2")
-    regions = [Region.of(i, f"array {i}", t.ctypes.data, t.nbytes) for i, t in enumerate((seen, x, out))]
-    boxes = [Descriptor(r.address, (32, 64), (64, 1), (8, width), 2, swizzle, "f2") for r in regions[1:]]
-    names = [".param .u64 .ptr .global .align 1 k_param_0", *(f".param .align 64 .b8 k_param_{i}[128]" for i in (1, 2))]
+    box = (32, 64), (64, 1), (8, width), 2, swizzle, "f2"
     read = "".join(f"ld.shared.b16 %h1, [%r6+{64 * i}]; st.global.b16 [%rd8+{64 * i}], %h1;" for i in range(width // 4))
     body = BOX.format(row=at[0], column=at[1], bytes=16 * width + more, read=read)
     if drop:
         assert drop in body
         body = "\n".join(line for line in body.splitlines() if drop not in line)
-    loads = " ld.param.b64 %rd0, [k_param_0];"
-    text = KERNEL.format(target="sm_90", parameters=", ".join(names), threads=32, body=body, loads=loads)
-    return x, out, seen, Kernel(text).launch((1,), [regions[0].address, *boxes], regions, 16384)
+    return x, out, seen, launch(body, seen, x, out, shared=16384, boxes={1: box, 2: box})
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])

@@ -8,7 +8,8 @@ use by a wgmma there must be a wgmma.fence; a mov of what was fenced needs none,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,13 @@ from .program import SHARED_BASE
 from .warps import Warps
 
 _NAMES = 0x3FFFFF  # a NaN has room for this many products under way
+
+
+@functools.lru_cache(maxsize=1024)
+def _places_and_chunks(descriptor: int, rows: int, k: int, each: int, mn_major: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the elements (rows, k), and numbers of the 16 bytes that they lie in, in order."""
+    places = fragments.descriptor_places(descriptor, rows, k, each, mn_major) - SHARED_BASE
+    return places, np.unique(places // 16)
 
 
 @dataclasses.dataclass
@@ -47,10 +55,15 @@ class Products(Warps):
     def fence_proxy(self, M: np.ndarray | None) -> None:
         """What these warps stored can now be seen by wgmma and by copies."""
         rows, M = self.shared.unfenced.reshape(-1, self.shared.unfenced.shape[-1]), self._mask(M)
-        if M is None:
-            rows[:] = 0
-        else:
-            rows[M.reshape(-1, 32).all(1)] = 0
+        warps = np.arange(len(rows)) if M is None else np.flatnonzero(M.reshape(-1, 32).all(1))
+        if self.clocks:
+            self.clocks.fence(warps)
+        rows[warps] = 0
+
+    def _check_fenced(self, k: int, cta: int, chunks: np.ndarray, warps: np.ndarray) -> None:
+        """Before an asynchronous read, by these warps, of 16 bytes each of a thread block's shared memory."""
+        if self.clocks.unfenced(warps, chunks) if self.clocks else self.shared.unfenced[cta][:, chunks].any():
+            self.finding(k, "read of shared memory before a fence.proxy.async")
 
     # --- registers ------------------------------------------------------------------------------------------------
 
@@ -96,16 +109,14 @@ class Products(Warps):
         if (lanes != lanes[0]).any():
             self.fault(k, "a matrix descriptor that differs between the threads", 128 * group)
         shared, each, cta = self.shared, 4 if kind == "tf32" else 2, 128 * group // self.threads
-        places = fragments.descriptor_places(int(lanes[0]), rows, kk, each, mn_major) - SHARED_BASE
-        if places.min() < 0 or places.max() >= shared.size:
+        places, chunks = _places_and_chunks(int(lanes[0]), rows, kk, each, mn_major)
+        if chunks[0] < 0 or chunks[-1] * 16 >= shared.size:
             what = f"wgmma reads bytes {places.min()} to {places.max()} of shared memory, which has {shared.size}"
             self.fault(k, what, 128 * group)
-        chunks = np.unique(places // 16)
-        if shared.unfenced[cta][:, chunks].any():
-            self.finding(k, "read of shared memory before a fence.proxy.async")
+        warps = np.arange(4 * group, 4 * group + 4)
+        self._check_fenced(k, cta, chunks, warps)
         places, chunks = places + cta * shared.size, chunks + cta * (shared.size // 16)
-        for warp in range(4 * group, 4 * group + 4):
-            self._check_read(k, chunks * 16, 16, np.full(len(chunks), warp))
+        self._check_read(k, np.tile(chunks * 16, 4), 16, np.repeat(warps, len(chunks)))
         self.report.counts["shared bytes read"] += rows * kk * each
         shared.busy(chunks, 1)
         self.reading.append((group, int(self.batches[group]), chunks, k))
@@ -113,19 +124,16 @@ class Products(Warps):
             return tf32(shared.views[4].view("f4")[places // 4])
         return widen(shared.views[2][places // 2], kind)
 
-    def _names(self, x: np.ndarray) -> list[int]:
-        """For each warp group the product that a register waits for, or 0."""
-        if len(x) == 1:
-            return [0] * len(self.batches)
-        return [bits & _NAMES if bits >> 22 == 0x1FE else 0 for bits in x[::128].view("u4").tolist()]
-
-    def _settled(self, x: np.ndarray, done: Container[int]) -> np.ndarray:
-        """A register, with the results of the products that are done."""
-        for group, name in enumerate(self._names(x)):
-            if name in done and name in self.products:
-                x = x.copy()
-                x[128 * group : 128 * group + 128] = self.products[name].value.view(x.dtype)
-        return x
+    def _awaited(self, registers: list[np.ndarray]) -> Iterator[tuple[int, int, int]]:
+        """Registers that wait for a product's result: their index, the warp group, and the result's name."""
+        full = [i for i, x in enumerate(registers) if len(x) > 1]
+        if not full:
+            return
+        bits = np.stack([registers[i].view("u4")[::128] for i in full])
+        names = np.where(bits >> 22 == 0x1FE, bits & np.uint32(_NAMES), 0)
+        for i, group in np.argwhere(names).tolist():
+            if (name := int(names[i, group])) in self.products:
+                yield full[i], group, name
 
     def product(
         self, k: int, kind: str, kk: int, a: np.ndarray | list[np.ndarray], b: np.ndarray, c: list[np.ndarray],
@@ -133,13 +141,18 @@ class Products(Warps):
     ) -> list[np.ndarray]:  # fmt: skip
         """D = A B + D if `kept`, else A B, for every warp group that takes part."""
         here = self._warp_groups(k, M)
-        columns = 2 * len(c)
-        sums = fragments.c_fragment([self._full(self._settled(x, self.products)) for x in c]).reshape(-1, 64, columns)
+        columns, before = 2 * len(c), np.stack([self._full(x) for x in c])
+        awaited = [(i, g, name) for i, g, name in self._awaited(c) if g in here]
+        for i, g, name in awaited:
+            before[i, 128 * g : 128 * g + 128] = self.products[name].value
+        for *_, name in awaited:
+            self.products.pop(name, None)
+        sums = fragments.c_fragment(before).reshape(-1, 64, columns)
         kept = self._full(kept).reshape(-1, 128)[:, 0]
         sums = np.where(kept[:, None, None], sums, np.float32(0))
         from_registers = isinstance(a, list)
         if from_registers:
-            if any(name in self.products for x in a for name in self._names(x)):
+            if any(self._awaited(a)):
                 self.finding(k, "read of a register that a wgmma is yet to write")
             rows = fragments.a_fragment([self._full(x) for x in a], kind).reshape(-1, 64, kk)
         for g in here:
@@ -147,21 +160,20 @@ class Products(Warps):
             right = self._operand(k, b, columns, kk, kind, bool(turned[1]), g)
             sums[g] += left @ right.T
             self.report.counts["tensor core operations"] += 2 * 64 * columns * kk
-        for x in c:
-            for g, name in enumerate(self._names(x)):
-                if g in here:
-                    self.products.pop(name, None)
-        return [self._stand_in(value, here) for value in fragments.c_registers(sums.reshape(-1, 16, columns))]
+        return self._stand_ins(np.stack(fragments.c_registers(sums.reshape(-1, 16, columns))), here)
 
-    def _stand_in(self, value: np.ndarray, here: np.ndarray) -> np.ndarray:
-        """NaNs that name what a register will be."""
-        out = np.zeros(self.lanes, "u4")
-        for g in here:
-            self._last = self._last % _NAMES + 1
-            lanes = slice(128 * g, 128 * g + 128)
-            self.products[self._last] = Product(int(g), int(self.batches[g]), value[lanes])
-            out[lanes] = 0x7F800000 | self._last
-        return out.view("f4")
+    def _stand_ins(self, values: np.ndarray, here: np.ndarray) -> list[np.ndarray]:
+        """NaNs that name what registers will be."""
+        out = np.zeros(values.shape, "u4")
+        for g in here.tolist():
+            lanes, batch = slice(128 * g, 128 * g + 128), int(self.batches[g])
+            names = (self._last + np.arange(len(values), dtype="u4")) % np.uint32(_NAMES) + np.uint32(1)
+            self._last = int(names[-1])
+            out[:, lanes] = np.uint32(0x7F800000) | names[:, None]
+            self.products.update(
+                (name, Product(g, batch, value)) for name, value in zip(names.tolist(), values[:, lanes], strict=True)
+            )
+        return list(out.view("f4"))
 
     def commit_products(self, k: int, M: np.ndarray | None) -> None:
         self.batches[self._warp_groups(k, M)] += 1
@@ -174,11 +186,13 @@ class Products(Warps):
             self.busy_registers[group] = [(batch, names) for batch, names in busy if batch >= until[group]]
         done = {n for n, x in self.products.items() if x.warp_group in here and x.batch < until[x.warp_group]}
         if done:
-            names = self.program.namespace
-            for name in self.program.pending_names:
-                names[name] = self._settled(names[name], done)
-            for number in done:
-                del self.products[number]
+            variables, pending = self.program.namespace, self.program.pending_names
+            for i, group, name in self._awaited([variables[x] for x in pending]):
+                if name in done:
+                    x = variables[pending[i]] = variables[pending[i]].copy()
+                    x[128 * group : 128 * group + 128] = self.products[name].value.view(x.dtype)
+            for name in done:
+                del self.products[name]
         still, read = [], {}
         for each in self.reading:
             group, batch, chunks, by = each
@@ -191,5 +205,5 @@ class Products(Warps):
         if self.races:
             for (group, by), parts in read.items():
                 chunks = np.unique(np.concatenate(parts))
-                for warp in range(4 * group, 4 * group + 4):
-                    self._race(by, self.races.read(np.full(len(chunks), warp), chunks * 16, 16))
+                warps = np.repeat(np.arange(4 * group, 4 * group + 4), len(chunks))
+                self._race(by, self.races.read(warps, np.tile(chunks * 16, 4), 16))

@@ -1,4 +1,4 @@
-"""Every refusal: of the right type, naming the op and the argument, saying what it got and what it takes."""
+"""Bad input raises an error of the right type, which names the op and the argument, what it got and what it takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama_kernels as lk
-from llama_kernels.core.language import INTERPRETED
 from tests.support.bad_inputs import TYPE_ERRORS, VALUE_ERRORS, F, ints
 from tests.support.ops import OPS, sample
 
@@ -28,7 +27,7 @@ def refused(op: str, argument: str, error: type[Exception], got: str, **changed:
         getattr(lk, op)(**{**sample(op), **changed})
 
 
-# --- what holds for every tensor -------------------------------------------------------------------------------------
+# --- every tensor ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op, argument", MAIN)
@@ -94,7 +93,7 @@ def test_what_autograd_refuses_is_refused_before_anything_is_written():
     assert torch.equal(args["q"], before)
 
 
-# --- values, where they are asked to be checked ----------------------------------------------------------------------
+# --- values, under lk.checked() --------------------------------------------------------------------------------------
 
 
 @pytest.mark.corpus(24, 40)
@@ -126,7 +125,7 @@ def test_checked_accepts_good_values():
     with lk.checked():
         lk.rope(**sample("rope"), position_ids=torch.tensor([8, 0, 3, 3, 1, 7]))
         lk.attention_varlen(**sample("attention_varlen"))
-        cu = torch.tensor([1, 3, 5], dtype=torch.int32)  # tokens that nobody owns are no mistake
+        cu = torch.tensor([1, 3, 5], dtype=torch.int32)  # tokens may belong to no sequence
         lk.attention_varlen(**{**sample("attention_varlen"), "cu_seqlens_q": cu})
         torch.compile(lk.rope, backend="eager", fullgraph=True)(**sample("rope"), position_ids=torch.arange(6))
 
@@ -136,12 +135,12 @@ def test_checked_applies_to_one_thread():
         pool.submit(lk.rope, **sample("rope"), position_ids=torch.full((6,), -1)).result()
 
 
-# --- the same everywhere ---------------------------------------------------------------------------------------------
+# --- fake tensors, and python -O -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op, argument, got, changed", [*VALUE_ERRORS, *TYPE_ERRORS], ids=_name)
 def test_fake_tensors_get_the_same_errors(op, argument, got, changed):
-    """Tracing meets the same checks: on fake tensors the same type and the same words."""
+    """Tracing runs the same checks."""
     args = {**sample(op), **changed}
     with pytest.raises((ValueError, TypeError)) as real:
         getattr(lk, op)(**args)
@@ -152,9 +151,9 @@ def test_fake_tensors_get_the_same_errors(op, argument, got, changed):
     assert str(traced.value).replace("FakeTensor", "Tensor") == str(real.value)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="one of the two runs is enough")
+@pytest.mark.once
 def test_checks_are_kept_under_python_O():
-    """python -O takes assertions away, and the checks stay."""
+    """python -O removes assertions, and no check is one."""
     program = """
 import torch, llama_kernels as lk
 from tests.support.bad_inputs import TYPE_ERRORS, VALUE_ERRORS
@@ -173,7 +172,7 @@ print(count)
     assert done.stdout.strip() == str(len(VALUE_ERRORS) + len(TYPE_ERRORS)), done.stderr[-1000:]
 
 
-# --- what is unusual and fine ----------------------------------------------------------------------------------------
+# --- unusual arguments that are accepted -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changed", [

@@ -1,6 +1,7 @@
-"""Cached launches: from the third call of one cache key on, a launch is what Triton would have bound, and nothing else.
+"""Cached launches: from the third call of a cache key on, a launch is the one that Triton would have bound.
 
-tests/contracts/launcher compares what reaches the CUDA driver; here it is what reaches Triton's launcher."""
+These tests compare what reaches Triton's launcher. tests/contracts/launcher compares what reaches the CUDA driver.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ LAUNCHERS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] =
 
 
 def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
-    """One argument of two launches: the same tensor of the caller's, or new ones that look alike, or equal."""
+    """Whether two launches have the same argument: a tensor of the caller, new ones of one layout, or equal values."""
     if hasattr(a, "extras"):  # what profilers are told
         a, b = a.data, b.data
     if hasattr(a, "block_shape"):  # a descriptor
@@ -93,7 +94,7 @@ def _alike(a: Any, b: Any, given: tuple[Any, ...]) -> bool:
 def test_a_cached_launch_is_the_one_triton_makes(label, launched):
     case = LAUNCHERS[label]
     launcher, _ = case()
-    for _ in range(2):  # what comes once need not come again
+    for _ in range(2):  # a key is cached at its second call
         launcher(*case()[1])
     count = len(launched) // 2
     assert count

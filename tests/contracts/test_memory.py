@@ -1,4 +1,4 @@
-"""What a training step holds: nothing that grows with Sq x Sk, no copies, and workspaces of a row's numbers."""
+"""The memory of a training step: what autograd keeps, and what a launcher allocates."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_rope_attention_keeps_q_and_k_as_rotated_only(device):
     assert len(made) == 2 and not made & storages(q, k)
 
 
-def test_rms_norm_keeps_what_it_normed_and_a_number_a_row(device):
+def test_rms_norm_keeps_its_input_and_one_number_for_each_row(device):
     x, residual, weight = (torch.randn(n, 256, device=device).requires_grad_() for n in (6, 6, 1))
     saved = kept(lambda: lk.rms_norm(x, weight[0]))
     assert sum(s.numel() for s in saved if s.untyped_storage().data_ptr() not in storages(x, weight)) == 6
@@ -99,7 +99,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: dict[int, int] = {}
-        self.alive: list[Any] = []  # so that no address is used twice
+        self.alive: list[Any] = []  # so that no address is reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = storages(*(x for x in args if isinstance(x, torch.Tensor)))
@@ -129,7 +129,7 @@ ROW_NUMBERS = 2 * B * Hq * PADDED * 4  # lse2 and delta
 
 
 @compiles
-def test_attention_allocates_its_results_and_two_numbers_a_row():
+def test_attention_allocates_its_results_and_two_numbers_for_each_row():
     q, k, v, do, lse = heads(Hq), heads(Hkv), heads(Hkv), heads(Hq), torch.zeros(B, Hq, S)
     with allocations() as found:
         KERNELS["attention_forward"](q, k, v, *CALL)
@@ -144,7 +144,7 @@ def test_attention_allocates_its_results_and_two_numbers_a_row():
 
 @compiles
 @pytest.mark.skipif(not HAS_GLUON, reason=str(WHY_NOT))
-def test_the_hopper_backward_allocates_one_sum_of_dq_more():
+def test_the_hopper_backward_also_allocates_a_sum_of_dq():
     q, k, v, do, lse = heads(Hq), heads(Hkv), heads(Hkv), heads(Hq), torch.zeros(B, Hq, S)
     with (
         mock.patch.object(
@@ -157,7 +157,7 @@ def test_the_hopper_backward_allocates_one_sum_of_dq_more():
 
 
 @compiles
-def test_norms_and_rotations_allocate_their_results_and_a_sum_a_program():
+def test_norms_and_rotations_allocate_their_results_and_a_sum_for_each_program():
     x, weight, rstd = torch.randn(64, 256), torch.ones(256), torch.zeros(64, 1)
     with allocations() as found:
         KERNELS["rms_norm_forward"](x, None, weight, 1e-6, 0.0)

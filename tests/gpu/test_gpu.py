@@ -86,7 +86,7 @@ def test_forward_is_captured_in_a_graph(device):
 
 
 def _call(label: str, options: bool, device: torch.device) -> Callable[[], list[torch.Tensor]]:
-    """A forward call on tensors that stay: its results, and what it writes into."""
+    """A forward call on the same tensors each time: its results, and the tensors that it writes into."""
     shape, make = Shape(B=2, Hq=8, Hkv=2, S=300, D=128, N=128), Make(device, torch.bfloat16)
     if label != "rope_into_cache":
         call = dict(calls(shape, make, options))[label]
@@ -156,14 +156,14 @@ def test_gradients_repeat_a_thousand_times(device):
 
 
 def test_cached_launches_take_the_tensors_of_their_call(device):
-    """The third call of a look is the first that Triton does not bind."""
+    """The third call of a cache key is the first that Triton does not bind."""
     cos_sin = tables(300, 128, device)
     for _ in range(5):
         args = (*inputs(device), *cos_sin)
         results = layer(*args)
         launch_cache.forget()
         assert equal(results, layer(*args))
-        layer(*args)  # seen twice again
+        layer(*args)  # cached again
 
 
 @pytest.mark.corpus(72)
@@ -226,7 +226,7 @@ def hopper_inputs(device: torch.device, D: int, S: int = 2048) -> list[torch.Ten
 
 @pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES)
 def test_hopper_kernels_are_right(case, hopper, device):
-    """And they are what ran."""
+    """The launches show that they ran."""
     for dtype in (torch.bfloat16, torch.float16):
         check_of_hopper_kernels(case, dtype, device)
 

@@ -1,6 +1,6 @@
 """Offsets past 2^31 elements: a 32-bit product would wrap around and read, or write, somewhere else.
 
-The storage is never touched but for a few rows, so what it really takes is some kilobytes.
+Only a few rows of the storage are touched, so it takes some kilobytes of memory.
 """
 
 from __future__ import annotations

@@ -27,14 +27,12 @@ from tests.support.attention import (
 from tests.support.environment import DEVICE, INTERPRETED
 from tests.support.hardware import EXACT, Arithmetic
 from tests.support.ideal import LOG2E, drawn
-from tests.support.judge import judge
+from tests.support.judge import DTYPES, judge
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def documents(i: torch.Tensor, Sk: int) -> torch.Tensor:
-    """Three packed in one row."""
+    """Documents of 45 tokens in one row."""
     return i // 45 * 45
 
 
@@ -120,7 +118,7 @@ OTHER_TILES = [tile for tile in SMALL_TILES if not tile.carry]
     ids=str,
 )
 def test_every_boundary_between_masked_and_unmasked_blocks(case, tile, device):
-    check(case, torch.float16, device, tile=tile, gradients=not tile.carry)  # which only the forward does
+    check(case, torch.float16, device, tile=tile, gradients=not tile.carry)  # only the forward carries
 
 
 @pytest.mark.parametrize("carry", [False, True], ids=["", "carry"])
@@ -136,7 +134,7 @@ def test_any_number_of_masked_and_unmasked_blocks(before, carry, device):
         def end(i: torch.Tensor, Sk: int, first: int = before + whole, more: int = after) -> torch.Tensor:
             return N * first + i * N * more // (N - 1)
 
-        Sk = N * (before + whole + after) + 5  # the last five nobody sees
+        Sk = N * (before + whole + after) + 5  # no row sees the last five keys
         bounds = {"kv_start": start if before else None, "kv_end": end}
         case = Case(1, 2, 1, N, Sk, 16, 16, is_causal=False, **bounds)
         check(case, torch.float16, device, tile=Tile(N, N, 4, 1, carry=carry), gradients=not carry)
@@ -205,7 +203,7 @@ def test_a_softcap_of_zero_is_none(device):
 
 
 def _gradients_of_a_block(q, k, v, do, out, lse, scale, rounding, closing, by: Arithmetic = EXACT):
-    """dq, dk and dv of a block of keys, of whose rows `out` and `lse` tell the rest."""
+    """dq, dk and dv of a block of keys, where `out` and `lse` are those of all keys."""
     G = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(G, 1) for x in (k, v))
     p = by.exp2((q @ k.mT * scale - lse[..., None]) * LOG2E)
@@ -229,7 +227,7 @@ def test_gradients_of_a_block_of_keys(layout, dtype, device):
     out, lse = exact.to(dtype), exact_lse.float()
     cos, sin = (x.to(device) for x in lk.rope_tables(torch.rand(D // 2), S))
 
-    def turned_back(x):
+    def unrotated(x):
         return lk.reference.rope(x, None, cos, -sin)[0] if layout == "rotated" else x
 
     total = 0
@@ -249,10 +247,10 @@ def test_gradients_of_a_block_of_keys(layout, dtype, device):
             rest = (None, None, None, None, None, S, S, *call, *wanted)
             results = ops.attention_backward(do, None, q, k_, v_, out, lse, *rest)
         R = (*(x.double() for x in (q, k_, v_, do)), exact, exact_lse)
-        R = _gradients_of_a_block(*R, scale, lambda x: x, turned_back)
+        R = _gradients_of_a_block(*R, scale, lambda x: x, unrotated)
         I = (*(x.float() for x in (q, k_, v_, do, out)), lse)
-        I = drawn(_gradients_of_a_block, *I, scale, lambda x: x.to(dtype).float(), turned_back)
+        I = drawn(_gradients_of_a_block, *I, scale, lambda x: x.to(dtype).float(), unrotated)
         for name, K, r, draws in zip(("dq", "dk", "dv"), results, R, I, strict=False):
             judge(f"{layout} {name}", K, r, [draw.to(dtype) for draw in draws])
         total = total + R[0]
-    torch.testing.assert_close(total, turned_back(whole_dq))  # the truth itself: shares that sum to the whole
+    torch.testing.assert_close(total, unrotated(whole_dq))  # the shares sum to the whole gradient

@@ -1,4 +1,4 @@
-"""decode_attention: the mask of keys, on every border that the split over the keys has."""
+"""decode_attention: masks that hide single keys, at the borders of the chunks of keys and elsewhere."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.library import opcheck
 import llama_kernels as lk
 from llama_kernels.ops.attention.masked_decode import decode_attention, fits_decode
 from tests.support.decode import CASES, Case, check, make
+from tests.support.judge import DTYPES
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL = Case(2, 4, 2, 2, 70, 16, 16, sinks=True, bounds=True)
 TWO_CHUNKS = Case(3, 4, 1, 2, 300, 16, 16, sinks=True, bounds=True)
 

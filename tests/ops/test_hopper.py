@@ -48,7 +48,7 @@ PLAIN = plain(masks, tiles, schedule)
 
 
 class Shape:
-    """One sequence of one head: who sees whom, by the definition."""
+    """One sequence of one head, and which query sees which key by the definition."""
 
     def __init__(self, Sq: int, Sk: int, left: int | None, right: int | None) -> None:
         self.Sq, self.Sk, self.left, self.right = Sq, Sk, left, right
@@ -111,7 +111,7 @@ def test_a_tile_of_keys_visits_every_block_of_rows_that_sees_it_once():
             assert sorted(visited) == seeing, (shape, n, walk)
             for step in range(walk.masked, walk.count):
                 assert keys.shape[1] == 128 and keys[visited[step] * 64 :][:64].all(), (shape, n, walk, step)
-            if n + 128 <= shape.Sk:  # nothing is masked that need not be
+            if n + 128 <= shape.Sk:  # no step is masked without need
                 assert all(not keys[m * 64 :][:64].all() for m in visited[: walk.masked]), (shape, n, walk)
 
 
@@ -135,7 +135,7 @@ def test_the_mask_within_a_block_is_the_definition():
 
 
 @pytest.mark.parametrize("B, Hq, Sq", [(1, 1, 1), (2, 6, 300), (3, 8, 1024)])
-def test_every_tile_of_queries_is_one_programs_longest_first(B, Hq, Sq):
+def test_each_tile_of_queries_has_one_program_the_longest_first(B, Hq, Sq):
     programs = B * Hq * -(-Sq // 128)
     sizes, found = types.SimpleNamespace(B=B, Hq=Hq), []
     for pid in range(programs):
@@ -156,7 +156,7 @@ def tensors(D: int = 128, S: int = 64, dtype: torch.dtype = torch.bfloat16) -> l
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    """As if the tensors' device were one."""
+    """The tensors count as tensors on a Hopper GPU."""
     monkeypatch.setattr(dispatch, "arch_of", lambda _: "sm_90")
     monkeypatch.setattr(dispatch, "HAS_GLUON", True)
     monkeypatch.setattr(switch, "failures", {})
@@ -177,7 +177,7 @@ def tile_of_backward(wanted: Wanted, **changed: Any) -> HopperTile | None:
     return dispatch.backward(call, call.q, wanted).tile
 
 
-def test_it_is_off_until_it_is_switched_on(on_hopper):
+def test_the_hopper_kernels_are_off_by_default(on_hopper):
     with lk.hopper_attention(False):  # as it is but for `pytest --hopper`
         assert chosen(*tensors()) is dispatch.PORTABLE
         assert "opt-in" in dispatch.for_heads("forward", "sm_90", 128).reason
@@ -219,14 +219,14 @@ def expanded() -> list[torch.Tensor]:
         (expanded, "strides"),
     ],
 )
-def test_what_the_copy_engine_cannot_take_is_told(made, why, on_hopper):
+def test_the_reason_names_what_the_copy_engine_does_not_take(made, why, on_hopper):
     with lk.hopper_attention():
         assert chosen(*made()).kernel == "portable" and why in chosen(*made()).reason
         bound = torch.zeros(2, 64, dtype=torch.int32)
         assert "kv_start" in chosen(*tensors(), kv_start=bound).reason
 
 
-def test_no_other_device_is_ever_asked(monkeypatch):
+def test_other_devices_take_the_portable_kernels(monkeypatch):
     with lk.hopper_attention():
         assert "not Hopper" in chosen(*tensors()).reason
         monkeypatch.setattr(dispatch, "arch_of", lambda _: "sm_90")
@@ -237,7 +237,7 @@ def test_no_other_device_is_ever_asked(monkeypatch):
         assert lk.attention(q, k, v).shape == q.shape
 
 
-def test_a_kernel_that_fails_is_told_once_and_not_tried_again(on_hopper):
+def test_a_kernel_that_fails_warns_once_and_is_not_tried_again(on_hopper):
     q, k, v = tensors()
     call = attention_call(q, k, v)
     failing = mock.Mock(side_effect=RuntimeError("PassManager::run failed\nat length"))
@@ -311,7 +311,8 @@ def test_under_the_option_gradients_come_from_the_hopper_kernel(request, on_hopp
     assert (tile is not None) == request.config.getoption("hopper")
 
 
-def test_the_option():
+@pytest.mark.once
+def test_gradients_with_and_without_the_hopper_option():
     """In a process of its own: the tests of the choice of the backward, with and without deterministic algorithms."""
     tests = "gradients_that_must_repeat or under_the_option"
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--hopper", __file__, "-k", tests]

@@ -1,4 +1,4 @@
-"""The modules: Hugging Face's state_dicts, angles and numbers."""
+"""The modules of lk.nn against those of Hugging Face: state_dicts, angles and results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.rotary import SCALINGS, config
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
 
-def test_norm_trades_weights_with_transformers(device):
+def test_the_norm_exchanges_state_dicts_with_transformers(device):
     x = torch.randn(5, 96, device=device)
     theirs, mine = llama.LlamaRMSNorm(96, 1e-5).to(device), lk.nn.RMSNorm(96, 1e-5, device=device)
     torch.nn.init.normal_(theirs.weight)
@@ -24,7 +24,7 @@ def test_norm_trades_weights_with_transformers(device):
     assert list(mine.state_dict()) == ["weight"]
 
 
-def test_norm_of_gemma(device):
+def test_the_norm_with_an_offset_equals_gemmas(device):
     gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
     x = torch.randn(5, 96, device=device)
     theirs, mine = gemma.GemmaRMSNorm(96, 1e-5).to(device), lk.nn.RMSNorm(96, 1e-5, offset=1.0, device=device)
@@ -34,7 +34,7 @@ def test_norm_of_gemma(device):
     torch.testing.assert_close(mine(x), theirs(x))
 
 
-def test_norm_with_a_residual(device):
+def test_the_norm_with_a_residual(device):
     norm = lk.nn.RMSNorm(96, device=device)
     x, r = torch.randn(5, 96, device=device), torch.randn(5, 96, device=device)
     y, s = norm(x, residual=r)
@@ -44,8 +44,8 @@ def test_norm_with_a_residual(device):
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_angles_are_transformers(name, device):
-    """Theirs hold every angle twice, and follow the longest position they meet."""
+def test_angles_equal_those_of_transformers(name, device):
+    """Those of Transformers hold each angle twice, and depend on the longest position so far."""
     theirs = llama.LlamaRotaryEmbedding(config(SCALINGS[name])).to(device)
     mine = lk.nn.RotaryEmbedding(64, scaling=SCALINGS[name], max_position_embeddings=8192, device=device)
     x = torch.empty(1, device=device)
@@ -58,7 +58,7 @@ def test_angles_are_transformers(name, device):
 
 
 def test_angles_stay_float32(device):
-    """In bfloat16 positions 256 and 257 would be one."""
+    """In bfloat16, positions 256 and 257 would be equal."""
     rotary = lk.nn.RotaryEmbedding(64, device=device)
     position_ids = torch.arange(300, device=device)[None]
     expected = rotary(torch.empty(1, device=device), position_ids)
@@ -115,14 +115,14 @@ def test_modules_are_copied_and_pickled(device):
                 assert torch.equal(a, b)
 
 
-def test_norm_without_memory_yet():
+def test_the_norm_can_be_built_on_the_meta_device():
     """Large models are built on the meta device and filled later."""
     norm = lk.nn.RMSNorm(8, device="meta").to_empty(device="cpu")
     torch.nn.init.ones_(norm.weight)
     assert norm(torch.randn(2, 8)).shape == (2, 8)
 
 
-def test_a_layer_of_all_three_learns_as_transformers_does(device):
+def test_a_layer_has_the_outputs_and_gradients_of_transformers(device):
     """One attention block, weights alike, forward and backward against Hugging Face's eager code."""
     model_config = config(SCALINGS["default"])
     model_config._attn_implementation = "eager"

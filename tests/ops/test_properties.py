@@ -1,4 +1,4 @@
-"""What holds of the mathematics whatever the numbers, exact probes of mask and heads, and the promises to repeat."""
+"""Properties that follow from the definitions, exact probes of mask and heads, and repeatability."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def heads(B: int, H: int, S: int, D: int, device: torch.device, dtype: torch.dty
 
 
 def ideals(q, k, v, see: torch.Tensor | None = None, sinks: torch.Tensor | None = None) -> list[list[torch.Tensor]]:
-    """The draws of the judge's ideal: out, lse. Causal where `see` does not say who sees whom."""
+    """The draws of the judge's ideal: out, lse. Causal where `see` is None."""
     Sq, Sk = q.shape[2], k.shape[2]
     see = attention_mask(Sq, Sk, True, (-1, -1), None, None, q.device) if see is None else see
     do, dlse = torch.zeros(*q.shape[:3], v.shape[3], device=q.device), torch.zeros(q.shape[:3], device=q.device)
@@ -75,7 +75,7 @@ def test_each_query_head_reads_its_own_key_head(Hq, Hkv, device):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_reach_exactly_the_visible_keys(name, device):
-    """Of one query's output, dk and dv are zero but for the keys it sees."""
+    """dk and dv of one query's output are zero for all keys that it does not see."""
     options = MASKS[name]
     q, k, v = (heads(1, 1, 30, 16, device).requires_grad_() for _ in range(3))
     out = lk.attention(q, k, v, **options)
@@ -92,14 +92,14 @@ def test_gradients_reach_exactly_the_visible_keys(name, device):
 
 
 @pytest.mark.corpus(55)
-def test_grouped_equals_repeated_keys(device):
+def test_grouped_attention_equals_attention_with_repeated_keys(device):
     q, k, v = heads(1, 6, 40, 32, device), heads(1, 2, 40, 32, device), heads(1, 2, 40, 32, device)
     repeated = (x.repeat_interleave(3, 1) for x in (k, v))
     assert torch.equal(lk.attention(q, k, v), lk.attention(q, *repeated))
 
 
 def test_outputs_are_averages_of_values(device):
-    """To what the sums of 60 terms above and below the division, and that, may round away."""
+    """But for the roundings of two sums of 60 terms, and of a division."""
     q, k, v = (heads(1, 2, 60, 32, device) for _ in range(3))
     out, slack = lk.attention(q, k, v), (60 + 4) * torch.finfo(torch.float32).eps * v.abs().amax(2, keepdim=True)
     assert (out <= v.amax(2, keepdim=True) + slack).all() and (out >= v.amin(2, keepdim=True) - slack).all()
@@ -114,7 +114,7 @@ def test_a_common_shift_of_the_keys_changes_nothing(device):
 
 
 @pytest.mark.parametrize("split", [1, 37, 64])
-def test_two_halves_of_the_keys_merge_by_their_lse(split, device):
+def test_two_parts_of_the_keys_merge_by_their_lse(split, device):
     q, k, v = heads(1, 4, 20, 32, device), heads(1, 2, 90, 32, device), heads(1, 2, 90, 32, device)
 
     def merged(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +130,7 @@ def test_two_halves_of_the_keys_merge_by_their_lse(split, device):
         judge(name, K, R, I)
 
 
-def test_packed_sequences_are_the_dense_ones(device):
+def test_packed_sequences_equal_dense_ones(device):
     lengths = (17, 0, 40, 1)
     cu = torch.tensor([0, 17, 17, 57, 58], dtype=torch.int32, device=device)
     q, k, v = (torch.randn(58, H, 32, device=device) for H in (4, 2, 2))
@@ -182,7 +182,7 @@ def test_position_zero_is_the_identity(device):
     assert torch.equal(out, q)
 
 
-def test_norm_does_not_see_the_size_of_its_rows(device):
+def test_the_norm_does_not_depend_on_the_scale_of_its_rows(device):
     x = torch.randn(9, 96, device=device)
     assert torch.equal(lk.rms_norm(x * 4, eps=0.0), lk.rms_norm(x, eps=0.0))
 
@@ -238,7 +238,7 @@ def test_attention_does_not_depend_on_what_else_is_packed(device):
     assert torch.equal(first_sequence(50, [0, 50]), first_sequence(120, [0, 50, 120]))
 
 
-def test_rms_norm_rows_do_not_depend_on_their_company(device):
+def test_rms_norm_rows_do_not_depend_on_other_rows(device):
     x, w, dy = torch.randn(300, 96, device=device), torch.randn(96, device=device), torch.randn(300, 96, device=device)
 
     def results(rows: slice) -> tuple[torch.Tensor, ...]:
@@ -266,8 +266,8 @@ def test_rope_does_not_depend_on_the_batch(device):
     assert all(torch.equal(a[1:2], b) for a, b in zip(whole, alone, strict=True))
 
 
-def test_sizes_are_those_of_triton():
-    """The host's own, because Triton's cost microseconds."""
+def test_cdiv_and_next_power_of_2_equal_those_of_triton():
+    """The package has its own, since Triton's take microseconds."""
     triton = pytest.importorskip("triton")
     for n in (1, 2, 3, 63, 64, 65, 1000, 2**20 + 1):
         assert next_power_of_2(n) == triton.next_power_of_2(n)

@@ -1,4 +1,4 @@
-"""Norm and rotation of heads in one pass: both directions against float64 by the rules of judge.py."""
+"""Norm and rotation of heads in one op: outputs and gradients against float64 by the rules of judge.py."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from tests.support.judge import DTYPES
 from tests.support.qk_norm_rope import check, weights
 from tests.support.rope import LAYOUTS, POSITIONS, TABLE_DTYPES, TABLE_LAYOUTS, qk, tables, unlike_tables
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 
 def by_nesting(x: torch.Tensor) -> list[int]:
-    """Its dimensions from the innermost to the outermost: what a dense result keeps of strides with gaps."""
+    """The dimensions from the innermost to the outermost. A dense result keeps this order of an input with gaps."""
     return sorted(range(x.ndim), key=x.stride)
 
 
@@ -63,7 +62,7 @@ def test_position_ids_of_every_shape_and_integer_dtype(form, device):
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("D, R", [(2, 2), (64, 64), (80, 80), (128, 96), (64, 34)])
 def test_tables_with_an_angle_for_each_element(D, R, interleaved, device):
-    """The gradients are those of the transpose: those of the inverse are others."""
+    """The gradients are those of the transpose, which is not the inverse here."""
     q, k = qk(2, 4, 2, 13, D, torch.bfloat16, device)
     check(q, k, *weights(D, q.dtype, device), *unlike_tables(13, R, device), interleaved=interleaved)
 
@@ -117,7 +116,7 @@ def test_never_worse_than_eager(dtype, device):
 
 
 def test_a_head_of_zeros_where_eps_is_zero_spoils_no_other(device):
-    """rstd is infinite there, and is nowhere near the tokens that a tile has to spare."""
+    """rstd is infinite for it, and must not reach the padding of a tile."""
     q, k = qk(1, 3, 1, 5, 16, torch.float32, device)
     check(q, k, *weights(16, torch.float32, device), *tables(5, 16, device), eps=0.0)
 
@@ -133,25 +132,7 @@ def test_empty_inputs_give_empty_outputs(shapes, device):
         assert x.numel() or torch.equal(dw, torch.zeros_like(dw))
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "qw", "kw", "q kw", "k qw kw"])
-def test_only_the_gradients_asked_for(wanted, device):
-    names = ("q", "k", "qw", "kw")
-    t = dict(
-        zip(names, (*qk(1, 4, 2, 13, 64, torch.float32, device), *weights(64, torch.float32, device)), strict=True)
-    )
-
-    def grads(asked) -> dict[str, torch.Tensor]:
-        leaves = {name: x.detach().requires_grad_(name in asked) for name, x in t.items()}
-        outs = lk.qk_norm_rope(*leaves.values(), *tables(13, 64, device))
-        loss = sum((out * out.detach().cos()).sum() for out in outs)
-        return dict(zip(asked, torch.autograd.grad(loss, [leaves[name] for name in asked]), strict=True))
-
-    everything = grads(names)
-    for name, grad in grads(wanted.split()).items():
-        assert torch.equal(grad, everything[name])
-
-
-def test_more_exact_than_separate_calls(device):
+def test_results_are_more_exact_than_those_of_separate_calls(device):
     """They round the norm's result to bfloat16; this does not."""
     q, k = qk(2, 4, 2, 40, 64, torch.bfloat16, device)
     w, angles = weights(64, torch.bfloat16, device), tables(40, 64, device)

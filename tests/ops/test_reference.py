@@ -1,4 +1,4 @@
-"""The specification itself: gradcheck in float64, and against code that is not ours."""
+"""The reference: gradcheck in float64, and comparison with independent code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from llama_kernels import reference
 from llama_kernels.reference.rope import rope_transpose
 from tests.support import ideal
 from tests.support.ideal import attention_mask
+
+pytestmark = pytest.mark.once
 
 f64 = torch.float64
 
@@ -46,7 +48,7 @@ def test_rope_gradients(position_ids, interleaved):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("R", [4, 6])
-def test_rope_gradients_of_an_angle_an_element(R, interleaved):
+def test_rope_gradients_with_an_angle_for_each_element(R, interleaved):
     cos, sin, q, k = randn(5, R), leaf(5, R), leaf(2, 2, 3, 6), leaf(2, 1, 3, 6)
     gradcheck(lambda q, k, sin: reference.rope(q, k, cos, sin, interleaved=interleaved), (q, k, sin))
     outs, dys = reference.rope(q, k, cos, sin, interleaved=interleaved), (randn(2, 2, 3, 6), randn(2, 1, 3, 6))
@@ -101,7 +103,7 @@ def test_packed_gradients():
 
 
 @pytest.mark.parametrize("Hq, Hkv", [(4, 4), (4, 2), (6, 1)])
-def test_attention_is_torchs(Hq, Hkv):
+def test_attention_equals_that_of_pytorch(Hq, Hkv):
     q, k, v = leaf(2, Hq, 7, 8), leaf(2, Hkv, 7, 8), leaf(2, Hkv, 7, 8)
     do = randn(2, Hq, 7, 8)
     outs = reference.attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -113,7 +115,7 @@ def test_attention_is_torchs(Hq, Hkv):
 @pytest.mark.parametrize(
     "is_causal, window", list(itertools.product([True, False], [(-1, -1), (2, 0), (3, 1), (-1, 2)]))
 )
-def test_masks_are_torchs(Sq, Sk, is_causal, window):
+def test_masks_equal_those_of_pytorch(Sq, Sk, is_causal, window):
     q, k, v = randn(1, 2, Sq, 8), randn(1, 2, Sk, 8), randn(1, 2, Sk, 3)
     mask = attention_mask(Sq, Sk, is_causal, window, None, None, q.device)
     out, lse = reference.attention(q, k, v, is_causal=is_causal, window_size=window, scale=0.4, return_lse=True)
@@ -123,7 +125,7 @@ def test_masks_are_torchs(Sq, Sk, is_causal, window):
     close(lse, torch.logsumexp((q @ k.mT * 0.4).masked_fill(~mask, -math.inf), -1))
 
 
-def test_sinks_and_softcap_are_transformers():
+def test_sinks_and_softcap_equal_those_of_transformers():
     """GPT-OSS's eager attention has the sinks, Gemma 2's the softcap."""
     gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
     gemma2 = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
@@ -142,7 +144,7 @@ def test_sinks_and_softcap_are_transformers():
     )
 
 
-def test_kv_start_is_padding_and_documents():
+def test_kv_start_hides_padding():
     q, k, v = randn(2, 2, 6, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8)
     kv_start = torch.tensor([[2] * 6, [0] * 6], dtype=torch.int32)
     out = reference.attention(q, k, v, kv_start=kv_start)
@@ -151,7 +153,7 @@ def test_kv_start_is_padding_and_documents():
     assert not out[0, :, :2].any()
 
 
-def test_packed_is_a_loop_over_dense():
+def test_packed_attention_equals_a_loop_over_dense_sequences():
     bounds = [0, 3, 3, 8]
     q, k, v = randn(9, 4, 8), randn(9, 2, 8), randn(9, 2, 5)
     cu = torch.tensor(bounds, dtype=torch.int32)
@@ -164,7 +166,7 @@ def test_packed_is_a_loop_over_dense():
 
 
 @pytest.mark.corpus(18)
-def test_rows_without_keys_give_nothing_and_take_nothing():
+def test_rows_without_keys_have_zero_outputs_and_gradients():
     q, k, v = leaf(1, 2, 5, 8), leaf(1, 2, 2, 8), leaf(1, 2, 2, 8)
     out, lse = reference.attention(q, k, v, return_lse=True)
     grads = torch.autograd.grad(out.sum() + lse[:, :, 3:].sum(), (q, k, v))
@@ -175,7 +177,7 @@ def test_rows_without_keys_give_nothing_and_take_nothing():
 # --- RoPE and RMSNorm, against others --------------------------------------------------------------------------------
 
 
-def test_rope_is_transformers():
+def test_rope_equals_that_of_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     q, k, angles = randn(2, 4, 6, 8), randn(2, 2, 6, 8), randn(2, 6, 4)
     doubled = (torch.cat((t, t), -1) for t in (angles.cos(), angles.sin()))
@@ -185,8 +187,8 @@ def test_rope_is_transformers():
         close(a, b)
 
 
-def test_rope_of_an_angle_an_element_is_transformers():
-    """Any tables, those of a pair unlike each other: Llama's pairs are halves, GLM's neighbours."""
+def test_rope_with_an_angle_for_each_element_equals_that_of_transformers():
+    """Tables whose two angles of a pair differ. Llama pairs the two halves of a head, GLM neighbours."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     glm = pytest.importorskip("transformers.models.glm.modeling_glm")
     q, k, cos, sin = randn(2, 4, 6, 8), randn(2, 2, 6, 8), randn(2, 6, 8), randn(2, 6, 8)
@@ -202,13 +204,14 @@ def test_rope_of_an_angle_an_element_is_transformers():
 def test_interleaved_rope_is_a_complex_product():
     """As Meta's original code has it."""
     q, angles = randn(2, 4, 6, 8), randn(6, 4)
-    turned = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+    rotated = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
     close(
-        reference.rope(q, None, angles.cos(), angles.sin(), interleaved=True)[0], torch.view_as_real(turned).flatten(-2)
+        reference.rope(q, None, angles.cos(), angles.sin(), interleaved=True)[0],
+        torch.view_as_real(rotated).flatten(-2),
     )
 
 
-def test_rope_in_every_form_is_one():
+def test_every_form_of_rope_is_the_same_rotation():
     """Packed, per token, by position: the same rotation."""
     q, k, cos, sin = randn(1, 4, 6, 8), randn(1, 2, 6, 8), randn(9, 3), randn(9, 3)
     ids = torch.tensor([8, 0, 3, 3, 1, 7])
@@ -224,7 +227,7 @@ def test_rope_in_every_form_is_one():
 
 
 @pytest.mark.parametrize("dtype", [f64, torch.float32])
-def test_rms_norm_is_torchs(dtype):
+def test_rms_norm_equals_that_of_pytorch(dtype):
     x, w = torch.randn(5, 12, dtype=dtype), torch.randn(12, dtype=dtype)
     torch.testing.assert_close(reference.rms_norm(x, w, 1e-5), F.rms_norm(x, (12,), w, 1e-5))
     y, s = reference.add_rms_norm(x, x.flip(0), w, 1e-5)
@@ -232,7 +235,7 @@ def test_rms_norm_is_torchs(dtype):
 
 
 @pytest.mark.corpus(31)
-def test_rms_norm_is_transformers():
+def test_rms_norm_equals_that_of_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
     x = torch.randn(5, 12)
@@ -252,8 +255,9 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(dtype):
 
 
 def test_how_out_was_rounded_decides_a_small_row_of_dk():
-    """Why a kernel's row of dk may be worse than the ideal's and both be right: out's rounding enters by delta, and
-    nothing else does in a row whose terms cancel. A walk over blocks of 64 keys rounds p at the peak so far."""
+    """Why a row of dk may have a larger error than the ideal's, though the kernel is right. Where the terms of the row
+    cancel, its error is that of out, which enters through delta. A walk over blocks of 64 keys rounds p relative to the
+    largest score so far, and so gives another out."""
     torch.manual_seed(561)
     q, do, k, v = (torch.randn(1, 1, 144, 192).half() for _ in range(4))
     q, scale, see = 4 * q, 192**-0.5, torch.ones(144, 144, dtype=torch.bool).tril()

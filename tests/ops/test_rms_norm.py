@@ -11,10 +11,10 @@ import llama_kernels as lk
 from llama_kernels.core.language import INTERPRETED, tl
 from llama_kernels.ops import rms_norm
 from tests.support.hardware import ERRORS, interpreted
+from tests.support.judge import DTYPES
 from tests.support.rms_norm import add_is_two_ops, check
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Every tile: one element, widths that are no power of two, many short rows a program, a row each, rows walked in steps.
+# Every tile: one element, widths that are no power of two, many short rows in a program, one row, rows read in steps.
 SHAPES = (
     (5, 1),
     (3, 2),
@@ -38,7 +38,7 @@ def test_outputs_and_gradients(shape, residual, dtype, device):
 
 
 def test_rows_of_65536_elements(device):
-    """The sum is read back; without one: test_rows_longer_than_65536."""
+    """With a residual, whose sum is read back. test_norms_of_rows_longer_than_65536 has none."""
     check((2, 65536 + 8), torch.float16, device, residual=True)
 
 
@@ -67,7 +67,7 @@ def test_a_weight_of_another_dtype(x_dtype, weight_dtype, device):
 
 
 @pytest.mark.corpus(61)
-def test_a_residual_stream_wider_than_its_branches(device):
+def test_a_residual_of_a_wider_dtype(device):
     check((70, 96), torch.bfloat16, device, residual=True, residual_dtype=torch.float32)
     check((2, 33000), torch.bfloat16, device, residual=True, residual_dtype=torch.float32)  # read back as the sum
 

@@ -24,7 +24,7 @@ def theirs(scaling: dict[str, Any], seq_len: int | None) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("seq_len", [None, 100, 9000, 20000])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_frequencies_are_transformers_to_the_bit(name, seq_len):
+def test_frequencies_equal_those_of_transformers_bit_for_bit(name, seq_len):
     expected, factor = theirs(SCALINGS[name], seq_len)
     rule = {"seq_len": seq_len, "max_position_embeddings": 8192}
     inv_freq, attention_factor = lk.rope_frequencies(64, scaling=SCALINGS[name], **rule)
@@ -53,7 +53,7 @@ def test_tables_are_cosines_and_sines():
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_float64_frequencies_are_the_same_rule(name):
+def test_float64_frequencies_round_to_those_of_float32(name):
     for seq_len in (None, 20000):
         rule = {"scaling": SCALINGS[name], "seq_len": seq_len, "max_position_embeddings": 8192}
         exact, factor = lk.rope_frequencies(64, **rule, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_float64_frequencies_are_the_same_rule(name):
 
 
 def test_tables_of_distant_positions():
-    """Against whole numbers: cos(10,000,000 / 10,000^(2i/64)), the argument reduced with 60 digits."""
+    """Against cos(10,000,000 / 10,000^(2i/64)), its argument reduced with 60 decimal digits."""
     decimal.getcontext().prec = 60
     pi = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494")
     inv_freq, _ = lk.rope_frequencies(64, dtype=torch.float64)

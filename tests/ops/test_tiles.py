@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(not KERNELS_RUN, reason="CPU tensors take the re
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tile of the tables, and where it stands there."""
+    """A tile of the tables, and its place there."""
 
     family: str
     pass_: str
@@ -80,7 +80,7 @@ def _portable_kernels() -> Iterator[None]:
 
 
 def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
-    """None stands where no call looks, as the tile for more options of a pass that never asks for it."""
+    """A pass that takes no crowded tile has none."""
     taken = set()
     for family, triton, dtype in itertools.product(tables.FAMILIES, ((3, 6), (3, 9)), (torch.float16, torch.float32)):
         monkeypatch.setattr(tables, "arch_of", lambda _, family=family: family)
@@ -111,12 +111,12 @@ class Run:
 
 
 def blocks(tile: Tile) -> Tile:
-    """What the interpreter sees of a tile."""
+    """The tile with the fields that the interpreter uses."""
     return Tile(tile.BLOCK_M, tile.BLOCK_N, 4, 1, tile.split, tile.carry)
 
 
 def runs(*passes: str, rotated: bool = False) -> list[Run]:
-    """Few calls that take all tiles of the passes: side by side, large ones with large ones. Where dq is `rotated`, the
+    """Few calls that take all tiles of the passes, each of them tiles of similar sizes. Where dq is `rotated`, the
     crowded tile is taken, if there is one."""
     kinds: dict[tuple[torch.dtype, int, int, bool], dict[str, set[Tile]]] = {}
     family = None if INTERPRETED else arch_of(torch.device(DEVICE))
@@ -168,7 +168,7 @@ def test_every_tile_of_the_tables_is_right(run, device):
 
 @pytest.mark.parametrize("run", runs("dq", "dkdv", rotated=True), ids=str)
 def test_gradients_are_rotated_back_in_every_tile(run, device):
-    """The rows of a tile of dq, and the keys of one of dk, are rotated where their sums lie."""
+    """The sums of dq and dk are rotated in registers, for the rows and keys of a tile."""
     tiles = {**dict(run.tiles), "forward": SMALL}
     S = max(tiles["dq"].BLOCK_M, tiles["dkdv"].BLOCK_N) + 5
     with kernels_launched() as launches:

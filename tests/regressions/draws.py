@@ -12,6 +12,7 @@ import llama_kernels as lk
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check
 from tests.support.guards import guarded, guarded_allocations, relaid
+from tests.support.judge import DTYPES
 from tests.support.qk_norm_rope import check as check_heads
 from tests.support.qk_norm_rope import weights
 from tests.support.rms_norm import check as check_norm
@@ -19,7 +20,7 @@ from tests.support.rope import TABLE_DTYPES, qk, split, tables, unlike_tables
 from tests.support.rope import check as check_rope
 from tests.support.rope_attention import check as check_rope_attention
 
-dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+dtypes = st.sampled_from(DTYPES)
 sides = st.one_of(st.just(-1), st.integers(0, 40))
 small_tiles = st.sampled_from([Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1, split=True), None])
 
@@ -94,7 +95,7 @@ def heads(
 
 
 def packed(B, Hq, Hkv, S, half, rest, dtype, interleaved, device):
-    """Bit for bit the separate calls, there and back."""
+    """The separate calls, forward and backward, bit for bit."""
     D = 2 * half + rest
     qkv = torch.randn(B, S, (Hq + 2 * Hkv) * D, device=device).to(dtype).requires_grad_()
     position_ids, angles = torch.randint(0, 50, (B, S), device=device), tables(50, 2 * half, device)
@@ -111,7 +112,7 @@ def packed(B, Hq, Hkv, S, half, rest, dtype, interleaved, device):
 
 
 def slots(values, device):
-    """Any cache position at all: what is outside goes nowhere."""
+    """Any cache positions. Those outside of the cache are not written."""
     q, k, v = (torch.randn(1, H, len(values), 8, device=device) for H in (2, 1, 1))
     caches = [guarded(torch.zeros(1, 1, 5, 8, device=device)) for _ in range(2)]
     given = torch.tensor(values, dtype=torch.int64, device=device)
@@ -122,7 +123,7 @@ def slots(values, device):
 
 
 def bounds(values, tokens, longest, device):
-    """Any cu_seqlens at all: finite results and no crash."""
+    """Any cu_seqlens. The results are finite."""
     q, k, v = (guarded(torch.randn(tokens, H, 16, device=device)).requires_grad_() for H in (2, 1, 1))
     cu = torch.tensor(values, dtype=torch.int32, device=device)
     with guarded_allocations():
@@ -132,7 +133,7 @@ def bounds(values, tokens, longest, device):
 
 
 def positions(values, device):
-    """Any position at all: that of the table's end."""
+    """Any positions. Those outside of the table are clamped to its ends."""
     q = torch.randn(1, 1, len(values), 8, device=device)
     cos, sin = (guarded(table) for table in tables(5, 8, device))
     out, _ = lk.rope(q, None, cos, sin, torch.tensor(values, dtype=torch.int64, device=device))
@@ -148,8 +149,7 @@ def rotated(case, half, dtype, given_ids, interleaved, tile, layout, device):
                          tile=tile, layout=layout)  # fmt: skip
 
 
-# What is drawn for each, every public option at once. tests/regressions/fuzz.py draws from these for as long as it is
-# let.
+# The arguments that are drawn for each function, with every public option. tests/regressions/fuzz.py draws them too.
 DRAWN = {
     attention: {"case": attention_cases(), "dtype": dtypes, "tile": small_tiles, "layout": layouts},
     norm: {
@@ -186,8 +186,8 @@ DRAWN = {
 
 
 def attempt_thrice(attempt, **arguments):
-    """Three sets of random numbers, of which one must do: in sums of few elements the judge's bounds are a matter of
-    luck, a few in a thousand new draws. What is wrong is wrong with all of them."""
+    """Run `attempt` with up to three sets of random numbers, of which one must pass. With few elements, the judge
+    rejects a few in a thousand draws by chance. A kernel that is wrong fails with all of them."""
     for seed in range(3):
         torch.manual_seed(seed)
         try:

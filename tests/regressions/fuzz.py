@@ -33,18 +33,9 @@ from llama_kernels.core.language import INTERPRETED
 from tests.regressions import draws
 
 BATCH = 50  # cases under one seed
-engine.MAX_SHRINKING_SECONDS = 60  # of five minutes: the interpreter is slow, and a smaller line is only a comfort
-SHARES = {
-    "attention": 3,
-    "norm": 3,
-    "rope": 2,
-    "heads": 3,
-    "packed": 1,
-    "rotated": 2,
-    "slots": 1,
-    "bounds": 1,
-    "positions": 1,
-}  # of each round; attention takes longest
+engine.MAX_SHRINKING_SECONDS = 60  # instead of five minutes: the interpreter is slow
+# Batches of each round, where they are not 1.
+SHARES = {"attention": 3, "norm": 3, "rope": 2, "heads": 3, "rotated": 2}
 
 
 def hunt(attempt: Callable[..., None], number: int, device: torch.device, counts: Counter[str]) -> str | None:
@@ -92,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     first = int(time.time()) if args.seed is None else args.seed
     start, counts, lines, number, made = time.monotonic(), Counter(), [], first, {}
     path = "compiled" if device.type == "cuda" else "interpreted" if INTERPRETED else "reference path"
-    attempts = [f for f in draws.DRAWN for _ in range(SHARES[f.__name__])]
+    attempts = [f for f in draws.DRAWN for _ in range(SHARES.get(f.__name__, 1))]
     console = Console(width=None if sys.stdout.isatty() else 160)
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not sys.stdout.isatty()) as progress:

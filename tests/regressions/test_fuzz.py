@@ -12,7 +12,7 @@ from llama_kernels.core.language import INTERPRETED
 from tests.regressions.draws import DRAWN, replay
 from tests.support.environment import DEVICE
 
-# Derandomised: a failure that comes and goes teaches people to press the button again. Grow max_examples to hunt.
+# Derandomised, so that a failure repeats. `make fuzz` draws more.
 few = settings(
     max_examples=8 if INTERPRETED or DEVICE == "cuda" else 100,  # slow to interpret, and to compile
     deadline=None,
@@ -34,7 +34,7 @@ def test_random_calls(attempt, device):
 
 
 def test_past_failures_stay_fixed(device):
-    """A line a failure that fuzzing found, shrunk: tests/reproducers.txt."""
+    """Each line of reproducers.txt is a failure that fuzzing found and shrank."""
     for line in reproducers():
         replay(line, device)
 

@@ -21,8 +21,8 @@ from tests.support.hardware import Arithmetic
 from tests.support.ideal import attention_mask, drawn, eager_attention, ideal_attention
 from tests.support.judge import judge
 
-# How large q and k are, and v. Thrice as large, some rows have all their mass on one key. Not larger still: float32
-# holds a logit of a million to one digit after the point.
+# Factors of q and k, and of v. With a factor of 3, some rows have all their mass on one key. A larger factor is too
+# much for float32, which holds a logit of a million to one digit after the point.
 FAMILIES = {"randn": (1, 1), "peaky": (3, 1), "tiny": (1e-3, 1e-3), "huge": (1, 1e3)}
 
 
@@ -54,7 +54,7 @@ class Case:
 
 
 def anywhere(i: torch.Tensor, Sk: int) -> torch.Tensor:
-    """In no order, some rows left without keys."""
+    """Bounds in no order. Some rows see no key."""
     return (i * 7919) % (Sk + 9)
 
 
@@ -71,9 +71,9 @@ def packed(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], Hq: int, Hkv:
     return Case(1, Hq, Hkv, sum(lengths_q), sum(lengths_k), D, DV, packed=(lengths_q, lengths_k), **on)
 
 
-# Few queries, split over the keys in chunks of CHUNK: their borders, chunks that nobody sees, the most rows.
+# The keys of a chunk where decoding is split over few keys.
 CHUNK = 32
-# Tiles that make many blocks of few tokens: every edge between masked and unmasked ones.
+# Tiles with which few tokens make many blocks, masked and unmasked.
 SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True), Tile(32, 16, 4, 1, carry=True))
 
 
@@ -147,7 +147,7 @@ def in_float64(x: Inputs) -> Inputs:
 
 
 def by_sequence(function: Callable[..., tuple], case: Case, x: Inputs) -> list[torch.Tensor]:
-    """`function` of (q, k, v, see, scale, softcap, sinks, do, dlse), dense, of the case or of each packed sequence."""
+    """The results of a dense `function` of (q, k, v, see, scale, softcap, sinks, do, dlse), by packed sequence."""
     scale = case.D**-0.5 if case.scale is None else case.scale
     with torch.no_grad():
         if not case.packed:
@@ -202,7 +202,7 @@ def visibility(q, k, v, see, scale, softcap, sinks, do, dlse):
 
 
 def score_bound(case: Case, x: Inputs) -> float:
-    """No score is larger, and the lse that is summed from scores may cancel to less."""
+    """An upper bound of the scores. lse is computed from them, and may cancel to less."""
     if not x.q.numel() or not x.k.numel():
         return 0.0
     scale = case.D**-0.5 if case.scale is None else abs(case.scale)
@@ -212,7 +212,7 @@ def score_bound(case: Case, x: Inputs) -> float:
 
 
 def sink_terms(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> float:
-    """How large, for the head with most, what a sink's gradient adds up is: p (do . out - dlse) of every row."""
+    """The sum of the sizes of a sink's gradient's terms, p (do . out - dlse) of every row, in the largest head."""
     p = torch.exp(x.sinks.detach().double()[:, None] - lse.detach())  # (B, Hq, Sq) or (Hq, Tq)
     products = (x.do.double() * out.detach()).abs().sum(-1)
     products = products.transpose(0, 1) if x.q.ndim == 3 else products
@@ -238,6 +238,19 @@ def tiles(tile: Tile | Mapping[str, Tile] | None) -> Iterator[None]:
     launch_cache.forget()
 
 
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
+
+
+def judge_results(case: Case, x: Inputs, results, truth, ideals: list[list[torch.Tensor]]) -> None:
+    """Judge out, lse and the gradients, as many as there are, and check their dtypes and memory orders."""
+    terms = {"lse": score_bound(case, x)} | ({"dsinks": sink_terms(x, *truth[:2])} if case.sinks else {})
+    for name, K, R, I in zip(NAMES, results, truth, ideals, strict=False):
+        judge(name, K, R, I, terms=terms.get(name, 0.0))
+    assert (results[0].dtype, results[1].dtype) == (x.q.dtype, torch.float32)
+    for name, K, t in zip(NAMES[2:], results[2:], x.tensors, strict=False):
+        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
+
+
 def check(
     case: Case, dtype: torch.dtype, device: torch.device, family: str = "randn",
     tile: Tile | Mapping[str, Tile] | None = None, layout: int | None = None, gradients: bool = True,
@@ -248,19 +261,12 @@ def check(
     safe = Inputs(*(None if t is None else guarded(t) for t in vars(x).values()))
     with guarded_allocations(), tiles(tile), unchanged(*vars(safe).values()):
         results = run(lk, case, safe, gradients)
-    count = len(results)
-    truth, ideal = run(lk.reference, case, in_float64(x), gradients), ideals(case, x)[:count]
-    names = ["out", "lse", "dq", "dk", "dv", "dsinks"][:count]
-    terms = {"lse": score_bound(case, x)} | ({"dsinks": sink_terms(x, *truth[:2])} if case.sinks else {})
-    for name, K, R, I in zip(names, results, truth, ideal, strict=True):
-        judge(name, K, R, I, terms=terms.get(name, 0.0))
-    for name, K, seen in zip(names, results, by_sequence(visibility, case, x)[:count], strict=True):
+    assert len(results) == (2 + len(x.tensors) if gradients else 2)
+    judge_results(case, x, results, run(lk.reference, case, in_float64(x), gradients), ideals(case, x))
+    for name, K, seen in zip(NAMES, results, by_sequence(visibility, case, x), strict=False):
         if name == "lse":
             K = K.exp() * (not case.sinks)  # where no key is seen: -inf, or the sink
-        assert not K[~seen.bool()].any(), f"{name}: not 0 where no key or nobody is seen"
-    for name, K, t in zip(names[2:], results[2:], x.tensors if gradients else (), strict=True):
-        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
-    assert (results[0].dtype, results[1].dtype) == (dtype, torch.float32)
+        assert not K[~seen.bool()].any(), f"{name}: not 0 for a query that sees no key or a key that no query sees"
 
 
 def check_never_worse_than_eager(dtype, device):

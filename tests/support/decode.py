@@ -33,7 +33,7 @@ class Case:
         return "-".join([f"{self.B}x{self.Hq}/{self.Hkv}x{self.Sq}x{self.Sk}x{self.D}/{self.DV}", *options])
 
 
-# Around one chunk of 256 keys, several, one key; rows from 1 to the most.
+# One key, about one chunk of 256 keys, and several; from one row to the largest number.
 CASES = (
     Case(2, 4, 2, 1, 1, 32, 32),
     Case(3, 2, 2, 1, 17, 64, 64, sinks=True),
@@ -55,8 +55,8 @@ class Inputs:
 
 
 def make(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Keys and values in caches longer than what is in them, NaN from there on; a mask with True past its end, holes in
-    it, a chunk that the first sequence hides, and the last sequence hidden whole."""
+    """Keys and values are views of longer caches, which are NaN past their end. The mask is a view of one that is True
+    there. It hides keys at random, the second chunk of the first sequence, and all of the last sequence."""
     q = torch.randn(case.B, case.Sq, case.Hq, case.D, device=device).to(dtype).transpose(1, 2)
     caches = (torch.full((case.B, case.Hkv, case.Sk + 70, D), math.nan, device=device) for D in (case.D, case.DV))
     k, v = (cache.to(dtype)[:, :, : case.Sk] for cache in caches)
@@ -77,7 +77,7 @@ def make(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def seen(x: Inputs) -> torch.Tensor:
-    """Who sees whom, (B, 1, Sq, Sk)."""
+    """Which query sees which key, (B, 1, Sq, Sk)."""
     bounds = (x.options.get("kv_start"), x.options.get("kv_end"))
     see = attention_mask(x.q.shape[2], x.k.shape[2], False, (-1, -1), *bounds, x.q.device)
     return see & x.key_mask[:, None, None]

@@ -13,7 +13,7 @@ _BAND = 256  # elements of NaN before and after
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
-    """A copy of `x`, of its strides, amid NaN: whoever reads past its ends shows it in the result."""
+    """A copy of `x` with its strides, between NaN. A kernel that reads past its ends has NaN in its result."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     fill = math.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
     buffer = torch.full((extent + 2 * _BAND,), fill, dtype=x.dtype, device=x.device)
@@ -26,7 +26,7 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def guarded_allocations() -> Iterator[None]:
-    """Whatever is allocated inside lies amid guards; on leaving, whoever wrote into one is an error."""
+    """Allocations inside lie between guards. Raise on leaving where a guard was written to."""
     buffers: list[tuple[torch.Tensor, int]] = []
     new_empty = torch.Tensor.new_empty
 
@@ -62,8 +62,8 @@ def guarded_allocations() -> Iterator[None]:
 
 
 def relaid(x: torch.Tensor, seed: int | None) -> torch.Tensor:
-    """`x` with its leading dimensions in another memory order, those of one element with a stride that means nothing.
-    None: as it is."""
+    """`x` with its leading dimensions in another memory order, and random strides of dimensions of one element.
+    With seed None, `x` itself."""
     if seed is None or not x.numel():
         return x
     generator = torch.Generator().manual_seed(seed)
@@ -75,13 +75,13 @@ def relaid(x: torch.Tensor, seed: int | None) -> torch.Tensor:
 
 
 def memory_order(x: torch.Tensor) -> list[int]:
-    """Strides, but of dimensions of one element, which may be anything."""
+    """The strides, except of dimensions of one element, which may have any."""
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
 
 
 @contextlib.contextmanager
 def unchanged(*tensors: torch.Tensor | None) -> Iterator[None]:
-    """Inputs and gradients that go in stay as they are, bit for bit."""
+    """Raise on leaving where one of `tensors` has changed."""
     before = [None if x is None else x.detach().clone() for x in tensors]
     yield
     for i, (x, copy) in enumerate(zip(tensors, before, strict=True)):

@@ -20,7 +20,7 @@ LOG2E = math.log2(math.e)
 
 
 def attention_mask(Sq, Sk, is_causal, window_size, kv_start, kv_end, device):
-    """Who sees whom, (1 or B, 1, Sq, Sk): the definition, word by word. Query Sq - 1 stands at key Sk - 1."""
+    """Which query sees which key, (1 or B, 1, Sq, Sk): the definition. The last query is aligned with the last key."""
     left, right = window_size
     i = torch.arange(Sq, device=device)[:, None] + Sk - Sq
     j = torch.arange(Sk, device=device)
@@ -41,8 +41,8 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rounds_p(device: torch.device) -> bool:
-    """Whether kernels compute on this device, which round P before it meets v. Plain PyTorch, which CPU tensors take
-    outside of Triton's interpreter, does not."""
+    """Whether kernels compute on this device. They round P before its product with v. Plain PyTorch, which CPU tensors
+    take outside of Triton's interpreter, does not."""
     return device.type != "cpu" or INTERPRETED
 
 
@@ -87,18 +87,18 @@ def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy, by: Arith
     xhat = x.float() * rstd
     scale = 1.0 if weight is None else offset + weight.float()
     y = eager_rope(xhat * scale, cos, sin, interleaved)
-    turned_back = eager_rope(dy.float(), cos, transposed(sin, D, interleaved), interleaved)
-    g = turned_back * scale
+    unrotated = eager_rope(dy.float(), cos, transposed(sin, D, interleaved), interleaved)
+    g = unrotated * scale
     dx = rstd * (g - xhat * _mean(g * xhat, by))
-    dweight = None if weight is None else (turned_back * xhat).reshape(-1, D).sum(0).to(weight.dtype)
+    dweight = None if weight is None else (unrotated * xhat).reshape(-1, D).sum(0).to(weight.dtype)
     return y.to(x.dtype), dx.to(x.dtype), dweight
 
 
 def ideal_attention(
     q, k, v, see, scale, softcap, sinks, do, dlse, closing=lambda grad: grad, by: Arithmetic = EXACT
 ):  # fmt: skip
-    """(out, lse, dq, dk, dv, dsinks or None) of dense attention. `see` broadcasts to (B, Hq, Sq, Sk). `closing` is done
-    to dq and dk before they are rounded."""
+    """(out, lse, dq, dk, dv, dsinks or None) of dense attention. `see` broadcasts to (B, Hq, Sq, Sk). `closing` is
+    applied to dq and dk before they are rounded."""
     dtype, Hkv = q.dtype, k.shape[1]
     G = q.shape[1] // Hkv
     q_, do_ = q.float(), do.float()
@@ -155,14 +155,14 @@ def eager_rope(x, cos, sin, interleaved):
     if 2 * cos.shape[-1] <= x.shape[-1]:
         cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
     R = cos.shape[-1]
-    cos, sin, turned, rest = cos.to(x.dtype), sin.to(x.dtype), x[..., :R], x[..., R:]
-    x0, x1 = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    cos, sin, part, rest = cos.to(x.dtype), sin.to(x.dtype), x[..., :R], x[..., R:]
+    x0, x1 = (part[..., ::2], part[..., 1::2]) if interleaved else part.chunk(2, -1)
     across = torch.stack((-x1, x0), -1).flatten(-2) if interleaved else torch.cat((-x1, x0), -1)
-    return torch.cat((turned * cos + across * sin, rest), -1)
+    return torch.cat((part * cos + across * sin, rest), -1)
 
 
 def transposed(sin, D, interleaved):
-    """The sines with which `eager_rope` of heads of width D is its own transpose: each element has its partner's."""
+    """The sines for the transpose of `eager_rope` of heads of width D: each element has its partner's, negated."""
     if 2 * sin.shape[-1] <= D:
         return -sin
     if interleaved:

@@ -39,9 +39,12 @@ from collections.abc import Sequence
 
 import torch
 
-UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
+from tests.support.launches import KERNELS_RUN
 
-# With fewer elements a Frobenius norm is itself a matter of chance: only the tail and the rows are judged.
+UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}
+DTYPES = tuple(UNIT)  # that the ops take
+
+# The Frobenius norm of fewer elements varies by chance. Only the tail and the rows of them are judged.
 _ENOUGH = 4096
 # A row of fewer elements is judged like an element.
 _WIDE = 32
@@ -51,6 +54,16 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     """relF: the Frobenius norm of the error over that of the truth."""
     x, truth = x.double(), truth.double()
     return ((x - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def equal_results(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    """Whether kernels gave the same results, bit for bit. Those of the reference, which adds up in the order of memory,
+    may differ by two roundings."""
+    if len(a) != len(b):
+        return False
+    if KERNELS_RUN:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(relative_error(x, y) <= 2 * UNIT[x.dtype] for x, y in zip(a, b, strict=True))
 
 
 def judge(
@@ -69,7 +82,7 @@ def judge(
     K, R = K.detach().cpu().double(), R.detach().cpu().double()
     I = torch.stack([draw.detach().cpu().double() for draw in ([I] if isinstance(I, torch.Tensor) else I)])
     for what in (torch.isnan, torch.isposinf, torch.isneginf):
-        # Not only the truth's own: a half-precision result may overflow where float64 does not, as the ideal then does.
+        # A half-precision result may also overflow where float64 does not. The ideal then overflows too.
         there = what(R) | what(I).all(0) | (what(I).any(0) & what(K))
         assert torch.equal(what(K), there), f"{name}: {what.__name__} elsewhere than in the reference"
     finite = R.isfinite() & I.isfinite().all(0)

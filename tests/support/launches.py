@@ -42,7 +42,7 @@ def kernels_launched() -> Iterator[list[Launched]]:
     """
     launches: list[Launched] = []
     with contextlib.ExitStack() as stack:
-        if not _recording and HAS_TRITON:  # the outermost recorder watches for all
+        if not _recording and HAS_TRITON:  # the outermost recorder records for all
             stack.enter_context(_interpreted() if INTERPRETED else _compiled())
         _recording.append(launches)
         stack.callback(_recording.pop)

@@ -40,7 +40,7 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 
 
 def _forget_kernels() -> None:
-    """Triton's own cache too: what it compiled launches by the driver of then."""
+    """Triton's cache too, whose kernels are launched by the driver that they were compiled for."""
     launch_cache.forget()
     for kernel in (*kernels(), _twice_kernel):
         kernel.device_caches.clear()

@@ -71,7 +71,7 @@ class Op:
     arguments: of a call with nothing but what must be given.
     differentiable: the tensors that have a gradient.
     options: more arguments, which change what is computed.
-    variants: calls that are a form of their own: changed arguments by what is special about them.
+    variants: other forms of the call: changed arguments, by the name of the form.
     written: arguments that the call writes into.
     """
 
@@ -244,7 +244,7 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
     packed = (None, None, None, cu, cu.clone(), longest, longest, 0.2, None, None, 0)
     packed_qkv = tuple(x[0].transpose(0, 1) for x in (q, k, v))
     lse = torch.randn(s.B, s.Hq, S, device=make.device)
-    saved = (q, k, v, dq, lse)  # dq looks like out
+    saved = (q, k, v, dq, lse)  # dq has the shape and strides of out
     token, keys, values = (make.heads(s.B, H, n, s.D) for H, n in ((s.Hq, 1), (s.Hkv, 600), (s.Hkv, 600)))
     decoding = (None, None, None, None, None, 1, 600, 0.2, None, None, 0)
     visible, ends = make.integers(2, s.B, 600).bool(), make.integers(600, s.B, 1, dtype=torch.int32)

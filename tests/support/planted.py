@@ -1,4 +1,4 @@
-"""Planted mistakes: a function of a kernel is replaced by a wrong one, which a check must catch. In the interpreter."""
+"""Mutants: a function of a kernel is replaced by a wrong one, and a check must fail. In Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+
+_passed: set[Callable[[], None]] = set()  # checks that pass without a mutant, so far in this process
 
 
 def check_catches(check: Callable[[], None], modules: tuple[Any, ...], name: str, mutant: Any) -> None:
-    """`check` passes, fails where `mutant` stands for the function `name` of `modules`, and passes again."""
-    check()
+    """Raise unless `check` passes, and fails while `mutant` stands for the function `name` of `modules`.
+
+    Both runs have the same random numbers. Mutants that share a check share the run without a mutant.
+    """
+    if check not in _passed:
+        torch.manual_seed(0)
+        check()
+        _passed.add(check)
+    torch.manual_seed(0)
     with planted(modules, name, mutant), pytest.raises(AssertionError):
         check()
-    check()
 
 
 @contextlib.contextmanager
 def planted(modules: tuple[Any, ...], name: str, mutant: Any) -> Iterator[None]:
-    """The interpreter resolves a kernel's names once and remembers: forget before and after."""
-    from triton.runtime.interpreter import InterpretedFunction
-
+    """Inside, `mutant` stands for the function `name` of `modules`."""
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             patch.setattr(module, name, mutant)
-        InterpretedFunction.rewritten_fn.clear()
         yield
-    InterpretedFunction.rewritten_fn.clear()

@@ -12,7 +12,7 @@ from tests.support.rope import rows
 
 
 def weights(D: int, dtype: torch.dtype, device: torch.device, offset: float = 0.0) -> list[torch.Tensor]:
-    """Around offset's complement, but not ones: a forgotten weight must show."""
+    """Around 1 - offset, so that offset + weight is around 1, but not 1: a kernel without them is wrong."""
     return [(1 - offset + 0.5 * torch.randn(D, device=device)).to(dtype) for _ in range(2)]
 
 

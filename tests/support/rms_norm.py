@@ -20,7 +20,7 @@ def check(
     x, r, dy, ds = (size * torch.randn(shape, device=device) for _ in range(4))
     x, dy = layout(x.to(dtype)), layout(dy.to(dtype))
     r, ds = ((layout(t.to(residual_dtype or dtype)) if residual else None) for t in (r, ds))
-    # Weights around offset's complement, but not ones: a forgotten weight must show.
+    # offset + weight is around 1, but not 1: a kernel without them is wrong.
     w = (1 - offset + 0.5 * torch.randn(N, device=device)).to(weight_dtype or dtype) if weight else None
     given = [guarded(t).requires_grad_() if t is not None else None for t in (x, r, w)]
     upstream = [guarded(t) for t in (dy, ds) if t is not None]
@@ -34,14 +34,11 @@ def check(
         leaves = [t.detach().requires_grad_() for t in (x, w)]
         y = eager_rms_norm(*leaves, eps, offset)
         theirs = [y, *torch.autograd.grad(y, leaves, dy)]
-    names = [
-        n for n, t in (("y", x), ("residual_out", r), ("dx", x), ("dresidual", r), ("dweight", w)) if t is not None
-    ]
-    for name, K, R, I, E in zip(names, results, truth, ideal, theirs, strict=True):
+    outputs = {"y": x} | ({"residual_out": r} if residual else {})
+    gradients = {name: t for name, t in (("dx", x), ("dresidual", r), ("dweight", w)) if t is not None}
+    for name, K, R, I, E in zip((*outputs, *gradients), results, truth, ideal, theirs, strict=True):
         judge(name, K, R, I, E)
-    for K, t in zip(
-        results[-len([t for t in given if t is not None]) :], [t for t in (x, r, w) if t is not None], strict=True
-    ):
+    for K, t in zip(results[len(outputs) :], gradients.values(), strict=True):
         assert (K.dtype, order(K)) == (t.dtype, order(t))
     assert (results[0].dtype, order(results[0])) == (x.dtype, order(x))
 

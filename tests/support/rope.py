@@ -7,9 +7,8 @@ import torch
 import llama_kernels as lk
 from tests.support.guards import guarded, guarded_allocations, memory_order, unchanged
 from tests.support.ideal import eager_rope, transposed
-from tests.support.judge import judge
+from tests.support.judge import DTYPES, judge
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TABLE_DTYPES = (*DTYPES, torch.float64)
 
 
@@ -21,7 +20,7 @@ def tables(positions: int, R: int, device: torch.device) -> tuple[torch.Tensor, 
 def unlike_tables(
     positions: int, R: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of full width: an angle an element, those of a pair unlike each other."""
+    """Of full width: an angle for each element. The two angles of a pair differ."""
     angles = 10 * torch.randn(positions, R, device=device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -40,7 +39,7 @@ def rows(x: torch.Tensor, cos: torch.Tensor, position_ids: torch.Tensor | None) 
 
 
 def check(q, k, cos, sin, position_ids=None, *, interleaved=False, inplace=False, eager=False) -> None:
-    """Both directions; in place only forward, which needs no graph."""
+    """Judge the rotation and its gradients. In place, judge the rotation alone, which needs no graph."""
     inputs = [None if x is None else guarded(x).requires_grad_(not inplace) for x in (q, k)]
     angles = [guarded(cos), guarded(sin), None if position_ids is None else guarded(position_ids)]
     with guarded_allocations(), unchanged(*angles, *(() if inplace else inputs)):

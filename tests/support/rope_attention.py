@@ -11,18 +11,9 @@ import torch
 import llama_kernels as lk
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.rotation import full_width, rotates_in_registers
-from tests.support.attention import (
-    Case,
-    Inputs,
-    in_float64,
-    make,
-    score_bound,
-    sink_terms,
-    tiles,
-)
-from tests.support.guards import guarded, guarded_allocations, memory_order, relaid, unchanged
+from tests.support.attention import Case, Inputs, in_float64, judge_results, make, tiles
+from tests.support.guards import guarded, guarded_allocations, relaid, unchanged
 from tests.support.ideal import attention_mask, drawn, eager_rope, ideal_attention, transposed
-from tests.support.judge import judge
 from tests.support.launches import Launched, kernels_launched, names
 from tests.support.rope import rows, tables
 
@@ -39,24 +30,26 @@ def run(ops: Any, case: Case, x: Inputs, *angles: torch.Tensor | None, interleav
 def ideal(
     case: Case, x: Inputs, cos, sin, position_ids, interleaved: bool, launches: Sequence[Launched] = ()
 ) -> list[list[torch.Tensor]]:
-    """The draws of each result of `run`, float32 that rounds where the kernels' contract does: q and k as rotated, and
-    dq and dk as turned back, where that is done in registers; else before it too. The Hopper backward, where it is
-    among the launches, turns a dk that is rounded."""
-    turn = functools.partial(eager_rope, interleaved=interleaved)
+    """The draws of each result of `run`: float32 that rounds where the kernels must.
+
+    They round q and k after the rotation. They round dq and dk after the inverse rotation, and before it too unless it
+    is done in registers. The Hopper backward, if it is among the launches, rounds dk before it in any case.
+    """
+    rotate = functools.partial(eager_rope, interleaved=interleaved)
     c, s = (rows(x.q, table.float(), position_ids) for table in (cos, sin))
-    q, k = (turn(t.float(), c, s).to(t.dtype) for t in (x.q, x.k))
+    q, k = (rotate(t.float(), c, s).to(t.dtype) for t in (x.q, x.k))
     see = attention_mask(case.Sq, case.Sk, case.is_causal, case.window_size, x.kv_start, x.kv_end, x.q.device)
     scale = case.D**-0.5 if case.scale is None else case.scale
     call = (q, k, x.v, see, scale, case.softcap, x.sinks, x.do, x.dlse)
 
-    def turned_back(grad: torch.Tensor) -> torch.Tensor:
-        return turn(grad.float(), c, transposed(s, case.D, interleaved))
+    def unrotated(grad: torch.Tensor) -> torch.Tensor:
+        return rotate(grad.float(), c, transposed(s, case.D, interleaved))
 
     out, lse, *grads = drawn(ideal_attention, *call)
-    grads[:2] = ([turned_back(grad).to(grad.dtype) for grad in draws] for draws in grads[:2])
+    grads[:2] = ([unrotated(grad).to(grad.dtype) for grad in draws] for draws in grads[:2])
     if not full_width(cos, case.D) and rotates_in_registers(cos.shape[-1], interleaved):
         in_registers = slice(1) if "_hopper_backward_kernel" in names(launches) else slice(2)
-        grads[in_registers] = drawn(ideal_attention, *call, closing=turned_back)[2:][in_registers]
+        grads[in_registers] = drawn(ideal_attention, *call, closing=unrotated)[2:][in_registers]
     return [out, lse, *grads]
 
 
@@ -74,16 +67,8 @@ def check(
     given = [guarded(cos), guarded(sin), None if position_ids is None else guarded(position_ids)]
     with guarded_allocations(), tiles(tile), unchanged(*vars(safe).values(), *given), kernels_launched() as launches:
         results = run(lk, case, safe, *given, interleaved=interleaved)
-    wide = in_float64(x)
-    truth = run(lk.reference, case, wide, cos.double(), sin.double(), position_ids, interleaved=interleaved)
-    named = ["out", "lse", "dq", "dk", "dv", "dsinks"][: len(results)]
-    terms = {"lse": score_bound(case, x)} | ({"dsinks": sink_terms(x, *truth[:2])} if case.sinks else {})
-    ideals = ideal(case, x, cos, sin, position_ids, interleaved, launches)
-    for name, K, R_, I in zip(named, results, truth, ideals, strict=True):
-        judge(name, K, R_, I, terms=terms.get(name, 0.0))
-    for name, K, t in zip(named[2:], results[2:], x.tensors, strict=True):
-        assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
-    assert (results[0].dtype, results[1].dtype) == (dtype, torch.float32)
+    truth = run(lk.reference, case, in_float64(x), cos.double(), sin.double(), position_ids, interleaved=interleaved)
+    judge_results(case, x, results, truth, ideal(case, x, cos, sin, position_ids, interleaved, launches))
 
 
 def square(S: int, D: int = 32, DV: int | None = None, B: int = 1, heads: tuple[int, int] = (4, 2), **on: Any) -> Case:

@@ -1,6 +1,6 @@
-"""The parity tests hold for a GPU's instructions: a few of them, with the documented errors put into the interpreter.
+"""Parity holds with the documented errors of a GPU's instructions, which the interpreter makes here.
 
-`pytest --hardware-errors high` (or low, mixed) runs any test so.
+`pytest --hardware-errors high` (or low, mixed) runs any test with them.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_the_errors_reach_the_kernels():
 
 @pytest.mark.interpreter
 def test_an_ideal_that_rounds_to_nearest_is_no_bound_for_hardware():
-    """Why the judge draws its ideal with the errors: without them it rejects the very kernels."""
+    """Without the errors in its ideal, the judge rejects kernels that are right."""
     torch.manual_seed(0)
     with interpreted(ERRORS["high"]), mock.patch.object(ideal, "DRAWS", [EXACT]), pytest.raises(AssertionError):
         for check in (decoding, attention, attention_beside_eager):

@@ -1,4 +1,4 @@
-"""The table of ops is complete."""
+"""The table of ops has every op."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ class Tile:
     num_stages: int
     split: bool = False  # dk and dv in two launches, since one program cannot hold both
     carry: bool = False  # in the forward, the softmax of a block runs during p @ v of the block before
-    # Instead of this tile, with options that take registers; the launcher says which. That of such a tile in dq: with an
-    # inverse rotation, which takes more.
+    # Instead of this tile, with options that take registers; the launcher says which. A crowded tile may have one for dq
+    # with an inverse rotation, which takes more.
     crowded: Tile | None = None
     narrow_v: Tile | None = None  # instead, where v is half as wide as q, as in multi-head latent attention
     newer: Tile | None = None  # instead, from Triton 3.9 on, whose code for this tile spills or waits
@@ -108,7 +108,7 @@ _HALF = {
             1,
             crowded=Tile(64, 32, 4, 1, crowded=Tile(64, 32, 8, 1)),
             newer=Tile(64, 64, 8, 1, crowded=Tile(64, 32, 8, 1)),
-        ),  # fmt: skip
+        ),
     ),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
     # CDNA3 has 64 KiB of shared memory for each thread block and 512 registers for each thread.

@@ -1,7 +1,7 @@
-"""The sensitivity of tests/compiled on the package's kernels: `python -m tests.compiled.llama.survey sm_80`.
+"""How sensitive tests/compiled is on the package's kernels: `python -m tests.compiled.llama.survey sm_80`.
 
-Runs calls that reach every kernel, then every kernel again with one synchronisation spoiled at a time, and prints how
-many of each kind were seen, and each one that was not.
+Runs calls that reach every kernel, then every kernel again with one synchronisation dropped, weakened or moved at a
+time. Prints how many of each kind show, and of each one that does not why it is right.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tests.compiled.llama.plugin import kernels_on_cpu
 from tests.compiled.mutants import Result, survey
 
 
-def launches(target: str, hopper: bool) -> list:
-    """One launch of each kernel, by dtype: small, but with several blocks of keys and of rows."""
+def launches(target: str, hopper: bool, D: int) -> list:
+    """One launch of each kernel, by dtype: small, but with several blocks of keys and of rows. D: width of a head."""
     import llama_kernels as lk
 
     torch.manual_seed(0)
@@ -32,7 +32,6 @@ def launches(target: str, hopper: bool) -> list:
     with kernels_on_cpu(target, hopper=hopper), running(target) as log:
         log.launches = []
         for dtype in (torch.bfloat16,) if hopper else (torch.bfloat16, torch.float32):
-            D = 64
             S = 300
             if hopper:  # rings of four key blocks, and of two blocks of rows, that turn around
                 q, k, v = (torch.randn(1, 1, n, D).to(dtype).requires_grad_() for n in (320, 128, 128))
@@ -66,27 +65,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compiled.llama.survey", description=__doc__.split("\n\n")[0])
     parser.add_argument("target", choices=("sm_80", "sm_90"))
     parser.add_argument("--hopper", action="store_true", help="the Gluon kernels, on sm_90")
+    parser.add_argument("--width", type=int, default=64, help="of a head")
     parser.add_argument("--kernels", nargs="*", help="only kernels whose name holds one of these")
     parser.add_argument("--seeds", type=int, default=0, help="schedules drawn by chance, beside the first")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     results: list[tuple[str, Result]] = []
-    for (name, *dtypes), launched in launches(args.target, args.hopper):
+    for (name, *dtypes), launched in launches(args.target, args.hopper, args.width):
         if args.kernels and not any(part in name for part in args.kernels):
             continue
         begin = time.process_time()
         found = survey(launched, seeds=(None, *range(args.seeds)))
         results += [("-".join([name, *dtypes]), each) for each in found]
-        unseen = [each for each in found if each.seen == "no"]
+        right = [each for each in found if each.seen == "no"]
         seconds = time.process_time() - begin
-        print(f"{name} {dtypes}: {len(found)} mutants, {len(unseen)} unseen, {seconds:.0f} s", flush=True)
-        for each in unseen:
-            print(f"    unseen: {each.kind}, run {each.runs:.1f} times: {each.instruction}: {each.said}", flush=True)
+        print(f"{name} {dtypes}: {len(found)} mutants, {len(right)} of them right, {seconds:.0f} s", flush=True)
+        for each in right:
+            print(f"    {each.kind}, run {each.runs:.1f} times: {each.instruction}: {each.said}", flush=True)
     by_kind: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for _, each in results:
-        by_kind[each.kind][each.seen] += 1
-    for kind, seen in sorted(by_kind.items()):
-        print(f"{kind:42}{sum(seen.values()):5} {dict(seen)}")
+        by_kind[each.kind][f"right: {each.said}" if each.seen == "no" else each.seen] += 1
+    for kind, outcomes in sorted(by_kind.items()):
+        print(f"{kind:42}{outcomes.total():5} {dict(outcomes)}")
     if args.json:
         args.json.write_text(json.dumps([(name, vars(each)) for name, each in results], indent=1))
     return 0

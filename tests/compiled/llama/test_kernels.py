@@ -243,10 +243,10 @@ CALLED_BY = {
 }
 
 
-# What the compiler gets wrong by the words of the PTX ISA, by the call's name and the beginning of the finding
-# (docs/reliability.md). Whether ptxas mends it is not known here.
+# What LLVM gets wrong by the words of the PTX ISA, and ptxas corrects (docs/lab/2026-11-26-every_barrier.md), by the
+# call's name and the beginning of the finding.
 KNOWN = (
-    # LLVM moves the rounding of p below the fence.
+    # Under Triton 3.7, the rounding of p is below the fence.
     ("softcap", "_hopper_backward_kernel: no wgmma.fence after a write of a register"),
 )
 

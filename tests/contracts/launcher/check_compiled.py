@@ -10,7 +10,7 @@ from tests.contracts.launcher import cases, declared
 from tests.contracts.launcher.mutants import MUTANTS_OF_DESCRIPTORS, check_found
 from tests.contracts.launcher.substitute import ARCHITECTURES, tensors_on
 
-# To compile is what takes time here: check_declared.py has all cases.
+# Compilation takes the time here. check_declared.py has all cases.
 CASES = {
     **cases.PORTABLE,
     "hopper rope_attention": cases.hopper_rope_attention,
@@ -30,7 +30,7 @@ SM_90 = (
 )
 def test_the_driver_receives_what_triton_would_send(device, case, comparisons):
     with tensors_on(device):
-        for _ in range(2):  # what comes once need not come again
+        for _ in range(2):  # a key is cached at its second call
             CASES[case]()
             comparisons.check()
         CASES[case]()
@@ -41,7 +41,7 @@ def test_the_driver_receives_what_triton_would_send(device, case, comparisons):
 
 
 def test_kernels_are_declared_as_they_are_compiled():
-    """The other checks rest on declarations; a declaration has no tensor descriptors."""
+    """The other checks launch declared kernels. A declaration has no tensor descriptors."""
     with tensors_on(0):
         for case in SM_90:
             CASES[case]()  # compiled before

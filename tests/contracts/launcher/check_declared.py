@@ -1,4 +1,4 @@
-"""The launch cache over everything that may tell two calls apart, kernels being declared in place of compiled."""
+"""The launch cache with calls that differ in whatever may matter. Kernels are declared, not compiled."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def test_a_fault_in_the_launch_cache_is_found(mutant):
 
 
 def test_the_driver_records_the_call(comparisons):
-    """What all other checks compare: this is the call as it was made."""
+    """All other checks compare such records."""
     x, z = scenarios.tensor(3, 4, dtype=torch.bfloat16), scenarios.tensor(4)
     with tensors_on(2), on_stream(2) as stream:
         scenarios.launcher(comparisons)(x, None, z, -0.5, 0)
     ((launched,),) = (each.cached for each in comparisons.made)
     where = (launched.device, launched.stream, launched.grid, launched.block, launched.name)
     assert where == (2, stream, "3,1,1", "32,1,1", "_kernel")
-    sent = [struct.pack("<Q", x.data_ptr()), struct.pack("<Q", z.data_ptr()), struct.pack("<i", 4)]  # no stride of 1
-    sent += [struct.pack("<f", -0.5), bytes(8), bytes(8)]  # and no scratch memory
+    # A stride of 1 is no parameter. The last two are scratch buffers, of which there are none.
+    sent = [struct.pack("<Q", x.data_ptr()), struct.pack("<Q", z.data_ptr()), struct.pack("<i", 4)]
+    sent += [struct.pack("<f", -0.5), bytes(8), bytes(8)]
     assert launched.parameters == tuple(each.hex() for each in sent)
 
 

@@ -144,7 +144,7 @@ EVERYWHERE = {"device": (0, 1, 2), "on_stream": (False, True)}
 @st.composite
 def pairs_of_calls(draw: Any, op: Callable[..., None]) -> tuple[dict[str, Any], dict[str, Any]]:
     features = {name: x.default for name, x in inspect.signature(op).parameters.items()} | EVERYWHERE
-    # Most features are common: a call with all of them uncommon shares little with another one.
+    # Most features are common. A call with uncommon ones alone has little in common with another call.
     first = {name: draw(st.sampled_from((*values[:1] * 3, *values))) for name, values in features.items()}
     changed = draw(st.lists(st.sampled_from(sorted(features)), min_size=1, max_size=2, unique=True))
     others = {name: [value for value in features[name] if repr(value) != repr(first[name])] for name in changed}
@@ -182,7 +182,7 @@ def test_no_call_reuses_the_launches_of_another(op):
         for features in (first, first, second, second, first):
             call(features)
         launch_cache.forget()
-        for features in (second, second, first):  # what the second binds is not for the first either
+        for features in (second, second, first):  # nor does the first reuse what the second bound
             call(features)
         cached += any(each.cached and not each.bound for each in comparing.made)
         comparing.check()

@@ -1,5 +1,5 @@
 """Kernels that are declared, not compiled: what a launch needs of one is its name and parameters, which follow from the
-signature. So a test can launch thousands of signatures. Tests hold such declarations against compiled kernels."""
+signature. So a test can launch thousands of signatures. A test compares declarations with compiled kernels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ptx(name: str, signature: Any) -> str:
 def compile(src: Any, target: Any, options: dict[str, Any], _env_vars: Any = None) -> CompiledKernel:
     """In place of `triton.compile`."""
     options = make_backend(target).parse_options({**options, **src.parse_options()})
-    # What tells kernels apart: as in Triton, all of source, options and target.
+    # A kernel is identified by its source, options and target, as in Triton.
     told = f"{src.hash()} {options.hash()} {target}"
     digest, name = hashlib.sha256(told.encode()).hexdigest(), src.fn.__name__
     metadata = {

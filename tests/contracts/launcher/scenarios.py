@@ -1,4 +1,4 @@
-"""Sequences of calls that a launch cache could get wrong. Each takes `Comparisons`, whose launches it makes.
+"""Sequences of calls that a launch cache may confuse. Each takes `Comparisons`, and makes launches that it compares.
 
 The checks run them with the package's launch cache and with faults planted in it, which they must find. Kernels are
 declared, not compiled.
@@ -60,7 +60,7 @@ def in_turns(call: Callable[[Any], None], choices: tuple[Any, ...]) -> None:
             call(choice)
 
 
-# --- what tells calls apart ------------------------------------------------------------------------------------------
+# --- what a cache key must hold --------------------------------------------------------------------------------------
 
 NUMBERS = (
     1, 1.0, True, 0, 0.0, -0.0, False, 2, 2.0, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**40, -(2**31) - 1, 0.1, -0.1,
@@ -107,7 +107,7 @@ def absent_tensors(comparisons: Comparisons) -> None:
 
 
 def one_tensor_twice(comparisons: Comparisons) -> None:
-    """Two names of one tensor, which the next call gives to two tensors; two tensors at one address."""
+    """One tensor for two arguments, then a tensor for each; two tensors at one address."""
     call = launcher(comparisons)
     x, y = tensor(4, 4), tensor(4, 4)
     choices = ((x, x, x), (x, y, x), (x, x, y), (x, y, y), (y, x, x), (x, x.view(4, 4), y), (x, y, None), (x, x, None))
@@ -144,7 +144,7 @@ class _Output(NamedTuple):
 
 
 def named_tuples(comparisons: Comparisons) -> None:
-    """Tensors and numbers inside named tuples, which are cached: in the first place, the last, or one in another."""
+    """Tensors and numbers inside named tuples, which are cached: the first argument, the last, and a nested tuple."""
 
     def launches(inputs: _Inputs, flag: int, output: _Output | torch.Tensor) -> list[Launch]:
         z = output.z if isinstance(output, _Output) else output
@@ -178,7 +178,7 @@ def two_launchers(comparisons: Comparisons) -> None:
 
 
 def optional_arguments(comparisons: Comparisons) -> None:
-    """Of public functions: tensors, numbers and switches that may be there."""
+    """Optional tensors, numbers and flags of public functions."""
 
     def rms_norm(options: dict[str, Any]) -> None:
         lk.rms_norm(tensor(6, 64), **options)
@@ -217,7 +217,7 @@ def devices(comparisons: Comparisons) -> None:
 
 
 def streams(comparisons: Comparisons) -> None:
-    """The current stream of the device, at each launch anew."""
+    """A launch is on the stream of the device that is current at that moment."""
     call = launcher(comparisons)
 
     def on_current(device: int) -> None:
@@ -233,7 +233,7 @@ def streams(comparisons: Comparisons) -> None:
 
 
 def threads(comparisons: Comparisons) -> None:
-    """Two threads that make the same calls at once, and change places at each line of the launch cache."""
+    """Two threads make the same calls at once, and may switch at each line of the launch cache."""
     call = launcher(comparisons)
     call(tensor(4, 4), tensor(4), None, 1.0, 0)  # the kernel is loaded: Triton does not do that in two threads at once
     failed: list[BaseException] = []
@@ -306,7 +306,7 @@ def hooks(comparisons: Comparisons) -> None:
 
 
 def knob(comparisons: Comparisons) -> None:
-    """A knob that makes other machine code: after `forget`, the launch cache follows."""
+    """A knob changes the machine code. After `forget` the launch cache launches the new code."""
     call = launcher(comparisons)
     for debug in (False, True, False):
         with mock.patch.object(knobs.runtime, "debug", debug):
@@ -324,7 +324,7 @@ def inference_mode(comparisons: Comparisons) -> None:
 
 
 def collected_inputs(comparisons: Comparisons) -> None:
-    """Tensors are not kept alive, and others may take their places in memory, and their ids."""
+    """Tensors are not kept alive. Others may get their addresses and ids."""
     call = launcher(comparisons)
     for _ in range(50):
         x, y = tensor(4, 4), tensor(4, 4)

@@ -1,4 +1,4 @@
-"""Triton on the substitute CUDA driver, and the package's kernels for CPU tensors: what a subprocess of the tests is.
+"""A process in which Triton runs on a substitute CUDA driver, and CPU tensors take the kernels.
 
 `build` compiles the driver and gives the environment of the subprocess, which calls `install` before anything imports
 the package. What is real there: the package's host code, Triton's binder, its launcher with its compiled C code, and

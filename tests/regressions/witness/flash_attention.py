@@ -181,7 +181,7 @@ def _attention_fits(
 
 
 def _rotary_fits(compiled=False, **_) -> bool:
-    return not compiled  # tests/contracts/test_autograd.py compiles ours on a CPU; here it would be most of the time
+    return not compiled  # tests/contracts/test_compile.py compiles ours on a CPU; here it would be most of the time
 
 
 def _layer_norm_fits(is_rms_norm, dropout_p, has_rowscale, has_x1, has_weight1, hidden_size, **_) -> bool:

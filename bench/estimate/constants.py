@@ -1,0 +1,92 @@
+"""The numbers of the models, from constants.json, where each stands with its unit and its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("constants.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One GPU. Bytes a second are in GB/s, clocks in GHz."""
+
+    name: str
+    family: str
+    sms: int
+    clock: float
+    loaded_clock: float  # that it holds while the tensor cores are busy
+    copy: float
+    l2_rate: float  # bytes a cycle into one SM
+    l2_rate_together: float  # the same while all SMs read
+    l2: float
+    l1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of the model of memory-bound kernels; cycles, and seconds of a call."""
+
+    start: float
+    dram_latency: float
+    l2_latency: float
+    dependent: float
+    softness: float
+    call: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Of the model of attention: cycles of a tile and of an empty program, seconds of a call and of a launch."""
+
+    tile: float
+    call: float
+    launch: float
+    unloaded: float  # the share of the tensor cores' rate up to which the full clock holds
+    reduce: float  # GB/s that one SM adds to sums in the L2
+    empty: float
+
+
+@functools.cache
+def _read() -> dict[str, Any]:
+    return json.loads(FILE.read_text())
+
+
+def _values(rows: dict[str, Any]) -> dict[str, Any]:
+    return {name: row["value"] for name, row in rows.items()}
+
+
+def sm_constants(family: str) -> dict[str, Any]:
+    """Of an SM of `family`: the fields of `bench.estimate.sm.pipes.Sm`.
+
+    Raises:
+        ValueError: there is no model of `family`; there are sm_80 and sm_90.
+    """
+    known = _read()["sm"]
+    if family not in known:
+        raise ValueError(f"there is no model of an SM of {family}; there are {', '.join(known)}")
+    return _values(known[family])
+
+
+@functools.cache
+def gpus() -> dict[str, Gpu]:
+    return {name: Gpu(name, **_values(rows)) for name, rows in _read()["gpus"].items()}
+
+
+def gpu_of(family: str) -> Gpu:
+    """The first GPU of `family`."""
+    return next(gpu for gpu in gpus().values() if gpu.family == family)
+
+
+@functools.cache
+def memory() -> Memory:
+    return Memory(**_values(_read()["memory"]))
+
+
+@functools.cache
+def attention() -> Attention:
+    return Attention(**_values(_read()["attention"]))

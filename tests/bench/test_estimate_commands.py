@@ -1,0 +1,162 @@
+"""`python -m bench estimate` and `calibrate`, with a small folder of peers that the test writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import pytest
+import torch
+
+from bench.commands import arguments, calibrate, estimate
+from bench.estimate import constants, kernels, layer, layer_picture, layer_times, ours, published
+from bench.estimate.published import Figure
+from bench.estimate.result import Estimate
+from llama_kernels.core.registry import KERNELS
+from tests.support.environment import compiles
+
+pytestmark = pytest.mark.once
+H100 = constants.gpus()["H100"]
+
+# A peer with the names of Liger's: one program a row, no loop.
+LIGER = {
+    "utils.py": "def calculate_settings(n):\n    return 1 << (n - 1).bit_length(), 8\n",
+    "rms_norm.py": """
+import triton
+import triton.language as tl
+from liger_kernel.ops.utils import calculate_settings
+
+
+@triton.jit
+def _rms_norm_forward_kernel(
+    y, y_stride, x, x_stride, w, w_stride, rstd, rstd_stride, n, eps, offset, casting, per_row, BLOCK_SIZE: tl.constexpr
+):
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_SIZE)
+    a = tl.load(x + row * x_stride + cols, mask=cols < n, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(a * a) / n + eps)
+    tl.store(y + row * y_stride + cols, (a * scale * tl.load(w + cols, mask=cols < n)).to(tl.bfloat16), mask=cols < n)
+""",
+}
+
+
+@pytest.fixture
+def peers(tmp_path, monkeypatch):
+    folder = tmp_path / "peers" / "some" / "where" / "liger_kernel" / "ops"
+    folder.mkdir(parents=True)
+    for name, text in LIGER.items():
+        (folder / name).write_text(text)
+    sizes = {"M": 8192, "N": 4096, "dtype": "bfloat16", "weight": "bfloat16"}
+    shown = [
+        Figure("Liger", "rms_norm forward", "H100", sizes, 51.0, "us", "a page", "", "liger_rms_norm", None),
+        Figure("F-3", "attention forward", "H100", {}, 1.0, "us", "a page", "", "flash_attention_3_forward", None),
+        Figure("quack", "rms_norm forward", "H100", sizes, 2900.0, "GB/s", "a page", "", None, None),
+    ]
+    attention = {"B": 1, "S": 64, "Hq": 1, "D": 64, "causal": True}
+    monkeypatch.setattr(published, "figures", lambda: iter([shown[0], shown[1]._replace(sizes=attention), shown[2]]))
+    monkeypatch.setattr(published, "ERRORS", tmp_path / "errors.json")
+    return tmp_path / "peers"
+
+
+@compiles
+def test_a_peer_in_a_folder_is_compiled_and_compared(peers, capsys):
+    assert arguments.main(["calibrate", str(peers), "--record"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Liger, rms_norm forward, H100, M=8192 N=4096: estimated 5" in said and "published 51 us, error" in said
+    assert "left out: flash_attention_3_forward: no flash_attn_3/_C.so below" in said
+    (row,) = json.loads(published.ERRORS.read_text())
+    assert (row["kind"], row["family"], row["points"]) == ("rows", "sm_90", 1) and 0 < row["mean"] < 0.1
+
+
+def test_a_folder_without_peers_is_refused(tmp_path, capsys):
+    assert arguments.main(["calibrate", str(tmp_path / "nowhere")]) == 2
+    assert "is no folder" in capsys.readouterr().out
+
+
+@compiles
+def test_our_launchers_choose_their_grids_as_on_the_gpu():
+    x, weight, rstd = torch.empty(65536, 64, dtype=torch.bfloat16), torch.empty(64), torch.empty(65536, 1)
+    call = functools.partial(KERNELS["rms_norm_backward"], x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, False)
+    (kernel,) = kernels.compiled("sm_90", call)
+    assert kernel.name == "rms_norm_backward_kernel" and kernel.launched % 132 == 0 and kernel.constants["N"] == 64
+    assert 0 < kernel.registers < 256 and kernel.resident >= 1
+    assert any(x.wait for x in kernel.code.instructions) and {x.stall for x in kernel.code.instructions} <= set(
+        range(16)
+    )
+
+
+def fixed(*_, **__) -> Estimate:
+    return Estimate(44e-6, "dram", 0.05, (("one", 44e-6),))
+
+
+def test_estimates_are_printed_beside_published_speeds_with_their_sources(monkeypatch, capsys):
+    monkeypatch.setattr(ours, "work_estimate", fixed)
+    assert arguments.main(["estimate", "--gpus", "H100", "--ops", "rms_norm"]) == 0
+    said = capsys.readouterr().out
+    assert "Estimates by models of the machine code, not measurements" in said
+    assert "estimate 50 us ±5%" in said and "bound by DRAM" in said  # 44 us, and what a timed call takes
+    assert "quack" in said and "2,900" in said and "blog" in said
+
+
+def test_estimates_of_another_day_are_shown_beside_those_of_today(monkeypatch, tmp_path, capsys):
+    file, call = tmp_path / "before.json", ["estimate", "--gpus", "A100", "--ops", "rope"]
+    monkeypatch.setattr(ours, "work_estimate", fixed)
+    assert arguments.main([*call, "--json", str(file)]) == 0
+    faster = lambda *_: dataclasses.replace(fixed(), seconds=18.5e-6)  # noqa: E731
+    monkeypatch.setattr(ours, "work_estimate", faster)
+    assert arguments.main([*call, "--before", str(file)]) == 0
+    assert "estimate 25 us ±5%, was 50 (-50%)" in capsys.readouterr().out
+    assert arguments.main([*call, "--before", str(tmp_path / "nowhere.json")]) == 2
+
+
+def test_a_published_time_of_other_rows_becomes_a_rate():
+    sizes = {"M": 4096, "N": 4096, "dtype": "bfloat16"}
+    liger = Figure("Liger", "rms_norm forward", "H100", sizes, 29.18, "us", "", "", None, None)
+    assert estimate._rate(liger, 4 * 32768 * 4096 / 1e9) == pytest.approx(4 * 4096 * 4096 / 29.18e-6 / 1e9)
+    assert estimate._rate(liger._replace(value=640.0, unit="TFLOP/s"), 1.0) == 640.0
+
+
+def test_only_figures_of_the_same_op_width_and_length_are_shown_and_none_at_a_held_clock():
+    shown = list(estimate.published_for(H100, "attention forward", {"S": 8192, "D": 128, "B": 4}))
+    assert {f.who for f in shown} >= {"FlashAttention-3", "FlashAttention-2"}
+    assert {(f.sizes["S"], f.sizes["D"], f.gpu, f.clock) for f in shown} == {(8192, 128, "H100", None)}
+
+
+def test_a_layer_has_fewer_launches_and_less_time_patched_than_stock(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(ours, "work_estimate", fixed)
+    monkeypatch.setattr(ours, "attention_estimate", lambda *_: Estimate(1e-3, "tensor", 0.1, (("one", 1e-3),)))
+    stock, patched, *_ = made = layer.stacks(H100)
+    assert stock.launches > 2 * patched.launches and stock.seconds > patched.seconds
+    products = [next(p.seconds for p in s.parts if p.name == "projections and MLP") for s in made]
+    assert max(products) == min(products) > 0.5 * patched.seconds
+    # 6 FLOPs a weight and token, at 80% of the data sheet
+    weights = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
+    assert products[0] == pytest.approx(6 * weights * 8192 / (0.8 * 989e12), rel=0.02)
+    file = tmp_path / "layer.png"
+    figure = layer_picture.picture(made, H100)
+    figure.savefig(file)
+    assert "Estimate" in figure.axes[0].get_title(loc="left") and file.stat().st_size > 10000
+
+
+def test_the_published_speed_of_flash_attention_is_taken_at_the_length_of_the_layer():
+    assert layer_times._published(H100, "FlashAttention-2", "forward") == 370
+    assert layer_times._published(H100, "nobody", "forward") is None
+
+
+def test_programs_that_fit_on_an_sm_are_counted():
+    kernel = kernels.Kernel("k", "sm_90", (1,), 8, 128, 0, 57344, {}, kernels.Code([], {}))
+    assert kernel.resident == 2  # by registers; by shared memory, 4
+    assert dataclasses.replace(kernel, registers=132).resident == 1
+    assert dataclasses.replace(kernel, registers=32, shared=100 * 1024).resident == 2
+
+
+def test_errors_that_are_recorded_keep_those_of_other_kinds(monkeypatch, tmp_path):
+    file = tmp_path / "errors.json"
+    file.write_text('[{"kind": "rows", "family": "sm_80", "mean": 0.5, "worst": 0.5, "points": 1}]')
+    monkeypatch.setattr(published, "ERRORS", file)
+    point = calibrate.Point(next(published.figures()), "rows", "sm_90", Estimate(1.1, "dram", 0.1), 1.0)
+    calibrate._record([point])
+    means = {key: round(e.mean, 2) for key, e in published.errors().items()}
+    assert means == {("rows", "sm_80"): 0.5, ("rows", "sm_90"): 0.1}
+    monkeypatch.undo()

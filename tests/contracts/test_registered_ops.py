@@ -1,0 +1,142 @@
+"""The ops of torch.ops.llama_kernels, called without the public functions around them, as exported graphs call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.library import opcheck
+from torch.utils._pytree import tree_leaves
+
+import llama_kernels as lk
+from tests.support.derivatives import assert_same, loss_of
+from tests.support.ops import REGISTERED, Make, Shape, registered_calls
+from tests.support.rope import tables
+
+ops = torch.ops.llama_kernels
+
+
+def registered(name: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
+    """A registered op, and arguments of a call."""
+    op, args = registered_calls(Shape(S=12, D=32, N=96), Make(device))[name]
+    return getattr(ops, op), args
+
+
+@pytest.mark.corpus(62, 64)
+@pytest.mark.parametrize("name", REGISTERED)
+def test_registered_ops_pass_opcheck(name, device):
+    op, args = registered(name, device)
+    opcheck(op.default, args)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+DIFFERENTIABLE = {"rms_norm_forward", "rope", "qk_norm_rope", "attention_forward"}
+WITH_GRADIENT = [name for name, (op, _) in registered_calls(Shape(), Make()).items() if op in DIFFERENTIABLE]
+WITHOUT_GRADIENT = [name for name in REGISTERED if name not in (*WITH_GRADIENT, "decode_attention")]
+
+
+def differentiable(name: str, device: torch.device) -> tuple[Any, list[Any], list[int]]:
+    """A registered op, arguments of a call, and the places of those that have a gradient."""
+    op, args = registered_calls(Shape(S=5, D=16, N=16), Make(device))[name]
+    names = [argument.name for argument in getattr(ops, op).default._schema.arguments]
+    floating = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return getattr(ops, op), list(args), [i for i in floating if names[i] not in ("cos", "sin")]
+
+
+def by_the_reference(op: str, args: list[Any]) -> tuple[torch.Tensor, ...]:
+    """The results of a registered op that depend on its differentiable arguments."""
+    if op == "rms_norm_forward":
+        x, residual, weight, eps, offset = args
+        summed = x if residual is None else x + residual
+        rstd = torch.rsqrt(summed.square().mean(-1, keepdim=True) + eps)
+        return lk.reference.rms_norm(summed, weight, eps, offset=offset), *([summed] * (residual is not None)), rstd
+    if op == "rope":
+        q, k, cos, sin, position_ids, interleaved, inverse = args
+        results = lk.reference.rope(q, k, cos, -sin if inverse else sin, position_ids, interleaved=interleaved)
+    elif op == "qk_norm_rope":
+        *given, eps, offset, interleaved = args
+        results = lk.reference.qk_norm_rope(*given, eps=eps, offset=offset, interleaved=interleaved)
+    else:
+        # The dtype of out, where it is given, is that of q here: float32.
+        q, k, v, sinks, kv_start, kv_end, cu_q, cu_k, longest_q, longest_k, scale, softcap, left, right = args[:14]
+        window = tuple(-1 if side is None else side for side in (left, right))
+        options = {"is_causal": False, "window_size": window, "scale": scale, "softcap": softcap, "sinks": sinks,
+                   "kv_start": kv_start, "kv_end": kv_end, "return_lse": True}  # fmt: skip
+        if cu_q is None:
+            results = lk.reference.attention(q, k, v, **options)
+        else:
+            results = lk.reference.attention_varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
+    return tuple(x for x in results if x is not None)
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENT)
+def test_registered_ops_have_gradients(name, device):
+    """With respect to all tensors at once and to each alone; of all results at once and of each alone."""
+    op, args, places = differentiable(name, device)
+    for wanted in (places, *([place] for place in places)):
+        given = [x.detach().requires_grad_(i in wanted) if i in places else x for i, x in enumerate(args)]
+        leaves = [given[place] for place in wanted]
+        zero = sum(0 * leaf.sum() for leaf in leaves)  # a result may depend on none of them
+        results = [x for x in tree_leaves(op(*given)) if x.numel()]
+        expected = by_the_reference(op.__name__, given)
+        for ours, theirs in ((results, expected), *zip(results, expected, strict=True)):
+            losses = (loss_of(ours) + zero, loss_of(theirs) + zero)
+            assert_same(*(torch.autograd.grad(y, leaves, retain_graph=True) for y in losses))
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENT)
+def test_derivatives_that_a_registered_op_lacks_are_refused(name, device):
+    op, args, (first, *_) = differentiable(name, device)
+
+    def call(x: torch.Tensor) -> list[torch.Tensor]:
+        return tree_leaves(op(*args[:first], x, *args[first + 1 :]))
+
+    leaf = args[first].detach().requires_grad_()
+    (grad,) = torch.autograd.grad(loss_of(call(leaf)), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"llama_kernels.\w+: double backward"):
+        torch.autograd.grad(grad.sum(), leaf)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"llama_kernels.\w+: forward-mode"):
+        call(forward_ad.make_dual(args[first], args[first]))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match=r"ops.llama_kernels.\w+: torch.func does not differentiate the op"):
+            transform(lambda x: call(x)[0].sum())(args[first])
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_tensors_that_require_grad_are_refused_by_ops_without_a_gradient(name, device):
+    op, args = registered(name, device)
+    floating = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    before = [args[i].clone() for i in floating]
+    for i in floating:
+        leaf = args[i].detach().clone().requires_grad_()
+        wanted = f"llama_kernels.{op.__name__}: {op.default._schema.arguments[i].name} is a tensor that requires grad"
+        with pytest.raises(ValueError, match=wanted):
+            op(*args[:i], leaf, *args[i + 1 :])
+    for i, x in zip(floating, before, strict=True):
+        assert torch.equal(args[i], x), "the op ran"
+
+
+@pytest.mark.parametrize("op", ["rope", "qk_norm_rope"])
+def test_gradients_of_the_tables_of_registered_ops_are_refused(op, device):
+    q, (cos, sin) = torch.randn(1, 2, 5, 16, device=device), tables(5, 16, device)
+    calls = {
+        "rope": lambda c: ops.rope(q, None, c, sin, None, False, False),
+        "qk_norm_rope": lambda c: ops.qk_norm_rope(q, None, None, None, c, sin, None, 1e-6, 0.0, False),
+    }
+    with pytest.raises(ValueError, match=f"llama_kernels.{op}: cos is a tensor that requires grad"):
+        calls[op](cos.requires_grad_())
+    with torch.no_grad():
+        calls[op](cos)
+
+
+def test_decode_attention_has_no_gradient(device):
+    q, kv, visible = torch.randn(1, 2, 1, 16, device=device), torch.randn(1, 2, 8, 16, device=device), torch.ones(1, 8)
+    args = (kv, kv, visible.bool().to(device), None, None, None, 0.25, None)
+    with pytest.raises(ValueError, match=r"llama_kernels.decode_attention: q is a tensor that requires grad"):
+        ops.decode_attention(q.requires_grad_(), *args)
+    said = r"decode_attention: .* It is for inference\.$"
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match=said):
+        ops.decode_attention(forward_ad.make_dual(q.detach(), q.detach()), *args)
