@@ -110,6 +110,8 @@ def _dkdv_launches(call: AttentionCall, given, outputs, rotation: Rotation, list
 def _dq_launch(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> Launch:
     sizes = call.sizes
     tile = tile_for("dq", call.q, call.v, call.crowded or call.packed or rotation.half > 0)
+    if rotation.half and tile.crowded:
+        tile = tile.crowded
     programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
     if list_q is not None:
         programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))

@@ -51,23 +51,24 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, lse2_ptr, kv_start_ptr, kv_end_ptr, key_mask_ptr,
     q_strides, k_strides, v_strides, part_strides, lse2_strides, kv_start_strides, kv_end_strides, key_mask_stride,
     sizes, scoring, window, chunk,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """part = softmax(q @ k^T scale + mask) @ v over one chunk of the keys of one key head, and its lse2, in base 2.
 
     q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, DV), part (B, Hq, Sq, chunks, DV) and lse2 (B, Hq, Sq, chunks)
-    float32. The tile holds BLOCK_M of the group * Sq rows that read this key head. A chunk of which no row sees a key
-    is not loaded: its lse2 is -inf, its part is not written, and the sum over the chunks skips it. key_mask (B, Sk)
-    bool, of contiguous rows, hides single keys, which are loaded all the same.
+    float32. The tile holds the group * Sq rows that read this key head; with SEVERAL, BLOCK_M of them. A chunk of which
+    no row sees a key is not loaded: its lse2 is -inf, its part is not written, and the sum over the chunks skips it.
+    key_mask (B, Sk) bool, of contiguous rows, hides single keys, which are loaded all the same.
     Bytes: k and v once, part. FLOPs: 2 (D + DV) for each visible pair, of BLOCK_M rows.
     """
     pid, Hkv = tl.program_id(0), sizes.Hq // sizes.group
-    rows = sizes.group * sizes.Sq
-    tiles = tl.cdiv(rows, BLOCK_M)
-    first, pid = pid % tiles * BLOCK_M, pid // tiles  # tiles of the same keys run at the same time
+    rows, r = sizes.group * sizes.Sq, tl.arange(0, BLOCK_M)
+    if SEVERAL:  # tiles of the same keys run at the same time
+        tiles = tl.cdiv(rows, BLOCK_M)
+        r += pid % tiles * BLOCK_M
+        pid = pid // tiles
     h_kv, b, c = pid % Hkv, pid // Hkv % sizes.B, pid // (Hkv * sizes.B)
-    r = first + tl.arange(0, BLOCK_M)
     i = (r % sizes.Sq)[:, None]
     kv_start = load_bound(kv_start_ptr, kv_start_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
     kv_end = load_bound(kv_end_ptr, kv_end_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
@@ -168,7 +169,7 @@ def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]
             None if key_mask is None else key_mask.stride(0),
             sizes, call.scoring, call.window, chunk_of(sizes.Sk),
         ),
-        {**widths, "FAR": far(k, v), **options},
+        {**widths, "FAR": far(k, v), "SEVERAL": rows > BLOCK_M, **options},
     )  # fmt: skip
     combine = Launch(
         _combine_kernel,

@@ -41,7 +41,7 @@ def _round_sum_kernel(
         m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
         start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
         grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in tl.range(0, PARTS):
             of_part = matrix(sum_ptr, sum_strides, b, h * PARTS + part, start)
             grad += load_tile(of_part, m, Sq, D, FAR, BLOCK_M, BLOCK_D).to(tl.float32)  # [BLOCK_M, BLOCK_D]
         grad = grad * scale

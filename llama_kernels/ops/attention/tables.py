@@ -25,7 +25,9 @@ class Tile:
     num_stages: int
     split: bool = False  # dk and dv in two launches, since one program cannot hold both
     carry: bool = False  # in the forward, the softmax of a block runs during p @ v of the block before
-    crowded: Tile | None = None  # instead of this tile, with options that take registers; the launcher says which
+    # Instead of this tile, with options that take registers; the launcher says which. A crowded tile may have one for dq
+    # with an inverse rotation, which takes more.
+    crowded: Tile | None = None
     narrow_v: Tile | None = None  # instead, where v is half as wide as q, as in multi-head latent attention
     newer: Tile | None = None  # instead, from Triton 3.9 on, whose code for this tile spills or waits
 
@@ -69,7 +71,11 @@ _HALF = {
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
     # an inverse rotation spills 8 bytes with all options at once, outside the loop.
-    ("sm_80", "forward"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 32, 4, 3)),
+    ("sm_80", "forward"): (
+        Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2)),
+        Tile(128, 64, 8, 3, crowded=Tile(128, 32, 8, 3)),
+        Tile(32, 32, 4, 3),
+    ),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 2),
         Tile(64, 128, 8, 2, newer=Tile(64, 128, 8, 2, crowded=Tile(64, 64, 8, 2))),
@@ -99,7 +105,14 @@ _HALF = {
     ("sm_100", "dq"): (
         Tile(128, 64, 8, 4),
         Tile(128, 64, 8, 4),
-        Tile(64, 64, 4, 1, crowded=Tile(64, 32, 8, 1), newer=Tile(64, 64, 8, 1, crowded=Tile(64, 32, 8, 1))),
+        Tile(
+            64,
+            64,
+            4,
+            1,
+            crowded=Tile(64, 32, 4, 1, crowded=Tile(64, 32, 8, 1)),
+            newer=Tile(64, 64, 8, 1, crowded=Tile(64, 32, 8, 1)),
+        ),
     ),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
     # CDNA3 has 64 KiB of shared memory for each thread block and 512 registers for each thread.
