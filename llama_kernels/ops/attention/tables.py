@@ -72,8 +72,8 @@ _HALF = {
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
     # an inverse rotation spills 8 bytes with all options at once, outside the loop.
     ("sm_80", "forward"): (
-        Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2)),
-        Tile(128, 64, 8, 3, crowded=Tile(128, 32, 8, 3)),
+        Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2), newer=Tile(128, 64, 8, 2)),
+        Tile(128, 64, 8, 3, crowded=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
         Tile(32, 32, 4, 3),
     ),
     ("sm_80", "dq"): (
