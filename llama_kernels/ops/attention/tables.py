@@ -25,7 +25,7 @@ class Tile:
     num_stages: int
     split: bool = False  # dk and dv in two launches, since one program cannot hold both
     carry: bool = False  # in the forward, the softmax of a block runs during p @ v of the block before
-    # Instead of this tile, with options that take registers; the launcher says which. A crowded tile may have one for dq
+    # Instead, with options that take registers; the launcher says which. A crowded tile may have one of its own, for dq
     # with an inverse rotation, which takes more.
     crowded: Tile | None = None
     narrow_v: Tile | None = None  # instead, where v is half as wide as q, as in multi-head latent attention
