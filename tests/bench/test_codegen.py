@@ -219,7 +219,8 @@ def test_the_record_has_all_families_and_kernels():
 @pytest.mark.parametrize("options", ["causal", "causal window softcap sinks packed"])
 def test_the_hopper_kernels_have_no_spills_or_faults(options):
     kernels = {r.kernel: r for r in reports("sm_90", "hopper", f"D=64 bfloat16 {options}")}
-    assert set(kernels) == {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_sum_kernel"}
+    wanted = {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_sum_kernel"}
+    assert set(kernels) == wanted | ({"tile_list_kernel"} if "packed" in options else set())
     assert not any(r.faults or r.spill_bytes for r in kernels.values())
 
 

@@ -108,8 +108,9 @@ def test_the_largest_number_of_rows():
     def fits(Hq: int, Hkv: int, Sq: int) -> bool:
         return fits_decode(torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, 5, 16))
 
-    assert fits(32, 8, 8) and fits(32, 1, 1) and fits(4, 4, 32)
-    assert not fits(32, 8, 9) and not fits(33, 1, 1) and not fits(0, 0, 1) and not fits(4, 4, 0)
+    assert fits(32, 8, 32) and fits(128, 1, 1) and fits(4, 4, 32)
+    assert not fits(40, 8, 32) and not fits(129, 1, 1) and not fits(4, 4, 33)
+    assert not fits(0, 0, 1) and not fits(4, 4, 0)
 
 
 F = torch.zeros

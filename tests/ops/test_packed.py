@@ -37,7 +37,7 @@ def launches_of_a_step(D: int) -> dict[str, Launch]:
     launches = [
         *forward._launches.__wrapped__(call, o, lse, lists),
         *delta._launches.__wrapped__(o, o, lse, None, None, lse, lse, None, None, packing, tuple(call.sizes)),
-        *backward._launches.__wrapped__(call, o, lse, lse, q, k, v, Rotation(), lists),
+        *backward._launches.__wrapped__(call, o, lse, lse, q, k, v, Rotation(), lists, None),
     ]
     return {launch.kernel.__name__: launch for launch in launches}
 

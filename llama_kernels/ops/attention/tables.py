@@ -46,9 +46,9 @@ _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
 # bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
 _HALF = {
-    # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, 128
-    # registers leave room for a second program on an SM. At width 128, 128 keys per step would spill up to 152 bytes,
-    # since p takes registers twice: see `in_registers_of_its_own`.
+    # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, programs of
+    # one warp group leave room for three on an SM, which hide one another's waits. At width 128, 128 keys per step would
+    # spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`.
     ("sm_90", "forward"): (
         Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),
@@ -71,6 +71,8 @@ _HALF = {
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
     # an inverse rotation spills 8 bytes with all options at once, outside the loop.
+    # In the forward three stages hide the copies, and four warps at width 64 leave room for a second program on an SM;
+    # under Triton 3.9 both spill.
     ("sm_80", "forward"): (
         Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2), newer=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, crowded=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
