@@ -160,6 +160,6 @@ def launch_backward(
     if choice.tile is None or not hopper.try_backward(
         call, choice.tile, do, lse2, delta, dq_sum, dq, dk, dv, rotation, lists
     ):
-        _, dk_wanted, dv_wanted = outputs
-        _launches(call, do, lse2, delta, *outputs, rotation, lists, _sums(call, (dk_wanted, dv_wanted)))
+        of_q, of_k, of_v = outputs
+        _launches(call, do, lse2, delta, of_q, of_k, of_v, rotation, lists, _sums(call, (of_k, of_v)))
     return dq, dk, dv, dsinks

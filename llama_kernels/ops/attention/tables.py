@@ -47,8 +47,8 @@ _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
 _HALF = {
     # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, programs of
-    # one warp group leave room for three on an SM, which hide one another's waits. At width 128, 128 keys per step would
-    # spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`.
+    # one warp group leave room for three on an SM, which hide one another's waits. At width 128, 128 keys per step
+    # would spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`.
     ("sm_90", "forward"): (
         Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),
