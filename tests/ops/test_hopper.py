@@ -40,7 +40,7 @@ def plain(*modules: types.ModuleType, **replaced: Any) -> types.SimpleNamespace:
     names |= replaced
     for name, value in list(names.items()):
         if isinstance(value, types.FunctionType) and name not in replaced:
-            names[name] = types.FunctionType(value.__code__, names, name, value.__defaults__)
+            names[name] = types.FunctionType(value.__code__, names, name, value.__defaults__, value.__closure__)
     return types.SimpleNamespace(**names)
 
 
