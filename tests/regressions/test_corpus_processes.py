@@ -115,7 +115,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
     for case in cases():
         if wanted.get(case.op) == case.label:
             case.launch()
-    assert len({name for name, _ in launches}) == 13 and all(where for _, where in launches), launches
+    assert len({name for name, _ in launches}) == 14 and all(where for _, where in launches), launches
 
 
 @compiles
