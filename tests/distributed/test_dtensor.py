@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 if not dist.is_available():
@@ -14,13 +15,14 @@ if not dist.is_available():
 from tests.distributed import dtensors
 from tests.distributed.processes import run
 from tests.support.environment import DEVICE, INTERPRETED
+from tests.support.judge import UNIT
 
 pytestmark = [
     pytest.mark.once,
     pytest.mark.skipif(DEVICE == "cuda", reason="processes meet over gloo, and have CPU tensors"),
     pytest.mark.skipif(INTERPRETED, reason="about placements, not about what runs on a shard"),
 ]
-BOUND = 2e-6  # float32, whose sums are in another order
+BOUND = 8 * UNIT[torch.float32]  # sums of float32 in another order: a few more roundings than the call it is held to
 
 
 @functools.cache

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from tests.support.judge import UNIT
 
 forward = torch.ops.llama_kernels.attention_forward
 backward = torch.ops.llama_kernels.attention_backward
 
 SCALE = 0.3
+BOUND = 4 * UNIT[torch.float32]  # parts and their sum: a few roundings of float32
 SPLITS = [(0, 20), (20, 33), (33, 50)]  # of 50 keys
 
 
@@ -35,7 +37,7 @@ def test_parts_of_the_keys_merge_to_attention_over_all(device):
     true_grads = torch.autograd.grad(truth, exact, (do.double(), dlse.double()))
     for i, (found, expected) in enumerate(zip((*results, *grads), (*truth, *true_grads), strict=True)):
         error = (found.double() - expected).norm() / expected.norm()
-        assert error < 1e-6, (("out", "lse", "dq", "dk", "dv")[i], error)
+        assert error < BOUND, (("out", "lse", "dq", "dk", "dv")[i], error)
 
 
 def test_packed_parts_have_lse_by_head(device):
@@ -93,7 +95,7 @@ def test_the_backward_of_a_part_of_the_keys_takes_out_and_lse_of_whole_rows(devi
         shares.append(backward(do.float(), None, q, k[:, :, a:b], v[:, :, a:b], out, lse, *rest, *needed)[:3])
     dqs, dks, dvs = zip(*shares, strict=True)
     for found, expected in zip((sum(dqs), torch.cat(dks, 2), torch.cat(dvs, 2)), true_grads, strict=True):
-        assert (found.double() - expected).norm() / expected.norm() < 1e-6
+        assert (found.double() - expected).norm() / expected.norm() < BOUND
 
 
 @pytest.mark.parametrize(

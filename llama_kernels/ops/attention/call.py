@@ -183,7 +183,7 @@ def empty_outputs(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def outputs_to_fill(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """`empty_outputs` for tokens that may be nobody's to compute: packed, they hold 0 and -inf."""
+    """`empty_outputs`; in a packed call they hold 0 and -inf, as for tokens that no sequence owns."""
     out, lse = empty_outputs(call)
     if call.packed:
         out.zero_()
