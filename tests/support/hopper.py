@@ -46,7 +46,7 @@ def expected_kernels(case: Case) -> set[str]:
     softcap at heads wider than 64."""
     backward = case.D <= 128 and (case.softcap is None or case.D <= 64)
     of_backward = {"_hopper_backward_kernel", "_round_sum_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
-    return {"_hopper_forward_kernel", "_delta_kernel"} | of_backward
+    return {"_hopper_forward_kernel", "_delta_kernel"} | of_backward | ({"_tile_list_kernel"} if case.packed else set())
 
 
 def check_of_hopper_kernels(case: Case, dtype: torch.dtype, device: torch.device, layout: int | None = None) -> None:
