@@ -50,7 +50,7 @@ class Point(NamedTuple):
 
 
 def points(peers: Path, say: Callable[[str], None], only: str = "") -> Iterator[Point]:
-    """A point for each published figure whose kernel is in the folder `peers`. say: is told which are not.
+    """A point for each published figure whose kernel is in the folder `peers`. say: gets a line for each that is not.
 
     only: of figures whose op, such as "rms_norm forward", begins so.
     """

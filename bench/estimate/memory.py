@@ -126,7 +126,7 @@ def loop_places(code: Code) -> list[tuple[int, int]]:
 
 
 def _weights(code: Code, trips: float | Sequence[float]) -> list[float]:
-    """How often each instruction runs. What stands after the last EXIT, and NOP, does not."""
+    """How often each instruction runs: 0 for those after the last EXIT, and for NOP."""
     weights = [1.0] * len(code.instructions)
     places = loop_places(code)
     of_each = [trips] * len(places) if isinstance(trips, int | float) else trips

@@ -132,7 +132,7 @@ def test_an_upstream_gradient_with_two_readers_is_not_overwritten(op, device):
 
 @corpus(49, 51)
 def test_rotation_changes_its_inputs_only_in_place(device):
-    """unsloth#5001; quack 7142154. Where a call asks for it, autograd is told, and a leaf is refused."""
+    """unsloth#5001; quack 7142154. In place, autograd records the change, and a leaf raises an error."""
     q, k = qk(1, 2, 2, 6, 8, torch.float32, device)
     before, versions = (q.clone(), k.clone()), (q._version, k._version)
     cos, sin = rope_tables(6, 8, device)
