@@ -166,7 +166,8 @@ def _plan(
 ) -> tuple[Exchange | None, Ring | Gathered | Local]:  # fmt: skip
     """How heads are exchanged, if they are, and how queries then see the keys of all ranks."""
     reach, scores, device = Reach(call.left, call.right), Scores(call.scale, call.softcap), call.q.device
-    exchange, parts, group = None, Parts(layout.lists), mesh.get_group(0)
+    exchange, group = None, mesh.get_group(0)
+    parts: Parts = layout  # it keeps its positions on the device from call to call
     if "ulysses" in methods:
         exchange, parts, rank = _exchange(methods.index("ulysses"), layout, mesh)
         group = mesh.get_group(1 - methods.index("ulysses")) if len(methods) == 2 else group
