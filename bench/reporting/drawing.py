@@ -79,10 +79,11 @@ def providers_of(rs: Iterable[Record]) -> list[str]:
 
 
 def grid(count: int, width: float = 5.0, height: float = 3.4, columns: int = 2) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, each `width` by `height` inches."""
+    """A figure of `count` panels, each `width` by `height` inches, and wide enough for its title and legend."""
     from matplotlib import pyplot as plt
 
     columns = min(columns, count)
+    width = max(width, 9 / columns)
     rows = -(-count // columns)
     size = (width * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -97,7 +98,7 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), 6))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), 5), fontsize=8)
 
 
 def bars(ax: Axes, groups: Sequence[str], series: Series, show: Callable[[float], str]) -> None:

@@ -27,6 +27,8 @@ from bench.works.work import DIRECTIONS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LIMIT = "limit: copy or product here"
+
 
 def sweep_figure(panels: list[tuple[tuple[str, ...], dict[str, list[tuple[int, Record]]]]]) -> Figure:
     every = [r for _, lines in panels for points in lines.values() for _, r in points]
@@ -39,7 +41,7 @@ def sweep_figure(panels: list[tuple[tuple[str, ...], dict[str, list[tuple[int, R
             ax.plot(x, y, "o-", color=color_of(name), label=name, **size)
         some = [r for points in lines.values() for _, r in points]
         roof = sorted({(n, r.ceiling) for points in lines.values() for n, r in points})
-        ax.plot(*zip(*roof, strict=True), "--", color=LIMIT_COLOR, lw=1, label="limit: this machine's copy or product")
+        ax.plot(*zip(*roof, strict=True), "--", color=LIMIT_COLOR, lw=1, label=_LIMIT)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}")
         title = ", ".join(filter(None, (direction, dtype, family)))
@@ -61,7 +63,7 @@ def models_figure(rs: list[Record]) -> Figure:
         here = [r for r in of_op[op] if r.direction == direction]
         shapes = list(dict.fromkeys(r.shape for r in here))
         bars(ax, shapes, series(here, lambda r: r.shape, lambda r: r.percent), "{:.0f}".format)
-        ax.axvline(100, ls="--", color=LIMIT_COLOR, lw=1, label="limit: this machine's copy or product")
+        ax.axvline(100, ls="--", color=LIMIT_COLOR, lw=1, label=_LIMIT)
         ax.set(title=f"{op}, {direction}", xlabel="% of the limit", xlim=(0, 112))
     legend(figure, axes)
     return figure
@@ -112,7 +114,7 @@ def error_speed_figure(timed: list[Record]) -> Figure:
                 size = 6 if name == OURS else 4
                 color, x = color_of(name), [r.percent for r in here]
                 ax.plot(x, errors, "o", ms=size, alpha=0.8, color=color, label=name)
-        ax.axvline(100, ls="--", color=LIMIT_COLOR, lw=1, label="limit: this machine's copy or product")
+        ax.axvline(100, ls="--", color=LIMIT_COLOR, lw=1, label=_LIMIT)
         ax.set_ylim(bottom=0)
         ax.set_xlim(0, 112)
         ax.set(title=op, xlabel="% of the limit of speed", ylabel="error, in roundings of the dtype")
@@ -142,10 +144,9 @@ def error_figure(rs: list[Record]) -> Figure:
         bars(ax, groups, in_order(rs, errors), "{:.2g}".format)
         limits = {op: 2 * e + 2 for op, e in errors.get("eager", {}).items()}
         rows = [groups.index(op) for op in limits]
-        label = "limit: twice eager's error, plus two roundings"
-        ax.vlines(
-            list(limits.values()), [i - 0.42 for i in rows], [i + 0.42 for i in rows], LIMIT_COLOR, "dashed", label
-        )
+        label = "limit: 2 x eager + 2"
+        ends = {"ymin": [i - 0.42 for i in rows], "ymax": [i + 0.42 for i in rows]}
+        ax.vlines(list(limits.values()), **ends, colors=LIMIT_COLOR, linestyles="dashed", label=label)
         ax.margins(x=0.15)
         ax.set(title=dtype, xlabel=f"error, in roundings to {dtype} ({unit:.1e})")
     legend(figure, axes)

@@ -28,6 +28,7 @@ from bench.training import scale as training
 from bench.training.runner import row_of
 from bench.training.scale import TRAINING
 from bench.training.variations import VARIATIONS
+from bench.works.errors import UNIT
 from bench.works.presets import OPS as EVERY_NAME
 from bench.works.presets import works_of
 from bench.works.work import DIRECTIONS
@@ -118,6 +119,11 @@ def drawn(run: Run) -> dict[str, Any]:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     found = {name: figure for name, _, figure in pictures.figures(run)}
     pyplot.close("all")
+    for figure in found.values():
+        figure.canvas.draw()
+        for text in (*figure.texts, *figure.legends):  # the title is one of the texts
+            edges = text.get_window_extent()
+            assert edges.x0 >= 0 and edges.x1 <= figure.bbox.width
     return found
 
 
@@ -131,6 +137,17 @@ def test_each_picture_says_what_it_shows_and_on_which_gpu_it_was_measured():
         found["training"] == f"Training, measured on Fake GPU: patched by {OURS} +0% to +0% tokens a second over stock"
     )
     assert "0.59 for llama_kernels, 1.2 for eager" in found["error"]
+
+
+def test_the_picture_of_errors_has_the_limit_and_room_for_its_title():
+    pytest.importorskip("matplotlib")
+    names = [p.name for p in PROVIDERS][:7]
+    errors = [record("rope", "both", None, name, error=1e-3, gpu="none") for name in names]
+    found = drawn(fake_run(*errors))["error"]
+    assert "on the CPU, kernels in Triton's interpreter" in found.get_suptitle()
+    (ax,) = found.axes
+    assert ax.collections[0].get_label() == "limit: 2 x eager + 2"
+    assert ax.collections[0].get_segments()[0][0][0] == pytest.approx(2 * 1e-3 / UNIT[torch.bfloat16] + 2)
 
 
 def test_pictures_of_bounds_say_that_they_are_estimates_and_no_speedups():
