@@ -25,6 +25,7 @@ from tests.support.attention import (
     padded_left,
     shared,
     so_far,
+    tiles,
 )
 from tests.support.environment import DEVICE, INTERPRETED
 from tests.support.hardware import EXACT, Arithmetic
@@ -176,6 +177,24 @@ def test_any_number_of_blocks_of_a_prefix(gap, device):
         Sk = N * (whole + some + max(gap, 0) + 3)
         case = Case(1, 2, 1, N, Sk, 16, 16, is_causal=False, kv_start=start, kv_end=end, kv_prefix=prefix)
         check(case, torch.float16, device, tile=Tile(N, N, 4, 1))
+
+
+@pytest.mark.skipif(not KERNELS_RUN, reason="about the kernels: plain PyTorch reads all keys")
+def test_blocks_between_the_prefix_and_kv_start_are_not_read(device):
+    """Four completions of 32 tokens share 32 tokens. NaN in one of them reaches no other."""
+    x = torch.randn(1, 1, 160, 16, device=device)
+    i = torch.arange(160, device=device)
+    kv_start = (i // 32 * 32).int()[None]
+    kv_prefix = torch.where(i < 32, 0, 32).int()[None]
+    spoiled = x.clone()
+    spoiled[:, :, 64:96] = float("nan")
+    q, k, v = (t.detach().requires_grad_() for t in (x, spoiled, spoiled))
+    with tiles(Tile(32, 32, 4, 1)):
+        out = lk.attention(q, k, v, kv_start=kv_start, kv_prefix=kv_prefix)
+        (dq,) = torch.autograd.grad(out[:, :, 96:].sum() + out[:, :, :64].sum(), q)
+    assert out[:, :, 64:96].isnan().all()
+    for result in (out, dq):
+        assert result[:, :, 96:].isfinite().all() and result[:, :, :64].isfinite().all()
 
 
 @pytest.mark.parametrize("case, dtype", in_two_dtypes(DECODING), ids=str)
