@@ -47,6 +47,7 @@ def repeated(model: Any) -> Results:
     return results
 
 
+@pytest.mark.corpus(77)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_logits_loss_and_gradients_are_those_of_repeated_prompts(family):
     model = small(family)
@@ -124,6 +125,7 @@ def test_the_collator_gives_the_inputs_of_the_model():
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
 
 
+@pytest.mark.corpus(77)
 def test_the_work_is_that_of_the_unique_tokens():
     """Of tokens, and of blocks of 64 rows and 64 keys, beside the pairs of a query and a key that it sees."""
     prompt, completions = [1] * 2048, [[2] * 256] * 8

@@ -110,7 +110,7 @@ def in_two_dtypes(cases: Sequence[Case]) -> list[tuple[Case, torch.dtype]]:
     return [(case, dtype) for i, case in enumerate(cases) for dtype in (torch.bfloat16, DTYPES[1 + i % 2])]
 
 
-@pytest.mark.corpus(14, 15, 18, 34, 44)
+@pytest.mark.corpus(14, 15, 18, 34, 44, 78)
 @pytest.mark.parametrize("case, dtype", in_two_dtypes(CASES), ids=str)
 def test_outputs_and_gradients(case, dtype, device):
     check(case, dtype, device)
@@ -179,6 +179,7 @@ def test_any_number_of_blocks_of_a_prefix(gap, device):
         check(case, torch.float16, device, tile=Tile(N, N, 4, 1))
 
 
+@pytest.mark.corpus(77)
 @pytest.mark.skipif(not KERNELS_RUN, reason="about the kernels: plain PyTorch reads all keys")
 def test_blocks_between_the_prefix_and_kv_start_are_not_read(device):
     """Four completions of 32 tokens share 32 tokens. NaN in one of them reaches no other."""

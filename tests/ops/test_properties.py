@@ -53,6 +53,7 @@ def test_one_hot_values_show_the_whole_mask(name, Sq, Sk, device):
     judge("p", p, see / see.sum(-1, keepdim=True).clamp(min=1).double(), ideals(q, k, v, see)[0])
 
 
+@pytest.mark.corpus(78)
 @pytest.mark.parametrize(
     "given",
     [
