@@ -29,7 +29,7 @@ def _add_dq(
     """dq after the key blocks in [begin, end), some of `blocks`. lse2, delta and i are [BLOCK_M, 1]."""
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
-    prefix = blocks.prefix if MASKED else None
+    prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     for n in tl.range(begin, end, BLOCK_N):
         k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
         v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]

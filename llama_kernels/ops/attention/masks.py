@@ -34,9 +34,9 @@ class KeyBlocks(NamedTuple):
     full_end: tl.tensor
     end: tl.tensor  # one past the last key that a row sees
     first: tl.tensor  # the first key that a row sees, where there is a kv_start; otherwise unused
-    prefix_full: tl.tensor = None  # in [0, prefix_full) every row sees every key, as one of its first keys
-    prefix_end: tl.tensor = None
-    prefix: tl.tensor = None  # the most first keys that a row sees; they are loaded too
+    prefix_full: tl.tensor = 0  # in [0, prefix_full) every row sees every key, as one of its first keys
+    prefix_end: tl.tensor = 0
+    prefix: tl.tensor = 0  # the most first keys that a row sees; they are loaded too
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
         begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
         full_begin = tl.minimum(tl.cdiv(tl.maximum(full_begin, begin), BLOCK_N), tl.cdiv(end, BLOCK_N)) * BLOCK_N
     full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
-    prefix_full, prefix_end, prefix = None, None, None
+    prefix_full, prefix_end, prefix = 0, 0, 0
     if mask.prefix is not None:
         prefix = tl.maximum(tl.max(mask.prefix), 0)
         prefix_full = tl.maximum(tl.min(mask.prefix), 0) // BLOCK_N * BLOCK_N

@@ -122,7 +122,7 @@ def attend(
     """
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
-    prefix = blocks.prefix if MASKED else None
+    prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     v_floor = floor
     if CARRY and mask.kv_start is not None:  # the block before this one may need the mask
         v_floor = blocks.first
