@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.codegen import hopper, ones
-from bench.codegen.compiling import Case
+from bench.codegen.compiling import TARGETS, Case
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import decode
 from llama_kernels.ops.attention.call import AttentionCall
@@ -117,6 +117,16 @@ def _attention_cases() -> Iterator[Case]:
         label = f"D={D} bfloat16 packed causal"
         yield Case("attention", label, lambda a=(D, D, torch.bfloat16, False, True): _attention(*a), D == 256)
 
+    for D, DV, dtype, features, families in (
+        (512, 512, torch.bfloat16, "causal", tuple(TARGETS)), (512, 512, torch.bfloat16, "all", tuple(TARGETS)),
+        (576, 512, torch.bfloat16, "causal", ("sm_90", "sm_80", "sm_100")),
+        (512, 512, torch.float32, "causal", ("sm_90", "sm_80", "sm_100")),
+    ):  # fmt: skip
+        launch = functools.partial(_attention, D, DV, dtype, features == "all")
+        label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
+        for family in families:
+            yield Case("attention", label, launch, only=family, wide=True)
+
     # Documents or a window, and first keys that stay visible.
     for D, dtype, features in (
         (64, torch.bfloat16, "prefix"), (128, torch.bfloat16, "prefix"), (256, torch.bfloat16, "prefix"),
@@ -153,11 +163,13 @@ def _rope_attention_cases() -> Iterator[Case]:
 
 
 def _decode_cases() -> Iterator[Case]:
-    for D in (64, 128, 256):
+    for D in (64, 128, 256, 512):
         for dtype, features in ((torch.bfloat16, "causal"), (torch.bfloat16, "all"), (torch.float32, "all")):
+            if D == 512 and dtype == torch.float32:  # not on every family
+                continue
             label = f"D={D} {str(dtype)[6:]} {features}"
             yield Case("decode", label, functools.partial(_decode, D, dtype, features == "all"))
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32) if D < 512 else ():
             launch, full = functools.partial(_decode, D, dtype, True, masked=True), (D, dtype) != (128, torch.bfloat16)
             yield Case("decode", f"D={D} {str(dtype)[6:]} key mask", launch, full)
 

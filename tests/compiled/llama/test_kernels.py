@@ -126,6 +126,8 @@ ATTENTION = {
         _square(70, 64, Sk=100, is_causal=False, softcap=5.0, kv_start=anywhere, kv_end=so_far, kv_prefix=anywhere),
         (),
     ),
+    "wide": (_square(40, 512, Sk=70), (HALF,)),
+    "wide-absorbed": (_square(33, 576, DV=512, sinks=True), ()),
     "prefix-256": (_square(40, 256, Sk=70, kv_start=anywhere, kv_prefix=padded_left), ()),
     "everything": (
         _square(130, 72, Sk=200, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
@@ -148,6 +150,7 @@ ATTENTION = {
     "decode": (Case(1, 4, 2, 1, 600, 64, 64), (HALF, SINGLE)),
     "decode-128": (Case(2, 4, 1, 3, 600, 128, 128, sinks=True, softcap=5.0), ()),
     "decode-256": (Case(1, 2, 1, 1, 600, 256, 256), ()),
+    "decode-absorbed": (Case(1, 16, 1, 1, 600, 576, 512), ()),
     "decode-bounds": (Case(1, 8, 2, 2, 600, 64, 64, kv_start=padded_left, kv_end=so_far, is_causal=False), ()),
     "decode-prefix": (Case(1, 8, 2, 2, 600, 64, 64, window_size=(100, 0), kv_prefix=padded_left), ()),
     "decode-window": (Case(1, 4, 2, 5, 600, 80, 80, window_size=(300, 0)), ()),
@@ -186,7 +189,11 @@ CALLS = [
         )
     ),
     Call("qk_norm_rope-offset", _norm_rope(64, 64, False, offset=1.0)),
-    *(Call(name, _attention(case), fast) for name, (case, fast) in ATTENTION.items()),
+    *(
+        # float32 heads wider than 512 fit no program.
+        Call(name, _attention(case), fast, **({"dtypes": (HALF, FP16)} if case.D > 512 else {}))
+        for name, (case, fast) in ATTENTION.items()
+    ),
     Call("attention-strides", _attention(Case(2, 4, 2, 70, 70, 64, 64), layout=3), (HALF,)),
     *(
         Call(f"rope_attention-{D}-{R}{'-pairs' * pairs}", _rope_attention(_square(100, D), R, pairs), fast)
