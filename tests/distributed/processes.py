@@ -23,7 +23,8 @@ def run(jobs: Jobs, ranks: int, seconds: float = 240) -> dict[str, Any]:
 
     Every process runs all jobs, in their order. RuntimeError if they have not ended after so many seconds.
     """
-    multiprocessing.set_forkserver_preload(["llama_kernels.distributed"])
+    modules = {"llama_kernels.distributed", *(job.__module__ for job, _ in jobs.values())}
+    multiprocessing.set_forkserver_preload(sorted(modules))  # imported once, by the first call
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(_work, (ranks, folder, jobs), nprocs=ranks, join=False, start_method="forkserver")
         try:

@@ -1,0 +1,39 @@
+"""Fifty steps of training under context times tensor parallelism give the losses of the stock model in one process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch.distributed as dist
+
+for package in ("accelerate", "matplotlib", "rich"):
+    pytest.importorskip(package)
+pytest.importorskip("transformers", minversion="5.0")
+if not dist.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+from tests.distributed import training  # noqa: E402
+from tests.distributed.processes import run  # noqa: E402
+from tests.support.environment import DEVICE, INTERPRETED  # noqa: E402
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(DEVICE == "cuda", reason="processes meet over gloo, and have CPU tensors"),
+    pytest.mark.skipif(INTERPRETED, reason="about what is sent to whom; the kernels have other tests"),
+]
+
+
+def test_cp_2_times_tp_2_has_the_loss_curve_of_stock(tmp_path):
+    data = tmp_path / "data.jsonl"
+    texts = [{"text": f"def f{i}(x):\n    return x + {i * i}\n"} for i in range(40)]
+    data.write_text("".join(f"{json.dumps(text)}\n" for text in texts))
+    options = ["--data", str(data), "--batch", "2", "--max-length", "64", "--steps", "50", "--validate-every", "50"]
+    alone = training.losses(str(tmp_path / "alone"), *options, "--stock")
+    parallel = (training.losses, (str(tmp_path / "parallel"), *options, "--cp", "2", "--tp", "2"))
+    together = run({"parallel": parallel}, 4)["parallel"]
+    assert isinstance(together, list), together
+    assert len(alone) == len(together) == 50
+    assert alone[-1] < 0.6 * alone[0], "the model did not learn"
+    apart = [abs(a - b) for a, b in zip(alone, together, strict=True)]
+    assert max(apart) <= 1e-5, apart
