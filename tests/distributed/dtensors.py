@@ -37,6 +37,9 @@ _CALLS: dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor], dict[str, t
     "add_rms_norm": (
         lk.add_rms_norm, {"x": _normal(B, S, N), "residual": _normal(B, S, N) + 1}, {"weight": _normal(N)}),
     "rope": (lk.rope, {"q": _heads(HQ), "k": _heads(HKV)}, dict(zip(("cos", "sin"), _tables(), strict=True))),
+    "rope_qkv": (
+        lambda x, cos, sin: lk.rope_qkv(x, HQ, HKV, cos, sin), {"x": _normal(B, S, (HQ + 2 * HKV) * D)},
+        dict(zip(("cos", "sin"), _tables(), strict=True))),
     "qk_norm_rope": (
         lk.qk_norm_rope, {"q": _heads(HQ), "k": _heads(HKV)},
         {"q_weight": _normal(D), "k_weight": _normal(D) + 1, **dict(zip(("cos", "sin"), _tables(), strict=True))}),
@@ -74,7 +77,6 @@ def _error(call: Callable[..., Any], tensors: dict[str, torch.Tensor], placed: d
 
 def error_and_placements(name: str, placement: str) -> tuple[float, list[str]]:
     """The largest relative error of results and gradients, and where they are."""
-    lk.distributed.register_dtensor_rules()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     call, sharded, others = _CALLS[name]
     chosen = (OF_ROWS if "x" in sharded else OF_HEADS)[placement]
@@ -84,23 +86,23 @@ def error_and_placements(name: str, placement: str) -> tuple[float, list[str]]:
 
 def error_on_a_mesh_of_two_dimensions(name: str) -> float:
     """Batch along one dimension, heads or tokens along the other."""
-    lk.distributed.register_dtensor_rules()
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
     call, sharded, others = _CALLS[name]
     placed = {**{n: [Shard(0), Shard(1)] for n in sharded}, **{n: [WHOLE, WHOLE] for n in others}}
     return _error(call, {**sharded, **others}, placed, mesh)[0]
 
 
-def error_with_key_heads_that_the_mesh_does_not_divide() -> float:
-    lk.distributed.register_dtensor_rules()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    tensors = {"q": _normal(1, 6, S, D), "k": _normal(1, 3, S, D), "v": _normal(1, 3, S, D) + 1}
-    return _error(lk.attention, tensors, {n: [Shard(1)] for n in tensors}, mesh)[0]
+def attention_by_heads(shape: tuple[int, ...], Hkv: int, along: int) -> tuple[float, str]:
+    """The error of attention whose heads are sharded along one dimension of a mesh, and where the result is."""
+    mesh = init_device_mesh("cpu", shape)
+    tensors = {"q": _normal(1, 2 * Hkv, S, D), "k": _normal(1, Hkv, S, D), "v": _normal(1, Hkv, S, D) + 1}
+    placed: list[Placement] = [Shard(1) if dim == along else WHOLE for dim in range(len(shape))]
+    error, placements = _error(lk.attention, tensors, dict.fromkeys(tensors, placed), mesh)
+    return error, placements[0]
 
 
 def errors_where_the_weight_needs_a_gradient_or_not() -> list[float]:
     """The same shapes one after the other: DTensor remembers its decision by the arguments."""
-    lk.distributed.register_dtensor_rules()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     errors = []
     for name, needed in itertools.product(("rms_norm", "qk_norm_rope"), (False, True, False)):
