@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import llama_kernels as lk
+from tests.distributed.processes import here, mesh_of
 
 B, HQ, HKV, S, D, N = 4, 8, 4, 8, 16, 32
 WHOLE = Replicate()
@@ -69,6 +70,7 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 
 def _error(call: Callable[..., Any], tensors: dict[str, torch.Tensor], placed: dict[str, list[Placement]],
            mesh: DeviceMesh) -> tuple[float, list[str]]:  # fmt: skip
+    tensors = {name: here(x) for name, x in tensors.items()}
     expected = _results(call, {name: x.clone() for name, x in tensors.items()})
     found = _results(call, {name: distribute_tensor(x.clone(), mesh, placed[name]) for name, x in tensors.items()})
     errors = [((_whole(a) - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
@@ -77,7 +79,7 @@ def _error(call: Callable[..., Any], tensors: dict[str, torch.Tensor], placed: d
 
 def error_and_placements(name: str, placement: str) -> tuple[float, list[str]]:
     """The largest relative error of results and gradients, and where they are."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh_of()
     call, sharded, others = _CALLS[name]
     chosen = (OF_ROWS if "x" in sharded else OF_HEADS)[placement]
     placed = {**{n: [chosen] for n in sharded}, **{n: [WHOLE] for n in others}}
@@ -86,7 +88,7 @@ def error_and_placements(name: str, placement: str) -> tuple[float, list[str]]:
 
 def error_on_a_mesh_of_two_dimensions(name: str) -> float:
     """Batch along one dimension, heads or tokens along the other."""
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+    mesh = mesh_of(2, dist.get_world_size() // 2)
     call, sharded, others = _CALLS[name]
     placed = {**{n: [Shard(0), Shard(1)] for n in sharded}, **{n: [WHOLE, WHOLE] for n in others}}
     return _error(call, {**sharded, **others}, placed, mesh)[0]
@@ -94,7 +96,7 @@ def error_on_a_mesh_of_two_dimensions(name: str) -> float:
 
 def attention_by_heads(shape: tuple[int, ...], Hkv: int, along: int) -> tuple[float, str]:
     """The error of attention whose heads are sharded along one dimension of a mesh, and where the result is."""
-    mesh = init_device_mesh("cpu", shape)
+    mesh = mesh_of(*shape)
     tensors = {"q": _normal(1, 2 * Hkv, S, D), "k": _normal(1, Hkv, S, D), "v": _normal(1, Hkv, S, D) + 1}
     placed: list[Placement] = [Shard(1) if dim == along else WHOLE for dim in range(len(shape))]
     error, placements = _error(lk.attention, tensors, dict.fromkeys(tensors, placed), mesh)
@@ -103,7 +105,7 @@ def attention_by_heads(shape: tuple[int, ...], Hkv: int, along: int) -> tuple[fl
 
 def errors_where_the_weight_needs_a_gradient_or_not() -> list[float]:
     """The same shapes one after the other: DTensor remembers its decision by the arguments."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh_of()
     errors = []
     for name, needed in itertools.product(("rms_norm", "qk_norm_rope"), (False, True, False)):
         found = _grads(name, needed, lambda x, placement: distribute_tensor(x, mesh, [placement]))
@@ -115,8 +117,8 @@ def errors_where_the_weight_needs_a_gradient_or_not() -> list[float]:
 def _grads(name: str, needed: bool, place: Callable[[torch.Tensor, Placement], torch.Tensor]) -> list[torch.Tensor]:
     """The gradients of the first result, those of the weights if they are needed."""
     call, sharded, others = _CALLS[name]
-    tensors = {n: place(x.clone(), Shard(1)).requires_grad_() for n, x in sharded.items()}
-    weights = {n: place(x.clone(), WHOLE).requires_grad_(needed and "weight" in n) for n, x in others.items()}
+    tensors = {n: place(here(x).clone(), Shard(1)).requires_grad_() for n, x in sharded.items()}
+    weights = {n: place(here(x).clone(), WHOLE).requires_grad_(needed and "weight" in n) for n, x in others.items()}
     outs = call(**tensors, **weights)
     outs = outs if isinstance(outs, tuple) else (outs,)
     leaves = [*tensors.values(), *(weight for weight in weights.values() if weight.requires_grad)]

@@ -16,10 +16,9 @@ if not dist.is_available():
 from tests.distributed import jobs
 from tests.distributed.cases import TOKENS, Case
 from tests.distributed.processes import run
-from tests.support.environment import DEVICE, INTERPRETED
+from tests.support.environment import INTERPRETED
 from tests.support.judge import UNIT
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="processes meet over gloo, and have CPU tensors")
 plain_only = pytest.mark.skipif(INTERPRETED, reason="sizes of the plain run; the interpreter runs the bitwise cases")
 
 DOCUMENTS = ((13, 14, 30), (24,))  # across borders of chunks, on one, and a document of one token

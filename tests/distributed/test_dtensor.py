@@ -14,12 +14,11 @@ if not dist.is_available():
 
 from tests.distributed import dtensors
 from tests.distributed.processes import run
-from tests.support.environment import DEVICE, INTERPRETED
+from tests.support.environment import INTERPRETED
 from tests.support.judge import UNIT
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(DEVICE == "cuda", reason="processes meet over gloo, and have CPU tensors"),
     pytest.mark.skipif(INTERPRETED, reason="about placements, not about what runs on a shard"),
 ]
 BOUND = 8 * UNIT[torch.float32]  # sums of float32 in another order: a few more roundings than the call it is held to

@@ -7,19 +7,18 @@ import json
 import pytest
 import torch.distributed as dist
 
-for package in ("accelerate", "matplotlib", "rich"):
-    pytest.importorskip(package)
 pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-from tests.distributed import training  # noqa: E402
-from tests.distributed.processes import run  # noqa: E402
-from tests.support.environment import DEVICE, INTERPRETED  # noqa: E402
+from tests.distributed import training
+from tests.distributed.processes import run
+from tests.support.environment import INTERPRETED
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(DEVICE == "cuda", reason="processes meet over gloo, and have CPU tensors"),
     pytest.mark.skipif(INTERPRETED, reason="about what is sent to whom; the kernels have other tests"),
 ]
 
