@@ -48,7 +48,9 @@ def run(jobs: Jobs, ranks: int, seconds: float = 240) -> dict[str, Any]:
 
 def _work(rank: int, ranks: int, device: str, folder: str, jobs: Jobs) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{ranks}")  # as torchrun sets them
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "localhost", "MASTER_PORT": 0}  # fmt: skip
+    os.environ.update({name: f"{value}" for name, value in torchrun.items()})  # accelerate reads them
     if device == "cuda":
         torch.cuda.set_device(rank)
     global _device

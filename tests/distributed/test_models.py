@@ -88,6 +88,18 @@ def test_a_backward_of_checkpointed_layers_outside_is_an_error(model, mesh):
         loss.backward()
 
 
+def test_a_mask_that_a_hook_drops_is_an_error(model, mesh):
+    """As accelerate's hooks do. Attention would see the keys of its own process only."""
+
+    def drop(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, {**kwargs, "attention_mask": None, "is_causal": True}
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(drop, with_kwargs=True)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    with context_parallel(model, mesh, layout=Layout(8, 1)), pytest.raises(ValueError, match="leave cp_size out"):
+        model(ids, labels=ids)
+
+
 def test_the_model_is_as_before_afterwards(model, mesh):
     ids = torch.arange(3, 11)[None]
     before = model(ids).logits

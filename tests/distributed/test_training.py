@@ -1,19 +1,23 @@
-"""Fifty steps of training under context times tensor parallelism give the losses of the stock model in one process."""
+"""Training on several processes gives the losses of the stock model in one."""
 
 from __future__ import annotations
 
+import functools
 import json
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-from tests.distributed import training
+from tests.distributed import hf_trainer, training
 from tests.distributed.processes import run
 from tests.support.environment import INTERPRETED
 
@@ -21,6 +25,21 @@ pytestmark = [
     pytest.mark.once,
     pytest.mark.skipif(INTERPRETED, reason="about what is sent to whom; the kernels have other tests"),
 ]
+METHODS = ("ring", "ulysses")
+
+
+@functools.cache
+def trained() -> tuple[dict[str, Any], list[tuple[float, float]]]:
+    """By method, the loss and norm of gradients of each step of the Trainer; and those of the stock model alone."""
+    return run({method: (hf_trainer.context_parallel, (method,)) for method in METHODS}, 2), hf_trainer.alone()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainer_of_hugging_face_in_context_parallel(method):
+    together, alone = trained()
+    assert isinstance(together[method], list), together[method]
+    assert len(alone) == hf_trainer.STEPS
+    torch.testing.assert_close(torch.tensor(together[method]), torch.tensor(alone), atol=0, rtol=1e-5)
 
 
 def test_cp_2_times_tp_2_has_the_loss_curve_of_stock(tmp_path):
