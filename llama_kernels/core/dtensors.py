@@ -35,7 +35,7 @@ def repeat_on_dtensors(op: torch._ops.OpOverload, public: str, args: Sequence[An
     Raises:
         TypeError: only some of the tensors are DTensors, or the op has no rules.
     """
-    from llama_kernels.distributed.dtensor import has_rules
+    from llama_kernels.distributed.dtensor import has_rules, register_dtensor_rules
 
     tensors = [(p.name, x) for p, x in zip(op._schema.arguments, args, strict=False) if isinstance(x, torch.Tensor)]
     distributed = next(name for name, x in tensors if is_dtensor(x))
@@ -47,7 +47,7 @@ def repeat_on_dtensors(op: torch._ops.OpOverload, public: str, args: Sequence[An
             fix = f"distribute_tensor({name}, {distributed}.device_mesh) makes it one that each process has whole."
             wanted = f"a DTensor, as {distributed} is"
             raise TypeError(message(public, name, "a torch.Tensor", wanted, fix)) from error
-    if not isinstance(error, NotImplementedError):
+    if register_dtensor_rules.cache_info().currsize:  # the call had the rules
         raise error
-    _register_rules()
+    register_dtensor_rules()
     return op(*args)

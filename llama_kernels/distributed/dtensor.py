@@ -52,13 +52,14 @@ def has_rules(op: torch._ops.OpOverload) -> bool:
 
 @functools.cache
 def register_dtensor_rules() -> None:
-    """Teach DTensor how the ops of this package are sharded. Call it once, before the first op on a DTensor.
+    """Teach DTensor how the ops of this package are sharded. The first op that gets a DTensor calls it.
 
     Norms are computed on any sharding but that of the last dimension; the weight's gradient is Partial. RoPE and
     qk_norm_rope are computed on shards of the batch, of the heads, or of the tokens where positions or tables are
-    sharded with them. Attention is computed on shards of the batch, or of the heads where the mesh divides the number
-    of key heads. Other shardings are gathered first. All tensors of a call are DTensors: PyTorch raises
-    where some are not. The ops that write into their arguments, and the packed projection of `rope_qkv`, have no rules.
+    sharded with them; rope_qkv likewise, but not on shards of the heads. Attention is computed on shards of the batch,
+    or of the heads where the mesh divides the number of key heads. Other shardings are gathered first. All tensors of a
+    call are DTensors, or a TypeError names the one that is not. The ops that write into their arguments have no rules,
+    and raise a TypeError.
 
     Raises:
         RuntimeError: this torch has no torch.distributed.tensor.experimental.register_sharding.
