@@ -117,6 +117,16 @@ def _attention_cases() -> Iterator[Case]:
         label = f"D={D} bfloat16 packed causal"
         yield Case("attention", label, lambda a=(D, D, torch.bfloat16, False, True): _attention(*a), D == 256)
 
+    # Documents or a window, and first keys that stay visible.
+    for D, dtype, features in (
+        (64, torch.bfloat16, "prefix"), (128, torch.bfloat16, "prefix"), (256, torch.bfloat16, "prefix"),
+        (128, torch.bfloat16, "window prefix"), (128, torch.bfloat16, "all prefix"), (128, torch.float32, "prefix"),
+        (64, torch.bfloat16, "all prefix"), (256, torch.bfloat16, "all prefix"), (128, torch.float32, "all prefix"),
+    ):  # fmt: skip
+        full = "all" in features and D != 128
+        launch = functools.partial(_attention_with_prefix, D, dtype, features)
+        yield Case("attention", f"D={D} {str(dtype)[6:]} {features}", launch, full)
+
     yield Case("attention", "D=128 bfloat16 in parts causal", _in_parts)
 
 
@@ -188,6 +198,20 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool, packed: bo
         sinks = dlse = None
     KERNELS["attention_forward"](q, k, v, sinks, *rest)
     KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything, None)
+
+
+def _attention_with_prefix(D: int, dtype: torch.dtype, features: str) -> None:
+    B, Hq, Hkv, S = 2, 8, 2, 512
+    q, k = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for H in (Hq, Hkv))
+    lse, bound = torch.empty(B, Hq, S), torch.zeros(B, S, dtype=torch.int32)
+    start, end, softcap, left = {
+        "prefix": (bound, None, None, None),
+        "window prefix": (None, None, None, 64),
+        "all prefix": (bound, bound, 30.0, 64),
+    }[features]
+    options = (None, start, end, None, None, S, S, 0.1, softcap, left, 0)
+    KERNELS["attention_forward"](q, k, k, *options, None, bound)
+    KERNELS["attention_backward"](q, None, q, k, k, q, lse, *options, True, True, True, False, None, None, bound)
 
 
 def _in_parts() -> None:

@@ -18,7 +18,7 @@ _ROLES = {
     **dict.fromkeys(("weight", "q_weight", "k_weight"), "weight"),
     **dict.fromkeys(("q", "k", "v", "dq", "dk", "dv", "do", "out"), "heads"),
     **dict.fromkeys(("lse", "dlse"), "lse"),
-    **dict.fromkeys(("kv_start", "kv_end"), "bound"),
+    **dict.fromkeys(("kv_start", "kv_end", "kv_prefix"), "bound"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "whole"),
     "sinks": "sinks", "cos": "table", "sin": "table", "position_ids": "positions",
 }  # fmt: skip

@@ -64,7 +64,8 @@ def by_the_reference(op: str, args: list[Any]) -> tuple[torch.Tensor, ...]:
         q, k, v, sinks, kv_start, kv_end, cu_q, cu_k, longest_q, longest_k, scale, softcap, left, right = args[:14]
         window = tuple(-1 if side is None else side for side in (left, right))
         options = {"is_causal": False, "window_size": window, "scale": scale, "softcap": softcap, "sinks": sinks,
-                   "kv_start": kv_start, "kv_end": kv_end, "return_lse": True}  # fmt: skip
+                   "kv_start": kv_start, "kv_end": kv_end, "return_lse": True,
+                   "kv_prefix": args[15] if len(args) > 15 else None}  # fmt: skip
         if cu_q is None:
             results = lk.reference.attention(q, k, v, **options)
         else:

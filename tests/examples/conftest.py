@@ -31,9 +31,11 @@ def _as_before() -> Iterator[None]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
     """run("finetune", "--task", ...): the exit status of the example, and the contents of its JSON file."""
-    from examples import finetune, generate, pretrain
+    from examples import finetune, generate, pretrain, shared_prompts
 
-    scripts = {"finetune": finetune, "pretrain": pretrain, "generate": generate}
+    scripts = {
+        "finetune": finetune, "pretrain": pretrain, "generate": generate, "shared_prompts": shared_prompts
+    }  # fmt: skip
 
     def run(name: str, *options: Any) -> tuple[int, dict[str, Any]]:
         out = tmp_path / "out"

@@ -80,15 +80,16 @@ def _portable_kernels() -> Iterator[None]:
 
 
 def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
-    """A pass that takes no crowded tile has none."""
+    """A pass that takes no crowded tile has none, and only dq takes one for a prefix."""
     taken = set()
     for family, triton, dtype in itertools.product(tables.FAMILIES, ((3, 6), (3, 9)), (torch.float16, torch.float32)):
         monkeypatch.setattr(tables, "arch_of", lambda _, family=family: family)
         monkeypatch.setattr(tables, "tile", functools.partial(TILE, triton=triton))
-        for pass_, D, narrow, crowded in itertools.product(tables.PASSES, tables.WIDTHS, (1, 2), (False, True)):
-            if not (pass_ == "decode" and crowded):
+        options = ((False, False), (True, False), (True, True))
+        for pass_, D, narrow, on in itertools.product(tables.PASSES, tables.WIDTHS, (1, 2), options):
+            if not (pass_ == "decode" and any(on)) and not (pass_ != "dq" and on[1]):
                 q, v = torch.empty(1, D, dtype=dtype), torch.empty(1, D // narrow, dtype=dtype)
-                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, v, crowded)))
+                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, v, *on)))
     assert not [e for e in ENTRIES if (e.family, e.pass_, e.width, e.dtype, e.tile) not in taken]
 
 
@@ -124,7 +125,7 @@ def runs(*passes: str, rotated: bool = False) -> list[Run]:
         here = family is None or (family == entry.family and entry.taken)
         if not here or entry.pass_ not in passes or (rotated and entry.pass_ == "dq" and entry.tile.crowded):
             continue
-        tile = dataclasses.replace(entry.tile, crowded=None, narrow_v=None, newer=None)
+        tile = dataclasses.replace(entry.tile, crowded=None, with_prefix=None, narrow_v=None, newer=None)
         DV = entry.width // (2 if "narrow_v" in entry.variant else 1)
         kind = (entry.dtype, entry.width, DV, "crowded" in entry.variant)
         if family is None:

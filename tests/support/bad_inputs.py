@@ -93,6 +93,7 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention", "sinks", "on meta", {"sinks": F(4, device="meta")}),
     ("attention", "kv_start", r"of shape \(6,\)", {"kv_start": I(6, dtype=int32)}),
     ("attention", "kv_end", r"of shape \(2, 5\)", {"kv_end": I(2, 5, dtype=int32)}),
+    ("attention", "kv_prefix", r"of shape \(2,\)", {"kv_prefix": I(2, dtype=int32)}),
     ("attention", "kv_start", "on meta", {"kv_start": I(2, 6, dtype=int32, device="meta")}),
     ("rope_attention", "q", r"of shape \(4, 6, 8\)", {"q": F(4, 6, 8)}),
     ("rope_attention", "k", r"of shape \(2, 2, 7, 8\)", {"k": F(2, 2, 7, 8), "v": F(2, 2, 7, 8)}),
@@ -111,6 +112,7 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention_varlen", "cu_seqlens_k", "on meta", {"cu_seqlens_k": I(3, dtype=int32, device="meta")}),
     ("attention_varlen", "max_seqlen_q", "-1", {"max_seqlen_q": -1}),
     ("attention_varlen", "kv_start", r"of shape \(1, 6\)", {"kv_start": I(1, 6, dtype=int32)}),
+    ("attention_varlen", "kv_prefix", r"of shape \(1, 6\)", {"kv_prefix": I(1, 6, dtype=int32)}),
 ]
 TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "cos", "torch.float8_e4m3fn", {name: F(9, 4).to(torch.float8_e4m3fn) for name in ("cos", "sin")}),
@@ -126,6 +128,8 @@ TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope_qkv", "position_ids", "torch.float32", {"position_ids": F(6)}),
     ("attention", "window_size", "5", {"window_size": 5}),
     ("attention", "sinks", "torch.float64", {"sinks": F(4).double()}),
+    ("attention", "kv_prefix", "torch.int64", {"kv_prefix": I(2, 6, dtype=torch.int64)}),
+    ("rope_attention", "kv_prefix", "a int", {"kv_prefix": 3}),
     ("attention", "kv_end", "torch.int64", {"kv_end": I(2, 6, dtype=torch.int64)}),
     ("attention", "kv_start", "torch.int64", {"kv_start": I(2, 6, dtype=torch.int64)}),
     ("attention", "deterministic", "'yes'", {"deterministic": "yes"}),

@@ -19,7 +19,7 @@ from tests.support.hardware import DRAWS, EXACT, Arithmetic
 LOG2E = math.log2(math.e)
 
 
-def attention_mask(Sq, Sk, is_causal, window_size, kv_start, kv_end, device):
+def attention_mask(Sq, Sk, is_causal, window_size, kv_start, kv_end, device, kv_prefix=None):
     """Which query sees which key, (1 or B, 1, Sq, Sk): the definition. The last query is aligned with the last key."""
     left, right = window_size
     i = torch.arange(Sq, device=device)[:, None] + Sk - Sq
@@ -29,7 +29,8 @@ def attention_mask(Sq, Sk, is_causal, window_size, kv_start, kv_end, device):
     see = see & (i - j <= left) if left >= 0 else see
     see = see & (j - i <= right) if right >= 0 else see
     see = see if kv_start is None else see & (j >= kv_start[:, None, :, None])
-    return see if kv_end is None else see & (j < kv_end[:, None, :, None])
+    see = see if kv_end is None else see & (j < kv_end[:, None, :, None])
+    return see if kv_prefix is None else see | (j < kv_prefix[:, None, :, None])
 
 
 # --- the ideal -------------------------------------------------------------------------------------------------------

@@ -270,6 +270,7 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
         "attention": ("attention_forward", (q, k, v, *plain)),
         "attention, options": ("attention_forward", (q, k, v, *options)),
         "attention, float32 out": ("attention_forward", (q, k, v, *plain, torch.float32)),
+        "attention, prefix": ("attention_forward", (q, k, v, *options, None, kv_start)),
         "attention, packed": ("attention_forward", (*packed_qkv, *packed)),
         "attention, decoding": ("attention_forward", (token, keys, values, *decoding)),
         "attention backward": ("attention_backward", (dq, None, *saved, *plain, True, True, True, False, None)),
@@ -280,8 +281,12 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
             "attention_backward", (dq, lse, *saved, *options, False, True, True, True, None)),
         "attention backward, float32 gradients": (
             "attention_backward", (dq, None, *saved, *plain, True, True, True, False, None, torch.float32)),
+        "attention backward, prefix": (
+            "attention_backward", (dq, lse, *saved, *options, True, True, True, True, None, None, kv_start)),
         "rope_attention backward": (
             "rope_attention_backward", (dq, lse, *saved, sinks, *rest, True, True, True, True, None)),
+        "rope_attention backward, prefix": (
+            "rope_attention_backward", (dq, lse, *saved, sinks, *rest, True, True, True, True, None, kv_start)),
         "rope_attention backward, dq not needed": (
             "rope_attention_backward", (dq, None, *saved, None, *rest_narrow, False, True, True, False, None)),
         "decode_attention": (

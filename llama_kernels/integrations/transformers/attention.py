@@ -123,6 +123,8 @@ def attention_forward(
         options |= {"is_causal": False, "window_size": (ranges.left, ranges.right), "kv_start": starts}
         out = attention(query, key, value, **options)
     else:
+        if ranges.prefix is not None:
+            _refuse_local_attention(module, sliding_window)
         out = _of_ranges(query, key, value, ranges, options)
     return out.transpose(1, 2).contiguous(), None
 
@@ -169,7 +171,9 @@ def _of_ranges(
         ranges = without_hidden_keys(ranges.start.long(), ranges.end.long(), valid, None)
     if ranges.order is not None:
         key, value = _Rearranged.call("attention", key, value, ranges.order, ranges.inverse)
-    options |= {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), "is_causal": False}
+    prefix = None if ranges.prefix is None else ranges.prefix.contiguous()
+    options |= {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), "kv_prefix": prefix}
+    options |= {"is_causal": False}
     out = attention(query, key, value, **options)
     if ranges.sound is not None:
         out = out.masked_fill((ranges.sound[:, :1] == 0)[:, :, None, None], float("nan"))
@@ -284,6 +288,17 @@ def _stock(
 @functools.cache
 def _warn_of_stock(reason: str) -> None:
     logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs instead of the kernels", reason)
+
+
+def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> None:
+    """Raise if a layer of the model does not attend to all earlier tokens, which a mask of shared prompts shows it."""
+    kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ()) - {"full_attention"}
+    if sliding_window is not None or kinds:
+        layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"
+        layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"
+        got = f"with layers of {layers}"
+        fix = "Repeat the prompt for each completion with this model."
+        raise ValueError(message("share_prompts", "model", got, "layers that attend to all earlier tokens", fix))
 
 
 def _refuse_context_parallel() -> None:

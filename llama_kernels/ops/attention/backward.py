@@ -61,7 +61,7 @@ class _Sums(NamedTuple):
 
 
 def _tile_of_keys(call: AttentionCall) -> Tile:
-    return tile_for("dkdv", call.q, call.v, call.softcap is not None or call.kv_end is not None)
+    return tile_for("dkdv", call.q, call.v, any(x is not None for x in (call.softcap, call.kv_end, call.kv_prefix)))
 
 
 def _arguments(call: AttentionCall, given, outputs, rotation: Rotation, list_ptr, sizes: Sizes) -> tuple[Any, ...]:
@@ -69,7 +69,7 @@ def _arguments(call: AttentionCall, given, outputs, rotation: Rotation, list_ptr
     tensors, delta = (call.q, call.k, call.v, given[0]), given[2]
     return (
         call.q, call.k, call.v, *given, *outputs,
-        call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors, list_ptr,
+        call.kv_start, call.kv_end, call.kv_prefix, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors, list_ptr,
         *map(strides_of, tensors), lse_strides(delta), *map(optional_strides_of, outputs),
         *call.bound_strides, *rotation.strides,
         sizes.as_arguments(), call.scoring, call.window, rotation.positions,
@@ -109,7 +109,8 @@ def _dkdv_launches(call: AttentionCall, given, outputs, rotation: Rotation, list
 
 def _dq_launch(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> Launch:
     sizes = call.sizes
-    tile = tile_for("dq", call.q, call.v, call.crowded or call.packed or rotation.half > 0)
+    crowded, prefix = call.crowded or call.packed or rotation.half > 0, call.kv_prefix is not None
+    tile = tile_for("dq", call.q, call.v, crowded, prefix)
     if rotation.half and tile.crowded:
         tile = tile.crowded
     programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq

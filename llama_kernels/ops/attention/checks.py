@@ -38,6 +38,7 @@ def checked_call(
     sinks: torch.Tensor | None,
     kv_start: torch.Tensor | None,
     kv_end: torch.Tensor | None,
+    kv_prefix: torch.Tensor | None = None,
     deterministic: bool | None,
 ) -> AttentionCall:
     """The call of these arguments, which are those of `attention`, as the registered ops take it.
@@ -54,6 +55,8 @@ def checked_call(
         _check_bound(op, q, "kv_start", kv_start)
     if kv_end is not None:
         _check_bound(op, q, "kv_end", kv_end)
+    if kv_prefix is not None:
+        _check_bound(op, q, "kv_prefix", kv_prefix)
     if packing is not None:
         _check_packing(op, q, k, packing)
     left, right = window_size
@@ -72,6 +75,7 @@ def checked_call(
         softcap or None,
         None if left < 0 else min(left, _WIDEST),
         0 if is_causal else None if right < 0 else min(right, _WIDEST),
+        kv_prefix=kv_prefix,
     )
 
 
@@ -133,7 +137,7 @@ def _check_sinks(op: str, q: torch.Tensor, sinks: torch.Tensor) -> None:
 
 
 def _check_bound(op: str, q: torch.Tensor, name: str, bound: torch.Tensor) -> None:
-    """name: kv_start or kv_end."""
+    """name: kv_start, kv_end or kv_prefix."""
     rows = (q.shape[0], q.shape[2]) if q.ndim == 4 else (q.shape[0],)
     check_tensors(op, (torch.int32,), **{name: bound})
     if bound.shape != rows:

@@ -8,6 +8,7 @@ from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import probs_and_score_grads
 from llama_kernels.ops.attention.tiles import (
     load_bound,
+    load_prefix,
     load_tile,
     matrix,
     offset,
@@ -28,9 +29,10 @@ def _add_dq(
     """dq after the key blocks in [begin, end), some of `blocks`. lse2, delta and i are [BLOCK_M, 1]."""
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
+    prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor)  # [BLOCK_N, BLOCK_DV]
+        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
         qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         dp = dot(do, tl.trans(v), tl.zeros_like(qk) - delta)
         see = None
@@ -44,9 +46,10 @@ def _add_dq(
 @triton.jit(do_not_specialize=["positions"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr, list_ptr,
+    kv_start_ptr, kv_end_ptr, kv_prefix_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    cos_ptr, sin_ptr, position_ids_ptr, list_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dq_strides,
-    kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
+    kv_start_strides, kv_end_strides, kv_prefix_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     WALK: tl.constexpr,
@@ -65,7 +68,8 @@ def _dq_kernel(
             i = m + tl.arange(0, BLOCK_M)[:, None]
             kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
+            prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, q_start, i, Sq, Sk)  # [BLOCK_M, 1]
+            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk, None, prefix)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
             Q = matrix(q_ptr, q_strides, b, h, q_start)
@@ -77,6 +81,15 @@ def _dq_kernel(
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
             dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            if kv_prefix_ptr is not None:
+                dq = _add_dq(
+                    dq, q, do, lse2, delta, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
+                    D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+                dq = _add_dq(
+                    dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
+                    D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
                 dq = _add_dq(
                     dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,

@@ -28,6 +28,7 @@ class Tile:
     # Instead, with options that take registers; the launcher says which. A crowded tile may have one of its own, for dq
     # with an inverse rotation, which takes more.
     crowded: Tile | None = None
+    with_prefix: Tile | None = None  # instead, with kv_prefix, whose two loops more take registers
     narrow_v: Tile | None = None  # instead, where v is half as wide as q, as in multi-head latent attention
     newer: Tile | None = None  # instead, from Triton 3.9 on, whose code for this tile spills or waits
 
@@ -42,6 +43,9 @@ class Tile:
 
 # In the forward on sm_90, at width 256: a v of width 128 leaves registers for twice the keys.
 _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
+
+# In dq on sm_80, at width 128, with options that take registers.
+_AMPERE_DQ = Tile(64, 64, 8, 2)
 
 # bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
@@ -80,7 +84,7 @@ _HALF = {
     ),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 2),
-        Tile(64, 128, 8, 2, newer=Tile(64, 128, 8, 2, crowded=Tile(64, 64, 8, 2))),
+        Tile(64, 128, 8, 2, with_prefix=_AMPERE_DQ, newer=Tile(64, 128, 8, 2, crowded=_AMPERE_DQ)),
         Tile(64, 64, 8, 2, crowded=Tile(64, 64, 8, 1)),
     ),
     # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
@@ -199,10 +203,12 @@ def tile(family: str, pass_: str, width: int, dtype: torch.dtype, triton: tuple[
     return found.newer if found.newer and triton >= (3, 9) else found
 
 
-def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False) -> Tile:
-    """The tile of `pass_` for heads of the widths of q and v, on their device. crowded: see `Tile`."""
+def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False, prefix: bool = False) -> Tile:
+    """The tile of `pass_` for heads of the widths of q and v, on their device. crowded, prefix: see `Tile`."""
     D, DV = q.shape[-1], v.shape[-1]
     found = tile(arch_of(q.device), pass_, max(D, DV), q.dtype)
     if found.narrow_v and D > 128 >= DV:
         found = found.narrow_v
+    if prefix and found.with_prefix:
+        return found.with_prefix
     return found.crowded if crowded and found.crowded else found

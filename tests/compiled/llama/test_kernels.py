@@ -17,7 +17,7 @@ import torch
 
 import llama_kernels
 from tests.support import attention, decode, hopper, qk_norm_rope, rms_norm, rope, rope_attention
-from tests.support.attention import Case, anywhere, packed, padded_left, so_far
+from tests.support.attention import Case, anywhere, documents, packed, padded_left, shared, so_far
 from tests.support.environment import compiles
 from tests.support.launches import kernels_launched, names
 
@@ -120,6 +120,13 @@ ATTENTION = {
     "sinks": (_square(130, 64, sinks=True), ()),
     "kv_start": (_square(130, 64, kv_start=anywhere), ()),
     "bounds": (_square(70, 64, Sk=150, is_causal=False, kv_start=padded_left, kv_end=so_far, sinks=True), ()),
+    "prefix": (_square(130, 64, kv_start=documents, kv_prefix=shared), (HALF,)),
+    "prefix-window": (_square(130, 128, window_size=(20, 0), kv_prefix=anywhere, sinks=True), ()),
+    "prefix-everything": (
+        _square(70, 64, Sk=100, is_causal=False, softcap=5.0, kv_start=anywhere, kv_end=so_far, kv_prefix=anywhere),
+        (),
+    ),
+    "prefix-256": (_square(40, 256, Sk=70, kv_start=anywhere, kv_prefix=padded_left), ()),
     "everything": (
         _square(130, 72, Sk=200, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
         (HALF,),
@@ -136,11 +143,13 @@ ATTENTION = {
         packed((30, 60), (60, 90), 2, 1, 80, 80, is_causal=False, window_size=(40, 9), softcap=4.0, kv_start=anywhere),
         (),
     ),
+    "varlen-prefix": (packed((100, 0, 60), (100, 5, 90), 2, 1, 64, 64, kv_start=documents, kv_prefix=shared), ()),
     # Few queries, split over the keys.
     "decode": (Case(1, 4, 2, 1, 600, 64, 64), (HALF, SINGLE)),
     "decode-128": (Case(2, 4, 1, 3, 600, 128, 128, sinks=True, softcap=5.0), ()),
     "decode-256": (Case(1, 2, 1, 1, 600, 256, 256), ()),
     "decode-bounds": (Case(1, 8, 2, 2, 600, 64, 64, kv_start=padded_left, kv_end=so_far, is_causal=False), ()),
+    "decode-prefix": (Case(1, 8, 2, 2, 600, 64, 64, window_size=(100, 0), kv_prefix=padded_left), ()),
     "decode-window": (Case(1, 4, 2, 5, 600, 80, 80, window_size=(300, 0)), ()),
 }
 CALLS = [
