@@ -32,6 +32,9 @@ def _tables() -> tuple[torch.Tensor, torch.Tensor]:
     return lk.rope_tables(lk.rope_frequencies(D)[0], S)
 
 
+_BOUNDS = torch.arange(B * S, dtype=torch.int32).view(B, S) % S
+
+
 # name: (the call, of tensors by name; those that are sharded alike, differentiated; the others, which are replicated)
 _CALLS: dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {
     "rms_norm": (lk.rms_norm, {"x": _normal(B, S, N)}, {"weight": _normal(N)}),
@@ -47,6 +50,9 @@ _CALLS: dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor], dict[str, t
     "attention": (lk.attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1}, {}),
     "attention, sinks": (
         lk.attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1}, {"sinks": _normal(HQ)}),
+    "attention, bounds": (
+        lk.attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1},
+        {"kv_start": _BOUNDS // 2, "kv_end": 1 + _BOUNDS, "kv_prefix": _BOUNDS // 4}),
     "rope_attention": (
         lk.rope_attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1},
         dict(zip(("cos", "sin"), _tables(), strict=True))),
@@ -58,7 +64,8 @@ CASES = [
 
 def _results(call: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Results and gradients of a call; tables have none."""
-    leaves = [x.requires_grad_() for name, x in tensors.items() if name not in ("cos", "sin")]
+    differentiable = [name for name, x in tensors.items() if x.is_floating_point() and name not in ("cos", "sin")]
+    leaves = [tensors[name].requires_grad_() for name in differentiable]
     outs = call(**tensors)
     outs = [x for x in (outs if isinstance(outs, tuple) else (outs,)) if x is not None]
     return [*outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), leaves)]
