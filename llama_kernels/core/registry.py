@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from llama_kernels.core.checks import DEVICES_TAKEN, fix_for_device, message
 from llama_kernels.core.device import KERNEL_DEVICES
+from llama_kernels.core.dtensors import is_dtensor, register_rules_for, repeat_on_dtensors
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.tensors import last_dim_contiguous
 
@@ -62,6 +63,7 @@ def register(
 
     def run(*args: Any) -> Any:
         if _is_compiling():  # the guard cannot be traced
+            register_rules_for(args)
             return op(*args)
         if _functorch_is_active():  # it would undo the guard
             token = _without_autograd.set(True)
@@ -69,10 +71,21 @@ def register(
                 return op(*args)
             finally:
                 _without_autograd.reset(token)
-        with _below_autograd():  # half a microsecond, where the kernel of autograd takes three
-            return op(*args)
+        try:
+            with _below_autograd():  # half a microsecond, where the kernel of autograd takes three
+                return op(*args)
+        except RuntimeError as error:
+            if not any(map(is_dtensor, args)):
+                raise
+            with _below_autograd():
+                return repeat_on_dtensors(op, _public(name), args, error)
 
     return run
+
+
+def _public(name: str) -> str:
+    """The name of the public function that calls the op."""
+    return re.sub("(_forward|_backward|_)$", "", name)
 
 
 def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -120,7 +133,7 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """What `op` does where autograd is not left out, as it is by the package's own calls."""
     name, parameters = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
     defaults = [argument.default_value for argument in op._schema.arguments]
-    public = re.sub("(_forward|_backward|_)$", "", name)
+    public = _public(name)
 
     def with_gradient(keyset: Any, *args: Any) -> Any:
         forward_mode = forward_ad._current_level >= 0
@@ -149,7 +162,7 @@ def _refuse_device_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """What `op` does with tensors on a device, or of a layout, that has no kernel: a ValueError. Public functions check
     their arguments before; this is for calls of torch.ops.llama_kernels and exported graphs."""
     name, parameters = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
-    public = re.sub("(_forward|_backward|_)$", "", name)
+    public = _public(name)
 
     def refuse(*args: Any) -> Any:
         for parameter, x in zip(parameters, args, strict=False):  # without arguments that have their default values

@@ -41,6 +41,7 @@ from llama_kernels.reference.attention import AttentionOptions
 
 NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # marks modules whose masks already separate packed documents
+context_parallels: list[Any] = []  # of llama_kernels.distributed.context_parallel, the innermost last
 logger = logging.getLogger(__name__)
 
 
@@ -92,6 +93,9 @@ def attention_forward(
         _refuse_in_context_parallel(reason or (None if causal else "is_causal=False"))
         left = -1 if sliding_window is None else sliding_window - 1
         return _context_parallel(query, key, value, doc_start, left, options), None
+    if attention_mask is None and causal and context_parallels:
+        fix = "If accelerate drops it, leave cp_size out of its ParallelismConfig."
+        raise ValueError(message("context_parallel", "attention_mask", "missing in a layer", "that of the model", fix))
     if reason is not None and cu_seq_lens_q is not None:
         wanted = "None, since stock attention does not read it"
         raise ValueError(message("attention_forward", "cu_seq_lens_q", f"given beside {reason}", wanted))
@@ -131,15 +135,14 @@ def _context_parallel(
     options: AttentionOptions,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention to the keys of all processes, inside `llama_kernels.distributed.context_parallel`."""
-    from llama_kernels.distributed import models
     from llama_kernels.distributed.attention import cp_attention
 
-    context = models.active()
-    if context is None:
+    if not context_parallels:
         fix = "Run the backward inside context_parallel too, since it computes checkpointed layers again."
         raise ValueError(
             message("attention_forward", "attention_mask", "of a context_parallel that ended", "None", fix)
         )
+    context = context_parallels[-1]
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = cp_attention(
         query, key, value, mesh=context.mesh, layout=context.layout, method=context.method,

@@ -239,6 +239,8 @@ def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any
 
 def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """cos and sin for `rope`, and R, the number of rotated elements of a head."""
+    if torch.compiler.is_exporting():  # a stage of an exported pipeline gets them as tensors that require grad
+        cos, sin = cos.detach(), sin.detach()
     if known.tables == "first half":
         R = cos.shape[-1]
         return cos[..., : R // 2], sin[..., : R // 2], R
