@@ -14,9 +14,9 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import (
     Differentiable,
     needs_grad,
-    refuse_double_backward,
     register,
     register_gradient,
+    save,
     transforms_are_active,
 )
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, optional_strides_of, sizes_of
@@ -271,8 +271,23 @@ _rope_into_cache = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
+def _rotate_given(op: str, heads: Any, *rotation: Any) -> list[Any]:
+    """Gradients or tangents of q and k, rotated; None for one that is None. They can be differentiated again."""
+    given = [last_dim_contiguous(x) for x in heads if x is not None]
+    if not given:
+        return [*heads]
+    first, second = (*given, None)[:2]
+    if needs_grad(*given) and not torch.compiler.is_compiling():
+        rotated = iter(_Rope.call(op, first, second, *rotation))
+    else:
+        rotated = iter(_rope(first, second, *rotation))
+    return [None if x is None else next(rotated) for x in heads]
+
+
 class _Rope(Differentiable):
     """A `_Call` -> the rotated q and k, or q alone. Saves the tables only: the backward is the inverse rotation."""
+
+    DUAL = 2  # q and k
 
     @staticmethod
     def forward(op, q, k, *rest):
@@ -282,19 +297,19 @@ class _Rope(Differentiable):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.op, _, _, *tables, ctx.interleaved, ctx.inverse = inputs
-        ctx.save_for_backward(*tables)
+        save(ctx, *tables)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dq, dk=None):
         need_q, need_k = ctx.needs_input_grad[1:3]
-        grads = [dq if need_q else None, dk if need_k else None]
-        given = [last_dim_contiguous(g) for g in grads if g is not None]
-        if given:
-            first, second = (*given, None)[:2]
-            rotated = iter(_rope(first, second, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse))
-            grads = [None if g is None else next(rotated) for g in grads]
-        return None, *refuse_double_backward(ctx.op, grads, (dq, dk)), *[None] * 5
+        grads = (dq if need_q else None, dk if need_k else None)
+        return None, *_rotate_given(ctx.op, grads, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), *[None] * 5
+
+    @staticmethod
+    def jvp(ctx, dq, dk):
+        rotated = _rotate_given(ctx.op, (dq, dk), *ctx.saved_tensors, ctx.interleaved, ctx.inverse)
+        return [x for x in rotated if x is not None]
 
 
 register_gradient("rope", ("q", "k"), by=lambda q, *rest: (*_Rope.call("rope", q, *rest), q.new_empty(0))[:2])
@@ -316,12 +331,13 @@ class _RotatedInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        grad, _ = _rope(last_dim_contiguous(dx), None, *ctx.saved_tensors, ctx.interleaved, True)
-        return *refuse_double_backward("rope", (grad,), (dx,)), *[None] * 4
+        return *_rotate_given("rope", (dx,), *ctx.saved_tensors, ctx.interleaved, True), *[None] * 4
 
 
 class _RopeQKV(Differentiable):
     """qkv -> q and k rotated, v as a view. The backward writes the gradient of the whole projection at once."""
+
+    DUAL = 1  # qkv
 
     @staticmethod
     def forward(op, qkv, q_heads, kv_heads, *rotation):
@@ -330,13 +346,24 @@ class _RopeQKV(Differentiable):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, _, _, _, *tables, ctx.interleaved = inputs
-        ctx.save_for_backward(*tables)
+        ctx.op, _, *ctx.heads, cos, sin, position_ids, ctx.interleaved = inputs
+        save(ctx, cos, sin, position_ids)
 
     @staticmethod
     def backward(ctx, *grads):
-        dqkv = _rope_qkv_backward(*map(last_dim_contiguous, grads), *ctx.saved_tensors, ctx.interleaved)
-        return None, *refuse_double_backward(ctx.op, (dqkv,), grads), *[None] * 6
+        if needs_grad(*grads) and not torch.compiler.is_compiling():  # the gradient may be differentiated again
+            dq, dk, dv = grads
+            dq, dk = _rotate_given(ctx.op, (dq, dk), *ctx.saved_tensors, ctx.interleaved, True)
+            heads = torch.cat((dq, dk, dv), 1)
+            dqkv = (heads.transpose(1, 2) if dq.ndim == 4 else heads).flatten(-2)
+        else:
+            dqkv = _rope_qkv_backward(*map(last_dim_contiguous, grads), *ctx.saved_tensors, ctx.interleaved)
+        return None, dqkv, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx, dqkv):
+        dq, dk, dv = _parts(dqkv, *ctx.heads)
+        return *_rotate_given(ctx.op, (dq, dk), *ctx.saved_tensors, ctx.interleaved, False), dv
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
