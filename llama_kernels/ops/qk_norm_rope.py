@@ -29,8 +29,11 @@ from llama_kernels.core.tensors import (
 )
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.ops.rotation import (
+    Axes,
     HeadTile,
     Tables,
+    angle_arguments,
+    axes_count,
     head_tile,
     load_angles,
     load_pairs,
@@ -170,13 +173,13 @@ def _forward_heads(
         _store_vectors(y_ptrs, present, Vectors(y0, y1, y.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions"])
+@triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "axes_count"])
 def _qk_norm_rope_forward_kernel(
-    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr,
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, axes_ptr,
     tq_ptr, tk_ptr, dq_weight_ptr, dk_weight_ptr,
-    q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides, position_strides,
+    q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides, position_strides, axes_strides,
     tq_strides, tk_strides,
-    S, Hq, Hkv, positions, eps, offset,
+    S, Hq, Hkv, positions, axes_count, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +196,10 @@ def _qk_norm_rope_forward_kernel(
     s = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     live = s < S
     tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
-    angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
+    axes = None
+    if axes_ptr is not None:
+        axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
+    angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
     _forward_heads(
         q_ptr, tq_ptr, q_weight_ptr, dq_weight_ptr, q_out_ptr, q_strides, tq_strides, q_out_strides,
         b, s, live, angles, Hq, eps, offset,
@@ -209,7 +215,7 @@ def _qk_norm_rope_forward_kernel(
 
 @triton.jit
 def _backward_heads(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, dy_strides, x_strides, dx_strides, tables,
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, dy_strides, x_strides, dx_strides, tables, axes,
     first, programs, B, S, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -228,7 +234,7 @@ def _backward_heads(
         s = tile // groups % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         live = s < S
         present = live[:, None] & (h < H)[None, :]
-        angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
+        angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
         heads = h.to(tl.int64)[None, :]
         x_ptrs = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None] + heads * x_strides[1]
         dy_ptrs = dy_ptr + (b * dy_strides[0] + s * dy_strides[2])[:, None] + heads * dy_strides[1]
@@ -256,13 +262,13 @@ def _backward_heads(
         _store_vectors(row, tl.full([1, 1], True, tl.int1), total, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["B", "S", "Hq", "Hkv", "positions", "q_programs"])
+@triton.jit(do_not_specialize=["B", "S", "Hq", "Hkv", "positions", "axes_count", "q_programs"])
 def _qk_norm_rope_backward_kernel(
     dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, dq_out_ptr, dk_out_ptr, dq_weight_ptr, dk_weight_ptr,
-    cos_ptr, sin_ptr, position_ids_ptr,
+    cos_ptr, sin_ptr, position_ids_ptr, axes_ptr,
     dq_strides, dk_strides, q_strides, k_strides, dq_out_strides, dk_out_strides,
-    cos_strides, sin_strides, position_strides,
-    B, S, Hq, Hkv, positions, q_programs, eps, offset,
+    cos_strides, sin_strides, position_strides, axes_strides,
+    B, S, Hq, Hkv, positions, axes_count, q_programs, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -276,17 +282,20 @@ def _qk_norm_rope_backward_kernel(
     """
     pid = tl.program_id(0)
     tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+    axes = None
+    if axes_ptr is not None:
+        axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     if pid < q_programs:
         _backward_heads(
             dq_ptr, q_ptr, q_weight_ptr, dq_out_ptr, dq_weight_ptr,
-            dq_strides, q_strides, dq_out_strides, tables,
+            dq_strides, q_strides, dq_out_strides, tables, axes,
             pid, q_programs, B, S, Hq, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif k_ptr is not None:
         _backward_heads(
             dk_ptr, k_ptr, k_weight_ptr, dk_out_ptr, dk_weight_ptr,
-            dk_strides, k_strides, dk_out_strides, tables,
+            dk_strides, k_strides, dk_out_strides, tables, axes,
             pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
@@ -308,6 +317,7 @@ class _Forward(NamedTuple):
     eps: float
     offset: float
     interleaved: bool
+    axes: torch.Tensor | None = None
 
 
 class _Tangents(NamedTuple):
@@ -335,6 +345,7 @@ class _Backward(NamedTuple):
     offset: float
     interleaved: bool
     need_dw: bool
+    axes: torch.Tensor | None = None
 
 
 class _Grads(NamedTuple):
@@ -373,12 +384,12 @@ def _launch_forward(
     B, S, Hq, Hkv = _sizes(call)
     if not B * S * max(Hq, Hkv):
         return []
-    heads, rotation = (call.q, call.k, q_out, k_out), rotation_of(call)
+    heads, (tables, table_strides) = (call.q, call.k, q_out, k_out), angle_arguments(call)
     tangents = _Tangents(None, None, None, None) if tangents is None else tangents
     args = (
-        call.q, call.k, call.q_weight, call.k_weight, q_out, k_out, *rotation.tensors, *tangents,
-        *map(optional_strides_of, heads), *rotation.strides, *map(optional_strides_of, tangents[:2]),
-        S, Hq, Hq if call.k is None else Hkv, call.cos.shape[0], call.eps, call.offset,
+        call.q, call.k, call.q_weight, call.k_weight, q_out, k_out, *tables, *tangents,
+        *map(optional_strides_of, heads), *table_strides, *map(optional_strides_of, tangents[:2]),
+        S, Hq, Hq if call.k is None else Hkv, call.cos.shape[0], axes_count(call), call.eps, call.offset,
     )  # fmt: skip
     return [Launch(_qk_norm_rope_forward_kernel, (B * cdiv(S, _tile(call).BLOCK_T),), args, _options(call))]
 
@@ -395,12 +406,12 @@ def _launch_backward(
 
     programs: for q, and for k.
     """
-    rotation = rotation_of(call)
+    tables, table_strides = angle_arguments(call)
     heads = (call.dq, call.dk, call.q, call.k, grads.q, None if call.k is None else grads.k)
     args = (
-        *heads[:4], call.q_weight, call.k_weight, *heads[4:], q_partials, k_partials, *rotation.tensors,
-        *map(optional_strides_of, heads), *rotation.strides,
-        *_sizes(call), call.cos.shape[0], programs[0], call.eps, call.offset,
+        *heads[:4], call.q_weight, call.k_weight, *heads[4:], q_partials, k_partials, *tables,
+        *map(optional_strides_of, heads), *table_strides,
+        *_sizes(call), call.cos.shape[0], axes_count(call), programs[0], call.eps, call.offset,
     )  # fmt: skip
     sums = ((q_partials, grads.q_weight), (k_partials, grads.k_weight))
     return [
@@ -456,7 +467,7 @@ def _tangent_reference(*args):
         dy = rstd * (t - xhat * (t * xhat).mean(-1, keepdim=True))
         dy = dy if weight is None else dy * (call.offset + weight.float())
         dy = dy if dweight is None else dy + xhat * dweight.float()
-        out.copy_(reference.rope(dy, None, **rotation_of(call)._asdict())[0])
+        out.copy_(reference.rope(dy, None, **rotation_of(call)._asdict(), axes=call.axes)[0])
     return outs
 
 
@@ -490,7 +501,7 @@ def _backward_reference(call):
     for (dy, x, weight), dx, dw in zip(sides, grads[:2], grads[2:], strict=True):
         if x is None:
             continue
-        g, _ = rope_transpose(dy.float(), None, **rotation_of(call)._asdict())
+        g, _ = rope_transpose(dy.float(), None, **rotation_of(call)._asdict(), axes=call.axes)
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + call.eps)
         xhat = x.float() * rstd
         if weight is not None:
@@ -504,7 +515,7 @@ def _backward_reference(call):
 # -> q, k (empty without k)
 _qk_norm_rope = register(
     "qk_norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
-    "Tensor? position_ids, float eps, float offset, bool interleaved) -> (Tensor, Tensor)",
+    "Tensor? position_ids, float eps, float offset, bool interleaved, Tensor? axes=None) -> (Tensor, Tensor)",
     call=_Forward,
     kernel=_forward,
     reference=_forward_reference,
@@ -514,7 +525,7 @@ _qk_norm_rope = register(
 _qk_norm_rope_tangent = register(
     "qk_norm_rope_tangent(Tensor tq, Tensor? tk, Tensor? dq_weight, Tensor? dk_weight, Tensor q, Tensor? k, "
     "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? position_ids, float eps, float offset, "
-    "bool interleaved) -> (Tensor, Tensor)",
+    "bool interleaved, Tensor? axes=None) -> (Tensor, Tensor)",
     kernel=_tangent,
     reference=_tangent_reference,
     fake=_tangent_fake,
@@ -523,8 +534,8 @@ _qk_norm_rope_tangent = register(
 # DTensor remembers results by tensors, and by other arguments from the first int on only.
 _qk_norm_rope_backward = register(
     "qk_norm_rope_backward(Tensor dq, Tensor? dk, Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, "
-    "Tensor sin, Tensor? position_ids, float eps, float offset, bool interleaved, int need_dw) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor sin, Tensor? position_ids, float eps, float offset, bool interleaved, int need_dw, "
+    "Tensor? axes=None) -> (Tensor, Tensor, Tensor, Tensor)",
     call=_Backward,
     kernel=_backward,
     reference=_backward_reference,
@@ -547,23 +558,25 @@ class _QKNormRope(Differentiable):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, *tensors, eps, offset, interleaved = inputs
-        save(ctx, *tensors)
+        ctx.op, *tensors, eps, offset, interleaved, axes = inputs
+        save(ctx, *tensors, axes)
         ctx.options = (eps, offset, interleaved)
 
     @staticmethod
     def backward(ctx, dq, dk=None):
         needed = ctx.needs_input_grad[1:5]
         dys = [None if g is None else last_dim_contiguous(g) for g in (dq, dk)]
-        grads = _qk_norm_rope_backward(*dys, *ctx.saved_tensors, *ctx.options, any(needed[2:]))
+        *tensors, axes = ctx.saved_tensors
+        grads = _qk_norm_rope_backward(*dys, *tensors, *ctx.options, any(needed[2:]), axes)
         grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
         inputs, angles = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        return None, *with_derivatives_of(_Plain(*ctx.options).gradients, grads, (*dys, *inputs), angles), *[None] * 6
+        return None, *with_derivatives_of(_Plain(*ctx.options).gradients, grads, (*dys, *inputs), angles), *[None] * 7
 
     @staticmethod
     def jvp(ctx, *tangents):
         tangents = [None if t is None else last_dim_contiguous(t) for t in tangents]
-        results = _qk_norm_rope_tangent(*tangents, *ctx.saved_tensors, *ctx.options)
+        *tensors, axes = ctx.saved_tensors
+        results = _qk_norm_rope_tangent(*tangents, *tensors, *ctx.options, axes)
         inputs, angles = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         results = results[: 1 if inputs[1] is None else 2]
         return with_derivatives_of(_Plain(*ctx.options).tangents, results, (*tangents, *inputs), angles)
@@ -572,7 +585,7 @@ class _QKNormRope(Differentiable):
 class _Plain(NamedTuple):
     """The derivatives of a call by those of the reference: what the second derivatives are derivatives of.
 
-    angles: cos, sin and position_ids. inputs: q, k, q_weight and k_weight, each of which may be None but q.
+    angles: cos, sin, position_ids and axes. inputs: q, k, q_weight and k_weight, each of which may be None but q.
     """
 
     eps: float
@@ -599,7 +612,8 @@ class _Plain(NamedTuple):
             q, k, *weights = (None if x is None else next(each) for x in inputs)
             heads = (None if x is None else x.float() for x in (q, k))
             options = {"eps": self.eps, "offset": self.offset, "interleaved": self.interleaved}
-            outs = reference.qk_norm_rope(*heads, *weights, *angles, **options)
+            *tables, axes = angles
+            outs = reference.qk_norm_rope(*heads, *weights, *tables, axes=axes, **options)
             return tuple(x for x in outs if x is not None)
 
         return results
@@ -624,6 +638,7 @@ def qk_norm_rope(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     eps: float | None = 1e-6,
     offset: float = 0.0,
     interleaved: bool = False,
@@ -639,7 +654,7 @@ def qk_norm_rope(
             contiguous is copied.
         k: likewise with Hkv heads, or None.
         q_weight, k_weight: (D,), in any of these dtypes, or None for no scaling.
-        cos, sin, position_ids, interleaved: as in `rope`. Dims past the rotated width are normed too.
+        cos, sin, position_ids, axes, interleaved: as in `rope`. Dims past the rotated width are normed too.
         eps, offset: as in `rms_norm`; offset=1.0 for Gemma.
 
     Returns:
@@ -656,10 +671,10 @@ def qk_norm_rope(
             raise ValueError(message(op, name, shape_of(weight), f"({q.shape[-1]},), one element a dim of a head"))
     if k is None and k_weight is not None:
         raise ValueError(message(op, "k_weight", "given without k", "None where k is None"))
-    check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
+    check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids, axes)
     eps = check_eps(op, eps)
     heads_and_weights = [None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight)]
-    call = (*heads_and_weights, cos, sin, position_ids, eps, offset, interleaved)  # fields of _Forward
+    call = (*heads_and_weights, cos, sin, position_ids, eps, offset, interleaved, axes)  # fields of _Forward
     q_out: torch.Tensor
     k_out: Any
     if needs_grad(q, k, q_weight, k_weight):
