@@ -85,5 +85,5 @@ class _DerivativesOf(torch.autograd.Function):
 
     @staticmethod
     def _of_inputs(ctx: Any) -> tuple[Callable[..., Any], tuple[torch.Tensor, ...]]:
-        constants, inputs = ctx.saved_tensors[: ctx.constants], ctx.saved_tensors[ctx.constants :]
-        return functools.partial(ctx.function, constants), inputs
+        saved = ctx.saved_tensors
+        return functools.partial(ctx.function, saved[: ctx.constants]), saved[ctx.constants :]

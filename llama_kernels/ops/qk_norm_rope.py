@@ -569,7 +569,7 @@ class _QKNormRope(Differentiable):
         *tensors, axes = ctx.saved_tensors
         grads = _qk_norm_rope_backward(*dys, *tensors, *ctx.options, any(needed[2:]), axes)
         grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
-        inputs, angles = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        inputs, angles = tensors[:4], (*tensors[4:], axes)
         return None, *with_derivatives_of(_Plain(*ctx.options).gradients, grads, (*dys, *inputs), angles), *[None] * 7
 
     @staticmethod
@@ -577,7 +577,7 @@ class _QKNormRope(Differentiable):
         tangents = [None if t is None else last_dim_contiguous(t) for t in tangents]
         *tensors, axes = ctx.saved_tensors
         results = _qk_norm_rope_tangent(*tangents, *tensors, *ctx.options, axes)
-        inputs, angles = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        inputs, angles = tensors[:4], (*tensors[4:], axes)
         results = results[: 1 if inputs[1] is None else 2]
         return with_derivatives_of(_Plain(*ctx.options).tangents, results, (*tangents, *inputs), angles)
 

@@ -629,11 +629,11 @@ class _RMSNorm(Differentiable):
 
     @staticmethod
     def backward(ctx, dy, ds=None):
-        return _gradients(ctx, dy, ds)
+        return _gradients(ctx, ctx.saved_tensors, dy, ds)
 
     @staticmethod
     def jvp(ctx, dx, dresidual, dweight):
-        return _tangents(ctx, dx, dresidual, dweight)
+        return _tangents(ctx, ctx.saved_tensors, dx, dresidual, dweight)
 
 
 class _RMSNormOp(Differentiable):
@@ -651,25 +651,25 @@ class _RMSNormOp(Differentiable):
 
     @staticmethod
     def backward(ctx, dy, ds, drstd):
-        s, _, rstd = ctx.saved_tensors
+        saved = s, _, rstd = ctx.saved_tensors
         if ctx.grad_dtypes[1] is None:  # no residual: residual_out is an empty tensor
             ds = None
         if drstd is not None:
             of_rstd = -drstd * rstd**3 / s.shape[-1] * s.float()
             ds = of_rstd if ds is None else of_rstd + ds.float()
-        return _gradients(ctx, dy, ds)
+        return _gradients(ctx, saved, dy, ds)
 
     @staticmethod
     def jvp(ctx, dx, dresidual, dweight):
-        dy, ds = (*_tangents(ctx, dx, dresidual, dweight), None)[:2]
-        s, _, rstd = ctx.saved_tensors
+        saved = s, _, rstd = ctx.saved_tensors
+        dy, ds = (*_tangents(ctx, saved, dx, dresidual, dweight), None)[:2]
         drstd = -(rstd**3) * (s.float() * (dx if ds is None else ds).float()).mean(-1, keepdim=True)
         return dy, dx.new_empty(0) if ds is None else ds, drstd
 
 
-def _gradients(ctx, dy, ds):
+def _gradients(ctx, saved, dy, ds):
     """What the backward of both returns. ds: the gradient of residual_out."""
-    x, weight, rstd = ctx.saved_tensors
+    x, weight, rstd = saved
     x_dtype, residual_dtype = ctx.grad_dtypes
     need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
     if dy is None:  # only residual_out was used
@@ -690,9 +690,9 @@ def _gradients(ctx, dy, ds):
     return None, *grads, None, None
 
 
-def _tangents(ctx, dx, dresidual, dweight):
+def _tangents(ctx, saved, dx, dresidual, dweight):
     """The tangents of y and, with a residual, of residual_out."""
-    s, weight, rstd = ctx.saved_tensors
+    s, weight, rstd = saved
     x_dtype, residual_dtype = ctx.grad_dtypes
     ds = dx if residual_dtype is None else (dx + dresidual).to(residual_dtype)
     t, dweight = last_dim_contiguous(ds), None if dweight is None else last_dim_contiguous(dweight)
