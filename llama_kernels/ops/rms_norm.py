@@ -56,7 +56,7 @@ class RowTile(NamedTuple):
 def row_tile(pass_: str, N: int, itemsize: int = 2) -> RowTile:
     """The tile for rows of N elements of at most `itemsize` bytes.
 
-    pass_: "forward", "backward" (dx, and dw where a row fits one tile) or "weight_grad" (dw alone).
+    pass_: "forward", "backward" (dx, and dw where a row fits one tile; the tangent of y) or "weight_grad" (dw alone).
     """
     halves = max(itemsize // 2, 1)
     columns, rows = _ROW_TILES[pass_]
@@ -480,7 +480,8 @@ def _launch_tangent(call: _Tangent, dy: torch.Tensor) -> list[Launch]:
     rows = rows_of(call.x, call.t, call.rstd, dy)
     if not rows.count or not call.x.shape[-1]:
         return []
-    N, tile = call.x.shape[-1], row_tile("forward", call.x.shape[-1], 2 * _widest(call.t, call.x, call.weight))
+    N = call.x.shape[-1]
+    tile = row_tile("backward", N, _widest(call.t, call.x, call.weight))  # which holds two rows in registers too
     x, t, rstd, out = rows.tensors
     x_strides, t_strides, rstd_strides, dy_strides = rows.strides
     args = (

@@ -47,6 +47,7 @@ def test_the_tangents_of_all_tensors_equal_those_of_the_reference(op, device):
 
 
 @not_interpreted
+@pytest.mark.corpus(79)
 @pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("op", ALONE)
 def test_every_kind_of_forward_mode_equals_that_of_the_reference(op, grad_mode, device):

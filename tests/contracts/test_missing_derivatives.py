@@ -18,6 +18,7 @@ REFUSING = [op for op in CALLS if "attention" in op]
 
 
 @not_interpreted
+@pytest.mark.corpus(79)
 @pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("op", REFUSING)
 def test_forward_mode_is_refused(op, grad_mode, device):

@@ -153,6 +153,7 @@ TEXT = {
 }
 
 
+@pytest.mark.corpus(77)
 @pytest.mark.parametrize("family", TEXT)
 def test_sections_as_the_text_models_of_transformers_have_them(family, device):
     """Qwen2-VL and Qwen2.5-VL, Qwen3-VL, GLM-4V, and HunYuan-VL with four positions a token."""
@@ -176,6 +177,7 @@ def test_sections_as_the_text_models_of_transformers_have_them(family, device):
     assert_rounded(ours, theirs)
 
 
+@pytest.mark.corpus(77)
 def test_sections_as_ernie_has_them(device):
     """Height and width alternate, and time takes the last frequencies; pairs are interleaved."""
     module = modeling("ernie4_5_vl_moe")
@@ -197,6 +199,7 @@ def assert_rounded(results: Any, expected: Any) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(torch.float32).eps * b.abs().max().item())
 
 
+@pytest.mark.corpus(78)
 def test_the_vision_tower_of_qwen2_vl(device):
     module, (H, W) = modeling("qwen2_vl"), (3, 5)
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, 16, 2, device=device).float() / 16)
@@ -210,6 +213,7 @@ def test_the_vision_tower_of_qwen2_vl(device):
     assert_rounded(lk.rope(q, k, *table_of(inv_freq.repeat(2), 8, device), grid, axes=axes), theirs)
 
 
+@pytest.mark.corpus(78)
 def test_the_vision_tower_of_pixtral(device):
     module = modeling("pixtral")
     if not hasattr(module, "PixtralVisionRotaryEmbedding"):
@@ -224,6 +228,7 @@ def test_the_vision_tower_of_pixtral(device):
     assert_rounded(lk.rope(q, k, *table_of(inv_freq, 8, device), grid[:, None], axes=axes), theirs)
 
 
+@pytest.mark.corpus(78)
 def test_the_vision_tower_of_llama_4(device):
     """Pairs are interleaved; columns come before rows, both from 1 on; the class token is not rotated."""
     module, n = modeling("llama4"), 4
