@@ -53,6 +53,9 @@ def _rows_of(N: int, dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) 
         yield _call("rms_norm", label, "rms_norm_forward", x, residual, weight, 1e-6, 0.0, full=full)
         grads = (x, residual, x, weight, rstd, 1e-6, 0.0, dtype, True, True)
         yield _call("rms_norm", label, "rms_norm_backward", *grads, full=full)
+    tangents = (x, x, weight, weight.clone(), rstd, 1e-6, 0.0, dtype)
+    label = label.replace(" +residual", " tangent")
+    yield _call("rms_norm", label, "rms_norm_tangent", *tangents, full=full)
 
 
 def _rope_cases() -> Iterator[Case]:
@@ -70,6 +73,11 @@ def _rope_cases() -> Iterator[Case]:
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         yield _call("rope", label, "rope", q, k, *_wide_tables(128), slots, interleaved, True, full=interleaved)
+    for interleaved in (False, True):
+        label = "D=128 heads=32/8 three positions a token" + " interleaved" * interleaved
+        yield _call("rope", label, "rope", q, k, *angles[:2], *_three_positions(interleaved, False))
+    label = "D=128 heads=32/8 three positions a token, an angle an element"
+    yield _call("rope", label, "rope", q, k, *_wide_tables(128), *_three_positions(False, True, 128), full=True)
 
 
 def _qk_norm_rope_cases() -> Iterator[Case]:
@@ -87,6 +95,24 @@ def _qk_norm_rope_cases() -> Iterator[Case]:
         weights = (torch.empty(128, dtype=q.dtype),) * 2
         grads = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
         yield _call("qk_norm_rope", label, "qk_norm_rope_backward", *grads, full=interleaved)
+
+    rest = (*weights, *_heads(128, 128, 32, 8)[2:4])
+    position_ids, interleaved, _, axes = _three_positions(False, False)
+    given = (*rest, position_ids, 1e-6, 0.0, interleaved)
+    label = "D=128 heads=32/8 three positions a token"
+    yield _call("qk_norm_rope", label, "qk_norm_rope", q, k, *given, axes)
+    yield _call("qk_norm_rope", label, "qk_norm_rope_backward", q, k, q, k, *given, True, axes)
+    for D, R in ((128, 128), (256, 256), (128, 64)):
+        q, k, *angles = _heads(D, R, 32, 8)
+        weights = (torch.empty(D, dtype=q.dtype),) * 4
+        tangents = (q, k, *weights[:2], q, k, *weights[2:], *angles, 1e-6, 0.0, False)
+        label = f"D={D} R={R} heads=32/8 tangent"
+        yield _call("qk_norm_rope", label, "qk_norm_rope_tangent", *tangents, full=D != R)
+
+
+def _three_positions(interleaved: bool, inverse: bool, columns: int = 64) -> tuple[Any, ...]:
+    """position_ids, interleaved, inverse and axes of a call of the op rope, where a token has three positions."""
+    return torch.zeros(3, 1, 32, dtype=torch.int64), interleaved, inverse, torch.zeros(columns, dtype=torch.int64)
 
 
 def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:

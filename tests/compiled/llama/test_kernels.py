@@ -68,6 +68,32 @@ def _norm_rope(D: int, R: int, interleaved: bool, **options) -> Callable[[torch.
     return check
 
 
+def _tangent(N: int, residual: bool, rows: int = 9) -> Callable[[torch.dtype], None]:
+    def check(dtype: torch.dtype) -> None:
+        rms_norm.check_tangent((rows, N), dtype, CPU, residual_dtype=dtype if residual else None, offset=1.0)
+
+    return check
+
+
+def _norm_rope_tangents(D: int, R: int, interleaved: bool) -> Callable[[torch.dtype], None]:
+    def check(dtype: torch.dtype) -> None:
+        q, k = rope.qk(2, 4, 2, 9, D, dtype, CPU)
+        weights, angles = qk_norm_rope.weights(D, dtype, CPU), rope.tables(60, R, CPU)
+        qk_norm_rope.check_tangents(q, k, *weights, *angles, torch.randint(60, (2, 9)), interleaved=interleaved)
+
+    return check
+
+
+def _axes(D: int, R: int, interleaved: bool, tables=rope.tables) -> Callable[[torch.dtype], None]:
+    """Three positions a token. R: of half-width tables."""
+
+    def check(dtype: torch.dtype) -> None:
+        axes = torch.randint(3, (R // 2 if tables is rope.tables else R,))
+        rope.check_axes(D, tables(60, R, CPU), axes, 3, dtype, interleaved=interleaved)
+
+    return check
+
+
 def _attention(case: Case, **options) -> Callable[[torch.dtype], None]:
     return lambda dtype: attention.check(case, dtype, CPU, **options)
 
@@ -173,6 +199,14 @@ CALLS = [
             (80, 80, False, ()), (80, 20, True, ()), (256, 256, False, ()), (5, 4, False, ()), (5, 4, True, ()),
         )
     ),
+    Call("rms_norm-tangent", _tangent(1000, False), (HALF,)),
+    Call("rms_norm-tangent-add", _tangent(4096, True)),
+    Call("rms_norm-tangent-long", _tangent(40000, False, rows=2)),
+    Call("qk_norm_rope-tangent", _norm_rope_tangents(64, 64, False), (HALF,)),
+    Call("qk_norm_rope-tangent-part-interleaved", _norm_rope_tangents(80, 20, True)),
+    Call("rope-axes", _axes(64, 64, False), (HALF,)),
+    Call("rope-axes-part-interleaved", _axes(80, 40, True)),
+    Call("rope-axes-unlike", _axes(64, 64, False, rope.unlike_tables)),
     Call("rope_qkv", _packed_rope(64, 64, False), (HALF,)),
     Call("rope_qkv-interleaved", _packed_rope(80, 20, True)),
     *(
