@@ -18,9 +18,12 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`llama_kernels.distributed`, imported where it is used: torch may be built without torch.distributed."""
-    if name == "distributed":
-        return importlib.import_module("llama_kernels.distributed")
+    """The modules that are imported where they are used.
+
+    `distributed`: torch may be built without torch.distributed. `layers`: the package kernels of Hugging Face reads it.
+    """
+    if name in ("distributed", "layers"):
+        return importlib.import_module(f"llama_kernels.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
