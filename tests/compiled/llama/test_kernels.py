@@ -261,6 +261,7 @@ REACHED_BY = {
     "_rms_norm_forward_kernel": "rms_norm-1000-add",
     "_rms_norm_backward_kernel": "rms_norm-1000-add",
     "_rms_norm_weight_grad_kernel": "rms_norm-16640",
+    "_rms_norm_tangent_kernel": "rms_norm-tangent",
     "_sum_partials_kernel": "rms_norm-1000-add",
     "_rope_kernel": "rope-64-64",
     "_qk_norm_rope_forward_kernel": "qk_norm_rope-64-64",
