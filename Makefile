@@ -76,9 +76,15 @@ examples: $(INSTALLED)
 
 # The kernels (compiled on a GPU, else in Triton's interpreter), then what CPU tensors run: tests/run.py.
 # PYTEST='tests/ops/test_rope.py -k heads' and the like choose tests.
-test: lint codegen
+test: lint codegen $(if $(filter-out present,$(TORCH)),build/kernels)
 	$(call NEEDS,test)
 	$(BIN)/python -m tests.run --workers $(JOBS) $(PYTEST)
+
+# The package `kernels` of Hugging Face, for one test. Aside, since Transformers behaves differently where it is installed.
+build/kernels: $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install -q --no-deps --target $@ kernels==0.17.2
+	touch $@
 
 # `make` with TORCH=present on a machine made for it: a virtual environment in another one, without a network.
 test-present: $(INSTALLED)

@@ -101,6 +101,19 @@ def read_jsonl(
     return examples
 
 
+def read_texts(path: Path | None, seed: int) -> list[str]:
+    """The texts of a file with one {"text": ...} a line, shuffled; without a file, none."""
+    return shuffled([example["text"] for example in read_jsonl(path, {"text": str})], seed) if path else []
+
+
+def dataset(columns: dict[str, list[str]]) -> Any:
+    """A Dataset of the package datasets, which TRL takes, without progress bars of its own."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.Dataset.from_dict(columns)
+
+
 def standard_library(*patterns: str) -> list[tuple[str, str]]:
     """(name, source) of files of Python's standard library that match one of the patterns. Every machine has this text.
 
@@ -190,6 +203,22 @@ def load_model(
         bos_token_id=0, eos_token_id=1, **settings,
     )  # fmt: skip
     return model_class.from_config(config).to(args.device)
+
+
+def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save both for --model."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def lora(rank: int, task_type: str) -> Any:
+    """The configuration of PEFT for adapters of all linear layers. Weights of a new head are trained in full."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise SystemExit("--lora needs peft: pip install peft") from None
+    heads = [] if task_type == "CAUSAL_LM" else ["score", "qa_outputs"]
+    return LoraConfig(task_type=task_type, r=rank, target_modules="all-linear", exclude_modules=heads or None)
 
 
 def prepare(model: Any, name: str, args: argparse.Namespace) -> None:

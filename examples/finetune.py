@@ -12,9 +12,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python examples/finetune.py`
 
-import torch
-from transformers import PreTrainedModel
-
 from examples import common, report, training
 from examples.tasks.question_answering import QuestionAnswering
 from examples.tasks.sequence_classification import SequenceClassification
@@ -25,17 +22,6 @@ TASKS: dict[str, Any] = {
     "token-classification": TokenClassification,
     "question-answering": QuestionAnswering,
 }
-
-
-def with_adapters(model: PreTrainedModel, rank: int, peft_type: str) -> torch.nn.Module:
-    """The model with frozen weights, whose low-rank adapters and new head are trained."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise SystemExit("--lora needs peft: pip install peft") from None
-    heads = ["score", "qa_outputs"]  # trained in full
-    config = LoraConfig(task_type=peft_type, r=rank, target_modules="all-linear", exclude_modules=heads)
-    return get_peft_model(model, config)
 
 
 def main() -> int:
@@ -65,8 +51,10 @@ def main() -> int:
         dtype = common.DTYPES[args.dtype if args.lora else "float32"]  # trained weights are float32
         model: Any = common.load_model(Task.model_class, args, tokenizer, dtype, **settings)
         common.prepare(model, name, args)
-        if args.lora:
-            model = with_adapters(model, args.lora, Task.peft_type)
+        if config := args.lora and common.lora(args.lora, Task.peft_type):
+            from peft import get_peft_model
+
+            model = get_peft_model(model, config)
         trainer = training.train(run, model, task.train_set, args, tokenizer, data_collator=Task.collator(tokenizer))
         run.metrics = task.metrics(trainer.predict(task.test_set).predictions)
         runs.append(run)

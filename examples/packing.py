@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from typing import Any
 
@@ -36,6 +37,16 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> R
     position_ids -= torch.where(position_ids < torch.arange(length), 0, position_ids[:, :1])
     labels = input_ids.masked_fill(position_ids == 0, IGNORED)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def corpus(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Rows, Rows]:
+    """The tokenizer, rows to train on, and a batch to test on: from --data, or from the standard library."""
+    texts = common.read_texts(args.data, args.seed) or definitions(args.seed)
+    tokenizer = common.load_tokenizer(args.model, texts, size=1024)
+    rows = pack(tokenizer, texts, args.max_length)
+    if (number := len(rows["labels"])) <= args.batch:
+        raise SystemExit(f"{number} rows are less than two batches: more --data, or a smaller --batch")
+    return tokenizer, select(rows, slice(args.batch, None)), select(rows, slice(args.batch))
 
 
 def select(rows: Rows, index: Any) -> Rows:

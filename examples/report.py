@@ -83,6 +83,15 @@ def bars(axes: Any, scores: dict[str, dict[str, float]], label: str) -> None:
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
 
+def final_scores(axes: Any, runs: list[Run], baseline: dict[str, float]) -> None:
+    """A bar of each run for the metric that `baseline` names, beside the baseline."""
+    ((metric, value),) = baseline.items()
+    bars = [("baseline", value, "#d0d0d0"), *((run.name, run.metrics[metric], COLORS[run.name]) for run in runs)]
+    drawn = axes.bar(*zip(*((name, height) for name, height, _ in bars), strict=True), color=[c for *_, c in bars])
+    axes.bar_label(drawn, fmt="{:.3f}")
+    axes.set(ylabel=metric, title=f"{metric}: {runs[-1].metrics[metric]:.3f}, baseline {value:.3f}")
+
+
 def _differences(runs: list[Run]) -> list[float]:
     return [abs(a - b) for a, b in zip(*(run.losses for run in runs), strict=True)]
 

@@ -1,16 +1,20 @@
-"""Training with the Hugging Face Trainer: its settings, a record of each step's loss and time, context parallelism."""
+"""Training with the Hugging Face Trainer, with TRL, or in a loop: settings, progress bar, and what a run records."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, RandomSampler
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from examples import report
 from examples.report import Run
 from llama_kernels.distributed import Layout, context_parallel
 
@@ -20,6 +24,16 @@ def clock(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+@contextmanager
+def peak_memory(run: Run, device: str) -> Iterator[None]:
+    """Record the largest allocation on the GPU inside the context in `run`."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    if device == "cuda":
+        run.peak_bytes = torch.cuda.max_memory_allocated()
 
 
 class _Record(ProgressCallback):
@@ -42,29 +56,36 @@ class _Record(ProgressCallback):
             self.training_bar.set_postfix_str(f"{self._run.name}: loss {logs['loss']:.4f}")
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of TrainingArguments, or of a config of TRL: --steps steps of AdamW with warm-up and linear decay."""
+    return {
+        "output_dir": str(args.out), "max_steps": args.steps, "seed": args.seed, "use_cpu": args.device == "cpu",
+        "per_device_train_batch_size": args.batch, "per_device_eval_batch_size": args.batch,
+        "learning_rate": args.lr, "warmup_steps": args.steps // 10, "adam_beta2": 0.95, "weight_decay": 0.01,
+        "bf16": args.dtype == "bfloat16", "dataloader_pin_memory": args.device == "cuda",
+        "logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True,
+        "save_strategy": "no", "report_to": "none",
+    }  # fmt: skip
+
+
+def fit(run: Run, trainer: Trainer, args: argparse.Namespace) -> None:
+    """Train with a progress bar, and record losses, times and memory in `run`."""
+    trainer.args._n_gpu = min(trainer.args.n_gpu, 1)  # one process, one GPU: not torch's DataParallel
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Record(run, args.device))
+    with peak_memory(run, args.device):
+        trainer.train()
+
+
 def train(
     run: Run, model: Any, train_set: Any, args: argparse.Namespace,
     tokenizer: PreTrainedTokenizerFast, **options: Any,
 ) -> Trainer:  # fmt: skip
-    """Train for --steps steps of AdamW with warm-up and linear decay. `options` are further arguments of Trainer."""
-    settings = TrainingArguments(
-        output_dir=str(args.out), max_steps=args.steps, seed=args.seed, use_cpu=args.device == "cpu",
-        per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch,
-        learning_rate=args.lr, warmup_steps=args.steps // 10, adam_beta2=0.95, weight_decay=0.01,
-        bf16=args.dtype == "bfloat16", dataloader_pin_memory=args.device == "cuda",
-        label_names=["labels"] if "labels" in train_set[0] else ["start_positions", "end_positions"],
-        remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
-        save_strategy="no", report_to="none",
-    )  # fmt: skip
-    settings._n_gpu = min(settings.n_gpu, 1)  # one process, one GPU: not torch's DataParallel
-    trainer = Trainer(model, settings, train_dataset=train_set, processing_class=tokenizer,
-                      callbacks=[_Record(run, args.device)], **options)  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    if args.device == "cuda":
-        run.peak_bytes = torch.cuda.max_memory_allocated()
+    """Train with the Trainer. `options` are further arguments of it."""
+    labels = ["labels"] if "labels" in train_set[0] else ["start_positions", "end_positions"]
+    arguments = TrainingArguments(**settings(args), label_names=labels, remove_unused_columns=False)
+    trainer = Trainer(model, arguments, train_dataset=train_set, processing_class=tokenizer, **options)
+    fit(run, trainer, args)
     return trainer
 
 
@@ -95,3 +116,13 @@ class ContextParallelTrainer(Trainer):
         layout = Layout(inputs["input_ids"].shape[1], ranks)
         with context_parallel(self.accelerator.unwrap_model(model), self._mesh, layout=layout, method=self._method):
             return super().training_step(model, inputs, num_items_in_batch / ranks) / ranks
+
+
+def loop(run: Run, args: argparse.Namespace, step: Callable[[int], torch.Tensor]) -> None:
+    """Call step(i), which trains on batch i and returns its loss, --steps times. `run` records losses and times."""
+    with peak_memory(run, args.device), tqdm(range(args.steps), disable=report.console.quiet) as progress:
+        for i in progress:
+            started = clock(args.device)
+            run.losses.append(step(i).item())
+            run.seconds.append(clock(args.device) - started)
+            progress.set_postfix_str(f"{run.name}: loss {run.losses[-1]:.4f}")

@@ -12,15 +12,18 @@ from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope, rope_into_cache, rope_qkv
 from llama_kernels.ops.rope_attention import rope_attention
-from llama_kernels.rotary import rope_frequencies, rope_tables
+from llama_kernels.rotary import rope_axes, rope_frequencies, rope_tables
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`llama_kernels.distributed`, imported where it is used: torch may be built without torch.distributed."""
-    if name == "distributed":
-        return importlib.import_module("llama_kernels.distributed")
+    """The modules that are imported where they are used.
+
+    `distributed`: torch may be built without torch.distributed. `layers`: the package kernels of Hugging Face reads it.
+    """
+    if name in ("distributed", "layers"):
+        return importlib.import_module(f"llama_kernels.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -37,6 +40,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_attention",
+    "rope_axes",
     "rope_frequencies",
     "rope_into_cache",
     "rope_qkv",

@@ -21,6 +21,7 @@ _ROLES = {
     **dict.fromkeys(("kv_start", "kv_end", "kv_prefix"), "bound"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "whole"),
     "sinks": "sinks", "cos": "table", "sin": "table", "position_ids": "positions",
+    "axes": "whole",
 }  # fmt: skip
 
 # The roles of each op's results. "gradient of ...": a sum over what is sharded. A result that is empty is "whole".
@@ -112,8 +113,8 @@ def _ways(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
         by_batch: dict[str, Any] = dict.fromkeys(("heads", "lse", "bound", "projection"), Shard(0))
         if cos is not None and len(cos.shape) == 3 and cos.shape[0] == B > 1:
             by_batch["table"] = Shard(0)
-        if positions is not None and len(positions.shape) == 2 and positions.shape[0] == B > 1:
-            by_batch["positions"] = Shard(0)
+        if positions is not None and len(positions.shape) >= 2 and positions.shape[-2] == B > 1:
+            by_batch["positions"] = Shard(len(positions.shape) - 2)
         ways.append({**whole, **sums, "gradient of sinks": Partial(), **by_batch})
     if not attention:
         token = 0 if packed else 2

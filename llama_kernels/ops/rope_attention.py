@@ -14,7 +14,7 @@ import torch
 from llama_kernels.core.checks import message, shape_of
 from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register
 from llama_kernels.core.tensors import last_dim_contiguous
-from llama_kernels.ops.attention.backward import launch_backward
+from llama_kernels.ops.attention.backward import MOST_COLUMNS, launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
@@ -51,7 +51,7 @@ def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tup
     def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
         cos, interleaved = rotation.cos, rotation.interleaved
         half_width = cos is not None and not full_width(cos, call.q.shape[-1])
-        if half_width and rotates_in_registers(rotation.half, interleaved):
+        if half_width and rotates_in_registers(rotation.half, interleaved) and call.q.shape[-1] <= MOST_COLUMNS:
             return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:

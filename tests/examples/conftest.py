@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -31,16 +32,11 @@ def _as_before() -> Iterator[None]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
     """run("finetune", "--task", ...): the exit status of the example, and the contents of its JSON file."""
-    from examples import finetune, generate, pretrain, shared_prompts
-
-    scripts = {
-        "finetune": finetune, "pretrain": pretrain, "generate": generate, "shared_prompts": shared_prompts
-    }  # fmt: skip
 
     def run(name: str, *options: Any) -> tuple[int, dict[str, Any]]:
         out = tmp_path / "out"
         monkeypatch.setattr(sys, "argv", [name, *SMALL, "--out", str(out), *map(str, options)])
-        status = scripts[name].main()
+        status = importlib.import_module(f"examples.{name}").main()
         written = out / (options[options.index("--task") + 1] if "--task" in options else name)
         assert written.with_suffix(".png").stat().st_size > 10_000
         return status, json.loads(written.with_suffix(".json").read_text())

@@ -150,5 +150,6 @@ def test_the_api_reference_has_every_public_name():
     modules = {"nn": lk.nn, "reference": lk.reference}
     public = set(lk.__all__) - modules.keys() | {"nn.RMSNorm", "nn.RotaryEmbedding"}
     public |= {f"integrations.transformers.{name}" for name in hugging_face.__all__}
+    public.add("integrations.trainer.LlamaKernelsCallback")
     public |= {f"distributed.{name}" for name in lk.distributed.__all__}
     assert documented == public, "each public name needs a line `::: llama_kernels.NAME` in one page of docs/api"

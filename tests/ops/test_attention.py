@@ -55,6 +55,9 @@ CASES = (
     Case(1, 6, 2, 33, 33, 96, 96),
     Case(1, 2, 1, 40, 40, 192, 128),
     Case(1, 2, 1, 40, 70, 256, 256),
+    Case(1, 2, 1, 40, 70, 512, 512),
+    Case(1, 4, 1, 20, 33, 576, 512, sinks=True),
+    Case(1, 2, 2, 33, 33, 320, 64, window_size=(9, 0)),
     Case(1, 8, 1, 1, 77, 64, 64),  # decoding
     Case(2, 2, 2, 3, 200, 24, 40),
     Case(1, 1, 1, 1, 1, 1, 1),
@@ -90,6 +93,7 @@ DECODING = (
     Case(2, 4, 1, 1, 100, 32, 32),
     Case(1, 2, 2, 1, 33, 64, 64),
     Case(1, 2, 1, 1, 64, 16, 16),
+    Case(1, 16, 1, 1, 70, 576, 512),  # multi-head latent attention with its projections absorbed
     Case(1, 6, 2, 3, 97, 24, 40, sinks=True),
     Case(1, 8, 2, 8, 70, 32, 32, is_causal=False, softcap=5.0),
     Case(1, 4, 2, 5, 130, 32, 32, window_size=(20, 0)),
@@ -107,13 +111,21 @@ DECODING = (
 
 def in_two_dtypes(cases: Sequence[Case]) -> list[tuple[Case, torch.dtype]]:
     """Each case in bfloat16, and in float16 or float32 in turn. The compiled kernels have all three: tests/compiled."""
-    return [(case, dtype) for i, case in enumerate(cases) for dtype in (torch.bfloat16, DTYPES[1 + i % 2])]
+    dtypes = (DTYPES[1 + i % 2] if case.D <= 512 else torch.float16 for i, case in enumerate(cases))
+    return [(case, dtype) for case, other in zip(cases, dtypes, strict=True) for dtype in (torch.bfloat16, other)]
 
 
-@pytest.mark.corpus(14, 15, 18, 34, 44, 78)
+@pytest.mark.corpus(14, 15, 18, 34, 44, 78, 79)
 @pytest.mark.parametrize("case, dtype", in_two_dtypes(CASES), ids=str)
 def test_outputs_and_gradients(case, dtype, device):
     check(case, dtype, device)
+
+
+@pytest.mark.skipif(not KERNELS_RUN, reason="about the kernels: plain PyTorch takes any width")
+def test_heads_that_fit_no_program_are_refused(device):
+    x = torch.randn(1, 1, 8, 576, device=device)
+    with pytest.raises(ValueError, match=r"attention: q .*576 in float32.*at most 512"):
+        lk.attention(x, x, x[..., :512])
 
 
 @pytest.mark.once

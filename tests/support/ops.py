@@ -257,6 +257,8 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
         "add_rms_norm backward": ("rms_norm_backward", (dy, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)),
         "rms_norm backward, dweight alone": (
             "rms_norm_backward", (dy, None, x, weight, rstd, 1e-6, 0.0, x.dtype, False, True)),
+        "rms_norm tangent": ("rms_norm_tangent", (dy, x, weight, None, rstd, 1e-6, 0.0, x.dtype)),
+        "add_rms_norm tangent": ("rms_norm_tangent", (dy, x, weight, weight.flip(0), rstd, 1e-6, 1.0, x.dtype)),
         "rope": ("rope", (q, k, *angles, positions, False, False)),
         "rope, q alone, inverse": ("rope", (q, None, *angles, None, True, True)),
         "rope, in place": ("rope_", (q.clone(), k.clone(), *angles, None, False)),
@@ -265,6 +267,8 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
             "rope_into_cache", (q, k, v, k_cache, v_cache, slots, *angles, positions, False)),
         "qk_norm_rope": ("qk_norm_rope", (q, k, head, head, *angles, positions, 1e-6, 0.0, False)),
         "qk_norm_rope, q alone": ("qk_norm_rope", (q, None, None, None, *angles, None, 1e-6, 0.0, True)),
+        "qk_norm_rope tangent": (
+            "qk_norm_rope_tangent", (dq, dk, head, None, q, k, head, head, *angles, positions, 1e-6, 0.0, False)),
         "qk_norm_rope backward": (
             "qk_norm_rope_backward", (dq, dk, q, k, head, None, *angles, positions, 1e-6, 1.0, False, True)),
         "attention": ("attention_forward", (q, k, v, *plain)),

@@ -1,7 +1,7 @@
 """The attention function of attn_implementation="llama_kernels".
 
-The kernels do not support dropout, heads wider than 256, or masks that are not one range of keys for each query. Such
-calls run in PyTorch's SDPA or in the model's own eager function, and one warning names the reason.
+The kernels do not support dropout, heads too wide for a program, or masks that are not one range of keys for each
+query. Such calls run in PyTorch's SDPA or in the model's own eager function, and one warning names the reason.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from llama_kernels.integrations.transformers.source import decorated, passes_mas
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
+from llama_kernels.ops.attention.tables import fits
 from llama_kernels.reference.attention import AttentionOptions
 
 NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
@@ -246,8 +247,8 @@ def _why_stock(
         return f"a {type(query).__name__} on {query.device.type}"
     if value.dtype not in KERNEL_DTYPES:
         return str(value.dtype)
-    if max(query.shape[-1], value.shape[-1]) > 256:
-        return "heads wider than 256"
+    if query.shape[-1] > 576 or value.shape[-1] > 512 or (value.is_cuda and not fits(query, value)):
+        return f"heads {max(query.shape[-1], value.shape[-1])} wide"
     return None
 
 

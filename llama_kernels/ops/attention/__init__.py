@@ -69,9 +69,9 @@ def attention(
     algorithm: Dao, FlashAttention-2, arXiv 2307.08691.
 
     Args:
-        q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 256. Any strides, such as those of (B, S, H, D)
+        q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 576. Any strides, such as those of (B, S, H, D)
             after .transpose(1, 2); a last dimension that is not contiguous is copied.
-        k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), of q's dtype. Hq is a multiple of Hkv.
+        k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), of q's dtype, Dv from 1 to 512. Hq is a multiple of Hkv.
         is_causal: query i sees keys j <= i + Sk - Sq. The mask is aligned at the bottom right, as a KV cache needs it.
             PyTorch's scaled_dot_product_attention aligns it at the top left, which is the same where Sq == Sk.
         scale: factor of the scores. None: D ** -0.5.

@@ -7,6 +7,7 @@ from llama_kernels.ops.attention.delta import padded_start
 from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import probs_and_score_grads
 from llama_kernels.ops.attention.tiles import (
+    columns_of,
     load_bound,
     load_prefix,
     load_tile,
@@ -23,10 +24,10 @@ from llama_kernels.ops.rotation import Tables, inverse_rotation
 @triton.jit
 def _add_dq(
     dq, q, do, lse2, delta, K, V, mask, i, blocks, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dq after the key blocks in [begin, end), some of `blocks`. lse2, delta and i are [BLOCK_M, 1]."""
+    """dq [BLOCK_M, COLUMNS] after the key blocks in [begin, end), some of `blocks`. lse2, delta, i are [BLOCK_M, 1]."""
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
     prefix = blocks.prefix if MASKED and mask.prefix is not None else None
@@ -39,7 +40,10 @@ def _add_dq(
         if MASKED:
             see = visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :])
         _, ds = probs_and_score_grads(qk, dp, lse2, see, scoring)
-        dq = dot(cast(ds, k.dtype), k, dq)
+        columns = k
+        if COLUMNS != BLOCK_D:
+            columns = load_tile(columns_of(K, FIRST), n, limit, D - FIRST, FAR, BLOCK_N, COLUMNS, floor, prefix)
+        dq = dot(cast(ds, k.dtype), columns, dq)
     return dq
 
 
@@ -52,11 +56,13 @@ def _dq_kernel(
     kv_start_strides, kv_end_strides, kv_prefix_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WALK: tl.constexpr,
+    WALK: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dq = dS @ k scale, for BLOCK_M rows of one head, over the same key blocks as in the forward.
 
+    Of dq, COLUMNS from column FIRST on: all of them, unless the heads are so wide that a program cannot hold them.
     Sums are float32. With HALF, q was rotated by the tables, and dq gets the inverse rotation.
     Bytes: q, do, dq once; k, v once for each row tile, from L2. FLOPs: 2 (2 D + DV) for each visible pair.
     """
@@ -80,28 +86,28 @@ def _dq_kernel(
             lse2, delta = tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded)  # [BLOCK_M, 1]
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
-            dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            dq = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
             if kv_prefix_ptr is not None:
                 dq = _add_dq(
                     dq, q, do, lse2, delta, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
-                    D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    D, DV, FAR, False, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
                 )  # fmt: skip
                 dq = _add_dq(
                     dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
-                    D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
                 )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
                 dq = _add_dq(
                     dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
-                    D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
                 )  # fmt: skip
             dq = _add_dq(
                 dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
-                D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+                D, DV, FAR, False, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
             )  # fmt: skip
             dq = _add_dq(
                 dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
-                D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+                D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
             )  # fmt: skip
             dq = dq * scoring.scale
             if HALF:
@@ -110,4 +116,5 @@ def _dq_kernel(
                     cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions
                 )
                 dq = inverse_rotation(dq, tables, b, q_start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
-            store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
+            DQ = columns_of(matrix(dq_ptr, dq_strides, b, h, q_start), FIRST)
+            store_tile(DQ, m, Sq, dq, D - FIRST, FAR, BLOCK_M, COLUMNS)

@@ -117,6 +117,12 @@ def matrix(ptr, strides, b, h, start):
 
 
 @triton.jit
+def columns_of(x, first: tl.constexpr):
+    """x from column `first` on."""
+    return Matrix(x.base + first, x.stride)
+
+
+@triton.jit
 def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.arange(0, BLOCK)
     if FAR:  # the stride is so large that BLOCK of them may pass 2^31
