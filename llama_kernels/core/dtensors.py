@@ -37,7 +37,8 @@ def repeat_on_dtensors(op: torch._ops.OpOverload, public: str, args: Sequence[An
     tensors = [(p.name, x) for p, x in zip(op._schema.arguments, args, strict=False) if isinstance(x, torch.Tensor)]
     distributed = next(name for name, x in tensors if is_dtensor(x))
     if not has_rules(op):
-        fix = f"It writes into its arguments, so call it on {distributed}.to_local()."
+        why = "It writes into its arguments" if op._schema.is_mutable else "It has no sharding rules"
+        fix = f"{why}, so call it on {distributed}.to_local()."
         raise TypeError(message(public, distributed, "a DTensor", "a torch.Tensor", fix)) from error
     for name, x in tensors:
         if not is_dtensor(x) and x.numel() != 1:  # DTensor replicates a single number
