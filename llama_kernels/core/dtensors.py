@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llama_kernels.core.checks import message
+from llama_kernels.core.sharding import has_rules, register_dtensor_rules
 
 
 def is_dtensor(x: Any) -> bool:
@@ -24,8 +25,6 @@ def register_rules_for(args: Sequence[Any]) -> None:
 
 @torch.compiler.assume_constant_result
 def _register_rules() -> None:
-    from llama_kernels.distributed.dtensor import register_dtensor_rules
-
     register_dtensor_rules()
 
 
@@ -35,12 +34,11 @@ def repeat_on_dtensors(op: torch._ops.OpOverload, public: str, args: Sequence[An
     Raises:
         TypeError: only some of the tensors are DTensors, or the op has no rules.
     """
-    from llama_kernels.distributed.dtensor import has_rules, register_dtensor_rules
-
     tensors = [(p.name, x) for p, x in zip(op._schema.arguments, args, strict=False) if isinstance(x, torch.Tensor)]
     distributed = next(name for name, x in tensors if is_dtensor(x))
     if not has_rules(op):
-        fix = f"It writes into its arguments, so call it on {distributed}.to_local()."
+        why = "It writes into its arguments" if op._schema.is_mutable else "It has no sharding rules"
+        fix = f"{why}, so call it on {distributed}.to_local()."
         raise TypeError(message(public, distributed, "a DTensor", "a torch.Tensor", fix)) from error
     for name, x in tensors:
         if not is_dtensor(x) and x.numel() != 1:  # DTensor replicates a single number

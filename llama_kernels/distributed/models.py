@@ -53,7 +53,8 @@ def context_parallel(
 
     Raises:
         TypeError, ValueError: the mesh and the layout do not fit; in a forward, also if it has an attention_mask, a
-            cache, a loss of router logits, or another number of tokens than the layout.
+            cache, a loss of router logits, or another number of tokens than the layout, or if a hook drops the mask of
+            a layer.
     """
     rank = rank_in(_OP, mesh, layout)
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != "llama_kernels":

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 Jobs = Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]  # by name: a function of a module, and its arguments
 
 
-def run(jobs: Jobs, ranks: int, seconds: float = 240) -> dict[str, Any]:
+def run(jobs: Jobs, ranks: int, seconds: float = 480) -> dict[str, Any]:
     """What each job returned on rank 0, or its traceback where it raised on any rank.
 
     Every process runs all jobs, in their order. RuntimeError if they have not ended after so many seconds.
@@ -57,7 +57,7 @@ def _work(rank: int, ranks: int, device: str, folder: str, jobs: Jobs) -> None:
     _device = torch.device(device, rank if device == "cuda" else None)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank,
-        world_size=ranks, timeout=datetime.timedelta(seconds=60),
+        world_size=ranks, timeout=datetime.timedelta(seconds=120),
     )  # fmt: skip
     results = {}
     for name, (job, arguments) in jobs.items():
