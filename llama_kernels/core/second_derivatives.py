@@ -37,6 +37,12 @@ def with_derivatives_of(
     return tuple(next(tied) if there else None for there in wanted)
 
 
+def results_and_pullback(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[..., Any]]:
+    """torch.func.vjp without has_aux, whose type tells the two apart."""
+    made: Any = torch.func.vjp(function, *inputs)
+    return made
+
+
 def pushforward(
     function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
@@ -44,8 +50,8 @@ def pushforward(
 
     It is the transpose of the pullback, which is linear. torch.func.jvp cannot run inside of a dual_level.
     """
-    results, pullback = torch.func.vjp(function, *inputs)
-    _, transpose = torch.func.vjp(pullback, tuple(map(torch.zeros_like, results)))
+    results, pullback = results_and_pullback(function, *inputs)
+    _, transpose = results_and_pullback(pullback, tuple(map(torch.zeros_like, results)))
     (pushed,) = transpose(tuple(tangents))
     return pushed
 
@@ -73,7 +79,7 @@ class _DerivativesOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
         function, inputs = _DerivativesOf._of_inputs(ctx)
-        results, pullback = torch.func.vjp(function, *inputs)
+        results, pullback = results_and_pullback(function, *inputs)
         grads = pullback(tuple(g.to(y.dtype) for g, y in zip(cotangents, results, strict=True)))
         return *[None] * (3 + ctx.results + ctx.constants), *grads
 

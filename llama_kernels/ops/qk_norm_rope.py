@@ -18,7 +18,7 @@ from llama_kernels.core.registry import (
     register_gradient,
     save,
 )
-from llama_kernels.core.second_derivatives import pushforward, with_derivatives_of
+from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
 from llama_kernels.core.tensors import (
     cdiv,
     empty_in_order_of,
@@ -594,7 +594,7 @@ class _Plain(NamedTuple):
 
     def gradients(self, angles: Any, dq: Any, dk: Any, *inputs: torch.Tensor | None) -> Any:
         """Of the inputs; None for one that is None."""
-        _, pullback = torch.func.vjp(self._of(inputs, angles), *(x for x in inputs if x is not None))
+        _, pullback = results_and_pullback(self._of(inputs, angles), *(x for x in inputs if x is not None))
         grads = iter(pullback(tuple(dy.float() for dy in (dq, dk) if dy is not None)))
         return tuple(None if x is None else next(grads) for x in inputs)
 
@@ -610,10 +610,10 @@ class _Plain(NamedTuple):
         def results(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             each = iter(tensors)
             q, k, *weights = (None if x is None else next(each) for x in inputs)
-            heads = (None if x is None else x.float() for x in (q, k))
-            options = {"eps": self.eps, "offset": self.offset, "interleaved": self.interleaved}
+            heads: Any = (None if x is None else x.float() for x in (q, k))
+            options: Any = {"eps": self.eps, "offset": self.offset, "interleaved": self.interleaved}
             *tables, axes = angles
-            outs = reference.qk_norm_rope(*heads, *weights, *tables, axes=axes, **options)
+            outs: Any = reference.qk_norm_rope(*heads, *weights, *tables, axes=axes, **options)
             return tuple(x for x in outs if x is not None)
 
         return results

@@ -24,7 +24,7 @@ from llama_kernels.core.registry import (
     register_gradient,
     save,
 )
-from llama_kernels.core.second_derivatives import pushforward, with_derivatives_of
+from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, next_power_of_2, rows_of
 from llama_kernels.ops.partials import sum_partials
 
@@ -708,12 +708,12 @@ class _Plain(NamedTuple):
     eps: float
     offset: float
 
-    def y(self, s: torch.Tensor, *weight: torch.Tensor) -> tuple[torch.Tensor]:
-        return (reference.rms_norm(s.float(), *weight, eps=self.eps, offset=self.offset),)
+    def y(self, s: torch.Tensor, weight: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+        return (reference.rms_norm(s.float(), weight, self.eps, offset=self.offset),)
 
     def gradients(self, constants: Any, dy: torch.Tensor, ds: Any, *inputs: torch.Tensor | None) -> Any:
         """dx and dweight. inputs: s and the weight, which may be None."""
-        _, pullback = torch.func.vjp(self.y, *(x for x in inputs if x is not None))
+        _, pullback = results_and_pullback(self.y, *(x for x in inputs if x is not None))
         dx, dw = (*pullback((dy.float(),)), None)[:2]
         return dx if ds is None else dx + ds.float(), dw
 

@@ -298,8 +298,8 @@ class _Angles(NamedTuple):
     @staticmethod
     def saved(ctx: Any, backward: bool) -> _Angles:
         """backward: those that turn gradients back."""
-        *tables, axes = ctx.saved_tensors
-        return _Angles(*tables, ctx.interleaved, ctx.inverse != backward, axes)
+        cos, sin, position_ids, axes = ctx.saved_tensors
+        return _Angles(cos, sin, position_ids, ctx.interleaved, ctx.inverse != backward, axes)
 
 
 def _rotate_given(op: str, heads: Any, angles: _Angles) -> list[Any]:

@@ -255,7 +255,8 @@ def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any
     separate = cos.shape[-1] == R and q.shape[-1] >= 2 * R  # `rope` would read such tables as an angle for each pair
     if separate:
         parts = [x[..., :R] for x in given]
-    rotated: Any = rope(*(*parts, None)[:2], cos, sin, interleaved=interleaved)
+    first, second = (*parts, None)[:2]
+    rotated: Any = rope(first, second, cos, sin, interleaved=interleaved)
     if separate:
         rotated = [torch.cat((y, x[..., R:]), -1) for x, y in zip(given, rotated, strict=False)]
     q, k = (*rotated, None)[:2]
