@@ -1,6 +1,6 @@
 """FSDP2 through Accelerate, in a training loop of your own: patch first, then prepare shards the model.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py --compare
+    torchrun --standalone --nproc-per-node 2 examples/fsdp2.py --compare
     python examples/fsdp2.py                                    # one process
 
 --batch is of all processes together. `pretrain.py` has FSDP2 without Accelerate, context parallelism and checkpoints.
