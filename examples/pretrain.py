@@ -2,9 +2,10 @@
 
     python -m examples.pretrain
     torchrun --nproc-per-node 2 -m examples.pretrain --parallel fsdp2
-    torchrun --nproc-per-node 2 -m examples.pretrain --parallel cp
+    torchrun --nproc-per-node 4 -m examples.pretrain --cp 2 --tp 2
 
-With ddp and fsdp2 each process has some rows of a batch, with cp (context parallelism) some tokens of every row.
+Each process has some rows of a batch. With --cp (context parallelism) processes have some tokens of the same rows, and
+with --tp (tensor parallelism) a part of each layer.
 
 A row of a batch has several documents. Each starts at position 0, and none sees another. The batch of a step depends on
 the seed and the step only, so the losses do not depend on the number of processes or on whether a run was resumed.
@@ -13,8 +14,6 @@ the seed and the step only, so the losses do not depend on the number of process
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -31,68 +30,15 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from examples import common, report, training
+from examples import common, parallel, report, training
 from examples.packing import Rows, count, definitions, draw_batch, pack, select, unigram_loss
-from llama_kernels.distributed import Layout, context_parallel
+from examples.parallel import World
 
-# --- many processes --------------------------------------------------------------------------------------------------
-
-
-class World:
-    """The number of processes that torchrun started, and the rank of this one. Without torchrun there is one."""
-
-    def __init__(self, device: str) -> None:
-        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        if "RANK" in os.environ:
-            if device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        report.console.quiet = self.rank > 0
-
-    def share(self, rows: Rows, parallel: str) -> Rows:
-        """The rows of a batch for this process. With cp all have all: context_parallel divides the tokens."""
-        return rows if parallel == "cp" else {name: x.chunk(self.size)[self.rank] for name, x in rows.items()}
-
-    def sum(self, x: torch.Tensor) -> float:
-        if dist.is_initialized():
-            dist.all_reduce(x)
-        return x.item()
-
-
-def distribute(model: Any, args: argparse.Namespace, world: World) -> torch.nn.Module:
-    """DDP keeps a replica in each process. FSDP2 shards the weights of each layer over the processes."""
-    if not dist.is_initialized() or args.parallel == "cp":
-        return model
-    if args.parallel == "ddp":
-        return DistributedDataParallel(model)
-    mesh = init_device_mesh(args.device, (world.size,))
-    policy = MixedPrecisionPolicy()
-    if args.dtype == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for module in (*model.base_model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    return model
-
-
-def divided_tokens(model: Any, args: argparse.Namespace, world: World) -> contextlib.AbstractContextManager[None]:
-    """With cp, the context in which each process computes some tokens of every row."""
-    if not dist.is_initialized() or args.parallel != "cp":
-        return contextlib.nullcontext()
-    mesh = init_device_mesh(args.device, (world.size,))
-    return context_parallel(model, mesh, layout=Layout(args.max_length, world.size))
-
-
-def sum_gradients(model: torch.nn.Module) -> None:
-    """With cp, a process has the gradients of its tokens."""
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, rank: int) -> None:
@@ -132,7 +78,7 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespa
 
 
 def loss_sum(model: torch.nn.Module, rows: Rows, args: argparse.Namespace, divisor: float) -> torch.Tensor:
-    """The sum of the tokens' losses, divided by `divisor`: of this process's rows, or with cp of the whole batch."""
+    """The sum of the losses of this process's rows, of all their tokens with --cp too, divided by `divisor`."""
     autocast = args.dtype == "bfloat16" and not (args.parallel == "fsdp2" and dist.is_initialized())  # FSDP2 casts
     with torch.autocast(args.device, dtype=torch.bfloat16, enabled=autocast):
         return model(**{name: x.to(args.device) for name, x in rows.items()}, num_items_in_batch=divisor).loss
@@ -144,9 +90,9 @@ def validate(model: torch.nn.Module, rows: Rows, args: argparse.Namespace, world
     model.eval()
     total = torch.zeros((), device=args.device)
     for i in range(0, len(rows["labels"]), args.batch):
-        total += loss_sum(model, world.share(select(rows, slice(i, i + args.batch)), args.parallel), args, 1.0)
+        total += loss_sum(model, world.share(select(rows, slice(i, i + args.batch))), args, 1.0)
     model.train()
-    return world.sum(total) / count(rows) / (world.size if args.parallel == "cp" else 1)
+    return world.sum(total) / count(rows)
 
 
 def pretrain(
@@ -168,17 +114,14 @@ def pretrain(
         set_rate(optimizer, i, args)
         batch = draw_batch(rows, args.batch, args.seed, i)
         started = training.clock(args.device)
-        # DDP and FSDP2 average gradients over the processes, so each divides its sum by the mean number of tokens of a
-        # process. With cp each has the loss of the whole batch.
-        divisor = count(batch) / (1 if args.parallel == "cp" else world.size)
-        loss = loss_sum(model, world.share(batch, args.parallel), args, divisor)
+        # DDP and FSDP2 average gradients over the processes that share the work, so each divides its sum of losses by
+        # the mean number of tokens of such a process.
+        loss = loss_sum(model, world.share(batch), args, count(batch) / world.sharing)
         loss.backward()
-        if args.parallel == "cp" and dist.is_initialized():
-            sum_gradients(model)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        parallel.clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        run.losses.append(world.sum(loss.detach() / world.size))
+        run.losses.append(world.sum(loss.detach() / world.sharing))
         run.seconds.append(training.clock(args.device) - started)
         if i + 1 == args.steps or (i + 1) % args.validate_every == 0:
             run.validation.append((i + 1, validate(model, test, args, world)))
@@ -199,21 +142,12 @@ def pretrain(
 
 def parse() -> argparse.Namespace:
     parser = common.arguments(__doc__, '{"text": ...}', steps=100, batch=12, max_length=256, lr=3e-3)
-    parser.add_argument("--parallel", choices=("ddp", "fsdp2", "cp"), default="ddp", help="under torchrun")
     parser.add_argument("--validate-every", type=common.positive, default=20, metavar="STEPS")
     parser.add_argument("--checkpoint-every", type=common.positive, metavar="STEPS", help="into --out")
     parser.add_argument("--resume", action="store_true", help="from the newest checkpoint in --out")
+    parallel.add_arguments(parser)
     args = common.parse(parser)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.parallel == "cp":
-        if args.max_length % (2 * processes):
-            parser.error(
-                f"--max-length {args.max_length} does not divide into 2 x {processes} chunks for --parallel cp"
-            )
-        if args.stock or args.compare:
-            parser.error("--parallel cp is of patched models: leave out --stock and --compare")
-    elif args.batch % processes:
-        parser.error(f"--batch {args.batch} does not divide among {processes} processes")
+    parallel.check(parser, args)
     return args
 
 
@@ -221,7 +155,8 @@ def main() -> int:
     args = parse()
     for known in ("torch.distributed is disabled", "Detected an existing checkpoint"):  # one process; a second run
         warnings.filterwarnings("ignore", known)
-    world = World(args.device)
+    world = World(args)
+    report.console.quiet = world.rank > 0
     tokenizer = common.load_tokenizer(args.model, size=0)
     if args.data:
         texts = common.shuffled([e["text"] for e in common.read_jsonl(args.data, {"text": str})], args.seed)
@@ -239,8 +174,8 @@ def main() -> int:
     for run in runs:
         model: Any = common.load_model(AutoModelForCausalLM, args, tokenizer, layers=4)
         common.prepare(model, run.name, args)
-        with divided_tokens(model, args, world):
-            pretrain(run, distribute(model, args, world), args, world, tokenizer, rows, test)
+        with world.divided_tokens(model):
+            pretrain(run, world.distribute(model), args, world, tokenizer, rows, test)
 
     def draw(axes: Any) -> None:
         axes.axhline(baseline, color="#b0b0b0", lw=1, ls="--", label="baseline: the frequency of each token")

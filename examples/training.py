@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from examples import report
 from examples.report import Run
+from llama_kernels.distributed import Layout, context_parallel
 
 
 def clock(device: str) -> float:
@@ -84,6 +87,35 @@ def train(
     trainer = Trainer(model, arguments, train_dataset=train_set, processing_class=tokenizer, **options)
     fit(run, trainer, args)
     return trainer
+
+
+class ContextParallelTrainer(Trainer):
+    """A Trainer of a patched model in which all processes share the tokens of every batch.
+
+    Args:
+        mesh: of all processes, of one dimension.
+        method: as in `context_parallel`.
+        options: as in Trainer. Batches have no padding and no attention_mask, and their length divides into as many
+            parts as a Layout makes. average_tokens_across_devices is on, as by default.
+    """
+
+    def __init__(self, *args: Any, mesh: DeviceMesh, method: str = "ring", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._mesh, self._method = mesh, method
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The same batches in every process, where Trainer would give each process batches of its own."""
+        data: Any = self.train_dataset
+        order = RandomSampler(data, generator=torch.Generator().manual_seed(self.args.seed))
+        return DataLoader(data, self.args.per_device_train_batch_size, sampler=order, collate_fn=self.data_collator)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Trainer counts the tokens of a batch once for each process, and multiplies the loss by their number, as DDP
+        and FSDP2 average gradients."""
+        ranks = self._mesh.size()
+        layout = Layout(inputs["input_ids"].shape[1], ranks)
+        with context_parallel(self.accelerator.unwrap_model(model), self._mesh, layout=layout, method=self._method):
+            return super().training_step(model, inputs, num_items_in_batch / ranks) / ranks
 
 
 def loop(run: Run, args: argparse.Namespace, step: Callable[[int], torch.Tensor]) -> None:

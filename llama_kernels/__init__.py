@@ -12,7 +12,7 @@ from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope, rope_into_cache, rope_qkv
 from llama_kernels.ops.rope_attention import rope_attention
-from llama_kernels.rotary import rope_frequencies, rope_tables
+from llama_kernels.rotary import rope_axes, rope_frequencies, rope_tables
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_attention",
+    "rope_axes",
     "rope_frequencies",
     "rope_into_cache",
     "rope_qkv",

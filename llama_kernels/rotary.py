@@ -6,7 +6,7 @@ Formulas and order of operations are those of transformers.modeling_rope_utils. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,32 @@ def rope_tables(
     if not isinstance(positions, torch.Tensor):
         positions = torch.arange(positions, device=inv_freq.device)
     return angles_of(positions, inv_freq.double(), attention_factor)
+
+
+def rope_axes(
+    sections: Sequence[int], *, alternating: bool = False, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """The axes of `rope` where a token has several positions: which of them each column of the tables takes, int64.
+
+    Args:
+        sections: the number of columns of each axis, (16, 24, 24) for the time, height and width of Qwen2-VL. Their sum
+            is the width of the tables.
+        alternating: False: axis 0 has the first sections[0] columns, axis 1 the next, as in Qwen2-VL. True: column i is
+            of axis i mod A, as long as that axis has columns left, and of axis 0 otherwise, as in Qwen3-VL.
+        device: where to put them.
+
+    Other layouts need no function: any tensor of integers will do.
+
+    Raises:
+        ValueError: sections is empty, or one of them is negative or not an integer.
+    """
+    if not sections or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sections):
+        raise ValueError(message("rope_axes", "sections", repr(sections), "one number of columns for each axis"))
+    if not alternating:
+        return torch.tensor([axis for axis, n in enumerate(sections) for _ in range(n)], device=device)
+    A = len(sections)
+    columns = range(sum(sections))
+    return torch.tensor([i % A if i < A * sections[i % A] else 0 for i in columns], device=device)
 
 
 def angles_of(

@@ -21,6 +21,7 @@ class AttentionOptions(TypedDict, total=False):
     sinks: torch.Tensor | None
     kv_start: torch.Tensor | None
     kv_end: torch.Tensor | None
+    kv_prefix: torch.Tensor | None
     deterministic: bool | None
 
 
@@ -56,6 +57,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
     kv_end: torch.Tensor | None = None,
+    kv_prefix: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -71,6 +73,7 @@ def attention(
         softcap: c replaces each score s by c tanh(s / c) (arXiv 2408.00118, section 2). None or 0: no cap.
         sinks: (Hq,), one more score in the softmax of each row, which has no value.
         kv_start, kv_end: (B, Sq) integers: row i sees keys from kv_start[i] to kv_end[i] - 1.
+        kv_prefix: (B, Sq) integers: row i also sees the first kv_prefix[i] keys, whatever else hides keys.
         return_lse: return the logarithm of each row's sum of exp(score) too, sink included.
         deterministic: has no effect here.
 
@@ -83,7 +86,8 @@ def attention(
     groups = (Hkv, q.shape[1] // Hkv if Hkv else 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    see = visible(Sq, Sk, is_causal, window_size, kv_start, kv_end, q.device)  # (Sq, Sk) or (B, 1, 1, Sq, Sk)
+    # (Sq, Sk) or (B, 1, 1, Sq, Sk)
+    see = visible(Sq, Sk, is_causal, window_size, kv_start, kv_end, q.device, kv_prefix)
     k, v = (x.to(wide).masked_fill(unseen(see), 0) for x in (k, v))  # keys that no query sees may hold NaN
     s = torch.einsum("bhgid,bhjd->bhgij", q.to(wide).unflatten(1, groups), k) * scale
     if softcap:
@@ -118,8 +122,9 @@ def visible(
     kv_start: torch.Tensor | None,
     kv_end: torch.Tensor | None,
     device: torch.device,
+    kv_prefix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Whether query i sees key j, bool (Sq, Sk), or (B, 1, 1, Sq, Sk) with kv_start or kv_end.
+    """Whether query i sees key j, bool (Sq, Sk), or (B, 1, 1, Sq, Sk) with kv_start, kv_end or kv_prefix.
 
     Queries are aligned with the last keys: query i is at the position of key i + Sk - Sq.
     """
@@ -135,7 +140,9 @@ def visible(
         see &= j >= i - left
     if kv_start is not None:
         see = see & (j >= kv_start[:, None, None, :, None])
-    return see if kv_end is None else see & (j < kv_end[:, None, None, :, None])
+    if kv_end is not None:
+        see = see & (j < kv_end[:, None, None, :, None])
+    return see if kv_prefix is None else see | (j < kv_prefix[:, None, None, :, None])
 
 
 @overload
@@ -175,6 +182,7 @@ def attention_varlen(
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
     kv_end: torch.Tensor | None = None,
+    kv_prefix: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +195,7 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,) integers. Sequence b is the queries cu_seqlens_q[b] to
             cu_seqlens_q[b + 1] - 1, and likewise the keys. Values outside 0 to T are clamped.
         max_seqlen_q, max_seqlen_k: the length of the longest sequence. What is longer is cut.
-        kv_start, kv_end: (Tq,) integers, counted from the first key of the row's own sequence.
+        kv_start, kv_end, kv_prefix: (Tq,) integers, counted from the first key of the row's own sequence.
 
     The other arguments are those of `attention`.
 
@@ -207,6 +215,7 @@ def attention_varlen(
             sinks=sinks,
             kv_start=None if kv_start is None else kv_start[None, rows],
             kv_end=None if kv_end is None else kv_end[None, rows],
+            kv_prefix=None if kv_prefix is None else kv_prefix[None, rows],
             return_lse=True,
         )
         out[rows] = o[0].transpose(0, 1)

@@ -19,6 +19,7 @@ def qk_norm_rope(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     eps: float | None = 1e-6,
     offset: float = 0.0,
     interleaved: bool = False,
@@ -35,5 +36,5 @@ def qk_norm_rope(
         return rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight, eps, offset=offset)
 
     pair = normalised(q, q_weight), normalised(k, k_weight)
-    q_out, k_out = rope(*pair, cos, sin, position_ids, interleaved=interleaved)
+    q_out, k_out = rope(*pair, cos, sin, position_ids, axes=axes, interleaved=interleaved)
     return q_out.to(q.dtype), k_out if k is None else k_out.to(k.dtype)

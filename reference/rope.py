@@ -18,6 +18,7 @@ def rope(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, OptionalTensor]:
@@ -32,13 +33,14 @@ def rope(
         cos, sin: tables (positions, R/2), or a row for each token, (B, S, R/2). If R > D/2 they may have R columns
             instead: an angle for each element of a pair.
         position_ids: (S,), (B, S) or (T,), the row of the tables for each token. Default: 0, 1, 2, ... Values outside
-            the tables are clamped.
+            the tables are clamped. With axes (A, B, S), (A, 1, S) or (A, T): A positions a token.
+        axes: which of a token's positions gives the angle in each column of the tables, (R/2,) or (R,).
         inplace: write the results into q and k.
 
     Returns:
         q and k rotated, in their own dtypes. None for a k that is None.
     """
-    cos, sin = _rows(q, cos, sin, position_ids)
+    cos, sin = _rows(q, cos, sin, position_ids, axes)
 
     def rotated(x: Any) -> Any:
         y = None if x is None else _rotate(x, cos, sin, interleaved)
@@ -54,13 +56,14 @@ def rope_transpose(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, OptionalTensor]:
     """The backward of `rope`, its transpose: dx_i = dy_i cos_i + dy_j sin_j and dx_j = dy_j cos_j - dy_i sin_i.
 
     This is the inverse rotation where i and j have the same angle. Arguments and results are those of `rope`.
     """
-    cos, sin = _rows(dq, cos, sin, position_ids)
+    cos, sin = _rows(dq, cos, sin, position_ids, axes)
 
     def rotated(dy: Any) -> Any:
         return None if dy is None else _rotate(dy, cos, sin, interleaved, transpose=True)
@@ -76,6 +79,7 @@ def rope_qkv(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v of a fused projection, with q and k rotated by `rope`.
@@ -86,7 +90,7 @@ def rope_qkv(
     counts = (q_heads, kv_heads, kv_heads)
     parts = qkv.unflatten(-1, (sum(counts), -1)).split(counts, -2)  # (..., H, D) each
     q, k, v = parts if qkv.ndim == 2 else (x.transpose(1, 2) for x in parts)
-    q, k = rope(q, k, cos, sin, position_ids, interleaved=interleaved)
+    q, k = rope(q, k, cos, sin, position_ids, axes=axes, interleaved=interleaved)
     return q, k, v
 
 
@@ -119,15 +123,23 @@ def rope_into_cache(
 
 
 def _rows(
-    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None
+    q: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    axes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tables' row of each token of q, with a dimension of 1 for the heads."""
     tokens = q.shape[-2] if q.ndim == 4 else q.shape[0]
     if cos.ndim == 2:
         if position_ids is None:
             position_ids = torch.arange(tokens, device=q.device)
-        rows = position_ids.long().clamp(0, max(cos.shape[0] - 1, 0))
-        cos, sin = cos[rows], sin[rows]  # (S, R/2), (B, S, R/2) or (T, R/2)
+        rows, columns = position_ids.long().clamp(0, max(cos.shape[0] - 1, 0)), None
+        if axes is not None:
+            axes = axes.long().clamp(0, rows.shape[0] - 1)
+            rows, columns = rows[axes].movedim(0, -1), torch.arange(cos.shape[-1], device=q.device)
+        cos, sin = (x[rows] if columns is None else x[rows, columns] for x in (cos, sin))
+        # (S, R/2), (B, S, R/2) or (T, R/2)
     heads = -2 if q.ndim == 3 else -3
     return cos.unsqueeze(heads), sin.unsqueeze(heads)
 

@@ -55,6 +55,7 @@ def rope_attention(
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
     kv_end: torch.Tensor | None = None,
+    kv_prefix: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +74,7 @@ def rope_attention(
         sinks=sinks,
         kv_start=kv_start,
         kv_end=kv_end,
+        kv_prefix=kv_prefix,
         return_lse=return_lse,
         deterministic=deterministic,
     )

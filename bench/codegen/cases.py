@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.codegen import hopper, ones
-from bench.codegen.compiling import Case
+from bench.codegen.compiling import TARGETS, Case
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import decode
 from llama_kernels.ops.attention.call import AttentionCall
@@ -53,6 +53,9 @@ def _rows_of(N: int, dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) 
         yield _call("rms_norm", label, "rms_norm_forward", x, residual, weight, 1e-6, 0.0, full=full)
         grads = (x, residual, x, weight, rstd, 1e-6, 0.0, dtype, True, True)
         yield _call("rms_norm", label, "rms_norm_backward", *grads, full=full)
+    tangents = (x, x, weight, weight.clone(), rstd, 1e-6, 0.0, dtype)
+    label = label.replace(" +residual", " tangent")
+    yield _call("rms_norm", label, "rms_norm_tangent", *tangents, full=full)
 
 
 def _rope_cases() -> Iterator[Case]:
@@ -70,6 +73,11 @@ def _rope_cases() -> Iterator[Case]:
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         yield _call("rope", label, "rope", q, k, *_wide_tables(128), slots, interleaved, True, full=interleaved)
+    for interleaved in (False, True):
+        label = "D=128 heads=32/8 three positions a token" + " interleaved" * interleaved
+        yield _call("rope", label, "rope", q, k, *angles[:2], *_three_positions(interleaved, False))
+    label = "D=128 heads=32/8 three positions a token, an angle an element"
+    yield _call("rope", label, "rope", q, k, *_wide_tables(128), *_three_positions(False, True, 128), full=True)
 
 
 def _qk_norm_rope_cases() -> Iterator[Case]:
@@ -87,6 +95,24 @@ def _qk_norm_rope_cases() -> Iterator[Case]:
         weights = (torch.empty(128, dtype=q.dtype),) * 2
         grads = (q, k, q, k, *weights, *_wide_tables(128), position_ids, 1e-6, 0.0, interleaved, True)
         yield _call("qk_norm_rope", label, "qk_norm_rope_backward", *grads, full=interleaved)
+
+    rest = (*weights, *_heads(128, 128, 32, 8)[2:4])
+    position_ids, interleaved, _, axes = _three_positions(False, False)
+    given = (*rest, position_ids, 1e-6, 0.0, interleaved)
+    label = "D=128 heads=32/8 three positions a token"
+    yield _call("qk_norm_rope", label, "qk_norm_rope", q, k, *given, axes)
+    yield _call("qk_norm_rope", label, "qk_norm_rope_backward", q, k, q, k, *given, True, axes)
+    for D, R in ((128, 128), (256, 256), (128, 64)):
+        q, k, *angles = _heads(D, R, 32, 8)
+        weights = (torch.empty(D, dtype=q.dtype),) * 4
+        tangents = (q, k, *weights[:2], q, k, *weights[2:], *angles, 1e-6, 0.0, False)
+        label = f"D={D} R={R} heads=32/8 tangent"
+        yield _call("qk_norm_rope", label, "qk_norm_rope_tangent", *tangents, full=D != R)
+
+
+def _three_positions(interleaved: bool, inverse: bool, columns: int = 64) -> tuple[Any, ...]:
+    """position_ids, interleaved, inverse and axes of a call of the op rope, where a token has three positions."""
+    return torch.zeros(3, 1, 32, dtype=torch.int64), interleaved, inverse, torch.zeros(columns, dtype=torch.int64)
 
 
 def _heads(D: int, R: int, Hq: int, Hkv: int) -> tuple[torch.Tensor, ...]:
@@ -117,6 +143,26 @@ def _attention_cases() -> Iterator[Case]:
         label = f"D={D} bfloat16 packed causal"
         yield Case("attention", label, lambda a=(D, D, torch.bfloat16, False, True): _attention(*a), D == 256)
 
+    for D, DV, dtype, features, families in (
+        (512, 512, torch.bfloat16, "causal", tuple(TARGETS)), (512, 512, torch.bfloat16, "all", tuple(TARGETS)),
+        (576, 512, torch.bfloat16, "causal", ("sm_90", "sm_80", "sm_100")),
+        (512, 512, torch.float32, "causal", ("sm_90", "sm_80", "sm_100")),
+    ):  # fmt: skip
+        launch = functools.partial(_attention, D, DV, dtype, features == "all")
+        label = f"D={D}" + (f"/{DV}" if DV != D else "") + f" {str(dtype)[6:]} {features}"
+        for family in families:
+            yield Case("attention", label, launch, only=family, wide=True)
+
+    # Documents or a window, and first keys that stay visible.
+    for D, dtype, features in (
+        (64, torch.bfloat16, "prefix"), (128, torch.bfloat16, "prefix"), (256, torch.bfloat16, "prefix"),
+        (128, torch.bfloat16, "window prefix"), (128, torch.bfloat16, "all prefix"), (128, torch.float32, "prefix"),
+        (64, torch.bfloat16, "all prefix"), (256, torch.bfloat16, "all prefix"), (128, torch.float32, "all prefix"),
+    ):  # fmt: skip
+        full = "all" in features and D != 128
+        launch = functools.partial(_attention_with_prefix, D, dtype, features)
+        yield Case("attention", f"D={D} {str(dtype)[6:]} {features}", launch, full)
+
     yield Case("attention", "D=128 bfloat16 in parts causal", _in_parts)
 
 
@@ -143,11 +189,13 @@ def _rope_attention_cases() -> Iterator[Case]:
 
 
 def _decode_cases() -> Iterator[Case]:
-    for D in (64, 128, 256):
+    for D in (64, 128, 256, 512):
         for dtype, features in ((torch.bfloat16, "causal"), (torch.bfloat16, "all"), (torch.float32, "all")):
+            if D == 512 and dtype == torch.float32:  # not on every family
+                continue
             label = f"D={D} {str(dtype)[6:]} {features}"
             yield Case("decode", label, functools.partial(_decode, D, dtype, features == "all"))
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32) if D < 512 else ():
             launch, full = functools.partial(_decode, D, dtype, True, masked=True), (D, dtype) != (128, torch.bfloat16)
             yield Case("decode", f"D={D} {str(dtype)[6:]} key mask", launch, full)
 
@@ -188,6 +236,20 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool, packed: bo
         sinks = dlse = None
     KERNELS["attention_forward"](q, k, v, sinks, *rest)
     KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything, None)
+
+
+def _attention_with_prefix(D: int, dtype: torch.dtype, features: str) -> None:
+    B, Hq, Hkv, S = 2, 8, 2, 512
+    q, k = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for H in (Hq, Hkv))
+    lse, bound = torch.empty(B, Hq, S), torch.zeros(B, S, dtype=torch.int32)
+    start, end, softcap, left = {
+        "prefix": (bound, None, None, None),
+        "window prefix": (None, None, None, 64),
+        "all prefix": (bound, bound, 30.0, 64),
+    }[features]
+    options = (None, start, end, None, None, S, S, 0.1, softcap, left, 0)
+    KERNELS["attention_forward"](q, k, k, *options, None, bound)
+    KERNELS["attention_backward"](q, None, q, k, k, q, lse, *options, True, True, True, False, None, None, bound)
 
 
 def _in_parts() -> None:

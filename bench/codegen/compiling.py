@@ -36,6 +36,7 @@ class Case:
     launch: Callable[[], Any]
     full: bool = False  # compiled only with --full
     only: str | None = None  # the one target to compile for; None: all
+    wide: bool = False  # heads wider than 256, of which warps compute some scores more than once
     ones: bool = False  # has sizes of 1: it must compile and fit into shared memory, and may be slow
 
 

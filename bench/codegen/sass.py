@@ -33,6 +33,7 @@ class Processor:
     warps: int = 64
 
 
+COMPUTED_TWICE = "products computed more than once"  # a fault
 PROCESSORS = {
     "sm_80": Processor(2048, 64, 164 * 1024),
     "sm_86": Processor(512, 128, 100 * 1024, warps=48),
@@ -239,7 +240,7 @@ def faults(found: list[Loop], target: str, kernel: str, plain: bool) -> list[str
         return ["no loop around tensor-core instructions"]
     said = []
     if any(loop.ideal and loop.cycles["tensor"] > loop.ideal for loop in found):
-        said.append("products computed more than once")
+        said.append(COMPUTED_TWICE)
     if not plain:
         return said
     if any(loop.mix["local"] for loop in found):

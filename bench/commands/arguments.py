@@ -110,6 +110,8 @@ def parser() -> argparse.ArgumentParser:
         help="what --json wrote another day: show the change beside each estimate",
     )
     add("--layer", type=Path, metavar="FILE", help="a Llama 3.1 8B layer: write a picture of where its time goes")
+    add("--context-parallel", type=Path, metavar="FILE",
+        help="only context-parallel attention on 2 to 512 GPUs: what the network costs, and a picture")  # fmt: skip
     add("--peers", type=Path, metavar="PEERS", help="with --layer: a folder with Liger, whose parts are shown too")
 
     add = command("calibrate", calibrate_models, "how far estimates are off, for peers' kernels in a folder")
@@ -122,6 +124,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def estimate_speed(args: argparse.Namespace) -> int:
+    if args.context_parallel is not None:
+        from bench.commands.context_parallel import estimate_context_parallel
+
+        return estimate_context_parallel(args)
     from bench.commands.estimate import estimate_speed  # compiles, so it needs Triton, which the rest does not
 
     return estimate_speed(args)

@@ -12,7 +12,7 @@ import torch
 from bench.commands.session import in_new_processes, measure, status_of
 from bench.measuring import records
 from bench.providers.provider import OURS
-from bench.reporting.terminal import console
+from bench.reporting.terminal import console, say_absent
 from bench.works import presets
 from llama_kernels.core.language import INTERPRETED
 
@@ -32,6 +32,7 @@ def check_parity(args: argparse.Namespace) -> int:
         records.write(made, args.json)
     if (status := status_of(made)) is not None:
         return status
+    say_absent(made)
     wrong = [r for r in made.records if r.provider == OURS and r.reason]
     where = "on the GPU" if device == "cuda" else "in Triton's interpreter" if INTERPRETED else "on the CPU path"
     console.print(f"llama_kernels {where}: {'WRONG' if wrong else 'right'} in {len(works)} pieces of work")

@@ -16,7 +16,7 @@ from bench.providers.provider import OURS
 from bench.providers.registry import PROVIDERS
 from bench.reporting import report
 from bench.reporting.drawing import SHOWN_GPU
-from bench.reporting.terminal import console, progress, table
+from bench.reporting.terminal import console, progress, say_absent, table
 from bench.training.scale import scales
 from bench.works.presets import DTYPES, OPS, works_of
 from bench.works.work import Work
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         name = f"{made.machine['date'][:10]}-{made.machine['commit'] or 'unknown'}.json"
         written.append(records.folder(made.machine["gpu"]) / name)
         records.write(made, written[-1])
+    say_absent(made)
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
     if status is not None:
         return status
@@ -79,12 +80,12 @@ def _estimate(args: argparse.Namespace, works: list[Work], training: bool) -> Ru
 
     After Ctrl-C, `extra["stopped"]` says so and the run has the parts that were known.
     """
-    console.print("Without a GPU no time is measured. Bounds from bytes and FLOPs, parity in the interpreter, host "
-                  "times and machine code take two to three minutes.")  # fmt: skip
+    console.print("Without a GPU no kernel is timed. Bounds from bytes and FLOPs, parity in the interpreter, machine "
+                  "code and host times take two to three minutes on two cores.")  # fmt: skip
     made, file = Run(machine.describe("cpu"), {}, [], {}), args.out / "records.json"
     try:
         with progress() as bar:
-            task = bar.add_task("", total=without_gpu.PARTS)
+            task = bar.add_task("", total=without_gpu.parts(works, training))
 
             def say(what: str) -> None:
                 bar.update(task, description=what)
@@ -95,6 +96,7 @@ def _estimate(args: argparse.Namespace, works: list[Work], training: bool) -> Ru
                 records.write(made, file)
                 _show(part)
                 bar.advance(task)
+            bar.update(task, total=bar.tasks[0].completed, description="done")
     except KeyboardInterrupt:
         made.extra["stopped"] = INTERRUPTION
         console.print(f"stopped: {INTERRUPTION}. The report has what was known.")

@@ -15,7 +15,7 @@ from bench.measuring import machine, processes, records, runner
 from bench.measuring.capture import Lost
 from bench.measuring.journal import Journal, Step
 from bench.measuring.records import Record, Run
-from bench.providers.provider import NOT_INSTALLED, Provider
+from bench.providers.provider import Provider
 from bench.providers.registry import PROVIDERS
 from bench.reporting.terminal import console, progress, table
 from bench.training import runner as training_runner
@@ -68,7 +68,6 @@ def measure(
         with console.status("measuring the ceilings of this machine"):
             run.ceilings.update(clock.ceilings())
     _say_where(run)
-    _say_what_is_missing(providers, {work.op for work in works}, device)
     if before:
         console.print(f"continuing from {file}: {len(training) + len(works)} pieces of work are left", soft_wrap=True)
     records.write(run, file)
@@ -156,12 +155,6 @@ def _say_where(run: Run) -> None:
         copy, product = run.ceilings["copy"], run.ceilings["bfloat16"]
         said += f"; copy {copy:,.0f} GB/s, bf16 product {product:,.0f} TFLOP/s"
     console.print(said)
-
-
-def _say_what_is_missing(providers: list[Provider], ops: set[str], device: str) -> None:
-    reasons = {p.name: p.why_not(op, device) or "" for p in providers for op in ops if p.has(op)}
-    if missing := [name for name, reason in reasons.items() if reason.startswith(NOT_INSTALLED)]:
-        console.print(f"not installed: {', '.join(missing)} (`python -m bench providers` says how)", soft_wrap=True)
 
 
 def _allow_many_calls() -> None:

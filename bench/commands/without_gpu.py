@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -21,10 +22,13 @@ from bench.providers.eager import Eager
 from bench.providers.ours import Ours
 from bench.providers.provider import Unsupported
 from bench.training.scale import scales
+from bench.works import presets
 from bench.works.work import Work
 from llama_kernels.core.language import why_not_interpreted
 
 TARGET = "sm_90"  # the family whose machine code is read; `make codegen` reads all families
+_PARITY = ("bf16", "fp32")
+_LOOK = 0.5  # seconds between two looks at what a process has written
 
 
 def estimates(works: Sequence[Work], about: dict[str, Any], training: bool) -> list[Record]:
@@ -43,18 +47,20 @@ class Part(NamedTuple):
     extra: dict[str, Any]
 
 
-PARTS = 4  # that `run` yields
+def parts(works: Sequence[Work], training: bool) -> int:
+    """How many parts `run` yields, about: it yields fewer where a package is missing."""
+    small = sum(1 for _ in presets.small([presets.DTYPES[name] for name in _PARITY]))
+    return len({work.op for work in works}) + training + small + 2
 
 
 def run(
     works: Sequence[Work], about: dict[str, Any], training: bool, workers: int, say: Callable[[str], None]
 ) -> Iterator[Part]:
-    """Yield the PARTS: bounds, host times, parity and machine code, each as soon as it is known. `say` gets what runs.
+    """Yield bounds of each op, parity of each piece of work, machine code and host times, each as soon as it is known.
 
-    All but the bounds run in new processes, because Triton decides at its import whether it interprets.
+    `say` gets what runs. All but the bounds run in new processes, because Triton decides at its import whether it
+    interprets. They begin at once, so that no core is idle; host times come last, when nothing else runs.
     """
-    say("bounds")
-    yield Part(estimates(works, about, training), {})
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
 
         def start(module: str, *arguments: object, **env: str) -> subprocess.Popen[str]:
@@ -62,22 +68,46 @@ def run(
             stack.callback(_end, process)
             return process
 
-        host, parity, codegen = (Path(name, f"{what}.json") for what in ("host", "parity", "codegen"))
-        say("host time of a call")
-        _wait(start("bench.host", "--json", host), host)
-        yield Part([], {"host": json.loads(host.read_text())})
-        say(f"parity in Triton's interpreter, machine code for {TARGET}")
+        host, codegen = Path(name, "host.json"), Path(name, "codegen.json")
+        say("bounds; in the background parity and machine code")
         compiling = start("bench.codegen", "--targets", TARGET, "--workers", workers, "--json", codegen)
-        if why_not := why_not_interpreted():
+        why_not, parity = why_not_interpreted(), Path(name, "parity")
+        checking = None if why_not else start(
+            "bench", "parity", "--dtypes", *_PARITY, "--out", parity, TRITON_INTERPRET="1"
+        )  # fmt: skip
+        yield from _bounds(works, about, training)
+        say(f"parity in Triton's interpreter, machine code for {TARGET}")
+        if checking is None:
             print(f"Parity is left out: {why_not}")
-            yield Part([], {})
         else:
-            options = ("--dtypes", "bf16", "fp32", "--json", parity, "--out", Path(name, "parity"))
-            _wait(start("bench", "parity", *options, TRITON_INTERPRET="1"), parity)
-            yield Part(records.read(parity).records, {})
+            yield from _as_it_comes(checking, parity / "records.json")
         say(f"machine code for {TARGET}")
         _wait(compiling, codegen)
         yield Part([], {"codegen": json.loads(codegen.read_text())})
+        say("host time of a call")
+        _wait(start("bench.host", "--json", host), host)
+        yield Part([], {"host": json.loads(host.read_text())})
+
+
+def _bounds(works: Sequence[Work], about: dict[str, Any], training: bool) -> Iterator[Part]:
+    for op in dict.fromkeys(work.op for work in works):
+        yield Part(estimates([work for work in works if work.op == op], about, False), {})
+    if training:
+        yield Part(estimates([], about, True), {})
+
+
+def _as_it_comes(process: subprocess.Popen[str], file: Path) -> Iterator[Part]:
+    """The records that `process` writes into `file`, each piece of work as soon as it is there."""
+    shown, ended, said = 0, False, ""
+    while not ended:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, said = process.communicate(timeout=_LOOK)
+            ended = True
+        made = records.read(file).records if file.exists() else []
+        for _, same in itertools.groupby(made[shown:], key=lambda r: r.work):
+            yield Part(list(same), {})
+        shown = len(made)
+    _check(process, file, said)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -103,6 +133,9 @@ def _wait(process: subprocess.Popen[str], written: Path) -> None:
 
     Raises RuntimeError if it has not written that file.
     """
-    _, said = process.communicate()
+    _check(process, written, process.communicate()[1])
+
+
+def _check(process: subprocess.Popen[str], written: Path, said: str) -> None:
     if not written.exists():
         raise RuntimeError(f"{' '.join(process.args[1:3])} failed:\n{said[-2000:]}")

@@ -51,6 +51,24 @@ class Attention:
     empty: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Between GPUs, each way, as NCCL reaches it: GB/s of a GPU, and seconds from a start to the first byte."""
+
+    nvlink: float
+    network: float
+    nvlink_latency: float
+    network_latency: float
+    gpus_of_a_node: int
+    nvlink_low: float  # what a machine that is not tuned reaches
+    network_low: float
+
+    @property
+    def low(self) -> Network:
+        """The same, not tuned."""
+        return dataclasses.replace(self, nvlink=self.nvlink_low, network=self.network_low)
+
+
 @functools.cache
 def _read() -> dict[str, Any]:
     return json.loads(FILE.read_text())
@@ -90,3 +108,8 @@ def memory() -> Memory:
 @functools.cache
 def attention() -> Attention:
     return Attention(**_values(_read()["attention"]))
+
+
+@functools.cache
+def network() -> Network:
+    return Network(**_values(_read()["network"]))

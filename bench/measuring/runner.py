@@ -164,11 +164,14 @@ class _Bench:
         return f
 
     def memory(self, f: Function, call: Call, rows: list[Record]) -> None:
-        """Fill in the peak memory, and the bytes kept for the backward."""
+        """Fill in the bytes kept for the backward and, on a GPU, the peak memory."""
         step = Step(f, call, self.backward)
         saved = timing.saved_for_backward(step.forward) if self.backward else None
         for r in rows:
             r.saved = saved
+        if torch.device(self.device).type != "cuda":
+            return  # no peak is known, so nothing is run for it
+        for r in rows:
             if r.direction == "backward":
                 step.forward_once()
             r.memory = timing.peak_memory(step.of(r.direction), self.device)

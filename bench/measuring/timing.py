@@ -162,9 +162,9 @@ def _repeat(calls: Calls, repeats: int) -> None:
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int | None:
-    """The most bytes that `run` has allocated at one time, without those allocated before. None on a CPU."""
+    """The most bytes that `run` has allocated at one time, without those allocated before. On a CPU, which does not
+    know, None, and nothing is run."""
     if torch.device(device).type != "cuda":
-        run()
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -15,6 +15,7 @@ from bench.works.work import Function, Work
 
 OURS = "llama_kernels"
 NOT_INSTALLED = "not installed"  # the reason begins so if a package is missing
+NEEDS_GPU = "needs a GPU"
 
 
 class Unsupported(Exception):
@@ -49,7 +50,7 @@ class Provider:
             return f"has no {op}"
         if self.module is not None and not _importable(self.module):
             return f"{NOT_INSTALLED} (pip install {self.package})"
-        return "needs a GPU" if device == "cpu" and not self.cpu else None
+        return NEEDS_GPU if device == "cpu" and not self.cpu else None
 
 
 def _importable(module: str) -> bool:

@@ -13,6 +13,7 @@ from bench.estimate.bounds import ASSUMPTIONS
 from bench.measuring import records
 from bench.measuring.records import Record, Run
 from bench.providers.provider import OURS
+from bench.reporting.absent import absent_line, is_absent, present
 from bench.reporting.pictures import figures as drawn
 from bench.works.work import DIRECTIONS
 
@@ -23,9 +24,11 @@ table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabu
 td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #eceff2; white-space: nowrap }
 td.t, th.t { text-align: left } td.why { text-align: left; color: #8a4b2d; white-space: normal }
 tr.ours td { background: #eef3f8; font-weight: 600 } tr.first td { border-top: 2px solid #b8c2cc }
-img { max-width: 100% } summary { cursor: pointer; color: #1b3a5c } dt { color: #66727f } dd { margin: 0 }
+.wide { overflow-x: auto } .wide img { max-width: 100%; min-width: 600px }
+summary { cursor: pointer; color: #1b3a5c } dt { color: #66727f } dd { margin: 0 }
 .estimate { background: #fff3d6; border: 1px solid #e0a030; padding: .7rem 1rem; border-radius: 6px }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem 1rem; overflow-wrap: anywhere }
+details details { margin-left: 1rem }
 """
 _HEAD = ("gpu", "driver", "torch", "triton", "python", "commit", "date")
 _ESTIMATES = (
@@ -39,7 +42,9 @@ def page(run: Run, pictures: Sequence[tuple[str, str, bytes]], note: str = "") -
     measured = any(r.ms is not None and not r.estimate for r in run.records)
     title = f"llama_kernels on {run.machine['gpu']}" if measured else "llama_kernels: estimates without a GPU"
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_text(title)}</title><style>{_STYLE}</style>",
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{_text(title)}</title><style>{_STYLE}</style>",
         f"<h1>{_text(title)}</h1>",
     ]
     if any(r.estimate for r in run.records):
@@ -51,7 +56,7 @@ def page(run: Run, pictures: Sequence[tuple[str, str, bytes]], note: str = "") -
     parts.append("<dl>" + "".join(f"<dt>{name}</dt><dd>{_text(x)}</dd>" for name, x in head.items()) + "</dl>")
     for name, caption, png in pictures:
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-        parts.append(f'<h2>{_text(caption)}</h2><img alt="{_text(name)}" src="{source}">')
+        parts.append(f'<h2>{_text(caption)}</h2><div class=wide><img alt="{_text(name)}" src="{source}"></div>')
     if note:
         parts.append(f"<p>{_text(note)}</p>")
     parts += _tables(run)
@@ -73,18 +78,38 @@ def _head(left: Sequence[str], right: Sequence[str]) -> str:
 
 
 def _tables(run: Run) -> Iterator[str]:
-    groups: dict[tuple[str, bool, str], list[Record]] = {}
-    for r in run.records:
-        groups.setdefault((r.op, r.estimate, r.gpu if r.estimate else ""), []).append(r)
+    shown = present(run.records)
     yield "<h2>Every number</h2>"
-    for (op, estimate, gpu), rs in groups.items():
-        kind = f": estimate for {gpu}" if estimate else "" if any(r.ms for r in rs) else ": parity"
-        yield f"<details><summary>{_text(op + kind)}, {len(rs)} rows</summary>{_table(rs)}</details>"
+    for op, rs in _by_op([r for r in shown if not r.estimate]).items():
+        kind = "" if any(r.ms for r in rs) else ": parity"
+        yield _folded(f"{op}{kind}, {len(rs)} rows", _table(rs))
+    for gpu in dict.fromkeys(r.gpu for r in shown if r.estimate):
+        ops = _by_op([r for r in shown if r.estimate and r.gpu == gpu])
+        tables = (_folded(f"{op}: estimate for {gpu}, {len(rs)} rows", _table(rs)) for op, rs in ops.items())
+        yield _folded(f"estimates for {gpu}, {len(ops)} ops", "".join(tables))
     if kernels := run.extra.get("codegen", {}).get("kernels"):
-        yield (f"<details><summary>machine code for {_text(kernels[0]['target'])}, {len(kernels)} kernels</summary>"
-               f"{_codegen(kernels)}</details>")  # fmt: skip
+        yield _folded(f"machine code for {kernels[0]['target']}, {len(kernels)} kernels", _codegen(kernels))
     if state := run.extra.get("providers"):
-        yield "<h2>Which provider has which op</h2>" + _matrix(state)
+        here = {name: row for name, row in state.items() if not all(map(is_absent, row.values()))}
+        yield "<h2>Which provider has which op</h2>" + _matrix(here)
+    if line := absent_line(run):
+        yield f"<p>{_text(line)}</p>"
+
+
+def _by_op(rs: list[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for r in rs:
+        groups.setdefault(r.op, []).append(r)
+    return groups
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{_text(summary)}</summary>{content}</details>"
+
+
+def _scrolling(rows: Sequence[str]) -> str:
+    """A table that scrolls sideways in itself where the window is narrow, so that the page does not."""
+    return "<div class=wide><table>" + "\n".join(rows) + "</table></div>"
 
 
 COLUMNS = (
@@ -111,7 +136,7 @@ def _table(rs: list[Record]) -> str:
         classes = ("ours " if r.provider.startswith(OURS) else "") + ("first" if group != before else "")
         rows.append(_row([*cells, ("why", _text(r.reason or ""))], classes))
         before = group
-    return "<table>" + "\n".join(rows) + "</table>"
+    return _scrolling(rows)
 
 
 def _first_seen(rs: list[Record], r: Record) -> tuple[int, int]:
@@ -126,7 +151,7 @@ def _codegen(kernels: list[dict[str, Any]]) -> str:
     for k in kernels:
         cells = [("t", _text(k["kernel"])), ("t", _text(k["label"])), *(("", str(k[name])) for name in numbers)]
         rows.append(_row([*cells, ("why", _text("; ".join(k["faults"])))]))
-    return "<table>" + "\n".join(rows) + "</table>"
+    return _scrolling(rows)
 
 
 def _matrix(state: dict[str, dict[str, str]]) -> str:
@@ -134,7 +159,7 @@ def _matrix(state: dict[str, dict[str, str]]) -> str:
     ops = list(dict.fromkeys(op for row in state.values() for op in row))
     rows = [_head(("provider", *ops), ())]
     rows += [_row([("t", _text(name)), *(("t", _text(row.get(op, ""))) for op in ops)]) for name, row in state.items()]
-    return "<table>" + "\n".join(rows) + "</table>"
+    return _scrolling(rows)
 
 
 def write(run: Run, folder: Path) -> list[Path]:

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.measuring.records import Record
-from bench.providers.provider import NOT_INSTALLED, OURS
+from bench.measuring.records import Record, Run
+from bench.providers.provider import OURS
+from bench.reporting.absent import absent_line, present
 from bench.reporting.report import COLUMNS
 
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -24,9 +25,9 @@ def progress() -> Progress:
 def table(rs: list[Record]) -> Table:
     """One piece of work: a row for each provider and direction, and one row for a provider without any time.
 
-    Providers that are not installed have no row.
+    Providers that cannot run on this machine have no row: `say_absent` names them, at the end.
     """
-    first = rs[0]
+    first, rs = rs[0], present(rs)
     sizes = ", ".join(f"{name} {n}" for name, n in first.sizes.items() if type(n) is int and n >= 0)
     estimate = f" [yellow]ESTIMATE for {first.gpu}[/]" if first.estimate else ""
     shown = Table(title=f"{first.op}, {first.shape} ({sizes}), {first.dtype}{estimate}", title_justify="left", box=None)
@@ -38,8 +39,6 @@ def table(rs: list[Record]) -> Table:
     shown.add_column("")
     told = set()
     for r in rs:
-        if (r.reason or "").startswith(NOT_INSTALLED):
-            continue
         if r.ms is None:
             if r.provider in told:
                 continue
@@ -48,3 +47,9 @@ def table(rs: list[Record]) -> Table:
         style = "bold" if r.provider.startswith(OURS) else "" if r.ms is not None or r.reason is None else "dim"
         shown.add_row(r.provider, r.direction if r.ms is not None else "", *cells, escape(r.reason or ""), style=style)
     return shown
+
+
+def say_absent(run: Run) -> None:
+    """One line about the providers that cannot run on this machine."""
+    if line := absent_line(run):
+        console.print(escape(line), soft_wrap=True)

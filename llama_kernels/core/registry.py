@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 
 from llama_kernels.core.checks import DEVICES_TAKEN, fix_for_device, message
 from llama_kernels.core.device import KERNEL_DEVICES
+from llama_kernels.core.dtensors import is_dtensor, register_rules_for, repeat_on_dtensors
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.tensors import last_dim_contiguous
 
@@ -62,6 +64,7 @@ def register(
 
     def run(*args: Any) -> Any:
         if _is_compiling():  # the guard cannot be traced
+            register_rules_for(args)
             return op(*args)
         if _functorch_is_active():  # it would undo the guard
             token = _without_autograd.set(True)
@@ -69,10 +72,21 @@ def register(
                 return op(*args)
             finally:
                 _without_autograd.reset(token)
-        with _below_autograd():  # half a microsecond, where the kernel of autograd takes three
-            return op(*args)
+        try:
+            with _below_autograd():  # half a microsecond, where the kernel of autograd takes three
+                return op(*args)
+        except RuntimeError as error:
+            if not any(map(is_dtensor, args)):
+                raise
+            with _below_autograd():
+                return repeat_on_dtensors(op, _public(name), args, error)
 
     return run
+
+
+def _public(name: str) -> str:
+    """The name of the public function that calls the op."""
+    return re.sub("(_forward|_backward|_)$", "", name)
 
 
 def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -120,7 +134,7 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """What `op` does where autograd is not left out, as it is by the package's own calls."""
     name, parameters = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
     defaults = [argument.default_value for argument in op._schema.arguments]
-    public = re.sub("(_forward|_backward|_)$", "", name)
+    public = _public(name)
 
     def with_gradient(keyset: Any, *args: Any) -> Any:
         forward_mode = forward_ad._current_level >= 0
@@ -130,11 +144,12 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
         if _functorch_is_active():
             fix = f"Call llama_kernels.{public}, which can be differentiated so."
             raise RuntimeError(f"torch.ops.llama_kernels.{name}: torch.func does not differentiate the op. {fix}")
-        refuse_forward_mode(public, *args)
-        if not differentiated:
-            return op.redispatch(keyset & _after_autograd, *args)
-        args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what has its default value
         differentiable, by = _gradients.get(name, (frozenset[str](), None))
+        if by is None:
+            refuse_forward_mode(public, *args)
+            if not differentiated:
+                return op.redispatch(keyset & _after_autograd, *args)
+        args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what has its default value
         for parameter, x in zip(parameters, args, strict=True):
             if isinstance(x, torch.Tensor) and x.requires_grad and parameter not in differentiable:
                 got, wanted = "a tensor that requires grad", "one without: the op has no gradient of it"
@@ -149,7 +164,7 @@ def _refuse_device_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """What `op` does with tensors on a device, or of a layout, that has no kernel: a ValueError. Public functions check
     their arguments before; this is for calls of torch.ops.llama_kernels and exported graphs."""
     name, parameters = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
-    public = re.sub("(_forward|_backward|_)$", "", name)
+    public = _public(name)
 
     def refuse(*args: Any) -> Any:
         for parameter, x in zip(parameters, args, strict=False):  # without arguments that have their default values
@@ -217,20 +232,41 @@ def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    """Make `tensors` the `ctx.saved_tensors` of backward and of jvp."""
+    ctx.save_for_backward(*tensors)
+    if transforms_are_active():  # outside of them there is no forward mode
+        ctx.save_for_forward(*tensors)
+
+
+def _zeros_of(x: Any) -> Callable[[], torch.Tensor | None]:
+    """Makes zeros like x, without keeping x; None where x is not a tensor."""
+    if not isinstance(x, torch.Tensor):
+        return lambda: None
+    return functools.partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device)
+
+
 class Differentiable(torch.autograd.Function):
-    """An op and its gradient, written as torch.func transforms it: `forward` without a context, and `setup_context`.
+    """An op and its derivatives, written as torch.func transforms it: `forward` without a context, and `setup_context`.
 
     The first input is the op's name, `ctx.op` in the backward. forward returns a tuple, the last KEPT of it for the
     backward alone; `call` returns the others. This form takes the host twice as long as the older `forward(ctx, ...)`,
     which `call` therefore makes of it for calls outside of transforms.
+
+    A subclass with a `jvp(ctx, *tangents)` has a forward mode: from the tangents of its first DUAL inputs it returns
+    those of what `call` returns. A tensor without a tangent has one of zeros; an input that is None has None. Tangents
+    of other inputs are refused, and without `jvp` all are.
+    Gradients and tangents that may be differentiated again come from `call` or from `with_derivatives_of`.
     """
 
     generate_vmap_rule = True
     KEPT = 0
+    DUAL = 0
     call: Callable[..., tuple[torch.Tensor, ...]]
 
     def __init_subclass__(cls) -> None:
         compute, setup_context, backward, returned = cls.forward, cls.setup_context, cls.backward, -cls.KEPT or None
+        jvp: Any = cls.__dict__.get("jvp")
 
         def forward(ctx: Any, *args: Any) -> Any:
             results = compute(*args)
@@ -243,12 +279,28 @@ class Differentiable(torch.autograd.Function):
         of_transforms: Any = cls
         of_transforms.forward = staticmethod(torch._disable_dynamo(compute))
         of_transforms.backward = staticmethod(torch._disable_dynamo(lambda ctx, *dy: backward(ctx, *dy[:returned])))
+        if jvp is not None:
+
+            def setup_both(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
+                setup_context(ctx, inputs, results)
+                ctx.zeros_of_inputs = [_zeros_of(x) for x in inputs[1 : 1 + cls.DUAL]]
+                ctx.zeros_of_kept = [_zeros_of(x) for x in results[len(results) - cls.KEPT :]]
+
+            def tangents_of(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
+                given = (zeros() if t is None else t for t, zeros in zip(tangents, ctx.zeros_of_inputs, strict=False))
+                return *jvp(ctx, *given), *(zeros() for zeros in ctx.zeros_of_kept)
+
+            of_transforms.setup_context = staticmethod(setup_both)
+            of_transforms.jvp = staticmethod(torch._disable_dynamo(tangents_of))
 
         def call(op: str, *args: Any) -> tuple[torch.Tensor, ...]:
             if forward_ad._current_level >= 0 or _functorch_is_active():
                 if torch.compiler.is_dynamo_compiling():  # it would trace forward, and lose the gradient
                     torch._dynamo.graph_break()
-                refuse_forward_mode(op, *args)
+                if jvp is None:
+                    refuse_forward_mode(op, *args)
+                else:
+                    refuse_forward_mode(op, *args[cls.DUAL :], of=" of cos and sin")
                 return cls.apply(op, *args)[:returned]
             if torch.compiler.is_dynamo_compiling():
                 if torch.compiler.is_exporting():  # the graph would run forward without gradients, not know backward
@@ -259,18 +311,23 @@ class Differentiable(torch.autograd.Function):
         cls.call = staticmethod(call)
 
 
+def is_differentiated_again() -> bool:
+    """Whether results of a backward or of a jvp may be differentiated. A compiled backward never is."""
+    return (torch.is_grad_enabled() or transforms_are_active()) and not torch.compiler.is_compiling()
+
+
 class _RefuseDerivatives(torch.autograd.Function):
     """The identity on gradients, tied to the tensors they depend on; differentiating it is an error."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: str, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def forward(op: str, of: str, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.op = inputs[0]
+        ctx.op, ctx.of = inputs[:2]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -278,7 +335,7 @@ class _RefuseDerivatives(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        raise _RefuseDerivatives.error(ctx.op, "forward-mode differentiation")
+        raise _RefuseDerivatives.error(ctx.op, f"forward-mode differentiation{ctx.of}")
 
     @staticmethod
     def error(op: str, kind: str) -> RuntimeError:
@@ -298,13 +355,17 @@ def refuse_double_backward(
     `once_differentiable` is not enough: where grad_output needs no gradient (y.sum()), it lets the second derivative
     go missing in silence.
     """
-    if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
-        return _RefuseDerivatives.apply(op, len(grads), *grads, *inputs)
+    if is_differentiated_again():
+        return _RefuseDerivatives.apply(op, "", len(grads), *grads, *inputs)
     return tuple(grads)
 
 
-def refuse_forward_mode(op: str, *args: Any) -> None:
-    """Raise where one of the tensors among `args` has a tangent, which no op would carry on to its result."""
+def refuse_forward_mode(op: str, *args: Any, of: str = "") -> None:
+    """Raise where one of the tensors among `args` has a tangent, which the op would not carry on to its result.
+
+    of: what these tensors are, for the error.
+    """
     if forward_ad._current_level >= 0:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        _RefuseDerivatives.apply(op, len(tensors), *tensors)
+        if tensors:
+            _RefuseDerivatives.apply(op, of, len(tensors), *tensors)

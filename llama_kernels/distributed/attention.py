@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from llama_kernels.core.checks import check_tensors, message, shape_of
+from llama_kernels.core.dtensors import is_dtensor
 from llama_kernels.core.registry import refuse_double_backward
 from llama_kernels.distributed import blocks
 from llama_kernels.distributed.all_gather import Gathered
@@ -97,6 +98,7 @@ def cp_attention(
     """
     rank = rank_in(_OP, mesh, layout)
     methods = _check_method(method, mesh)
+    _refuse_dtensors(q=q, k=k, v=v, doc_start=doc_start, sinks=sinks)
     call = checked_call(
         _OP, q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
         kv_start=None, kv_end=None, deterministic=None,
@@ -210,6 +212,14 @@ def _check_method(method: str | tuple[str, str], mesh: DeviceMesh) -> tuple[str,
         wanted = f"{len(methods)}, one for each method of {method!r}"
         raise ValueError(message(_OP, "mesh", f"of {mesh.ndim} dimensions", wanted))
     return methods
+
+
+def _refuse_dtensors(**tensors: torch.Tensor | None) -> None:
+    for name, x in tensors.items():
+        if is_dtensor(x):
+            raise TypeError(
+                message(_OP, name, "a DTensor", "a torch.Tensor, what this process has", f"Pass {name}.to_local().")
+            )
 
 
 def _check_tokens(call: AttentionCall, layout: Layout, doc_start: torch.Tensor | None) -> None:

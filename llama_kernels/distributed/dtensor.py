@@ -18,9 +18,10 @@ _ROLES = {
     **dict.fromkeys(("weight", "q_weight", "k_weight"), "weight"),
     **dict.fromkeys(("q", "k", "v", "dq", "dk", "dv", "do", "out"), "heads"),
     **dict.fromkeys(("lse", "dlse"), "lse"),
-    **dict.fromkeys(("kv_start", "kv_end"), "bound"),
+    **dict.fromkeys(("kv_start", "kv_end", "kv_prefix"), "bound"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "whole"),
     "sinks": "sinks", "cos": "table", "sin": "table", "position_ids": "positions",
+    "axes": "whole",
 }  # fmt: skip
 
 # The roles of each op's results. "gradient of ...": a sum over what is sharded. A result that is empty is "whole".
@@ -33,6 +34,7 @@ _RESULTS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "qk_norm_rope_backward": lambda a: [
         "heads", "heads" if a["k"] is not None else "whole",
         *("gradient of weight" if a["need_dw"] and a[w] is not None else "whole" for w in ("q_weight", "k_weight"))],
+    "rope_qkv_backward": lambda a: ["projection"],
     "attention_forward": lambda a: ["heads", "lse"],
     "attention_backward": lambda a: _attention_grads(a),
     "rope_attention_backward": lambda a: _attention_grads(a),
@@ -45,15 +47,20 @@ def _attention_grads(arguments: dict[str, Any]) -> list[str]:
     return [*("heads" if need else "whole" for need in needed), sinks]
 
 
+def has_rules(op: torch._ops.OpOverload) -> bool:
+    return op._schema.name.split("::")[1] in _RESULTS
+
+
 @functools.cache
 def register_dtensor_rules() -> None:
-    """Teach DTensor how the ops of this package are sharded. Call it once, before the first op on a DTensor.
+    """Teach DTensor how the ops of this package are sharded. The first op that gets a DTensor calls it.
 
     Norms are computed on any sharding but that of the last dimension; the weight's gradient is Partial. RoPE and
     qk_norm_rope are computed on shards of the batch, of the heads, or of the tokens where positions or tables are
-    sharded with them. Attention is computed on shards of the batch, or of the heads if the size of the mesh divides
-    the number of key heads. Other shardings are gathered first. All tensors of a call are DTensors: PyTorch raises
-    where some are not. The ops that write into their arguments, and the packed projection of `rope_qkv`, have no rules.
+    sharded with them; rope_qkv likewise, but not on shards of the heads. Attention is computed on shards of the batch,
+    or of the heads where the mesh divides the number of key heads. Other shardings are gathered first. All tensors of a
+    call are DTensors, or a TypeError names the one that is not. The ops that write into their arguments have no rules,
+    and raise a TypeError.
 
     Raises:
         RuntimeError: this torch has no torch.distributed.tensor.experimental.register_sharding.
@@ -85,34 +92,45 @@ def _ways(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     """The placement of each role, for each way to shard a call."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    roles = {*_ROLES.values(), "gradient of weight", "gradient of sinks"}
+    roles = {*_ROLES.values(), "gradient of weight", "gradient of sinks", "projection"}
     whole: dict[str, Any] = dict.fromkeys(roles, Replicate())
     sums: dict[str, Any] = {"gradient of weight": Partial()}
     if "x" in given:
         return [whole, *({**whole, **sums, "rows": Shard(dim)} for dim in range(len(given["x"].shape) - 1))]
 
     argument: Callable[[str], Any] = given.get
-    q, k, cos, positions = (argument(parameter) for parameter in ("q", "k", "cos", "position_ids"))
+    q = given["dq" if name == "rope_qkv_backward" else "q"]
+    k, cos, positions = (argument(parameter) for parameter in ("k", "cos", "position_ids"))
     packed, attention = len(q.shape) == 3, "attention" in name
     ways = [whole]
-    if not attention or k.shape[1] % q.mesh.size() == 0:  # a query head stays with the key head that it reads
+    # A query head stays with the key head that it reads. The last dimension of a projection has heads of q, k and v.
+    if name != "rope_qkv_backward" and (not attention or _divides(q.mesh, k.shape[1])):
         lse = Shard(0 if packed else 1)
         of_sinks = {"sinks": Shard(0), "gradient of sinks": Shard(0)}
         ways.append({**whole, **sums, **of_sinks, "heads": Shard(1), "lse": lse})
     if not packed:
         B = q.shape[0]
-        by_batch: dict[str, Any] = dict.fromkeys(("heads", "lse", "bound"), Shard(0))
+        by_batch: dict[str, Any] = dict.fromkeys(("heads", "lse", "bound", "projection"), Shard(0))
         if cos is not None and len(cos.shape) == 3 and cos.shape[0] == B > 1:
             by_batch["table"] = Shard(0)
-        if positions is not None and len(positions.shape) == 2 and positions.shape[0] == B > 1:
-            by_batch["positions"] = Shard(0)
+        if positions is not None and len(positions.shape) >= 2 and positions.shape[-2] == B > 1:
+            by_batch["positions"] = Shard(len(positions.shape) - 2)
         ways.append({**whole, **sums, "gradient of sinks": Partial(), **by_batch})
     if not attention:
         token = 0 if packed else 2
-        by_token = {**whole, **sums, "heads": Shard(token)}
+        by_token = {**whole, **sums, "heads": Shard(token), "projection": Shard(0 if packed else 1)}
         # Tables or positions are cut with the tokens: else each rank would count its tokens from 0.
         if positions is not None:
             ways.append({**by_token, "positions": Shard(len(positions.shape) - 1)})
         elif len(cos.shape) == 3 or cos.shape[0] == q.shape[token]:
             ways.append({**by_token, "table": Shard(len(cos.shape) - 2)})
     return ways
+
+
+def _divides(mesh: Any, heads: int) -> bool:
+    """Whether heads that are sharded along some dimensions of the mesh are so in equal parts. DTensor itself does not
+    shard a dimension into more parts than its size."""
+    parts = {1}
+    for size in mesh.shape:
+        parts |= {n * size for n in parts}
+    return all(heads % n == 0 for n in parts if n <= heads)

@@ -27,14 +27,6 @@ class Context(NamedTuple):
     method: str | tuple[str, str]
 
 
-_active: list[Context] = []
-
-
-def active() -> Context | None:
-    """The innermost `context_parallel` that the program is in."""
-    return _active[-1] if _active else None
-
-
 @contextlib.contextmanager
 def context_parallel(
     model: nn.Module, mesh: DeviceMesh, *, layout: Layout, method: str | tuple[str, str] = "ring"
@@ -80,11 +72,13 @@ def context_parallel(
         model.register_forward_pre_hook(shard_inputs, with_kwargs=True, prepend=True),
         model.register_forward_hook(sum_loss),
     ]
-    _active.append(Context(mesh, layout, method))
+    from llama_kernels.integrations.transformers.attention import context_parallels
+
+    context_parallels.append(Context(mesh, layout, method))
     try:
         yield
     finally:
-        _active.pop()
+        context_parallels.pop()
         for hook in hooks:
             hook.remove()
 

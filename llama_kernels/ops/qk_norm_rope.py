@@ -11,7 +11,14 @@ from llama_kernels.core.checks import check_eps, check_tensors, message, shape_o
 from llama_kernels.core.device import lanes_of, processors_of
 from llama_kernels.core.language import cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.registry import (
+    Differentiable,
+    needs_grad,
+    register,
+    register_gradient,
+    save,
+)
+from llama_kernels.core.second_derivatives import pushforward, with_derivatives_of
 from llama_kernels.core.tensors import (
     cdiv,
     empty_in_order_of,
@@ -22,8 +29,11 @@ from llama_kernels.core.tensors import (
 )
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.ops.rotation import (
+    Axes,
     HeadTile,
     Tables,
+    angle_arguments,
+    axes_count,
     head_tile,
     load_angles,
     load_pairs,
@@ -120,12 +130,22 @@ def _times(x, number):
 
 
 @triton.jit
+def _tangent_of(x, t, rstd, scales, dscales, D: tl.constexpr):
+    """The tangent of x * rstd * scales, where x has the tangent t and scales have the tangent dscales."""
+    xhat = _times(x, rstd)
+    mean = _sum(t, xhat) / D
+    dy = Vectors(t.x0 - xhat.x0 * mean, t.x1 - xhat.x1 * mean, t.rest - xhat.rest * mean)
+    dy = _scaled(_times(dy, rstd), scales)
+    return Vectors(dy.x0 + xhat.x0 * dscales.x0, dy.x1 + xhat.x1 * dscales.x1, dy.rest + xhat.rest * dscales.rest)
+
+
+@triton.jit
 def _forward_heads(
-    x_ptr, weight_ptr, y_ptr, x_strides, y_strides, b, s, live, angles, H, eps, offset,
+    x_ptr, t_ptr, weight_ptr, dweight_ptr, y_ptr, x_strides, t_strides, y_strides, b, s, live, angles, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate every head of the tokens (b, s)."""
+    """Normalise and rotate every head of the tokens (b, s); with t, the tangent of x, store the tangent of that."""
     if D == 2 * HALF:
         scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
     x_tokens = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None]  # [BLOCK_T, 1], int64
@@ -139,45 +159,63 @@ def _forward_heads(
         rstd = inverse_root(_sum(x, x) / D + eps)
         if D > 2 * HALF:  # registers do not hold the weights of both parts from head to head
             scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-        y = _scaled(_times(x, rstd), scales)
+        if t_ptr is None:
+            y = _scaled(_times(x, rstd), scales)
+        else:
+            t_ptrs = t_ptr + (b * t_strides[0] + s * t_strides[2])[:, None] + h.to(tl.int64)[None, :] * t_strides[1]
+            t = _load_vectors(t_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+            zero = tl.zeros([1, 1, 1], tl.float32)
+            dscales = Vectors(zero, zero, zero)
+            if dweight_ptr is not None:
+                dscales = _load_scales(dweight_ptr, 0.0, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
+            y = _tangent_of(x, t, rstd, scales, dscales, D)
         y0, y1 = rotate(y.x0, y.x1, angles)
         _store_vectors(y_ptrs, present, Vectors(y0, y1, y.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions"])
+@triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "axes_count"])
 def _qk_norm_rope_forward_kernel(
-    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr,
-    q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides, position_strides,
-    S, Hq, Hkv, positions, eps, offset,
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, axes_ptr,
+    tq_ptr, tk_ptr, dq_weight_ptr, dk_weight_ptr,
+    q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides, position_strides, axes_strides,
+    tq_strides, tk_strides,
+    S, Hq, Hkv, positions, axes_count, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = rotate(x * rstd * (offset + weight)), rstd = 1 / sqrt(mean(x^2) + eps), for every head x of q and of k.
 
     A program computes all heads of BLOCK_T tokens of one sequence, in float32, and rounds once. q, k: (B, H, S, D);
-    weights: (D,) or None; k may be None. `Tables` and `load_angles` describe the tables.
-    Bytes: q and k in and out, and each table row once for all heads. FLOPs: 7 an element.
+    weights: (D,) or None; k may be None. `Tables` and `load_angles` describe the tables. Where tq, and tk if there is a
+    k, are given, the tangents of q and k, the results are the tangents of y. dq_weight and dk_weight, the tangents of
+    the weights, may be None.
+    Bytes: q and k in and out, tq and tk in, and each table row once for all heads. FLOPs: 7 an element; 15 of tangents.
     """
     blocks = tl.cdiv(S, BLOCK_T)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     live = s < S
     tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
-    angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
+    axes = None
+    if axes_ptr is not None:
+        axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
+    angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
     _forward_heads(
-        q_ptr, q_weight_ptr, q_out_ptr, q_strides, q_out_strides, b, s, live, angles, Hq, eps, offset,
+        q_ptr, tq_ptr, q_weight_ptr, dq_weight_ptr, q_out_ptr, q_strides, tq_strides, q_out_strides,
+        b, s, live, angles, Hq, eps, offset,
         D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
     )  # fmt: skip
     if k_ptr is not None:
         _forward_heads(
-            k_ptr, k_weight_ptr, k_out_ptr, k_strides, k_out_strides, b, s, live, angles, Hkv, eps, offset,
+            k_ptr, tk_ptr, k_weight_ptr, dk_weight_ptr, k_out_ptr, k_strides, tk_strides, k_out_strides,
+            b, s, live, angles, Hkv, eps, offset,
             D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_heads(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, dy_strides, x_strides, dx_strides, tables,
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, dy_strides, x_strides, dx_strides, tables, axes,
     first, programs, B, S, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -196,7 +234,7 @@ def _backward_heads(
         s = tile // groups % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         live = s < S
         present = live[:, None] & (h < H)[None, :]
-        angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
+        angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
         heads = h.to(tl.int64)[None, :]
         x_ptrs = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None] + heads * x_strides[1]
         dy_ptrs = dy_ptr + (b * dy_strides[0] + s * dy_strides[2])[:, None] + heads * dy_strides[1]
@@ -224,13 +262,13 @@ def _backward_heads(
         _store_vectors(row, tl.full([1, 1], True, tl.int1), total, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["B", "S", "Hq", "Hkv", "positions", "q_programs"])
+@triton.jit(do_not_specialize=["B", "S", "Hq", "Hkv", "positions", "axes_count", "q_programs"])
 def _qk_norm_rope_backward_kernel(
     dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, dq_out_ptr, dk_out_ptr, dq_weight_ptr, dk_weight_ptr,
-    cos_ptr, sin_ptr, position_ids_ptr,
+    cos_ptr, sin_ptr, position_ids_ptr, axes_ptr,
     dq_strides, dk_strides, q_strides, k_strides, dq_out_strides, dk_out_strides,
-    cos_strides, sin_strides, position_strides,
-    B, S, Hq, Hkv, positions, q_programs, eps, offset,
+    cos_strides, sin_strides, position_strides, axes_strides,
+    B, S, Hq, Hkv, positions, axes_count, q_programs, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -244,17 +282,20 @@ def _qk_norm_rope_backward_kernel(
     """
     pid = tl.program_id(0)
     tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
+    axes = None
+    if axes_ptr is not None:
+        axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     if pid < q_programs:
         _backward_heads(
             dq_ptr, q_ptr, q_weight_ptr, dq_out_ptr, dq_weight_ptr,
-            dq_strides, q_strides, dq_out_strides, tables,
+            dq_strides, q_strides, dq_out_strides, tables, axes,
             pid, q_programs, B, S, Hq, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif k_ptr is not None:
         _backward_heads(
             dk_ptr, k_ptr, k_weight_ptr, dk_out_ptr, dk_weight_ptr,
-            dk_strides, k_strides, dk_out_strides, tables,
+            dk_strides, k_strides, dk_out_strides, tables, axes,
             pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
@@ -276,6 +317,16 @@ class _Forward(NamedTuple):
     eps: float
     offset: float
     interleaved: bool
+    axes: torch.Tensor | None = None
+
+
+class _Tangents(NamedTuple):
+    """The tangents of the first fields of `_Forward`."""
+
+    q: torch.Tensor
+    k: torch.Tensor | None
+    q_weight: torch.Tensor | None
+    k_weight: torch.Tensor | None
 
 
 class _Backward(NamedTuple):
@@ -294,6 +345,7 @@ class _Backward(NamedTuple):
     offset: float
     interleaved: bool
     need_dw: bool
+    axes: torch.Tensor | None = None
 
 
 class _Grads(NamedTuple):
@@ -325,15 +377,19 @@ def _options(call: _Forward | _Backward) -> dict[str, int]:
 
 
 @cached_launch
-def _launch_forward(call: _Forward, q_out: torch.Tensor, k_out: torch.Tensor | None) -> list[Launch]:
+def _launch_forward(
+    call: _Forward, q_out: torch.Tensor, k_out: torch.Tensor | None, tangents: _Tangents | None = None
+) -> list[Launch]:
+    """With tangents, q_out and k_out get the tangents of the results."""
     B, S, Hq, Hkv = _sizes(call)
     if not B * S * max(Hq, Hkv):
         return []
-    heads, rotation = (call.q, call.k, q_out, k_out), rotation_of(call)
+    heads, (tables, table_strides) = (call.q, call.k, q_out, k_out), angle_arguments(call)
+    tangents = _Tangents(None, None, None, None) if tangents is None else tangents
     args = (
-        call.q, call.k, call.q_weight, call.k_weight, q_out, k_out, *rotation.tensors,
-        *map(optional_strides_of, heads), *rotation.strides,
-        S, Hq, Hq if call.k is None else Hkv, call.cos.shape[0], call.eps, call.offset,
+        call.q, call.k, call.q_weight, call.k_weight, q_out, k_out, *tables, *tangents,
+        *map(optional_strides_of, heads), *table_strides, *map(optional_strides_of, tangents[:2]),
+        S, Hq, Hq if call.k is None else Hkv, call.cos.shape[0], axes_count(call), call.eps, call.offset,
     )  # fmt: skip
     return [Launch(_qk_norm_rope_forward_kernel, (B * cdiv(S, _tile(call).BLOCK_T),), args, _options(call))]
 
@@ -350,12 +406,12 @@ def _launch_backward(
 
     programs: for q, and for k.
     """
-    rotation = rotation_of(call)
+    tables, table_strides = angle_arguments(call)
     heads = (call.dq, call.dk, call.q, call.k, grads.q, None if call.k is None else grads.k)
     args = (
-        *heads[:4], call.q_weight, call.k_weight, *heads[4:], q_partials, k_partials, *rotation.tensors,
-        *map(optional_strides_of, heads), *rotation.strides,
-        *_sizes(call), call.cos.shape[0], programs[0], call.eps, call.offset,
+        *heads[:4], call.q_weight, call.k_weight, *heads[4:], q_partials, k_partials, *tables,
+        *map(optional_strides_of, heads), *table_strides,
+        *_sizes(call), call.cos.shape[0], axes_count(call), programs[0], call.eps, call.offset,
     )  # fmt: skip
     sums = ((q_partials, grads.q_weight), (k_partials, grads.k_weight))
     return [
@@ -382,6 +438,36 @@ def _forward_reference(call):
     for out, result in zip(outs, reference.qk_norm_rope(**call._asdict()), strict=True):
         if result is not None:
             out.copy_(result)
+    return outs
+
+
+def _tangent_fake(*args):
+    return _forward_fake(_Forward(*args[4:]))
+
+
+def _tangent(*args):
+    tangents, call = _Tangents(*args[:4]), _Forward(*args[4:])
+    q_out, k_out = _forward_fake(call)
+    _launch_forward(call, q_out, None if call.k is None else k_out, tangents)
+    return q_out, k_out
+
+
+def _tangent_reference(*args):
+    tangents, call = _Tangents(*args[:4]), _Forward(*args[4:])
+    outs = _forward_fake(call)
+    sides = (
+        (call.q, call.q_weight, tangents.q, tangents.q_weight),
+        (call.k, call.k_weight, tangents.k, tangents.k_weight),
+    )
+    for out, (x, weight, t, dweight) in zip(outs, sides, strict=True):
+        if x is None:
+            continue
+        rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + call.eps)
+        xhat, t = x.float() * rstd, t.float()
+        dy = rstd * (t - xhat * (t * xhat).mean(-1, keepdim=True))
+        dy = dy if weight is None else dy * (call.offset + weight.float())
+        dy = dy if dweight is None else dy + xhat * dweight.float()
+        out.copy_(reference.rope(dy, None, **rotation_of(call)._asdict(), axes=call.axes)[0])
     return outs
 
 
@@ -415,7 +501,7 @@ def _backward_reference(call):
     for (dy, x, weight), dx, dw in zip(sides, grads[:2], grads[2:], strict=True):
         if x is None:
             continue
-        g, _ = rope_transpose(dy.float(), None, **rotation_of(call)._asdict())
+        g, _ = rope_transpose(dy.float(), None, **rotation_of(call)._asdict(), axes=call.axes)
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + call.eps)
         xhat = x.float() * rstd
         if weight is not None:
@@ -429,18 +515,27 @@ def _backward_reference(call):
 # -> q, k (empty without k)
 _qk_norm_rope = register(
     "qk_norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
-    "Tensor? position_ids, float eps, float offset, bool interleaved) -> (Tensor, Tensor)",
+    "Tensor? position_ids, float eps, float offset, bool interleaved, Tensor? axes=None) -> (Tensor, Tensor)",
     call=_Forward,
     kernel=_forward,
     reference=_forward_reference,
     fake=_forward_fake,
 )
+# -> the tangents of q and k (empty without k)
+_qk_norm_rope_tangent = register(
+    "qk_norm_rope_tangent(Tensor tq, Tensor? tk, Tensor? dq_weight, Tensor? dk_weight, Tensor q, Tensor? k, "
+    "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? position_ids, float eps, float offset, "
+    "bool interleaved, Tensor? axes=None) -> (Tensor, Tensor)",
+    kernel=_tangent,
+    reference=_tangent_reference,
+    fake=_tangent_fake,
+)
 # -> dq, dk, dq_weight, dk_weight; empty where there is none, or none is needed. need_dw is an int in the schema since
 # DTensor remembers results by tensors, and by other arguments from the first int on only.
 _qk_norm_rope_backward = register(
     "qk_norm_rope_backward(Tensor dq, Tensor? dk, Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, "
-    "Tensor sin, Tensor? position_ids, float eps, float offset, bool interleaved, int need_dw) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor sin, Tensor? position_ids, float eps, float offset, bool interleaved, int need_dw, "
+    "Tensor? axes=None) -> (Tensor, Tensor, Tensor, Tensor)",
     call=_Backward,
     kernel=_backward,
     reference=_backward_reference,
@@ -454,6 +549,8 @@ _qk_norm_rope_backward = register(
 class _QKNormRope(Differentiable):
     """A `_Forward` -> q and k normed and rotated, or q alone. Saves q, k, the weights and the tables."""
 
+    DUAL = 4  # q, k and the weights
+
     @staticmethod
     def forward(op, q, k, *rest):
         q_out, k_out = _qk_norm_rope(q, k, *rest)
@@ -461,18 +558,65 @@ class _QKNormRope(Differentiable):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, *tensors, eps, offset, interleaved = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.op, *tensors, eps, offset, interleaved, axes = inputs
+        save(ctx, *tensors, axes)
         ctx.options = (eps, offset, interleaved)
 
     @staticmethod
     def backward(ctx, dq, dk=None):
         needed = ctx.needs_input_grad[1:5]
-        dq, dk = (None if g is None else last_dim_contiguous(g) for g in (dq, dk))
-        call = _Backward(dq, dk, *ctx.saved_tensors, *ctx.options, need_dw=any(needed[2:]))
-        grads = [g if need else None for g, need in zip(_qk_norm_rope_backward(*call), needed, strict=True)]
-        grads = refuse_double_backward(ctx.op, grads, (dq, dk, call.q, call.k, call.q_weight, call.k_weight))
-        return None, *grads, *[None] * 6
+        dys = [None if g is None else last_dim_contiguous(g) for g in (dq, dk)]
+        *tensors, axes = ctx.saved_tensors
+        grads = _qk_norm_rope_backward(*dys, *tensors, *ctx.options, any(needed[2:]), axes)
+        grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
+        inputs, angles = tensors[:4], (*tensors[4:], axes)
+        return None, *with_derivatives_of(_Plain(*ctx.options).gradients, grads, (*dys, *inputs), angles), *[None] * 7
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        tangents = [None if t is None else last_dim_contiguous(t) for t in tangents]
+        *tensors, axes = ctx.saved_tensors
+        results = _qk_norm_rope_tangent(*tangents, *tensors, *ctx.options, axes)
+        inputs, angles = tensors[:4], (*tensors[4:], axes)
+        results = results[: 1 if inputs[1] is None else 2]
+        return with_derivatives_of(_Plain(*ctx.options).tangents, results, (*tangents, *inputs), angles)
+
+
+class _Plain(NamedTuple):
+    """The derivatives of a call by those of the reference: what the second derivatives are derivatives of.
+
+    angles: cos, sin, position_ids and axes. inputs: q, k, q_weight and k_weight, each of which may be None but q.
+    """
+
+    eps: float
+    offset: float
+    interleaved: bool
+
+    def gradients(self, angles: Any, dq: Any, dk: Any, *inputs: torch.Tensor | None) -> Any:
+        """Of the inputs; None for one that is None."""
+        _, pullback = torch.func.vjp(self._of(inputs, angles), *(x for x in inputs if x is not None))
+        grads = iter(pullback(tuple(dy.float() for dy in (dq, dk) if dy is not None)))
+        return tuple(None if x is None else next(grads) for x in inputs)
+
+    def tangents(self, angles: Any, *given: torch.Tensor | None) -> Any:
+        """Of the results. given: the tangents of the inputs, then the inputs."""
+        tangents, inputs = given[:4], given[4:]
+        pairs = [(x, t) for x, t in zip(inputs, tangents, strict=True) if x is not None]
+        return pushforward(self._of(inputs, angles), *zip(*pairs, strict=True))
+
+    def _of(self, inputs: tuple[torch.Tensor | None, ...], angles: Any) -> Any:
+        """The op as a function of those inputs that are not None. Its results are float32."""
+
+        def results(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            each = iter(tensors)
+            q, k, *weights = (None if x is None else next(each) for x in inputs)
+            heads = (None if x is None else x.float() for x in (q, k))
+            options = {"eps": self.eps, "offset": self.offset, "interleaved": self.interleaved}
+            *tables, axes = angles
+            outs = reference.qk_norm_rope(*heads, *weights, *tables, axes=axes, **options)
+            return tuple(x for x in outs if x is not None)
+
+        return results
 
 
 register_gradient(
@@ -494,6 +638,7 @@ def qk_norm_rope(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     eps: float | None = 1e-6,
     offset: float = 0.0,
     interleaved: bool = False,
@@ -509,7 +654,7 @@ def qk_norm_rope(
             contiguous is copied.
         k: likewise with Hkv heads, or None.
         q_weight, k_weight: (D,), in any of these dtypes, or None for no scaling.
-        cos, sin, position_ids, interleaved: as in `rope`. Dims past the rotated width are normed too.
+        cos, sin, position_ids, axes, interleaved: as in `rope`. Dims past the rotated width are normed too.
         eps, offset: as in `rms_norm`; offset=1.0 for Gemma.
 
     Returns:
@@ -526,10 +671,10 @@ def qk_norm_rope(
             raise ValueError(message(op, name, shape_of(weight), f"({q.shape[-1]},), one element a dim of a head"))
     if k is None and k_weight is not None:
         raise ValueError(message(op, "k_weight", "given without k", "None where k is None"))
-    check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
+    check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids, axes)
     eps = check_eps(op, eps)
     heads_and_weights = [None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight)]
-    call = (*heads_and_weights, cos, sin, position_ids, eps, offset, interleaved)  # fields of _Forward
+    call = (*heads_and_weights, cos, sin, position_ids, eps, offset, interleaved, axes)  # fields of _Forward
     q_out: torch.Tensor
     k_out: Any
     if needs_grad(q, k, q_weight, k_weight):

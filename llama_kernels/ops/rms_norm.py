@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,14 @@ from llama_kernels.core.checks import check_eps, check_tensors, message, shape_o
 from llama_kernels.core.device import lanes_of, processors_of, shared_bytes_of
 from llama_kernels.core.language import TRITON_VERSION, cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.registry import (
+    Differentiable,
+    needs_grad,
+    register,
+    register_gradient,
+    save,
+)
+from llama_kernels.core.second_derivatives import pushforward, with_derivatives_of
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, next_power_of_2, rows_of
 from llama_kernels.ops.partials import sum_partials
 
@@ -49,7 +56,7 @@ class RowTile(NamedTuple):
 def row_tile(pass_: str, N: int, itemsize: int = 2) -> RowTile:
     """The tile for rows of N elements of at most `itemsize` bytes.
 
-    pass_: "forward", "backward" (dx, and dw where a row fits one tile) or "weight_grad" (dw alone).
+    pass_: "forward", "backward" (dx, and dw where a row fits one tile; the tangent of y) or "weight_grad" (dw alone).
     """
     halves = max(itemsize // 2, 1)
     columns, rows = _ROW_TILES[pass_]
@@ -300,6 +307,66 @@ def _rms_norm_weight_grad_kernel(
     tl.store(dw_ptr + tl.program_id(1) * N + cols, tl.sum(dw, 0), mask=cols < N)
 
 
+@triton.jit
+def _tangent_of(t, xhat, rstd, mean, weight_ptr, dweight_ptr, cols, eps, offset, N: tl.constexpr):
+    """The tangent of y for the columns `cols`, where x has the tangent t."""
+    if N == 1:
+        dy = t * rstd * (eps * rstd * rstd)  # as in `_store_dx`
+    else:
+        dy = rstd * (t - xhat * mean)
+    dy *= _load_scale(weight_ptr, cols, offset, N)
+    if dweight_ptr is not None:
+        dy += xhat * _load_scale(dweight_ptr, cols, 0.0, N)
+    return dy
+
+
+@triton.jit(do_not_specialize=["M"])
+def _rms_norm_tangent_kernel(
+    t_ptr, x_ptr, weight_ptr, dweight_ptr, rstd_ptr, dy_ptr,
+    t_strides, x_strides, rstd_strides, dy_strides, row_sizes,
+    M, eps, offset,
+    N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dy = rstd * (t - xhat * mean(t * xhat)) * (offset + weight) + xhat * dweight, xhat = x * rstd: the tangent of y,
+    where x has the tangent t and the weight has the tangent dweight.
+
+    A program computes BLOCK_R rows, in float32. t, x, dy: (M, N); weight, dweight: (N,) or None; rstd: (M,) float32.
+    Bytes: t and x in, dy out, once each. Of rows longer than BLOCK_N all but the last step of t and x is read twice.
+    FLOPs: 8 M N.
+    """
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = rows < M
+    t_rows = t_ptr + _row_starts(rows, row_sizes, t_strides)
+    x_rows = x_ptr + _row_starts(rows, row_sizes, x_strides)
+    dy_rows = dy_ptr + _row_starts(rows, row_sizes, dy_strides)
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    rstd = tl.load(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), mask=live, other=0.0)[:, None]
+
+    t = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    xhat = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    mean = tl.zeros([BLOCK_R], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (cols < N)[None, :]
+        t = _load(t_rows, cols, mask)  # [BLOCK_R, BLOCK_N]
+        xhat = _load(x_rows, cols, mask) * rstd
+        mean += tl.sum(t * xhat, 1)
+    mean = mean[:, None] / N
+
+    last = (N - 1) // BLOCK_N * BLOCK_N
+    cols = last + tl.arange(0, BLOCK_N)
+    dy = _tangent_of(t, xhat, rstd, mean, weight_ptr, dweight_ptr, cols, eps, offset, N)
+    tl.store(dy_rows[:, None] + cols[None, :], cast(dy, dtype), mask=live[:, None] & (cols < N)[None, :])
+    # The last step is in registers; of the others, the later ones are likelier to be in L2.
+    for step in range(1, tl.cdiv(N, BLOCK_N)):
+        cols = last - step * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (cols < N)[None, :]
+        t = _load(t_rows, cols, mask)
+        xhat = _load(x_rows, cols, mask) * rstd
+        dy = _tangent_of(t, xhat, rstd, mean, weight_ptr, dweight_ptr, cols, eps, offset, N)
+        tl.store(dy_rows[:, None] + cols[None, :], cast(dy, dtype), mask=mask)
+
+
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +393,19 @@ class _Backward(NamedTuple):
     grad_dtype: torch.dtype  # of dx
     need_dx: bool
     need_dw: bool
+
+
+class _Tangent(NamedTuple):
+    """The parameters of the op `rms_norm_tangent`."""
+
+    t: torch.Tensor  # the tangent of x
+    x: torch.Tensor  # what was normalised: s where there was a residual
+    weight: torch.Tensor | None
+    dweight: torch.Tensor | None  # the tangent of the weight
+    rstd: torch.Tensor
+    eps: float
+    offset: float
+    dtype: torch.dtype  # of y and of its tangent
 
 
 def _widest(*tensors: torch.Tensor | None) -> int:
@@ -395,6 +475,22 @@ def _launch_backward(
     return launches
 
 
+@cached_launch
+def _launch_tangent(call: _Tangent, dy: torch.Tensor) -> list[Launch]:
+    rows = rows_of(call.x, call.t, call.rstd, dy)
+    if not rows.count or not call.x.shape[-1]:
+        return []
+    N = call.x.shape[-1]
+    tile = row_tile("backward", N, _widest(call.t, call.x, call.weight))  # which holds two rows in registers too
+    x, t, rstd, out = rows.tensors
+    x_strides, t_strides, rstd_strides, dy_strides = rows.strides
+    args = (
+        t, x, call.weight, call.dweight, rstd, out, t_strides, x_strides, rstd_strides, dy_strides, rows.sizes,
+        rows.count, call.eps, call.offset,
+    )  # fmt: skip
+    return [Launch(_rms_norm_tangent_kernel, (cdiv(rows.count, tile.BLOCK_R),), args, tile.options(N, x.device))]
+
+
 # --- registered ops --------------------------------------------------------------------------------------------------
 
 
@@ -460,6 +556,27 @@ def _backward_reference(call):
     return dx, dw
 
 
+def _tangent_fake(call):
+    return empty_in_order_of(call.x, dtype=call.dtype)
+
+
+def _tangent(call):
+    dy = _tangent_fake(call)
+    _launch_tangent(call, dy)
+    return dy
+
+
+def _tangent_reference(call):
+    xhat, t = call.x.float() * call.rstd, call.t.float()
+    if call.x.shape[-1] == 1:
+        dy = t * call.rstd * (call.eps * call.rstd.square())  # as in `_store_dx`
+    else:
+        dy = call.rstd * (t - xhat * (t * xhat).mean(-1, keepdim=True))
+    dy = dy if call.weight is None else dy * (call.offset + call.weight.float())
+    dy = dy if call.dweight is None else dy + xhat * call.dweight.float()
+    return _tangent_fake(call).copy_(dy)
+
+
 # -> y, residual_out (empty without a residual), rstd (..., 1) float32
 _rms_norm_forward = register(
     "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
@@ -479,6 +596,17 @@ _rms_norm_backward = register(
 )
 
 
+# -> the tangent of y, where x has the tangent t and the weight the tangent dweight
+_rms_norm_tangent = register(
+    "rms_norm_tangent(Tensor t, Tensor x, Tensor? weight, Tensor? dweight, Tensor rstd, float eps, float offset, "
+    "ScalarType dtype) -> Tensor",
+    call=_Tangent,
+    kernel=_tangent,
+    reference=_tangent_reference,
+    fake=_tangent_fake,
+)
+
+
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
@@ -486,6 +614,7 @@ class _RMSNorm(Differentiable):
     """A `_Forward` -> y, or (y, residual_out). Saves the normalised rows, the weight and rstd."""
 
     KEPT = 1
+    DUAL = 3  # x, residual and weight
 
     @staticmethod
     def forward(op, x, residual, weight, eps, offset):
@@ -495,17 +624,23 @@ class _RMSNorm(Differentiable):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.op, x, residual, weight, ctx.eps, ctx.offset = inputs
-        ctx.save_for_backward(x if residual is None else output[1], weight, output[-1])
+        save(ctx, x if residual is None else output[1], weight, output[-1])
         ctx.set_materialize_grads(False)
         ctx.grad_dtypes = (x.dtype, None if residual is None else residual.dtype)
 
     @staticmethod
     def backward(ctx, dy, ds=None):
-        return _gradients(ctx, dy, ds)
+        return _gradients(ctx, ctx.saved_tensors, dy, ds)
+
+    @staticmethod
+    def jvp(ctx, dx, dresidual, dweight):
+        return _tangents(ctx, ctx.saved_tensors, dx, dresidual, dweight)
 
 
 class _RMSNormOp(Differentiable):
     """The registered op: (y, residual_out, rstd), each with a gradient."""
+
+    DUAL = 3
 
     @staticmethod
     def forward(op, *call):
@@ -517,18 +652,25 @@ class _RMSNormOp(Differentiable):
 
     @staticmethod
     def backward(ctx, dy, ds, drstd):
-        s, _, rstd = ctx.saved_tensors
+        saved = s, _, rstd = ctx.saved_tensors
         if ctx.grad_dtypes[1] is None:  # no residual: residual_out is an empty tensor
             ds = None
         if drstd is not None:
             of_rstd = -drstd * rstd**3 / s.shape[-1] * s.float()
             ds = of_rstd if ds is None else of_rstd + ds.float()
-        return _gradients(ctx, dy, ds)
+        return _gradients(ctx, saved, dy, ds)
+
+    @staticmethod
+    def jvp(ctx, dx, dresidual, dweight):
+        saved = s, _, rstd = ctx.saved_tensors
+        dy, ds = (*_tangents(ctx, saved, dx, dresidual, dweight), None)[:2]
+        drstd = -(rstd**3) * (s.float() * (dx if ds is None else ds).float()).mean(-1, keepdim=True)
+        return dy, dx.new_empty(0) if ds is None else ds, drstd
 
 
-def _gradients(ctx, dy, ds):
+def _gradients(ctx, saved, dy, ds):
     """What the backward of both returns. ds: the gradient of residual_out."""
-    x, weight, rstd = ctx.saved_tensors
+    x, weight, rstd = saved
     x_dtype, residual_dtype = ctx.grad_dtypes
     need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
     if dy is None:  # only residual_out was used
@@ -538,13 +680,47 @@ def _gradients(ctx, dy, ds):
         grad_dtype = x_dtype if residual_dtype is None else torch.promote_types(x_dtype, residual_dtype)
         dy, ds = last_dim_contiguous(dy), None if ds is None else last_dim_contiguous(ds)
         need_dx = need_x or need_residual
-        dx, dw = _rms_norm_backward(dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw)
+        grads = _rms_norm_backward(dy, ds, x, weight, rstd, ctx.eps, ctx.offset, grad_dtype, need_dx, need_dw)
+        grads = (grads[0] if need_dx else None, grads[1] if need_dw else None)
+        dx, dw = with_derivatives_of(_Plain(ctx.eps, ctx.offset).gradients, grads, (dy, ds, x, weight))
     grads = (
         dx.to(x_dtype) if need_x and dx is not None else None,
         dx.to(residual_dtype) if need_residual and dx is not None else None,
         dw if need_dw else None,
     )
-    return None, *refuse_double_backward(ctx.op, grads, (dy, ds, x, weight)), None, None
+    return None, *grads, None, None
+
+
+def _tangents(ctx, saved, dx, dresidual, dweight):
+    """The tangents of y and, with a residual, of residual_out."""
+    s, weight, rstd = saved
+    x_dtype, residual_dtype = ctx.grad_dtypes
+    ds = dx if residual_dtype is None else (dx + dresidual).to(residual_dtype)
+    t, dweight = last_dim_contiguous(ds), None if dweight is None else last_dim_contiguous(dweight)
+    dy = _rms_norm_tangent(t, s, weight, dweight, rstd, ctx.eps, ctx.offset, x_dtype)
+    (dy,) = with_derivatives_of(_Plain(ctx.eps, ctx.offset).tangent, (dy,), (t, dweight, s, weight))
+    return (dy,) if residual_dtype is None else (dy, ds)
+
+
+class _Plain(NamedTuple):
+    """The derivatives of y by those of the reference: what the second derivatives are derivatives of."""
+
+    eps: float
+    offset: float
+
+    def y(self, s: torch.Tensor, *weight: torch.Tensor) -> tuple[torch.Tensor]:
+        return (reference.rms_norm(s.float(), *weight, eps=self.eps, offset=self.offset),)
+
+    def gradients(self, constants: Any, dy: torch.Tensor, ds: Any, *inputs: torch.Tensor | None) -> Any:
+        """dx and dweight. inputs: s and the weight, which may be None."""
+        _, pullback = torch.func.vjp(self.y, *(x for x in inputs if x is not None))
+        dx, dw = (*pullback((dy.float(),)), None)[:2]
+        return dx if ds is None else dx + ds.float(), dw
+
+    def tangent(self, constants: Any, *given: torch.Tensor | None) -> Any:
+        """dy. given: the tangents of s and of the weight, then s and the weight."""
+        tangents, inputs = ([x for x in pair if x is not None] for pair in (given[:2], given[2:]))
+        return pushforward(self.y, inputs, tangents)
 
 
 register_gradient(

@@ -14,15 +14,18 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import (
     Differentiable,
     needs_grad,
-    refuse_double_backward,
     register,
     register_gradient,
+    save,
     transforms_are_active,
 )
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, optional_strides_of, sizes_of
 from llama_kernels.ops.rotation import (
+    Axes,
     Rotation,
     Tables,
+    angle_arguments,
+    axes_count,
     head_tile,
     load_angles,
     load_pairs,
@@ -73,19 +76,20 @@ def _rotate_heads(
                 tl.store(y_vectors[:, :, None] + d[None, None, :], rest, mask=mask)
 
 
-@triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "slots"])
+@triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "axes_count", "slots"])
 def _rope_kernel(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, slots_ptr,
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, axes_ptr, slots_ptr,
     q_strides, k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides,
-    cos_strides, sin_strides, position_strides, slot_strides,
-    S, Hq, Hkv, positions, slots,
+    cos_strides, sin_strides, position_strides, axes_strides, slot_strides,
+    S, Hq, Hkv, positions, axes_count, slots,
     D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr, INPLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """(y0, y1) = (x0 cos - x1 sin, x1 cos + x0 sin) for every pair of every head of q and of k.
 
     A program rotates all heads of BLOCK_T tokens of one sequence, in float32, and rounds once. q, k: (B, H, S, D); k
-    may be None. `Tables` and `load_angles` describe the tables. INVERSE rotates by the transpose, as the backward does.
+    may be None. `Tables`, `Axes` and `load_angles` describe the tables. INVERSE rotates by the transpose, as the
+    backward does.
     v (B, Hkv, S, DV) is copied where it is given. With slots, the outputs of k and v are a cache of `slots` tokens:
     token s goes to token slots[b, s] of it, or is dropped if the cache has no such token.
     Bytes: q, k and v in and out, and each table row once for all heads. FLOPs: 3 an element.
@@ -95,7 +99,10 @@ def _rope_kernel(
     s = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     live = s < S
     tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
-    angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
+    axes = None
+    if axes_ptr is not None:
+        axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
+    angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
     _rotate_heads(
         q_ptr, q_out_ptr, q_strides, q_out_strides, b, s, s, live, angles, Hq,
         D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
@@ -129,6 +136,7 @@ class _Call(NamedTuple):
     position_ids: torch.Tensor | None
     interleaved: bool
     inverse: bool  # rotate by the transpose, as the backward does
+    axes: torch.Tensor | None = None
 
 
 class _Heads(NamedTuple):
@@ -147,7 +155,7 @@ def _launch(
 
     slots: where in the caches outs.k and outs.v the tokens go.
     """
-    q, k, rotation = call.q, call.k, rotation_of(call)
+    q, k, (tables, table_strides) = call.q, call.k, angle_arguments(call)
     B, Hq, S = sizes_of(q)
     Hkv = Hq if k is None else sizes_of(k)[1]
     if not B * S * max(Hq, Hkv):
@@ -156,9 +164,9 @@ def _launch(
     tile = head_tile(pairs["HALF"], max(min(Hq, Hkv), 1), lanes_of(q.device))
     heads = (q, k, v, outs.q, None if k is None else outs.k, outs.v)
     args = (
-        *heads, *rotation.tensors, slots,
-        *map(optional_strides_of, heads), *rotation.strides, row_strides(slots),
-        S, Hq, Hkv, call.cos.shape[0], None if slots is None else sizes_of(outs.k)[2],
+        *heads, *tables, slots,
+        *map(optional_strides_of, heads), *table_strides, row_strides(slots),
+        S, Hq, Hkv, call.cos.shape[0], axes_count(call), None if slots is None else sizes_of(outs.k)[2],
     )  # fmt: skip
     options = {
         "D": q.shape[-1], "DV": None if v is None else v.shape[-1], **pairs, **tile._asdict(),
@@ -183,31 +191,32 @@ def _rotated(call):
 def _rotated_reference(call):
     outs = _fake(call)
     by = rope_transpose if call.inverse else reference.rope
-    for out, x in zip(outs, by(call.q, call.k, **rotation_of(call)._asdict()), strict=True):
+    for out, x in zip(outs, by(call.q, call.k, **rotation_of(call)._asdict(), axes=call.axes), strict=True):
         if x is not None:
             out.copy_(x)
     return outs
 
 
-def _rotate_in_place(q, k, *rotation):
-    _launch(_Call(q, k, *rotation, False), _Heads(q, k))
+def _rotate_in_place(q, k, cos, sin, position_ids, interleaved, axes=None):
+    _launch(_Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q, k))
 
 
-def _rotate_in_place_reference(q, k, *rotation):
-    reference.rope(q, k, **Rotation(*rotation)._asdict(), inplace=True)
+def _rotate_in_place_reference(q, k, cos, sin, position_ids, interleaved, axes=None):
+    reference.rope(q, k, cos, sin, position_ids, axes=axes, interleaved=interleaved, inplace=True)
 
 
 # -> q, k (empty without k)
 _rope = register(
-    "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse) "
-    "-> (Tensor, Tensor)",
+    "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse, "
+    "Tensor? axes=None) -> (Tensor, Tensor)",
     call=_Call,
     kernel=_rotated,
     reference=_rotated_reference,
     fake=_fake,
 )
 _rope_inplace = register(
-    "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved) -> ()",
+    "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, "
+    "Tensor? axes=None) -> ()",
     kernel=_rotate_in_place,
     reference=_rotate_in_place_reference,
     fake=lambda *_: None,
@@ -228,20 +237,21 @@ def _packed_fake(dq, dk, dv, *rotation):
     return dq.new_empty((*tokens, (dq.shape[1] + dk.shape[1] + dv.shape[1]) * dq.shape[-1]))
 
 
-def _packed_backward(dq, dk, dv, *rotation):
+def _packed_backward(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None):
     dqkv = _packed_fake(dq, dk, dv)
-    _launch(_Call(dq, dk, *rotation, True), _parts(dqkv, dq.shape[1], dk.shape[1]), dv)
+    _launch(_Call(dq, dk, cos, sin, position_ids, interleaved, True, axes), _parts(dqkv, dq.shape[1], dk.shape[1]), dv)
     return dqkv
 
 
-def _packed_backward_reference(dq, dk, dv, *rotation):
-    heads = torch.cat((*rope_transpose(dq, dk, **Rotation(*rotation)._asdict()), dv), 1)
+def _packed_backward_reference(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None):
+    rotated = rope_transpose(dq, dk, cos, sin, position_ids, axes=axes, interleaved=interleaved)
+    heads = torch.cat((*rotated, dv), 1)
     return _packed_fake(dq, dk, dv).copy_((heads.transpose(1, 2) if dq.ndim == 4 else heads).flatten(-2))
 
 
 _rope_qkv_backward = register(
     "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? position_ids, "
-    "bool interleaved) -> Tensor",
+    "bool interleaved, Tensor? axes=None) -> Tensor",
     kernel=_packed_backward,
     reference=_packed_backward_reference,
     fake=_packed_fake,
@@ -271,30 +281,66 @@ _rope_into_cache = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
+class _Angles(NamedTuple):
+    """How heads are rotated: a `Rotation`, its direction, and the axes. In the order of the op `rope`."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    position_ids: torch.Tensor | None
+    interleaved: bool
+    inverse: bool = False
+    axes: torch.Tensor | None = None
+
+    def save(self, ctx: Any) -> None:
+        ctx.interleaved, ctx.inverse = self.interleaved, self.inverse
+        save(ctx, self.cos, self.sin, self.position_ids, self.axes)
+
+    @staticmethod
+    def saved(ctx: Any, backward: bool) -> _Angles:
+        """backward: those that turn gradients back."""
+        *tables, axes = ctx.saved_tensors
+        return _Angles(*tables, ctx.interleaved, ctx.inverse != backward, axes)
+
+
+def _rotate_given(op: str, heads: Any, angles: _Angles) -> list[Any]:
+    """Gradients or tangents of q and k, rotated; None for one that is None. They can be differentiated again."""
+    given = [last_dim_contiguous(x) for x in heads if x is not None]
+    if not given:
+        return [*heads]
+    first, second = (*given, None)[:2]
+    if needs_grad(*given) and not torch.compiler.is_compiling():
+        rotated = iter(_Rope.call(op, first, second, *angles))
+    else:
+        rotated = iter(_rope(first, second, *angles))
+    return [None if x is None else next(rotated) for x in heads]
+
+
 class _Rope(Differentiable):
     """A `_Call` -> the rotated q and k, or q alone. Saves the tables only: the backward is the inverse rotation."""
 
+    DUAL = 2  # q and k
+
     @staticmethod
-    def forward(op, q, k, *rest):
-        q_out, k_out = _rope(q, k, *rest)
+    def forward(op, q, k, *angles):
+        q_out, k_out = _rope(q, k, *angles)
         return (q_out,) if k is None else (q_out, k_out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, _, _, *tables, ctx.interleaved, ctx.inverse = inputs
-        ctx.save_for_backward(*tables)
+        ctx.op, _, _, *angles = inputs
+        _Angles(*angles).save(ctx)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dq, dk=None):
         need_q, need_k = ctx.needs_input_grad[1:3]
-        grads = [dq if need_q else None, dk if need_k else None]
-        given = [last_dim_contiguous(g) for g in grads if g is not None]
-        if given:
-            first, second = (*given, None)[:2]
-            rotated = iter(_rope(first, second, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse))
-            grads = [None if g is None else next(rotated) for g in grads]
-        return None, *refuse_double_backward(ctx.op, grads, (dq, dk)), *[None] * 5
+        grads = (dq if need_q else None, dk if need_k else None)
+        return None, *_rotate_given(ctx.op, grads, _Angles.saved(ctx, backward=True)), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx, dq, dk):
+        rotated = _rotate_given(ctx.op, (dq, dk), _Angles.saved(ctx, backward=False))
+        return [x for x in rotated if x is not None]
 
 
 register_gradient("rope", ("q", "k"), by=lambda q, *rest: (*_Rope.call("rope", q, *rest), q.new_empty(0))[:2])
@@ -308,35 +354,48 @@ class _RotatedInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, *rotation):
-        *tables, ctx.interleaved = rotation
-        ctx.save_for_backward(*tables)
+    def forward(ctx, x, *angles):
+        _Angles(*angles).save(ctx)
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     def backward(ctx, dx):
-        grad, _ = _rope(last_dim_contiguous(dx), None, *ctx.saved_tensors, ctx.interleaved, True)
-        return *refuse_double_backward("rope", (grad,), (dx,)), *[None] * 4
+        return *_rotate_given("rope", (dx,), _Angles.saved(ctx, backward=True)), *[None] * 6
 
 
 class _RopeQKV(Differentiable):
     """qkv -> q and k rotated, v as a view. The backward writes the gradient of the whole projection at once."""
 
+    DUAL = 1  # qkv
+
     @staticmethod
-    def forward(op, qkv, q_heads, kv_heads, *rotation):
+    def forward(op, qkv, q_heads, kv_heads, *angles):
         q, k, v = _parts(qkv, q_heads, kv_heads)
-        return *_rope(q, k, *rotation, False), v
+        return *_rope(q, k, *angles), v
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, _, _, _, *tables, ctx.interleaved = inputs
-        ctx.save_for_backward(*tables)
+        ctx.op, _, *ctx.heads = inputs[:4]
+        _Angles(*inputs[4:]).save(ctx)
 
     @staticmethod
     def backward(ctx, *grads):
-        dqkv = _rope_qkv_backward(*map(last_dim_contiguous, grads), *ctx.saved_tensors, ctx.interleaved)
-        return None, *refuse_double_backward(ctx.op, (dqkv,), grads), *[None] * 6
+        angles = _Angles.saved(ctx, backward=True)
+        if needs_grad(*grads) and not torch.compiler.is_compiling():  # the gradient may be differentiated again
+            dq, dk, dv = grads
+            heads = torch.cat((*_rotate_given(ctx.op, (dq, dk), angles), dv), 1)
+            dqkv = (heads.transpose(1, 2) if dq.ndim == 4 else heads).flatten(-2)
+        else:
+            cos, sin, position_ids, interleaved, _, axes = angles
+            grads = map(last_dim_contiguous, grads)
+            dqkv = _rope_qkv_backward(*grads, cos, sin, position_ids, interleaved, axes)
+        return None, dqkv, *[None] * 8
+
+    @staticmethod
+    def jvp(ctx, dqkv):
+        dq, dk, dv = _parts(dqkv, *ctx.heads)
+        return *_rotate_given(ctx.op, (dq, dk), _Angles.saved(ctx, backward=False)), dv
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -349,6 +408,7 @@ def rope(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, OptionalTensor]:
@@ -369,7 +429,10 @@ def rope(
             For tables of an angle an element with R <= D/2 pass cos[..., : R // 2], or cos[..., ::2] if interleaved.
         position_ids: the table row of each token, (S,), (B, S), (1, S) or (T,), any integer dtype; None is 0 to S - 1.
             Values outside the table are clamped into it. `llama_kernels.checked` makes them an error; it waits for the
-            GPU.
+            GPU. With `axes`, several a token: (A, B, S), (A, 1, S) or packed (A, T).
+        axes: which of the A positions of a token gives the angle in each column of cos and sin, (R/2,) or (R,), any
+            integer dtype: M-RoPE and 2-D RoPE, without a table for each token. `rope_axes` makes it. It takes a table
+            of positions and position_ids. Values outside 0 to A - 1 are clamped, as position_ids are.
         interleaved: whether pairs are (2i, 2i + 1), as in Meta's original weights, or (i, i + R/2), as in Hugging
             Face's.
         inplace: write into q and k and return them. Neither may be a leaf that requires grad, or expanded.
@@ -383,22 +446,23 @@ def rope(
             written in place.
     """
     check_heads("rope", q, k)
-    check_angles("rope", "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
+    check_angles("rope", "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids, axes)
     q_out: Any
     k_out: Any
     if inplace:
         check_writable("rope", q=q, k=k)
     if inplace and not (torch.compiler.is_compiling() or transforms_are_active()):
         # First what autograd may refuse (a view made by split(), say), then the launch that cannot be taken back.
-        rotation = Rotation(cos, sin, position_ids, interleaved)
-        q_out, k_out = _declare_rotated(q, rotation), None if k is None else _declare_rotated(k, rotation)
-        _rope_inplace(q_out.detach(), None if k is None else k_out.detach(), *rotation)
+        angles = _Angles(cos, sin, position_ids, interleaved, False, axes)
+        q_out, k_out = _declare_rotated(q, angles), None if k is None else _declare_rotated(k, angles)
+        given = (q_out.detach(), None if k is None else k_out.detach())
+        _rope_inplace(*given, cos, sin, position_ids, interleaved, axes)
         return q_out, k_out
     q_, k_ = last_dim_contiguous(q), None if k is None else last_dim_contiguous(k)
     if needs_grad(q, k):
-        q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved, False), None)[:2]
+        q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved, False, axes), None)[:2]
     else:
-        q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False)
+        q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False, axes)
     if inplace:  # compilers and transforms see through this copy, not through a Function that modifies its input
         q.copy_(q_out)
         if k is not None:
@@ -415,6 +479,7 @@ def rope_qkv(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotary position embedding of a packed projection: returns q and k rotated, and v as a view of `qkv`.
@@ -426,7 +491,7 @@ def rope_qkv(
         qkv: (B, S, (q_heads + 2 kv_heads) D), or packed (T, (q_heads + 2 kv_heads) D): the heads of q, then those of k,
             then those of v. bfloat16, float16 or float32. A last dimension that is not contiguous is copied.
         q_heads, kv_heads: the number of heads of q, and of k and v each.
-        cos, sin, position_ids, interleaved: as in `rope`.
+        cos, sin, position_ids, axes, interleaved: as in `rope`.
 
     Returns:
         q (B, q_heads, S, D), k and v (B, kv_heads, S, D), in the memory order of (B, S, H, D); packed, (T, H, D). v
@@ -444,13 +509,13 @@ def rope_qkv(
         wanted = f"(B, S, {heads} D), or (T, {heads} D) where tokens are packed: {q_heads} + 2 * {kv_heads} heads"
         raise ValueError(message("rope_qkv", "qkv", shape_of(qkv), wanted))
     tokens = (qkv.shape[0], qkv.shape[1]) if qkv.ndim == 3 else (None, qkv.shape[0])
-    check_angles("rope_qkv", "qkv", qkv, tokens, qkv.shape[-1] // heads, cos, sin, position_ids)
+    check_angles("rope_qkv", "qkv", qkv, tokens, qkv.shape[-1] // heads, cos, sin, position_ids, axes)
     qkv = last_dim_contiguous(qkv)
     if needs_grad(qkv):
-        q, k, v = _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved)
+        q, k, v = _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved, False, axes)
         return q, k, v
     q, k, v = _parts(qkv, q_heads, kv_heads)
-    q, k = _rope(q, k, cos, sin, position_ids, interleaved, False)
+    q, k = _rope(q, k, cos, sin, position_ids, interleaved, False, axes)
     return q, k, v
 
 
@@ -499,8 +564,8 @@ def rope_into_cache(
     return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved)
 
 
-def _declare_rotated(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+def _declare_rotated(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
     if needs_grad(x):
-        return _RotatedInPlace.apply(x, *rotation)
+        return _RotatedInPlace.apply(x, *angles)
     torch.autograd.graph.increment_version(x)
     return x

@@ -14,7 +14,7 @@ import torch
 from llama_kernels.core.checks import message, shape_of
 from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register
 from llama_kernels.core.tensors import last_dim_contiguous
-from llama_kernels.ops.attention.backward import launch_backward
+from llama_kernels.ops.attention.backward import MOST_COLUMNS, launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotation], Any]) -> Callable[..., Any]:
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cos, sin, position_ids, interleaved,
-        scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic,
+        scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, kv_prefix=None,
     ):  # fmt: skip
         sequences = (None, None, q.shape[2], k.shape[2])
-        call = AttentionCall(q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, left, right)
+        call = AttentionCall(
+            q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, left, right, kv_prefix=kv_prefix
+        )
         wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
         return run(call, Results(out, lse, do, dlse), wanted, Rotation(cos, sin, position_ids, interleaved))
 
@@ -49,7 +51,7 @@ def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tup
     def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
         cos, interleaved = rotation.cos, rotation.interleaved
         half_width = cos is not None and not full_width(cos, call.q.shape[-1])
-        if half_width and rotates_in_registers(rotation.half, interleaved):
+        if half_width and rotates_in_registers(rotation.half, interleaved) and call.q.shape[-1] <= MOST_COLUMNS:
             return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:
@@ -68,8 +70,8 @@ _rope_attention_backward = register(
     "rope_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? sinks, Tensor? kv_start, Tensor? kv_end, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, "
     "float scale, float? softcap, SymInt? left, SymInt? right, "
-    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic, "
+    "Tensor? kv_prefix=None) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_by(_rotating(launch_backward)),
     reference=_backward_by(_rotating(plain_backward)),
     fake=_backward_by(lambda call, results, wanted, rotation: empty_grads(call, wanted)),
@@ -96,17 +98,18 @@ class _RopeAttention(Differentiable):
         call = AttentionCall(*fields)
         out, lse, q, k = output
         ctx.numbers = (call.scale, call.softcap, call.left, call.right)
-        bounds = (call.kv_start, call.kv_end)
+        bounds = (call.kv_prefix, call.kv_start, call.kv_end)
         ctx.save_for_backward(q, k, call.v, out, lse, call.sinks, *bounds, cos, sin, position_ids)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse, *_):
-        q, k, v, out, lse, sinks, *others = ctx.saved_tensors
+        q, k, v, out, lse, sinks, kv_prefix, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad[6:10]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
         grads = _rope_attention_backward(
-            do, dlse, q, k, v, out, lse, sinks, *others, ctx.interleaved, *ctx.numbers, *needed, ctx.deterministic
+            do, dlse, q, k, v, out, lse, sinks, *others, ctx.interleaved, *ctx.numbers, *needed, ctx.deterministic,
+            kv_prefix,
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
@@ -156,6 +159,7 @@ def rope_attention(
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
     kv_end: torch.Tensor | None = None,
+    kv_prefix: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +189,7 @@ def rope_attention(
     op = "rope_attention"
     call = checked_call(
         op, q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
-        kv_start=kv_start, kv_end=kv_end, deterministic=deterministic,
+        kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,
     )  # fmt: skip
     q, k, *others = call
     if k.shape[2] != q.shape[2]:

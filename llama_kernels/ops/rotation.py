@@ -103,41 +103,88 @@ class Angles(NamedTuple):
     sin1: tl.tensor
 
 
+class Axes(NamedTuple):
+    """Which position of a token gives the angle in each column of the tables, where a token has several positions."""
+
+    ptr: tl.tensor  # (columns,)
+    stride: tl.tensor
+    position_stride: tl.tensor  # from one axis to the next in position_ids
+    count: tl.tensor  # positions of a token
+
+
 @triton.jit
-def _load_entries(ptr, rows, stride, mask, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """From rows of a table, the entries for the first and the second elements of the pairs, as float32."""
-    columns = tl.arange(0, mask.shape[1]).to(tl.int64)
+def _columns(HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The columns of a table for the first and the second elements of the pairs, int64 [BLOCK_R]."""
+    first = tl.arange(0, BLOCK_R).to(tl.int64)
     if FULL and INTERLEAVED:
-        columns *= 2
-    first = tl.load(ptr + rows[:, None] + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
+        first *= 2
     second = first
     if FULL:
-        columns += 1 if INTERLEAVED else HALF
-        second = tl.load(ptr + rows[:, None] + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
+        second = first + (1 if INTERLEAVED else HALF)
+    return first, second
+
+
+@triton.jit
+def _rows_of_columns(tables, axes, b, s, columns, mask):
+    """The row of each token s [BLOCK_T] of sequence b in each of `columns`, clamped: int64 [BLOCK_T, BLOCK_R]."""
+    axis = tl.load(axes.ptr + columns[None, :] * axes.stride + tl.zeros(mask.shape, tl.int32), mask=mask, other=0)
+    axis = tl.minimum(tl.maximum(axis.to(tl.int64), 0), axes.count - 1)
+    positions = tables.position_ids_ptr + b * tables.position_strides[0] + s * tables.position_strides[1]
+    rows = tl.load(positions[:, None] + axis * axes.position_stride, mask=mask, other=0)
+    return tl.minimum(tl.maximum(rows.to(tl.int64), 0), tables.positions - 1)
+
+
+@triton.jit
+def _load_entries(
+    ptr, first_rows, second_rows, stride, mask, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr
+):  # fmt: skip
+    """From the rows of a table, at these offsets, the entries for the first and the second elements of the pairs, as
+    float32."""
+    columns, others = _columns(HALF, FULL, INTERLEAVED, mask.shape[1])
+    first = tl.load(ptr + first_rows + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
+    second = first
+    if FULL:
+        second = tl.load(ptr + second_rows + (others * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
     return first, second
 
 
 @triton.jit
 def load_angles(
-    tables, b, s, live,
+    tables, axes, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The angles of the tokens s [BLOCK_T] of sequence b. live: which of these tokens exist.
 
-    A token's row is position_ids[b, s], clamped into the table, or s. FULL: the tables have an entry for each element
+    A token's row is position_ids[b, s], clamped into the table, or s. With `axes`, not None, its row in a column is
+    position_ids[axes[column], b, s], where the axis is clamped too. FULL: the tables have an entry for each element
     of a head, not for each pair. INVERSE: the angles of the transposed rotation, which is the inverse rotation where
     both elements of a pair have the same entry.
     """
-    row = s
-    if tables.position_ids_ptr is not None:
-        positions = tables.position_ids_ptr + b * tables.position_strides[0] + s * tables.position_strides[1]
-        row = tl.load(positions, mask=live, other=0)
-        row = tl.minimum(tl.maximum(row.to(tl.int64), 0), tables.positions - 1)
-    mask = live[:, None] & (tl.arange(0, BLOCK_R) < HALF)[None, :]
-    cos_rows = b * tables.cos_strides[0] + row * tables.cos_strides[1]
-    sin_rows = b * tables.sin_strides[0] + row * tables.sin_strides[1]
-    cos0, cos1 = _load_entries(tables.cos_ptr, cos_rows, tables.cos_strides[2], mask, HALF, FULL, INTERLEAVED)
-    sin0, sin1 = _load_entries(tables.sin_ptr, sin_rows, tables.sin_strides[2], mask, HALF, FULL, INTERLEAVED)
+    if axes is None:
+        row = s
+        if tables.position_ids_ptr is not None:
+            positions = tables.position_ids_ptr + b * tables.position_strides[0] + s * tables.position_strides[1]
+            row = tl.load(positions, mask=live, other=0)
+            row = tl.minimum(tl.maximum(row.to(tl.int64), 0), tables.positions - 1)
+        mask = live[:, None] & (tl.arange(0, BLOCK_R) < HALF)[None, :]
+        cos_rows = (b * tables.cos_strides[0] + row * tables.cos_strides[1])[:, None]
+        sin_rows = (b * tables.sin_strides[0] + row * tables.sin_strides[1])[:, None]
+        other_cos_rows, other_sin_rows = cos_rows, sin_rows
+    else:
+        mask = live[:, None] & (tl.arange(0, BLOCK_R) < HALF)[None, :]
+        columns, others = _columns(HALF, FULL, INTERLEAVED, BLOCK_R)
+        row = _rows_of_columns(tables, axes, b, s, columns, mask)  # [BLOCK_T, BLOCK_R]
+        other_row = row
+        if FULL:
+            other_row = _rows_of_columns(tables, axes, b, s, others, mask)
+        cos_rows, sin_rows = row * tables.cos_strides[1], row * tables.sin_strides[1]
+        other_cos_rows, other_sin_rows = other_row * tables.cos_strides[1], other_row * tables.sin_strides[1]
+    cos0, cos1 = _load_entries(
+        tables.cos_ptr, cos_rows, other_cos_rows, tables.cos_strides[2], mask, HALF, FULL, INTERLEAVED
+    )  # fmt: skip
+    sin0, sin1 = _load_entries(
+        tables.sin_ptr, sin_rows, other_sin_rows, tables.sin_strides[2], mask, HALF, FULL, INTERLEAVED
+    )  # fmt: skip
     if INVERSE:
         sin0, sin1 = -sin1, -sin0
     return Angles(cos0[:, None, :], cos1[:, None, :], sin0[:, None, :], sin1[:, None, :])
@@ -175,7 +222,7 @@ def _inverse_rotation_of_pairs(
         y0 = tl.join(y0, z0).permute(0, 2, 1).reshape(BLOCK, PAIRS)
         y1 = tl.join(y1, z1).permute(0, 2, 1).reshape(BLOCK, PAIRS)
     else:
-        angles = load_angles(tables, b, s, live, HALF, False, False, True, PAIRS)
+        angles = load_angles(tables, None, b, s, live, HALF, False, False, True, PAIRS)
         cos, sin = angles.cos0.reshape(BLOCK, PAIRS), angles.sin0.reshape(BLOCK, PAIRS)
         if HALF < PAIRS:  # the sine is 0 there already
             cos = tl.where((tl.arange(0, PAIRS) < HALF)[None, :], cos, 1.0)
@@ -248,6 +295,23 @@ def angle_strides(
 
     tables = (None if table is None else of_table(table) for table in (cos, sin))
     return *tables, row_strides(position_ids)
+
+
+def angle_arguments(call: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """cos, sin, position_ids and axes of a call with fields of these names, and their strides, for a launch.
+
+    The strides of axes are its own and, from one axis to the next, that of position_ids.
+    """
+    axes, positions = call.axes, call.position_ids
+    if axes is None:
+        return (call.cos, call.sin, positions, None), (*angle_strides(call.cos, call.sin, positions), None)
+    strides = (*angle_strides(call.cos, call.sin, positions[0]), (axes.stride(0), positions.stride(0)))
+    return (call.cos, call.sin, positions, axes), strides
+
+
+def axes_count(call: Any) -> int | None:
+    """The positions that a token has, where it has several."""
+    return None if call.axes is None else call.position_ids.shape[0]
 
 
 class Rotation(NamedTuple):

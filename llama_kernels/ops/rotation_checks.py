@@ -40,8 +40,9 @@ def check_angles(
     cos: torch.Tensor,
     sin: torch.Tensor,
     position_ids: torch.Tensor | None,
+    axes: torch.Tensor | None = None,
 ) -> None:
-    """cos, sin and position_ids fit the heads of `head_dim` that x, the argument `name`, holds of `tokens`."""
+    """cos, sin, position_ids and axes fit the heads of `head_dim` that x, the argument `name`, holds of `tokens`."""
     check_tensors(op, None, **{name: x, "cos": cos, "sin": sin})
     B, S = tokens
     per_token = cos.ndim == 3
@@ -64,6 +65,8 @@ def check_angles(
             fix = f"Pass {table}.detach(), or use llama_kernels.reference.{op} to train the angles."
             raise ValueError(message(op, table, "a tensor that requires grad", "a constant table", fix))
 
+    if axes is not None:
+        _check_axes(op, axes, cos, position_ids)
     if position_ids is None:
         if not per_token and cos.shape[0] < S:
             raise ValueError(message(op, "cos", shape_of(cos), f"a table of at least {S} positions, one a token"))
@@ -73,7 +76,35 @@ def check_angles(
         raise ValueError(message(op, "position_ids", "given beside cos of a row a token", "None", fix))
     if S and not cos.shape[0]:
         raise ValueError(message(op, "cos", shape_of(cos), "a table of at least one position"))
-    check_rows(op, "position_ids", position_ids, name, x, tokens, cos.shape[0], "rows of the table")
+    check_rows(op, "position_ids", position_ids, name, x, tokens, cos.shape[0], "rows of the table", axes)
+
+
+def _check_axes(op: str, axes: torch.Tensor, cos: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+    """axes has an axis of position_ids for each column of cos, a table of positions."""
+    check_integers(op, "axes", axes, "cos", cos)
+    if axes.shape != cos.shape[-1:]:
+        raise ValueError(message(op, "axes", shape_of(axes), f"({cos.shape[-1]},), one element a column of cos"))
+    if cos.ndim != 2:
+        fix = "A row a token already says which angles each token gets."
+        raise ValueError(message(op, "axes", "given beside cos of a row a token", "None", fix))
+    if position_ids is None:
+        fix = "Pass the positions of each axis, (A, B, S), or leave axes out."
+        raise ValueError(message(op, "position_ids", "None beside axes", "several positions a token", fix))
+    if position_ids.ndim and values_are_checked(axes) and axes.numel():
+        first, last = (int(axis) for axis in axes.aminmax())
+        if first < 0 or last >= position_ids.shape[0]:
+            wanted = f"axes of position_ids, 0 to {position_ids.shape[0] - 1}"
+            raise ValueError(message(op, "axes", f"from {first} to {last}", wanted))
+
+
+def check_integers(op: str, name: str, x: torch.Tensor, of: str, other: torch.Tensor) -> None:
+    """x, the argument `name`, is a tensor of integers on the device of `other`, the argument `of`."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(message(op, name, f"a {type(x).__name__}", "a torch.Tensor"))
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise TypeError(message(op, name, x.dtype, "a tensor of integers"))
+    if x.device != other.device:
+        raise ValueError(message(op, name, f"on {x.device}", f"the device of {of}, {other.device}"))
 
 
 def check_rows(
@@ -85,19 +116,20 @@ def check_rows(
     tokens: tuple[int | None, int],
     count: int,
     what: str,
+    axes: torch.Tensor | None = None,
 ) -> None:
-    """`rows`, the argument `name`, is an integer a token of x, the argument `of`; where values are checked, each is one
-    of `count` `what`."""
+    """`rows`, the argument `name`, is an integer a token of x, the argument `of`, or with axes several; where values
+    are checked, each is one of `count` `what`."""
     B, S = tokens
-    if not isinstance(rows, torch.Tensor):
-        raise TypeError(message(op, name, f"a {type(rows).__name__}", "a torch.Tensor"))
-    if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
-        raise TypeError(message(op, name, rows.dtype, "a tensor of integers"))
-    if rows.device != x.device:
-        raise ValueError(message(op, name, f"on {rows.device}", f"the device of {of}, {x.device}"))
-    shapes = ((S,),) if B is None else ((S,), (1, S), (B, S))
-    if tuple(rows.shape) not in shapes:
-        raise ValueError(message(op, name, shape_of(rows), " or ".join(map(str, shapes))))
+    check_integers(op, name, rows, of, x)
+    shapes: tuple[tuple[int | str, ...], ...] = ((S,),) if B is None else ((S,), (1, S), (B, S))
+    given: tuple[int | str, ...] = tuple(rows.shape)
+    if axes is not None:
+        shapes = tuple(("A", *shape) for shape in shapes if B is None or len(shape) == 2)
+        given = ("A", *given[1:]) if given and given[0] else given
+    if given not in shapes:
+        wanted = " or ".join(str(shape).replace("'", "") for shape in shapes)
+        raise ValueError(message(op, name, shape_of(rows), wanted))
     if values_are_checked(rows) and rows.numel():
         first, last = (int(row) for row in rows.aminmax())
         if first < 0 or last >= count:

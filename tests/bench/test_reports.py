@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+import shutil
+import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +20,15 @@ from bench.measuring.step import put_rate
 from bench.providers.eager import Eager
 from bench.providers.ours import Ours
 from bench.providers.provider import OURS
-from bench.reporting import report
+from bench.providers.registry import PROVIDERS
+from bench.reporting import pictures, report
+from bench.reporting.drawing import COLORS, color_of
 from bench.reporting.sweeps import AXES, sweeps
 from bench.training import scale as training
 from bench.training.runner import row_of
+from bench.training.scale import TRAINING
 from bench.training.variations import VARIATIONS
+from bench.works.presets import OPS as EVERY_NAME
 from bench.works.presets import works_of
 from bench.works.work import DIRECTIONS
 from tests.bench.fakes import ABOUT, CEILINGS, EVERY_OP, fake_run, record
@@ -61,8 +69,9 @@ def test_a_report_of_measurements_has_all_pictures_and_rows(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "llama_kernels on Fake GPU" in page and "ESTIMATES" not in page
     assert page.count("data:image/png;base64,") == 12 and 'src="http' not in page  # the page loads nothing
-    assert "not installed (pip install &lt;liger&gt; &amp; more)" in page
-    assert page.count("<tr class=") >= len(made.records)
+    absent = [r for r in made.records if r.provider == "liger"]
+    assert "<p>Not installed: liger (pip install &lt;liger&gt; &amp; more).</p>" in page and ">liger<" not in page
+    assert page.count("<tr class=") >= len(made.records) - len(absent)
     for path in tmp_path.glob("*.png"):
         assert path.stat().st_size > 5000
 
@@ -99,6 +108,86 @@ def test_a_report_of_estimates_says_that_nothing_was_measured(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "ESTIMATES" in page and "none was measured" in page and "D&lt;64" in page
     assert all(html in page for html in ("datasheet", "machine code for sm_90"))
+
+
+# --- pictures that leave the page ------------------------------------------------------------------------------------
+
+
+def drawn(run: Run) -> dict[str, Any]:
+    """The figures by name."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    found = {name: figure for name, _, figure in pictures.figures(run)}
+    pyplot.close("all")
+    return found
+
+
+def test_each_picture_says_what_it_shows_and_on_which_gpu_it_was_measured():
+    made = measured()
+    some = [r for r in made.records if r.op in ("rope", *TRAINING) or r.shape.startswith("Llama 3.2 1B")]
+    found = {name: figure.get_suptitle() for name, figure in drawn(made._replace(records=some)).items()}
+    assert found["speed-rope"].startswith(f"Measured on Fake GPU, rope: {OURS} is the fastest in ")
+    assert found["models"].endswith("at 91 to 91% of the limit")
+    assert (
+        found["training"] == f"Training, measured on Fake GPU: patched by {OURS} +0% to +0% tokens a second over stock"
+    )
+    assert "0.59 for llama_kernels, 1.2 for eager" in found["error"]
+
+
+def test_pictures_of_bounds_say_that_they_are_estimates_and_no_speedups():
+    works = [dataclasses.replace(w, shape="Llama 3.1 8B", dtype=torch.bfloat16) for w in EVERY_OP]
+    rs = bounds.estimates(works, [Ours(), Eager(), bounds.FLASH], ABOUT)
+    found = drawn(Run({"gpu": "none"}, {}, rs, {}))
+    assert found["saving"].get_suptitle().startswith("ESTIMATE, not a measured speedup: ")
+    assert found["roofline"].get_suptitle().startswith("ESTIMATE")
+    for figure in found.values():
+        (ax,) = figure.axes
+        assert "ESTIMATE" in {text.get_text() for text in ax.texts} and ax.get_xlabel()
+    assert not found["saving"].axes[0].patches  # bars read as measured
+
+
+def test_each_provider_has_a_colour_of_its_own_in_every_picture():
+    names = {p.name for p in PROVIDERS}
+    assert names | {v.name for v in VARIATIONS} <= COLORS.keys()
+    assert len({color_of(name) for name in names}) == len(names)
+    assert len({color_of(v.name) for v in VARIATIONS}) == len(VARIATIONS)
+    assert color_of("added by somebody") not in COLORS.values()
+
+
+# --- the width of the page -------------------------------------------------------------------------------------------
+
+
+def test_tables_and_pictures_scroll_in_themselves(tmp_path):
+    page = report.page(measured(), [("one", "a caption", b"")])
+    assert page.count("<table>") == page.count("<div class=wide><table>") > 10
+    assert page.count("<img") == page.count("<div class=wide><img") == 1 and ".wide { overflow-x: auto }" in page
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_FRAME = """<iframe id=frame src=report.html width={width} height=900></iframe><script>
+window.onload = () => {{ const page = document.getElementById("frame").contentDocument.documentElement;
+document.title = "page " + page.scrollWidth + " window " + page.clientWidth }}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine renders the page")
+@pytest.mark.parametrize("width", [1200, 400])
+def test_the_page_does_not_scroll_sideways(width, tmp_path):
+    made = measured()
+    made.extra["providers"] = {p.name: dict.fromkeys(EVERY_NAME, "yes") for p in PROVIDERS}
+    page = report.page(made, []).replace("<details>", "<details open>")
+    (tmp_path / "report.html").write_text(page)
+    (tmp_path / "frame.html").write_text(_FRAME.format(width=width))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--window-size=1400,1000",
+    ]
+    command = [CHROMIUM, *options, "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    found = re.search(r"page (\d+) window (\d+)", shown)
+    assert found is not None, shown[-500:]
+    assert int(found[1]) <= int(found[2]) <= width
 
 
 def test_sweeps_are_rows_that_differ_in_one_size():

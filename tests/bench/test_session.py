@@ -17,6 +17,7 @@ from bench.commands.arguments import main, parser
 from bench.measuring import processes, records
 from bench.providers.eager import Eager
 from bench.providers.ours import Ours
+from bench.reporting.terminal import say_absent
 from tests.bench.fakes import ADD, CEILINGS, NORM, ROPE, Bad, FailingClock, FakeClock, fail, norm_provider, reasons
 
 pytestmark = pytest.mark.once
@@ -43,14 +44,17 @@ def test_records_are_on_disk_after_each_piece_of_work(measure, tmp_path, monkeyp
     assert session.status_of(run) is None
 
 
-def test_peers_that_are_not_installed_take_one_line(measure, monkeypatch, capsys):
+def test_peers_that_are_not_installed_take_one_line_at_the_end(measure, monkeypatch, capsys):
     missing = (norm_provider(fail(AssertionError()), "one"), norm_provider(fail(AssertionError()), "two"))
     for provider in missing:
         provider.module, provider.package = "no_such_module_anywhere", "no-such-package"
     monkeypatch.setattr(session, "PROVIDERS", (Eager(), *missing))
     run = measure([NORM, ADD], FakeClock())
-    said = capsys.readouterr().out
-    assert said.count("not installed") == 1 and "not installed: one, two (" in said
+    assert "no-such-package" not in capsys.readouterr().out
+    say_absent(run)
+    assert capsys.readouterr().out == (
+        "Not installed: one (pip install no-such-package), two (pip install no-such-package).\n"
+    )
     assert reasons(run.records, "two") == {"not installed (pip install no-such-package)"}
 
 

@@ -72,6 +72,37 @@ def test_an_interrupted_run_on_a_gpu_leaves_a_report_and_a_lost_one_does_not(sto
     assert (tmp_path / "report.html").exists() == (status == processes.INTERRUPTED)
 
 
+_WRITER = """
+import sys, time
+from pathlib import Path
+from bench.measuring import records
+from tests.bench.fakes import fake_run, norm_row
+made, file = [], Path(sys.argv[1])
+for N in (64, 128):
+    made.append(norm_row(N, 97))
+    records.write(fake_run(*made), file)
+    while not file.with_name(f"seen {N}").exists():
+        time.sleep(0.01)
+"""
+
+
+def test_parity_is_shown_as_it_comes(tmp_path, monkeypatch):
+    """The process goes on only after what it wrote was seen."""
+    monkeypatch.setattr(without_gpu, "_LOOK", 0.05)
+    file, seen = tmp_path / "records.json", []
+    process = subprocess.Popen([sys.executable, "-c", _WRITER, str(file)], stderr=subprocess.PIPE, text=True)
+    for part in without_gpu._as_it_comes(process, file):
+        seen += [r.sizes["N"] for r in part.records]
+        (tmp_path / f"seen {seen[-1]}").touch()
+    assert seen == [64, 128] and process.returncode == 0
+
+
+def test_bounds_are_shown_op_by_op(monkeypatch):
+    parts = list(without_gpu._bounds([NORM, ROPE], machine.describe("cpu"), False))
+    assert [{r.op for r in part.records} for part in parts] == [{"rms_norm"}, {"rope"}]
+    assert without_gpu.parts([NORM, ROPE], True) > 2 + 1 + 2 * 10
+
+
 def test_a_process_that_still_runs_is_ended():
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], text=True)
     without_gpu._end(process)

@@ -197,7 +197,7 @@ SPOILED = {
 
 @TARGETS
 def test_a_spoiled_matmul_is_seen(target):
-    """Every wait that is spoiled; barriers too, but for some that the kernel does not need."""
+    """Every wait that is spoiled, unless another wait follows before a use; barriers, but for some not needed."""
     a, b, c = torch.randn(64, 160).half(), torch.randn(160, 64).half(), torch.empty(64, 64)
     with running(target) as log:
         log.launches = []
@@ -205,9 +205,10 @@ def test_a_spoiled_matmul_is_seen(target):
             a, b, c, 64, 64, 160, *a.stride(), *b.stride(), *c.stride(), 64, 64, 32, "ieee", num_stages=3
         )
     found = survey(log.launches[0], SPOILED[target])
-    assert {result.kind for result in found} == SPOILED[target]
+    assert {result.kind for result in found if result.seen != "no"} == SPOILED[target]
     unseen = [result for result in found if result.seen == "no"]
-    assert all(result.kind == "barrier dropped" for result in unseen), unseen
+    needless = "another wait comes before each use of what it waits for"  # computed from the code
+    assert all(result.kind == "barrier dropped" or result.said == needless for result in unseen), unseen
     assert len(unseen) < sum(result.kind == "barrier dropped" for result in found), found
 
 

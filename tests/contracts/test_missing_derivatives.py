@@ -1,8 +1,7 @@
-"""Derivatives that the ops do not have: forward mode, and double backward. They raise; they are never 0 or None."""
+"""Derivatives that ops do not have: forward mode and double backward of attention, and any derivative of the tables of
+RoPE or of `rope_into_cache`. They raise; they are never 0 or None."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,31 +9,18 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 import llama_kernels as lk
-from tests.support.derivatives import assert_same, differentiable, loss_function, not_interpreted
+from tests.support.derivatives import assert_same, differentiable, forward_mode, loss_function, not_interpreted
 from tests.support.ops import CALLS
 from tests.support.rope import tables
 
-
-def forward_mode(call: Any, x: torch.Tensor) -> dict[str, Any]:
-    """Every way to ask for the tangent of `call` at x."""
-
-    def dual():
-        with forward_ad.dual_level():
-            return call(forward_ad.make_dual(x, x))
-
-    return {
-        "jvp": lambda: torch.func.jvp(call, (x,), (x,)),
-        "jvp of vmap": lambda: torch.func.jvp(torch.func.vmap(call), (x[None],), (x[None],)),
-        "vmap of jvp": lambda: torch.func.vmap(lambda x: torch.func.jvp(call, (x,), (x,)))(x[None]),
-        "jacfwd": lambda: torch.func.jacfwd(call)(x),
-        "linearize": lambda: torch.func.linearize(call, x),
-        "dual number": dual,
-    }
+# Ops whose backward is that of attention.
+REFUSING = [op for op in CALLS if "attention" in op]
 
 
 @not_interpreted
+@pytest.mark.corpus(82)
 @pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", REFUSING)
 def test_forward_mode_is_refused(op, grad_mode, device):
     """Whichever tensor has the tangent, whether or not the others require grad."""
     call, tensors = differentiable(op, device)
@@ -44,7 +30,7 @@ def test_forward_mode_is_refused(op, grad_mode, device):
         def of_one(x, i=i, others=others):
             return call(lk, *others[:i], x, *others[i + 1 :])
 
-        for way, differentiate in forward_mode(of_one, x).items():
+        for way, differentiate in forward_mode(of_one, x, x).items():
             with torch.set_grad_enabled(grad_mode), pytest.raises(RuntimeError) as error:
                 differentiate()
             assert str(error.value).startswith(f"llama_kernels.{call.op}: forward-mode"), (way, i, str(error.value))
@@ -70,7 +56,7 @@ def test_rope_into_cache_has_no_derivative(device):
         def write(x, i=i, tensors=tensors):
             return lk.rope_into_cache(*tensors[:i], x, *tensors[i + 1 :], *caches, slots, *angles)
 
-        for way, differentiate in forward_mode(write, q).items():
+        for way, differentiate in forward_mode(write, q, q).items():
             if way == "linearize":
                 continue  # it also calls the function without a tangent
             with pytest.raises((RuntimeError, ValueError), match=r"llama_kernels.rope_into_cache: "):
@@ -80,20 +66,32 @@ def test_rope_into_cache_has_no_derivative(device):
     assert not caches.any()
 
 
-# Ops whose gradients depend on their inputs.
-DEPENDENT = [op for op in CALLS if not op.startswith("rope") or op == "rope_attention"]
+@pytest.mark.parametrize("op", ["rope", "rope_qkv", "qk_norm_rope"])
+def test_forward_mode_of_the_tables_is_refused(op, device):
+    """A table with a tangent; an angle is a constant."""
+    call, _ = differentiable(op, device)
+    for name in ("cos", "sin"):
+        table = call.arguments[name]
+
+        def of_table(x, name=name):
+            return call._replace(arguments={**call.arguments, name: x})(lk, *call.tensors)
+
+        for way, differentiate in forward_mode(of_table, table, table).items():
+            with pytest.raises(RuntimeError, match=rf"llama_kernels.{op}: forward-mode differentiation of cos and sin"):
+                differentiate()
+                raise AssertionError(way)
 
 
 @not_interpreted
 @pytest.mark.corpus(56)
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", REFUSING)
 def test_double_backward_is_refused(op, device):
     call, tensors = differentiable(op, device)
     refused = rf"llama_kernels.{call.op}: double backward"
     for i in range(len(tensors)):
         leaves = [t.detach().requires_grad_() for t in tensors]
         (grad,) = torch.autograd.grad(loss_function(call, lk)(*leaves), leaves[i], create_graph=True)
-        for leaf in leaves if op in DEPENDENT else leaves[i : i + 1]:
+        for leaf in leaves:
             with pytest.raises(RuntimeError, match=refused):
                 torch.autograd.grad(grad.sum(), leaf, retain_graph=True)
 
@@ -107,7 +105,7 @@ def test_double_backward_is_refused(op, device):
 
 
 @pytest.mark.corpus(56)
-@pytest.mark.parametrize("op", DEPENDENT)
+@pytest.mark.parametrize("op", REFUSING)
 def test_double_backward_is_refused_where_the_upstream_gradient_is_constant(op, device):
     """There once_differentiable raises nothing, and the second derivative is missing. One tensor requires grad."""
     call, tensors = differentiable(op, device)

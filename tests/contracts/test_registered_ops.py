@@ -11,7 +11,7 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_leaves
 
 import llama_kernels as lk
-from tests.support.derivatives import assert_same, loss_of
+from tests.support.derivatives import assert_same, loss_of, zeros_for_none
 from tests.support.ops import REGISTERED, Make, Shape, registered_calls
 from tests.support.rope import tables
 
@@ -64,7 +64,8 @@ def by_the_reference(op: str, args: list[Any]) -> tuple[torch.Tensor, ...]:
         q, k, v, sinks, kv_start, kv_end, cu_q, cu_k, longest_q, longest_k, scale, softcap, left, right = args[:14]
         window = tuple(-1 if side is None else side for side in (left, right))
         options = {"is_causal": False, "window_size": window, "scale": scale, "softcap": softcap, "sinks": sinks,
-                   "kv_start": kv_start, "kv_end": kv_end, "return_lse": True}  # fmt: skip
+                   "kv_start": kv_start, "kv_end": kv_end, "return_lse": True,
+                   "kv_prefix": args[15] if len(args) > 15 else None}  # fmt: skip
         if cu_q is None:
             results = lk.reference.attention(q, k, v, **options)
         else:
@@ -88,21 +89,37 @@ def test_registered_ops_have_gradients(name, device):
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENT)
-def test_derivatives_that_a_registered_op_lacks_are_refused(name, device):
+def test_second_derivatives_and_forward_mode_of_registered_ops(name, device):
+    """Of attention they are refused. The others equal the reference, in every result."""
     op, args, (first, *_) = differentiable(name, device)
+    x = args[first].detach()
 
-    def call(x: torch.Tensor) -> list[torch.Tensor]:
-        return tree_leaves(op(*args[:first], x, *args[first + 1 :]))
+    def call(function: Any) -> Any:
+        return lambda x: [y for y in tree_leaves(function([*args[:first], x, *args[first + 1 :]])) if y.numel()]
 
-    leaf = args[first].detach().requires_grad_()
-    (grad,) = torch.autograd.grad(loss_of(call(leaf)), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"llama_kernels.\w+: double backward"):
-        torch.autograd.grad(grad.sum(), leaf)
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"llama_kernels.\w+: forward-mode"):
-        call(forward_ad.make_dual(args[first], args[first]))
+    ours, theirs = call(lambda given: op(*given)), call(lambda given: by_the_reference(op.__name__, given))
     for transform in (torch.func.grad, torch.func.jacfwd):
         with pytest.raises(RuntimeError, match=r"ops.llama_kernels.\w+: torch.func does not differentiate the op"):
-            transform(lambda x: call(x)[0].sum())(args[first])
+            transform(lambda x: ours(x)[0].sum())(x)
+
+    def second(function: Any) -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss_of(function(leaf)), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    def tangents(function: Any) -> list[torch.Tensor]:
+        with forward_ad.dual_level():
+            duals = [forward_ad.unpack_dual(y) for y in function(forward_ad.make_dual(x, x.cos()))]
+            return [zeros_for_none(y.tangent, y.primal) for y in duals]
+
+    if op.__name__ != "attention_forward":
+        assert_same(second(ours), second(theirs))
+        assert_same(tangents(ours), tangents(theirs))
+        return
+    with pytest.raises(RuntimeError, match=r"llama_kernels.\w+: double backward"):
+        second(ours)
+    with pytest.raises(RuntimeError, match=r"llama_kernels.\w+: forward-mode"):
+        tangents(ours)
 
 
 @pytest.mark.parametrize("name", WITHOUT_GRADIENT)

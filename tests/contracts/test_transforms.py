@@ -102,9 +102,14 @@ def test_transforms_run_inside_a_compiled_function(device):
     def gradient(module):
         return lambda x: torch.func.grad(lambda x: module.rms_norm(x, w).sin().sum())(x)
 
+    def tangent(module):
+        return lambda x: torch.func.jvp(lambda x: module.rms_norm(x, w), (x,), (x.cos(),))[1]
+
     torch.testing.assert_close(torch.compile(gradient(lk), backend="aot_eager")(x), gradient(lk.reference)(x))
-    with pytest.raises(RuntimeError, match=r"llama_kernels.rms_norm: forward-mode"):
-        torch.compile(lambda x: torch.func.jvp(lambda x: lk.rms_norm(x, w), (x,), (x,)), backend="aot_eager")(x)
+    torch.testing.assert_close(torch.compile(tangent(lk), backend="aot_eager")(x), tangent(lk.reference)(x))
+    with pytest.raises(RuntimeError, match=r"llama_kernels.attention: forward-mode"):
+        q = x[None, None]
+        torch.compile(lambda q: torch.func.jvp(lambda q: lk.attention(q, q, q), (q,), (q,)), backend="aot_eager")(q)
 
 
 @pytest.mark.parametrize("transform", ["grad", "grad of vmap"])

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 import llama_kernels as lk
 from llama_kernels import distributed
@@ -17,6 +17,7 @@ from llama_kernels.distributed import blocks
 from llama_kernels.distributed.blocks import Grads, Mask, Row, Scores
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.reference.attention import visible
+from tests.distributed.processes import here, mesh_of
 
 B, TOKENS = 2, 48
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
@@ -61,12 +62,12 @@ class Inputs(NamedTuple):
 
 def inputs(case: Case, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(5)
-    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    normal = lambda *shape: here(torch.randn(*shape, generator=generator))  # noqa: E731
     heads = ((case.Hq, case.D), (case.Hkv, case.D), (case.Hkv, case.Dv), (case.Hq, case.Dv))
     tensors = [normal(B, TOKENS, H, D).to(torch.bfloat16).transpose(1, 2) for H, D in heads]
     doc_start = None
     if case.documents is not None:
-        doc_start = torch.zeros(B, TOKENS, dtype=torch.int32)
+        doc_start = here(torch.zeros(B, TOKENS, dtype=torch.int32))
         for row, starts in zip(doc_start, case.documents, strict=True):
             for start in starts:
                 row[start:] = start
@@ -85,16 +86,13 @@ def on_one_device(case: Case, x: Inputs, attention: Any) -> list[torch.Tensor]:
     return [*(r.detach() for r in results), *torch.autograd.grad(results, leaves, (x.do, x.dlse))]
 
 
-def mesh_of(case: Case) -> DeviceMesh:
-    ranks = dist.get_world_size()
-    if isinstance(case.method, str):
-        return init_device_mesh("cpu", (ranks,))
-    return init_device_mesh("cpu", (2, ranks // 2))
+def mesh_for(case: Case) -> DeviceMesh:
+    return mesh_of() if isinstance(case.method, str) else mesh_of(2, dist.get_world_size() // 2)
 
 
 def on_all_ranks(case: Case, x: Inputs) -> list[torch.Tensor]:
     """The same by cp_attention, put together again."""
-    mesh = mesh_of(case)
+    mesh = mesh_for(case)
     kind = case.kind if isinstance(case.kind, str) else case.kind[: mesh.size()]
     layout = distributed.Layout(TOKENS, mesh.size(), kind)
     local = [t.requires_grad_() for t in distributed.shard(mesh, x[:3], (2, 2, 2), layout=layout)]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import llama_kernels as lk
+from tests.distributed.processes import here, mesh_of
 
 B, HQ, HKV, S, D, N = 4, 8, 4, 8, 16, 32
 WHOLE = Replicate()
@@ -31,18 +32,27 @@ def _tables() -> tuple[torch.Tensor, torch.Tensor]:
     return lk.rope_tables(lk.rope_frequencies(D)[0], S)
 
 
+_BOUNDS = torch.arange(B * S, dtype=torch.int32).view(B, S) % S
+
+
 # name: (the call, of tensors by name; those that are sharded alike, differentiated; the others, which are replicated)
 _CALLS: dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {
     "rms_norm": (lk.rms_norm, {"x": _normal(B, S, N)}, {"weight": _normal(N)}),
     "add_rms_norm": (
         lk.add_rms_norm, {"x": _normal(B, S, N), "residual": _normal(B, S, N) + 1}, {"weight": _normal(N)}),
     "rope": (lk.rope, {"q": _heads(HQ), "k": _heads(HKV)}, dict(zip(("cos", "sin"), _tables(), strict=True))),
+    "rope_qkv": (
+        lambda x, cos, sin: lk.rope_qkv(x, HQ, HKV, cos, sin), {"x": _normal(B, S, (HQ + 2 * HKV) * D)},
+        dict(zip(("cos", "sin"), _tables(), strict=True))),
     "qk_norm_rope": (
         lk.qk_norm_rope, {"q": _heads(HQ), "k": _heads(HKV)},
         {"q_weight": _normal(D), "k_weight": _normal(D) + 1, **dict(zip(("cos", "sin"), _tables(), strict=True))}),
     "attention": (lk.attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1}, {}),
     "attention, sinks": (
         lk.attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1}, {"sinks": _normal(HQ)}),
+    "attention, bounds": (
+        lk.attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1},
+        {"kv_start": _BOUNDS // 2, "kv_end": 1 + _BOUNDS, "kv_prefix": _BOUNDS // 4}),
     "rope_attention": (
         lk.rope_attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1},
         dict(zip(("cos", "sin"), _tables(), strict=True))),
@@ -54,7 +64,8 @@ CASES = [
 
 def _results(call: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Results and gradients of a call; tables have none."""
-    leaves = [x.requires_grad_() for name, x in tensors.items() if name not in ("cos", "sin")]
+    differentiable = [name for name, x in tensors.items() if x.is_floating_point() and name not in ("cos", "sin")]
+    leaves = [tensors[name].requires_grad_() for name in differentiable]
     outs = call(**tensors)
     outs = [x for x in (outs if isinstance(outs, tuple) else (outs,)) if x is not None]
     return [*outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), leaves)]
@@ -66,6 +77,7 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 
 def _error(call: Callable[..., Any], tensors: dict[str, torch.Tensor], placed: dict[str, list[Placement]],
            mesh: DeviceMesh) -> tuple[float, list[str]]:  # fmt: skip
+    tensors = {name: here(x) for name, x in tensors.items()}
     expected = _results(call, {name: x.clone() for name, x in tensors.items()})
     found = _results(call, {name: distribute_tensor(x.clone(), mesh, placed[name]) for name, x in tensors.items()})
     errors = [((_whole(a) - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
@@ -74,8 +86,7 @@ def _error(call: Callable[..., Any], tensors: dict[str, torch.Tensor], placed: d
 
 def error_and_placements(name: str, placement: str) -> tuple[float, list[str]]:
     """The largest relative error of results and gradients, and where they are."""
-    lk.distributed.register_dtensor_rules()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh_of()
     call, sharded, others = _CALLS[name]
     chosen = (OF_ROWS if "x" in sharded else OF_HEADS)[placement]
     placed = {**{n: [chosen] for n in sharded}, **{n: [WHOLE] for n in others}}
@@ -84,24 +95,24 @@ def error_and_placements(name: str, placement: str) -> tuple[float, list[str]]:
 
 def error_on_a_mesh_of_two_dimensions(name: str) -> float:
     """Batch along one dimension, heads or tokens along the other."""
-    lk.distributed.register_dtensor_rules()
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+    mesh = mesh_of(2, dist.get_world_size() // 2)
     call, sharded, others = _CALLS[name]
     placed = {**{n: [Shard(0), Shard(1)] for n in sharded}, **{n: [WHOLE, WHOLE] for n in others}}
     return _error(call, {**sharded, **others}, placed, mesh)[0]
 
 
-def error_with_key_heads_that_the_mesh_does_not_divide() -> float:
-    lk.distributed.register_dtensor_rules()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    tensors = {"q": _normal(1, 6, S, D), "k": _normal(1, 3, S, D), "v": _normal(1, 3, S, D) + 1}
-    return _error(lk.attention, tensors, {n: [Shard(1)] for n in tensors}, mesh)[0]
+def attention_by_heads(shape: tuple[int, ...], Hkv: int, along: int) -> tuple[float, str]:
+    """The error of attention whose heads are sharded along one dimension of a mesh, and where the result is."""
+    mesh = mesh_of(*shape)
+    tensors = {"q": _normal(1, 2 * Hkv, S, D), "k": _normal(1, Hkv, S, D), "v": _normal(1, Hkv, S, D) + 1}
+    placed: list[Placement] = [Shard(1) if dim == along else WHOLE for dim in range(len(shape))]
+    error, placements = _error(lk.attention, tensors, dict.fromkeys(tensors, placed), mesh)
+    return error, placements[0]
 
 
 def errors_where_the_weight_needs_a_gradient_or_not() -> list[float]:
     """The same shapes one after the other: DTensor remembers its decision by the arguments."""
-    lk.distributed.register_dtensor_rules()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh_of()
     errors = []
     for name, needed in itertools.product(("rms_norm", "qk_norm_rope"), (False, True, False)):
         found = _grads(name, needed, lambda x, placement: distribute_tensor(x, mesh, [placement]))
@@ -113,8 +124,8 @@ def errors_where_the_weight_needs_a_gradient_or_not() -> list[float]:
 def _grads(name: str, needed: bool, place: Callable[[torch.Tensor, Placement], torch.Tensor]) -> list[torch.Tensor]:
     """The gradients of the first result, those of the weights if they are needed."""
     call, sharded, others = _CALLS[name]
-    tensors = {n: place(x.clone(), Shard(1)).requires_grad_() for n, x in sharded.items()}
-    weights = {n: place(x.clone(), WHOLE).requires_grad_(needed and "weight" in n) for n, x in others.items()}
+    tensors = {n: place(here(x).clone(), Shard(1)).requires_grad_() for n, x in sharded.items()}
+    weights = {n: place(here(x).clone(), WHOLE).requires_grad_(needed and "weight" in n) for n, x in others.items()}
     outs = call(**tensors, **weights)
     outs = outs if isinstance(outs, tuple) else (outs,)
     leaves = [*tensors.values(), *(weight for weight in weights.values() if weight.requires_grad)]

@@ -57,6 +57,22 @@ def sent(case: Case) -> list[tuple[int, ...]]:
     return shapes
 
 
+def errors_with_rounded_blocks(case: Case) -> tuple[dict[str, float], dict[str, float]]:
+    """As `errors_of_the_ops`, if the partial results and gradients of blocks were in bfloat16."""
+
+    def rounded(function):
+        def call(*arguments):
+            results = function(*arguments)
+            kept = [x if x is None or x.ndim < 4 else x.to(torch.bfloat16).float() for x in results]
+            return type(results)(*kept) if hasattr(results, "_fields") else tuple(kept)
+
+        return call
+
+    forward, backward = rounded(blocks.forward), rounded(blocks.backward)
+    with mock.patch.multiple(blocks, forward=forward, backward=backward):
+        return errors_of_the_ops(case, torch.bfloat16)
+
+
 # --- planted mistakes ------------------------------------------------------------------------------------------------
 
 

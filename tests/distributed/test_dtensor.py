@@ -14,23 +14,33 @@ if not dist.is_available():
 
 from tests.distributed import dtensors
 from tests.distributed.processes import run
-from tests.support.environment import DEVICE, INTERPRETED
+from tests.support.environment import INTERPRETED
 from tests.support.judge import UNIT
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(DEVICE == "cuda", reason="processes meet over gloo, and have CPU tensors"),
     pytest.mark.skipif(INTERPRETED, reason="about placements, not about what runs on a shard"),
 ]
 BOUND = 8 * UNIT[torch.float32]  # sums of float32 in another order: a few more roundings than the call it is held to
+
+# Shape of the mesh, key heads, dimension of the mesh along which heads are sharded; whether they stay so.
+BY_HEADS = {
+    ((4,), 4, 0): True,
+    ((4,), 2, 0): False,
+    ((4,), 6, 0): False,
+    ((2, 2), 2, 1): True,
+    ((2, 2), 4, 0): True,
+    ((2, 2), 3, 1): False,
+}
 
 
 @functools.cache
 def results(ranks: int) -> dict[str, Any]:
     if ranks == 4:
-        return run({name: (dtensors.error_on_a_mesh_of_two_dimensions, (name,)) for name in dtensors._CALLS}, 4)
-    todo: dict[str, Any] = {f"{case}": (dtensors.error_and_placements, case) for case in dtensors.CASES}
-    todo["three key heads"] = (dtensors.error_with_key_heads_that_the_mesh_does_not_divide, ())
+        todo: dict[str, Any] = {name: (dtensors.error_on_a_mesh_of_two_dimensions, (name,)) for name in dtensors._CALLS}
+        todo |= {f"{case}": (dtensors.attention_by_heads, case) for case in BY_HEADS}
+        return run(todo, 4)
+    todo = {f"{case}": (dtensors.error_and_placements, case) for case in dtensors.CASES}
     todo["weights"] = (dtensors.errors_where_the_weight_needs_a_gradient_or_not, ())
     return run(todo, 2)
 
@@ -58,8 +68,11 @@ def test_meshes_of_two_dimensions(name):
     assert found(4, name) < BOUND
 
 
-def test_key_heads_that_the_mesh_does_not_divide_are_gathered():
-    assert found(2, "three key heads") < BOUND
+@pytest.mark.parametrize("case, divided", BY_HEADS.items(), ids=str)
+def test_attention_is_computed_on_shards_of_the_heads_where_the_mesh_divides_the_key_heads(case, divided):
+    error, placement = found(4, f"{case}")
+    assert error < BOUND
+    assert ("Shard" in placement) == divided
 
 
 def test_a_weight_may_need_a_gradient_in_one_call_and_none_in_the_next():

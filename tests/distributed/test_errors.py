@@ -16,11 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama_kernels.distributed import Layout, attention, cp_attention, layout, shard, transport, unshard
-from tests.support.environment import DEVICE
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(DEVICE == "cuda", reason="the processes are imagined, their tensors on the CPU"),
 ]
 
 

@@ -144,11 +144,12 @@ def test_the_table_of_calls_has_every_op_of_the_reference():
 
 @pytest.mark.once
 def test_the_api_reference_has_every_public_name():
+    hugging_face = pytest.importorskip("llama_kernels.integrations.transformers")
     text = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
     documented = set(re.findall(r"^::: llama_kernels\.([\w.]+)$", text, re.MULTILINE))
     modules = {"nn": lk.nn, "reference": lk.reference}
     public = set(lk.__all__) - modules.keys() | {"nn.RMSNorm", "nn.RotaryEmbedding"}
-    public |= {f"integrations.transformers.{name}" for name in ("patch", "unpatch", "report")}
+    public |= {f"integrations.transformers.{name}" for name in hugging_face.__all__}
     public.add("integrations.trainer.LlamaKernelsCallback")
     public |= {f"distributed.{name}" for name in lk.distributed.__all__}
     assert documented == public, "each public name needs a line `::: llama_kernels.NAME` in one page of docs/api"

@@ -28,6 +28,9 @@ MODELS = Path(transformers.__file__).parent / "models"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+_HELPER = re.compile(r"(rotate_half\w*|_apply_rotary_emb|rotate_every_two|reshape_for_broadcast)\(")
+
+
 class Defined(NamedTuple):
     """A function of a file modeling_*.py of Transformers."""
 
@@ -39,7 +42,7 @@ class Defined(NamedTuple):
 
 
 _DEFINITION = re.compile(r"( {4})?(class|def) (\w+)")
-_WANTED = re.compile(r"forward$|rotate_half|_apply_rotary_emb|_norm|apply_")
+_WANTED = re.compile(r"forward$|rotate_half|_apply_rotary_emb|rotate_every_two|reshape_for_broadcast|_norm|\w*apply_")
 
 
 def read(path: Path) -> list[Defined]:
@@ -188,7 +191,9 @@ def variants(known: known_code.Rotary) -> list[tuple[Any, bool]]:
     helpers = {(f.module, f.name): f.text for f in defined() if not f.cls}
     pairings = {source.normalised(text): interleaved for text, interleaved in known_code.PAIRINGS.items()}
     for function in rotaries_of(known.text):
-        helper = re.search(r"(rotate_half\w*|_apply_rotary_emb)\(", function.text)
+        helper = re.search(
+            r"(rotate_half\w*|_apply_rotary_emb|rotate_every_two|reshape_for_broadcast)\(", function.text
+        )
         interleaved = pairings.get(helpers.get((function.module, helper[1]), "")) if helper else True
         if interleaved is not None and interleaved not in found:
             stock = loaded(function)
@@ -222,6 +227,9 @@ def rotary_inputs(known: known_code.Rotary, heads: int, R: int, rows: int, dtype
     if known.tables == "complex":
         number = torch.complex128 if dtype is torch.float64 else torch.complex64
         return q, k, torch.randn(rows, S, R // 2, device=DEVICE, dtype=number)
+    if known.tables == "complex grid":
+        number = torch.complex128 if dtype is torch.float64 else torch.complex64
+        return q, k, torch.randn(S, 1, R // 2, device=DEVICE, dtype=number)
     width = R // 2 if known.tables == "pairs" else R
     three = (3,) if known.tables == "sections" else ()
     cos, sin = (torch.randn(*three, rows, S, width, device=DEVICE, dtype=dtype) for _ in range(2))
@@ -244,6 +252,9 @@ def test_a_replaced_rotary_function_gives_the_results_of_stock(known, unsqueeze_
         how = {} if known.heads else {"unsqueeze_dim": unsqueeze_dim}
 
         def run(function: Any, number: torch.dtype, given: Any = given, how: Any = how) -> list[torch.Tensor]:
+            if known.arguments:  # of q or k alone
+                alone = function
+                function = lambda q, k, *t, **how: tuple(alone(x, *t, **how) for x in (q, k))  # noqa: E731
             q, k, *tables = given
             q, k = (x.to(number).requires_grad_() for x in (q, k))
             if number is not torch.float64:

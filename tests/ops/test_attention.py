@@ -20,9 +20,12 @@ from tests.support.attention import (
     anywhere,
     check,
     check_never_worse_than_eager,
+    documents,
     packed,
     padded_left,
+    shared,
     so_far,
+    tiles,
 )
 from tests.support.environment import DEVICE, INTERPRETED
 from tests.support.hardware import EXACT, Arithmetic
@@ -31,13 +34,17 @@ from tests.support.judge import DTYPES, judge
 from tests.support.launches import KERNELS_RUN, kernels_launched, names
 
 
-def documents(i: torch.Tensor, Sk: int) -> torch.Tensor:
-    """Documents of 45 tokens in one row."""
-    return i // 45 * 45
-
-
 def backwards(i: torch.Tensor, Sk: int) -> torch.Tensor:
     return (Sk - 2 * i).clamp_min(-5)
+
+
+def first_keys(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    """For kv_prefix: four keys that stay visible, of which a row of a causal mask sees those before it."""
+    return i.clamp(max=4)
+
+
+def far_on(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    return torch.full_like(i, Sk - 40)
 
 
 CASES = (
@@ -48,6 +55,9 @@ CASES = (
     Case(1, 6, 2, 33, 33, 96, 96),
     Case(1, 2, 1, 40, 40, 192, 128),
     Case(1, 2, 1, 40, 70, 256, 256),
+    Case(1, 2, 1, 40, 70, 512, 512),
+    Case(1, 4, 1, 20, 33, 576, 512, sinks=True),
+    Case(1, 2, 2, 33, 33, 320, 64, window_size=(9, 0)),
     Case(1, 8, 1, 1, 77, 64, 64),  # decoding
     Case(2, 2, 2, 3, 200, 24, 40),
     Case(1, 1, 1, 1, 1, 1, 1),
@@ -65,16 +75,25 @@ CASES = (
     Case(1, 4, 1, 150, 130, 32, 32, kv_end=anywhere, sinks=True),
     Case(1, 2, 2, 130, 70, 32, 32, is_causal=False, kv_start=backwards, kv_end=anywhere),
     Case(1, 4, 2, 130, 200, 72, 72, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
+    Case(1, 4, 2, 150, 150, 32, 32, kv_start=documents, kv_prefix=shared),
+    Case(2, 2, 1, 150, 150, 32, 32, window_size=(20, 0), kv_prefix=first_keys, sinks=True),
+    Case(1, 2, 1, 100, 130, 32, 32, kv_prefix=anywhere),
+    Case(2, 2, 1, 130, 100, 80, 48, is_causal=False, kv_start=anywhere, kv_end=backwards, kv_prefix=anywhere),
+    Case(1, 2, 2, 90, 70, 16, 16, kv_end=anywhere, kv_prefix=backwards, softcap=5.0),
+    Case(1, 2, 2, 60, 60, 32, 32, is_causal=False, kv_prefix=anywhere),  # a prefix of what every row sees
     packed((50, 0, 100, 1), (50, 0, 100, 1), 4, 2, 64, 64),
     packed((50, 0, 100, 1), (70, 5, 30, 0), 4, 2, 32, 32, sinks=True),
     packed((30, 90), (90, 130), 4, 1, 80, 80, is_causal=False, window_size=(40, 9), softcap=4.0, kv_start=anywhere),
     packed((30, 90), (90, 130), 4, 2, 32, 32, is_causal=False, kv_start=documents, kv_end=so_far),
     packed((33,) * 4, (33,) * 4, 2, 2, 32, 32, window_size=(8, -1), sinks=True, kv_start=padded_left),
+    packed((100, 0, 60), (100, 5, 90), 4, 2, 32, 32, kv_start=documents, kv_prefix=shared),
+    packed((30, 90), (90, 60), 2, 2, 32, 32, window_size=(8, -1), sinks=True, kv_prefix=anywhere),
 )
 DECODING = (
     Case(2, 4, 1, 1, 100, 32, 32),
     Case(1, 2, 2, 1, 33, 64, 64),
     Case(1, 2, 1, 1, 64, 16, 16),
+    Case(1, 16, 1, 1, 70, 576, 512),  # multi-head latent attention with its projections absorbed
     Case(1, 6, 2, 3, 97, 24, 40, sinks=True),
     Case(1, 8, 2, 8, 70, 32, 32, is_causal=False, softcap=5.0),
     Case(1, 4, 2, 5, 130, 32, 32, window_size=(20, 0)),
@@ -84,18 +103,29 @@ DECODING = (
     Case(1, 2, 1, 7, 100, 32, 32, kv_start=anywhere, kv_end=backwards),
     Case(2, 4, 1, 19, 100, 16, 16, sinks=True),  # tiles of 32 rows, some of two heads
     Case(1, 8, 1, 12, 70, 16, 16, window_size=(20, 0), kv_start=padded_left),
+    Case(2, 4, 2, 3, 150, 32, 32, window_size=(20, 0), kv_prefix=first_keys, sinks=True),
+    Case(1, 8, 2, 5, 150, 32, 32, kv_start=anywhere, kv_end=backwards, kv_prefix=anywhere),
+    Case(1, 2, 1, 2, 300, 16, 16, kv_start=far_on, kv_prefix=padded_left),  # chunks without a key between the two
 )
 
 
 def in_two_dtypes(cases: Sequence[Case]) -> list[tuple[Case, torch.dtype]]:
     """Each case in bfloat16, and in float16 or float32 in turn. The compiled kernels have all three: tests/compiled."""
-    return [(case, dtype) for i, case in enumerate(cases) for dtype in (torch.bfloat16, DTYPES[1 + i % 2])]
+    dtypes = (DTYPES[1 + i % 2] if case.D <= 512 else torch.float16 for i, case in enumerate(cases))
+    return [(case, dtype) for case, other in zip(cases, dtypes, strict=True) for dtype in (torch.bfloat16, other)]
 
 
-@pytest.mark.corpus(14, 15, 18, 34, 44)
+@pytest.mark.corpus(14, 15, 18, 34, 44, 78, 79)
 @pytest.mark.parametrize("case, dtype", in_two_dtypes(CASES), ids=str)
 def test_outputs_and_gradients(case, dtype, device):
     check(case, dtype, device)
+
+
+@pytest.mark.skipif(not KERNELS_RUN, reason="about the kernels: plain PyTorch takes any width")
+def test_heads_that_fit_no_program_are_refused(device):
+    x = torch.randn(1, 1, 8, 576, device=device)
+    with pytest.raises(ValueError, match=r"attention: q .*576 in float32.*at most 512"):
+        lk.attention(x, x, x[..., :512])
 
 
 @pytest.mark.once
@@ -138,6 +168,46 @@ def test_any_number_of_masked_and_unmasked_blocks(before, carry, device):
         bounds = {"kv_start": start if before else None, "kv_end": end}
         case = Case(1, 2, 1, N, Sk, 16, 16, is_causal=False, **bounds)
         check(case, torch.float16, device, tile=Tile(N, N, 4, 1, carry=carry), gradients=not carry)
+
+
+@pytest.mark.parametrize("gap", range(-2, 3))
+def test_any_number_of_blocks_of_a_prefix(gap, device):
+    """One row tile: blocks that every row sees as first keys, those that some do, and `gap` blocks to kv_start."""
+    N = 16
+    for whole, some in itertools.product(range(3), range(3)):
+        first = N * (whole + some)
+
+        def prefix(i: torch.Tensor, Sk: int, whole: int = whole, some: int = some) -> torch.Tensor:
+            return N * whole + i * N * some // (N - 1)
+
+        def start(i: torch.Tensor, Sk: int, first: int = first) -> torch.Tensor:
+            return first + N * gap + i
+
+        def end(i: torch.Tensor, Sk: int) -> torch.Tensor:
+            return Sk - 5 - i
+
+        Sk = N * (whole + some + max(gap, 0) + 3)
+        case = Case(1, 2, 1, N, Sk, 16, 16, is_causal=False, kv_start=start, kv_end=end, kv_prefix=prefix)
+        check(case, torch.float16, device, tile=Tile(N, N, 4, 1))
+
+
+@pytest.mark.corpus(77)
+@pytest.mark.skipif(not KERNELS_RUN, reason="about the kernels: plain PyTorch reads all keys")
+def test_blocks_between_the_prefix_and_kv_start_are_not_read(device):
+    """Four completions of 32 tokens share 32 tokens. NaN in one of them reaches no other."""
+    x = torch.randn(1, 1, 160, 16, device=device)
+    i = torch.arange(160, device=device)
+    kv_start = (i // 32 * 32).int()[None]
+    kv_prefix = torch.where(i < 32, 0, 32).int()[None]
+    spoiled = x.clone()
+    spoiled[:, :, 64:96] = float("nan")
+    q, k, v = (t.detach().requires_grad_() for t in (x, spoiled, spoiled))
+    with tiles(Tile(32, 32, 4, 1)):
+        out = lk.attention(q, k, v, kv_start=kv_start, kv_prefix=kv_prefix)
+        (dq,) = torch.autograd.grad(out[:, :, 96:].sum() + out[:, :, :64].sum(), q)
+    assert out[:, :, 64:96].isnan().all()
+    for result in (out, dq):
+        assert result[:, :, 96:].isfinite().all() and result[:, :, :64].isfinite().all()
 
 
 @pytest.mark.parametrize("case, dtype", in_two_dtypes(DECODING), ids=str)

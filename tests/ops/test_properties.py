@@ -53,14 +53,23 @@ def test_one_hot_values_show_the_whole_mask(name, Sq, Sk, device):
     judge("p", p, see / see.sum(-1, keepdim=True).clamp(min=1).double(), ideals(q, k, v, see)[0])
 
 
-@pytest.mark.parametrize("given", [("kv_start",), ("kv_end",), ("kv_start", "kv_end")], ids="-".join)
+@pytest.mark.corpus(78)
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("kv_start",), ("kv_end",), ("kv_start", "kv_end"),
+        ("kv_prefix",), ("kv_start", "kv_prefix"), ("kv_start", "kv_end", "kv_prefix"),
+    ],
+    ids="-".join,
+)  # fmt: skip
 def test_bounds_hide_exactly_what_lies_outside(given, device):
     Sq = Sk = 50
     bounds = {name: torch.randint(0, Sk, (2, Sq), dtype=torch.int32, device=device) for name in given}
     q, k = torch.zeros(2, 1, Sq, 16, device=device), heads(2, 1, Sk, 16, device)
     v = torch.eye(Sk, device=device).expand(2, 1, Sk, Sk)
     p = lk.attention(q, k, v, **bounds)
-    see = attention_mask(Sq, Sk, True, (-1, -1), bounds.get("kv_start"), bounds.get("kv_end"), device)
+    start, end, prefix = map(bounds.get, ("kv_start", "kv_end", "kv_prefix"))
+    see = attention_mask(Sq, Sk, True, (-1, -1), start, end, device, prefix)
     assert torch.equal(p > 0, see)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import llama_kernels as lk
 from tests.support.judge import DTYPES
-from tests.support.qk_norm_rope import check, weights
+from tests.support.qk_norm_rope import check, check_tangents, weights
 from tests.support.rope import LAYOUTS, POSITIONS, TABLE_DTYPES, TABLE_LAYOUTS, qk, tables, unlike_tables
 
 
@@ -141,3 +141,24 @@ def test_results_are_more_exact_than_those_of_separate_calls(device):
     truth = lk.reference.qk_norm_rope(*(x.double() for x in (q, k, *w)), *(x.double() for x in angles))
     for a, b, R in zip(apart, together, truth, strict=True):
         assert (b.double() - R).norm() < 0.9 * (a.double() - R).norm()
+
+
+# --- tangents --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("D, R, dtype", WIDTHS_AND_DTYPES)
+def test_tangents_of_heads_of_any_width(D, R, interleaved, dtype, device):
+    q, k = qk(2, 4, 2, 13, D, dtype, device)
+    check_tangents(q, k, *weights(D, dtype, device), *tables(13, R, device), interleaved=interleaved)
+
+
+@pytest.mark.parametrize("bare", ["", "q", "k", "qk"])
+def test_tangents_with_positions_an_offset_and_an_epsilon(bare, device):
+    q, k = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
+    q_weight, k_weight = weights(64, torch.bfloat16, device, 1.0)
+    q_weight, k_weight = None if "q" in bare else q_weight, None if "k" in bare else k_weight
+    positions = torch.randint(0, 40, (2, 13), device=device)
+    angles = unlike_tables(40, 64, device)
+    check_tangents(q, k, q_weight, k_weight, *angles, positions, eps=1e-2, offset=1.0)
+    check_tangents(q, None, q_weight, None, *angles, positions, eps=1e-2, offset=1.0)

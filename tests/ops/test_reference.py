@@ -42,7 +42,8 @@ def test_rope_gradients(position_ids, interleaved):
     cos, sin = randn(5, 2), randn(5, 2)  # any table: the rule is linear in it
     ids = None if position_ids is None else torch.tensor(position_ids)
     q, k = leaf(2, 2, 3, 6), leaf(2, 1, 3, 6)
-    gradcheck(lambda q, k: reference.rope(q, k, cos, sin, ids, interleaved=interleaved), (q, k))
+    rotated = lambda q, k: reference.rope(q, k, cos, sin, ids, interleaved=interleaved)  # noqa: E731
+    assert gradcheck(rotated, (q, k), check_forward_ad=True) and gradgradcheck(rotated, (q, k), check_fwd_over_rev=True)
     gradcheck(lambda cos, sin: reference.rope(q.detach(), None, cos, sin, ids)[0], (cos.requires_grad_(), sin))
 
 
@@ -61,8 +62,21 @@ def test_rope_gradients_with_an_angle_for_each_element(R, interleaved):
 @pytest.mark.parametrize("weight", [False, True])
 def test_rms_norm_gradients(weight, offset):
     inputs = (leaf(3, 5), leaf(3, 5), leaf(5) if weight else None)
-    gradcheck(lambda x, r, w: reference.add_rms_norm(x, r, w, 1e-2, offset=offset), inputs)
-    gradcheck(lambda x, w: reference.rms_norm(x, w, 1e-2, offset=offset), (inputs[0], inputs[2]))
+    for norm, given in (
+        (lambda x, r, w: reference.add_rms_norm(x, r, w, 1e-2, offset=offset), inputs),
+        (lambda x, w: reference.rms_norm(x, w, 1e-2, offset=offset), (inputs[0], inputs[2])),
+    ):
+        assert gradcheck(norm, given, check_forward_ad=True) and gradgradcheck(norm, given, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_qk_norm_rope_derivatives(interleaved):
+    angles, inputs = (randn(5, 2), randn(5, 2)), (leaf(1, 2, 2, 6), leaf(1, 1, 2, 6), leaf(6), leaf(6))
+
+    def normed(*heads_and_weights):
+        return reference.qk_norm_rope(*heads_and_weights, *angles, eps=1e-2, offset=1.0, interleaved=interleaved)
+
+    assert gradcheck(normed, inputs, check_forward_ad=True) and gradgradcheck(normed, inputs, check_fwd_over_rev=True)
 
 
 ATTENTION = {

@@ -12,7 +12,7 @@ from llama_kernels.core.language import INTERPRETED, tl
 from llama_kernels.ops import rms_norm
 from tests.support.hardware import ERRORS, interpreted
 from tests.support.judge import DTYPES
-from tests.support.rms_norm import add_is_two_ops, check
+from tests.support.rms_norm import add_is_two_ops, check, check_tangent
 
 # Every tile: one element, widths that are no power of two, many short rows in a program, one row, rows read in steps.
 SHAPES = (
@@ -179,3 +179,25 @@ def test_default_eps_is_that_of_pytorch(dtype, device):
                 y = call(leaf, each)
                 results.append((y, *torch.autograd.grad(y.sum(), leaf)))
             assert all(map(torch.equal, *results))
+
+
+# --- tangents --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [False, True], ids=["bare", "weighted"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tangents(shape, weight, dtype, device):
+    check_tangent(shape, dtype, device, weight=weight)
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_tangents_with_a_residual_an_offset_and_an_epsilon(offset, residual_dtype, device):
+    check_tangent((70, 96), torch.bfloat16, device, residual_dtype=residual_dtype, offset=offset, eps=1e-2)
+
+
+def test_tangents_of_long_rows_and_of_rows_with_gaps(device):
+    check_tangent((2, 65536 + 8), torch.float16, device)
+    check_tangent((2, 3, 5, 96), torch.bfloat16, device, layout=lambda x: x.transpose(1, 2))
+    check_tangent((70, 96), torch.float32, device, layout=lambda x: torch.cat((x, x), -1)[:, :96], size=1e3)

@@ -254,6 +254,16 @@ def test_the_backward_is_the_inverse_rotation(device):
     torch.testing.assert_close(dq, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("make", [tables, unlike_tables])
+def test_the_tangent_is_the_rotated_tangent_bit_for_bit(make, interleaved, device):
+    q, k = qk(2, 4, 2, 13, 64, torch.bfloat16, device)
+    angles, tangents = make(13, 64, device), tuple(map(torch.randn_like, (q, k)))
+    _, results = torch.func.jvp(lambda q, k: lk.rope(q, k, *angles, interleaved=interleaved), (q, k), tangents)
+    for a, b in zip(results, lk.rope(*tangents, *angles, interleaved=interleaved), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("shapes", [((0, 4, 7, 8), (0, 2, 7, 8)), ((2, 4, 0, 8), (2, 2, 0, 8)), ((0, 4, 8), (0, 2, 8)),
                                     ((2, 4, 7, 8), (2, 0, 7, 8)), ((2, 0, 7, 8), (2, 2, 7, 8))], ids=str)  # fmt: skip
 def test_empty_inputs_give_empty_outputs(shapes, device):

@@ -9,10 +9,12 @@ import llama_kernels as lk
 from tests.support.attention import (
     SMALL_TILES,
     anywhere,
+    documents,
     eager,
     in_float64,
     make,
     padded_left,
+    shared,
     so_far,
 )
 from tests.support.guards import guarded
@@ -50,6 +52,7 @@ CASES = (
     square(150, B=2, kv_start=anywhere),
     square(100, B=2, is_causal=False, kv_start=padded_left, kv_end=so_far, sinks=True),
     square(130, 24, 40, heads=(6, 2), window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
+    square(130, B=2, kv_start=documents, kv_prefix=shared),
 )
 
 

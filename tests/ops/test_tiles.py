@@ -20,9 +20,9 @@ import llama_kernels as lk
 from llama_kernels.core.device import arch_of, lanes_of
 from llama_kernels.core.language import INTERPRETED, TRITON_VERSION
 from llama_kernels.ops import rms_norm
-from llama_kernels.ops.attention import decode, tables
+from llama_kernels.ops.attention import backward, decode, tables
 from llama_kernels.ops.attention.tables import Tile
-from llama_kernels.ops.rotation import head_tile
+from llama_kernels.ops.rotation import head_tile, rotates_in_registers
 from tests.support import attention as attention_cases
 from tests.support import qk_norm_rope as qk_norm_rope_cases
 from tests.support import rms_norm as rms_norm_cases
@@ -61,9 +61,9 @@ def variants(tile: Tile, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def entries() -> Iterator[Entry]:
-    for dtype, rows in ((torch.float16, tables._HALF), (torch.float32, tables._FLOAT32)):
-        for (family, pass_), row in rows.items():
-            for width, column in zip(tables.WIDTHS, row, strict=True):
+    for dtype in (torch.float16, torch.float32):
+        for family, pass_ in itertools.product(tables.FAMILIES, tables.PASSES):
+            for width, column in zip(tables.ALL_WIDTHS, tables.row_of(family, pass_, dtype), strict=False):
                 for variant, tile in variants(column):
                     taken = not column.newer or ("newer" in variant) == (TRITON_VERSION >= (3, 9))
                     yield Entry(family, pass_, width, dtype, variant, tile, taken)
@@ -80,15 +80,18 @@ def _portable_kernels() -> Iterator[None]:
 
 
 def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
-    """A pass that takes no crowded tile has none."""
+    """A pass that takes no crowded tile has none, and only dq takes one for a prefix."""
     taken = set()
     for family, triton, dtype in itertools.product(tables.FAMILIES, ((3, 6), (3, 9)), (torch.float16, torch.float32)):
         monkeypatch.setattr(tables, "arch_of", lambda _, family=family: family)
         monkeypatch.setattr(tables, "tile", functools.partial(TILE, triton=triton))
-        for pass_, D, narrow, crowded in itertools.product(tables.PASSES, tables.WIDTHS, (1, 2), (False, True)):
-            if not (pass_ == "decode" and crowded):
+        options = ((False, False), (True, False), (True, True))
+        for pass_, D, narrow, on in itertools.product(tables.PASSES, tables.ALL_WIDTHS, (1, 2), options):
+            if tables.ALL_WIDTHS.index(D) >= len(tables.row_of(family, pass_, dtype)):
+                continue
+            if not (pass_ == "decode" and any(on)) and not (pass_ != "dq" and on[1]):
                 q, v = torch.empty(1, D, dtype=dtype), torch.empty(1, D // narrow, dtype=dtype)
-                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, v, crowded)))
+                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, v, *on)))
     assert not [e for e in ENTRIES if (e.family, e.pass_, e.width, e.dtype, e.tile) not in taken]
 
 
@@ -124,8 +127,8 @@ def runs(*passes: str, rotated: bool = False) -> list[Run]:
         here = family is None or (family == entry.family and entry.taken)
         if not here or entry.pass_ not in passes or (rotated and entry.pass_ == "dq" and entry.tile.crowded):
             continue
-        tile = dataclasses.replace(entry.tile, crowded=None, narrow_v=None, newer=None)
-        DV = entry.width // (2 if "narrow_v" in entry.variant else 1)
+        tile = dataclasses.replace(entry.tile, crowded=None, with_prefix=None, narrow_v=None, newer=None)
+        DV = min(entry.width // (2 if "narrow_v" in entry.variant else 1), 512)
         kind = (entry.dtype, entry.width, DV, "crowded" in entry.variant)
         if family is None:
             tile, kind = blocks(tile), (entry.dtype, 16, 16, False)
@@ -162,7 +165,8 @@ def test_every_tile_of_the_tables_is_right(run, device):
     with kernels_launched() as launches:
         attention_cases.check(case, run.dtype, device, tile=tiles)
     assert_ran(launches, "_forward_kernel", **tiles["forward"].launch_options, CARRY=tiles["forward"].carry)
-    assert_ran(launches, "_dq_kernel", **tiles["dq"].launch_options)
+    parts = 1 + (tiles["dq"].split and run.width > backward.MOST_COLUMNS)
+    assert_ran(launches, "_dq_kernel", parts, **tiles["dq"].launch_options)
     assert_ran(launches, "_dkdv_kernel", 1 + tiles["dkdv"].split, **tiles["dkdv"].launch_options)
 
 
@@ -173,8 +177,10 @@ def test_gradients_are_rotated_back_in_every_tile(run, device):
     S = max(tiles["dq"].BLOCK_M, tiles["dkdv"].BLOCK_N) + 5
     with kernels_launched() as launches:
         rope_attention_cases.check(Case(1, 1, 1, S, S, run.width, run.DV), run.dtype, device, tile=tiles)
-    assert_ran(launches, "_dq_kernel", **tiles["dq"].launch_options, HALF=run.width // 2)
-    assert_ran(launches, "_dkdv_kernel", 1 + tiles["dkdv"].split, **tiles["dkdv"].launch_options, HALF=run.width // 2)
+    parts, half = 1 + (tiles["dq"].split and run.width > backward.MOST_COLUMNS), run.width // 2
+    half = half if rotates_in_registers(half, False) and run.width <= backward.MOST_COLUMNS else 0
+    assert_ran(launches, "_dq_kernel", parts, **tiles["dq"].launch_options, HALF=half)
+    assert_ran(launches, "_dkdv_kernel", 1 + tiles["dkdv"].split, **tiles["dkdv"].launch_options, HALF=half)
 
 
 @pytest.mark.parametrize("rows", [1, 32])

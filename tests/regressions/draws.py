@@ -27,7 +27,7 @@ small_tiles = st.sampled_from([Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 
 
 @dataclasses.dataclass(frozen=True)
 class Anything:
-    """kv_start or kv_end of any value, sorted or not, before the first key and past the last."""
+    """kv_start, kv_end or kv_prefix of any value, sorted or not, before the first key and past the last."""
 
     seed: int
 
@@ -47,6 +47,7 @@ def attention_cases(draw) -> Case:
         "sinks": draw(st.booleans()),
         "kv_start": draw(st.one_of(st.none(), st.builds(Anything, st.integers(0, 9)))),
         "kv_end": draw(st.one_of(st.none(), st.none(), st.builds(Anything, st.integers(10, 19)))),
+        "kv_prefix": draw(st.one_of(st.none(), st.none(), st.builds(Anything, st.integers(20, 29)))),
     }
     heads = (Hkv * draw(st.integers(1, 3)), Hkv)
     D, DV = draw(st.integers(1, 48)), draw(st.integers(1, 48))

@@ -106,6 +106,39 @@ def boundary_block_not_masked(mask, first, last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def overlap_counted_twice(mask, first, last, BLOCK_N: tl.constexpr):
+    """The blocks between the bounds begin where they would without a prefix."""
+    both = key_blocks(mask, first, last, BLOCK_N)
+    own = Mask(mask.shift, mask.left, mask.right, mask.kv_start, mask.kv_end, mask.Sk)
+    own = key_blocks(own, first, last, BLOCK_N)
+    prefix = (both.prefix_full, both.prefix_end, both.prefix)
+    return KeyBlocks(own.begin, own.full_begin, own.full_end, own.end, own.first, *prefix)
+
+
+@triton.jit
+def first_keys_not_loaded(mask, first, last, BLOCK_N: tl.constexpr):
+    blocks = key_blocks(mask, first, last, BLOCK_N)
+    return KeyBlocks(
+        blocks.begin, blocks.full_begin, blocks.full_end, blocks.end, blocks.first,
+        blocks.prefix_full, blocks.prefix_end, blocks.prefix * 0,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefix_one_too_long(mask, i, j):
+    prefix = None if mask.prefix is None else mask.prefix + 1
+    own = Mask(mask.shift, mask.left, mask.right, mask.kv_start, mask.kv_end, mask.Sk, None, prefix)
+    return visible(own, i, j)
+
+
+@triton.jit
+def rows_of_the_prefix_skipped(
+    ptr, strides, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    return begin, end, Sk
+
+
+@triton.jit
 def scores_in_half_precision(qk, dp, lse2, see, scoring):
     p, ds = probs_and_score_grads(cast(qk, tl.float16).to(tl.float32), dp, lse2, see, scoring)
     return p, ds
@@ -229,6 +262,8 @@ dense_forward = functools.partial(attention, DENSE, gradients=False)
 dense_carry = functools.partial(attention, DENSE, carry=True, gradients=False)
 dense_float32 = functools.partial(attention, DENSE, torch.float32)
 window = functools.partial(attention, attention_cases.Case(1, 2, 2, 70, 90, 32, 32, window_size=(20, 0)))
+PREFIX = {"kv_start": attention_cases.documents, "kv_prefix": attention_cases.shared}
+prefix = functools.partial(attention, attention_cases.Case(1, 2, 2, 150, 150, 32, 32, **PREFIX))
 many_keys = functools.partial(
     attention, attention_cases.Case(1, 2, 2, 64, 512, 32, 32, is_causal=False), torch.bfloat16, gradients=False
 )
@@ -296,6 +331,13 @@ MUTANTS = {
     "one key too many": Mutant((softmax, dkdv, dq), "visible", one_key_too_many, dense),
     "one key too many, backward": Mutant((dkdv, dq), "visible", one_key_too_many, dense),
     "window one short": Mutant((softmax, dkdv, dq), "visible", window_one_short, window),
+    "overlap counted twice": Mutant((forward,), "key_blocks", overlap_counted_twice, prefix),
+    "overlap counted twice, backward": Mutant((dq,), "key_blocks", overlap_counted_twice, prefix),
+    "first keys not loaded": Mutant((forward,), "key_blocks", first_keys_not_loaded, prefix),
+    "first keys not loaded, backward": Mutant((dq,), "key_blocks", first_keys_not_loaded, prefix),
+    "prefix one too long": Mutant((softmax,), "visible", prefix_one_too_long, prefix),
+    "prefix one too long, backward": Mutant((dkdv, dq), "visible", prefix_one_too_long, prefix),
+    "rows of the prefix skipped": Mutant((dkdv,), "_with_rows_of_prefix", rows_of_the_prefix_skipped, prefix),
     "last keys dropped": Mutant((forward,), "key_blocks", last_keys_dropped, dense_forward),
     "last keys dropped, backward": Mutant((dq,), "key_blocks", last_keys_dropped, dense),
     "boundary block not masked": Mutant((forward,), "key_blocks", boundary_block_not_masked, dense_forward),

@@ -26,6 +26,9 @@ from tests.support.judge import judge
 FAMILIES = {"randn": (1, 1), "peaky": (3, 1), "tiny": (1e-3, 1e-3), "huge": (1, 1e3)}
 
 
+BOUNDS = ("kv_start", "kv_end", "kv_prefix")
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One call. With `packed`, the lengths of each sequence in q and in k, B is 1 and Sq and Sk are their sums."""
@@ -44,12 +47,13 @@ class Case:
     sinks: bool = False
     kv_start: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     kv_end: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    kv_prefix: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def __str__(self) -> str:
         size = "-".join(map(str, (self.B, self.Hq, self.Hkv, self.Sq, self.Sk, self.D, self.DV)))
         on = ["full" if not self.is_causal else "", f"window{self.window_size}" if max(self.window_size) >= 0 else ""]
-        on += [name for name in ("softcap", "scale", "sinks", "kv_start", "kv_end", "packed") if getattr(self, name)]
+        on += [name for name in ("softcap", "scale", "sinks", *BOUNDS, "packed") if getattr(self, name)]
         return "-".join([size, *filter(None, on)])
 
 
@@ -65,6 +69,16 @@ def padded_left(i: torch.Tensor, Sk: int) -> torch.Tensor:
 def so_far(i: torch.Tensor, Sk: int) -> torch.Tensor:
     """Causal in a cache that is not full."""
     return Sk // 2 - 20 + i
+
+
+def documents(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    """Documents of 45 tokens in one row."""
+    return i // 45 * 45
+
+
+def shared(i: torch.Tensor, Sk: int) -> torch.Tensor:
+    """For kv_prefix: a prompt that the last two thirds of the rows share."""
+    return torch.where(i * 3 >= i.shape[0], Sk // 3 + 1, 0)
 
 
 def packed(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], Hq: int, Hkv: int, D: int, DV: int, **on: Any):
@@ -85,6 +99,7 @@ class Inputs:
     sinks: torch.Tensor | None
     kv_start: torch.Tensor | None
     kv_end: torch.Tensor | None
+    kv_prefix: torch.Tensor | None
     do: torch.Tensor
     dlse: torch.Tensor
 
@@ -115,7 +130,7 @@ def make(case: Case, dtype: torch.dtype, device: torch.device, family: str = "ra
         rows = torch.cat([of_rows(torch.arange(Sq, device=device), Sk) for Sq, Sk in zip(*lengths, strict=True)]).int()
         return rows if case.packed else rows.repeat(case.B, 1)
 
-    bounds = bound(case.kv_start), bound(case.kv_end)
+    bounds = (bound(getattr(case, name)) for name in BOUNDS)
     lse_shape = (case.Hq, case.Sq) if case.packed else (case.B, case.Hq, case.Sq)
     inputs = Inputs(q, k, v, sinks, *bounds, do, torch.randn(lse_shape, device=device))
     for x in inputs.tensors:
@@ -130,7 +145,7 @@ def cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def run(ops: Any, case: Case, x: Inputs, gradients: bool = True) -> list[torch.Tensor]:
     """out, lse and the gradients of `ops`' attention, lk or lk.reference."""
     options = {name: getattr(case, name) for name in ("is_causal", "window_size", "softcap", "scale")}
-    options.update(sinks=x.sinks, kv_start=x.kv_start, kv_end=x.kv_end, return_lse=True)
+    options.update(sinks=x.sinks, return_lse=True, **{name: getattr(x, name) for name in BOUNDS})
     if case.packed:
         cu = [cu_seqlens(lengths, x.q.device) for lengths in case.packed]
         out, lse = ops.attention_varlen(x.q, x.k, x.v, *cu, *map(max, case.packed), **options)
@@ -151,7 +166,8 @@ def by_sequence(function: Callable[..., tuple], case: Case, x: Inputs) -> list[t
     scale = case.D**-0.5 if case.scale is None else case.scale
     with torch.no_grad():
         if not case.packed:
-            see = attention_mask(case.Sq, case.Sk, case.is_causal, case.window_size, x.kv_start, x.kv_end, x.q.device)
+            rule = (case.is_causal, case.window_size, x.kv_start, x.kv_end, x.q.device, x.kv_prefix)
+            see = attention_mask(case.Sq, case.Sk, *rule)
             results = function(x.q, x.k, x.v, see, scale, case.softcap, x.sinks, x.do, x.dlse)
             return [r for r in results if r is not None]
         out, lse = torch.zeros_like(x.do), torch.zeros_like(x.dlse)
@@ -161,8 +177,8 @@ def by_sequence(function: Callable[..., tuple], case: Case, x: Inputs) -> list[t
             dense = [
                 t[s].transpose(0, 1)[None] for t, s in ((x.q, slice(a, b)), (x.k, slice(c, d)), (x.v, slice(c, d)))
             ]
-            bounds = [None if bound is None else bound[None, a:b] for bound in (x.kv_start, x.kv_end)]
-            see = attention_mask(b - a, d - c, case.is_causal, case.window_size, *bounds, x.q.device)
+            start, end, prefix = (None if (rows := getattr(x, name)) is None else rows[None, a:b] for name in BOUNDS)
+            see = attention_mask(b - a, d - c, case.is_causal, case.window_size, start, end, x.q.device, prefix)
             o, l, dq, dk, dv, dsinks = function(
                 *dense, see, scale, case.softcap, x.sinks, x.do[a:b].transpose(0, 1)[None], x.dlse[None, :, a:b]
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 import llama_kernels as lk
@@ -40,6 +41,38 @@ def assert_same(results: Any, expected: Any) -> None:
         assert a.shape == b.shape
         assert relative_error(a, b) <= 8 * UNIT[torch.float32]
         assert (a - b).abs().max() <= 64 * UNIT[torch.float32] * b.abs().max()
+
+
+def forward_mode(call: Any, x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+    """Every way to ask for the tangents of the results of `call` at x, where x has the tangent t."""
+
+    def dual():
+        with forward_ad.dual_level():
+            results = tree_leaves(call(forward_ad.make_dual(x, t)))
+            return [zeros_for_none(forward_ad.unpack_dual(y).tangent, y) for y in results]
+
+    def of_vmap():
+        return [y[0] for y in tree_leaves(torch.func.jvp(torch.func.vmap(call), (x[None],), (t[None],))[1])]
+
+    def in_vmap():
+        tangents = torch.func.vmap(lambda x, t: torch.func.jvp(call, (x,), (t,))[1])(x[None], t[None])
+        return [y[0] for y in tree_leaves(tangents)]
+
+    def jacfwd():
+        return [torch.tensordot(J, t, t.ndim) for J in tree_leaves(torch.func.jacfwd(call)(x))]
+
+    return {
+        "jvp": lambda: torch.func.jvp(call, (x,), (t,))[1],
+        "jvp of vmap": of_vmap,
+        "vmap of jvp": in_vmap,
+        "jacfwd": jacfwd,
+        "linearize": lambda: torch.func.linearize(call, x)[1](t),
+        "dual number": dual,
+    }
+
+
+def zeros_for_none(tangent: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(y) if tangent is None else tangent
 
 
 def stacked(results: list[Any]) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from tests.support.hardware import DRAWS, EXACT, Arithmetic
 LOG2E = math.log2(math.e)
 
 
-def attention_mask(Sq, Sk, is_causal, window_size, kv_start, kv_end, device):
+def attention_mask(Sq, Sk, is_causal, window_size, kv_start, kv_end, device, kv_prefix=None):
     """Which query sees which key, (1 or B, 1, Sq, Sk): the definition. The last query is aligned with the last key."""
     left, right = window_size
     i = torch.arange(Sq, device=device)[:, None] + Sk - Sq
@@ -29,7 +29,8 @@ def attention_mask(Sq, Sk, is_causal, window_size, kv_start, kv_end, device):
     see = see & (i - j <= left) if left >= 0 else see
     see = see & (j - i <= right) if right >= 0 else see
     see = see if kv_start is None else see & (j >= kv_start[:, None, :, None])
-    return see if kv_end is None else see & (j < kv_end[:, None, :, None])
+    see = see if kv_end is None else see & (j < kv_end[:, None, :, None])
+    return see if kv_prefix is None else see | (j < kv_prefix[:, None, :, None])
 
 
 # --- the ideal -------------------------------------------------------------------------------------------------------
@@ -78,6 +79,15 @@ def ideal_rms_norm(x, residual, weight, eps, offset, dy, ds, by: Arithmetic = EX
 
 def _mean(x: torch.Tensor, by: Arithmetic) -> torch.Tensor:
     return by.divide(x.sum(-1, keepdim=True), torch.tensor(float(x.shape[-1]), device=x.device))
+
+
+def ideal_tangent(x, weight, t, dweight, eps, offset, dtype, by: Arithmetic = EXACT):
+    """(the tangent of y,) of RMSNorm, where x has the tangent t and the weight has dweight: rounded once, to dtype."""
+    rstd = by.inverse_root(_mean(x.float().square(), by) + eps)
+    xhat, t = x.float() * rstd, t.float()
+    dy = t * rstd * (eps * rstd.square()) if x.shape[-1] == 1 else rstd * (t - xhat * _mean(t * xhat, by))
+    dy = dy if weight is None else dy * (offset + weight.float()) + xhat * dweight.float()
+    return (dy.to(dtype),)
 
 
 def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy, by: Arithmetic = EXACT):

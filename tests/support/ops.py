@@ -257,6 +257,8 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
         "add_rms_norm backward": ("rms_norm_backward", (dy, residual, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)),
         "rms_norm backward, dweight alone": (
             "rms_norm_backward", (dy, None, x, weight, rstd, 1e-6, 0.0, x.dtype, False, True)),
+        "rms_norm tangent": ("rms_norm_tangent", (dy, x, weight, None, rstd, 1e-6, 0.0, x.dtype)),
+        "add_rms_norm tangent": ("rms_norm_tangent", (dy, x, weight, weight.flip(0), rstd, 1e-6, 1.0, x.dtype)),
         "rope": ("rope", (q, k, *angles, positions, False, False)),
         "rope, q alone, inverse": ("rope", (q, None, *angles, None, True, True)),
         "rope, in place": ("rope_", (q.clone(), k.clone(), *angles, None, False)),
@@ -265,11 +267,14 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
             "rope_into_cache", (q, k, v, k_cache, v_cache, slots, *angles, positions, False)),
         "qk_norm_rope": ("qk_norm_rope", (q, k, head, head, *angles, positions, 1e-6, 0.0, False)),
         "qk_norm_rope, q alone": ("qk_norm_rope", (q, None, None, None, *angles, None, 1e-6, 0.0, True)),
+        "qk_norm_rope tangent": (
+            "qk_norm_rope_tangent", (dq, dk, head, None, q, k, head, head, *angles, positions, 1e-6, 0.0, False)),
         "qk_norm_rope backward": (
             "qk_norm_rope_backward", (dq, dk, q, k, head, None, *angles, positions, 1e-6, 1.0, False, True)),
         "attention": ("attention_forward", (q, k, v, *plain)),
         "attention, options": ("attention_forward", (q, k, v, *options)),
         "attention, float32 out": ("attention_forward", (q, k, v, *plain, torch.float32)),
+        "attention, prefix": ("attention_forward", (q, k, v, *options, None, kv_start)),
         "attention, packed": ("attention_forward", (*packed_qkv, *packed)),
         "attention, decoding": ("attention_forward", (token, keys, values, *decoding)),
         "attention backward": ("attention_backward", (dq, None, *saved, *plain, True, True, True, False, None)),
@@ -280,8 +285,12 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
             "attention_backward", (dq, lse, *saved, *options, False, True, True, True, None)),
         "attention backward, float32 gradients": (
             "attention_backward", (dq, None, *saved, *plain, True, True, True, False, None, torch.float32)),
+        "attention backward, prefix": (
+            "attention_backward", (dq, lse, *saved, *options, True, True, True, True, None, None, kv_start)),
         "rope_attention backward": (
             "rope_attention_backward", (dq, lse, *saved, sinks, *rest, True, True, True, True, None)),
+        "rope_attention backward, prefix": (
+            "rope_attention_backward", (dq, lse, *saved, sinks, *rest, True, True, True, True, None, kv_start)),
         "rope_attention backward, dq not needed": (
             "rope_attention_backward", (dq, None, *saved, None, *rest_narrow, False, True, True, False, None)),
         "decode_attention": (

@@ -6,7 +6,7 @@ import torch
 
 import llama_kernels as lk
 from tests.support.guards import guarded, guarded_allocations, memory_order, unchanged
-from tests.support.ideal import drawn, eager_rms_norm, eager_rope, ideal_norm_rope
+from tests.support.ideal import drawn, eager_rms_norm, eager_rope, ideal_norm_rope, ideal_tangent
 from tests.support.judge import judge
 from tests.support.rope import rows
 
@@ -50,3 +50,34 @@ def check(
         if w is not None:
             judge(f"d{name}_weight", grads[2 + i], wide_grads[2 + i], *dw)
             assert grads[2 + i].dtype == w.dtype
+
+
+def check_tangents(q, k, q_weight, k_weight, cos, sin, position_ids=None, **options) -> None:
+    """The tangents of the results, where every tensor but the tables has a tangent, against float64."""
+    inputs = [x for x in (q, k, q_weight, k_weight) if x is not None]
+    tangents = [torch.randn_like(x) for x in inputs]
+
+    def run(ops, cos, sin):
+        def call(*tensors):
+            each = iter(tensors)
+            given = (None if x is None else next(each) for x in (q, k, q_weight, k_weight))
+            outs = ops.qk_norm_rope(*given, cos, sin, position_ids, **options)
+            return tuple(x for x in outs if x is not None)
+
+        return call
+
+    given = [tuple(map(guarded, each)) for each in (inputs, tangents)]
+    with guarded_allocations(), unchanged(*given[0], *given[1], cos, sin):
+        _, results = torch.func.jvp(run(lk, cos, sin), *given)
+    wide = (tuple(x.double() for x in each) for each in (inputs, tangents))
+    _, truth = torch.func.jvp(run(lk.reference, cos.double(), sin.double()), *wide)
+    each = iter(tangents)
+    of = [None if x is None else next(each) for x in (q, k, q_weight, k_weight)]
+    for x, w, t, dw, K, R in zip((q, k), (q_weight, k_weight), of[:2], of[2:], results, truth, strict=False):
+        eps, offset, interleaved = (
+            options.get(*pair) for pair in (("eps", 1e-6), ("offset", 0.0), ("interleaved", False))
+        )
+        (normed,) = drawn(ideal_tangent, x, w, t, dw, eps, offset, torch.float32)
+        c, s = rows(x, cos, position_ids).float(), rows(x, sin, position_ids).float()
+        judge("tangent", K, R, [eager_rope(draw, c, s, interleaved).to(x.dtype) for draw in normed])
+        assert (K.dtype, memory_order(K)) == (x.dtype, memory_order(x))

@@ -8,7 +8,7 @@ import torch
 
 import llama_kernels as lk
 from tests.support.guards import guarded, guarded_allocations, memory_order, unchanged
-from tests.support.ideal import drawn, eager_rms_norm, ideal_rms_norm
+from tests.support.ideal import drawn, eager_rms_norm, ideal_rms_norm, ideal_tangent
 from tests.support.judge import judge
 
 
@@ -50,6 +50,38 @@ def run(ops: Any, x, r, w, eps, offset, upstream) -> list[torch.Tensor]:
     else:
         outs = list(ops.add_rms_norm(x, r, w, eps, offset=offset))
     return outs + list(torch.autograd.grad(outs, [t for t in (x, r, w) if t is not None], upstream))
+
+
+def check_tangent(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, weight=True, residual_dtype=None,
+    eps=1e-6, offset=0.0, size=1.0, layout=lambda x: x,
+) -> None:  # fmt: skip
+    """The tangent of y, and of residual_out where there is a residual, against float64."""
+    N = shape[-1]
+    x, r, dx, dr = (layout((size * torch.randn(shape, device=device)).to(dtype)) for _ in range(4))
+    w, dw = ((torch.randn(N, device=device) - offset).to(dtype) if weight else None for _ in range(2))
+    norms = (x, w), (dx, dw)
+    if residual_dtype is not None:
+        norms = (x, r.to(residual_dtype), w), (dx, dr.to(residual_dtype), dw)
+    primals, tangents = ([t for t in each if t is not None] for each in norms)
+
+    def run(ops: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if residual_dtype is None:
+            return (ops.rms_norm(*tensors, eps=eps, offset=offset),)
+        return ops.add_rms_norm(*tensors, eps=eps, offset=offset)
+
+    given = [[guarded(t) for t in each] for each in (primals, tangents)]
+    with guarded_allocations(), unchanged(*given[0], *given[1]):
+        _, results = torch.func.jvp(lambda *t: run(lk, *t), *map(tuple, given))
+    wide = (tuple(t.double() for t in each) for each in (primals, tangents))
+    _, truth = torch.func.jvp(lambda *t: run(lk.reference, *t), *wide)
+    s, t = x, dx
+    if residual_dtype is not None:
+        s, t = ((a.float() + b.float()).to(residual_dtype) for a, b in ((x, norms[0][1]), (dx, norms[1][1])))
+        judge("residual_out", results[1], truth[1], t)
+    (ideal,) = drawn(ideal_tangent, s, w, t, dw, eps, offset, dtype)
+    judge("y", results[0], truth[0], ideal)
+    assert results[0].dtype == dtype
 
 
 def add_is_two_ops(device: torch.device) -> None:

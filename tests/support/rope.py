@@ -159,3 +159,26 @@ def check_into_a_cache(make, slots, order, interleaved, device):
     assert torch.equal(out, q_)
     for x, cache in zip(expected, given, strict=True):
         assert torch.equal(x, cache)
+
+
+# --- several positions a token ---------------------------------------------------------------------------------------
+
+
+def check_axes(D, angles, axes, A, dtype, *, interleaved=False, layout=lambda x: x) -> None:
+    """Judge the rotation by `axes` of A positions a token, and its gradients. layout: of position_ids, (A, B, S)."""
+    device = axes.device
+    q, k = qk(2, 4, 2, 13, D, dtype, device)
+    made = torch.randint(0, angles[0].shape[0], (A, 2, 13), device=device)
+    position_ids = layout(made)
+    position_ids = position_ids.transpose(0, 2) if position_ids.shape[0] == 13 else position_ids
+    given = [guarded(x).requires_grad_() for x in (q, k)]
+    tables_ = [guarded(x) for x in angles]
+    with guarded_allocations(), unchanged(*given, *tables_, axes, position_ids):
+        outs = lk.rope(*given, *tables_, position_ids, axes=axes, interleaved=interleaved)
+    rows_, columns = position_ids.long()[axes.long()].movedim(0, -1), torch.arange(axes.shape[0], device=device)
+    c, s = (table[rows_, columns][:, None] for table in angles)
+    for name, x, leaf, out in zip("qk", (q, k), given, outs, strict=True):
+        judge_rotation(name, out, x, c, s, interleaved, False)
+        dx = torch.randn_like(x)
+        (grad,) = torch.autograd.grad(out, leaf, dx, retain_graph=True)
+        judge_rotation(f"d{name}", grad, dx, c, transposed(s, D, interleaved), interleaved, False)

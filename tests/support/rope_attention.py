@@ -11,7 +11,7 @@ import torch
 import llama_kernels as lk
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.rotation import full_width, rotates_in_registers
-from tests.support.attention import Case, Inputs, in_float64, judge_results, make, tiles
+from tests.support.attention import BOUNDS, Case, Inputs, in_float64, judge_results, make, tiles
 from tests.support.guards import guarded, guarded_allocations, relaid, unchanged
 from tests.support.ideal import attention_mask, drawn, eager_rope, ideal_attention, transposed
 from tests.support.launches import Launched, kernels_launched, names
@@ -21,7 +21,8 @@ from tests.support.rope import rows, tables
 def run(ops: Any, case: Case, x: Inputs, *angles: torch.Tensor | None, interleaved: bool = False) -> list[torch.Tensor]:
     """out, lse and the gradients of `ops`' rope_attention, lk or lk.reference."""
     options = {name: getattr(case, name) for name in ("is_causal", "window_size", "softcap", "scale")}
-    options.update(sinks=x.sinks, kv_start=x.kv_start, kv_end=x.kv_end, return_lse=True, interleaved=interleaved)
+    options.update(sinks=x.sinks, return_lse=True, interleaved=interleaved)
+    options.update({name: getattr(x, name) for name in BOUNDS})
     out, lse = ops.rope_attention(x.q, x.k, x.v, *angles, **options)
     return [out, lse, *torch.autograd.grad((out, lse), x.tensors, (x.do, x.dlse))]
 
@@ -38,7 +39,8 @@ def ideal(
     rotate = functools.partial(eager_rope, interleaved=interleaved)
     c, s = (rows(x.q, table.float(), position_ids) for table in (cos, sin))
     q, k = (rotate(t.float(), c, s).to(t.dtype) for t in (x.q, x.k))
-    see = attention_mask(case.Sq, case.Sk, case.is_causal, case.window_size, x.kv_start, x.kv_end, x.q.device)
+    rule = (case.is_causal, case.window_size, x.kv_start, x.kv_end, x.q.device, x.kv_prefix)
+    see = attention_mask(case.Sq, case.Sk, *rule)
     scale = case.D**-0.5 if case.scale is None else case.scale
     call = (q, k, x.v, see, scale, case.softcap, x.sinks, x.do, x.dlse)
 

@@ -1,7 +1,7 @@
 """The attention function of attn_implementation="llama_kernels".
 
-The kernels do not support dropout, heads wider than 256, or masks that are not one range of keys for each query. Such
-calls run in PyTorch's SDPA or in the model's own eager function, and one warning names the reason.
+The kernels do not support dropout, heads too wide for a program, or masks that are not one range of keys for each
+query. Such calls run in PyTorch's SDPA or in the model's own eager function, and one warning names the reason.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ from llama_kernels.integrations.transformers.source import decorated, passes_mas
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
+from llama_kernels.ops.attention.tables import fits
 from llama_kernels.reference.attention import AttentionOptions
 
 NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # marks modules whose masks already separate packed documents
+context_parallels: list[Any] = []  # of llama_kernels.distributed.context_parallel, the innermost last
 logger = logging.getLogger(__name__)
 
 
@@ -91,6 +93,9 @@ def attention_forward(
         _refuse_in_context_parallel(reason or (None if causal else "is_causal=False"))
         left = -1 if sliding_window is None else sliding_window - 1
         return _context_parallel(query, key, value, doc_start, left, options), None
+    if attention_mask is None and causal and context_parallels:
+        fix = "If accelerate drops it, leave cp_size out of its ParallelismConfig."
+        raise ValueError(message("context_parallel", "attention_mask", "missing in a layer", "that of the model", fix))
     if reason is not None and cu_seq_lens_q is not None:
         wanted = "None, since stock attention does not read it"
         raise ValueError(message("attention_forward", "cu_seq_lens_q", f"given beside {reason}", wanted))
@@ -119,6 +124,8 @@ def attention_forward(
         options |= {"is_causal": False, "window_size": (ranges.left, ranges.right), "kv_start": starts}
         out = attention(query, key, value, **options)
     else:
+        if ranges.prefix is not None:
+            _refuse_local_attention(module, sliding_window)
         out = _of_ranges(query, key, value, ranges, options)
     return out.transpose(1, 2).contiguous(), None
 
@@ -128,15 +135,14 @@ def _context_parallel(
     options: AttentionOptions,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention to the keys of all processes, inside `llama_kernels.distributed.context_parallel`."""
-    from llama_kernels.distributed import models
     from llama_kernels.distributed.attention import cp_attention
 
-    context = models.active()
-    if context is None:
+    if not context_parallels:
         fix = "Run the backward inside context_parallel too, since it computes checkpointed layers again."
         raise ValueError(
             message("attention_forward", "attention_mask", "of a context_parallel that ended", "None", fix)
         )
+    context = context_parallels[-1]
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = cp_attention(
         query, key, value, mesh=context.mesh, layout=context.layout, method=context.method,
@@ -166,7 +172,9 @@ def _of_ranges(
         ranges = without_hidden_keys(ranges.start.long(), ranges.end.long(), valid, None)
     if ranges.order is not None:
         key, value = _Rearranged.call("attention", key, value, ranges.order, ranges.inverse)
-    options |= {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), "is_causal": False}
+    prefix = None if ranges.prefix is None else ranges.prefix.contiguous()
+    options |= {"kv_start": ranges.start.contiguous(), "kv_end": ranges.end.contiguous(), "kv_prefix": prefix}
+    options |= {"is_causal": False}
     out = attention(query, key, value, **options)
     if ranges.sound is not None:
         out = out.masked_fill((ranges.sound[:, :1] == 0)[:, :, None, None], float("nan"))
@@ -239,8 +247,8 @@ def _why_stock(
         return f"a {type(query).__name__} on {query.device.type}"
     if value.dtype not in KERNEL_DTYPES:
         return str(value.dtype)
-    if max(query.shape[-1], value.shape[-1]) > 256:
-        return "heads wider than 256"
+    if query.shape[-1] > 576 or value.shape[-1] > 512 or (value.is_cuda and not fits(query, value)):
+        return f"heads {max(query.shape[-1], value.shape[-1])} wide"
     return None
 
 
@@ -281,6 +289,17 @@ def _stock(
 @functools.cache
 def _warn_of_stock(reason: str) -> None:
     logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs instead of the kernels", reason)
+
+
+def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> None:
+    """Raise if a layer of the model does not attend to all earlier tokens, which a mask of shared prompts shows it."""
+    kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ()) - {"full_attention"}
+    if sliding_window is not None or kinds:
+        layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"
+        layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"
+        got = f"with layers of {layers}"
+        fix = "Repeat the prompt for each completion with this model."
+        raise ValueError(message("share_prompts", "model", got, "layers that attend to all earlier tokens", fix))
 
 
 def _refuse_context_parallel() -> None:

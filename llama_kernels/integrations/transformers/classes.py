@@ -50,9 +50,7 @@ def _functions_of(cls: type) -> tuple[Any, ...]:
 
 def _rotary_names(inner: Any) -> list[str]:
     names = source.global_names(inner)
-    return sorted(
-        name for name in names if name.startswith("apply_") and "rotary" in name and name in inner.__globals__
-    )
+    return sorted(name for name in names if "apply_" in name and "rotary" in name and name in inner.__globals__)
 
 
 def _base_that_rotates(cls: type) -> type | None:

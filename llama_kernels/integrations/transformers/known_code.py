@@ -93,13 +93,16 @@ def norm_of(cls: type) -> Norm | None:
     return norm if _globals_are_torch(forward) else None
 
 
+_HELPERS = ("_apply_rotary_emb", "rotate_every_two", "reshape_for_broadcast")
+
+
 def rotary_of(function: Any) -> tuple[Rotary, bool] | None:
     """The entry of an apply_rotary_pos_emb, and whether it interleaves pairs. None if the function is not known."""
     text, helpers = source.without_unused_defaults(source.text_of(function)), {}
     for name in source.global_names(function):
         if name.startswith("rotate_half"):  # rotate_half_text, rotate_half_llm
             text, helpers["rotate_half"] = text.replace(f"{name}(", "rotate_half("), function.__globals__.get(name)
-        elif name == "_apply_rotary_emb":
+        elif name in _HELPERS:
             helpers[name] = function.__globals__.get(name)
     rotary = _rotaries().get(text)
     if rotary is None or not _globals_are_torch(function):

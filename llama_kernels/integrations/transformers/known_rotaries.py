@@ -6,18 +6,21 @@ from typing import NamedTuple
 
 
 class Rotary(NamedTuple):
-    """(q, k, cos, sin) -> q and k rotated: y0 = x0 cos - x1 sin, y1 = x1 cos + x0 sin for each pair."""
+    """(q, k, cos, sin) -> q and k rotated, or one of them: y0 = x0 cos - x1 sin, y1 = x1 cos + x0 sin for each pair."""
 
     families: str
     text: str
     helper: str = "rotate_half"  # the function that chooses the elements of each pair
     # The contents of a row of cos. "elements": an angle for each element. "first half": the same, but the function
     # uses the first half only. "pairs": an angle for each pair. "complex": cos + i sin for each pair, without an
-    # argument sin. "sections": three or four rows of "elements"; each frequency takes its angle from one of them.
+    # argument sin. "complex grid": the same without a dimension of sequences, (S, 1, pairs). "sections": three or four
+    # rows of "elements"; each frequency takes its angle from one of them.
     tables: str = "elements"
     promotes: bool = True  # the result's dtype is the one that q and cos promote to. False: that of q
     sorted_first: bool = False  # the pairs (2i, 2i + 1) of the input are the pairs (i, i + R/2) of the result
     heads: int | None = None  # the dimension of the heads. None: the argument unsqueeze_dim gives it
+    # The arguments, where they are not (q, k, cos, sin): "x, cos, sin" or "x, sin, cos" rotates q or k alone.
+    arguments: str = ""
 
 
 _UNSQUEEZE = """    cos = cos.unsqueeze(unsqueeze_dim)
@@ -102,6 +105,17 @@ ROTARIES = (
     q_embed = torch.cat([q1 * cos - q2 * sin, q2 * cos + q1 * sin], dim=-1)
     k_embed = torch.cat([k1 * cos - k2 * sin, k2 * cos + k1 * sin], dim=-1)
 """ + _RETURN, helper="", tables="first half", sorted_first=True),
+    Rotary("mistral_large4", """def f(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos[..., : cos.shape[-1] // 2].unsqueeze(unsqueeze_dim)
+    sin = sin[..., : sin.shape[-1] // 2].unsqueeze(unsqueeze_dim)
+    q1, q2 = q[..., 0::2], q[..., 1::2]
+    q_embed = torch.cat([q1 * cos - q2 * sin, q2 * cos + q1 * sin], dim=-1)
+    if k is not None:
+        k1, k2 = k[..., 0::2], k[..., 1::2]
+        k_embed = torch.cat([k1 * cos - k2 * sin, k2 * cos + k1 * sin], dim=-1)
+    else:
+        k_embed = None
+""" + _RETURN, helper="", tables="first half", sorted_first=True),
     Rotary("deepseek_v3, longcat_flash of Transformers 4", _DEF + _UNSQUEEZE + """    b, h, s, d = q.shape
     q = q.view(b, h, s, d // 2, 2).transpose(4, 3).reshape(b, h, s, d)
     b, h, s, d = k.shape
@@ -114,6 +128,22 @@ ROTARIES = (
     xq_out = torch.view_as_real(xq_ * freqs_cis).flatten(3).type_as(xq)
     xk_out = torch.view_as_real(xk_ * freqs_cis).flatten(3).type_as(xk)
     return xq_out, xk_out""", helper="", tables="complex", promotes=False, heads=1),
+    Rotary("llama4 (vision tower)", """def f(query, key, freqs_ci):
+    query_ = torch.view_as_complex(query.float().reshape(*query.shape[:-1], -1, 2))
+    key_ = torch.view_as_complex(key.float().reshape(*key.shape[:-1], -1, 2))
+    freqs_ci = reshape_for_broadcast(freqs_ci=freqs_ci, query=query_)
+    freqs_ci = freqs_ci.to(query_.device)
+    query_out = torch.view_as_real(query_ * freqs_ci).flatten(3)
+    key_out = torch.view_as_real(key_ * freqs_ci).flatten(3)
+    return query_out.type_as(query), key_out.type_as(key)""", helper="reshape_for_broadcast", tables="complex grid",
+           promotes=False, heads=2),
+    Rotary("gptj, codegen", """def f(tensor, sin, cos):
+    sin = torch.repeat_interleave(sin[:, :, None, :], 2, 3)
+    cos = torch.repeat_interleave(cos[:, :, None, :], 2, 3)
+    return tensor * cos + rotate_every_two(tensor) * sin""", helper="rotate_every_two", tables="pairs", heads=2,
+           arguments="x, sin, cos"),
+    Rotary("gemma3n, gemma4, gemma4_unified, diffusion_gemma", "def f(x, cos, sin, unsqueeze_dim=1):\n" + _UNSQUEEZE
+           + "    return x * cos + rotate_half(x) * sin", arguments="x, cos, sin"),
     Rotary("qwen2_vl, qwen2_5_vl of Transformers 4", "def f(q, k, cos, sin, mrope_section, unsqueeze_dim=1):\n"
            "    mrope_section = mrope_section * 2\n" + _SECTIONS + _ROTATE + _RETURN, tables="sections"),
     Rotary("vision towers: qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v", _VISION + _ROTATE
@@ -141,4 +171,13 @@ PAIRINGS = {
     first_ = first_half * cos - second_half * sin
     second_ = second_half * cos + first_half * sin
     return torch.cat((first_, second_), dim=-1)""": False,
+    """def rotate_every_two(x):
+    x1 = x[:, :, :, ::2]
+    x2 = x[:, :, :, 1::2]
+    x = torch.stack((-x2, x1), dim=-1)
+    return x.flatten(-2)""": True,
+    """def reshape_for_broadcast(freqs_ci, query):
+    ndim = query.ndim
+    shape = [d if i == 1 or i == ndim - 1 else 1 for i, d in enumerate(query.shape)]
+    return freqs_ci.view(*shape)""": True,
 }

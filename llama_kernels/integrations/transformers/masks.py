@@ -45,6 +45,7 @@ class KeyRanges(NamedTuple):
     inverse: torch.Tensor | None = None  # (B, Sk) int32, the new position of each key; -1 - position for a hidden key
     valid: torch.Tensor | None = None  # (B, Sk) int32
     sound: torch.Tensor | None = None  # (B, Sk) int32, 0 in sequences whose result must be NaN
+    prefix: torch.Tensor | None = None  # (B, Sq) int32: so many first keys are visible besides; without the others
 
 
 # --- a mask as one 4-D tensor, which Transformers passes on unchanged ------------------------------------------------
@@ -54,8 +55,14 @@ class KeyRanges(NamedTuple):
 
 
 def pack(ranges: KeyRanges) -> torch.Tensor:
-    """The fields that are not None, each padded to one length: (B, fields, 1, max(Sq, Sk)) int32."""
-    queries, keys = ranges[:2], [line for line in ranges[2:] if line is not None]
+    """The fields that are not None, each padded to one length: (B, fields, 1, max(Sq, Sk)) int32.
+
+    The number of fields says which they are. So the prefix is there four times.
+    """
+    queries: list[torch.Tensor] = [ranges.start, ranges.end]
+    if ranges.prefix is not None:
+        queries += [ranges.prefix] * 4
+    keys = [line for line in ranges[2:6] if line is not None]
     length = max(line.shape[-1] for line in (*queries, *keys))
     lines = [F.pad(line, (length - line.shape[-1], 0)) for line in queries]
     return torch.stack([*lines, *(F.pad(line, (0, length - line.shape[-1])) for line in keys)], 1)[:, :, None]
@@ -82,7 +89,10 @@ def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
     if mask.shape[2] == 0:
         return Window(mask.shape[1] - 2, mask.shape[0] - 2)
     lines = mask[:, :, 0].unbind(1)
-    start, end = (line[:, line.shape[1] - Sq :] for line in lines[:2])
+    of_queries = [line[:, line.shape[1] - Sq :] for line in lines[:3]]
+    start, end = of_queries[:2]
+    if len(lines) == 6:
+        return KeyRanges(start, end, prefix=of_queries[2])
     names = {2: (), 3: ("valid",), 4: ("order", "inverse"), 5: ("order", "inverse", "sound")}[len(lines)]
     return KeyRanges(start, end, **{name: line[:, :Sk] for name, line in zip(names, lines[2:], strict=True)})
 
@@ -103,6 +113,8 @@ def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
     see = (place[:, None] >= ranges.start[..., None]) & (place[:, None] < ranges.end[..., None])
     if ranges.valid is not None:
         see &= ranges.valid.bool()[:, None]
+    if ranges.prefix is not None:
+        see |= place[:, None] < ranges.prefix[..., None]
     return see[:, None]
 
 

@@ -164,6 +164,22 @@ def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) 
             return stock(xq, xk, freqs_cis)
         return _rotate(known, True, xq, xk, cos, sin, known.heads)
 
+    def of_complex_grid(query: Any, key: Any, freqs_ci: Any) -> Any:
+        cos, sin = freqs_ci.real.squeeze(1)[None], freqs_ci.imag.squeeze(1)[None]  # (1, S, pairs)
+        if not _can_rotate(known, query, key, cos, sin, known.heads):
+            return stock(query, key, freqs_ci)
+        return _rotate(known, True, query, key, cos, sin, known.heads)
+
+    def of_one(x: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        if not _can_rotate(known, x, x, cos, sin, unsqueeze_dim):
+            return stock(x, cos, sin, unsqueeze_dim)
+        return _rotate(known, interleaved, x, None, cos, sin, unsqueeze_dim)[0]
+
+    def of_one_sin_first(tensor: Any, sin: Any, cos: Any) -> Any:
+        if not _can_rotate(known, tensor, tensor, cos, sin, known.heads):
+            return stock(tensor, sin, cos)
+        return _rotate(known, interleaved, tensor, None, cos, sin, known.heads)[0]
+
     def of_sections(q: Any, k: Any, cos: Any, sin: Any, mrope_section: Any, unsqueeze_dim: int = 1) -> Any:
         c, s = (torch.cat([m[i % 3] for i, m in enumerate(x.split(mrope_section * 2, dim=-1))], dim=-1)
                 for x in (cos, sin))  # fmt: skip
@@ -177,8 +193,11 @@ def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) 
             return stock(q, k, cos, sin, *args, **kwargs)
         return _rotate(known, interleaved, q, k, cos, sin, heads)
 
-    kinds: dict[str, Callable[..., Any]] = {"complex": of_complex, "sections": of_sections}
-    ours = functools.wraps(stock)(kinds.get(known.tables, of_rows))
+    kinds: dict[str, Callable[..., Any]] = {
+        "complex": of_complex, "complex grid": of_complex_grid, "sections": of_sections, "x, cos, sin": of_one,
+        "x, sin, cos": of_one_sin_first,
+    }  # fmt: skip
+    ours = functools.wraps(stock)(kinds.get(known.arguments or known.tables, of_rows))
     if stock is replaced:
         return ours
     return lambda *args, **kwargs: (replaced if _is_kernelized(replaced) else ours)(*args, **kwargs)
@@ -193,26 +212,26 @@ def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -
     """Whether `rope` returns what stock code does for these arguments.
 
     q and k are (B, H, S, D) if heads is 1, (B, S, H, D) if it is 2, and (S, H, D), as in vision towers, if it is -2.
-    cos and sin have a row for each token.
+    cos and sin have a row for each token. If heads is 0, q and k are (B, H, S, D) and all sequences have the same rows.
     """
     if not (_takes(q) and _takes(k) and is_plain(cos) and is_plain(sin)):
         return False
-    packed = q.ndim == 3 and heads == -2
-    if not packed and (q.ndim != 4 or heads not in (1, 2)):
+    packed, shared = q.ndim == 3 and heads == -2, q.ndim == 4 and heads == 0
+    if not (packed or shared) and (q.ndim != 4 or heads not in (1, 2)):
         return False
-    tokens = q.shape[:1] if packed else (q.shape[0], q.shape[3 - heads])
-    H = 1 if packed else heads
-    R = cos.shape[-1] * (2 if known.tables in ("pairs", "complex") else 1)
+    H = 1 if packed or shared else heads
+    tokens = q.shape[:1] if packed else q.shape[2:3] if shared else (q.shape[0], q.shape[3 - heads])
+    R = _rotated_width(known, cos)
     return (
         k.ndim == q.ndim
         and k.dtype == q.dtype
         and [n for d, n in enumerate(k.shape) if d != H] == [n for d, n in enumerate(q.shape) if d != H]
-        and cos.ndim == q.ndim - 1
+        and cos.ndim == len(tokens) + 1
         and sin.shape == cos.shape
         and sin.dtype == cos.dtype
         and cos.dtype.is_floating_point
         and q.device == k.device == cos.device == sin.device
-        and (cos.shape[:-1] == tokens or (not packed and cos.shape[:-1] == (1, tokens[1])))
+        and (cos.shape[:-1] == tokens or (len(tokens) == 2 and cos.shape[:-1] == (1, tokens[1])))
         and R % 2 == 0
         and 0 < R <= q.shape[-1]
         and not (known.sorted_first and q.shape[-1] != R)
@@ -221,28 +240,36 @@ def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -
     )
 
 
+def _rotated_width(known: Rotary, cos: torch.Tensor) -> int:
+    """R, the number of rotated elements of a head."""
+    return cos.shape[-1] * (2 if known.tables in ("pairs", "complex", "complex grid") else 1)
+
+
 def _rotate(known: Rotary, interleaved: bool, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -> Any:
     cos, sin, R = _tables(known, cos, sin)
-    if heads == 2:
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    given = [x if heads != 2 else x.transpose(1, 2) for x in (q, k) if x is not None]
     if known.sorted_first:
-        q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
+        given = [x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in given]
         interleaved = False
-    D = q.shape[-1]
-    if cos.shape[-1] == R and 2 * R <= D:  # `rope` would read tables of this width as an angle for each pair
-        rotated = rope(q[..., :R], k[..., :R], cos, sin, interleaved=interleaved)
-        q, k = (torch.cat((x, rest[..., R:]), -1) for x, rest in zip(rotated, (q, k), strict=True))
-    else:
-        q, k = rope(q, k, cos, sin, interleaved=interleaved)
-    return (q.transpose(1, 2), k.transpose(1, 2)) if heads == 2 else (q, k)
+    parts = given
+    separate = cos.shape[-1] == R and q.shape[-1] >= 2 * R  # `rope` would read such tables as an angle for each pair
+    if separate:
+        parts = [x[..., :R] for x in given]
+    rotated: Any = rope(*(*parts, None)[:2], cos, sin, interleaved=interleaved)
+    if separate:
+        rotated = [torch.cat((y, x[..., R:]), -1) for x, y in zip(given, rotated, strict=False)]
+    q, k = (*rotated, None)[:2]
+    return tuple(x.transpose(1, 2) if heads == 2 and x is not None else x for x in (q, k))
 
 
 def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """cos and sin for `rope`, and R, the number of rotated elements of a head."""
+    if torch.compiler.is_exporting():  # a stage of an exported pipeline gets them as tensors that require grad
+        cos, sin = cos.detach(), sin.detach()
     if known.tables == "first half":
         R = cos.shape[-1]
         return cos[..., : R // 2], sin[..., : R // 2], R
-    return cos, sin, cos.shape[-1] * (2 if known.tables in ("pairs", "complex") else 1)
+    return cos, sin, _rotated_width(known, cos)
 
 
 def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool) -> Callable[..., Any]:

@@ -56,6 +56,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
     kv_end: torch.Tensor | None = None,
+    kv_prefix: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -68,9 +69,9 @@ def attention(
     algorithm: Dao, FlashAttention-2, arXiv 2307.08691.
 
     Args:
-        q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 256. Any strides, such as those of (B, S, H, D)
+        q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 576. Any strides, such as those of (B, S, H, D)
             after .transpose(1, 2); a last dimension that is not contiguous is copied.
-        k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), of q's dtype. Hq is a multiple of Hkv.
+        k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), of q's dtype, Dv from 1 to 512. Hq is a multiple of Hkv.
         is_causal: query i sees keys j <= i + Sk - Sq. The mask is aligned at the bottom right, as a KV cache needs it.
             PyTorch's scaled_dot_product_attention aligns it at the top left, which is the same where Sq == Sk.
         scale: factor of the scores. None: D ** -0.5.
@@ -82,6 +83,9 @@ def attention(
         kv_start, kv_end: (B, Sq) int32. Row i sees only keys j with kv_start[b, i] <= j < kv_end[b, i]. This serves
             padded and packed batches, and caches longer than their contents, without unpadding, host sync or graph
             break. Blocks of keys outside are skipped.
+        kv_prefix: (B, Sq) int32. Row i also sees the first kv_prefix[b, i] keys, which is_causal, window_size, kv_start
+            and kv_end do not hide. A key that it sees either way counts once. This serves completions that share a
+            prompt in one sequence, first tokens that stay visible beside a window, and prefixes without causal mask.
         return_lse: also return lse, the logarithm of the sum of the exponentials of each row's scores. Differentiable.
         deterministic: True: the gradients repeat bit for bit. None: as torch.are_deterministic_algorithms_enabled()
             says. Only dq of the Hopper kernels (`llama_kernels.hopper_attention`) may differ from run to run; where it
@@ -97,7 +101,7 @@ def attention(
     """
     call = checked_call(
         "attention", q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
-        kv_start=kv_start, kv_end=kv_end, deterministic=deterministic,
+        kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,
     )  # fmt: skip
     out, lse = attend("attention", call, deterministic)
     return (out, lse) if return_lse else out
@@ -140,6 +144,7 @@ def attention_varlen(
     sinks: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
     kv_end: torch.Tensor | None = None,
+    kv_prefix: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +158,7 @@ def attention_varlen(
             the GPU; they are clamped, so that nothing outside the tensors is read. Inside `llama_kernels.checked` they
             are checked. Results of overlapping sequences are undefined.
         max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more. Longer sequences are cut off there.
-        kv_start, kv_end: (Tq,) int32, counted from the first key of the row's own sequence.
+        kv_start, kv_end, kv_prefix: (Tq,) int32, counted from the first key of the row's own sequence.
         Others: as in `attention`, where Sq and Sk are the lengths of each sequence.
 
     Returns:
@@ -165,7 +170,7 @@ def attention_varlen(
     op, packing = "attention_varlen", Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     call = checked_call(
         op, q, k, v, packing, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
-        kv_start=kv_start, kv_end=kv_end, deterministic=deterministic,
+        kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,
     )  # fmt: skip
     out, lse = attend(op, call, deterministic)
     return (out, lse) if return_lse else out

@@ -22,6 +22,7 @@ from llama_kernels.ops.attention.call import (
     empty_grads,
     far,
     lse_strides,
+    width_class,
 )
 from llama_kernels.ops.attention.delta import launch_delta
 from llama_kernels.ops.attention.dkdv import _dkdv_kernel
@@ -33,6 +34,7 @@ from llama_kernels.ops.rotation import Rotation
 
 # Programs of dk and dv for one sequence: about two for each SM of a large GPU. Fewer divide a group's heads among them.
 ENOUGH_PROGRAMS = 256
+MOST_COLUMNS = 512  # of dq, where a launch computes a part of them
 # Rows that a part of a group has at least, so that to add up the parts takes under a tenth of their time.
 ROWS_OF_A_PART = 16384
 
@@ -61,7 +63,7 @@ class _Sums(NamedTuple):
 
 
 def _tile_of_keys(call: AttentionCall) -> Tile:
-    return tile_for("dkdv", call.q, call.v, call.softcap is not None or call.kv_end is not None)
+    return tile_for("dkdv", call.q, call.v, any(x is not None for x in (call.softcap, call.kv_end, call.kv_prefix)))
 
 
 def _arguments(call: AttentionCall, given, outputs, rotation: Rotation, list_ptr, sizes: Sizes) -> tuple[Any, ...]:
@@ -69,7 +71,7 @@ def _arguments(call: AttentionCall, given, outputs, rotation: Rotation, list_ptr
     tensors, delta = (call.q, call.k, call.v, given[0]), given[2]
     return (
         call.q, call.k, call.v, *given, *outputs,
-        call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors, list_ptr,
+        call.kv_start, call.kv_end, call.kv_prefix, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors, list_ptr,
         *map(strides_of, tensors), lse_strides(delta), *map(optional_strides_of, outputs),
         *call.bound_strides, *rotation.strides,
         sizes.as_arguments(), call.scoring, call.window, rotation.positions,
@@ -107,16 +109,22 @@ def _dkdv_launches(call: AttentionCall, given, outputs, rotation: Rotation, list
     return launches
 
 
-def _dq_launch(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> Launch:
+def _dq_launches(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> list[Launch]:
     sizes = call.sizes
-    tile = tile_for("dq", call.q, call.v, call.crowded or call.packed or rotation.half > 0)
+    crowded, prefix = call.crowded or call.packed or rotation.half > 0, call.kv_prefix is not None
+    tile = tile_for("dq", call.q, call.v, crowded, prefix)
     if rotation.half and tile.crowded:
         tile = tile.crowded
     programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
     if list_q is not None:
         programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))
-    options = {**_flags(call, given[0], rotation), **tile.launch_options}
-    return Launch(_dq_kernel, (programs,), _arguments(call, given, (dq,), rotation, list_q, sizes), options)
+    args = _arguments(call, given, (dq,), rotation, list_q, sizes)
+    D, flags = call.q.shape[-1], {**_flags(call, given[0], rotation), **tile.launch_options}
+    step = MOST_COLUMNS if tile.split else D
+    return [
+        Launch(_dq_kernel, (programs,), args, {**flags, "FIRST": first, "COLUMNS": width_class(min(D - first, step))})
+        for first in range(0, D, step)
+    ]
 
 
 @cached_launch
@@ -127,7 +135,7 @@ def _launches(
     given, (list_q, list_k) = (do, lse2, delta), lists or (None, None)
     launches = _dkdv_launches(call, given, (dk, dv), rotation, list_k, sums)
     if dq is not None:
-        launches.append(_dq_launch(call, given, dq, rotation, list_q))
+        launches += _dq_launches(call, given, dq, rotation, list_q)
     return launches
 
 

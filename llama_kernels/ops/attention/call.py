@@ -80,6 +80,7 @@ class AttentionCall(NamedTuple):
     left: int | None  # of the window
     right: int | None
     out_dtype: torch.dtype | None = None  # of out; None: that of q
+    kv_prefix: torch.Tensor | None = None  # in the shape of kv_start: each row sees so many first keys besides
 
     @property
     def packed(self) -> bool:
@@ -115,13 +116,13 @@ class AttentionCall(NamedTuple):
 
     @property
     def bound_strides(self) -> tuple[tuple[int, int, int] | None, ...]:
-        """Strides of kv_start and of kv_end: of batch, head (all heads share them) and token."""
-        return _bound_strides(self.kv_start), _bound_strides(self.kv_end)
+        """Strides of kv_start, kv_end and kv_prefix: of batch, head (all heads share them) and token."""
+        return _bound_strides(self.kv_start), _bound_strides(self.kv_end), _bound_strides(self.kv_prefix)
 
     @property
     def crowded(self) -> bool:
         """Whether options are on that take registers in the forward and in dq."""
-        return any(x is not None for x in (self.softcap, self.left, self.kv_start, self.kv_end))
+        return any(x is not None for x in (self.softcap, self.left, self.kv_start, self.kv_end, self.kv_prefix))
 
 
 class Wanted(NamedTuple):

@@ -11,6 +11,7 @@ from llama_kernels.core.checks import check_tensors, message, shape_of, values_a
 from llama_kernels.core.tensors import autocast_dtype, last_dim_contiguous
 from llama_kernels.ops.attention.call import AttentionCall
 
+_WIDEST_HEAD_OF_Q, _WIDEST_HEAD_OF_V = 576, 512
 # A window as wide as this hides no key. A wider one would overflow where positions are added to it.
 _WIDEST = 2**30
 
@@ -38,6 +39,7 @@ def checked_call(
     sinks: torch.Tensor | None,
     kv_start: torch.Tensor | None,
     kv_end: torch.Tensor | None,
+    kv_prefix: torch.Tensor | None = None,
     deterministic: bool | None,
 ) -> AttentionCall:
     """The call of these arguments, which are those of `attention`, as the registered ops take it.
@@ -54,6 +56,8 @@ def checked_call(
         _check_bound(op, q, "kv_start", kv_start)
     if kv_end is not None:
         _check_bound(op, q, "kv_end", kv_end)
+    if kv_prefix is not None:
+        _check_bound(op, q, "kv_prefix", kv_prefix)
     if packing is not None:
         _check_packing(op, q, k, packing)
     left, right = window_size
@@ -72,6 +76,7 @@ def checked_call(
         softcap or None,
         None if left < 0 else min(left, _WIDEST),
         0 if is_causal else None if right < 0 else min(right, _WIDEST),
+        kv_prefix=kv_prefix,
     )
 
 
@@ -105,9 +110,9 @@ def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packe
     if Hq != 0 if Hkv == 0 else Hq % Hkv:
         fix = f"Got q {tuple(of_q)}, k {tuple(of_k)}."
         raise ValueError(message(op, "k", f"of {Hkv} heads", f"a divisor of q's {Hq} heads", fix))
-    if not (1 <= of_q[-1] <= 256 and 1 <= of_v[-1] <= 256):
-        name, x = ("v", v) if 1 <= of_q[-1] <= 256 else ("q", q)
-        raise ValueError(message(op, name, shape_of(x), "a head width from 1 to 256"))
+    for name, x, widest in (("q", q, _WIDEST_HEAD_OF_Q), ("v", v, _WIDEST_HEAD_OF_V)):
+        if not 1 <= x.shape[-1] <= widest:
+            raise ValueError(message(op, name, shape_of(x), f"a head width from 1 to {widest}"))
 
 
 def _check_numbers(
@@ -133,7 +138,7 @@ def _check_sinks(op: str, q: torch.Tensor, sinks: torch.Tensor) -> None:
 
 
 def _check_bound(op: str, q: torch.Tensor, name: str, bound: torch.Tensor) -> None:
-    """name: kv_start or kv_end."""
+    """name: kv_start, kv_end or kv_prefix."""
     rows = (q.shape[0], q.shape[2]) if q.ndim == 4 else (q.shape[0],)
     check_tensors(op, (torch.int32,), **{name: bound})
     if bound.shape != rows:

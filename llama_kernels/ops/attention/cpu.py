@@ -33,7 +33,8 @@ def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         return cpu_flash.flash_forward(call)
     options: AttentionOptions = {
         "is_causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks,
-        "kv_start": call.kv_start, "kv_end": call.kv_end, "window_size": _window_size(call),
+        "kv_start": call.kv_start, "kv_end": call.kv_end, "kv_prefix": call.kv_prefix,
+        "window_size": _window_size(call),
     }  # fmt: skip
     q = call.q.to(torch.promote_types(call.q.dtype, torch.float32))  # out is rounded where it is stored
     return attention(q, call.k, call.v, return_lse=True, **options)
@@ -77,6 +78,7 @@ def _sequences(call) -> Iterator[tuple[slice, slice, AttentionCall]]:
             q=_dense(call.q[rows]), k=_dense(call.k[keys]), v=_dense(call.v[keys]),
             kv_start=None if call.kv_start is None else call.kv_start[None, rows],
             kv_end=None if call.kv_end is None else call.kv_end[None, rows],
+            kv_prefix=None if call.kv_prefix is None else call.kv_prefix[None, rows],
             cu_seqlens_q=None, cu_seqlens_k=None, longest_q=rows.stop - rows.start, longest_k=keys.stop - keys.start,
         )  # fmt: skip
 
@@ -96,7 +98,7 @@ def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor
     Hq, Hkv, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     groups = (Hkv, Hq // Hkv if Hkv else 1)
     q, do, out = (x.float().unflatten(1, groups) for x in (q, do, out))  # (B, Hkv, G, Sq, D)
-    see = visible(Sq, Sk, False, _window_size(call), call.kv_start, call.kv_end, q.device)
+    see = visible(Sq, Sk, False, _window_size(call), call.kv_start, call.kv_end, q.device, call.kv_prefix)
     k, v = (x.float().masked_fill(unseen(see), 0) for x in (k, v))  # (B, Hkv, Sk, D)
     lse = lse.unflatten(1, groups).unsqueeze(-1)  # (B, Hkv, G, Sq, 1)
 

@@ -64,13 +64,12 @@ def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor,
 def _arguments(call: AttentionCall) -> _Arguments:
     q, k, v = (x.float() for x in (call.q, call.k, call.v))
     Sq, Sk, sizes = q.shape[2], k.shape[2], call.sizes
-    bounds = (call.kv_start, call.kv_end)
-    window, unbounded = call.window, all(bound is None for bound in bounds)
-    is_causal = unbounded and window.left is None and window.right == 0 and Sq == Sk
+    window, unbounded = call.window, call.kv_start is None and call.kv_end is None
+    is_causal = unbounded and window.left is None and window.right == 0 and Sq == Sk and call.kv_prefix is None
     mask = None
     if not is_causal and not (unbounded and window.left is None and window.right is None):
         left, right = (-1 if side is None else side for side in window)
-        see = visible(Sq, Sk, False, (left, right), *bounds, q.device)
+        see = visible(Sq, Sk, False, (left, right), call.kv_start, call.kv_end, q.device, call.kv_prefix)
         k, v = (x.masked_fill(unseen(see), 0) for x in (k, v))  # keys that no query sees may hold NaN
         mask = torch.zeros(see.shape).masked_fill(~see, -torch.inf)
         mask = mask if see.ndim == 2 else mask.squeeze(1)  # (Sq, Sk) or (B, 1, Sq, Sk)

@@ -16,7 +16,7 @@ from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, 
 from llama_kernels.ops.attention.masks import Mask, key_blocks
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend, no_probs
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import load_bound, matrix
+from llama_kernels.ops.attention.tiles import load_bound, load_prefix, matrix
 
 _CHUNKS_PER_STEP = 32  # of the sum over the chunks
 TILE_ROWS = 32  # query rows of a program, of one key head
@@ -48,8 +48,9 @@ def _row_offsets(strides, b, h_kv, group, Sq, r):
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, lse2_ptr, kv_start_ptr, kv_end_ptr, key_mask_ptr,
-    q_strides, k_strides, v_strides, part_strides, lse2_strides, kv_start_strides, kv_end_strides, key_mask_stride,
+    q_ptr, k_ptr, v_ptr, part_ptr, lse2_ptr, kv_start_ptr, kv_end_ptr, kv_prefix_ptr, key_mask_ptr,
+    q_strides, k_strides, v_strides, part_strides, lse2_strides,
+    kv_start_strides, kv_end_strides, kv_prefix_strides, key_mask_stride,
     sizes, scoring, window, chunk,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -75,11 +76,15 @@ def _decode_kernel(
     keys = None
     if key_mask_ptr is not None:
         keys = key_mask_ptr + tl.cast(b, tl.int64) * key_mask_stride
-    mask = Mask(sizes.Sk - sizes.Sq, window.left, window.right, kv_start, kv_end, sizes.Sk, keys)
+    prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, 0, i, sizes.Sq, sizes.Sk)  # [BLOCK_M, 1]
+    mask = Mask(sizes.Sk - sizes.Sq, window.left, window.right, kv_start, kv_end, sizes.Sk, keys, prefix)
     seen = key_blocks(mask, 0, sizes.Sq - 1, BLOCK_N)
     begin, end = tl.maximum(c * chunk, seen.begin), tl.minimum(c * chunk + chunk, seen.end)
     lse2_rows = lse2_ptr + _row_offsets(lse2_strides, b, h_kv, sizes.group, sizes.Sq, r) + c
-    if begin >= end:
+    unseen = begin >= end
+    if kv_prefix_ptr is not None:
+        unseen &= c * chunk >= seen.prefix_end
+    if unseen:
         tl.store(lse2_rows, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=r < rows)
         return
 
@@ -93,8 +98,15 @@ def _decode_kernel(
     )
     K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
     # Without CARRY: a step waits for memory, not for a product.
+    probs = no_probs(V, BLOCK_M, BLOCK_N)
+    if kv_prefix_ptr is not None:
+        prefix_end = tl.minimum(c * chunk + chunk, seen.prefix_end)
+        state, probs = attend(
+            state, probs, q, K, V, mask, i, seen, c * chunk, prefix_end, scoring,
+            D, DV, FAR, True, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
     state, _ = attend(
-        state, no_probs(V, BLOCK_M, BLOCK_N), q, K, V, mask, i, seen, begin, end, scoring,
+        state, probs, q, K, V, mask, i, seen, begin, end, scoring,
         D, DV, FAR, True, False, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
@@ -164,7 +176,7 @@ def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]
         _decode_kernel,
         (chunks * sizes.B * sizes.Hkv * cdiv(rows, BLOCK_M),),
         (
-            q, k, v, part, lse2, call.kv_start, call.kv_end, key_mask,
+            q, k, v, part, lse2, call.kv_start, call.kv_end, call.kv_prefix, key_mask,
             *map(strides_of, (q, k, v, part, lse2)), *call.bound_strides,
             None if key_mask is None else key_mask.stride(0),
             sizes, call.scoring, call.window, chunk_of(sizes.Sk),

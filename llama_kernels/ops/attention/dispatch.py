@@ -102,8 +102,8 @@ def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: s
         return f"the Gluon kernel failed here: {switch.failures[pass_]}"
     if tile.record is None and not switch.hopper_attention.enabled:
         return "the Gluon kernel is opt-in until it has been measured: llama_kernels.hopper_attention()"
-    if call.kv_start is not None or call.kv_end is not None:
-        return "kv_start or kv_end is given"
+    if any(bound is not None for bound in (call.kv_start, call.kv_end, call.kv_prefix)):
+        return "kv_start, kv_end or kv_prefix is given"
     if pass_ == "backward" and call.softcap is not None and tile.width == 128:
         return "softcap needs more registers than there are at this width"
     return None

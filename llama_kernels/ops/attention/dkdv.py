@@ -9,6 +9,7 @@ from llama_kernels.ops.attention.softmax import probs_and_score_grads
 from llama_kernels.ops.attention.tiles import (
     key_tile,
     load_bound,
+    load_prefix,
     load_tile,
     matrix,
     offset,
@@ -49,9 +50,30 @@ def _rows_by_bounds(kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, 
 
 
 @triton.jit
+def _with_rows_of_prefix(
+    ptr, strides, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """The row blocks [begin, end) and those whose kv_prefix reaches key `first`, as one range, and the largest prefix.
+
+    Rows between the two are visited too; the mask hides the keys from them.
+    """
+    prefix_begin, prefix_end, longest = Sq, 0, 0
+    for chunk in range(0, Sq, CHUNK):
+        i = chunk + tl.arange(0, CHUNK)
+        prefix = load_prefix(ptr, strides, b, q_start, i, Sq, Sk)
+        sees = (i < Sq) & (prefix > first)
+        longest = tl.maximum(longest, tl.max(prefix))
+        prefix_begin = tl.minimum(prefix_begin, tl.min(tl.where(sees, i, Sq)))
+        prefix_end = tl.maximum(prefix_end, tl.max(tl.where(sees, i + 1, 0)))
+    own = begin < end
+    begin = tl.minimum(tl.where(own, begin, Sq), prefix_begin // BLOCK_M * BLOCK_M)
+    return begin, tl.maximum(tl.where(own, end, 0), prefix_end), longest
+
+
+@triton.jit
 def _add_dkdv(
-    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr,
-    q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides,
+    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr, kv_prefix_ptr,
+    q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides, kv_prefix_strides,
     mask, j, b, h_kv, group, q_start, padded_start, Sq, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -79,7 +101,9 @@ def _add_dkdv(
             if MASKED:
                 kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i[None, :], Sq)  # [1, BLOCK_M]
                 kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i[None, :], Sq)
-                see = visible(Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None), i[None, :], j)
+                prefix = load_bound(kv_prefix_ptr, kv_prefix_strides, b, q_start, i[None, :], Sq)
+                own = Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None, None, prefix)
+                see = visible(own, i[None, :], j)
             p, ds = probs_and_score_grads(qk, dp, lse2[None, :], see, scoring)
             if NEED_DV:
                 dv = dot(cast(p, do.dtype), do, dv)
@@ -91,9 +115,10 @@ def _add_dkdv(
 @triton.jit(do_not_specialize=["positions"])
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr, list_ptr,
+    kv_start_ptr, kv_end_ptr, kv_prefix_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    cos_ptr, sin_ptr, position_ids_ptr, list_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dk_strides, dv_strides,
-    kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
+    kv_start_strides, kv_end_strides, kv_prefix_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     WALK: tl.constexpr, PARTS: tl.constexpr,
@@ -121,18 +146,23 @@ def _dkdv_kernel(
                     kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, n, last, Sk, CHUNK=1024
                 )
             begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
+            prefix = None
+            if kv_prefix_ptr is not None:
+                begin, end, prefix = _with_rows_of_prefix(
+                    kv_prefix_ptr, kv_prefix_strides, b, q_start, Sq, Sk, n, begin, end, BLOCK_M, CHUNK=1024
+                )
 
             K = matrix(k_ptr, k_strides, b, h_kv // PARTS, k_start)
             V = matrix(v_ptr, v_strides, b, h_kv // PARTS, k_start)
             # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
-            k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest)  # [BLOCK_N, BLOCK_D]
-            v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest)  # [BLOCK_N, BLOCK_DV]
+            k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest, prefix)  # [BLOCK_N, BLOCK_D]
+            v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest, prefix)  # [BLOCK_N, BLOCK_DV]
             padded = padded_start(cu_seqlens_q_ptr, b, q_start)
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             dk, dv = _add_dkdv(
-                dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr,
-                q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides,
+                dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr, kv_prefix_ptr,
+                q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides, kv_prefix_strides,
                 mask, j, b, h_kv, sizes.group, q_start, padded, Sq, begin, end, scoring,
                 D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip

@@ -7,7 +7,9 @@ from llama_kernels.ops.attention.delta import padded_start
 from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import probs_and_score_grads
 from llama_kernels.ops.attention.tiles import (
+    columns_of,
     load_bound,
+    load_prefix,
     load_tile,
     matrix,
     offset,
@@ -22,38 +24,45 @@ from llama_kernels.ops.rotation import Tables, inverse_rotation
 @triton.jit
 def _add_dq(
     dq, q, do, lse2, delta, K, V, mask, i, blocks, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dq after the key blocks in [begin, end), some of `blocks`. lse2, delta and i are [BLOCK_M, 1]."""
+    """dq [BLOCK_M, COLUMNS] after the key blocks in [begin, end), some of `blocks`. lse2, delta, i are [BLOCK_M, 1]."""
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
+    prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor)  # [BLOCK_N, BLOCK_DV]
+        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
         qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         dp = dot(do, tl.trans(v), tl.zeros_like(qk) - delta)
         see = None
         if MASKED:
             see = visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :])
         _, ds = probs_and_score_grads(qk, dp, lse2, see, scoring)
-        dq = dot(cast(ds, k.dtype), k, dq)
+        columns = k
+        if COLUMNS != BLOCK_D:
+            columns = load_tile(columns_of(K, FIRST), n, limit, D - FIRST, FAR, BLOCK_N, COLUMNS, floor, prefix)
+        dq = dot(cast(ds, k.dtype), columns, dq)
     return dq
 
 
 @triton.jit(do_not_specialize=["positions"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
-    kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, cos_ptr, sin_ptr, position_ids_ptr, list_ptr,
+    kv_start_ptr, kv_end_ptr, kv_prefix_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    cos_ptr, sin_ptr, position_ids_ptr, list_ptr,
     q_strides, k_strides, v_strides, do_strides, delta_strides, dq_strides,
-    kv_start_strides, kv_end_strides, cos_strides, sin_strides, position_strides,
+    kv_start_strides, kv_end_strides, kv_prefix_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WALK: tl.constexpr,
+    WALK: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dq = dS @ k scale, for BLOCK_M rows of one head, over the same key blocks as in the forward.
 
+    Of dq, COLUMNS from column FIRST on: all of them, unless the heads are so wide that a program cannot hold them.
     Sums are float32. With HALF, q was rotated by the tables, and dq gets the inverse rotation.
     Bytes: q, do, dq once; k, v once for each row tile, from L2. FLOPs: 2 (2 D + DV) for each visible pair.
     """
@@ -65,7 +74,8 @@ def _dq_kernel(
             i = m + tl.arange(0, BLOCK_M)[:, None]
             kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
+            prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, q_start, i, Sq, Sk)  # [BLOCK_M, 1]
+            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk, None, prefix)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
             Q = matrix(q_ptr, q_strides, b, h, q_start)
@@ -76,19 +86,28 @@ def _dq_kernel(
             lse2, delta = tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded)  # [BLOCK_M, 1]
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
-            dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            dq = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+            if kv_prefix_ptr is not None:
+                dq = _add_dq(
+                    dq, q, do, lse2, delta, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
+                    D, DV, FAR, False, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
+                )  # fmt: skip
+                dq = _add_dq(
+                    dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
+                    D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
+                )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
                 dq = _add_dq(
                     dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
-                    D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
                 )  # fmt: skip
             dq = _add_dq(
                 dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
-                D, DV, FAR, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+                D, DV, FAR, False, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
             )  # fmt: skip
             dq = _add_dq(
                 dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
-                D, DV, FAR, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+                D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
             )  # fmt: skip
             dq = dq * scoring.scale
             if HALF:
@@ -97,4 +116,5 @@ def _dq_kernel(
                     cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions
                 )
                 dq = inverse_rotation(dq, tables, b, q_start + s, s < Sq, HALF, INTERLEAVED, BLOCK_M, BLOCK_D)
-            store_tile(matrix(dq_ptr, dq_strides, b, h, q_start), m, Sq, dq, D, FAR, BLOCK_M, BLOCK_D)
+            DQ = columns_of(matrix(dq_ptr, dq_strides, b, h, q_start), FIRST)
+            store_tile(DQ, m, Sq, dq, D - FIRST, FAR, BLOCK_M, COLUMNS)

@@ -16,6 +16,7 @@ from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for, tile_lists, walks
 from llama_kernels.ops.attention.tiles import (
     load_bound,
+    load_prefix,
     load_tile,
     matrix,
     offset,
@@ -28,9 +29,9 @@ from llama_kernels.ops.attention.tiles import (
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, kv_start_ptr, kv_end_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    list_ptr,
-    q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides, kv_end_strides,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, kv_start_ptr, kv_end_ptr, kv_prefix_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, list_ptr,
+    q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides, kv_end_strides, kv_prefix_strides,
     sizes, scoring, window,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, CARRY: tl.constexpr, WALK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -50,7 +51,8 @@ def _forward_kernel(
             i = m + tl.arange(0, BLOCK_M)[:, None]
             kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
-            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk)
+            prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, q_start, i, Sq, Sk)  # [BLOCK_M, 1]
+            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk, None, prefix)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
             Q = matrix(q_ptr, q_strides, b, h, q_start)
@@ -67,6 +69,15 @@ def _forward_kernel(
                 state, probs = first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
                 begin += BLOCK_N
                 full_begin, full_end = tl.maximum(full_begin, begin), tl.maximum(full_end, begin)
+            if kv_prefix_ptr is not None:
+                state, probs = attend(
+                    state, probs, q, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
+                    D, DV, FAR, False, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+                state, probs = attend(
+                    state, probs, q, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
+                    D, DV, FAR, True, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
                 state, probs = attend(
                     state, probs, q, K, V, mask, i, blocks, begin, full_begin, scoring,
@@ -105,11 +116,13 @@ def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: Ti
     if not programs:
         return []
     args = (
-        q, k, v, o, lse, call.sinks, call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k, list_q,
+        q, k, v, o, lse, call.sinks, call.kv_start, call.kv_end, call.kv_prefix,
+        call.cu_seqlens_q, call.cu_seqlens_k, list_q,
         *map(strides_of, (q, k, v, o)), lse_strides(lse), *call.bound_strides,
         sizes.as_arguments(), call.scoring, call.window,
     )  # fmt: skip
-    options = {**call.widths, "FAR": far(q, k, v, o), "CARRY": tile.carry, "WALK": walks(call), **tile.launch_options}
+    carry = tile.carry and call.kv_prefix is None
+    options = {**call.widths, "FAR": far(q, k, v, o), "CARRY": carry, "WALK": walks(call), **tile.launch_options}
     return [*launches, Launch(_forward_kernel, (programs,), args, options)]
 
 

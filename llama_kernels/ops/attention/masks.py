@@ -17,13 +17,16 @@ class Mask(NamedTuple):
     kv_end: tl.tensor  # one past the last key that each row sees, in the shape of i
     Sk: tl.tensor  # number of keys; None where it does not matter what keys past the end give
     keys: tl.tensor = None  # pointer to one bool for each key, False for a key that no query sees; needs Sk
+    prefix: tl.tensor = None  # so many first keys each row sees besides, in the shape of i; at most the keys there are
 
 
 class KeyBlocks(NamedTuple):
-    """Ranges of keys, in multiples of BLOCK_N but for end and first. begin <= full_begin <= full_end.
+    """Ranges of keys, in multiples of BLOCK_N but for end, first and prefix. begin <= full_begin <= full_end.
 
     In [full_begin, full_end) every row sees every key, so no mask is needed. Keys outside [first, end) are not loaded,
     and may be NaN.
+    With a prefix, the blocks in [0, prefix_end) come before these, and begin is prefix_end or more. So a key that a row
+    sees twice, as one of its first keys and between its bounds, counts once.
     """
 
     begin: tl.tensor
@@ -31,6 +34,9 @@ class KeyBlocks(NamedTuple):
     full_end: tl.tensor
     end: tl.tensor  # one past the last key that a row sees
     first: tl.tensor  # the first key that a row sees, where there is a kv_start; otherwise unused
+    prefix_full: tl.tensor = 0  # in [0, prefix_full) every row sees every key, as one of its first keys
+    prefix_end: tl.tensor = 0
+    prefix: tl.tensor = 0  # the most first keys that a row sees; they are loaded too
 
 
 @triton.jit
@@ -62,6 +68,8 @@ def visible(mask, i, j):
         see = both(see, j < end)
     if begin is not None:
         see = both(see, j >= begin)
+    if mask.prefix is not None and see is not None:
+        see = see | (j < mask.prefix)
     return see
 
 
@@ -91,7 +99,14 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
         begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
         full_begin = tl.minimum(tl.cdiv(tl.maximum(full_begin, begin), BLOCK_N), tl.cdiv(end, BLOCK_N)) * BLOCK_N
     full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
-    return KeyBlocks(begin, full_begin, full_end, end, lowest)
+    prefix_full, prefix_end, prefix = 0, 0, 0
+    if mask.prefix is not None:
+        prefix = tl.maximum(tl.max(mask.prefix), 0)
+        prefix_full = tl.maximum(tl.min(mask.prefix), 0) // BLOCK_N * BLOCK_N
+        prefix_end = tl.cdiv(prefix, BLOCK_N) * BLOCK_N
+        begin, full_begin = tl.maximum(begin, prefix_end), tl.maximum(full_begin, prefix_end)
+        full_end = tl.maximum(full_end, prefix_end)
+    return KeyBlocks(begin, full_begin, full_end, end, lowest, prefix_full, prefix_end, prefix)
 
 
 @triton.jit

@@ -25,10 +25,11 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callab
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
         scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, grad_dtype=None,
+        kv_prefix=None,
     ):  # fmt: skip
         call = AttentionCall(
             q, k, v, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
-            scale, softcap, left, right,
+            scale, softcap, left, right, kv_prefix=kv_prefix,
         )  # fmt: skip
         wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic, grad_dtype)
         return run(call, Results(out, lse, do, dlse), wanted)
@@ -38,7 +39,8 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callab
 
 # -> out in out_dtype, by default q's; lse in float32
 attention_forward = register(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, ScalarType? out_dtype=None, Tensor? kv_prefix=None) "
+    "-> (Tensor, Tensor)",
     call=AttentionCall,
     kernel=launch_forward,
     reference=plain_forward,
@@ -47,8 +49,8 @@ attention_forward = register(
 # -> dq, dk and dv in grad_dtype, by default q's, and dsinks; without elements where not needed
 attention_backward = register(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic, ScalarType? grad_dtype=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic, ScalarType? grad_dtype=None, "
+    "Tensor? kv_prefix=None) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_by(launch_backward),
     reference=_backward_by(plain_backward),
     fake=_backward_by(lambda call, results, wanted: empty_grads(call, wanted)),
@@ -64,19 +66,22 @@ class _Attention(Differentiable):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, ctx.deterministic, *tensors, longest_q, longest_k, scale, softcap, left, right, _ = inputs
-        ctx.numbers = (longest_q, longest_k, scale, softcap, left, right)
-        ctx.save_for_backward(*output, *tensors)
+        ctx.op, ctx.deterministic, *fields = inputs
+        call = AttentionCall(*fields)
+        ctx.numbers = (call.longest_q, call.longest_k, call.scale, call.softcap, call.left, call.right)
+        bounds = (call.kv_start, call.kv_end, call.cu_seqlens_q, call.cu_seqlens_k)
+        ctx.save_for_backward(*output, call.q, call.k, call.v, call.sinks, call.kv_prefix, *bounds)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse):
-        out, lse, q, k, v, sinks, *bounds = ctx.saved_tensors
+        out, lse, q, k, v, sinks, kv_prefix, *bounds = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:6]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
         do = do.to(q.dtype)  # where out_dtype is another: the kernels multiply do with v
         grads = attention_backward(
-            do, dlse, q, k, v, out, lse, sinks, *bounds, *ctx.numbers, *needed, ctx.deterministic
+            do, dlse, q, k, v, out, lse, sinks, *bounds, *ctx.numbers, *needed, ctx.deterministic,
+            None, kv_prefix,
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))

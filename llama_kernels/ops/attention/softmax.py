@@ -117,22 +117,24 @@ def attend(
     """`state` after the key blocks in [begin, end), which are some of `blocks`.
 
     With CARRY a step issues its own q @ k^T, then p @ v of the block before, and computes its softmax while the second
-    product runs. The loop carries `probs`: call `first_scores` before it and `last_values` after it.
+    product runs. The loop carries `probs`: call `first_scores` before it and `last_values` after it. Carried values are
+    those of the block of keys before, so there is no prefix then.
     """
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
+    prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     v_floor = floor
     if CARRY and mask.kv_start is not None:  # the block before this one may need the mask
         v_floor = blocks.first
     for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor)  # [BLOCK_N, BLOCK_D]
+        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
         qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if CARRY:
             v = load_tile(V, n - BLOCK_N, limit, DV, FAR, BLOCK_N, BLOCK_DV, v_floor)  # [BLOCK_N, BLOCK_DV]
             state = add_values(state, Probs(in_registers_of_its_own(probs.p), probs.shrink), v)
         state, probs = add_scores(state, qk, mask, i, n, scoring, V.base.dtype.element_ty, MASKED, BLOCK_N)
         if not CARRY:
-            v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, v_floor)  # [BLOCK_N, BLOCK_DV]
+            v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, v_floor, prefix)  # [BLOCK_N, BLOCK_DV]
             state = add_values(state, probs, v)
     return state, probs
 

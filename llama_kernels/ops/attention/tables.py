@@ -1,8 +1,8 @@
 """The tiles of the attention kernels: a row for each GPU family and pass, with its reason.
 
-A row holds the tiles for heads up to 64, 128 and 256 wide. Nothing is tuned at run time: a call has the same tile on
-every machine of a family and in every batch, so that its results repeat bit for bit. `python -m bench.codegen` compiles
-every row and fails on a spill.
+A row holds the tiles for heads up to 64, 128 and 256 wide; wider heads have tables of their own. Nothing is tuned at
+run time: a call has the same tile on every machine of a family and in every batch, so that its results repeat bit for
+bit. `python -m bench.codegen` compiles every row and fails on a spill.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llama_kernels.core.checks import message
 from llama_kernels.core.device import arch_of
 from llama_kernels.core.language import TRITON_VERSION
 
@@ -23,11 +24,12 @@ class Tile:
     BLOCK_N: int  # keys
     num_warps: int
     num_stages: int
-    split: bool = False  # dk and dv in two launches, since one program cannot hold both
+    split: bool = False  # dk and dv, or the columns of dq, in two launches, since one program cannot hold both
     carry: bool = False  # in the forward, the softmax of a block runs during p @ v of the block before
     # Instead, with options that take registers; the launcher says which. A crowded tile may have one of its own, for dq
     # with an inverse rotation, which takes more.
     crowded: Tile | None = None
+    with_prefix: Tile | None = None  # instead, with kv_prefix, whose two loops more take registers
     narrow_v: Tile | None = None  # instead, where v is half as wide as q, as in multi-head latent attention
     newer: Tile | None = None  # instead, from Triton 3.9 on, whose code for this tile spills or waits
 
@@ -42,6 +44,9 @@ class Tile:
 
 # In the forward on sm_90, at width 256: a v of width 128 leaves registers for twice the keys.
 _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
+
+# In dq on sm_80, at width 128, with options that take registers.
+_AMPERE_DQ = Tile(64, 64, 8, 2)
 
 # bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
@@ -80,7 +85,7 @@ _HALF = {
     ),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 2),
-        Tile(64, 128, 8, 2, newer=Tile(64, 128, 8, 2, crowded=Tile(64, 64, 8, 2))),
+        Tile(64, 128, 8, 2, with_prefix=_AMPERE_DQ, newer=Tile(64, 128, 8, 2, crowded=_AMPERE_DQ)),
         Tile(64, 64, 8, 2, crowded=Tile(64, 64, 8, 1)),
     ),
     # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
@@ -185,24 +190,87 @@ _FLOAT32 = {
     ("gfx942", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
 
+# Heads up to 512 and 576 wide: Gemma 4's global layers, and multi-head latent attention with its projections absorbed.
+# A tile has as few rows as the accumulators leave registers for, less than the warps cover, so that they compute some
+# of the scores more than once. 576 columns take a tile of 1,024.
+_WIDE_HALF = {
+    ("sm_90", "forward"): (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+    ("sm_90", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
+    ("sm_90", "dkdv"): (Tile(32, 64, 8, 1, split=True), Tile(16, 16, 8, 1, split=True)),
+    ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("sm_80", "forward"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("sm_80", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
+    ("sm_80", "dkdv"): (Tile(32, 32, 8, 1, split=True), Tile(16, 16, 8, 1, split=True)),
+    ("sm_80", "decode"): (Tile(32, 16, 8, 2), Tile(32, 32, 8, 1)),
+    ("sm_86", "forward"): (Tile(32, 32, 8, 1),),
+    ("sm_86", "dq"): (Tile(32, 16, 8, 1),),
+    ("sm_86", "dkdv"): (Tile(16, 32, 8, 1, split=True),),
+    ("sm_86", "decode"): (Tile(32, 32, 8, 1),),
+    ("sm_100", "forward"): (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+    ("sm_100", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
+    ("sm_100", "dkdv"): (Tile(32, 64, 8, 1, split=True), Tile(16, 16, 8, 1, split=True)),
+    ("sm_100", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("gfx942", "forward"): (Tile(32, 16, 8, 1),),
+    ("gfx942", "dq"): (Tile(16, 16, 4, 1),),
+    ("gfx942", "dkdv"): (Tile(16, 32, 4, 1, split=True),),
+    ("gfx942", "decode"): (Tile(32, 16, 8, 1),),
+}
+_WIDE_FLOAT32 = {
+    ("sm_90", "forward"): (Tile(16, 16, 8, 1),),
+    ("sm_90", "dq"): (Tile(16, 16, 8, 1),),
+    ("sm_90", "dkdv"): (Tile(16, 16, 8, 1, split=True),),
+    ("sm_90", "decode"): (Tile(32, 16, 16, 1),),
+    ("sm_80", "forward"): (Tile(32, 16, 16, 1),),
+    ("sm_80", "dq"): (Tile(16, 16, 16, 1),),
+    ("sm_80", "dkdv"): (Tile(16, 16, 8, 1, split=True),),
+    ("sm_80", "decode"): (Tile(32, 16, 16, 1),),
+    ("sm_100", "forward"): (Tile(16, 16, 16, 1),),
+    ("sm_100", "dq"): (Tile(16, 16, 16, 1),),
+    ("sm_100", "dkdv"): (Tile(16, 16, 8, 1, split=True),),
+    ("sm_100", "decode"): (Tile(32, 16, 16, 1),),
+}
 
 WIDTHS = (64, 128, 256)
+WIDE = (512, 576)
+ALL_WIDTHS = (*WIDTHS, *WIDE)
 PASSES = ("forward", "decode", "dq", "dkdv")
 FAMILIES = tuple(dict.fromkeys(family for family, _ in _HALF))
 
 
+def row_of(family: str, pass_: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles for heads up to each of WIDTHS, and up to as many of WIDE as fit a program."""
+    rows, wide = (_FLOAT32, _WIDE_FLOAT32) if dtype == torch.float32 else (_HALF, _WIDE_HALF)
+    return *rows[family, pass_], *wide.get((family, pass_), ())
+
+
+def fits(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the kernels take heads of the widths of q and v, on their device."""
+    row = row_of(arch_of(q.device), "forward", q.dtype)
+    return max(q.shape[-1], v.shape[-1]) <= ALL_WIDTHS[len(row) - 1]
+
+
 @functools.cache
 def tile(family: str, pass_: str, width: int, dtype: torch.dtype, triton: tuple[int, int] = TRITON_VERSION) -> Tile:
-    """The tile of `pass_` on `family`, for heads of `width`, under this release of Triton."""
-    rows = _FLOAT32 if dtype == torch.float32 else _HALF
-    found = rows[family, pass_][next(i for i, widest in enumerate(WIDTHS) if width <= widest)]
+    """The tile of `pass_` on `family`, for heads of `width`, under this release of Triton.
+
+    Raises:
+        ValueError: such heads do not fit a program.
+    """
+    row = row_of(family, pass_, dtype)
+    place = next(i for i, widest in enumerate(ALL_WIDTHS) if width <= widest)
+    if place >= len(row):
+        wanted = f"at most {ALL_WIDTHS[len(row) - 1]} in this dtype on {family}, since no wider head fits a program"
+        raise ValueError(message("attention", "q", f"a head width of {width} in {str(dtype)[6:]}", wanted))
+    found = row[place]
     return found.newer if found.newer and triton >= (3, 9) else found
 
 
-def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False) -> Tile:
-    """The tile of `pass_` for heads of the widths of q and v, on their device. crowded: see `Tile`."""
+def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False, prefix: bool = False) -> Tile:
+    """The tile of `pass_` for heads of the widths of q and v, on their device. crowded, prefix: see `Tile`."""
     D, DV = q.shape[-1], v.shape[-1]
     found = tile(arch_of(q.device), pass_, max(D, DV), q.dtype)
     if found.narrow_v and D > 128 >= DV:
         found = found.narrow_v
+    if prefix and found.with_prefix:
+        return found.with_prefix
     return found.crowded if crowded and found.crowded else found

@@ -117,6 +117,12 @@ def matrix(ptr, strides, b, h, start):
 
 
 @triton.jit
+def columns_of(x, first: tl.constexpr):
+    """x from column `first` on."""
+    return Matrix(x.base + first, x.stride)
+
+
+@triton.jit
 def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.arange(0, BLOCK)
     if FAR:  # the stride is so large that BLOCK of them may pass 2^31
@@ -126,11 +132,13 @@ def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def load_tile(
-    x, first, limit, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, floor=None
+    x, first, limit, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, floor=None,
+    prefix=None,
 ):  # fmt: skip
     """Rows [first, first + BLOCK) as [BLOCK, BLOCK_D], with zeros past column D.
 
-    Rows from `limit` on and rows before `floor`, unless these are None, are not loaded and are zeros too.
+    Rows from `limit` on and rows before `floor`, unless these are None, are not loaded and are zeros too. But the first
+    `prefix` rows of x, unless that is None, are loaded.
     """
     ptrs = tile_ptrs(x, first, FAR, BLOCK, BLOCK_D)
     rows, d = first + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
@@ -139,6 +147,8 @@ def load_tile(
         loaded = rows < limit
     if floor is not None:
         loaded = both(loaded, rows >= floor)
+    if prefix is not None and loaded is not None:
+        loaded = loaded | (rows < prefix)
     if D != BLOCK_D:
         loaded = both(loaded, d < D)
     return tl.load(ptrs) if loaded is None else tl.load(ptrs, mask=loaded, other=0.0)
@@ -163,3 +173,12 @@ def load_bound(ptr, strides, b, start, i, Sq):
     if ptr is not None:
         bound = tl.load(ptr + offset(strides, b, 0, start) + tl.minimum(i, Sq - 1).to(tl.int64) * strides[2])
     return bound
+
+
+@triton.jit
+def load_prefix(ptr, strides, b, start, i, Sq, Sk):
+    """kv_prefix of rows i, as `load_bound`, at most Sk."""
+    prefix = load_bound(ptr, strides, b, start, i, Sq)
+    if prefix is not None:
+        prefix = tl.minimum(prefix, Sk)
+    return prefix

@@ -17,7 +17,7 @@ import torch
 
 import llama_kernels
 from tests.support import attention, decode, hopper, qk_norm_rope, rms_norm, rope, rope_attention
-from tests.support.attention import Case, anywhere, packed, padded_left, so_far
+from tests.support.attention import Case, anywhere, documents, packed, padded_left, shared, so_far
 from tests.support.environment import compiles
 from tests.support.launches import kernels_launched, names
 
@@ -64,6 +64,32 @@ def _norm_rope(D: int, R: int, interleaved: bool, **options) -> Callable[[torch.
         weights, angles = qk_norm_rope.weights(D, dtype, CPU), rope.tables(60, R, CPU)
         position_ids = torch.randint(60, (2, 9))
         qk_norm_rope.check(q, k, *weights, *angles, position_ids, interleaved=interleaved, **options)
+
+    return check
+
+
+def _tangent(N: int, residual: bool, rows: int = 9) -> Callable[[torch.dtype], None]:
+    def check(dtype: torch.dtype) -> None:
+        rms_norm.check_tangent((rows, N), dtype, CPU, residual_dtype=dtype if residual else None, offset=1.0)
+
+    return check
+
+
+def _norm_rope_tangents(D: int, R: int, interleaved: bool) -> Callable[[torch.dtype], None]:
+    def check(dtype: torch.dtype) -> None:
+        q, k = rope.qk(2, 4, 2, 9, D, dtype, CPU)
+        weights, angles = qk_norm_rope.weights(D, dtype, CPU), rope.tables(60, R, CPU)
+        qk_norm_rope.check_tangents(q, k, *weights, *angles, torch.randint(60, (2, 9)), interleaved=interleaved)
+
+    return check
+
+
+def _axes(D: int, R: int, interleaved: bool, tables=rope.tables) -> Callable[[torch.dtype], None]:
+    """Three positions a token. R: of half-width tables."""
+
+    def check(dtype: torch.dtype) -> None:
+        axes = torch.randint(3, (R // 2 if tables is rope.tables else R,))
+        rope.check_axes(D, tables(60, R, CPU), axes, 3, dtype, interleaved=interleaved)
 
     return check
 
@@ -120,6 +146,15 @@ ATTENTION = {
     "sinks": (_square(130, 64, sinks=True), ()),
     "kv_start": (_square(130, 64, kv_start=anywhere), ()),
     "bounds": (_square(70, 64, Sk=150, is_causal=False, kv_start=padded_left, kv_end=so_far, sinks=True), ()),
+    "prefix": (_square(130, 64, kv_start=documents, kv_prefix=shared), (HALF,)),
+    "prefix-window": (_square(130, 128, window_size=(20, 0), kv_prefix=anywhere, sinks=True), ()),
+    "prefix-everything": (
+        _square(70, 64, Sk=100, is_causal=False, softcap=5.0, kv_start=anywhere, kv_end=so_far, kv_prefix=anywhere),
+        (),
+    ),
+    "wide": (_square(40, 512, Sk=70), (HALF,)),
+    "wide-absorbed": (_square(33, 576, DV=512, sinks=True), ()),
+    "prefix-256": (_square(40, 256, Sk=70, kv_start=anywhere, kv_prefix=padded_left), ()),
     "everything": (
         _square(130, 72, Sk=200, is_causal=False, window_size=(20, 30), softcap=5.0, sinks=True, kv_start=anywhere),
         (HALF,),
@@ -136,11 +171,14 @@ ATTENTION = {
         packed((30, 60), (60, 90), 2, 1, 80, 80, is_causal=False, window_size=(40, 9), softcap=4.0, kv_start=anywhere),
         (),
     ),
+    "varlen-prefix": (packed((100, 0, 60), (100, 5, 90), 2, 1, 64, 64, kv_start=documents, kv_prefix=shared), ()),
     # Few queries, split over the keys.
     "decode": (Case(1, 4, 2, 1, 600, 64, 64), (HALF, SINGLE)),
     "decode-128": (Case(2, 4, 1, 3, 600, 128, 128, sinks=True, softcap=5.0), ()),
     "decode-256": (Case(1, 2, 1, 1, 600, 256, 256), ()),
+    "decode-absorbed": (Case(1, 16, 1, 1, 600, 576, 512), ()),
     "decode-bounds": (Case(1, 8, 2, 2, 600, 64, 64, kv_start=padded_left, kv_end=so_far, is_causal=False), ()),
+    "decode-prefix": (Case(1, 8, 2, 2, 600, 64, 64, window_size=(100, 0), kv_prefix=padded_left), ()),
     "decode-window": (Case(1, 4, 2, 5, 600, 80, 80, window_size=(300, 0)), ()),
 }
 CALLS = [
@@ -161,6 +199,14 @@ CALLS = [
             (80, 80, False, ()), (80, 20, True, ()), (256, 256, False, ()), (5, 4, False, ()), (5, 4, True, ()),
         )
     ),
+    Call("rms_norm-tangent", _tangent(1000, False), (HALF,)),
+    Call("rms_norm-tangent-add", _tangent(4096, True)),
+    Call("rms_norm-tangent-long", _tangent(40000, False, rows=2)),
+    Call("qk_norm_rope-tangent", _norm_rope_tangents(64, 64, False), (HALF,)),
+    Call("qk_norm_rope-tangent-part-interleaved", _norm_rope_tangents(80, 20, True)),
+    Call("rope-axes", _axes(64, 64, False), (HALF,)),
+    Call("rope-axes-part-interleaved", _axes(80, 40, True)),
+    Call("rope-axes-unlike", _axes(64, 64, False, rope.unlike_tables)),
     Call("rope_qkv", _packed_rope(64, 64, False), (HALF,)),
     Call("rope_qkv-interleaved", _packed_rope(80, 20, True)),
     *(
@@ -177,7 +223,11 @@ CALLS = [
         )
     ),
     Call("qk_norm_rope-offset", _norm_rope(64, 64, False, offset=1.0)),
-    *(Call(name, _attention(case), fast) for name, (case, fast) in ATTENTION.items()),
+    *(
+        # float32 heads wider than 512 fit no program.
+        Call(name, _attention(case), fast, **({"dtypes": (HALF, FP16)} if case.D > 512 else {}))
+        for name, (case, fast) in ATTENTION.items()
+    ),
     Call("attention-strides", _attention(Case(2, 4, 2, 70, 70, 64, 64), layout=3), (HALF,)),
     *(
         Call(f"rope_attention-{D}-{R}{'-pairs' * pairs}", _rope_attention(_square(100, D), R, pairs), fast)

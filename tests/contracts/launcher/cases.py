@@ -41,7 +41,8 @@ def into_cache() -> None:
 def attention_with_everything() -> None:
     bound = torch.zeros(2, S, dtype=torch.int32)
     sinks = torch.zeros(4, requires_grad=True)
-    options = {"scale": 0.1, "window_size": (8, 0), "softcap": 30.0, "kv_start": bound, "kv_end": bound + S}
+    options = {"scale": 0.1, "window_size": (8, 0), "softcap": 30.0, "kv_start": bound, "kv_end": bound + S,
+               "kv_prefix": bound}  # fmt: skip
     train(lk.attention(heads(4), heads(2), heads(2), sinks=sinks, **options, return_lse=True))
 
 

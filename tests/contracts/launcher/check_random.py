@@ -100,12 +100,13 @@ def attention(
     sinks: Any = (None, FLOAT, HALF),
     kv_start: Any = (False, True),
     kv_end: Any = (False, True),
+    kv_prefix: Any = (False, True),
     grad: Any = (True, False),
 ) -> None:
     q = heads(Hq, Sq, dtype, token_first, shift, grad)
     k = heads(2 if Hkv == "v is k" else Hkv, Sk, dtype, token_first, 0, grad)
     v = k if Hkv == "v is k" else heads(Hkv, Sk, dtype, True, 0, grad)
-    bounds = {"kv_start": kv_start, "kv_end": kv_end}
+    bounds = {"kv_start": kv_start, "kv_end": kv_end, "kv_prefix": kv_prefix}
     bounds = {name: torch.zeros(1, Sq, dtype=torch.int32) for name, is_given in bounds.items() if is_given}
     sinks = None if sinks is None else torch.zeros(Hq, dtype=sinks, requires_grad=grad)
     if window_size != (-1, -1):

@@ -196,6 +196,7 @@ def optional_arguments(comparisons: Comparisons) -> None:
             {}, {"is_causal": False}, {"scale": 1.0}, {"scale": -1.0}, {"scale": 0.0}, {"softcap": 1.0},
             {"window_size": (1, 0)}, {"window_size": (16, 0)}, {"window_size": (16, 1)}, {"window_size": (2**33, 0)},
             {"sinks": torch.zeros(4)}, {"kv_start": bound}, {"kv_end": bound}, {"kv_start": bound, "kv_end": bound},
+            {"kv_prefix": bound}, {"kv_start": bound, "kv_prefix": bound},
         ),
     )  # fmt: skip
 

@@ -1,0 +1,57 @@
+"""Training on several processes gives the losses of the stock model in one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+if not dist.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+from tests.distributed import hf_trainer, training
+from tests.distributed.processes import run
+from tests.support.environment import INTERPRETED
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(INTERPRETED, reason="about what is sent to whom; the kernels have other tests"),
+]
+METHODS = ("ring", "ulysses")
+
+
+@functools.cache
+def trained() -> tuple[dict[str, Any], list[tuple[float, float]]]:
+    """By method, the loss and norm of gradients of each step of the Trainer; and those of the stock model alone."""
+    return run({method: (hf_trainer.context_parallel, (method,)) for method in METHODS}, 2), hf_trainer.alone()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainer_of_hugging_face_in_context_parallel(method):
+    together, alone = trained()
+    assert isinstance(together[method], list), together[method]
+    assert len(alone) == hf_trainer.STEPS
+    torch.testing.assert_close(torch.tensor(together[method]), torch.tensor(alone), atol=0, rtol=1e-5)
+
+
+def test_cp_2_times_tp_2_has_the_loss_curve_of_stock(tmp_path):
+    data = tmp_path / "data.jsonl"
+    texts = [{"text": f"def f{i}(x):\n    return x + {i * i}\n"} for i in range(40)]
+    data.write_text("".join(f"{json.dumps(text)}\n" for text in texts))
+    options = ["--data", str(data), "--batch", "2", "--max-length", "64", "--steps", "50", "--validate-every", "50"]
+    alone = training.losses(str(tmp_path / "alone"), *options, "--stock")
+    parallel = (training.losses, (str(tmp_path / "parallel"), *options, "--cp", "2", "--tp", "2"))
+    together = run({"parallel": parallel}, 4)["parallel"]
+    assert isinstance(together, list), together
+    assert len(alone) == len(together) == 50
+    assert alone[-1] < 0.6 * alone[0], "the model did not learn"
+    apart = [abs(a - b) for a, b in zip(alone, together, strict=True)]
+    assert max(apart) <= 1e-5, apart

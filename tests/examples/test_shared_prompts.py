@@ -1,0 +1,31 @@
+"""The example with shared prompts: its first step is that of repeated prompts, and its results are written."""
+
+from __future__ import annotations
+
+import pytest
+
+from llama_kernels.core.language import INTERPRETED
+
+for package in ("accelerate", "matplotlib", "rich", "transformers"):
+    pytest.importorskip(package)
+
+from examples import shared_prompts  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="a training loop in Triton's interpreter would take hours")
+
+SMALL = ("--steps", "2", "--completions", "3", "--tokens", "4", "--max-length", "40", "--batch", "2")
+
+
+def test_a_step_equals_that_with_repeated_prompts(run):
+    status, numbers = run("shared_prompts", *SMALL)
+    assert status == 0
+    assert numbers["gradients apart"] < 1e-4
+    assert numbers["shared tokens"] < numbers["repeated tokens"] / 2
+    assert len(numbers["rewards"]) == 2
+
+
+def test_other_gradients_fail(run, monkeypatch):
+    step = shared_prompts.repeated_step
+    monkeypatch.setattr(shared_prompts, "repeated_step", lambda *call: step(*call)._replace(loss=step(*call).loss * 2))
+    status, _ = run("shared_prompts", *SMALL)
+    assert status == 1

@@ -1,0 +1,114 @@
+"""Models whose rotary embedding is not Llama's: patch replaces it, and the model computes what the stock one does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.23")
+
+from transformers import AutoConfig, AutoModelForCausalLM, Llama4VisionModel, PixtralVisionModel
+
+from llama_kernels.integrations.transformers import report
+from tests.integrations.comparison import DoubleSoftmax, Results, compare, logits_of
+from tests.integrations.families import stock as stock_of
+from tests.integrations.small import Calls, not_interpreted, patched, randomized, stock_rows, tokens
+from tests.support.environment import DEVICE
+
+pytestmark = not_interpreted
+
+
+def tower(cls: Any, **sizes: Any) -> Any:
+    torch.manual_seed(1)
+    return randomized(cls._from_config(cls.config_class(**sizes), attn_implementation="eager"))
+
+
+def pixtral() -> tuple[Any, Callable[[Any], torch.Tensor]]:
+    """Two images of different sizes in one packed sequence; tables of rows and columns."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "image_size": 32, "patch_size": 4}  # fmt: skip
+    images = torch.randn(2, 3, 32, 32, device=DEVICE)
+    sizes_of_images = torch.tensor([[32, 24], [16, 32]], device=DEVICE)
+
+    def run(model: Any) -> torch.Tensor:
+        return model(images.to(model.dtype), image_sizes=sizes_of_images).last_hidden_state
+
+    return tower(PixtralVisionModel, **sizes), run
+
+
+def llama4_vision() -> tuple[Any, Callable[[Any], torch.Tensor]]:
+    """Complex tables of columns and rows, and a class token that is not rotated."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "image_size": 16, "patch_size": 4, "vision_output_dim": 64, "projector_input_dim": 64,
+             "projector_output_dim": 64}  # fmt: skip
+    images = torch.randn(2, 3, 16, 16, device=DEVICE)
+
+    def run(model: Any) -> torch.Tensor:
+        return model(images.to(model.dtype)).last_hidden_state
+
+    return tower(Llama4VisionModel, **sizes), run
+
+
+TOWERS = {"pixtral": pixtral, "llama4": llama4_vision}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_vision_towers_equal_the_stock_ones(name):
+    stock, run = TOWERS[name]()
+    ours = patched(stock)
+    assert not [kind for kind, _ in stock_rows(ours) if kind == "rope"]
+
+    def results(model: Any) -> Results:
+        model.zero_grad()
+        out = run(model)
+        out.square().mean().backward()
+        return {
+            "logits": out.detach(),
+            **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        }
+
+    with Calls() as calls:
+        found = results(ours)
+    assert len(calls.of("rope")) == 2 * 2  # each layer, each way
+    with DoubleSoftmax():
+        truth = results(copy.deepcopy(stock).double())
+    compare(found, results(stock), truth)
+
+
+GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": 99, "n_inner": 96}
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen"])
+def test_a_part_of_each_head_in_interleaved_pairs(family):
+    sizes = {**GPTJ, "n_ctx": 64, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(family, **sizes)
+    torch.manual_seed(1)
+    stock = randomized(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    check_logits(stock, ropes=2 * 2)  # q and k of each layer
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_functions_that_rotate_q_or_k_alone(family):
+    check_logits(stock_of(family))
+
+
+def check_logits(stock: Any, ropes: int | None = None) -> None:
+    ours, ids = patched(stock), tokens()
+    assert not [kind for kind, _ in stock_rows(ours) if kind == "rope"]
+    run = logits_of(ids)
+    with Calls() as calls:
+        found = run(ours)
+    assert len(calls.of("rope")) == ropes if ropes else calls.of("rope")
+    with DoubleSoftmax():
+        truth = run(copy.deepcopy(stock).double())
+    compare(found, run(stock), truth)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_text_models_with_sections_run_our_rotation_in_text_and_vision(family):
+    rows = report(patched(stock_of(family))).rows
+    assert [row.ours for row in rows if row.kind == "rope"] == [True, True]
