@@ -182,6 +182,30 @@ def plot(runs: list[Run], verified: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def finding(runs: list[Run], verified: dict[str, Any]) -> str:
+    """What the picture shows, in words."""
+    stock_run, our_run, _ = runs
+    first, last = our_run.losses[0], our_run.losses[-1]
+    apart = max(abs(a - b) for a, b in zip(our_run.losses, stock_run.losses, strict=True))
+    text = (
+        f"\nThe picture: both losses fall from {first:.2f} to {last:.2f} in {len(our_run.losses)} steps, and are never "
+        f"more than {apart:.0e} apart."
+    )
+    if verified["steps"]:
+        kernels = max(abs(step["loss_ours"] - step["loss_stock"]) for step in verified["steps"])
+        text += (
+            f" In the steps that the kernels repeated, their loss is at most {kernels:.0e} from that of stock torch."
+        )
+    return text
+
+
+NEXT = """
+Next:
+  python -m llama_kernels                       what runs on this machine, and why
+  python examples/finetune.py --help            fine-tune a Hugging Face model; examples/README.md has TRL and others
+  model = llama_kernels.integrations.transformers.patch(model)   one line in your own script"""
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +285,9 @@ def main() -> int:
         claims.append((ops_hold, "each op passes the parity check"))
     for held, claim in claims:
         console.print(f"{'holds' if held else 'FAILS'}: {claim}", style="green" if held else "red")
+    console.print(finding(runs, verified), markup=False, highlight=False)
     console.print(f"{args.out / 'demo.png'}, {args.out / 'demo.json'}")
+    console.print(NEXT, markup=False, highlight=False)
     return 0 if all(held for held, _ in claims) else 1
 
 
