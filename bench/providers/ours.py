@@ -10,6 +10,7 @@ from bench.providers.provider import OURS, Provider, packed, unpacked
 from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
 from bench.works.norms import EPS
 from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
+from bench.works.shared_prompts import SharedPrompt
 from bench.works.work import Function, Work
 
 
@@ -54,6 +55,10 @@ class Ours(Provider):
     def attention_varlen(self, work: AttentionVarlen, device: str) -> Function:
         cu, longest = work.cu_seqlens(device), max(work.lengths)
         return lambda q, k, v: unpacked(lk.attention_varlen(*map(packed, (q, k, v)), cu, cu, longest, longest))
+
+    def shared_prompt(self, work: SharedPrompt, device: str) -> Function:
+        kv_start, kv_prefix = work.bounds(0, work.S, device)
+        return lambda q, k, v: lk.attention(q, k, v, kv_start=kv_start, kv_prefix=kv_prefix)
 
     def decode(self, work: Decode, device: str) -> Function:
         return lk.attention

@@ -12,6 +12,7 @@ from bench.providers.provider import Provider, Unsupported, packed, unpacked
 from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
 from bench.works.norms import EPS, AddRMSNorm, RMSNorm
 from bench.works.rotations import plain_rope
+from bench.works.shared_prompts import SharedPrompt
 from bench.works.work import Function
 
 
@@ -83,6 +84,10 @@ class Flex(Provider):
         document = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
         T = sum(work.lengths)
         return self._attend(lambda b, h, i, j: (j <= i) & (document[i] == document[j]), T, T, device)
+
+    def shared_prompt(self, work: SharedPrompt, device: str) -> Function:
+        start, prefix = (bound[0] for bound in work.bounds(0, work.S, device))
+        return self._attend(lambda b, h, i, j: ((j <= i) & (j >= start[i])) | (j < prefix[i]), work.S, work.S, device)
 
     def decode(self, work: Decode, device: str) -> Function:
         from torch.nn.attention.flex_attention import flex_attention

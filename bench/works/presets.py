@@ -12,11 +12,12 @@ from bench.works.attention import AnyAttention, Attention, AttentionVarlen, Deco
 from bench.works.models import MODELS, models_by
 from bench.works.norms import NORMS, AddRMSNorm, RMSNorm
 from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
+from bench.works.shared_prompts import SharedPrompt
 from bench.works.work import Work
 
 KINDS: tuple[type[Work], ...] = (
     *(*NORMS, Rope, QKNormRope, RopeQKV, RopeIntoCache),
-    *(Attention, RopeAttention, AttentionVarlen, Decode),
+    *(Attention, RopeAttention, AttentionVarlen, SharedPrompt, Decode),
 )
 OPS = tuple(kind.op for kind in KINDS)
 MEMORY_BOUND = tuple(kind.op for kind in KINDS if not issubclass(kind, AnyAttention))
@@ -118,6 +119,7 @@ def _attention_sweeps(tokens: int = 32768) -> Iterator[Work]:
         yield Attention(shape=f"heads {Hq}/{Hkv}", B=tokens // 8192, S=8192, Hq=Hq, Hkv=Hkv, D=128)
     yield Attention(shape="window 1024", B=tokens // 8192, S=8192, window=1023, Hq=32, Hkv=8, D=128)
     yield from _packed(tokens)
+    yield SharedPrompt(shape="8 completions", prompt=2048, completions=8, length=256, Hq=32, Hkv=8, D=128)
     for B, Sk in ((1, 1024), (1, 4096), (1, 32768), (1, 131072), (16, 1024), (16, 4096), (16, 32768), (64, 4096)):
         yield Decode(shape=f"batch {B}, cache {Sk}", B=B, Sk=Sk, Hq=32, Hkv=8, D=128)
 
@@ -139,6 +141,7 @@ def small(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> Iterator[Wo
         Attention(shape="head width 128", B=1, S=130, Hq=2, Hkv=1, D=128),
         Attention(shape="window", B=1, S=200, Hq=4, Hkv=2, D=64, window=70),
         AttentionVarlen(shape="packed", lengths=(70, 5, 120, 1), Hq=4, Hkv=2, D=64),
+        SharedPrompt(shape="3 completions", prompt=100, completions=3, length=40, Hq=4, Hkv=2, D=64),
         Decode(shape="cache of 700", B=2, Sk=700, Hq=8, Hkv=2, D=64),
     )
     for dtype in dtypes:
