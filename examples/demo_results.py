@@ -71,4 +71,4 @@ NEXT = """
 Next:
   python -m llama_kernels                       what runs on this machine, and why
   python examples/finetune.py --help            fine-tune a Hugging Face model; examples/README.md has TRL and others
-  patch(model)                                  of llama_kernels.integrations.transformers: one line in your own script"""
+  patch(model)                                  of llama_kernels.integrations.transformers, in your own script"""

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 examples/fsdp2.py --compare
     python examples/fsdp2.py                                    # one process
 
-Accelerate shards models on GPUs only: on a CPU the processes run DDP. --batch is of all processes together. `pretrain.py` has FSDP2 without Accelerate, context parallelism and checkpoints.
+Accelerate shards models on GPUs only: on a CPU the processes run DDP. --batch is of all processes together.
+`pretrain.py` has FSDP2 without Accelerate, context parallelism and checkpoints.
 """
 
 from __future__ import annotations
