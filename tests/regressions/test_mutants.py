@@ -176,19 +176,28 @@ def pairs_swapped(vectors, there, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 
 @triton.jit
 def first_entries_twice(
-    tables, b, s, live,
+    tables, axes, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
+    angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
     return Angles(angles.cos0, angles.cos0, angles.sin0, angles.sin0)
 
 
 @triton.jit
-def inverse_for_the_transpose(
-    tables, b, s, live,
+def axes_forgotten(
+    tables, axes, b, s, live,
     HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    angles = load_angles(tables, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
+    """The first position of a token for every column."""
+    return load_angles(tables, None, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
+
+
+@triton.jit
+def inverse_for_the_transpose(
+    tables, axes, b, s, live,
+    HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
     if INVERSE:
         angles = Angles(angles.cos0, angles.cos1, angles.sin1, angles.sin0)
     return angles
@@ -297,6 +306,11 @@ def rotation_by_element() -> None:
     rope_cases.check(q, k, *rope_cases.unlike_tables(9, 32, CPU))
 
 
+def rotation_by_axes() -> None:
+    axes = torch.tensor([0, 1, 2, 1] * 4)
+    rope_cases.check_axes(32, rope_cases.tables(60, 32, CPU), axes, 3, torch.float16)
+
+
 def heads() -> None:
     q, k = rope_cases.qk(2, 2, 2, 70, 40, torch.float16, CPU)
     qk_norm_rope_cases.check(q, k, *qk_norm_rope_cases.weights(40, q.dtype, CPU), *rope_cases.tables(70, 32, CPU))
@@ -356,6 +370,7 @@ MUTANTS = {
     "mean over the rotated dimensions alone": Mutant((qk_norm_rope,), "_sum", sum_over_the_rotated_dims, heads),
     "weight of other pairs": Mutant((qk_norm_rope,), "load_pairs", pairs_swapped, heads),
     "pairs swapped": Mutant((rope,), "load_pairs", pairs_swapped, rotation),
+    "axes forgotten": Mutant((rope,), "load_angles", axes_forgotten, rotation_by_axes),
     "entries of the first half twice": Mutant((rope,), "load_angles", first_entries_twice, rotation_by_element),
     "inverse for the transpose": Mutant((rope,), "load_angles", inverse_for_the_transpose, rotation_by_element),
     "inverse for the transpose, heads": Mutant(
