@@ -60,9 +60,9 @@ def main() -> int:
         trainer = DPOTrainer(
             model,
             reference,
-            DPOConfig(
+            training.configure(
+                DPOConfig, args,
                 beta=0.1, max_length=args.max_length, gradient_checkpointing=args.checkpointing,
-                **training.settings(args),
             ),
             train_dataset=train_set, eval_dataset=test_set, processing_class=tokenizer,
             peft_config=common.lora(args.lora, "CAUSAL_LM") if args.lora else None,

@@ -1,9 +1,10 @@
 """FSDP2 through Accelerate, in a training loop of your own: patch first, then prepare shards the model.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py --compare
+    torchrun --standalone --nproc-per-node 2 examples/fsdp2.py --compare
     python examples/fsdp2.py                                    # one process
 
---batch is of all processes together. `pretrain.py` has FSDP2 without Accelerate, context parallelism and checkpoints.
+Accelerate shards models on GPUs only: on a CPU the processes run DDP. --batch is of all processes together.
+`pretrain.py` has FSDP2 without Accelerate, context parallelism and checkpoints.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def main() -> int:
         model = train(run, args, accelerator, tokenizer, rows, test)
     if args.save:
         weights = accelerator.get_state_dict(model)  # gathered
-        model.save_pretrained(args.save, state_dict=weights, is_main_process=first)
+        plain: Any = accelerator.unwrap_model(model)
+        plain.save_pretrained(args.save, state_dict=weights, is_main_process=first)
         if first:
             tokenizer.save_pretrained(args.save)
     baseline = {"validation loss": unigram_loss(rows, test)}

@@ -52,10 +52,11 @@ def main() -> int:
         trainer = GRPOTrainer(
             model,
             reward,
-            GRPOConfig(
+            training.configure(
+                GRPOConfig, args,
                 num_generations=args.group, max_completion_length=args.max_length,
                 generation_kwargs={"use_cache": True},
-                gradient_checkpointing=args.checkpointing, **training.settings(args),
+                gradient_checkpointing=args.checkpointing,
             ),
             train_dataset=common.dataset({"prompt": prompts}), processing_class=tokenizer,
             callbacks=[LlamaKernelsCallback()] if name == "patched" else [],

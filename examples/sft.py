@@ -3,7 +3,7 @@
     python examples/sft.py --compare                 # padded batches
     python examples/sft.py --packing                 # documents are joined to rows of --max-length tokens
     python examples/sft.py --padding-free            # a batch is one row of its documents
-    python examples/sft.py --lora 16 --four-bit      # QLoRA; needs peft and bitsandbytes
+    python examples/sft.py --model FOLDER --lora 16 --four-bit    # QLoRA; needs peft, bitsandbytes and a GPU
 
 In packed and padding-free rows, attention does not cross from one document into another.
 """
@@ -53,10 +53,11 @@ def main() -> int:
             model = common.load_model(AutoModelForCausalLM, args, tokenizer)
         trainer = SFTTrainer(
             model,
-            SFTConfig(
+            training.configure(
+                SFTConfig, args,
                 packing=args.packing, padding_free=args.padding_free,
                 max_length=None if args.padding_free else args.max_length,  # padding-free batches are not cut
-                gradient_checkpointing=args.checkpointing, **training.settings(args),
+                gradient_checkpointing=args.checkpointing,
             ),
             train_dataset=train_set, eval_dataset=test_set, processing_class=tokenizer,
             peft_config=common.lora(args.lora, "CAUSAL_LM") if args.lora else None,

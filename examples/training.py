@@ -56,21 +56,22 @@ class _Record(ProgressCallback):
             self.training_bar.set_postfix_str(f"{self._run.name}: loss {logs['loss']:.4f}")
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of TrainingArguments, or of a config of TRL: --steps steps of AdamW with warm-up and linear decay."""
-    return {
-        "output_dir": str(args.out), "max_steps": args.steps, "seed": args.seed, "use_cpu": args.device == "cpu",
-        "per_device_train_batch_size": args.batch, "per_device_eval_batch_size": args.batch,
-        "learning_rate": args.lr, "warmup_steps": args.steps // 10, "adam_beta2": 0.95, "weight_decay": 0.01,
-        "bf16": args.dtype == "bfloat16", "dataloader_pin_memory": args.device == "cuda",
-        "logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True,
-        "save_strategy": "no", "report_to": "none",
-    }  # fmt: skip
+def configure(config: Any, args: argparse.Namespace, **options: Any) -> Any:
+    """TrainingArguments, or a config of TRL, of --steps steps of AdamW with warm-up and linear decay, and `options`."""
+    configured = config(
+        output_dir=str(args.out), max_steps=args.steps, seed=args.seed, use_cpu=args.device == "cpu",
+        per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch,
+        learning_rate=args.lr, warmup_steps=args.steps // 10, adam_beta2=0.95, weight_decay=0.01,
+        bf16=args.dtype == "bfloat16", dataloader_pin_memory=args.device == "cuda",
+        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
+        save_strategy="no", report_to="none", **options,
+    )  # fmt: skip
+    configured._n_gpu = min(configured.n_gpu, 1)  # one process, one GPU: not torch's DataParallel
+    return configured
 
 
 def fit(run: Run, trainer: Trainer, args: argparse.Namespace) -> None:
     """Train with a progress bar, and record losses, times and memory in `run`."""
-    trainer.args._n_gpu = min(trainer.args.n_gpu, 1)  # one process, one GPU: not torch's DataParallel
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Record(run, args.device))
     with peak_memory(run, args.device):
@@ -83,7 +84,7 @@ def train(
 ) -> Trainer:  # fmt: skip
     """Train with the Trainer. `options` are further arguments of it."""
     labels = ["labels"] if "labels" in train_set[0] else ["start_positions", "end_positions"]
-    arguments = TrainingArguments(**settings(args), label_names=labels, remove_unused_columns=False)
+    arguments = configure(TrainingArguments, args, label_names=labels, remove_unused_columns=False)
     trainer = Trainer(model, arguments, train_dataset=train_set, processing_class=tokenizer, **options)
     fit(run, trainer, args)
     return trainer

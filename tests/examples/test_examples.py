@@ -32,6 +32,7 @@ DATA = {
     ("pretrain",): [{"text": f"a text of some length, the number {i}"} for i in range(60)],
 }  # fmt: skip
 GENERATE = ("generate",)
+NEEDED = {"sft": ["trl"], "dpo": ["trl"], "grpo": ["trl"], "lightning_fit": ["lightning"], "liger": ["liger_kernel"]}
 
 
 @pytest.mark.parametrize("script", [SEQUENCE, TOKEN, QUESTION], ids=" ".join)
@@ -165,9 +166,15 @@ def test_resume_without_a_checkpoint_is_an_error(run, jsonl):
         run("pretrain", "--data", jsonl(DATA[("pretrain",)]), "--resume")
 
 
-@pytest.mark.parametrize("name", ["demo", "finetune", "generate", "pretrain", "verify"])
+@pytest.mark.parametrize(
+    "name",
+    ["compiled", "demo", "dpo", "finetune", "fsdp2", "generate", "grpo", "liger", "lightning_fit", "pretrain", "sft",
+     "verify"],
+)  # fmt: skip
 def test_an_example_runs_by_its_path(monkeypatch, capsys, tmp_path, name):
     """From any folder, without an installed package: neither is on the path."""
+    for package in NEEDED.get(name, ()):
+        pytest.importorskip(package, reason=f"needs {package}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     path = [entry for entry in sys.path if Path(entry or ".").resolve() not in (EXAMPLES.parent, tmp_path)]
@@ -210,7 +217,7 @@ def test_the_default_dtype_depends_on_the_device(monkeypatch):
             assert common.parse(parser).dtype == wanted
 
 
-def test_the_demo_with_device_cpu_uses_no_gpu(no_gpu_may_be_used, monkeypatch, tmp_path):
+def test_the_demo_with_device_cpu_uses_no_gpu(no_gpu_may_be_used, monkeypatch, tmp_path, capsys):
     """The demo verifies its steps in a new process. Here that runs in this process."""
 
     def verified(command, env, **_):
@@ -227,3 +234,7 @@ def test_the_demo_with_device_cpu_uses_no_gpu(no_gpu_may_be_used, monkeypatch, t
     assert numbers["device"] == "cpu" and [s["step"] for s in numbers["steps"]] == [0, 1]
     assert {o["call"].split(",")[0] for o in numbers["ops"]} == set(verify.OPS)
     assert all(o["passed"] for o in numbers["ops"])
+    printed = " ".join(capsys.readouterr().out.split())
+    losses = numbers["losses"]["ours"]
+    assert f"both losses fall from {losses[0]:.2f} to {losses[-1]:.2f} in 2 steps" in printed
+    assert "Next: python -m llama_kernels" in printed

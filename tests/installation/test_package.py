@@ -69,6 +69,19 @@ def test_the_citation_names_this_version():
     assert re.search("^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == lk.__version__
 
 
+def test_the_conda_recipe_has_this_version_and_the_requirements_of_the_package():
+    recipe = (ROOT / "conda/meta.yaml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.search('set version = "(.*)"', recipe)[1] == lk.__version__
+    same = {
+        r'requires-python = "(>=[\d.]*)"': r"- python (>=[\d.]*)",
+        r'"torch(>=[\d.]*)"': r"- pytorch (>=[\d.]*)",
+        r'"setuptools(>=[\d.]*)"': r"- setuptools (>=[\d.]*)",
+    }
+    for in_project, in_recipe in same.items():
+        assert set(re.findall(in_recipe, recipe)) == {re.search(in_project, project)[1]}
+
+
 @pytest.mark.skipif(not (ROOT / ".github").exists(), reason="the workflows are not part of this copy")
 def test_ci_uploads_the_reports_of_the_compile_gate():
     pattern = re.search(r"path: (build/codegen\S+)", (ROOT / ".github/workflows/cpu.yml").read_text())[1]
