@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ def register_rules_for(args: Sequence[Any]) -> None:
     """Register the sharding rules if a DTensor is among `args`. torch.compile calls it while it traces."""
     for x in args:
         if is_dtensor(x):
-            _register_rules()
+            _register_rules_while_tracing()
 
 
-@torch.compiler.assume_constant_result
 def _register_rules() -> None:
     register_dtensor_rules()
+
+
+_register_rules_while_tracing: Callable[[], None] = torch.compiler.assume_constant_result(_register_rules)
 
 
 def repeat_on_dtensors(op: torch._ops.OpOverload, public: str, args: Sequence[Any], error: RuntimeError) -> Any:
