@@ -81,11 +81,14 @@ def _memory_bound_sweeps() -> Iterator[Work]:
 
 
 def _packed(tokens: int) -> Iterator[Work]:
-    """Packed documents of unequal lengths, and the same number of equal length, to compare the speed with."""
+    """Packed documents of unequal lengths, as many of equal length beside them, and completions of one prompt."""
     lengths = documents(tokens)
     equal = (tokens // len(lengths),) * len(lengths)
     for shape, each in (("packed documents", lengths), ("equal documents", equal)):
         yield AttentionVarlen(shape=shape, lengths=each, Hq=32, Hkv=8, D=128)
+    yield SharedPrompt(
+        shape="8 completions", prompt=tokens // 8, completions=8, length=tokens // 64, Hq=32, Hkv=8, D=128
+    )
 
 
 def documents(tokens: int, shortest: int = 128) -> tuple[int, ...]:
@@ -119,7 +122,6 @@ def _attention_sweeps(tokens: int = 32768) -> Iterator[Work]:
         yield Attention(shape=f"heads {Hq}/{Hkv}", B=tokens // 8192, S=8192, Hq=Hq, Hkv=Hkv, D=128)
     yield Attention(shape="window 1024", B=tokens // 8192, S=8192, window=1023, Hq=32, Hkv=8, D=128)
     yield from _packed(tokens)
-    yield SharedPrompt(shape="8 completions", prompt=2048, completions=8, length=256, Hq=32, Hkv=8, D=128)
     for B, Sk in ((1, 1024), (1, 4096), (1, 32768), (1, 131072), (16, 1024), (16, 4096), (16, 32768), (64, 4096)):
         yield Decode(shape=f"batch {B}, cache {Sk}", B=B, Sk=Sk, Hq=32, Hkv=8, D=128)
 

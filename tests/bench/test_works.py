@@ -100,5 +100,7 @@ def test_a_preset_has_each_work_once(preset):
 
 
 def test_the_presets_measure_every_op_of_the_table():
-    assert {w.op for w in works_of("models")} == {w.op for w in small()} == {w.op for w in EVERY_OP} == {*OPS, "decode"}
+    uses_of_attention = {"decode", "shared_prompt"}
+    for works in (works_of("models"), small(), EVERY_OP):
+        assert {w.op for w in works} == {*OPS, *uses_of_attention}
     assert len(list(works_of("all"))) == len(list(works_of("models"))) + len(list(works_of("sweeps")))

@@ -19,11 +19,14 @@ SMALL = ("--batch", "4", "--max-length", "48", "--dtype", "float32")
 def _as_before() -> Iterator[None]:
     """Restores what Transformers and rich print, which the examples change."""
     import transformers
+    import transformers.models.llama.modeling_llama as modeling_llama
 
     from examples import report
 
     verbosity, quiet = transformers.logging.get_verbosity(), report.console.quiet
+    before = dict(vars(modeling_llama))
     yield
+    vars(modeling_llama).update(before)  # Liger-Kernel replaces classes there, for an instance too
     transformers.logging.set_verbosity(verbosity)
     transformers.utils.logging.enable_progress_bar()
     report.console.quiet = quiet

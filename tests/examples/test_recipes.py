@@ -20,12 +20,18 @@ for package in ("accelerate", "matplotlib", "rich"):
     pytest.importorskip(package)
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from examples import common  # noqa: E402
+from examples import common, functions, packing  # noqa: E402
 from examples.packing import definitions  # noqa: E402
 
 ROOT = Path(common.__file__).parents[1]
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="a training loop in Triton's interpreter would take hours")
 SHORT = ("--steps", "3", "--compare")
+
+
+@pytest.fixture
+def few_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "definitions", lambda seed: definitions(seed, most=80))
+    monkeypatch.setattr(functions.functions, "__defaults__", (0, 60, 300))
 
 
 def run_or_skip(run: Any, name: str, *options: Any) -> dict[str, Any]:
@@ -59,9 +65,8 @@ def check_equal(numbers: dict[str, Any], metric: str) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
+@pytest.mark.usefixtures("few_data")
 def test_stock_and_patched_agree(run, monkeypatch, name, options, metric):
-    monkeypatch.setattr("examples.packing.definitions", lambda seed: definitions(seed, most=80))
-    monkeypatch.setattr("examples.functions.functions.__defaults__", (0, 60, 300))
     if name == "fsdp2":
         monkeypatch.setattr(os, "environ", {**os.environ})  # it sets those of torchrun
     check_equal(run_or_skip(run, name, *SHORT, *options), metric)
@@ -69,6 +74,7 @@ def test_stock_and_patched_agree(run, monkeypatch, name, options, metric):
 
 @not_interpreted
 @pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.usefixtures("few_data")
 def test_adapters_are_trained_by_trl(run, name, tmp_path):
     pytest.importorskip("peft", reason="needs peft")
     numbers = run_or_skip(run, name, *SHORT, "--lora", "4", "--save", tmp_path)
@@ -84,6 +90,7 @@ def test_adapters_of_a_4_bit_model_are_trained_by_trl(run, model_folder):
 
 
 @not_interpreted
+@pytest.mark.usefixtures("few_data")
 def test_a_compiled_model_agrees_with_stock(run, monkeypatch):
     """Without Inductor, which takes a minute. tests/compiled has its code of patched models."""
     compile_ = torch.compile
@@ -96,6 +103,7 @@ def test_a_compiled_model_agrees_with_stock(run, monkeypatch):
 @pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="Liger's kernels need a GPU, or the interpreter"
 )
+@pytest.mark.usefixtures("few_data")
 def test_ligers_loss_beside_our_ops_agrees_with_stock(run):
     options = ["--no-swiglu", "--batch", "1", "--max-length", "16"] if INTERPRETED else []
     check_equal(run_or_skip(run, "liger", *SHORT, *options), "validation loss")

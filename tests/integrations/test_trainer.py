@@ -89,7 +89,8 @@ def test_a_warning_names_norms_that_liger_replaced(trainer, kept, caplog, monkey
     pytest.importorskip("liger_kernel", reason="needs liger-kernel")
     import transformers.models.llama.modeling_llama as modeling_llama
 
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # restored
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm"):  # Liger replaces these for all models: restored afterwards
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
     monkeypatch.setattr(Trainer, "_inner_training_loop", _begin_only)
     config = {"rope": not kept, "rms_norm": not kept, "swiglu": False, "fused_linear_cross_entropy": False}
     made = trainer([LlamaKernelsCallback()], liger=config, model=small())

@@ -10,7 +10,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.ops.attention.masked_decode import decode_attention
-from tests.support.ops import OPS, Make, Shape, calls
+from tests.support.ops import OPS, REGISTERED, Make, Shape, calls, registered_calls
 
 S, D = 32, 64
 SHAPE, MAKE = Shape(S=S, D=D, N=256), Make(dtype=torch.bfloat16)
@@ -46,6 +46,11 @@ def attention_with_everything() -> None:
     train(lk.attention(heads(4), heads(2), heads(2), sinks=sinks, **options, return_lse=True))
 
 
+def tangent(label: str) -> None:
+    op, arguments = registered_calls(SHAPE, MAKE)[label]
+    getattr(torch.ops.llama_kernels, op)(*arguments)
+
+
 def decode() -> None:
     lk.attention(heads(4, 1, grad=False), heads(2, 600, grad=False), heads(2, 600, grad=False))
 
@@ -78,4 +83,5 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "attention, everything": attention_with_everything,
     "decode": decode,
     "masked decode": masked_decode,
+    **{label: functools.partial(tangent, label) for label in REGISTERED if label.endswith(" tangent")},
 }

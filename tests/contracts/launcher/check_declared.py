@@ -45,7 +45,10 @@ def test_the_driver_records_the_call(comparisons):
 
 def test_every_op_and_public_function_is_called(comparisons):
     called.clear()
-    not_ops = {"checked", "hopper_attention", "merge_attention", "nn", "reference", "rope_frequencies", "rope_tables"}
+    not_ops = {
+        *("checked", "hopper_attention", "nn", "reference"),
+        *("merge_attention", "rope_axes", "rope_frequencies", "rope_tables"),
+    }
     with contextlib.ExitStack() as stack:
         functions = {name: mock.patch.object(lk, name, wraps=getattr(lk, name)) for name in set(lk.__all__) - not_ops}
         calls = {name: stack.enter_context(patched) for name, patched in functions.items()}
