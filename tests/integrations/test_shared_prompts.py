@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers", minversion="4.57")
 
-from examples.shared_prompts import visited
 from llama_kernels.integrations.transformers import SharedPromptCollator, share_prompts
 from llama_kernels.integrations.transformers.masks import unpack, written_out
 from tests.integrations.comparison import Results, compare_with_stock, gradients
@@ -128,6 +127,7 @@ def test_the_collator_gives_the_inputs_of_the_model():
 @pytest.mark.corpus(77)
 def test_the_work_is_that_of_the_unique_tokens():
     """Of tokens, and of blocks of 64 rows and 64 keys, beside the pairs of a query and a key that it sees."""
+    example = pytest.importorskip("examples.shared_prompts", reason="needs the packages of the examples")
     prompt, completions = [1] * 2048, [[2] * 256] * 8
     batch = share_prompts([prompt], [completions])
     S = batch.completion.shape[1]
@@ -135,4 +135,4 @@ def test_the_work_is_that_of_the_unique_tokens():
     ranges = unpack(batch.inputs["attention_mask"], S, S)
     start, end, prefix = (x[0].long() for x in (ranges.start, ranges.end, ranges.prefix))
     pairs = (end - start + prefix).sum().item()
-    assert pairs * 0.99 < visited(start, end, prefix) * 64 * 64 < pairs * 1.1
+    assert pairs * 0.99 < example.visited(start, end, prefix) * 64 * 64 < pairs * 1.1
