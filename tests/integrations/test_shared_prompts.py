@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers", minversion="4.57")
 
-from llama_kernels.integrations.transformers import SharedPromptCollator, share_prompts
+from llama_kernels.integrations.transformers import SharedPromptCollator, attention, share_prompts
 from llama_kernels.integrations.transformers.masks import unpack, written_out
 from tests.integrations.comparison import Results, compare_with_stock, gradients
 from tests.integrations.small import not_interpreted, patched, small
@@ -95,6 +95,17 @@ def test_a_slice_to_the_last_queries_keeps_their_ranges():
 def test_layers_with_a_sliding_window_are_refused(family):
     with pytest.raises(ValueError, match=r"share_prompts: model .*attend to all earlier tokens"):
         patched(small(family))(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
+
+
+def test_layers_with_a_sliding_window_are_refused_where_stock_attention_runs():
+    with pytest.raises(ValueError, match=r"share_prompts: model .*attend to all earlier tokens"):
+        patched(small("mistral")).double()(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
+
+
+def test_context_parallel_is_refused(monkeypatch):
+    monkeypatch.setattr(attention, "context_parallels", [None])
+    with pytest.raises(ValueError, match=r"share_prompts: model .*inside context_parallel"):
+        patched(small())(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -25,6 +25,7 @@ from llama_kernels.integrations.transformers.masks import (
     KeyRanges,
     document_starts,
     documents_of,
+    has_prefix,
     key_ranges,
     pack_window,
     unpack,
@@ -87,6 +88,8 @@ def attention_forward(
     _refuse_changed_mask(module)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if has_prefix(attention_mask):
+        _refuse_local_attention(module, sliding_window)
     Sq, Sk = query.shape[2], key.shape[2]
     reason = _why_stock(query, key, value, attention_mask, dropout, others)
     if (doc_start := documents_of(attention_mask)) is not None:
@@ -124,8 +127,6 @@ def attention_forward(
         options |= {"is_causal": False, "window_size": (ranges.left, ranges.right), "kv_start": starts}
         out = attention(query, key, value, **options)
     else:
-        if ranges.prefix is not None:
-            _refuse_local_attention(module, sliding_window)
         out = _of_ranges(query, key, value, ranges, options)
     return out.transpose(1, 2).contiguous(), None
 
@@ -292,7 +293,9 @@ def _warn_of_stock(reason: str) -> None:
 
 
 def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> None:
-    """Raise if a layer of the model does not attend to all earlier tokens, which a mask of shared prompts shows it."""
+    """Raise where the mask of shared prompts would show a layer more or fewer keys than repeated prompts would."""
+    if context_parallels:
+        raise ValueError(message("share_prompts", "model", "inside context_parallel", "one process with all tokens"))
     kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ()) - {"full_attention"}
     if sliding_window is not None or kinds:
         layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"

@@ -91,10 +91,15 @@ def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
     lines = mask[:, :, 0].unbind(1)
     of_queries = [line[:, line.shape[1] - Sq :] for line in lines[:3]]
     start, end = of_queries[:2]
-    if len(lines) == 6:
+    if has_prefix(mask):
         return KeyRanges(start, end, prefix=of_queries[2])
     names = {2: (), 3: ("valid",), 4: ("order", "inverse"), 5: ("order", "inverse", "sound")}[len(lines)]
     return KeyRanges(start, end, **{name: line[:, :Sk] for name, line in zip(names, lines[2:], strict=True)})
+
+
+def has_prefix(mask: torch.Tensor | None) -> bool:
+    """Whether `mask` is that of completions which share a prompt."""
+    return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == 6 and mask.shape[2] == 1
 
 
 def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
