@@ -349,7 +349,6 @@ def test_every_kernel_and_operator_is_reached():
 
 
 @compiles
-@pytest.mark.compiled_table
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_kernels_execute_what_is_recorded(target):
     import triton
