@@ -42,7 +42,7 @@ COLORS = {
     "transformer-engine": "#2f7d6b",
     "unsloth": "#c45fc0",
 }
-_OTHER_COLOR = "#c49a6c"  # of a provider that somebody added
+_OTHER_COLOR = "#c49a6c"  # of a provider that a user added
 SHOWN_GPU, SHOWN_MODEL = "H100", "Llama 3.1 8B"  # of the estimates in pictures; tables have all GPUs and models
 
 

@@ -77,7 +77,7 @@ def test_the_mask_shows_the_prompt_and_the_own_segment():
     ]  # fmt: skip
 
 
-def test_padding_sees_itself_alone_and_nobody_sees_it():
+def test_padding_sees_itself_alone_and_no_other_token_sees_it():
     batch = share_prompts([[1, 2], [3]], [[[4, 5, 6]], [[7]]], pad_token_id=9)
     assert batch.inputs["input_ids"][1].tolist() == [3, 7, 9, 9, 9]
     see = written_out(batch.inputs["attention_mask"], 5, 5)[1, 0]

@@ -40,7 +40,7 @@ class _Row(NamedTuple):
     prefix: list[int]  # how many first tokens are visible besides
 
     def padded(self, length: int, pad_token_id: int) -> _Row:
-        """Padding sees itself alone, and is seen by nobody."""
+        """Padding sees itself alone, and no other token sees it."""
         here = len(self.ids)
         more = length - here
         fill: tuple[list[int], ...] = (
