@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from examples import common, report, training
-from examples.packing import Rows, corpus, draw_batch, unigram_loss
+from examples.packing import Rows, corpus, unigram_loss
 from llama_kernels.integrations.transformers import patch
 
 
@@ -29,24 +29,8 @@ def train(run: report.Run, args: argparse.Namespace, tokenizer: Any, rows: Rows,
         patch(model)
     torch.compiler.reset()
     compiled: Any = torch.compile(model, fullgraph=True, mode=args.mode)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-
-    def loss_of(batch: Rows) -> torch.Tensor:
-        batch = {name: x.to(args.device) for name, x in batch.items()}
-        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return compiled(**batch, use_cache=False).loss
-
-    def step(i: int) -> torch.Tensor:
-        loss = loss_of(draw_batch(rows, args.batch, args.seed, i))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    training.loop(run, args, step)
-    with torch.no_grad():
-        run.metrics = {"validation loss": loss_of(test).item(), "first step, with compilation, s": run.seconds[0]}
+    loss = training.on_rows(run, args, model, rows, test, forward=compiled)
+    run.metrics = {"validation loss": loss, "first step, with compilation, s": run.seconds[0]}
     return model  # not its compiled wrapper, for --save
 
 

@@ -1,7 +1,7 @@
 """Liger-Kernel's fused linear cross-entropy and SwiGLU beside our attention, RMSNorm and RoPE.
 
     python examples/liger.py --compare                            # on a GPU
-    TRITON_INTERPRET=1 python examples/liger.py --no-swiglu ...   # on a CPU: slow, for a look
+    TRITON_INTERPRET=1 python examples/liger.py --no-swiglu ...   # on a CPU, where it is slow
 
 Liger's own RoPE and RMSNorm are switched off; the order of the two calls does not matter. In the Hugging Face Trainer,
 use_liger_kernel=True with liger_kernel_config={"rope": False, "rms_norm": False} does the same.
@@ -16,12 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python examples/liger.py`
 
-import torch
 from liger_kernel.transformers import _apply_liger_kernel_to_instance
 from transformers import AutoModelForCausalLM
 
 from examples import common, report, training
-from examples.packing import Rows, corpus, draw_batch, unigram_loss
+from examples.packing import Rows, corpus, unigram_loss
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.integrations.transformers import patch
 
@@ -34,24 +33,7 @@ def train(run: report.Run, args: argparse.Namespace, tokenizer: Any, rows: Rows,
             fused_linear_cross_entropy=True,
         )  # fmt: skip
         patch(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-
-    def loss_of(batch: Rows) -> torch.Tensor:
-        batch = {name: x.to(args.device) for name, x in batch.items()}
-        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return model(**batch, use_cache=False).loss
-
-    def step(i: int) -> torch.Tensor:
-        loss = loss_of(draw_batch(rows, args.batch, args.seed, i))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    training.loop(run, args, step)
-    with torch.no_grad():
-        run.metrics = {"validation loss": loss_of(test).item()}
+    run.metrics = {"validation loss": training.on_rows(run, args, model, rows, test)}
     return model
 
 

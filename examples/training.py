@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from examples import report
+from examples.packing import Rows, draw_batch
 from examples.report import Run
 from llama_kernels.distributed import Layout, context_parallel
 
@@ -127,3 +128,29 @@ def loop(run: Run, args: argparse.Namespace, step: Callable[[int], torch.Tensor]
             run.losses.append(step(i).item())
             run.seconds.append(clock(args.device) - started)
             progress.set_postfix_str(f"{run.name}: loss {run.losses[-1]:.4f}")
+
+
+def on_rows(run: Run, args: argparse.Namespace, model: Any, rows: Rows, test: Rows, forward: Any = None) -> float:
+    """Train `model` on random rows with AdamW, in plain PyTorch. Returns the loss on `test`.
+
+    forward: is called in place of the model, such as its compiled form.
+    """
+    called = model if forward is None else forward
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+
+    def loss_of(batch: Rows) -> torch.Tensor:
+        batch = {name: x.to(args.device) for name, x in batch.items()}
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            return called(**batch, use_cache=False).loss
+
+    def step(i: int) -> torch.Tensor:
+        loss = loss_of(draw_batch(rows, args.batch, args.seed, i))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    loop(run, args, step)
+    with torch.no_grad():
+        return loss_of(test).item()
