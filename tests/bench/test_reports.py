@@ -167,7 +167,7 @@ def test_each_provider_has_a_colour_of_its_own_in_every_picture():
     assert names | {v.name for v in VARIATIONS} <= COLORS.keys()
     assert len({color_of(name) for name in names}) == len(names)
     assert len({color_of(v.name) for v in VARIATIONS}) == len(VARIATIONS)
-    assert color_of("added by somebody") not in COLORS.values()
+    assert color_of("added by a user") not in COLORS.values()
 
 
 # --- the width of the page -------------------------------------------------------------------------------------------

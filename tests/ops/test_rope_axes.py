@@ -158,7 +158,7 @@ TEXT = {
 def test_sections_as_the_text_models_of_transformers_have_them(family, device):
     """Qwen2-VL and Qwen2.5-VL, Qwen3-VL, GLM-4V, and HunYuan-VL with four positions a token."""
     if int(pytest.importorskip("transformers").__version__.split(".")[0]) < 5:
-        pytest.skip("its rotary embedding does not choose the sections")
+        pytest.skip("the rotary embeddings of Transformers 4 do not choose the sections")
     module = modeling(family)
     name, sections, how = TEXT[family]
     if not hasattr(module, name):
