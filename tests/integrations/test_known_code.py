@@ -17,7 +17,7 @@ pytest.importorskip("transformers", minversion="4.57")
 
 import transformers
 
-from llama_kernels.integrations.transformers import classes, fusions, known_code, modules, source
+from llama_kernels.integrations.transformers import classes, fusions, known_code, rotaries, source
 from tests.integrations.small import VERSION, Calls, not_interpreted
 from tests.support.environment import DEVICE
 from tests.support.judge import judge, relative_error
@@ -28,7 +28,8 @@ MODELS = Path(transformers.__file__).parent / "models"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-_HELPER = re.compile(r"(rotate_half\w*|_apply_rotary_emb|rotate_every_two|reshape_for_broadcast)\(")
+_HELPERS = r"rotate_half\w*|_apply_rotary_emb|rotate_every_two|rotate_pairwise|reshape_for_broadcast|stack_freqs"
+_HELPER = re.compile(rf"({_HELPERS})\(")
 
 
 class Defined(NamedTuple):
@@ -42,7 +43,7 @@ class Defined(NamedTuple):
 
 
 _DEFINITION = re.compile(r"( {4})?(class|def) (\w+)")
-_WANTED = re.compile(r"forward$|rotate_half|_apply_rotary_emb|rotate_every_two|reshape_for_broadcast|_norm|\w*apply_")
+_WANTED = re.compile(rf"forward$|{_HELPERS}|_norm|\w*apply_")
 
 
 def read(path: Path) -> list[Defined]:
@@ -182,27 +183,31 @@ def rotaries_of(text: str) -> list[Defined]:
     return [f for f in defined() if f.cls is None and "rotary" in f.name and rotary_text(f) == text]
 
 
-rotaries = pytest.mark.parametrize("known", known_code.ROTARIES, ids=[known.families for known in known_code.ROTARIES])
+of_rotaries = pytest.mark.parametrize(
+    "known", known_code.ROTARIES, ids=[known.families for known in known_code.ROTARIES]
+)
 
 
-def variants(known: known_code.Rotary) -> list[tuple[Any, bool]]:
-    """A function for each way that a helper in its file pairs elements."""
-    found: dict[bool, Any] = {}
+def variants(known: known_code.Rotary) -> list[tuple[Any, known_code.Rotary]]:
+    """A function for each helper in its files, and the entry with the fields that the helper decides."""
+    found: dict[known_code.Rotary, Any] = {}
     helpers = {(f.module, f.name): f.text for f in defined() if not f.cls}
-    pairings = {source.normalised(text): interleaved for text, interleaved in known_code.PAIRINGS.items()}
+    pairings = {source.normalised(text): pairing for text, pairing in known_code.PAIRINGS.items()}
     for function in rotaries_of(known.text):
-        helper = re.search(
-            r"(rotate_half\w*|_apply_rotary_emb|rotate_every_two|reshape_for_broadcast)\(", function.text
-        )
-        interleaved = pairings.get(helpers.get((function.module, helper[1]), "")) if helper else True
-        if interleaved is not None and interleaved not in found:
+        wanted = known
+        if helper := _HELPER.search(function.text):
+            pairing = pairings.get(helpers.get((function.module, helper[1]), ""))
+            if pairing is None:
+                continue
+            wanted = known._replace(interleaved=pairing.interleaved, inverse=pairing.inverse)
+        if wanted not in found:
             stock = loaded(function)
-            assert known_code.rotary_of(stock) == (known, interleaved)
-            found[interleaved] = stock
-    return [(stock, interleaved) for interleaved, stock in found.items()]
+            assert known_code.rotary_of(stock) == wanted
+            found[wanted] = stock
+    return [(stock, wanted) for wanted, stock in found.items()]
 
 
-@rotaries
+@of_rotaries
 def test_the_families_of_a_rotary_entry_have_its_text(known):
     served = {function.family for function in rotaries_of(known.text)}
     assert names_of(known.families) <= served
@@ -215,28 +220,47 @@ def test_every_helper_text_is_in_transformers():
         assert source.normalised(text) in texts
 
 
-def rotary_inputs(known: known_code.Rotary, heads: int, R: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
+class Given(NamedTuple):
+    """The arguments of a rotary function."""
+
+    heads: tuple[torch.Tensor, ...]  # q and k, or one of them
+    rest: tuple[Any, ...]
+
+
+def rotary_inputs(known: known_code.Rotary, heads: int, R: int, rows: int, dtype: torch.dtype) -> Given:
     """q, k and tables whose halves differ."""
     B, S, D = 2, 6, 16
-    if known.heads == -2:
-        q, k = (torch.randn(S, H, D, device=DEVICE, dtype=dtype) for H in (4, 2))
-        cos, sin = (torch.randn(S, R, device=DEVICE, dtype=dtype) for _ in range(2))
-        return q, k, cos, sin
-    shape = lambda H: (B, H, S, D) if heads == 1 else (B, S, H, D)  # noqa: E731
-    q, k = (torch.randn(shape(H), device=DEVICE, dtype=dtype) for H in (4, 2))
-    if known.tables == "complex":
-        number = torch.complex128 if dtype is torch.float64 else torch.complex64
-        return q, k, torch.randn(rows, S, R // 2, device=DEVICE, dtype=number)
-    if known.tables == "complex grid":
-        number = torch.complex128 if dtype is torch.float64 else torch.complex64
-        return q, k, torch.randn(S, 1, R // 2, device=DEVICE, dtype=number)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+    shapes = {1: lambda H: (B, H, S, D), 2: lambda H: (B, S, H, D), -2: lambda H: (S, H, D)}
+    q, k = (drawn(*shapes[heads](H)) for H in (4, 2))
     width = R // 2 if known.tables == "pairs" else R
-    three = (3,) if known.tables == "sections" else ()
-    cos, sin = (torch.randn(*three, rows, S, width, device=DEVICE, dtype=dtype) for _ in range(2))
-    return (q, k, cos, sin, [2, 3, 3]) if three else (q, k, cos, sin)
+    if known.form == "complex":
+        return Given((q, k), (torch.complex(*(drawn(rows, S, width) for _ in range(2))),))
+    if known.form == "complex grid":
+        return Given((q, k), (torch.complex(*(drawn(S, 1, width) for _ in range(2))),))
+    shape = {
+        "grid": (1,) * rows + (S, width),
+        "memory": (1, 1, S, width),
+        "patches": (S - rows, width),  # one token or two before them
+        "sections": (3, rows, S, width),
+    }.get(known.form, (rows, S, width) if heads > 0 else (S, width))
+    tables = drawn(*shape), drawn(*shape)
+    if known.form == "sections":
+        return Given((q, k), (*tables, [2, 3, 3]))
+    if known.form == "last tokens" and rows == 1:
+        q = q[:, :, -4:]
+    if known.form == "memory" and rows == 2:
+        k = drawn(B, 2, 3 * S + 2, D)
+        return Given((q, k), (*tables, 2, True))
+    if known.form == "x, sin, cos":
+        tables = tables[::-1]
+    return Given((k,) if known.form in ("x, cos, sin", "x, sin, cos", "last elements") else (q, k), tables)
 
 
-@rotaries
+@of_rotaries
 @pytest.mark.parametrize("rows", [2, 1])
 @pytest.mark.parametrize("R", [16, 8, 12])
 @pytest.mark.parametrize("unsqueeze_dim", [1, 2])
@@ -244,27 +268,26 @@ def test_a_replaced_rotary_function_gives_the_results_of_stock(known, unsqueeze_
     found = variants(known)
     if not found:
         pytest.skip(f"no function of Transformers {transformers.__version__}")
-    heads = known.heads or unsqueeze_dim
-    if known.heads and unsqueeze_dim != 1:
-        pytest.skip("takes no unsqueeze_dim")
-    for stock, interleaved in found:
-        given = rotary_inputs(known, heads, R, rows, torch.float64)
-        how = {} if known.heads else {"unsqueeze_dim": unsqueeze_dim}
+    chosen = known.heads is None and known.form not in ("grid", "patches", "memory", "last tokens")
+    if not chosen and unsqueeze_dim != 1:
+        pytest.skip("the heads are always in the same dimension")
+    for stock, variant in found:
+        given = rotary_inputs(known, known.heads or unsqueeze_dim, R, rows, torch.float64)
+        how = {"unsqueeze_dim": unsqueeze_dim} if chosen else {}
 
-        def run(function: Any, number: torch.dtype, given: Any = given, how: Any = how) -> list[torch.Tensor]:
-            if known.arguments:  # of q or k alone
-                alone = function
-                function = lambda q, k, *t, **how: tuple(alone(x, *t, **how) for x in (q, k))  # noqa: E731
-            q, k, *tables = given
-            q, k = (x.to(number).requires_grad_() for x in (q, k))
+        def run(function: Any, number: torch.dtype, given: Given = given, how: Any = how) -> list[torch.Tensor]:
+            leaves = [x.to(number).requires_grad_() for x in given.heads]
+            rest = given.rest
             if number is not torch.float64:
-                tables = [
-                    t if isinstance(t, list) else t.to(torch.complex64 if t.is_complex() else number) for t in tables
+                rest = [
+                    x.to(torch.complex64 if x.is_complex() else number) if isinstance(x, torch.Tensor) else x
+                    for x in rest
                 ]
-            out = function(q, k, *tables, **how)
+            out = function(*leaves, *rest, **how)
+            out = out if isinstance(out, tuple) else (out,)
             torch.manual_seed(6)
             torch.autograd.backward(out, [torch.randn(x.shape, dtype=torch.float64).to(x) for x in out])
-            return [*(x.detach() for x in out), q.grad, k.grad]
+            return [*(x.detach() for x in out), *(x.grad for x in leaves)]
 
         try:
             theirs = run(stock, torch.float32)
@@ -272,7 +295,7 @@ def test_a_replaced_rotary_function_gives_the_results_of_stock(known, unsqueeze_
             assert R < 16  # it rotates whole heads only
             continue
         with Calls() as calls:
-            ours = run(modules.rotary_like(stock, known, interleaved), torch.float32)
+            ours = run(rotaries.rotary_like(stock, variant), torch.float32)
         assert [name for name, _ in calls.made if name.startswith("llama_kernels::rope")]
         for K, R64, I in zip(ours, run(stock, torch.float64), theirs, strict=True):
             assert K.dtype == I.dtype and K.shape == I.shape

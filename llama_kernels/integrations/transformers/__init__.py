@@ -7,7 +7,8 @@ docs/transformers.md lists the tested models.
 The model's classes keep their own forwards. These files replace operations inside the forwards:
 
     attention.py    attention, through Transformers' AttentionInterface
-    modules.py      RMSNorm modules, and the function apply_rotary_pos_emb
+    modules.py      RMSNorm modules
+    rotaries.py     the function apply_rotary_pos_emb
     fusions.py      residual add + norm, norms of q and k + RoPE, in forwards whose whole text is known
     known_code.py   the source texts of the functions that may be replaced; known_rotaries.py has those of RoPE
     masks.py        masks as ranges of keys; intervals.py reads the ranges from Transformers' mask functions

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from llama_kernels.integrations.transformers import fusions, known_code, modules, source
+from llama_kernels.integrations.transformers import fusions, known_code, modules, rotaries, source
 
 KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE)
 
@@ -42,10 +42,10 @@ def _functions_of(cls: type) -> tuple[Any, ...]:
     """Every function that `_found_in` reads. They are its cache key."""
     forward = getattr(cls, "forward", None)
     inner = source.decorated(forward)[-1]
-    rotaries = [inner.__globals__[name] for name in _rotary_names(inner)]
-    plain = [source.called_by(rotary) for rotary in rotaries]
+    stock = [inner.__globals__[name] for name in _rotary_names(inner)]
+    plain = [source.called_by(rotary) for rotary in stock]
     helpers = [rotary.__globals__.get(name) for rotary in plain for name in sorted(source.global_names(rotary))]
-    return (forward, inner, getattr(cls, "_norm", None), *rotaries, *plain, *helpers)
+    return (forward, inner, getattr(cls, "_norm", None), *stock, *plain, *helpers)
 
 
 def _rotary_names(inner: Any) -> list[str]:
@@ -90,7 +90,7 @@ def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
         stock = inner.__globals__[name]
         if (code := known_code.rotary_of(source.called_by(stock))) is None:
             return Found(None, f"{name} is not known code")
-        known[name] = (stock, *code)
+        known[name] = (stock, code)
     if source.with_globals(forward, {}) is None:
         return Found(None, "a decorator of its forward does not expose the wrapped function")
     return Found(known, "known code")
@@ -107,13 +107,13 @@ def _class_of(stock: type, kinds: tuple[str, ...], functions: tuple[Any, ...]) -
     }
     if "rms_norm" in kinds:
         return type(stock.__name__, (modules.RMSNorm, stock), {**parts, "known": found["rms_norm"].value})
-    rotaries = found["rope"].value if "rope" in kinds else {}
-    names: dict[str, Any] = {name: modules.rotary_like(*known) for name, known in rotaries.items()}
+    rotating = found["rope"].value if "rope" in kinds else {}
+    names: dict[str, Any] = {name: rotaries.rotary_like(*known) for name, known in rotating.items()}
     ours: Any = source.with_globals(forward, names)
     if fusions.ADD_NORM in kinds:
         names["add_and_norm"] = modules.add_and_norm
         ours = fusions.fused_forward(forward, ours, found[fusions.ADD_NORM].value, names)
     if fusions.QK_NORM_ROPE in kinds:
-        names["norm_and_rotate"] = modules.norm_and_rotary(*rotaries["apply_rotary_pos_emb"])
+        names["norm_and_rotate"] = rotaries.norm_and_rotary(*rotating["apply_rotary_pos_emb"])
         ours = fusions.fused_forward(forward, ours, found[fusions.QK_NORM_ROPE].value, names)
     return type(stock.__name__, (modules.Patched, stock), {**parts, "forward": ours})

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels.integrations.transformers import source
-from llama_kernels.integrations.transformers.known_rotaries import PAIRINGS, ROTARIES, Rotary
+from llama_kernels.integrations.transformers.known_rotaries import PAIRINGS, ROTARIES, Pairing, Rotary
 
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------
 
@@ -72,6 +72,17 @@ NORMS = (
     return output * self.weight""", _NORM, promotes=True),
     Norm("llama4 (L2Norm), nanochat, hrm_text", """def forward(self, x):
     return self._norm(x.float()).type_as(x)""", _NORM, weighted=False),
+    Norm("inkling2, inkling2_loop", """def forward(self, hidden_states):
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.float()
+    hidden_states = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps)
+    return hidden_states.to(input_dtype)""", weighted=False),
+    Norm("deepseek_v4, glm5_next", """def forward(self, x):
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps).to(x.dtype)""", weighted=False),
+    Norm("muse_spark", """def forward(self, x):
+    output = self._norm(x.float())
+    output = output * (1.0 + self.weight).float()
+    return output.type_as(x)""", _NORM, offset=1.0),
     Norm("t5, mt5, longt5, umt5, idefics", """def forward(self, hidden_states):
     variance = hidden_states.to(torch.float32).pow(2).mean(-1, keepdim=True)
     hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
@@ -93,11 +104,11 @@ def norm_of(cls: type) -> Norm | None:
     return norm if _globals_are_torch(forward) else None
 
 
-_HELPERS = ("_apply_rotary_emb", "rotate_every_two", "reshape_for_broadcast")
+_HELPERS = ("_apply_rotary_emb", "rotate_every_two", "rotate_pairwise", "reshape_for_broadcast", "stack_freqs")
 
 
-def rotary_of(function: Any) -> tuple[Rotary, bool] | None:
-    """The entry of an apply_rotary_pos_emb, and whether it interleaves pairs. None if the function is not known."""
+def rotary_of(function: Any) -> Rotary | None:
+    """The entry of an apply_rotary_pos_emb, with the fields that its helper decides. None if it is not known."""
     text, helpers = source.without_unused_defaults(source.text_of(function)), {}
     for name in source.global_names(function):
         if name.startswith("rotate_half"):  # rotate_half_text, rotate_half_llm
@@ -108,9 +119,9 @@ def rotary_of(function: Any) -> tuple[Rotary, bool] | None:
     if rotary is None or not _globals_are_torch(function):
         return None
     if not rotary.helper:
-        return rotary, True
+        return rotary
     pairing = _pairings().get(source.text_of(helpers.get(rotary.helper)))
-    return None if pairing is None else (rotary, pairing)
+    return None if pairing is None else rotary._replace(**pairing._asdict())
 
 
 def _globals_are_torch(function: Any) -> bool:
@@ -128,5 +139,5 @@ def _rotaries() -> dict[str, Rotary]:
 
 
 @functools.cache
-def _pairings() -> dict[str, bool]:
-    return {source.normalised(text): interleaved for text, interleaved in PAIRINGS.items()}
+def _pairings() -> dict[str, Pairing]:
+    return {source.normalised(text): pairing for text, pairing in PAIRINGS.items()}
