@@ -146,6 +146,7 @@ def _attention_cases() -> Iterator[Case]:
     for D, DV, dtype, features, families in (
         (512, 512, torch.bfloat16, "causal", tuple(TARGETS)), (512, 512, torch.bfloat16, "all", tuple(TARGETS)),
         (576, 512, torch.bfloat16, "causal", ("sm_90", "sm_80", "sm_100")),
+        (576, 512, torch.bfloat16, "all", ("sm_90", "sm_80", "sm_100")),
         (512, 512, torch.float32, "causal", ("sm_90", "sm_80", "sm_100")),
     ):  # fmt: skip
         launch = functools.partial(_attention, D, DV, dtype, features == "all")

@@ -14,7 +14,8 @@ pytest.importorskip("transformers", minversion="5.23")
 from transformers import AutoConfig, AutoModelForCausalLM, Llama4VisionModel, PixtralVisionModel
 
 from llama_kernels.integrations.transformers import report
-from tests.integrations.comparison import DoubleSoftmax, Results, compare, logits_of
+from tests.integrations.comparison import DoubleSoftmax, Results, compare, gradients, logits_of
+from tests.integrations.families import LINEAR_FULL, SIZES, rope
 from tests.integrations.families import stock as stock_of
 from tests.integrations.small import Calls, not_interpreted, patched, randomized, stock_rows, tokens
 from tests.support.environment import DEVICE
@@ -112,3 +113,71 @@ def check_logits(stock: Any, ropes: int | None = None) -> None:
 def test_text_models_with_sections_run_our_rotation_in_text_and_vision(family):
     rows = report(patched(stock_of(family))).rows
     assert [row.ours for row in rows if row.kind == "rope"] == [True, True]
+
+
+# --- several positions a token ---------------------------------------------------------------------------------------
+
+
+def sections(*widths: int, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": rope(mrope_section=list(widths), **more)}
+
+
+WHOLE, PART = sections(2, 3, 3, partial_rotary_factor=1.0), sections(2, 1, 1, partial_rotary_factor=0.5)
+MROPE = {
+    "qwen2_vl": ("Qwen2VLTextModel", WHOLE),
+    "qwen2_5_vl": ("Qwen2_5_VLTextModel", WHOLE),
+    "qwen2_5_omni": ("Qwen2_5OmniThinkerTextModel", WHOLE),
+    "qwen3_vl": ("Qwen3VLTextModel", sections(4, 2, 2)),
+    "qwen3_vl_moe": ("Qwen3VLMoeTextModel", sections(4, 2, 2)),
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinkerTextModel", sections(4, 2, 2)),
+    "qwen3_5": ("Qwen3_5TextModel", {**PART, "layer_types": LINEAR_FULL}),
+    "glm4v": ("Glm4vTextModel", WHOLE),
+    "glm4v_moe": ("Glm4vMoeTextModel", {**PART, "first_k_dense_replace": 1}),
+    "glm_ocr": ("GlmOcrTextModel", WHOLE),
+    "glm_image": ("GlmImageTextModel", WHOLE),
+    "ernie4_5_vl_moe": (
+        "Ernie4_5_VLMoeTextModel",
+        {**sections(3, 3, 2), "moe_intermediate_size": [32, 32], "moe_num_experts": 4, "moe_k": 4},
+    ),
+    "paddleocr_vl": ("PaddleOCRTextModel", WHOLE),
+    "hunyuan_vl": ("HunYuanVLTextModel", sections(2, 2, 2, 2)),
+    "cosmos3_edge": ("Cosmos3EdgeTextModel", WHOLE),
+}
+
+
+@pytest.mark.corpus(80)
+@pytest.mark.parametrize("family", MROPE)
+def test_text_models_with_several_positions_a_token(family):
+    """Each axis has other positions; logits and gradients are those of the stock model."""
+    name, settings = MROPE[family]
+    module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
+    if not hasattr(module, name):
+        pytest.skip(f"this Transformers has no {name}")
+    cls = getattr(module, name)
+    config = cls.config_class(**copy.deepcopy({**SIZES, **settings}))
+    config._experts_implementation = "eager"  # the grouped one has no float64
+    torch.manual_seed(1)
+    stock = randomized(cls._from_config(config, attn_implementation="eager"))
+    ours, ids = patched(stock), tokens()
+    assert not [kind for kind, _ in stock_rows(ours) if kind in ("rope", "rms_norm", "attention")]
+    axes = len(settings["rope_parameters"]["mrope_section"])
+    positions = torch.randint(0, 40, (axes, *ids.shape), device=DEVICE)
+    images = {"moe_mm_token_type_ids": torch.zeros_like(ids, dtype=torch.int32)} if "ernie" in family else {}
+
+    def run(model: Any, positions: torch.Tensor = positions) -> Results:
+        model.zero_grad()
+        out = model(input_ids=ids, position_ids=positions, use_cache=False, **images).last_hidden_state
+        out.square().mean().backward()
+        return {"logits": out.detach(), **gradients(model)}
+
+    with Calls() as calls:
+        found = run(ours)
+    assert calls.of("rope") or calls.of("qk_norm_rope")
+    with DoubleSoftmax():
+        truth = run(copy.deepcopy(stock).double())
+    theirs = run(stock)
+    compare(found, theirs, truth)
+    for axis in range(axes):  # each axis counts
+        others = positions.clone()
+        others[axis] += 1
+        assert not torch.equal(run(ours, others)["logits"], found["logits"])

@@ -31,7 +31,8 @@ class Tile:
     crowded: Tile | None = None
     with_prefix: Tile | None = None  # instead, with kv_prefix, whose two loops more take registers
     narrow_v: Tile | None = None  # instead, where v is half as wide as q, as in multi-head latent attention
-    newer: Tile | None = None  # instead, from Triton 3.9 on, whose code for this tile spills or waits
+    newer: Tile | None = None  # instead, from Triton `since` on, whose code for this tile spills or waits
+    since: tuple[int, int] = (3, 9)
 
     @functools.cached_property
     def launch_options(self) -> dict[str, Any]:
@@ -44,6 +45,7 @@ class Tile:
 
 # In the forward on sm_90, at width 256: a v of width 128 leaves registers for twice the keys.
 _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
+_NO_CARRY = Tile(128, 32, 8, 2)
 
 # In dq on sm_80, at width 128, with options that take registers.
 _AMPERE_DQ = Tile(64, 64, 8, 2)
@@ -57,7 +59,17 @@ _HALF = {
     ("sm_90", "forward"): (
         Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),
-        Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V),
+        Tile(
+            128,
+            32,
+            8,
+            2,
+            carry=True,
+            crowded=_NO_CARRY,
+            narrow_v=_NARROW_V,
+            newer=Tile(128, 32, 8, 2, carry=True, crowded=_NO_CARRY, with_prefix=_NO_CARRY, narrow_v=_NARROW_V),
+            since=(3, 7),
+        ),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on.
     ("sm_90", "dq"): (
@@ -67,11 +79,11 @@ _HALF = {
     ),
     # dk and dv are the larger accumulators, so a program keeps 128 keys and streams the rows in small blocks; with 64
     # keys the two warp groups would compute the scores twice. Blocks have 64 rows, since with 32 k @ q^T waits for its
-    # operands. At width 128 they spill up to 16 bytes, outside the loop; with softcap and more, 104 bytes; under Triton
-    # 3.9 inside the loop.
+    # operands. At width 128 they spill up to 16 bytes, outside the loop; with softcap and more, 104 bytes; from Triton
+    # 3.7 on inside the loop.
     ("sm_90", "dkdv"): (
         Tile(64, 128, 8, 3),
-        Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2), newer=Tile(32, 128, 8, 2)),
+        Tile(64, 128, 8, 2, crowded=Tile(32, 128, 8, 2), newer=Tile(32, 128, 8, 2), since=(3, 7)),
         Tile(32, 128, 8, 2, split=True),
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
@@ -177,7 +189,7 @@ _FLOAT32 = {
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
     ("sm_90", "decode"): (
         Tile(32, 32, 8, 1),
-        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1)),
+        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1), since=(3, 7)),
         Tile(32, 32, 16, 1),
     ),
     ("sm_80", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
@@ -262,7 +274,7 @@ def tile(family: str, pass_: str, width: int, dtype: torch.dtype, triton: tuple[
         wanted = f"at most {ALL_WIDTHS[len(row) - 1]} in this dtype on {family}, since no wider head fits a program"
         raise ValueError(message("attention", "q", f"a head width of {width} in {str(dtype)[6:]}", wanted))
     found = row[place]
-    return found.newer if found.newer and triton >= (3, 9) else found
+    return found.newer if found.newer and triton >= found.since else found
 
 
 def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False, prefix: bool = False) -> Tile:
