@@ -105,6 +105,7 @@ def rope_into_cache(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> torch.Tensor:
     """q (B, Hq, S, D) rotated. The rotated k and v (B, Hkv, S, D) are written into the caches (B, Hkv, L, D).
@@ -112,9 +113,9 @@ def rope_into_cache(
     cache_position, (S,) or (B, S): the slot of each token in the caches, and its row of the tables unless position_ids
     are given. Tokens whose slot is outside 0 to L - 1 are not written.
     """
-    if position_ids is None and cos.ndim == 2:
+    if position_ids is None and axes is None and cos.ndim == 2:
         position_ids = cache_position
-    q, k = rope(q, k, cos, sin, position_ids, interleaved=interleaved)
+    q, k = rope(q, k, cos, sin, position_ids, axes=axes, interleaved=interleaved)
     for b, slots in enumerate(cache_position.long().expand(q.shape[0], -1)):
         there = (slots >= 0) & (slots < k_cache.shape[2])
         k_cache[b, :, slots[there]] = k[b, :, there]

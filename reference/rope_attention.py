@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @overload
 def rope_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    position_ids: torch.Tensor | None = None, *, interleaved: bool = False, return_lse: Literal[False] = False,
+    position_ids: torch.Tensor | None = None, *, axes: torch.Tensor | None = None,
+    interleaved: bool = False, return_lse: Literal[False] = False,
     **options: Unpack[AttentionOptions],
 ) -> torch.Tensor: ...  # fmt: skip
 
@@ -26,7 +27,8 @@ def rope_attention(
 @overload
 def rope_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    position_ids: torch.Tensor | None = None, *, interleaved: bool = False, return_lse: Literal[True],
+    position_ids: torch.Tensor | None = None, *, axes: torch.Tensor | None = None,
+    interleaved: bool = False, return_lse: Literal[True],
     **options: Unpack[AttentionOptions],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
@@ -34,7 +36,8 @@ def rope_attention(
 @overload
 def rope_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    position_ids: torch.Tensor | None = None, *, interleaved: bool = False, return_lse: bool,
+    position_ids: torch.Tensor | None = None, *, axes: torch.Tensor | None = None,
+    interleaved: bool = False, return_lse: bool,
     **options: Unpack[AttentionOptions],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
@@ -47,6 +50,7 @@ def rope_attention(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
     is_causal: bool = True,
     scale: float | None = None,
@@ -59,13 +63,13 @@ def rope_attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """attention(*rope(q, k, cos, sin, position_ids, interleaved=interleaved), v, is_causal=is_causal, ...).
+    """attention(*rope(q, k, cos, sin, position_ids, axes=axes, interleaved=interleaved), v, is_causal=is_causal, ...).
 
     q (B, Hq, S, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv); the other arguments are those of `rope` and `attention`.
     Returns out (B, Hq, S, Dv), and with return_lse also lse (B, Hq, S).
     """
     return attention(
-        *rope(q, k, cos, sin, position_ids, interleaved=interleaved),
+        *rope(q, k, cos, sin, position_ids, axes=axes, interleaved=interleaved),
         v,
         is_causal=is_causal,
         scale=scale,

@@ -68,8 +68,12 @@ def _rope_cases() -> Iterator[Case]:
     q, k, *angles = _heads(128, 128, 32, 8)
     yield _call("rope", "D=128 heads=32/8 packed", "rope_qkv_backward", q, k, k, *angles, False)
     cache, slots = torch.empty(1, 8, 64, 128, dtype=q.dtype), angles[-1]
-    into = (q, k, k, cache, cache, slots, *angles, False)
-    yield _call("rope", "D=128 heads=32/8 into a cache", "rope_into_cache", *into)
+    into = (q, k, k, cache, cache, slots)
+    yield _call("rope", "D=128 heads=32/8 into a cache", "rope_into_cache", *into, *angles, False)
+    positions, interleaved, _, axes = _three_positions(False, False)
+    several = (*angles[:2], positions, interleaved, axes)
+    label = "D=128 heads=32/8 three positions a token, into a cache"
+    yield _call("rope", label, "rope_into_cache", *into, *several, full=True)
     for interleaved in (False, True):
         label = "D=128 heads=32/8 an angle an element" + " interleaved" * interleaved
         yield _call("rope", label, "rope", q, k, *_wide_tables(128), slots, interleaved, True, full=interleaved)
@@ -161,8 +165,11 @@ def _attention_cases() -> Iterator[Case]:
         (64, torch.bfloat16, "all prefix"), (256, torch.bfloat16, "all prefix"), (128, torch.float32, "all prefix"),
     ):  # fmt: skip
         full = "all" in features and D != 128
-        launch = functools.partial(_attention_with_prefix, D, dtype, features)
+        launch = functools.partial(_attention_with_prefix, D, D, dtype, features)
         yield Case("attention", f"D={D} {str(dtype)[6:]} {features}", launch, full)
+    for family in ("sm_90", "sm_80", "sm_100"):
+        launch = functools.partial(_attention_with_prefix, 576, 512, torch.bfloat16, "all prefix")
+        yield Case("attention", "D=576/512 bfloat16 all prefix", launch, only=family, wide=True)
 
     yield Case("attention", "D=128 bfloat16 in parts causal", _in_parts)
 
@@ -239,9 +246,11 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool, packed: bo
     KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything, None)
 
 
-def _attention_with_prefix(D: int, dtype: torch.dtype, features: str) -> None:
+def _attention_with_prefix(D: int, DV: int, dtype: torch.dtype, features: str) -> None:
     B, Hq, Hkv, S = 2, 8, 2, 512
-    q, k = (torch.empty(B, S, H, D, dtype=dtype).transpose(1, 2) for H in (Hq, Hkv))
+    q, k, v, do = (
+        torch.empty(B, S, H, d, dtype=dtype).transpose(1, 2) for H, d in ((Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV))
+    )
     lse, bound = torch.empty(B, Hq, S), torch.zeros(B, S, dtype=torch.int32)
     start, end, softcap, left = {
         "prefix": (bound, None, None, None),
@@ -249,8 +258,8 @@ def _attention_with_prefix(D: int, dtype: torch.dtype, features: str) -> None:
         "all prefix": (bound, bound, 30.0, 64),
     }[features]
     options = (None, start, end, None, None, S, S, 0.1, softcap, left, 0)
-    KERNELS["attention_forward"](q, k, k, *options, None, bound)
-    KERNELS["attention_backward"](q, None, q, k, k, q, lse, *options, True, True, True, False, None, None, bound)
+    KERNELS["attention_forward"](q, k, v, *options, None, bound)
+    KERNELS["attention_backward"](do, None, q, k, v, do, lse, *options, True, True, True, False, None, None, bound)
 
 
 def _in_parts() -> None:

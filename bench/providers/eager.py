@@ -8,7 +8,8 @@ from bench.providers.provider import Provider, Unsupported
 from bench.works.attention import PLAIN_LIMIT, Attention, AttentionVarlen, plain_attention
 from bench.works.norms import plain_norm
 from bench.works.presets import MEMORY_BOUND
-from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV, plain_rope
+from bench.works.rotations import MRope, QKNormRope, Rope, RopeIntoCache, RopeQKV, plain_rope
+from bench.works.tangents import Tangents, tangents_by
 from bench.works.work import Function, Work
 
 
@@ -34,10 +35,15 @@ class Eager(Provider):
     cpu = True
 
     def any_op(self, work: Work, device: str) -> Function:
-        return work.plain
+        return tangents_by(self.function(work.of, device)) if isinstance(work, Tangents) else work.plain
 
     def rope(self, work: Rope, device: str) -> Function:
         cos, sin = work.wide_tables(device, work.dtype)
+        return lambda q, k: plain_rope(q, k, cos, sin)
+
+    def mrope(self, work: MRope, device: str) -> Function:
+        """With a table that is merged before, as Transformers 5 does once a forward for all layers."""
+        cos, sin = work.merged_tables(device, work.dtype)
         return lambda q, k: plain_rope(q, k, cos, sin)
 
     def qk_norm_rope(self, work: QKNormRope, device: str) -> Function:

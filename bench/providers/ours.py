@@ -9,8 +9,9 @@ from bench.providers.eager import then_copied
 from bench.providers.provider import OURS, Provider, packed, unpacked
 from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
 from bench.works.norms import EPS
-from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
+from bench.works.rotations import MRope, QKNormRope, Rope, RopeIntoCache, RopeQKV
 from bench.works.shared_prompts import SharedPrompt
+from bench.works.tangents import Tangents, tangents_by
 from bench.works.work import Function, Work
 
 
@@ -19,12 +20,18 @@ class Ours(Provider):
     cpu = True
 
     def any_op(self, work: Work, device: str) -> Function:
-        """The public function, for ops that need no other arguments than those of the work."""
+        """The public function, for ops that need no other arguments than those of the work; and its forward mode."""
+        if isinstance(work, Tangents):
+            return tangents_by(self.function(work.of, device))
         return getattr(lk, work.op)
 
     def rope(self, work: Rope, device: str) -> Function:
         cos, sin = work.tables(device)
         return lambda q, k: lk.rope(q, k, cos, sin)
+
+    def mrope(self, work: MRope, device: str) -> Function:
+        (cos, sin), positions, axes = work.tables(device), work.position_ids(device), work.axes(device)
+        return lambda q, k: lk.rope(q, k, cos, sin, positions, axes=axes)
 
     def qk_norm_rope(self, work: QKNormRope, device: str) -> Function:
         cos, sin = work.tables(device)
@@ -69,6 +76,11 @@ class Apart(Provider):
 
     name = f"{OURS}, apart"
     cpu = True
+
+    def mrope(self, work: MRope, device: str) -> Function:
+        """With a merged table, as in patched models."""
+        cos, sin = work.merged_tables(device, work.dtype)
+        return lambda q, k: lk.rope(q, k, cos, sin)
 
     def qk_norm_rope(self, work: QKNormRope, device: str) -> Function:
         cos, sin = work.tables(device)

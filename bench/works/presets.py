@@ -11,12 +11,13 @@ import torch
 from bench.works.attention import AnyAttention, Attention, AttentionVarlen, Decode, RopeAttention
 from bench.works.models import MODELS, models_by
 from bench.works.norms import NORMS, AddRMSNorm, RMSNorm
-from bench.works.rotations import QKNormRope, Rope, RopeIntoCache, RopeQKV
+from bench.works.rotations import MRope, QKNormRope, Rope, RopeIntoCache, RopeQKV
 from bench.works.shared_prompts import SharedPrompt
+from bench.works.tangents import TANGENTS, AddRMSNormTangents, QKNormRopeTangents, RMSNormTangents, RopeTangents
 from bench.works.work import Work
 
 KINDS: tuple[type[Work], ...] = (
-    *(*NORMS, Rope, QKNormRope, RopeQKV, RopeIntoCache),
+    *(*NORMS, Rope, MRope, QKNormRope, RopeQKV, RopeIntoCache, *TANGENTS),
     *(Attention, RopeAttention, AttentionVarlen, SharedPrompt, Decode),
 )
 OPS = tuple(kind.op for kind in KINDS)
@@ -29,7 +30,7 @@ def works_of(preset: str) -> Iterator[Work]:
     """The works of one of PRESETS. "training" has none: its models are in bench.training.scale."""
     packed = tuple(_packed(16384))
     if preset in ("models", "all"):
-        yield from (*_memory_bound_models(), *_attention_models(), *packed)
+        yield from (*_memory_bound_models(), *_other_rotations_and_tangents(), *_attention_models(), *packed)
     if preset in ("sweeps", "memory_bound", "all"):
         yield from _memory_bound_sweeps()
     if preset in ("sweeps", "attention", "all"):
@@ -56,6 +57,16 @@ def _memory_bound_models(tokens: int = 16384) -> Iterator[Work]:
         yield Rope(shape=name, B=4, S=tokens // 4, **heads)
         yield RopeQKV(shape=name, B=4, S=tokens // 4, **heads)
         yield RopeIntoCache(shape=name, B=16, S=4096, **heads)
+
+
+def _other_rotations_and_tangents(tokens: int = 16384) -> Iterator[Work]:
+    """Three positions a token, and forward mode, at the sizes of one model each."""
+    heads = {"B": 4, "S": tokens // 4, "D": 128}
+    yield MRope(shape="Qwen2-VL 7B", Hq=28, Hkv=4, **heads)
+    yield RMSNormTangents(shape="rows of 4096", M=tokens, N=4096)
+    yield AddRMSNormTangents(shape="rows of 4096", M=tokens, N=4096)
+    yield RopeTangents(shape="heads 32/8", Hq=32, Hkv=8, **heads)
+    yield QKNormRopeTangents(shape="heads 32/8", Hq=32, Hkv=8, **heads)
 
 
 def _memory_bound_sweeps() -> Iterator[Work]:
@@ -135,7 +146,12 @@ def small(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> Iterator[Wo
         *(kind(shape="rows of 4096", M=48, N=4096) for kind in NORMS),
         RMSNorm(shape="head norm 128", M=512, N=128),
         Rope(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
+        MRope(shape="three positions", B=2, S=48, Hq=8, Hkv=2, D=128),
         QKNormRope(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
+        RMSNormTangents(shape="rows of 1000", M=48, N=1000),
+        AddRMSNormTangents(shape="rows of 1000", M=48, N=1000),
+        RopeTangents(shape="heads 8/2", B=2, S=24, Hq=8, Hkv=2, D=64),
+        QKNormRopeTangents(shape="heads 8/2", B=2, S=24, Hq=8, Hkv=2, D=64),
         RopeQKV(shape="heads 8/2", B=2, S=48, Hq=8, Hkv=2, D=128),
         RopeIntoCache(shape="3 sequences", B=3, S=48, Hq=8, Hkv=2, D=128),
         Attention(shape="heads 4/2", B=2, S=160, Hq=4, Hkv=2, D=64),

@@ -71,6 +71,54 @@ class Rope(Work):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MRope(Rope):
+    """Rope of tokens with three positions each: text, an image of 32 by 32 places, and text. M-RoPE of Qwen2-VL.
+
+    q, k as in Rope. All sequences have the same positions.
+    """
+
+    op: ClassVar[str] = "mrope"
+
+    @property
+    def sections(self) -> tuple[int, int, int]:
+        """Columns of the tables for time, height and width: 1/4, 3/8 and 3/8, as in Qwen2-VL."""
+        half = self.D // 2
+        return half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8
+
+    def position_ids(self, device: str) -> torch.Tensor:
+        """(3, 1, S)."""
+        i = torch.arange(self.S, device=device)
+        first, side = self.S // 4, 32
+        place = (i - first).clamp(0, side * side)
+        in_image = (i >= first) & (place < side * side)
+        after = i - torch.clamp(i - first, 0, side * side - side)  # an image takes as many positions as its longer side
+        of_axes = (torch.full_like(i, first), first + place // side, first + place % side)
+        return torch.stack([torch.where(in_image, x, after) for x in of_axes])[:, None]
+
+    def axes(self, device: str) -> torch.Tensor:
+        return lk.rope_axes(self.sections, device=device)
+
+    def merged_tables(self, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (1, S, D): for each token, the columns of its positions, as Transformers passes them to its
+        layers."""
+        rows, columns = self.position_ids(device)[self.axes(device)].movedim(0, -1), torch.arange(self.D // 2)
+        chosen = (x[rows, columns.to(device)] for x in self.tables(device))
+        cos, sin = (torch.cat((x, x), -1).to(dtype) for x in chosen)
+        return cos, sin
+
+    def least_bytes(self) -> tuple[int, int]:
+        each_way = super().least_bytes()[0] + 3 * self.S * 8 + self.D // 2 * 8
+        return each_way, each_way
+
+    def reference(self, q, k):
+        positions, axes = self.position_ids(q.device), self.axes(q.device)
+        return lk.reference.rope(q, k, *self.tables(q.device), positions, axes=axes)
+
+    def plain(self, q, k):
+        return plain_rope(q, k, *self.merged_tables(q.device, q.dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QKNormRope(Rope):
     """q, k as in Rope, q_weight, k_weight (D,) -> q, k after RMSNorm of every head and rotation."""
 

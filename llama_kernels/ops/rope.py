@@ -22,7 +22,6 @@ from llama_kernels.core.registry import (
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, optional_strides_of, sizes_of
 from llama_kernels.ops.rotation import (
     Axes,
-    Rotation,
     Tables,
     angle_arguments,
     axes_count,
@@ -258,20 +257,23 @@ _rope_qkv_backward = register(
 )
 
 
-def _into_cache(q, k, v, k_cache, v_cache, cache_position, *rotation):
+def _into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved, axes=None):
     q_out = empty_in_order_of(q)
-    _launch(_Call(q, k, *rotation, False), _Heads(q_out, k_cache, v_cache), v, cache_position)
+    call, outs = _Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q_out, k_cache, v_cache)
+    _launch(call, outs, v, cache_position)
     return q_out
 
 
-def _into_cache_reference(q, k, v, k_cache, v_cache, cache_position, *rotation):
-    rotation = Rotation(*rotation)._asdict()
-    return empty_in_order_of(q).copy_(reference.rope_into_cache(q, k, v, k_cache, v_cache, cache_position, **rotation))
+def _into_cache_reference(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved, axes=None):
+    rotated = reference.rope_into_cache(
+        q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, axes=axes, interleaved=interleaved
+    )
+    return empty_in_order_of(q).copy_(rotated)
 
 
 _rope_into_cache = register(
     "rope_into_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_position, "
-    "Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved) -> Tensor",
+    "Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, Tensor? axes=None) -> Tensor",
     kernel=_into_cache,
     reference=_into_cache_reference,
     fake=lambda q, *_: empty_in_order_of(q),
@@ -530,6 +532,7 @@ def rope_into_cache(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> torch.Tensor:
     """RoPE of a decoding step in one launch: returns q rotated, and writes k rotated and v to their cache positions.
@@ -543,9 +546,9 @@ def rope_into_cache(
         cache_position: where in the caches each token goes, (S,), (1, S) or (B, S), any integer dtype. A token whose
             position is outside the cache is dropped; `llama_kernels.checked` makes it an error. If two tokens have the
             same position, either may stay.
-        cos, sin, interleaved: as in `rope`.
+        cos, sin, axes, interleaved: as in `rope`.
         position_ids: the table row of each token. None is `cache_position`, or the token's own row where cos and sin
-            have a row for each token.
+            have a row for each token. With `axes`, several a token, (A, B, S) or (A, 1, S).
 
     Returns:
         q rotated, in its shape, dtype and memory order.
@@ -557,11 +560,11 @@ def rope_into_cache(
     check_caches(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tokens = tokens_of(q)
     check_rows(op, "cache_position", cache_position, "q", q, tokens, k_cache.shape[2], "positions of the cache")
-    if position_ids is None and cos.ndim == 2:
+    if position_ids is None and axes is None and cos.ndim == 2:
         position_ids = cache_position
-    check_angles(op, "q", q, tokens, q.shape[-1], cos, sin, position_ids)
+    check_angles(op, "q", q, tokens, q.shape[-1], cos, sin, position_ids, axes)
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved)
+    return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved, axes)
 
 
 def _declare_rotated(x: torch.Tensor, angles: _Angles) -> torch.Tensor:

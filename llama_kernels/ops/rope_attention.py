@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 # --- registered op ---------------------------------------------------------------------------------------------------
 
 
-def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotation], Any]) -> Callable[..., Any]:
+def _backward_by(run: Callable[..., Any]) -> Callable[..., Any]:
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cos, sin, position_ids, interleaved,
-        scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, kv_prefix=None,
+        scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, kv_prefix=None, axes=None,
     ):  # fmt: skip
         sequences = (None, None, q.shape[2], k.shape[2])
         call = AttentionCall(
             q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, left, right, kv_prefix=kv_prefix
         )
         wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
-        return run(call, Results(out, lse, do, dlse), wanted, Rotation(cos, sin, position_ids, interleaved))
+        return run(call, Results(out, lse, do, dlse), wanted, Rotation(cos, sin, position_ids, interleaved), axes)
 
     return backward
 
@@ -48,18 +48,21 @@ def _backward_by(run: Callable[[AttentionCall, Results, Wanted, Rotation], Any])
 def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
     """`run`, a backward of attention, with dq and dk rotated afterwards where it cannot do so itself."""
 
-    def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
+    def backward(
+        call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation, axes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         cos, interleaved = rotation.cos, rotation.interleaved
         half_width = cos is not None and not full_width(cos, call.q.shape[-1])
-        if half_width and rotates_in_registers(rotation.half, interleaved) and call.q.shape[-1] <= MOST_COLUMNS:
+        in_registers = half_width and axes is None and rotates_in_registers(rotation.half, interleaved)
+        if in_registers and call.q.shape[-1] <= MOST_COLUMNS:
             return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:
-            dq, dk = rotate(dq, dk, *rotation, True)
+            dq, dk = rotate(dq, dk, *rotation, True, axes)
         elif wanted.dq:
-            dq, _ = rotate(dq, None, *rotation, True)
+            dq, _ = rotate(dq, None, *rotation, True, axes)
         elif wanted.dk:
-            dk, _ = rotate(dk, None, *rotation, True)
+            dk, _ = rotate(dk, None, *rotation, True, axes)
         return dq, dk, *others
 
     return backward
@@ -71,10 +74,10 @@ _rope_attention_backward = register(
     "Tensor? sinks, Tensor? kv_start, Tensor? kv_end, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, "
     "float scale, float? softcap, SymInt? left, SymInt? right, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic, "
-    "Tensor? kv_prefix=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? kv_prefix=None, Tensor? axes=None) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_by(_rotating(launch_backward)),
     reference=_backward_by(_rotating(plain_backward)),
-    fake=_backward_by(lambda call, results, wanted, rotation: empty_grads(call, wanted)),
+    fake=_backward_by(lambda call, results, wanted, *_: empty_grads(call, wanted)),
 )
 
 
@@ -82,38 +85,38 @@ _rope_attention_backward = register(
 
 
 class _RopeAttention(Differentiable):
-    """The fields of Rotation and of an AttentionCall -> (out, lse, q and k after the rotation).
+    """The fields of Rotation, axes and an AttentionCall -> (out, lse, q and k after the rotation).
 
     q and k are results, so that autograd knows that the backward depends on them, and refuses to differentiate it.
     """
 
     @staticmethod
-    def forward(op, deterministic, cos, sin, position_ids, interleaved, q, k, *others):
-        q, k = rotate(q, k, cos, sin, position_ids, interleaved, False)
+    def forward(op, deterministic, cos, sin, position_ids, interleaved, axes, q, k, *others):
+        q, k = rotate(q, k, cos, sin, position_ids, interleaved, False, axes)
         return *attention_forward(q, k, *others), q, k
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, *fields = inputs
+        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, axes, *fields = inputs
         call = AttentionCall(*fields)
         out, lse, q, k = output
         ctx.numbers = (call.scale, call.softcap, call.left, call.right)
         bounds = (call.kv_prefix, call.kv_start, call.kv_end)
-        ctx.save_for_backward(q, k, call.v, out, lse, call.sinks, *bounds, cos, sin, position_ids)
+        ctx.save_for_backward(q, k, call.v, out, lse, call.sinks, axes, *bounds, cos, sin, position_ids)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse, *_):
-        q, k, v, out, lse, sinks, kv_prefix, *others = ctx.saved_tensors
-        needed = ctx.needs_input_grad[6:10]  # of q, k, v and sinks
+        q, k, v, out, lse, sinks, axes, kv_prefix, *others = ctx.saved_tensors
+        needed = ctx.needs_input_grad[7:11]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
         grads = _rope_attention_backward(
             do, dlse, q, k, v, out, lse, sinks, *others, ctx.interleaved, *ctx.numbers, *needed, ctx.deterministic,
-            kv_prefix,
+            kv_prefix, axes,
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
-        return *[None] * 6, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
+        return *[None] * 7, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ class _RopeAttention(Differentiable):
 def rope_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     position_ids: torch.Tensor | None = None, *, return_lse: Literal[False] = False,
-    interleaved: bool = False, **options: Unpack[AttentionOptions],
+    axes: torch.Tensor | None = None, interleaved: bool = False, **options: Unpack[AttentionOptions],
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -131,7 +134,7 @@ def rope_attention(
 def rope_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     position_ids: torch.Tensor | None = None, *, return_lse: Literal[True],
-    interleaved: bool = False, **options: Unpack[AttentionOptions],
+    axes: torch.Tensor | None = None, interleaved: bool = False, **options: Unpack[AttentionOptions],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -139,7 +142,7 @@ def rope_attention(
 def rope_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     position_ids: torch.Tensor | None = None, *, return_lse: bool,
-    interleaved: bool = False, **options: Unpack[AttentionOptions],
+    axes: torch.Tensor | None = None, interleaved: bool = False, **options: Unpack[AttentionOptions],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
@@ -151,6 +154,7 @@ def rope_attention(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
+    axes: torch.Tensor | None = None,
     interleaved: bool = False,
     is_causal: bool = True,
     scale: float | None = None,
@@ -167,8 +171,8 @@ def rope_attention(
 
     The forward is bit for bit that of the two calls. The backward of two calls writes dq and dk, then reads them and
     writes them again, rotated. Here the kernels that compute dq and dk apply the inverse rotation to the float32 sums,
-    which are rounded once instead of twice. This needs tables with one angle per pair and R <= 128, and R a power of
-    two unless the pairs are interleaved; otherwise dq and dk are rotated in a second step, as in two calls.
+    which are rounded once instead of twice. This needs tables with one angle per pair and R <= 128, R a power of two
+    unless the pairs are interleaved, and no axes; otherwise dq and dk are rotated in a second step, as in two calls.
     The Hopper backward (`llama_kernels.hopper_attention`) rotates dq where it rounds its sum, and dk in a second step.
     RoPE: Su et al., RoFormer, arXiv 2104.09864; attention as in `attention`.
 
@@ -177,7 +181,7 @@ def rope_attention(
             contiguous is copied. Under autocast q, k and v are cast to its dtype.
         k, v: (B, Hkv, S, D) and (B, Hkv, S, Dv), of q's dtype. Hq is a multiple of Hkv. k has as many tokens as q, at
             the same positions. To attend to a cache, call `rope` or `rope_into_cache`, then `attention`.
-        cos, sin, position_ids, interleaved: as in `rope`.
+        cos, sin, position_ids, axes, interleaved: as in `rope`.
         Others: as in `attention`.
 
     Returns:
@@ -196,10 +200,10 @@ def rope_attention(
         wanted = f"{q.shape[2]} tokens, as q has: both are rotated by the same positions"
         fix = "Rotate them apart with llama_kernels.rope, then call llama_kernels.attention."
         raise ValueError(message(op, "k", shape_of(k), wanted, fix))
-    check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids)
+    check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids, axes)
     rotation = (cos, sin, position_ids, interleaved)
     if needs_grad(q, k, call.v, call.sinks):
-        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, *call)
+        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, axes, *call)
     else:
-        out, lse = attention_forward(*rotate(q, k, *rotation, False), *others)
+        out, lse = attention_forward(*rotate(q, k, *rotation, False, axes), *others)
     return (out, lse) if return_lse else out

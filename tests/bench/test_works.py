@@ -10,7 +10,8 @@ from bench.providers.eager import Eager
 from bench.works import attention, norms
 from bench.works.errors import disparity, errors
 from bench.works.presets import documents, small, works_of
-from bench.works.rotations import QKNormRope, Rope, RopeQKV
+from bench.works.rotations import MRope, QKNormRope, Rope, RopeQKV
+from bench.works.tangents import TANGENTS, RMSNormTangents, RopeTangents
 from bench.works.work import DIRECTIONS, Call, compute
 from tests.bench.fakes import EVERY_OP
 from tests.support.ops import OPS
@@ -38,6 +39,24 @@ def test_least_bytes_of_the_rotations():
     assert heads.bytes("backward") - heads.bytes("forward") == 2 * 3 * 5 * 8 * 2
     assert packed.bytes("forward") == rope.bytes("forward")
     assert packed.bytes("backward") == rope.bytes("backward") + 2 * (2 * 3 * 1 * 8 * 2)
+
+
+def test_least_bytes_of_several_positions_and_of_tangents():
+    sizes = {"shape": "", "B": 2, "S": 3, "Hq": 4, "Hkv": 1, "D": 16}
+    heads, tables = 2 * (2 * 3 * 5 * 16 * 2), 2 * 3 * 8 * 4
+    assert MRope(**sizes).bytes("forward") == heads + tables + 3 * 3 * 8 + 8 * 8
+    assert RopeTangents(**sizes).bytes("forward") == 2 * heads + tables
+    assert RMSNormTangents(shape="", M=10, N=8).bytes("forward") == 2 * (2 * 160 + 16)
+
+
+def test_an_image_takes_the_positions_of_its_longer_side():
+    work = MRope(shape="", B=1, S=2048, Hq=1, Hkv=1, D=128)
+    time, height, width = work.position_ids("cpu")[:, 0].tolist()
+    assert sum(work.sections) == 64 and work.sections == (16, 24, 24)
+    assert time[511] == 511 and (time[512], height[512], width[512]) == (512, 512, 512)
+    assert (time[1535], height[1535], width[1535]) == (512, 543, 543)
+    assert time[1536] == height[1536] == width[1536] == 544  # one past the largest position of the image
+    assert time[2047] == 544 + 511
 
 
 def test_least_bytes_and_flops_of_attention():
@@ -100,7 +119,7 @@ def test_a_preset_has_each_work_once(preset):
 
 
 def test_the_presets_measure_every_op_of_the_table():
-    uses_of_attention = {"decode", "shared_prompt"}
+    uses = {"decode", "shared_prompt", "mrope", *(kind.op for kind in TANGENTS)}
     for works in (works_of("models"), small(), EVERY_OP):
-        assert {w.op for w in works} == {*OPS, *uses_of_attention}
+        assert {w.op for w in works} == {*OPS, *uses}
     assert len(list(works_of("all"))) == len(list(works_of("models"))) + len(list(works_of("sweeps")))

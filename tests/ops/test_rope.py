@@ -344,6 +344,12 @@ def test_rotated_keys_and_values_are_written_into_a_cache(make, slots, order, in
     check_into_a_cache(make, slots, order, interleaved, device)
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("make", [tables, unlike_tables])
+def test_keys_with_several_positions_are_written_into_a_cache(make, interleaved, device):
+    check_into_a_cache(make, "some outside", "tokens first", interleaved, device, A=3)
+
+
 @pytest.mark.parametrize("a_row_a_token", [False, True])
 def test_positions_are_the_cache_positions_where_none_are_given(a_row_a_token, device):
     """A table is read at the cache position. Tables with a row for each token are read by token."""

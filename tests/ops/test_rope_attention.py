@@ -73,6 +73,23 @@ def test_position_ids_of_every_shape(form, device):
     check(square(13, 64, B=2), torch.float16, device, None, position_ids)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("D, R, full", [(64, 64, False), (80, 40, False), (64, 64, True)])
+def test_several_positions_a_token(D, R, full, interleaved, dtype, device):
+    position_ids = torch.randint(0, 60, (3, 2, 37), device=device)
+    angles = unlike_tables(60, R, device) if full else tables(60, R, device)
+    axes = torch.randint(0, 3, angles[0].shape[-1:], device=device)
+    check(square(37, D, B=2), dtype, device, None, position_ids, interleaved=interleaved, angles=angles, axes=axes)
+
+
+def test_equal_positions_on_every_axis_give_the_rotated_operands_of_one_position(device):
+    x, angles = make(square(40, 64, B=2), torch.bfloat16, device), tables(60, 64, device)
+    one, axes = torch.randint(0, 60, (2, 40), device=device), lk.rope_axes((8, 12, 12), device=device)
+    given = (x.q, x.k, x.v, *angles)
+    assert torch.equal(lk.rope_attention(*given, one), lk.rope_attention(*given, one.expand(3, 2, 40), axes=axes))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("table_dtype", DTYPES, ids=str)
 def test_tables_with_a_row_for_each_token(table_dtype, batch, device):

@@ -235,6 +235,7 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
     angles = tuple(make.tables(s).values())
     narrow = tuple(make.tables(s._replace(D=s.D // 4 * 3)).values())  # some of each head is not rotated
     positions = make.integers(s.positions, s.B, S)
+    three, axes = make.integers(s.positions, 3, s.B, S), make.integers(3, s.D // 2)
     slots = torch.arange(S, device=make.device)
 
     plain = (None, None, None, None, None, S, S, 0.2, None, None, 0)  # from the sinks on
@@ -265,6 +266,8 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
         "rope_qkv backward": ("rope_qkv_backward", (dq, dk, dv, *angles, positions, False)),
         "rope_into_cache": (
             "rope_into_cache", (q, k, v, k_cache, v_cache, slots, *angles, positions, False)),
+        "rope_into_cache, three positions a token": (
+            "rope_into_cache", (q, k, v, k_cache.clone(), v_cache.clone(), slots, *angles, three, False, axes)),
         "qk_norm_rope": ("qk_norm_rope", (q, k, head, head, *angles, positions, 1e-6, 0.0, False)),
         "qk_norm_rope, q alone": ("qk_norm_rope", (q, None, None, None, *angles, None, 1e-6, 0.0, True)),
         "qk_norm_rope tangent": (
@@ -291,6 +294,9 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
             "rope_attention_backward", (dq, lse, *saved, sinks, *rest, True, True, True, True, None)),
         "rope_attention backward, prefix": (
             "rope_attention_backward", (dq, lse, *saved, sinks, *rest, True, True, True, True, None, kv_start)),
+        "rope_attention backward, three positions a token": (
+            "rope_attention_backward", (dq, lse, *saved, None, None, None, *angles, three, False, 0.2, None, None, 0,
+                                        True, True, True, False, None, None, axes)),
         "rope_attention backward, dq not needed": (
             "rope_attention_backward", (dq, None, *saved, None, *rest_narrow, False, True, True, False, None)),
         "decode_attention": (

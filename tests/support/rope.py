@@ -30,9 +30,14 @@ def qk(B: int, Hq: int, Hkv: int, S: int, D: int, dtype: torch.dtype, device: to
     return [torch.randn(B, S, H, D, device=device).to(dtype).transpose(1, 2) for H in (Hq, Hkv)]
 
 
-def rows(x: torch.Tensor, cos: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+def rows(
+    x: torch.Tensor, cos: torch.Tensor, position_ids: torch.Tensor | None, axes: torch.Tensor | None = None
+) -> torch.Tensor:
     """The angles of each token, of a shape to broadcast over the heads."""
-    if cos.ndim == 2:
+    if axes is not None:
+        rows_ = position_ids.long()[axes.long()].movedim(0, -1)
+        cos = cos[rows_, torch.arange(axes.shape[0], device=axes.device)]
+    elif cos.ndim == 2:
         position_ids = torch.arange(x.shape[-2 if x.ndim == 4 else 0]) if position_ids is None else position_ids
         cos = cos[position_ids.to(cos.device).long()]
     return cos.unsqueeze(-2 if x.ndim == 3 else -3)
@@ -139,19 +144,22 @@ SLOTS = {
 }
 
 
-def check_into_a_cache(make, slots, order, interleaved, device):
-    """Bit for bit what rope and a copy give; the rest of the caches stays."""
+def check_into_a_cache(make, slots, order, interleaved, device, A: int | None = None):
+    """Bit for bit what rope and a copy give; the rest of the caches stays. A: several positions a token."""
     dtype, slots = torch.bfloat16, SLOTS[slots]().to(device)
     q, k = qk(2, 6, 2, 3, 64, dtype, device)
     v = torch.randn(2, 2, 3, 48, device=device).to(dtype)
     caches = [torch.randn(2, 2, 12, D, device=device).to(dtype) for D in (64, 48)]
     caches = [x if order == "heads first" else x.transpose(1, 2).contiguous().transpose(1, 2) for x in caches]
     given, expected = [guarded(x) for x in caches], [x.clone() for x in caches]
-    position_ids = torch.randint(0, 50, (2, 3), device=device)
     angles = [guarded(x) for x in make(50, 64, device)]
+    position_ids, options = torch.randint(0, 50, (2, 3), device=device), {"interleaved": interleaved}
+    if A is not None:
+        position_ids = torch.randint(0, 50, (A, 2, 3), device=device)
+        options["axes"] = torch.randint(0, A, angles[0].shape[-1:], device=device)
     with guarded_allocations(), unchanged(q, k, v, slots, position_ids, *angles):
-        out = lk.rope_into_cache(q, k, v, *given, slots, *angles, position_ids, interleaved=interleaved)
-    q_, k_ = lk.rope(q, k, *angles, position_ids, interleaved=interleaved)
+        out = lk.rope_into_cache(q, k, v, *given, slots, *angles, position_ids, **options)
+    q_, k_ = lk.rope(q, k, *angles, position_ids, **options)
     for b, row in enumerate(slots.expand(2, 3).tolist()):
         for s, slot in enumerate(row):
             if 0 <= slot < 12:
@@ -175,8 +183,7 @@ def check_axes(D, angles, axes, A, dtype, *, interleaved=False, layout=lambda x:
     tables_ = [guarded(x) for x in angles]
     with guarded_allocations(), unchanged(*given, *tables_, axes, position_ids):
         outs = lk.rope(*given, *tables_, position_ids, axes=axes, interleaved=interleaved)
-    rows_, columns = position_ids.long()[axes.long()].movedim(0, -1), torch.arange(axes.shape[0], device=device)
-    c, s = (table[rows_, columns][:, None] for table in angles)
+    c, s = (rows(q, table, position_ids, axes) for table in angles)
     for name, x, leaf, out in zip("qk", (q, k), given, outs, strict=True):
         judge_rotation(name, out, x, c, s, interleaved, False)
         dx = torch.randn_like(x)

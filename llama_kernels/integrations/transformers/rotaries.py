@@ -238,9 +238,7 @@ def _of_patches(known: Rotary, stock: Function) -> Function:
 
 
 def _of_memory(known: Rotary, stock: Function) -> Function:
-    def rotate(
-        q: Any, k: Any, cos: Any, sin: Any, num_k_exclude_rope: int = 0, repeat_freqs_k: bool = False
-    ) -> Any:
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, num_k_exclude_rope: int = 0, repeat_freqs_k: bool = False) -> Any:
         of_q = of_k = _shared_rows(cos), _shared_rows(sin)
         S, rotated = q.shape[-2], k.shape[-2] - num_k_exclude_rope
         if S > 0 and repeat_freqs_k and rotated != S:

@@ -108,7 +108,7 @@ def _forward_kernel(
 @cached_launch
 def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None) -> list[Launch]:
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
-    tile = tile_for("forward", q, v, call.crowded)
+    tile = tile_for("forward", q, v, call.crowded, call.kv_prefix is not None)
     launches, list_q, programs = [], None, cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
     if call.cu_seqlens_q is not None and lists is not None:
         list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))

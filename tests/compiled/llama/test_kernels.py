@@ -54,8 +54,10 @@ def _packed_rope(D: int, R: int, interleaved: bool) -> Callable[[torch.dtype], N
     return lambda dtype: rope.check_a_packed_projection((2, 13), 4, 2, D, R, interleaved, dtype, CPU)
 
 
-def _cache(slots: str, order: str, interleaved: bool, tables=rope.tables) -> Callable[[torch.dtype], None]:
-    return lambda dtype: rope.check_into_a_cache(tables, slots, order, interleaved, CPU)
+def _cache(
+    slots: str, order: str, interleaved: bool, tables=rope.tables, A: int | None = None
+) -> Callable[[torch.dtype], None]:
+    return lambda dtype: rope.check_into_a_cache(tables, slots, order, interleaved, CPU, A)
 
 
 def _norm_rope(D: int, R: int, interleaved: bool, **options) -> Callable[[torch.dtype], None]:
@@ -104,6 +106,17 @@ def _rope_attention(case: Case, R: int, interleaved: bool) -> Callable[[torch.dt
 
 def _hopper(case: Case, layout: int | None = None) -> Callable[[torch.dtype], None]:
     return lambda dtype: hopper.check_of_hopper_kernels(case, dtype, CPU, layout)
+
+
+def _axes_attention(D: int) -> Callable[[torch.dtype], None]:
+    """rope_attention with three positions a token."""
+
+    def check(dtype: torch.dtype) -> None:
+        axes, position_ids = torch.randint(3, (D // 2,)), torch.randint(60, (3, 2, 33))
+        case = rope_attention.square(33, D, B=2)
+        rope_attention.check(case, dtype, CPU, position_ids=position_ids, axes=axes)
+
+    return check
 
 
 def _hopper_rope_attention(D: int, R: int, interleaved: bool) -> Callable[[torch.dtype], None]:
@@ -207,6 +220,7 @@ CALLS = [
     Call("rope-axes", _axes(64, 64, False), (HALF,)),
     Call("rope-axes-part-interleaved", _axes(80, 40, True)),
     Call("rope-axes-unlike", _axes(64, 64, False, rope.unlike_tables)),
+    Call("rope-axes-into-a-cache", _cache("one each", "heads first", False, A=3), dtypes=(HALF,)),
     Call("rope_qkv", _packed_rope(64, 64, False), (HALF,)),
     Call("rope_qkv-interleaved", _packed_rope(80, 20, True)),
     *(
@@ -236,6 +250,7 @@ CALLS = [
             (80, 20, False, ()),
         )
     ),
+    Call("rope_attention-axes", _axes_attention(64), dtypes=(HALF,)),
     *(
         Call(f"decode_attention-{case}", _masked_decode(case), (HALF,) * (case == decode.CASES[3]))
         for case in decode.CASES
