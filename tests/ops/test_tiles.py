@@ -65,7 +65,7 @@ def entries() -> Iterator[Entry]:
         for family, pass_ in itertools.product(tables.FAMILIES, tables.PASSES):
             for width, column in zip(tables.ALL_WIDTHS, tables.row_of(family, pass_, dtype), strict=False):
                 for variant, tile in variants(column):
-                    taken = not column.newer or ("newer" in variant) == (TRITON_VERSION >= (3, 9))
+                    taken = not column.newer or ("newer" in variant) == (column.since <= TRITON_VERSION)
                     yield Entry(family, pass_, width, dtype, variant, tile, taken)
 
 
@@ -80,7 +80,7 @@ def _portable_kernels() -> Iterator[None]:
 
 
 def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
-    """A pass that takes no crowded tile has none, and only dq takes one for a prefix."""
+    """A pass that takes no crowded tile has none, and only the forward and dq take one for a prefix."""
     taken = set()
     for family, triton, dtype in itertools.product(tables.FAMILIES, ((3, 6), (3, 9)), (torch.float16, torch.float32)):
         monkeypatch.setattr(tables, "arch_of", lambda _, family=family: family)
@@ -89,7 +89,7 @@ def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
         for pass_, D, narrow, on in itertools.product(tables.PASSES, tables.ALL_WIDTHS, (1, 2), options):
             if tables.ALL_WIDTHS.index(D) >= len(tables.row_of(family, pass_, dtype)):
                 continue
-            if not (pass_ == "decode" and any(on)) and not (pass_ != "dq" and on[1]):
+            if not (pass_ == "decode" and any(on)) and not (pass_ == "dkdv" and on[1]):
                 q, v = torch.empty(1, D, dtype=dtype), torch.empty(1, D // narrow, dtype=dtype)
                 taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, v, *on)))
     assert not [e for e in ENTRIES if (e.family, e.pass_, e.width, e.dtype, e.tile) not in taken]
@@ -127,7 +127,7 @@ def runs(*passes: str, rotated: bool = False) -> list[Run]:
         here = family is None or (family == entry.family and entry.taken)
         if not here or entry.pass_ not in passes or (rotated and entry.pass_ == "dq" and entry.tile.crowded):
             continue
-        tile = dataclasses.replace(entry.tile, crowded=None, with_prefix=None, narrow_v=None, newer=None)
+        tile = dataclasses.replace(entry.tile, crowded=None, with_prefix=None, narrow_v=None, newer=None, since=(3, 9))
         DV = min(entry.width // (2 if "narrow_v" in entry.variant else 1), 512)
         kind = (entry.dtype, entry.width, DV, "crowded" in entry.variant)
         if family is None:
@@ -165,9 +165,23 @@ def test_every_tile_of_the_tables_is_right(run, device):
     with kernels_launched() as launches:
         attention_cases.check(case, run.dtype, device, tile=tiles)
     assert_ran(launches, "_forward_kernel", **tiles["forward"].launch_options, CARRY=tiles["forward"].carry)
-    parts = 1 + (tiles["dq"].split and run.width > backward.MOST_COLUMNS)
-    assert_ran(launches, "_dq_kernel", parts, **tiles["dq"].launch_options)
+    assert_ran(launches, "_dq_kernel", parts_of_dq(run, tiles["dq"]), **tiles["dq"].launch_options)
     assert_ran(launches, "_dkdv_kernel", 1 + tiles["dkdv"].split, **tiles["dkdv"].launch_options)
+
+
+def test_dq_of_a_wide_head_takes_a_launch_for_each_of_its_columns(device):
+    """With all options on sm_80, of 576 columns: 256, 256 and 64."""
+    tile = Tile(32, 16, 8, 1, split=True, columns=256)
+    wide = dict.fromkeys(("forward", "dkdv"), Tile(16, 16, 8, 1, split=True))
+    case = Case(1, 2, 1, 20, 33, 576, 512, softcap=5.0)
+    with kernels_launched() as launches:
+        attention_cases.check(case, torch.bfloat16, device, tile={**wide, "dq": tile})
+    assert_ran(launches, "_dq_kernel", 3, **tile.launch_options)
+
+
+def parts_of_dq(run: Run, tile: Tile) -> int:
+    """The launches of dq, each of some of its columns."""
+    return -(-run.width // tile.columns) if tile.split else 1
 
 
 @pytest.mark.parametrize("run", runs("dq", "dkdv", rotated=True), ids=str)
@@ -177,9 +191,9 @@ def test_gradients_are_rotated_back_in_every_tile(run, device):
     S = max(tiles["dq"].BLOCK_M, tiles["dkdv"].BLOCK_N) + 5
     with kernels_launched() as launches:
         rope_attention_cases.check(Case(1, 1, 1, S, S, run.width, run.DV), run.dtype, device, tile=tiles)
-    parts, half = 1 + (tiles["dq"].split and run.width > backward.MOST_COLUMNS), run.width // 2
+    half = run.width // 2
     half = half if rotates_in_registers(half, False) and run.width <= backward.MOST_COLUMNS else 0
-    assert_ran(launches, "_dq_kernel", parts, **tiles["dq"].launch_options, HALF=half)
+    assert_ran(launches, "_dq_kernel", parts_of_dq(run, tiles["dq"]), **tiles["dq"].launch_options, HALF=half)
     assert_ran(launches, "_dkdv_kernel", 1 + tiles["dkdv"].split, **tiles["dkdv"].launch_options, HALF=half)
 
 

@@ -120,7 +120,7 @@ def _dq_launches(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> 
         programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))
     args = _arguments(call, given, (dq,), rotation, list_q, sizes)
     D, flags = call.q.shape[-1], {**_flags(call, given[0], rotation), **tile.launch_options}
-    step = MOST_COLUMNS if tile.split else D
+    step = tile.columns if tile.split else D
     return [
         Launch(_dq_kernel, (programs,), args, {**flags, "FIRST": first, "COLUMNS": width_class(min(D - first, step))})
         for first in range(0, D, step)

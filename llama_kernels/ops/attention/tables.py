@@ -24,8 +24,9 @@ class Tile:
     BLOCK_N: int  # keys
     num_warps: int
     num_stages: int
-    split: bool = False  # dk and dv, or the columns of dq, in two launches, since one program cannot hold both
+    split: bool = False  # dk and dv, or the columns of dq, in several launches, since one program cannot hold them
     carry: bool = False  # in the forward, the softmax of a block runs during p @ v of the block before
+    columns: int = 512  # of dq, in one of the launches of a split
     # Instead, with options that take registers; the launcher says which. A crowded tile may have one of its own, for dq
     # with an inverse rotation, which takes more.
     crowded: Tile | None = None
@@ -55,7 +56,8 @@ _AMPERE_DQ = Tile(64, 64, 8, 2)
 _HALF = {
     # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, programs of
     # one warp group leave room for three on an SM, which hide one another's waits. At width 128, 128 keys per step
-    # would spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`.
+    # would spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`. At width 256, under
+    # Triton 3.7, the addresses of two stages spill 8 bytes with a prefix.
     ("sm_90", "forward"): (
         Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),
@@ -67,7 +69,9 @@ _HALF = {
             carry=True,
             crowded=_NO_CARRY,
             narrow_v=_NARROW_V,
-            newer=Tile(128, 32, 8, 2, carry=True, crowded=_NO_CARRY, with_prefix=_NO_CARRY, narrow_v=_NARROW_V),
+            newer=Tile(
+                128, 32, 8, 2, carry=True, crowded=_NO_CARRY, with_prefix=Tile(128, 32, 8, 3), narrow_v=_NARROW_V
+            ),
             since=(3, 7),
         ),
     ),
@@ -211,7 +215,11 @@ _WIDE_HALF = {
     ("sm_90", "dkdv"): (Tile(32, 64, 8, 1, split=True), Tile(16, 16, 8, 1, split=True)),
     ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("sm_80", "forward"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    ("sm_80", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
+    # With all options at once dq of 512 columns spills 8 bytes on sm_80.
+    ("sm_80", "dq"): (
+        Tile(32, 32, 8, 1),
+        Tile(16, 16, 8, 1, split=True, crowded=Tile(32, 16, 8, 1, split=True, columns=256)),
+    ),
     ("sm_80", "dkdv"): (Tile(32, 32, 8, 1, split=True), Tile(16, 16, 8, 1, split=True)),
     ("sm_80", "decode"): (Tile(32, 16, 8, 2), Tile(32, 32, 8, 1)),
     ("sm_86", "forward"): (Tile(32, 32, 8, 1),),
