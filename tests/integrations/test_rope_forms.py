@@ -54,12 +54,68 @@ def llama4_vision() -> tuple[Any, Callable[[Any], torch.Tensor]]:
     return tower(Llama4VisionModel, **sizes), run
 
 
-TOWERS = {"pixtral": pixtral, "llama4": llama4_vision}
+def dinov3() -> tuple[Any, Callable[[Any], torch.Tensor]]:
+    """A class token and registers before the patches: these are not rotated."""
+    module = pytest.importorskip("transformers.models.dinov3_vit.modeling_dinov3_vit")
+    sizes = {**VIT, "image_size": 32, "patch_size": 4, "num_register_tokens": 4}
+    images = torch.randn(2, 3, 32, 24, device=DEVICE)
+
+    def run(model: Any) -> torch.Tensor:
+        return model(images.to(model.dtype)).last_hidden_state
+
+    return tower(module.DINOv3ViTModel, **sizes), run
+
+
+def sam3() -> tuple[Any, Callable[[Any], torch.Tensor]]:
+    """A layer with windows and one without; pairs are interleaved, and the tables are 4-D."""
+    module = pytest.importorskip("transformers.models.sam3.modeling_sam3")
+    sizes = {**VIT, "image_size": 56, "patch_size": 14, "pretrain_image_size": 28, "window_size": 2,
+             "global_attn_indexes": [1], "rope_parameters": {"rope_type": "axial", "rope_theta": 10000.0}}  # fmt: skip
+    images = torch.randn(2, 3, 56, 56, device=DEVICE)
+
+    def run(model: Any) -> torch.Tensor:
+        return model(images.to(model.dtype)).last_hidden_state
+
+    return tower(module.Sam3ViTModel, **sizes), run
+
+
+def sam2_memory() -> tuple[Any, Callable[[Any], torch.Tensor]]:
+    """Attention to the tokens of an image, and to a memory of three images and two tokens that are not rotated."""
+    module = pytest.importorskip("transformers.models.sam2_video.modeling_sam2_video")
+    if not hasattr(module, "Sam2VideoVisionRotaryEmbedding"):
+        pytest.skip("this Transformers has another embedding")
+    config = module.Sam2VideoConfig(
+        memory_attention_hidden_size=64, memory_attention_num_layers=2, memory_attention_num_attention_heads=2,
+        memory_attention_feed_forward_hidden_size=96, memory_attention_rope_feat_sizes=[4, 5],
+        rope_parameters={"rope_type": "axial", "rope_theta": 10000.0},
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    torch.manual_seed(1)
+    model = randomized(module.Sam2VideoMemoryAttention(config))
+    image, memory, places = (torch.randn(n, 1, d, device=DEVICE) for n, d in ((20, 64), (62, 64), (62, 64)))
+
+    def run(model: Any) -> torch.Tensor:
+        number = model.layer_norm.weight.dtype
+        return model(image.to(number), memory.to(number), None, places.to(number), num_object_pointer_tokens=2)
+
+    return model, run
+
+
+VIT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Each with the number of its calls of our rotation in a forward.
+TOWERS = {
+    "pixtral": (pixtral, 2),
+    "llama4": (llama4_vision, 2),
+    "dinov3": (dinov3, 2),
+    "sam3": (sam3, 2),
+    "sam2_memory": (sam2_memory, 2 * (1 + 2)),  # self-attention; q and k of the attention to a memory
+}
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_vision_towers_equal_the_stock_ones(name):
-    stock, run = TOWERS[name]()
+    make, rotations = TOWERS[name]
+    stock, run = make()
     ours = patched(stock)
     assert not [kind for kind, _ in stock_rows(ours) if kind == "rope"]
 
@@ -74,7 +130,7 @@ def test_vision_towers_equal_the_stock_ones(name):
 
     with Calls() as calls:
         found = results(ours)
-    assert len(calls.of("rope")) == 2 * 2  # each layer, each way
+    assert len(calls.of("rope")) == 2 * rotations  # forward and backward
     with DoubleSoftmax():
         truth = results(copy.deepcopy(stock).double())
     compare(found, results(stock), truth)

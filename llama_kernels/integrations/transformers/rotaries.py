@@ -106,8 +106,10 @@ def _rotated_width(known: Rotary, cos: torch.Tensor) -> int:
     return cos.shape[-1] * (2 if known.tables == "pairs" else 1)
 
 
-def _rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any, **positions: torch.Tensor) -> Any:
-    """q and k rotated, as `_can_rotate` describes them; k may be None. positions: position_ids and axes of `rope`."""
+def _rotate(
+    known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any, position_ids: Any = None, axes: Any = None
+) -> Any:
+    """q and k rotated, as `_can_rotate` describes them; k may be None. position_ids and axes are those of `rope`."""
     cos, sin, R = _tables(known, cos, sin)
     given = [x if heads != 2 else x.transpose(1, 2) for x in (q, k) if x is not None]
     interleaved = known.interleaved
@@ -119,7 +121,7 @@ def _rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any, **pos
     if separate:
         parts = [x[..., :R] for x in given]
     first, second = (*parts, None)[:2]
-    rotated: Any = rope(first, second, cos, sin, interleaved=interleaved, **positions)
+    rotated: Any = rope(first, second, cos, sin, position_ids, axes=axes, interleaved=interleaved)
     if separate:
         rotated = [torch.cat((y, x[..., R:]), -1) for x, y in zip(given, rotated, strict=False)]
     q, k = (*rotated, None)[:2]
@@ -270,7 +272,7 @@ def _of_sections(known: Rotary, stock: Function) -> Function:
         plain = type(cos) is torch.Tensor and not torch.compiler.is_compiling()
         axes = (_kept_axes if plain else _axes_of)((*mrope_section,), cos.device)
         tables = cos.flatten(0, 2), sin.flatten(0, 2)  # a row for each position of each token
-        return _rotate(known, q, k, *tables, unsqueeze_dim, position_ids=positions, axes=axes)
+        return _rotate(known, q, k, *tables, unsqueeze_dim, positions, axes)
 
     return rotate
 
