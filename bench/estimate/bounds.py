@@ -99,7 +99,8 @@ class Tally(TorchDispatchMode):
 
 
 _FREE = {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided",
-         "aten.detach", "aten._unsafe_view", "aten.lift_fresh"}  # fmt: skip
+         "aten.detach", "aten._unsafe_view", "aten.lift_fresh", "aten.is_same_size",
+         "aten._has_same_storage_numel"}  # fmt: skip
 _FILLS = {"aten.zero_", "aten.fill_", "aten.zeros_like", "aten.ones_like", "aten.new_zeros"}
 
 

@@ -8,7 +8,7 @@ bit. `python -m bench.codegen` compiles every row and fails on a spill.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,9 +45,9 @@ class Tile:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{flags}"
 
 
-# In the forward on sm_90, at width 256: a v of width 128 leaves registers for twice the keys.
+# For the forward on sm_90, at width 256: a v of width 128 leaves registers for twice the keys.
 _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
-_NO_CARRY = Tile(128, 32, 8, 2)
+_CARRIED = Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V)
 
 # For dk and dv on sm_90, at width 128.
 _FEW_ROWS = Tile(32, 128, 8, 2)
@@ -65,19 +65,7 @@ _HALF = {
     ("sm_90", "forward"): (
         Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),
-        Tile(
-            128,
-            32,
-            8,
-            2,
-            carry=True,
-            crowded=_NO_CARRY,
-            narrow_v=_NARROW_V,
-            newer=Tile(
-                128, 32, 8, 2, carry=True, crowded=_NO_CARRY, with_prefix=Tile(128, 32, 8, 3), narrow_v=_NARROW_V
-            ),
-            since=(3, 7),
-        ),
+        replace(_CARRIED, newer=replace(_CARRIED, with_prefix=Tile(128, 32, 8, 3), newer=_CARRIED), since=(3, 7)),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on.
     ("sm_90", "dq"): (
