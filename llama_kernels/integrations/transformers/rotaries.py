@@ -243,7 +243,8 @@ def _of_memory(known: Rotary, stock: Function) -> Function:
     def rotate(q: Any, k: Any, cos: Any, sin: Any, num_k_exclude_rope: int = 0, repeat_freqs_k: bool = False) -> Any:
         of_q = of_k = _shared_rows(cos), _shared_rows(sin)
         S, rotated = q.shape[-2], k.shape[-2] - num_k_exclude_rope
-        if S > 0 and repeat_freqs_k and rotated != S:
+        repeated = S > 0 and repeat_freqs_k and rotated != S
+        if repeated:
             of_k = of_k[0].repeat(rotated // S, 1), of_k[1].repeat(rotated // S, 1)
         if num_k_exclude_rope:
             last = (0, 0, 0, num_k_exclude_rope)
@@ -251,7 +252,7 @@ def _of_memory(known: Rotary, stock: Function) -> Function:
         can = rotated > 0 and _can_rotate(known, q, q, *of_q, 0) and _can_rotate(known, k, k, *of_k, 0)
         if not can:
             return stock(q, k, cos, sin, num_k_exclude_rope, repeat_freqs_k)
-        if of_q is of_k and _can_rotate(known, q, k, *of_q, 0):
+        if not (repeated or num_k_exclude_rope) and _can_rotate(known, q, k, *of_q, 0):
             return _rotate(known, q, k, *of_q, 0)
         q, _ = _rotate(known, q, None, *of_q, 0)
         return q, _rotate(known, k, None, *of_k, 0)[0]
