@@ -22,7 +22,7 @@ from transformers.models.llama import modeling_llama
 
 from llama_kernels.integrations.transformers import patch, report, source
 from llama_kernels.integrations.transformers.attention import attention_forward
-from tests.integrations.small import VERSION, Calls, not_interpreted, small, stock_rows, tokens
+from tests.integrations.small import VERSION, Calls, as_kernels_wraps, not_interpreted, small, stock_rows, tokens
 from tests.integrations.user_classes import OwnAttention, OwnRMSNorm, with_class
 from tests.support.environment import DEVICE
 
@@ -272,8 +272,6 @@ def test_quantized_linear_layers():
 
 def test_kernels_rotary_function(monkeypatch):
     """kernelize sets a forward on the object that the package kernels makes of apply_rotary_pos_emb."""
-    from tests.integrations.test_wrappers import as_kernels_wraps
-
     wrapper = as_kernels_wraps(source.called_by(modeling_llama.apply_rotary_pos_emb))
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", wrapper)
     model = patch(small())
