@@ -202,7 +202,8 @@ def variants(known: known_code.Rotary) -> list[tuple[Any, known_code.Rotary]]:
             wanted = known._replace(interleaved=pairing.interleaved, inverse=pairing.inverse)
         if wanted not in found:
             stock = loaded(function)
-            assert known_code.rotary_of(stock) == wanted
+            # Where the package kernels is installed, some releases of Transformers wrap the function.
+            assert known_code.rotary_of(source.called_by(stock)) == wanted
             found[wanted] = stock
     return [(stock, wanted) for wanted, stock in found.items()]
 
@@ -211,9 +212,11 @@ def variants(known: known_code.Rotary) -> list[tuple[Any, known_code.Rotary]]:
 def test_the_families_of_a_rotary_entry_have_its_text(known):
     served = {function.family for function in rotaries_of(known.text)}
     assert names_of(known.families) <= served
-    assert served or "of Transformers 4" in known.families or VERSION < (5, 0), "no function of this Transformers"
+    added_later = VERSION < (5, 23)  # as mistral_large4 was
+    assert served or "of Transformers 4" in known.families or added_later, "no function of this Transformers"
 
 
+@pytest.mark.skipif(VERSION < (5, 23), reason="some of the texts are of later releases of Transformers")
 def test_every_helper_text_is_in_transformers():
     texts = {f.text for f in defined() if f.cls is None}
     for text in known_code.PAIRINGS:

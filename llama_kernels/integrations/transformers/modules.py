@@ -24,7 +24,7 @@ from llama_kernels.core.device import KERNEL_DEVICES
 from llama_kernels.integrations.transformers.known_code import Norm
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 
-_PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _DEVICES = (*KERNEL_DEVICES, "meta")
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ else:
 
 def is_plain(x: Any) -> bool:
     """Whether x is a tensor without a subclass's behaviour, on a device that the ops support."""
-    if type(x) not in _PLAIN_TYPES:
+    if type(x) not in PLAIN_TYPES:
         return False
     if x.device.type in _DEVICES:
         return True
@@ -66,7 +66,10 @@ def keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
 class Patched(_Module):
     """The base of the classes of patched modules. They are made at run time, so pickle stores their stock classes."""
 
+    _kinds: tuple[str, ...]
+    _found: dict[str, Any]  # what `found_in` said of the stock class when this class was made
     _stock_forward: Callable[..., Any]
+    _our_forward: Callable[..., Any]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         from llama_kernels.integrations.transformers.classes import new_module
@@ -81,8 +84,12 @@ class Patched(_Module):
 
 
 def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
-    """The kinds of operations that were patched in `module`, and its stock class."""
-    return type(module)._kinds, type(module).__bases__[-1]
+    """The kinds of operations that were patched in `module`, and its stock class.
+
+    Its class may be a subclass of the one that `patch` made: fully_shard and torch.nn.utils.parametrize make one.
+    """
+    ours: Any = next(cls for cls in type(module).__mro__ if "_kinds" in vars(cls))
+    return ours._kinds, ours.__bases__[-1]
 
 
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------
@@ -129,6 +136,7 @@ def may_be_skipped(norm: Any) -> TypeGuard[RMSNorm]:
         and not torch_module._has_any_global_hook()
         and norm._compiled_call_impl is None
         and type(norm).__call__ is nn.Module.__call__
+        and type(norm).forward is RMSNorm.forward  # not a subclass's own
     )
 
 

@@ -29,7 +29,7 @@ def rotary_like(replaced: Function, known: Rotary) -> Function:
     ours = functools.wraps(stock)(_FORMS[known.form](known, stock))
     if stock is replaced:
         return ours
-    return lambda *args, **kwargs: (replaced if _is_kernelized(replaced) else ours)(*args, **kwargs)
+    return lambda *args, **kwargs: (replaced if is_kernelized(replaced) else ours)(*args, **kwargs)
 
 
 def norm_and_rotary(replaced: Function, known: Rotary) -> Function:
@@ -43,7 +43,7 @@ def norm_and_rotary(replaced: Function, known: Rotary) -> Function:
             and _norms_agree(q_norm, k_norm, weights)
             and all(norm_takes(q_norm.known, x, w) for x, w in zip((q, k), weights, strict=True))
             and _can_rotate(known, q, k, cos, sin, 1)
-            and not _is_kernelized(replaced)
+            and not is_kernelized(replaced)
         ):
             tables = _tables(known, cos, sin)
             if not (tables[0].shape[-1] == tables[2] and 2 * tables[2] <= q.shape[-1]):
@@ -54,7 +54,7 @@ def norm_and_rotary(replaced: Function, known: Rotary) -> Function:
     return apply
 
 
-def _is_kernelized(replaced: Any) -> bool:
+def is_kernelized(replaced: Any) -> bool:
     """Whether `replaced` is an object of the package kernels with a forward from kernelize."""
     return isinstance(replaced, nn.Module) and "forward" in replaced.__dict__
 
