@@ -49,6 +49,10 @@ class Tile:
 _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
 _CARRIED = Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V)
 
+_CARRIED_BUT_FOR_A_PREFIX = replace(
+    _CARRIED, with_prefix=Tile(128, 32, 8, 3), newer=replace(_CARRIED, with_prefix=Tile(128, 16, 8, 3))
+)
+
 # For dk and dv on sm_90, at width 128.
 _FEW_ROWS = Tile(32, 128, 8, 2)
 
@@ -60,12 +64,12 @@ _AMPERE_DQ = Tile(64, 64, 8, 2)
 _HALF = {
     # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, programs of
     # one warp group leave room for three on an SM, which hide one another's waits. At width 128, 128 keys per step
-    # would spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`. At width 256, under
-    # Triton 3.7, the addresses of two stages spill 8 bytes with a prefix.
+    # would spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`. At width 256, with
+    # a prefix, a p that is carried spills 8 bytes under Triton 3.7, and 32 under 3.9, as do 32 keys per step.
     ("sm_90", "forward"): (
         Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),
-        replace(_CARRIED, newer=replace(_CARRIED, with_prefix=Tile(128, 32, 8, 3), newer=_CARRIED), since=(3, 7)),
+        replace(_CARRIED, newer=_CARRIED_BUT_FOR_A_PREFIX, since=(3, 7)),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on.
     ("sm_90", "dq"): (
