@@ -33,7 +33,7 @@ _register_rules_while_tracing: Callable[[], None] = torch.compiler.assume_consta
 _GRADIENTS = frozenset(("dy", "ds", "do", "dlse", "dq", "dk", "dv"))  # of results, among the parameters of the ops
 
 
-def distribute_gradients(op: torch._ops.OpOverload, args: Sequence[Any]) -> Sequence[Any]:
+def distribute_gradients(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """`args` of an op in a graph. If there are DTensors among them, all gradients of results are.
 
     In a graph of torch.compile the gradient of a result that is not used is a plain tensor of zeros, though the result

@@ -44,3 +44,11 @@ def test_tp_size_gives_the_results_of_one_process():
 def test_accelerate_refuses_every_size_on_the_cpu(size):
     """If it no longer does: docs/distributed.md says so, and `_OnTheCpu` of accelerated.py is not needed."""
     assert results()[size]["error"].startswith("ParallelismConfig is only compatible"), results()[size]
+
+
+def test_accelerate_refuses_patched_attention_for_sp_size():
+    """docs/distributed.md says what to call instead."""
+    from accelerate.utils import DeepSpeedSequenceParallelConfig
+
+    with pytest.raises(ValueError, match="Invalid sp_attn_implementation: llama_kernels"):
+        DeepSpeedSequenceParallelConfig(sp_attn_implementation="llama_kernels")

@@ -70,6 +70,7 @@ def test_results_and_gradients_of_sharded_tensors(case):
             assert "Partial" in placements[-1], f"the gradient of the weight is {placements[-1]}"
 
 
+@pytest.mark.corpus(83)
 @pytest.mark.parametrize("case", OF_ONE_RESULT, ids=str)
 def test_results_that_are_not_used(case):
     """PyTorch makes plain tensors of their gradients, in each compiled graph. Attention never uses its lse."""
