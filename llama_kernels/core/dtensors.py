@@ -48,9 +48,8 @@ def distribute_gradients(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tu
     given = dict(zip((parameter.name for parameter in op._schema.arguments), args, strict=False))
     gradients = {"q", "k"} if given.get("inverse") else _GRADIENTS  # the op rope is its own backward
     whole = [Replicate()] * mesh.ndim
-    for name in gradients & given.keys():
-        x = given[name]
-        if isinstance(x, torch.Tensor) and not is_dtensor(x):
+    for name, x in given.items():
+        if name in gradients and isinstance(x, torch.Tensor) and not is_dtensor(x):
             given[name] = DTensor.from_local(x, mesh, whole, run_check=False)
     return tuple(given.values())
 
