@@ -30,7 +30,7 @@ from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
 
-_PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _DEVICES = (*KERNEL_DEVICES, "meta")
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ else:
 
 def is_plain(x: Any) -> bool:
     """Whether x is a tensor without a subclass's behaviour, on a device that the ops support."""
-    if type(x) not in _PLAIN_TYPES:
+    if type(x) not in PLAIN_TYPES:
         return False
     if x.device.type in _DEVICES:
         return True
@@ -87,7 +87,10 @@ def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
 class Patched(_Module):
     """The base of the classes of patched modules. They are made at run time, so pickle stores their stock classes."""
 
+    _kinds: tuple[str, ...]
+    _found: dict[str, Any]  # what `found_in` said of the stock class when this class was made
     _stock_forward: Callable[..., Any]
+    _our_forward: Callable[..., Any]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         from llama_kernels.integrations.transformers.classes import new_module
@@ -102,8 +105,12 @@ class Patched(_Module):
 
 
 def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
-    """The kinds of operations that were patched in `module`, and its stock class."""
-    return type(module)._kinds, type(module).__bases__[-1]
+    """The kinds of operations that were patched in `module`, and its stock class.
+
+    Its class may be a subclass of the one that `patch` made: fully_shard and torch.nn.utils.parametrize make one.
+    """
+    ours: Any = next(cls for cls in type(module).__mro__ if "_kinds" in vars(cls))
+    return ours._kinds, ours.__bases__[-1]
 
 
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------
@@ -150,6 +157,7 @@ def may_be_skipped(norm: Any) -> TypeGuard[RMSNorm]:
         and not torch_module._has_any_global_hook()
         and norm._compiled_call_impl is None
         and type(norm).__call__ is nn.Module.__call__
+        and type(norm).forward is RMSNorm.forward  # not a subclass's own
     )
 
 
@@ -218,10 +226,10 @@ def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) 
     ours = functools.wraps(stock)(kinds.get(known.arguments or known.tables, of_rows))
     if stock is replaced:
         return ours
-    return lambda *args, **kwargs: (replaced if _is_kernelized(replaced) else ours)(*args, **kwargs)
+    return lambda *args, **kwargs: (replaced if is_kernelized(replaced) else ours)(*args, **kwargs)
 
 
-def _is_kernelized(replaced: Any) -> bool:
+def is_kernelized(replaced: Any) -> bool:
     """Whether `replaced` is an object of the package kernels with a forward from kernelize."""
     return isinstance(replaced, nn.Module) and "forward" in replaced.__dict__
 
@@ -301,7 +309,7 @@ def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool)
             _norms_agree(q_norm, k_norm, weights)
             and all(norm_takes(q_norm.known, x, w) for x, w in zip((q, k), weights, strict=True))
             and _can_rotate(known, q, k, cos, sin, 1)
-            and not _is_kernelized(stock)
+            and not is_kernelized(stock)
         ):
             tables = _tables(known, cos, sin)
             if not (tables[0].shape[-1] == tables[2] and 2 * tables[2] <= q.shape[-1]):
