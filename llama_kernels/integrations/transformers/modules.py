@@ -1,8 +1,8 @@
 """The base of patched modules, and their RMSNorm. rotaries.py has their `apply_rotary_pos_emb`.
 
 A patched module is the same object with the same parameters. Its class becomes a subclass of its stock class. Each
-operation runs stock code where the op would give another result: for tensor subclasses (DTensor), for weights that are
-elsewhere (ZeRO-3, offloading), and for dtypes that stock code promotes.
+operation runs stock code where the op would give another result: for tensor subclasses, for weights that are elsewhere
+(ZeRO-3, offloading), and for dtypes that stock code promotes. Norms take DTensors whose rows are whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.nn.modules import module as torch_module
 
 from llama_kernels.core.checks import KERNEL_DTYPES
 from llama_kernels.core.device import KERNEL_DEVICES
+from llama_kernels.core.dtensors import is_dtensor
+from llama_kernels.core.sharding import why_norms_gather
 from llama_kernels.integrations.transformers.known_code import Norm
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 
@@ -56,6 +58,22 @@ def _warn_of_device(device_type: str) -> None:
 def takes(x: Any) -> bool:
     """Whether the ops take x: a plain tensor of one of their dtypes."""
     return is_plain(x) and x.dtype in KERNEL_DTYPES
+
+
+def _takes_shards(x: Any, weight: Any) -> bool:
+    """Whether x and weight, which may be None, are DTensors on whose shards `rms_norm` computes."""
+    for tensor in (x,) if weight is None else (x, weight):
+        if not is_dtensor(tensor) or tensor.dtype not in KERNEL_DTYPES or tensor.device.type not in _DEVICES:
+            return False
+    reason = why_norms_gather(x, weight)
+    if reason is not None and not torch.compiler.is_compiling():
+        _warn_of_placements(reason)
+    return reason is None
+
+
+@functools.cache
+def _warn_of_placements(reason: str) -> None:
+    logger.warning("llama_kernels: stock code computes RMSNorm of DTensors, because %s", reason)
 
 
 def keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
@@ -114,13 +132,13 @@ class RMSNorm(Patched):
 
 def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
     """Whether `rms_norm` accepts x and weight, and returns what stock code does, in the same dtype."""
-    if not takes(x) or x.ndim == 0:
+    plain = takes(x) and (weight is None or takes(weight))
+    if not (plain or _takes_shards(x, weight)) or x.ndim == 0:
         return False
     if weight is None:
         return True
     return (
-        takes(weight)
-        and weight.device == x.device
+        weight.device == x.device
         and weight.shape == x.shape[-1:]
         and (not known.promotes or keeps_dtype(x, weight))
         and (not known.as_weight or x.dtype == weight.dtype)
