@@ -7,13 +7,17 @@ import torch
 
 import llama_kernels as lk
 from tests.support.guards import guarded_allocations
+from tests.support.launches import KERNELS_RUN
 from tests.support.ops import OPS, Make, Shape
 
+# Attention of CPU tensors may return what a kernel of PyTorch has allocated.
+OURS = [name for name in OPS if KERNELS_RUN or "attention" not in name]
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+@pytest.mark.parametrize("op", OURS)
 def test_results_are_allocated_between_guards(op, device):
     with guarded_allocations():
-        results = getattr(lk, op.name)(**op.arguments(Shape(), Make(device)))
+        results = getattr(lk, op)(**OPS[op].arguments(Shape(), Make(device)))
     first = results if isinstance(results, torch.Tensor) else results[0]
     assert first.untyped_storage().size() // first.element_size() > first.numel()
     assert first.storage_offset() > 0

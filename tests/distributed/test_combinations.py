@@ -7,12 +7,14 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("transformers", minversion="5.0")
 if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
+from llama_kernels.core.versions import number
 from tests.distributed import combinations, titan
 from tests.distributed.comparison import check
 from tests.distributed.processes import run
@@ -24,6 +26,8 @@ pytestmark = [
 ]
 METHODS = ("ring", "all_gather", "ulysses")
 ORDERS = ("first", "last")  # when the model is patched
+# Until torch 2.12 a stage of an exported pipeline asks for the gradient of all that it receives, integers too.
+EXPORTS = (number(torch.__version__) or (0, 0)) >= (2, 13)
 
 # On 2 and on 4 processes: what is run, by name. A compiled model comes first, so that it meets the first DTensor.
 JOBS: dict[int, dict[str, Any]] = {
@@ -40,7 +44,7 @@ JOBS: dict[int, dict[str, Any]] = {
         **{f"CP ({method}) x FSDP2": (combinations.cp_fsdp2, (method,)) for method in METHODS},
         "pipeline, GPipe": (titan.pipeline, ("GPipe",)),
         "pipeline, 1F1B": (titan.pipeline, ("1F1B",)),
-        "pipeline, exported": (combinations.exported_pipeline, ()),
+        **({"pipeline, exported": (combinations.exported_pipeline, ())} if EXPORTS else {}),
     },
     4: {
         "HSDP": (combinations.hsdp, ()),
