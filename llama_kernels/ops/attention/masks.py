@@ -40,6 +40,20 @@ class KeyBlocks(NamedTuple):
 
 
 @triton.jit
+def of_keys(mask, first, count):
+    """`mask` of the `count` keys from `first` on, or as many as there are: key `first` is key 0 then."""
+    kv_start, kv_end, prefix = mask.kv_start, mask.kv_end, mask.prefix
+    Sk = tl.minimum(mask.Sk - first, count)
+    if kv_start is not None:
+        kv_start = tl.maximum(kv_start, 0) - first
+    if kv_end is not None:
+        kv_end = tl.maximum(kv_end, 0) - first
+    if prefix is not None:
+        prefix = tl.minimum(tl.maximum(prefix, 0) - first, Sk)
+    return Mask(mask.shift - first, mask.left, mask.right, kv_start, kv_end, Sk, mask.keys, prefix)
+
+
+@triton.jit
 def both(see, more):
     """see & more; see may be None, for everything."""
     return more if see is None else see & more
@@ -97,7 +111,7 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
         lowest = begin
     if mask.left is not None or mask.kv_start is not None:
         begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
-        full_begin = tl.minimum(tl.cdiv(tl.maximum(full_begin, begin), BLOCK_N), tl.cdiv(end, BLOCK_N)) * BLOCK_N
+        full_begin = tl.cdiv(tl.minimum(tl.maximum(full_begin, begin), end), BLOCK_N) * BLOCK_N
     full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
     prefix_full, prefix_end, prefix = 0, 0, 0
     if mask.prefix is not None:
