@@ -32,7 +32,7 @@ pytestmark = pytest.mark.interpreter
 online_softmax_step, add_values, first_scores = softmax.online_softmax_step, softmax.add_values, softmax.first_scores
 visible, key_blocks = masks.visible, masks.key_blocks
 probs_and_score_grads, load_scale, add_chunks = softmax.probs_and_score_grads, rms_norm._load_scale, combine._add_chunks
-of_keys = masks.of_keys
+within = masks.within
 
 
 @triton.jit
@@ -254,14 +254,13 @@ def _delta_forgotten(*call: Any) -> Any:
 
 
 @triton.jit
-def mask_of_the_first_chunk(mask, first, count):
-    here = of_keys(mask, first, count)
-    return Mask(mask.shift, mask.left, mask.right, here.kv_start, here.kv_end, here.Sk, None, here.prefix)
+def not_counted_from_the_chunk(bound, first, count):
+    return within(bound, 0, count)
 
 
 @triton.jit
-def a_key_of_the_next_chunk(mask, first, count):
-    return of_keys(mask, first, count + 1)
+def a_key_of_the_next_chunk(bound, first, count):
+    return within(bound, first, count + 1)
 
 
 _sizes, _launch_delta = AttentionCall.sizes, backward.launch_delta
@@ -300,6 +299,7 @@ def decoding() -> None:
 def split_over_keys() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_split, "LEAST_KEYS", 64)
+        patch.setattr(combine, "_CHUNKS_PER_STEP", 2)
         key_split._chunks.cache_clear()
         attention(attention_cases.Case(1, 2, 1, 40, 300, 16, 16), gradients=False)
     key_split._chunks.cache_clear()
@@ -378,8 +378,8 @@ MUTANTS = {
     "last keys dropped, decoding": Mutant((decode,), "key_blocks", last_keys_dropped, decoding),
     "chunks not rescaled": Mutant((combine,), "_add_chunks", chunks_not_rescaled, decoding),
     "chunks not rescaled, forward": Mutant((combine,), "_add_chunks", chunks_not_rescaled, split_over_keys),
-    "mask of the first chunk": Mutant((forward,), "of_keys", mask_of_the_first_chunk, split_over_keys),
-    "a key of the next chunk": Mutant((forward,), "of_keys", a_key_of_the_next_chunk, split_over_keys),
+    "not counted from the chunk": Mutant((forward,), "within", not_counted_from_the_chunk, split_over_keys),
+    "a key of the next chunk": Mutant((forward,), "within", a_key_of_the_next_chunk, split_over_keys),
     "key mask forgotten": Mutant((softmax,), "visible", key_mask_forgotten, masked_decoding),
     "key mask of a whole block": Mutant((softmax,), "visible", key_mask_of_the_block, masked_decoding),
     "one head for all": Mutant((AttentionCall,), "sizes", property(_one_head_for_all), dense),

@@ -12,7 +12,7 @@ from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, 
 from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.key_split import KeySplit
-from llama_kernels.ops.attention.masks import Mask, key_blocks, of_keys
+from llama_kernels.ops.attention.masks import Mask, key_blocks, within
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend, first_scores, last_values, no_probs
 from llama_kernels.ops.attention.tables import Tile, tile_for
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for, tile_lists, walks
@@ -61,10 +61,17 @@ def _forward_kernel(
             kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, q_start, i, Sq, Sk)  # [BLOCK_M, 1]
-            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk, None, prefix)
+            shift = Sk - Sq
             if split is not None:
-                first = split.first + c * split.keys
-                mask, k_start = of_keys(mask, first, split.keys), k_start + first
+                first, count = split.first + c * split.keys, split.keys
+                shift, k_start, Sk = shift - first, k_start + first, within(Sk, first, count)
+                if kv_start_ptr is not None:
+                    kv_start = within(kv_start, first, count)
+                if kv_end_ptr is not None:
+                    kv_end = within(kv_end, first, count)
+                if kv_prefix_ptr is not None:
+                    prefix = within(prefix, first, count)
+            mask = Mask(shift, window.left, window.right, kv_start, kv_end, Sk, None, prefix)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
             Q = matrix(q_ptr, q_strides, b, h, q_start)

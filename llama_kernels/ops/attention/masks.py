@@ -40,17 +40,9 @@ class KeyBlocks(NamedTuple):
 
 
 @triton.jit
-def of_keys(mask, first, count):
-    """`mask` of the `count` keys from `first` on, or as many as there are: key `first` is key 0 then."""
-    kv_start, kv_end, prefix = mask.kv_start, mask.kv_end, mask.prefix
-    Sk = tl.minimum(mask.Sk - first, count)
-    if kv_start is not None:
-        kv_start = tl.maximum(kv_start, 0) - first
-    if kv_end is not None:
-        kv_end = tl.maximum(kv_end, 0) - first
-    if prefix is not None:
-        prefix = tl.minimum(tl.maximum(prefix, 0) - first, Sk)
-    return Mask(mask.shift - first, mask.left, mask.right, kv_start, kv_end, Sk, mask.keys, prefix)
+def within(bound, first, count):
+    """A bound of keys, or the number of them, for the `count` keys from `first` on, which count from 0."""
+    return tl.minimum(tl.maximum(bound, 0) - first, count)
 
 
 @triton.jit
