@@ -179,7 +179,7 @@ def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     choice = dispatch.forward(call)
     if choice is dispatch.DECODE:
         return launch_decode(call)
-    if not call.sizes.B:
+    if not call.sequences:
         return outputs_to_fill(call)
     if choice.split is not None:
         return _launch_split(call, choice.split)

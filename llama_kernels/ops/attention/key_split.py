@@ -14,7 +14,7 @@ from llama_kernels.core.tensors import cdiv
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import tile_for
 
-LEAST_KEYS = 2048  # of a chunk, so that its part of the result costs a large batch a sixth at most
+LEAST_KEYS = 2048  # of a chunk, so that its part of the result costs a large batch a fifth at most
 # What a chunk takes beside its keys, in keys: a program starts and ends, and its float32 result is written and read.
 _KEYS_OF_A_CHUNK = 256
 _GAIN, _NEAR = 1.15, 1.05  # a split is so much faster than none; fewer chunks are slower by no more than that
