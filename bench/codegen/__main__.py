@@ -50,15 +50,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the reports to FILE")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
-    parser.add_argument("--full", action="store_true", help="compile every case for every target, not one of each kind")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="compile every case for every target, not one of each kind")
+    which.add_argument("--plain", action="store_true", help="only kernels without options, in half precision")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help=f"the changes are intended: write {record.RECORD.name}")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
-    if args.record and (args.full or set(args.targets) != set(TARGETS)):
-        parser.error("--record needs the default cases and targets; leave out --full and --targets")
-    reports = collect(args.targets, args.full, args.workers)
+    if args.record and (args.full or args.plain or set(args.targets) != set(TARGETS)):
+        parser.error("--record needs the default cases and targets; leave out --full, --plain and --targets")
+    reports = collect(args.targets, args.full, args.workers, args.plain)
     show(reports)
     print("\na_byte: instructions of a thread in the heaviest loop, for each byte of global memory that it moves")
     print(f"issue: of those that fit beside a byte at the bandwidth of a copy: {traffic.assumption()}")

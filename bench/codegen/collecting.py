@@ -25,8 +25,9 @@ def chosen(name: str, case: Case, full: bool) -> bool:
     return case.only in (None, name) and (full or not (case.full or elsewhere))
 
 
-def collect(targets: list[str], full: bool, workers: int) -> list[Report]:
-    """The reports of all kernels of the chosen cases."""
-    jobs = [(name, i) for i, case in enumerate(cases()) for name in targets if chosen(name, case, full)]
+def collect(targets: list[str], full: bool, workers: int, plain: bool = False) -> list[Report]:
+    """The reports of all kernels of the chosen cases. plain: only of those without options."""
+    all_cases = [(i, case) for i, case in enumerate(cases()) if case.plain or not plain]
+    jobs = [(name, i) for i, case in all_cases for name in targets if chosen(name, case, full)]
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [report for reports in pool.map(_work, jobs) for report in reports]

@@ -6,6 +6,7 @@ Triton specialises and compiles exactly what it would on the target, and nothing
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -38,6 +39,11 @@ class Case:
     only: str | None = None  # the one target to compile for; None: all
     wide: bool = False  # heads wider than 256, of which warps compute some scores more than once
     ones: bool = False  # has sizes of 1: it must compile and fit into shared memory, and may be slow
+
+    @property
+    def plain(self) -> bool:
+        """Whether the label names sizes alone: half precision, and no option but causal."""
+        return bool(re.fullmatch(r"[DN]=[\d/]+( R=\d+)?( heads=\S+)?( \w*float16 causal)?", self.label))
 
 
 class StandInDriver:

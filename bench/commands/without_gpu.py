@@ -26,7 +26,7 @@ from bench.works import presets
 from bench.works.work import Work
 from llama_kernels.core.language import why_not_interpreted
 
-TARGET = "sm_90"  # the family whose machine code is read; `make codegen` reads all families
+TARGET = "sm_90"  # the family whose plain kernels are compiled and read; `make codegen` has all families and options
 _PARITY = ("bf16", "fp32")
 _LOOK = 0.5  # seconds between two looks at what a process has written
 
@@ -70,7 +70,7 @@ def run(
 
         host, codegen = Path(name, "host.json"), Path(name, "codegen.json")
         say("bounds; in the background parity and machine code")
-        compiling = start("bench.codegen", "--targets", TARGET, "--workers", workers, "--json", codegen)
+        compiling = start("bench.codegen", "--plain", "--targets", TARGET, "--workers", workers, "--json", codegen)
         why_not, parity = why_not_interpreted(), Path(name, "parity")
         checking = None if why_not else start(
             "bench", "parity", "--dtypes", *_PARITY, "--out", parity, TRITON_INTERPRET="1"

@@ -34,6 +34,15 @@ def test_the_gate_compiles_every_registered_op(monkeypatch):
     assert called | {"rope_"} == KERNELS.keys() | {"decode_attention", "rope_"}
 
 
+def test_plain_cases_have_every_op_and_every_recorded_kernel_and_no_options():
+    plain = [case for case in cases.cases() if case.plain]
+    assert {case.op for case in plain} == {case.op for case in cases.cases()}
+    kernels = (name.split(" ") for name in record.read()["kernels"])
+    assert {" ".join(words[3:]) for words in kernels} <= {case.label for case in plain}
+    options = ("float32", "all", "window", "prefix", "mask", "packed", "interleaved", "tangent", "residual", "cache")
+    assert not any(option in case.label for case in plain for option in options)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_attention_compiles_to_tensor_core_instructions(target):
     kernels = {r.kernel: r for r in reports(target, "attention", "D=64 bfloat16 causal")}

@@ -299,7 +299,6 @@ def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> No
     kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ()) - {"full_attention"}
     if sliding_window is not None or kinds:
         layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"
-        layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"
         got = f"with layers of {layers}"
         fix = "Repeat the prompt for each completion with this model."
         raise ValueError(message("share_prompts", "model", got, "layers that attend to all earlier tokens", fix))
