@@ -3,7 +3,7 @@
     python examples/sft.py --compare                 # padded batches
     python examples/sft.py --packing                 # documents are joined to rows of --max-length tokens
     python examples/sft.py --padding-free            # a batch is one row of its documents
-    python examples/sft.py --model FOLDER --lora 16 --four-bit    # QLoRA; needs peft, bitsandbytes and a GPU
+    python examples/sft.py --model FOLDER --lora 16 --four-bit    # QLoRA; needs peft and bitsandbytes
 
 In packed and padding-free rows, attention does not cross from one document into another.
 """

@@ -36,6 +36,7 @@ PACKAGES = (
     Package("liger-kernel", "liger_kernel", "tests of patch beside Liger's loss, an example, and the bench"),
     Package("trl", "trl", "the examples of TRL, and their tests"),
     Package("lightning", "lightning", "the example of Lightning, and its test"),
+    Package("bitsandbytes", "bitsandbytes", "4-bit models (QLoRA) in an example, and their tests"),
     Package("einops", "einops", "the suites of other projects (make witness)", ("witness",)),
     Package("ruff", "ruff", "make lint", ("lint", "fmt", "quick")),
     Package("mypy", "mypy", "make typecheck, a part of make lint", ("typecheck", "quick")),

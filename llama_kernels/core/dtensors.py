@@ -30,6 +30,30 @@ def _register_rules() -> None:
 _register_rules_while_tracing: Callable[[], None] = torch.compiler.assume_constant_result(_register_rules)
 
 
+_GRADIENTS = frozenset(("dy", "ds", "do", "dlse", "dq", "dk", "dv"))  # of results, among the parameters of the ops
+
+
+def distribute_gradients(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args` of an op in a graph. If there are DTensors among them, all gradients of results are.
+
+    In a graph of torch.compile the gradient of a result that is not used is a plain tensor of zeros, though the result
+    is a DTensor: https://github.com/pytorch/pytorch/issues/173123, with torch 2.13. set_materialize_grads(False) has no
+    effect there. The zeros have the whole shape of the result, so each process has them whole.
+    """
+    mesh = next((x.device_mesh for x in args if is_dtensor(x)), None)
+    if mesh is None:
+        return args
+    from torch.distributed.tensor import DTensor, Replicate
+
+    given = dict(zip((parameter.name for parameter in op._schema.arguments), args, strict=False))
+    gradients = {"q", "k"} if given.get("inverse") else _GRADIENTS  # the op rope is its own backward
+    whole = [Replicate()] * mesh.ndim
+    for name, x in given.items():
+        if name in gradients and isinstance(x, torch.Tensor) and not is_dtensor(x):
+            given[name] = DTensor.from_local(x, mesh, whole, run_check=False)
+    return tuple(given.values())
+
+
 def repeat_on_dtensors(op: torch._ops.OpOverload, public: str, args: Sequence[Any], error: RuntimeError) -> Any:
     """What op(*args) gives once the sharding rules are registered, where `error` came from a call without them.
 

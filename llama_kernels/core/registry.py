@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from llama_kernels.core.checks import DEVICES_TAKEN, fix_for_device, message
 from llama_kernels.core.device import KERNEL_DEVICES
-from llama_kernels.core.dtensors import is_dtensor, register_rules_for, repeat_on_dtensors
+from llama_kernels.core.dtensors import distribute_gradients, is_dtensor, register_rules_for, repeat_on_dtensors
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.tensors import last_dim_contiguous
 
@@ -137,6 +137,7 @@ def _autograd_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     public = _public(name)
 
     def with_gradient(keyset: Any, *args: Any) -> Any:
+        args = distribute_gradients(op, args)
         forward_mode = forward_ad._current_level >= 0
         differentiated = torch.is_grad_enabled() and _any_requires_grad(*args)
         if not (differentiated or forward_mode) or _without_autograd.get():

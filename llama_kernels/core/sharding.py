@@ -74,6 +74,24 @@ def register_dtensor_rules() -> None:
         register_sharding(getattr(torch.ops.llama_kernels, name).default)(functools.partial(_rules, name))
 
 
+def why_norms_gather(x: Any, weight: Any) -> str | None:
+    """Why `rms_norm` does not compute on the shards of x and weight, two DTensors. None: it does, and gathers nothing.
+
+    weight: may be None.
+    """
+    from torch.distributed.tensor import Shard
+
+    if weight is not None and weight.device_mesh != x.device_mesh:
+        return "the weight and the input are on different meshes"
+    if weight is not None and not all(placement.is_replicate() for placement in weight.placements):
+        return f"the weight is {weight.placements}, not whole on each process"
+    for placement in x.placements:
+        of_rows = type(placement) is Shard and placement.dim % x.ndim != x.ndim - 1
+        if not (of_rows or placement.is_replicate()):
+            return f"the input is {x.placements}, not whole rows"
+    return None
+
+
 def _rules(name: str, *args: Any) -> list[tuple[list[Any], list[Any]]]:
     """(placements of the results, placements of the arguments) for each way to shard a call of the op `name`."""
     parameters = getattr(torch.ops.llama_kernels, name).default._schema.arguments

@@ -561,12 +561,13 @@ class _QKNormRope(Differentiable):
         ctx.op, *tensors, eps, offset, interleaved, axes = inputs
         save(ctx, *tensors, axes)
         ctx.options = (eps, offset, interleaved)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dq, dk=None):
         needed = ctx.needs_input_grad[1:5]
-        dys = [None if g is None else last_dim_contiguous(g) for g in (dq, dk)]
         *tensors, axes = ctx.saved_tensors
+        dys = [_gradient_of(x, dx) for x, dx in zip(tensors, (dq, dk), strict=False)]
         grads = _qk_norm_rope_backward(*dys, *tensors, *ctx.options, any(needed[2:]), axes)
         grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
         inputs, angles = tensors[:4], (*tensors[4:], axes)
@@ -580,6 +581,13 @@ class _QKNormRope(Differentiable):
         inputs, angles = tensors[:4], (*tensors[4:], axes)
         results = results[: 1 if inputs[1] is None else 2]
         return with_derivatives_of(_Plain(*ctx.options).tangents, results, (*tangents, *inputs), angles)
+
+
+def _gradient_of(x: torch.Tensor | None, dx: torch.Tensor | None) -> torch.Tensor | None:
+    """`dx` for the op: zeros where the rotated `x` was not used. PyTorch's own zeros would be no DTensor as x is."""
+    if x is None:
+        return None
+    return torch.zeros_like(x) if dx is None else last_dim_contiguous(dx)
 
 
 class _Plain(NamedTuple):

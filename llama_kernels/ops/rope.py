@@ -364,6 +364,14 @@ class _RotatedInPlace(torch.autograd.Function):
         return *_rotate_given("rope", (dx,), _Angles.saved(ctx, backward=True)), *[None] * 6
 
 
+def _zeros_where_unused(grads: Any, q_heads: int, kv_heads: int) -> list[torch.Tensor]:
+    """The gradients of q, k and v, with zeros for None. PyTorch would make a plain tensor where others are DTensors."""
+    given = next(dx for dx in grads if dx is not None)
+    B, _, *others = given.shape
+    pairs = zip(grads, (q_heads, kv_heads, kv_heads), strict=True)
+    return [given.new_zeros((B, H, *others)) if dx is None else dx for dx, H in pairs]
+
+
 class _RopeQKV(Differentiable):
     """qkv -> q and k rotated, v as a view. The backward writes the gradient of the whole projection at once."""
 
@@ -378,9 +386,13 @@ class _RopeQKV(Differentiable):
     def setup_context(ctx, inputs, output):
         ctx.op, _, *ctx.heads = inputs[:4]
         _Angles(*inputs[4:]).save(ctx)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
+        if all(dx is None for dx in grads):
+            return (None,) * 10
+        grads = _zeros_where_unused(grads, *ctx.heads)
         angles = _Angles.saved(ctx, backward=True)
         if needs_grad(*grads) and not torch.compiler.is_compiling():  # the gradient may be differentiated again
             dq, dk, dv = grads

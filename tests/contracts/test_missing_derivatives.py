@@ -3,6 +3,8 @@ RoPE or of `rope_into_cache`. They raise; they are never 0 or None."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -74,7 +76,7 @@ def test_forward_mode_of_the_tables_is_refused(op, device):
         table = call.arguments[name]
 
         def of_table(x, name=name):
-            return call._replace(arguments={**call.arguments, name: x})(lk, *call.tensors)
+            return dataclasses.replace(call, arguments={**call.arguments, name: x})(lk, *call.tensors)
 
         for way, differentiate in forward_mode(of_table, table, table).items():
             with pytest.raises(RuntimeError, match=rf"llama_kernels.{op}: forward-mode differentiation of cos and sin"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import ScheduleGPipe, SplitPoint
 from torch.distributed.pipelining import pipeline as exported
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.parallel import STYLES
 from llama_kernels.distributed import Layout, context_parallel
-from llama_kernels.integrations.transformers import patch
+from llama_kernels.integrations.transformers import modules, patch
 from tests.distributed.comparison import Found, errors, found, summed
 from tests.distributed.processes import device, here, mesh_of
 from tests.integrations.families import stock
@@ -96,6 +104,62 @@ def tp(patched: str) -> dict[str, Any]:
     loss = model(here(IDS), labels=here(IDS), use_cache=False).loss
     loss.backward()
     return errors_of(found(model, loss))
+
+
+def tensor_and_sequence_parallel(model: Any, mesh: DeviceMesh) -> nn.Module:
+    """A Llama of Transformers by torchtitan's plan: norms get DTensors with a part of the tokens."""
+    by_tokens = {"output_layouts": Shard(1), "use_local_output": False}
+    parallelize_module(model, mesh, {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), **by_tokens),
+        "model.norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    })  # fmt: skip
+    for layer in model.model.layers:
+        to_attention = PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+        )
+        parallelize_module(layer, mesh, {
+            "input_layernorm": SequenceParallel(), "post_attention_layernorm": SequenceParallel(),
+            "self_attn": to_attention,
+            "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+            **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
+            **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
+            "self_attn.o_proj": RowwiseParallel(**by_tokens), "mlp.down_proj": RowwiseParallel(**by_tokens),
+        })  # fmt: skip
+    return model
+
+
+def tp_sp(patched: str) -> dict[str, Any]:
+    """Also how many norms there are, and how many of them the op computes."""
+    mesh = mesh_of()
+    model = changed(lambda model: tensor_and_sequence_parallel(model, mesh), patched)
+    with mock.patch.object(modules, "rms_norm", wraps=modules.rms_norm) as rms_norm:
+        loss = model(here(IDS), labels=here(IDS), use_cache=False).loss
+    loss.backward()
+    return errors_of(found(model, loss)) | {"norms": len(norms_of(model)), "ours": rms_norm.call_count}
+
+
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+
+
+def tp_sp_compiled() -> dict[str, Any]:
+    """As `tp_sp`, of the first layer, which is compiled as one graph."""
+    op, ours = torch.ops.llama_kernels.rms_norm_forward.default, 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal ours
+        graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        ours += sum(node.target is op for graph in graphs for node in graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    mesh = mesh_of()
+    model = changed(lambda model: tensor_and_sequence_parallel(model, mesh))
+    layer = model.model.layers[0]
+    layer.compile(backend=backend, fullgraph=True)
+    loss = model(here(IDS), labels=here(IDS), use_cache=False).loss
+    loss.backward()
+    return errors_of(found(model, loss)) | {"norms": len(norms_of(layer)), "ours": ours}
 
 
 def with_tokens_of_its_own(model: nn.Module, mesh: DeviceMesh, method: Any) -> dict[str, Any]:

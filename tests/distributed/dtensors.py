@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from tests.distributed.processes import here, mesh_of
 B, HQ, HKV, S, D, N = 4, 8, 4, 8, 16, 32
 WHOLE = Replicate()
 OF_ROWS = {"rows by batch": Shard(0), "rows by token": Shard(1), "rows whole": WHOLE, "columns": Shard(2)}
+OF_PACKED = {"tokens of documents": Shard(0), "heads": Shard(1), "width": Shard(2), "whole": WHOLE}
 OF_HEADS = {"batch": Shard(0), "heads": Shard(1), "tokens": Shard(2), "width": Shard(3), "whole": WHOLE}
 
 
@@ -53,13 +55,26 @@ _CALLS: dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor], dict[str, t
     "attention, bounds": (
         lk.attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1},
         {"kv_start": _BOUNDS // 2, "kv_end": 1 + _BOUNDS, "kv_prefix": _BOUNDS // 4}),
+    "attention, lse": (
+        functools.partial(lk.attention, return_lse=True),
+        {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1}, {}),
+    "attention_varlen": (
+        lambda q, k, v, ends: lk.attention_varlen(q, k, v, ends, ends, S, S),
+        {"q": _normal(2 * S, HQ, D), "k": _normal(2 * S, HKV, D), "v": _normal(2 * S, HKV, D) + 1},
+        {"ends": torch.tensor([0, S // 2, S, 2 * S], dtype=torch.int32)}),
     "rope_attention": (
         lk.rope_attention, {"q": _heads(HQ), "k": _heads(HKV), "v": _heads(HKV) + 1},
         dict(zip(("cos", "sin"), _tables(), strict=True))),
 }  # fmt: skip
-CASES = [
-    (name, placed) for name, (_, sharded, _) in _CALLS.items() for placed in (OF_ROWS if "x" in sharded else OF_HEADS)
-]
+
+
+def placements_of(name: str) -> dict[str, Placement]:
+    """Of the tensors of a call that are sharded alike."""
+    sharded = _CALLS[name][1]
+    return OF_ROWS if "x" in sharded else OF_PACKED if sharded["q"].ndim == 3 else OF_HEADS
+
+
+CASES = [(name, placement) for name in _CALLS for placement in placements_of(name)]
 
 
 def _results(call: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -68,7 +83,8 @@ def _results(call: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> list
     leaves = [tensors[name].requires_grad_() for name in differentiable]
     outs = call(**tensors)
     outs = [x for x in (outs if isinstance(outs, tuple) else (outs,)) if x is not None]
-    return [*outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), leaves)]
+    loss = sum((out * out).sum() for out in outs)
+    return [*outs, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
@@ -76,11 +92,15 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def _error(call: Callable[..., Any], tensors: dict[str, torch.Tensor], placed: dict[str, list[Placement]],
-           mesh: DeviceMesh) -> tuple[float, list[str]]:  # fmt: skip
+           mesh: DeviceMesh, compiled: bool = False) -> tuple[float, list[str]]:  # fmt: skip
     tensors = {name: here(x) for name, x in tensors.items()}
     expected = _results(call, {name: x.clone() for name, x in tensors.items()})
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
     found = _results(call, {name: distribute_tensor(x.clone(), mesh, placed[name]) for name, x in tensors.items()})
-    errors = [((_whole(a) - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+    pairs = zip(found, expected, strict=True)
+    errors = [((_whole(a) - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs]  # a gradient may be 0
     return max(errors), [str(x.placements) for x in found]
 
 
@@ -88,9 +108,23 @@ def error_and_placements(name: str, placement: str) -> tuple[float, list[str]]:
     """The largest relative error of results and gradients, and where they are."""
     mesh = mesh_of()
     call, sharded, others = _CALLS[name]
-    chosen = (OF_ROWS if "x" in sharded else OF_HEADS)[placement]
-    placed = {**{n: [chosen] for n in sharded}, **{n: [WHOLE] for n in others}}
-    return _error(call, {**sharded, **others}, placed, mesh)
+    return _error(call, {**sharded, **others}, _placed(name, placement), mesh)
+
+
+def _placed(name: str, placement: str) -> dict[str, list[Placement]]:
+    _, sharded, others = _CALLS[name]
+    return {**{n: [placements_of(name)[placement]] for n in sharded}, **{n: [WHOLE] for n in others}}
+
+
+def error_where_one_result_is_used(name: str, placement: str, compiled: bool) -> tuple[float, list[str]]:
+    """As `error_and_placements`; only the first result is used. Where compiled, the whole call is one graph."""
+    call, sharded, others = _CALLS[name]
+
+    def first(**tensors: torch.Tensor) -> torch.Tensor:
+        outs = call(**tensors)
+        return outs[0] if isinstance(outs, tuple) else outs
+
+    return _error(first, {**sharded, **others}, _placed(name, placement), mesh_of(), compiled)
 
 
 def error_on_a_mesh_of_two_dimensions(name: str) -> float:

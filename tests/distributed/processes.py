@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import multiprocessing
 import os
 import sys
@@ -85,8 +86,13 @@ def device() -> torch.device:
     return _device
 
 
+@functools.cache
 def mesh_of(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
-    """A mesh of all processes, on their devices. By default of one dimension."""
+    """A mesh of all processes, on their devices. By default of one dimension.
+
+    The same one for the same arguments: torch 2.13 does not compile calls on DTensors of a mesh after eager calls on
+    DTensors of an equal one ("Node tangents_2 was invalid").
+    """
     shape = shape or (dist.get_world_size(),)
     return init_device_mesh(_device.type, shape, mesh_dim_names=names)
 

@@ -34,6 +34,8 @@ JOBS: dict[int, dict[str, Any]] = {
         **{f"FSDP2, patched {order}": (combinations.fsdp2, (False, order)) for order in ORDERS},
         **{f"FSDP2 with norms apart, patched {order}": (combinations.fsdp2, (True, order)) for order in ORDERS},
         **{f"TP, patched {order}": (combinations.tp, (order,)) for order in ORDERS},
+        "TP + SP of a patched model, compiled": (combinations.tp_sp_compiled, ()),
+        **{f"TP + SP, patched {order}": (combinations.tp_sp, (order,)) for order in ORDERS},
         **{f"CP ({method}) x DDP": (combinations.cp_ddp, (method,)) for method in METHODS},
         **{f"CP ({method}) x FSDP2": (combinations.cp_fsdp2, (method,)) for method in METHODS},
         "pipeline, GPipe": (titan.pipeline, ("GPipe",)),
@@ -62,6 +64,12 @@ def results(ranks: int) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks, name", [(ranks, name) for ranks, jobs in JOBS.items() for name in jobs])
 def test_loss_and_gradients_are_those_of_one_process(ranks, name):
     check(results(ranks)[name])
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS[2] if "TP + SP" in name and "patched" in name])
+def test_patched_norms_are_ours_in_sequence_parallel(name):
+    found = results(2)[name]
+    assert found["ours"] == found["norms"] > 0, found
 
 
 @pytest.mark.parametrize("saved, loaded", LAYOUTS)

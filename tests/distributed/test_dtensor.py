@@ -23,6 +23,13 @@ pytestmark = [
 ]
 BOUND = 8 * UNIT[torch.float32]  # sums of float32 in another order: a few more roundings than the call it is held to
 
+STAY_SHARDED = ("rows by batch", "rows by token", "batch", "heads")
+# Name and placement of calls of which only the first result is used; whether they are compiled.
+OF_ONE_RESULT = [
+    (*case, compiled) for case in dtensors.CASES for compiled in (False, True)
+    if case[1] in ("rows by token", "heads") or case in (("attention", "batch"), ("rope_attention", "batch"))
+]  # fmt: skip
+
 # Shape of the mesh, key heads, dimension of the mesh along which heads are sharded; whether they stay so.
 BY_HEADS = {
     ((4,), 4, 0): True,
@@ -41,6 +48,7 @@ def results(ranks: int) -> dict[str, Any]:
         todo |= {f"{case}": (dtensors.attention_by_heads, case) for case in BY_HEADS}
         return run(todo, 4)
     todo = {f"{case}": (dtensors.error_and_placements, case) for case in dtensors.CASES}
+    todo |= {f"{case}": (dtensors.error_where_one_result_is_used, case) for case in OF_ONE_RESULT}
     todo["weights"] = (dtensors.errors_where_the_weight_needs_a_gradient_or_not, ())
     return run(todo, 2)
 
@@ -56,11 +64,19 @@ def test_results_and_gradients_of_sharded_tensors(case):
     name, placement = case
     error, placements = found(2, f"{case}")
     assert error < BOUND
-    stays = placement in ("rows by batch", "rows by token", "batch", "heads")
-    if stays or (placement == "tokens" and name in ("rope", "qk_norm_rope")):
+    if placement in STAY_SHARDED or (placement == "tokens" and name in ("rope", "qk_norm_rope")):
         assert "Shard" in placements[0], f"gathered: {placements}"
         if "norm" in name:
             assert "Partial" in placements[-1], f"the gradient of the weight is {placements[-1]}"
+
+
+@pytest.mark.corpus(83)
+@pytest.mark.parametrize("case", OF_ONE_RESULT, ids=str)
+def test_results_that_are_not_used(case):
+    """PyTorch makes plain tensors of their gradients, in each compiled graph. Attention never uses its lse."""
+    error, placements = found(2, f"{case}")
+    assert error < BOUND
+    assert "Shard" in placements[0], f"gathered: {placements}"
 
 
 @pytest.mark.parametrize("name", dtensors._CALLS)

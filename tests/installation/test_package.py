@@ -70,9 +70,9 @@ def test_the_citation_names_this_version():
 
 
 def test_the_conda_recipe_has_this_version_and_the_requirements_of_the_package():
-    recipe = (ROOT / "conda/meta.yaml").read_text()
+    recipe = (ROOT / "conda/recipe.yaml").read_text()
     project = (ROOT / "pyproject.toml").read_text()
-    assert re.search('set version = "(.*)"', recipe)[1] == lk.__version__
+    assert re.search('^  version: "(.*)"$', recipe, re.MULTILINE)[1] == lk.__version__
     same = {
         r'requires-python = "(>=[\d.]*)"': r"- python (>=[\d.]*)",
         r'"torch(>=[\d.]*)"': r"- pytorch (>=[\d.]*)",

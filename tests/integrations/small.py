@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,6 +61,16 @@ def randomized(model: Any) -> Any:
 def patched(model: Any, **options: Any) -> Any:
     """A patched copy of `model`."""
     return patch(copy.deepcopy(model), **options)
+
+
+def as_kernels_wraps(func: Any) -> nn.Module:
+    """Wraps a function as use_kernel_forward_from_hub of kernels 0.17 does."""
+
+    class Func(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return func(*args, **kwargs)
+
+    return Func()
 
 
 def stock_rows(model: Any) -> dict[tuple[str, str], str]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from llama_kernels.integrations.transformers import patch, unpatch
+from llama_kernels.integrations.transformers import patch, report, unpatch
 from tests.integrations import families_table, tensor_parallel
 from tests.integrations.changed_models import changed, compare_with_stock, families, on_cpu, orders, replaced
 from tests.integrations.families import batch, stock
@@ -90,6 +90,7 @@ def test_fsdp2_gives_the_results_of_stock(process_group, family, norms_apart, or
     assert replaced(model) >= {"attention", "rms_norm", "rope"}
     compare_with_stock(family, model)
     if order == "patch first":
+        assert {row.why for row in report(model).rows if row.ours} == {"through AttentionInterface", "known code"}
         with pytest.raises(ValueError, match="Unpatch before fully_shard"):
             unpatch(model)
     else:

@@ -197,7 +197,8 @@ def variants(known: known_code.Rotary) -> list[tuple[Any, bool]]:
         interleaved = pairings.get(helpers.get((function.module, helper[1]), "")) if helper else True
         if interleaved is not None and interleaved not in found:
             stock = loaded(function)
-            assert known_code.rotary_of(stock) == (known, interleaved)
+            # Where the package kernels is installed, some releases of Transformers wrap the function.
+            assert known_code.rotary_of(source.called_by(stock)) == (known, interleaved)
             found[interleaved] = stock
     return [(stock, interleaved) for interleaved, stock in found.items()]
 
@@ -206,7 +207,8 @@ def variants(known: known_code.Rotary) -> list[tuple[Any, bool]]:
 def test_the_families_of_a_rotary_entry_have_its_text(known):
     served = {function.family for function in rotaries_of(known.text)}
     assert names_of(known.families) <= served
-    assert served or "of Transformers 4" in known.families or VERSION < (5, 0), "no function of this Transformers"
+    added_later = VERSION < (5, 23)  # as mistral_large4 was
+    assert served or "of Transformers 4" in known.families or added_later, "no function of this Transformers"
 
 
 def test_every_helper_text_is_in_transformers():

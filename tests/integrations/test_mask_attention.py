@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers", minversion="4.57")
 
 from llama_kernels.integrations.transformers.attention import attention_forward
+from llama_kernels.integrations.transformers.masks import key_ranges
 from tests.integrations.mask_cases import BLOCKS, STATES, B, Masks, S, no_waiting, padding  # noqa: F401  a fixture
 from tests.integrations.small import WithoutWaiting, not_interpreted
 from tests.support.environment import DEVICE
@@ -51,6 +52,16 @@ def test_attention_sees_the_keys_of_the_mask(kind, side):
             with torch.set_grad_enabled(training):
                 out = attend(of_kind.ours(), qkv)
             check(out, qkv, see)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_of_one_key_applies_to_all_keys(training):
+    """Transformers 5.20 makes one for the cache of RecurrentGemma, and stock attention broadcasts it."""
+    shown, qkv = torch.tensor([[1], [0]], device=DEVICE), random_qkv(1, 7, 2)
+    with torch.set_grad_enabled(training):
+        mask = key_ranges(batch_size=2, kv_length=1, q_length=1, attention_mask=shown, device=DEVICE)
+        out = attend(mask, qkv)
+    check(out, qkv, shown.bool()[:, None].expand(2, 1, 7))
 
 
 def test_cu_seq_lens_separate_documents():

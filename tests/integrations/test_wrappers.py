@@ -20,6 +20,7 @@ from llama_kernels.integrations.transformers import patch, source, unpatch
 from llama_kernels.integrations.transformers.attention import attention_forward
 from tests.integrations.changed_models import changed, compare_with_stock, families, on_cpu, orders, replaced
 from tests.integrations.families import batch, stock
+from tests.integrations.small import as_kernels_wraps
 
 pytestmark = on_cpu
 
@@ -105,16 +106,6 @@ def test_windows_and_documents_need_no_mask(family, registered):
 
 
 # --- the package kernels ---------------------------------------------------------------------------------------------
-
-
-def as_kernels_wraps(func):
-    """Wraps a function as use_kernel_forward_from_hub of kernels 0.17 does."""
-
-    class Func(nn.Module):
-        def forward(self, *args, **kwargs):
-            return func(*args, **kwargs)
-
-    return Func()
 
 
 def by_kernels(function):

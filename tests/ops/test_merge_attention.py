@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.estimate.bounds import Tally
 from tests.support.judge import UNIT
 
 forward = torch.ops.llama_kernels.attention_forward
@@ -62,6 +63,15 @@ def test_rows_that_see_no_key_give_zero_and_have_finite_gradients(device):
     assert not out.any() and (lse == -torch.inf).all()
     out.sum().backward()
     assert all(x.grad.isfinite().all() for x in (*outs, *lses))
+
+
+def test_two_float32_parts_move_20_bytes_an_element(device):
+    """One is read and written, then both are read and the sum is written. A ring merges so once for each block."""
+    outs = [torch.randn(1, 2, 64, 512, device=device) for _ in range(2)]
+    lses = [torch.randn(1, 2, 64, device=device) for _ in range(2)]
+    with Tally() as tally:
+        out, _ = lk.merge_attention(outs, lses)
+    assert sum(op.bytes for op in tally.ops) / out.numel() < 20.5  # lse is a 512th of it
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

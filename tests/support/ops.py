@@ -177,7 +177,8 @@ def sample(name: str, shape: Shape = Shape(), make: Make = Make()) -> Arguments:
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-class Call(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Call:
     """A call as a function of the tensors that have a gradient: `call(lk, *call.tensors)`, or lk.reference.
 
     Results that are None, of a tensor that was not given, are left out.

@@ -12,7 +12,8 @@ The model's classes keep their own forwards. These files replace operations insi
     known_code.py   the source texts of the functions that may be replaced; known_rotaries.py has those of RoPE
     masks.py        masks as ranges of keys; intervals.py reads the ranges from Transformers' mask functions
     shared_prompts.py  batches of completions that share a prompt
-    patch.py        chooses the operations of each module; classes.py makes its class, source.py copies functions
+    patch.py        replaces them: places.py chooses, classes.py makes the classes, source.py copies functions
+    report.py       what a call of each module would run now
 """
 
 import importlib.util
@@ -33,7 +34,8 @@ if _warning := untested("transformers", transformers.__version__):
     warnings.warn(_warning, stacklevel=2)
 
 from llama_kernels.integrations.transformers.attention import register
-from llama_kernels.integrations.transformers.patch import patch, report, unpatch
+from llama_kernels.integrations.transformers.patch import patch, unpatch
+from llama_kernels.integrations.transformers.report import report
 from llama_kernels.integrations.transformers.shared_prompts import SharedPromptCollator, SharedPrompts, share_prompts
 
 __all__ = ["SharedPromptCollator", "SharedPrompts", "patch", "report", "share_prompts", "unpatch"]

@@ -165,6 +165,9 @@ def _of_ranges(
     """Attention of each query to its range of keys. Returns (B, Hq, Sq, Dv)."""
     B = query.shape[0]
     ranges = KeyRanges._make(x if x is None or x.shape[0] == B else x.expand(B, -1) for x in ranges)
+    described = ranges.order if ranges.valid is None else ranges.valid
+    if described is not None and described.shape[1] == 1:
+        ranges = _of_one_key(ranges, key.shape[2])
     if ranges.valid is not None:
         valid = ranges.valid.bool()
         if fits_decode(query, key) and not needs_grad(query, key, value, options["sinks"]):
@@ -180,6 +183,17 @@ def _of_ranges(
     if ranges.sound is not None:
         out = out.masked_fill((ranges.sound[:, :1] == 0)[:, :, None, None], float("nan"))
     return out
+
+
+def _of_one_key(ranges: KeyRanges, Sk: int) -> KeyRanges:
+    """A mask of one key, applied to all Sk keys, as stock attention broadcasts it.
+
+    Transformers 5.20 makes such a mask for the cache of RecurrentGemma.
+    """
+    sees = ranges.end > ranges.start
+    if ranges.valid is not None:
+        sees = sees & ranges.valid.bool()
+    return KeyRanges(torch.zeros_like(ranges.start), sees.int() * Sk)
 
 
 class _Rearranged(Differentiable):

@@ -101,7 +101,9 @@ def _class_of(stock: type, kinds: tuple[str, ...], functions: tuple[Any, ...]) -
     forward, found = functions[0], _found_in(stock, functions)
     parts: dict[str, Any] = {
         "_kinds": kinds,
+        "_found": found,
         "_stock_forward": forward,
+        "_our_forward": modules.RMSNorm.forward,
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
     }
@@ -116,4 +118,4 @@ def _class_of(stock: type, kinds: tuple[str, ...], functions: tuple[Any, ...]) -
     if fusions.QK_NORM_ROPE in kinds:
         names["norm_and_rotate"] = modules.norm_and_rotary(*rotaries["apply_rotary_pos_emb"])
         ours = fusions.fused_forward(forward, ours, found[fusions.QK_NORM_ROPE].value, names)
-    return type(stock.__name__, (modules.Patched, stock), {**parts, "forward": ours})
+    return type(stock.__name__, (modules.Patched, stock), {**parts, "forward": ours, "_our_forward": ours})

@@ -1,8 +1,8 @@
 """The operations of patched modules: RMSNorm, apply_rotary_pos_emb, and their fusions.
 
 A patched module is the same object with the same parameters. Its class becomes a subclass of its stock class. Each
-operation runs stock code where the op would give another result: for tensor subclasses (DTensor), for weights that are
-elsewhere (ZeRO-3, offloading), and for dtypes that stock code promotes.
+operation runs stock code where the op would give another result: for tensor subclasses, for weights that are elsewhere
+(ZeRO-3, offloading), and for dtypes that stock code promotes. Norms take DTensors whose rows are whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.nn.modules import module as torch_module
 
 from llama_kernels.core.checks import KERNEL_DTYPES
 from llama_kernels.core.device import KERNEL_DEVICES
+from llama_kernels.core.dtensors import is_dtensor
+from llama_kernels.core.sharding import why_norms_gather
 from llama_kernels.integrations.transformers.known_code import Norm
 from llama_kernels.integrations.transformers.known_rotaries import Rotary
 from llama_kernels.integrations.transformers.source import called_by
@@ -28,7 +30,7 @@ from llama_kernels.ops.qk_norm_rope import qk_norm_rope
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llama_kernels.ops.rope import rope
 
-_PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+PLAIN_TYPES = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _DEVICES = (*KERNEL_DEVICES, "meta")
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ else:
 
 def is_plain(x: Any) -> bool:
     """Whether x is a tensor without a subclass's behaviour, on a device that the ops support."""
-    if type(x) not in _PLAIN_TYPES:
+    if type(x) not in PLAIN_TYPES:
         return False
     if x.device.type in _DEVICES:
         return True
@@ -61,6 +63,22 @@ def _takes(x: Any) -> bool:
     return is_plain(x) and x.dtype in KERNEL_DTYPES
 
 
+def _takes_shards(x: Any, weight: Any) -> bool:
+    """Whether x and weight, which may be None, are DTensors on whose shards `rms_norm` computes."""
+    for tensor in (x,) if weight is None else (x, weight):
+        if not is_dtensor(tensor) or tensor.dtype not in KERNEL_DTYPES or tensor.device.type not in _DEVICES:
+            return False
+    reason = why_norms_gather(x, weight)
+    if reason is not None and not torch.compiler.is_compiling():
+        _warn_of_placements(reason)
+    return reason is None
+
+
+@functools.cache
+def _warn_of_placements(reason: str) -> None:
+    logger.warning("llama_kernels: stock code computes RMSNorm of DTensors, because %s", reason)
+
+
 def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether the product of the two has the dtype of x. Under autocast it may have another: the next op casts it."""
     return torch.promote_types(x.dtype, other.dtype) == x.dtype or torch.is_autocast_enabled(x.device.type)
@@ -69,7 +87,10 @@ def _keeps_dtype(x: torch.Tensor, other: torch.Tensor) -> bool:
 class Patched(_Module):
     """The base of the classes of patched modules. They are made at run time, so pickle stores their stock classes."""
 
+    _kinds: tuple[str, ...]
+    _found: dict[str, Any]  # what `found_in` said of the stock class when this class was made
     _stock_forward: Callable[..., Any]
+    _our_forward: Callable[..., Any]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         from llama_kernels.integrations.transformers.classes import new_module
@@ -84,8 +105,12 @@ class Patched(_Module):
 
 
 def parts_of(module: Any) -> tuple[tuple[str, ...], type[nn.Module]]:
-    """The kinds of operations that were patched in `module`, and its stock class."""
-    return type(module)._kinds, type(module).__bases__[-1]
+    """The kinds of operations that were patched in `module`, and its stock class.
+
+    Its class may be a subclass of the one that `patch` made: fully_shard and torch.nn.utils.parametrize make one.
+    """
+    ours: Any = next(cls for cls in type(module).__mro__ if "_kinds" in vars(cls))
+    return ours._kinds, ours.__bases__[-1]
 
 
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------
@@ -110,13 +135,13 @@ class RMSNorm(Patched):
 
 def norm_takes(known: Norm, x: Any, weight: Any) -> bool:
     """Whether `rms_norm` accepts x and weight, and returns what stock code does, in the same dtype."""
-    if not _takes(x) or x.ndim == 0:
+    plain = _takes(x) and (weight is None or _takes(weight))
+    if not (plain or _takes_shards(x, weight)) or x.ndim == 0:
         return False
     if weight is None:
         return True
     return (
-        _takes(weight)
-        and weight.device == x.device
+        weight.device == x.device
         and weight.shape == x.shape[-1:]
         and (not known.promotes or _keeps_dtype(x, weight))
         and (not known.as_weight or x.dtype == weight.dtype)
@@ -132,6 +157,7 @@ def may_be_skipped(norm: Any) -> TypeGuard[RMSNorm]:
         and not torch_module._has_any_global_hook()
         and norm._compiled_call_impl is None
         and type(norm).__call__ is nn.Module.__call__
+        and type(norm).forward is RMSNorm.forward  # not a subclass's own
     )
 
 
@@ -200,10 +226,10 @@ def rotary_like(replaced: Callable[..., Any], known: Rotary, interleaved: bool) 
     ours = functools.wraps(stock)(kinds.get(known.arguments or known.tables, of_rows))
     if stock is replaced:
         return ours
-    return lambda *args, **kwargs: (replaced if _is_kernelized(replaced) else ours)(*args, **kwargs)
+    return lambda *args, **kwargs: (replaced if is_kernelized(replaced) else ours)(*args, **kwargs)
 
 
-def _is_kernelized(replaced: Any) -> bool:
+def is_kernelized(replaced: Any) -> bool:
     """Whether `replaced` is an object of the package kernels with a forward from kernelize."""
     return isinstance(replaced, nn.Module) and "forward" in replaced.__dict__
 
@@ -283,7 +309,7 @@ def norm_and_rotary(stock: Callable[..., Any], known: Rotary, interleaved: bool)
             _norms_agree(q_norm, k_norm, weights)
             and all(norm_takes(q_norm.known, x, w) for x, w in zip((q, k), weights, strict=True))
             and _can_rotate(known, q, k, cos, sin, 1)
-            and not _is_kernelized(stock)
+            and not is_kernelized(stock)
         ):
             tables = _tables(known, cos, sin)
             if not (tables[0].shape[-1] == tables[2] and 2 * tables[2] <= q.shape[-1]):

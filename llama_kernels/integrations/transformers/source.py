@@ -63,6 +63,28 @@ def decorated(function: Any) -> list[Function]:
     return chain
 
 
+def chain_of(function: Any) -> Iterator[Any]:
+    """A callable, its function if it is a bound method, and the callables that it wraps, outermost first."""
+    seen: set[int] = set()
+    while function is not None and id(function) not in seen:
+        seen.add(id(function))
+        yield function
+        names = ["__func__", "__wrapped__", "_torchdynamo_orig_callable"]
+        names += ["func"] if isinstance(function, functools.partial) else []
+        function = next((getattr(function, name) for name in names if hasattr(function, name)), None)
+
+
+def name_of(function: Any) -> str:
+    """A callable's own name and module, for messages: functools.wraps gives it those of the function it wraps."""
+    function = getattr(function, "__func__", function)
+    if isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, Function):
+        name = getattr(function.__code__, "co_qualname", function.__code__.co_name)  # co_qualname: Python 3.11
+        return f"{name} of {function.__globals__.get('__name__')}"
+    return f"a {type(function).__qualname__} of {type(function).__module__}"
+
+
 def global_names(function: Any) -> set[str]:
     """The global names and attributes that a plain function, and the functions defined in it, look up."""
     if not isinstance(function, Function):

@@ -60,5 +60,7 @@ def merged(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[
     weights = (shares / mass).unsqueeze(-1)
     if outs[0].ndim == 3:
         weights = weights.transpose(1, 2)  # (T, H, 1)
-    out = torch.stack([weight * out.to(wide) for weight, out in zip(weights, outs, strict=True)]).sum(0)
-    return out.to(outs[0].dtype), lse
+    total = weights[0] * outs[0].to(wide)
+    for weight, out in zip(weights[1:], outs[1:], strict=True):
+        total = torch.addcmul(total, weight, out.to(wide))  # one pass over both
+    return total.to(outs[0].dtype), lse

@@ -1,0 +1,72 @@
+"""The operations of a model, one by one, and which of them `patch` can replace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from llama_kernels.integrations.transformers import source
+from llama_kernels.integrations.transformers.classes import KINDS, found_in
+from llama_kernels.integrations.transformers.fusions import ADD_NORM, QK_NORM_ROPE
+from llama_kernels.integrations.transformers.modules import Patched
+
+NEEDS = {ADD_NORM: ("rms_norm",), QK_NORM_ROPE: ("rms_norm", "rope")}  # the kinds that each fusion combines
+
+
+class Place(NamedTuple):
+    """One operation of one module, and whether ours can replace it."""
+
+    module: nn.Module
+    kind: str
+    ours: bool
+    why: str
+
+
+def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
+    """Every operation of the model that is of one of the kinds, in the order of its modules.
+
+    wanted: the kinds that fusions may combine.
+    """
+    norms = {id(m) for m in model.modules() if own_forward(m) is None and found_of(m).get("rms_norm", (None,))[0]}
+    by_config: dict[int, bool] = {}  # attention is ours in all the modules of one config, or in none
+    for module in model.modules():
+        if "attention" in (found := found_of(module)) and hasattr(module, "config"):
+            key = id(module.config)
+            by_config[key] = by_config.get(key, True) and bool(found["attention"].value)
+    for module in model.modules():
+        found = found_of(module)
+        for kind in KINDS:
+            if kind not in found:
+                continue
+            value, why, fused = found[kind]
+            parts: list[Any] = [getattr(module, name, None) for name in fused]
+            if fused and not (isinstance(module, Patched) or any("rms_norm" in found_of(part) for part in parts)):
+                continue  # its norms are not RMSNorm
+            ours = bool(value)
+            if kind == "attention":
+                if ours and not hasattr(module, "config"):
+                    ours, why = False, "it has no config that names its attention function"
+                elif ours and not by_config[id(module.config)]:
+                    ours, why = False, "another attention module of its config stays stock"
+            elif ours and (own := own_forward(module)) is not None:
+                ours, why = False, own
+            elif ours and kind in NEEDS:
+                if not wanted.issuperset(NEEDS[kind]) or (kind == QK_NORM_ROPE and not found["rope"].value):
+                    ours, why = False, "the operations that it combines are not ours"
+                elif not all(id(part) in norms for part in parts):
+                    ours, why = False, f"{' or '.join(fused)} is not a known RMSNorm"
+            yield Place(module, kind, ours, why)
+
+
+def found_of(module: nn.Module) -> dict[str, Any]:
+    """What `found_in` says of the module's stock class: for a patched module, what it said when the class was made."""
+    return module._found if isinstance(module, Patched) else found_in(type(module))
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """Why a module does not run the forward of its class, or None if it does."""
+    if "forward" not in module.__dict__:
+        return None
+    return f"a forward is set on the instance: {source.name_of(module.__dict__['forward'])}"

@@ -1,0 +1,60 @@
+"""Patched models under accelerate's ParallelismConfig: what the processes of test_accelerate.py run."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import AcceleratorState
+
+from llama_kernels.integrations.transformers import patch
+from tests.distributed.combinations import IDS, errors_of
+from tests.distributed.comparison import found
+from tests.distributed.processes import device, here
+from tests.integrations.families import stock
+
+
+class _OnTheCpu(ParallelismConfig):
+    """Without accelerate's check of the device, which refuses every ParallelismConfig on the CPU."""
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        pass
+
+
+def refusal_on_the_cpu(size: str) -> dict[str, str]:
+    """accelerate's error for a ParallelismConfig whose `size` is the number of processes; empty without one."""
+    try:
+        _accelerator(ParallelismConfig(**{size: dist.get_world_size()}))
+    except ValueError as error:
+        return {"version": accelerate.__version__, "error": str(error)}
+    return {"version": accelerate.__version__, "error": ""}
+
+
+def _accelerator(config: ParallelismConfig) -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps that of the first Accelerator
+    return Accelerator(cpu=device().type == "cpu", parallelism_config=config)
+
+
+def tensor_parallel() -> dict[str, Any]:
+    """A model loaded with its tp_plan, patched, and prepared together with an optimizer, which makes a step."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        stock("llama").save_pretrained(folder[0])
+    dist.barrier()
+    model = patch(transformers.AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto"))
+    kind = _OnTheCpu if device().type == "cpu" else ParallelismConfig
+    accelerator = _accelerator(kind(tp_size=dist.get_world_size()))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    loss = model(here(IDS), labels=here(IDS), use_cache=False).loss
+    accelerator.backward(loss)
+    errors = errors_of(found(model, loss))
+    optimizer.step()
+    with torch.no_grad():
+        after = model(here(IDS), labels=here(IDS), use_cache=False).loss
+    return errors | {"before": loss.item(), "after": after.item()}

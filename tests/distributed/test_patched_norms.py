@@ -1,0 +1,46 @@
+"""Norms of a patched model on DTensors, on 2 processes: which are ours, and that all give the results of stock."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("transformers", minversion="5.0")
+if not dist.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+from tests.distributed import patched_norms
+from tests.distributed.processes import run
+from tests.support.environment import INTERPRETED
+from tests.support.judge import UNIT
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(INTERPRETED, reason="about placements, not about what runs on a shard"),
+]
+CASES = [(name, placement) for name in patched_norms.NORMS for placement in patched_norms.PLACEMENTS]
+
+
+@functools.cache
+def results() -> dict[str, Any]:
+    return run({f"{case}": (patched_norms.compared_with_stock, case) for case in CASES}, 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_results_and_gradients_are_those_of_stock(case):
+    found = results()[f"{case}"]
+    assert not isinstance(found, str), found
+    assert found["error"] < 4 * UNIT[torch.float32]  # two orders of the same sums
+
+
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_the_op_computes_rows_that_are_whole_and_a_log_line_says_why_others_are_stock(case):
+    found, (*_, ours) = results()[f"{case}"], patched_norms.PLACEMENTS[case[1]]
+    assert found["ours"] == ours
+    assert len(found["log"]) == (not ours)
+    if not ours:
+        assert found["log"][0].startswith("llama_kernels: stock code computes RMSNorm of DTensors, because the ")
