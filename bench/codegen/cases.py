@@ -173,6 +173,15 @@ def _attention_cases() -> Iterator[Case]:
 
     yield Case("attention", "D=128 bfloat16 in parts causal", _in_parts)
 
+    # Few rows and many keys, which the forward splits.
+    for D, dtype, features in (
+        (64, torch.bfloat16, "causal"), (128, torch.bfloat16, "causal"), (256, torch.bfloat16, "causal"),
+        (64, torch.bfloat16, "all"), (128, torch.bfloat16, "all"), (256, torch.bfloat16, "all"),
+        (128, torch.bfloat16, "all prefix"), (128, torch.float32, "causal"), (128, torch.float32, "all prefix"),
+    ):  # fmt: skip
+        label = f"D={D} {str(dtype)[6:]} split {features}"
+        yield Case("attention", label, functools.partial(_split, D, dtype, features), D != 128 and features == "all")
+
 
 def _rope_attention_cases() -> Iterator[Case]:
     """The backward kernels, which end with a rotation; other kernels are compiled above.
@@ -260,6 +269,16 @@ def _attention_with_prefix(D: int, DV: int, dtype: torch.dtype, features: str) -
     options = (None, start, end, None, None, S, S, 0.1, softcap, left, 0)
     KERNELS["attention_forward"](q, k, v, *options, None, bound)
     KERNELS["attention_backward"](do, None, q, k, v, do, lse, *options, True, True, True, False, None, None, bound)
+
+
+def _split(D: int, dtype: torch.dtype, features: str) -> None:
+    q, k = (torch.empty(1, S, H, D, dtype=dtype).transpose(1, 2) for H, S in ((8, 64), (2, 8192)))
+    everything, bound = features != "causal", torch.zeros(1, 64, dtype=torch.int32)
+    bounds = (bound, bound) if everything else (None, None)
+    options = (30.0, 6000, 0) if everything else (None, None, 0)
+    prefix = bound if "prefix" in features else None
+    sinks = torch.empty(8) if everything else None
+    KERNELS["attention_forward"](q, k, k, sinks, *bounds, None, None, 64, 8192, 0.1, *options, None, prefix)
 
 
 def _in_parts() -> None:

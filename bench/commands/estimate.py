@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.estimate import layer, layer_picture, published
-from bench.estimate.constants import Gpu, gpus
+from bench.estimate.constants import SM_FAMILIES, Gpu, gpus
 from bench.estimate.lines import ROWS, Line, lines
 from bench.estimate.published import Figure
 from bench.estimate.result import LIMITS, Estimate
@@ -29,6 +29,9 @@ def estimate_speed(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         console.print(f"bench estimate: --before {args.before}: {error}; it takes a file that --json wrote")
         return 2
+    for name in args.gpus:
+        if gpus()[name].family not in SM_FAMILIES:
+            console.print(f"{name}: there is no model of its SM, so of attention there is decoding alone.")
     written: dict[str, dict[str, Any]] = {}
     for line in (line for name in args.gpus for line in lines(gpus()[name], args.ops, args.hopper)):
         console.print(_table(line, before))
@@ -70,7 +73,8 @@ def _time(e: Estimate, before: dict[str, Any] | None) -> str:
 
 def _limit(e: Estimate) -> str:
     idle = f"; empty programs take {e.empty / e.seconds:.0%}" if e.empty > 0.01 * e.seconds else ""
-    return f"bound by {LIMITS[e.limit]}{idle}"
+    known = "" if e.error < published.UNKNOWN else "; not calibrated"
+    return f"bound by {LIMITS[e.limit]}{idle}{known}"
 
 
 # --- what others published -------------------------------------------------------------------------------------------

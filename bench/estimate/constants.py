@@ -90,6 +90,9 @@ def sm_constants(family: str) -> dict[str, Any]:
     return _values(known[family])
 
 
+SM_FAMILIES = tuple(_read()["sm"])  # whose SM is modelled
+
+
 @functools.cache
 def gpus() -> dict[str, Gpu]:
     return {name: Gpu(name, **_values(rows)) for name, rows in _read()["gpus"].items()}

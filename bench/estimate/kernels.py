@@ -26,7 +26,7 @@ from llama_kernels.core import device, launch_cache
 from llama_kernels.ops import qk_norm_rope, rms_norm
 from llama_kernels.ops.attention import dispatch, tables
 
-_SHARED_KIB = {"sm_80": 164, "sm_90": 228}  # of an SM; a program has 1 KiB more than it asks for
+_SHARED_KIB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of an SM; a program has 1 KiB more than it asks for
 _WARPS, _PROGRAMS = 64, 32  # that fit on an SM at most
 
 

@@ -40,6 +40,10 @@ class Estimate:
     def high(self) -> float:
         return self.seconds * (1 + self.error)
 
+    def later(self, seconds: float) -> Estimate:
+        """The same, after `seconds` more."""
+        return dataclasses.replace(self, seconds=self.seconds + seconds)
+
     def __str__(self) -> str:
         ms = self.seconds * 1e3
         return f"{ms:.3g} ms ±{self.error:.0%}, bound by {LIMITS[self.limit]}"

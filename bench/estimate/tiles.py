@@ -61,6 +61,35 @@ def of_keys(shape: Shape, BLOCK_M: int, BLOCK_N: int, heads: int, group: int) ->
     return found
 
 
+def of_seen_keys(
+    Sq: int, Sk: int, left: int | None, BLOCK_M: int, BLOCK_N: int, heads: int, first: int = 0, keys: int | None = None
+) -> list[Tile]:
+    """As `of_rows`, of Sq rows that see Sk keys, causal, with a window of `left` keys before their own or without one.
+
+    first, keys: of a part of the keys, in multiples of BLOCK_N.
+    """
+    found, stop = [], Sk if keys is None else min(first + keys, Sk)
+    for m in range(0, Sq, BLOCK_M):
+        own, last = m + Sk - Sq, min(m + BLOCK_M, Sq) - 1 + Sk - Sq  # positions of the first and the last row
+        begin, full_begin = (first if left is None else max(row - left, first) for row in (own, last))
+        end, full_end = min(last + 1, stop), min(own + 1, stop)
+        steps = max(-(-end // BLOCK_N) - begin // BLOCK_N, 0)
+        plain = min(max(full_end // BLOCK_N - -(-full_begin // BLOCK_N), 0), steps)
+        found.append(Tile(plain, steps - plain, heads))
+    return found[::-1]
+
+
+def of_rows_that_see(S: int, left: int, BLOCK_M: int, BLOCK_N: int, heads: int, group: int) -> list[Tile]:
+    """As `of_keys`, of S rows and keys, causal, with a window of `left` keys before a row's own."""
+    found = []
+    for n in range(0, S, BLOCK_N):
+        last = min(n + BLOCK_N, S) - 1
+        steps = -(-min(last + left + 1, S) // BLOCK_M) - n // BLOCK_M
+        plain = min(max(min(n + left + 1, S) // BLOCK_M - -(-last // BLOCK_M), 0), steps)
+        found.append(Tile(group * plain, group * (steps - plain), heads))
+    return found
+
+
 def cycles(costs: Iterable[tuple[float, int]], slots: int) -> float:
     """When the last program ends, if programs start in order as slots come free. costs: cycles, how many programs."""
     free = [0.0] * slots

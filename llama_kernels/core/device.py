@@ -23,6 +23,9 @@ _HERE = contextlib.nullcontext()
 
 # KiB of shared memory that one program may use, by GPU family.
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+# SMs (on AMD, compute units) of a large GPU of each family: A100, A40, H100 and H200, B200, MI300X. How the keys of a
+# call are split depends on these, not on the SMs of its GPU, so results are the same bits on every GPU of a family.
+SMS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 # The devices that have kernels. On the meta device, and while tracing, only shapes are computed.
 KERNEL_DEVICES = ("cuda", "cpu")
@@ -110,6 +113,11 @@ def processors_of(device: torch.device) -> int:
 def shared_bytes_of(device: torch.device) -> int:
     """Shared memory that one program may use on every GPU of the family of `device`."""
     return 1024 * SHARED_KIB[arch_of(device)]
+
+
+def processors_of_family(device: torch.device) -> int:
+    """SMs (on AMD, compute units) of a large GPU of the family of `device`, the same for every GPU of the family."""
+    return SMS[arch_of(device)]
 
 
 def lanes_of(device: torch.device) -> int:

@@ -10,9 +10,22 @@ import pytest
 import torch
 
 from bench.commands import arguments, calibrate, estimate
-from bench.estimate import constants, kernels, layer, layer_picture, layer_times, ours, published
+from bench.estimate import (
+    constants,
+    few_rows,
+    kernels,
+    layer,
+    layer_picture,
+    layer_times,
+    lines,
+    ours,
+    published,
+    windows,
+)
+from bench.estimate.few_rows import Few
 from bench.estimate.published import Figure
 from bench.estimate.result import Estimate
+from bench.estimate.tiles import Shape
 from llama_kernels.core.registry import KERNELS
 from tests.support.environment import compiles
 
@@ -160,3 +173,39 @@ def test_errors_that_are_recorded_keep_those_of_other_kinds(monkeypatch, tmp_pat
     means = {key: round(e.mean, 2) for key, e in published.errors().items()}
     assert means == {("rows", "sm_80"): 0.5, ("rows", "sm_90"): 0.1}
     monkeypatch.undo()
+
+
+@compiles
+def test_a_chunk_of_a_prompt_gains_by_its_split_at_batch_1_and_loses_little_at_batch_64():
+    one, many = Few(1, 128, 8192, 32, 8, 128), Few(64, 128, 8192, 32, 8, 128)
+    split, whole = (few_rows.few_rows_estimate(H100, one, split) for split in (True, False))
+    assert [name for name, _ in split.parts] == ["forward", "combine"] and len(whole.parts) == 1
+    assert 2.5 < whole.seconds / split.seconds < 4
+    split, whole = (few_rows.few_rows_estimate(H100, many, split) for split in (True, False))
+    assert 0.8 < whole.seconds / split.seconds < 1
+
+
+@compiles
+def test_decoding_of_many_keys_is_bound_by_dram_and_of_few_by_latency():
+    long, short = (few_rows.few_rows_estimate(H100, Few(B, 1, Sk, 32, 8, 128)) for B, Sk in ((8, 32768), (1, 1024)))
+    assert (long.limit, short.limit) == ("dram", "latency") and long.error == short.error == published.UNKNOWN
+    assert 0.8 < Few(8, 1, 32768, 32, 8, 128).bytes / (H100.copy * 1e9) / long.seconds < 1
+
+
+@compiles
+def test_a_window_takes_its_share_of_the_time():
+    shape = Shape(1, 4096, 8, 2, 64)
+    for direction in ("forward", "backward"):
+        small, large = (windows.window_estimate(H100, shape, left, direction).seconds for left in (127, 2047))
+        assert 2 < large / small < 12
+        assert large == pytest.approx(windows.window_estimate(H100, shape, 2047, direction).seconds)
+
+
+@compiles
+def test_a_gpu_without_a_model_of_its_sm_has_decoding_and_says_that_it_is_not_calibrated(capsys, monkeypatch):
+    monkeypatch.setattr(lines, "_BATCHES", (1,))
+    monkeypatch.setattr(lines, "_KEYS", (1024,))
+    assert arguments.main(["estimate", "--gpus", "B200", "--ops", "attention", "windows", "decode"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "B200: there is no model of its SM, so of attention there is decoding alone." in said
+    assert "B200: decode" in said and "not calibrated" in said and "window" not in said

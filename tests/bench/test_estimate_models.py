@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from bench.estimate import attention, constants, memory, packed, published, tiles
 from bench.estimate.kernels import Kernel
@@ -72,6 +73,28 @@ def test_tiles_visit_every_block_that_a_row_sees(M, N, causal):
     assert tiles.steps(tiles.of_keys(shape, 64, 128, heads=1, group=2)) == 2 * sum(
         1 for n in range(0, 512, 128) for m in range(0, 512, 64) if not causal or m + 64 > n
     )
+
+
+@pytest.mark.parametrize("left", [None, 0, 40, 200])
+@pytest.mark.parametrize("M, N", [(128, 64), (64, 128), (64, 32)])
+def test_tiles_of_few_rows_and_of_windows_visit_what_a_row_sees(M, N, left):
+    """Counted pair by pair; of a part of the keys too."""
+    Sq, Sk = 190, 512
+    own, j = torch.arange(Sk - Sq, Sk)[:, None], torch.arange(Sk)[None, :]
+    see = (j <= own) & (j >= own - (Sk if left is None else left))
+
+    def counted(see: torch.Tensor, M: int, N: int) -> tuple[int, int]:
+        blocks = [rows.split(N, 1) for rows in see.split(M)]
+        return sum(b.any().item() for row in blocks for b in row), sum(b.all().item() for row in blocks for b in row)
+
+    found = tiles.of_seen_keys(Sq, Sk, left, M, N, heads=1)
+    assert (tiles.steps(found), sum(t.plain for t in found)) == counted(see, M, N)
+    part = tiles.of_seen_keys(Sq, Sk, left, M, N, heads=1, first=256, keys=128)
+    assert tiles.steps(part) == counted(see[:, 256:384], M, N)[0]
+    if left is not None:
+        i, square = torch.arange(512), tiles.of_rows_that_see(512, left, N, M, heads=1, group=2)
+        see = (i[None, :] >= i[:, None]) & (i[None, :] <= i[:, None] + left)  # keys by rows
+        assert (tiles.steps(square), sum(t.plain for t in square)) == tuple(2 * n for n in counted(see, M, N))
 
 
 def test_programs_start_as_sms_come_free():

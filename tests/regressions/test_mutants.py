@@ -12,7 +12,7 @@ import torch
 from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.core.launch_cache import Launch
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
-from llama_kernels.ops.attention import backward, decode, dkdv, dq, forward, masks, softmax
+from llama_kernels.ops.attention import backward, combine, decode, dkdv, dq, forward, key_split, masks, softmax
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.masks import KeyBlocks, Mask
 from llama_kernels.ops.attention.softmax import Probs, SoftmaxState
@@ -31,7 +31,8 @@ pytestmark = pytest.mark.interpreter
 
 online_softmax_step, add_values, first_scores = softmax.online_softmax_step, softmax.add_values, softmax.first_scores
 visible, key_blocks = masks.visible, masks.key_blocks
-probs_and_score_grads, load_scale, add_chunks = softmax.probs_and_score_grads, rms_norm._load_scale, decode._add_chunks
+probs_and_score_grads, load_scale, add_chunks = softmax.probs_and_score_grads, rms_norm._load_scale, combine._add_chunks
+within = masks.within
 
 
 @triton.jit
@@ -252,6 +253,16 @@ def _delta_forgotten(*call: Any) -> Any:
     return lse2, delta.zero_(), dsinks
 
 
+@triton.jit
+def not_counted_from_the_chunk(bound, first, count):
+    return within(bound, 0, count)
+
+
+@triton.jit
+def a_key_of_the_next_chunk(bound, first, count):
+    return within(bound, first, count + 1)
+
+
 _sizes, _launch_delta = AttentionCall.sizes, backward.launch_delta
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -281,8 +292,16 @@ many_keys = functools.partial(
 def decoding() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "chunk_of", lambda Sk: attention_cases.CHUNK)
-        patch.setattr(decode, "_CHUNKS_PER_STEP", 2)
+        patch.setattr(combine, "_CHUNKS_PER_STEP", 2)
         attention(attention_cases.Case(1, 4, 2, 2, 150, 32, 32), gradients=False)
+
+
+def split_over_keys() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_split, "LEAST_KEYS", 64)
+        key_split._chunks.cache_clear()
+        attention(attention_cases.Case(1, 2, 1, 40, 300, 16, 16, kv_start=attention_cases.padded_left), gradients=False)
+    key_split._chunks.cache_clear()
 
 
 def masked_decoding() -> None:
@@ -356,7 +375,9 @@ MUTANTS = {
     "last keys dropped, backward": Mutant((dq,), "key_blocks", last_keys_dropped, dense),
     "boundary block not masked": Mutant((forward,), "key_blocks", boundary_block_not_masked, dense_forward),
     "last keys dropped, decoding": Mutant((decode,), "key_blocks", last_keys_dropped, decoding),
-    "chunks not rescaled": Mutant((decode,), "_add_chunks", chunks_not_rescaled, decoding),
+    "chunks not rescaled": Mutant((combine,), "_add_chunks", chunks_not_rescaled, decoding),
+    "not counted from the chunk": Mutant((forward,), "within", not_counted_from_the_chunk, split_over_keys),
+    "a key of the next chunk": Mutant((forward,), "within", a_key_of_the_next_chunk, split_over_keys),
     "key mask forgotten": Mutant((softmax,), "visible", key_mask_forgotten, masked_decoding),
     "key mask of a whole block": Mutant((softmax,), "visible", key_mask_of_the_block, masked_decoding),
     "one head for all": Mutant((AttentionCall,), "sizes", property(_one_head_for_all), dense),

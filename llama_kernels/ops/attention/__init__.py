@@ -2,9 +2,10 @@
 
 How a call flows: checks.py checks the arguments and builds an AttentionCall (call.py); op.py has the registered ops and
 their gradient; dispatch.py says which kernel computes the call, and why. The kernels are in forward.py, decode.py (few
-queries, many keys), backward.py (delta.py, dkdv.py, dq.py) and hopper/; CPU tensors take cpu.py. masks.py, softmax.py
-and tiles.py hold the device functions that the kernels share, tables.py their tile sizes. masked_decode.py is the op
-for decoding with a mask over the keys, which integrations use.
+queries, many keys), backward.py (delta.py, dkdv.py, dq.py) and hopper/; CPU tensors take cpu.py. key_split.py says when
+the forward splits the keys, and combine.py adds up the parts. masks.py, softmax.py and tiles.py hold the device
+functions that the kernels share, tables.py their tile sizes. masked_decode.py is the op for decoding with a mask over
+the keys, which integrations use.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ def attention(
     Query head h attends with key and value head h // (Hq // Hkv); k and v are never repeated. Scores, softmax and sums
     are float32; probabilities are rounded to v's dtype before the product with v. Blocks of keys that the mask hides
     are skipped. With few queries, as in decoding, the keys are split over the GPU, and one tile holds all query heads
-    of a key head. Under autocast q, k and v are cast to its dtype. GQA: Ainslie et al., arXiv 2305.13245; the
-    algorithm: Dao, FlashAttention-2, arXiv 2307.08691.
+    of a key head. With few tiles of rows and 4,096 keys or more, as for a chunk of a prompt, the keys are split too:
+    the parts take 8 to 120 MB a sequence at D = 128 while the call runs. Under autocast q, k and v are cast to its
+    dtype. GQA: Ainslie et al., arXiv 2305.13245; the algorithm: Dao, FlashAttention-2, arXiv 2307.08691.
 
     Args:
         q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 576. Any strides, such as those of (B, S, H, D)

@@ -87,12 +87,14 @@ class AttentionCall(NamedTuple):
         return self.cu_seqlens_q is not None
 
     @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
     def sizes(self) -> Sizes:
-        B, Hq, Sq = sizes_of(self.q)
+        _, Hq, Sq = sizes_of(self.q)
         _, Hkv, Sk = sizes_of(self.k)
-        if self.cu_seqlens_q is not None:
-            B = self.cu_seqlens_q.shape[0] - 1
-        return Sizes(B, Hq, max(Hq // max(Hkv, 1), 1), Sq, Sk, self.longest_q, self.longest_k)
+        return Sizes(self.sequences, Hq, max(Hq // max(Hkv, 1), 1), Sq, Sk, self.longest_q, self.longest_k)
 
     @property
     def scoring(self) -> Scoring:

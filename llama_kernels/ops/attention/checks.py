@@ -148,7 +148,8 @@ def _check_bound(op: str, q: torch.Tensor, name: str, bound: torch.Tensor) -> No
 
 
 def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) -> None:
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+    names = ("cu_seqlens_q", "cu_seqlens_k")
+    for name in names[:1] if packing.cu_seqlens_k is packing.cu_seqlens_q else names:
         cu_seqlens = getattr(packing, name)
         check_tensors(op, (torch.int32,), **{name: cu_seqlens})
         if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0] or cu_seqlens.shape != packing.cu_seqlens_q.shape:

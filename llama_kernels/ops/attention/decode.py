@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import torch
 
-from llama_kernels.core.language import LN2, LOG2E, cast, tl, triton
+from llama_kernels.core.language import tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, next_power_of_2, strides_of
-from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, lse_strides
+from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far
+from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.masks import Mask, key_blocks
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend, no_probs
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import load_bound, load_prefix, matrix
 
-_CHUNKS_PER_STEP = 32  # of the sum over the chunks
 TILE_ROWS = 32  # query rows of a program, of one key head
 # Query rows per key head, and queries. More of them fill a GPU and the forward's tiles without splitting the keys.
 MOST_ROWS, MOST_QUERIES = 128, 32
@@ -116,50 +116,6 @@ def _decode_kernel(
     tl.store(lse2_rows, state.peak + tl.log2(mass), mask=r < rows)
 
 
-@triton.jit
-def _add_chunks(state, part, lse2):
-    """`state` of one row, acc [BLOCK_DV], after BLOCK_C chunks: part [BLOCK_C, BLOCK_DV] with the sums 2^lse2."""
-    peak = tl.maximum(state.peak, tl.max(lse2))
-    base = tl.where(peak == float("-inf"), 0.0, peak)  # no key yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN
-    weight, shrink = tl.exp2(lse2 - base), tl.exp2(state.peak - base)
-    acc = state.acc * shrink + tl.sum(part * weight[:, None], 0)
-    return SoftmaxState(acc, state.mass * shrink + tl.sum(weight), peak)
-
-
-@triton.jit
-def _combine_kernel(
-    part_ptr, lse2_ptr, o_ptr, lse_ptr, sinks_ptr,
-    part_strides, lse2_strides, o_strides, lse_strides,
-    sizes, chunks,
-    DV: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """o = sum(part exp2(lse2)) / sum(exp2(lse2)) over the chunks of one row, and lse = log(sum(exp2(lse2))).
-
-    part (B, Hq, Sq, chunks, DV) and lse2 float32 -> o (B, Hq, Sq, DV), lse (B, Hq, Sq) float32, natural logarithm. The
-    sum includes the sink of the head. The order of the chunks is fixed, BLOCK_C at a time. Bytes: part once.
-    """
-    pid = tl.program_id(0)
-    i, h, b = pid % sizes.Sq, pid // sizes.Sq % sizes.Hq, pid // (sizes.Sq * sizes.Hq)
-    b, h, i = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(i, tl.int64)
-    part_row = part_ptr + b * part_strides[0] + h * part_strides[1] + i * part_strides[2]
-    lse2_row = lse2_ptr + b * lse2_strides[0] + h * lse2_strides[1] + i * lse2_strides[2]
-    dv = tl.arange(0, BLOCK_DV)
-    peak, mass = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
-    if sinks_ptr is not None:  # one more logit, whose value is 0
-        peak, mass = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
-    state = SoftmaxState(tl.zeros([BLOCK_DV], tl.float32), mass, peak)
-    for first in tl.range(0, chunks, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        lse2 = tl.load(lse2_row + c, mask=c < chunks, other=float("-inf"))  # [BLOCK_C]
-        written = (lse2 > float("-inf"))[:, None] & (dv < DV)[None, :]
-        part = tl.load(part_row + c[:, None] * DV + dv[None, :], mask=written, other=0.0)  # [BLOCK_C, BLOCK_DV]
-        state = _add_chunks(state, part, lse2)
-    mass = tl.where(state.mass == 0.0, 1.0, state.mass)
-    o_row = o_ptr + b * o_strides[0] + h * o_strides[1] + i * o_strides[2]
-    tl.store(o_row + dv, cast(state.acc * (1.0 / mass), o_ptr.dtype.element_ty), mask=dv < DV)
-    tl.store(lse_ptr + b * lse_strides[0] + h * lse_strides[1] + i, (state.peak + tl.log2(mass)) * LN2)
-
-
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
@@ -183,16 +139,8 @@ def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]
         ),
         {**widths, "FAR": far(k, v), "SEVERAL": rows > BLOCK_M, **options},
     )  # fmt: skip
-    combine = Launch(
-        _combine_kernel,
-        (sizes.B * sizes.Hq * sizes.Sq,),
-        (part, lse2, o, lse, call.sinks, *map(strides_of, (part, lse2, o)), lse_strides(lse), sizes, chunks),
-        {
-            "DV": widths["DV"], "BLOCK_C": min(next_power_of_2(chunks), _CHUNKS_PER_STEP),
-            "BLOCK_DV": widths["BLOCK_DV"], "num_warps": 4,
-        },
-    )  # fmt: skip
-    return [decode, combine]
+    parts = Parts(part, lse2, (*strides_of(part), o.shape[-1]), (*strides_of(lse2), 1), chunks)
+    return [decode, combine_launch(parts, call, o, lse, many=False)]
 
 
 def launch_decode(call: AttentionCall, key_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from llama_kernels.ops.attention.call import AttentionCall, Wanted
 from llama_kernels.ops.attention.hopper import switch
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
 from llama_kernels.ops.attention.hopper.tables import HopperTile, tile_for_width
+from llama_kernels.ops.attention.key_split import KeySplit, split_of
 
 # The public functions that these kernels compute.
 OPS = ("attention", "attention_varlen", "rope_attention")
@@ -26,6 +27,7 @@ class Choice(NamedTuple):
     kernel: str  # "portable", "decode", "masked decode" or "Hopper kernel"
     reason: str
     tile: HopperTile | None = None  # of a Hopper kernel
+    split: KeySplit | None = None  # how the portable kernel splits the keys
 
     def __str__(self) -> str:
         return f"{self.kernel}: {self.reason}" if self.tile is None else f"{self.kernel}, {self.tile}: {self.reason}"
@@ -36,6 +38,8 @@ def forward(call: AttentionCall, family: str | None = None) -> Choice:
     q, k, Sk = call.q, call.k, call.longest_k
     if call.cu_seqlens_q is None and decode.fits_decode(q, k) and Sk > decode.chunk_of(Sk):
         return DECODE
+    if split := split_of(call):
+        return Choice("portable", "few row tiles and many keys, which are split over the programs", split=split)
     if family is None and not switch.may_run("forward"):
         return PORTABLE
     return _hopper("forward", call, (q, k, call.v), family)

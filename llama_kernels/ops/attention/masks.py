@@ -40,6 +40,12 @@ class KeyBlocks(NamedTuple):
 
 
 @triton.jit
+def within(bound, first, count):
+    """A bound of keys, or the number of them, for the `count` keys from `first` on, which count from 0."""
+    return tl.minimum(tl.maximum(bound, 0) - first, count)
+
+
+@triton.jit
 def both(see, more):
     """see & more; see may be None, for everything."""
     return more if see is None else see & more
@@ -97,7 +103,7 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
         lowest = begin
     if mask.left is not None or mask.kv_start is not None:
         begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
-        full_begin = tl.minimum(tl.cdiv(tl.maximum(full_begin, begin), BLOCK_N), tl.cdiv(end, BLOCK_N)) * BLOCK_N
+        full_begin = tl.cdiv(tl.minimum(tl.maximum(full_begin, begin), end), BLOCK_N) * BLOCK_N
     full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
     prefix_full, prefix_end, prefix = 0, 0, 0
     if mask.prefix is not None:

@@ -159,14 +159,14 @@ def tile_lists(call: AttentionCall, of_keys: bool) -> TileLists | None:
     """Empty lists for `call`, which the launch of `list_tiles` writes. None: the call is dense."""
     if not call.packed:
         return None
-    sizes = call.sizes
+    (Sq, _, _), (Sk, _, _), sequences = call.q.shape, call.k.shape, call.sequences
 
     def empty(tokens: int) -> torch.Tensor:
-        return call.q.new_empty(2 + 2 * _capacity(tokens, sizes.B), dtype=torch.int32)
+        return call.q.new_empty(2 + 2 * _capacity(tokens, sequences), dtype=torch.int32)
 
-    of_q = empty(sizes.Sq)
-    one = call.cu_seqlens_q is call.cu_seqlens_k and (sizes.Sq, sizes.longest_q) == (sizes.Sk, sizes.longest_k)
-    return TileLists(of_q, empty(sizes.Sk) if of_keys and not one else of_q)
+    of_q = empty(Sq)
+    one = call.cu_seqlens_q is call.cu_seqlens_k and (Sq, call.longest_q) == (Sk, call.longest_k)
+    return TileLists(of_q, empty(Sk) if of_keys and not one else of_q)
 
 
 def list_tiles(

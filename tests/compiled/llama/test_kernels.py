@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import llama_kernels
+from llama_kernels.ops.attention import key_split
 from tests.support import attention, decode, hopper, qk_norm_rope, rms_norm, rope, rope_attention
 from tests.support.attention import Case, anywhere, documents, packed, padded_left, shared, so_far
 from tests.support.environment import compiles
@@ -98,6 +99,20 @@ def _axes(D: int, R: int, interleaved: bool, tables=rope.tables) -> Callable[[to
 
 def _attention(case: Case, **options) -> Callable[[torch.dtype], None]:
     return lambda dtype: attention.check(case, dtype, CPU, **options)
+
+
+def _split(case: Case) -> Callable[[torch.dtype], None]:
+    """The forward alone, of few keys, which are split all the same."""
+
+    def check(dtype: torch.dtype) -> None:
+        with pytest.MonkeyPatch.context() as patch, kernels_launched() as launches:
+            patch.setattr(key_split, "LEAST_KEYS", 64)
+            key_split._chunks.cache_clear()
+            attention.check(case, dtype, CPU, gradients=False)
+        key_split._chunks.cache_clear()
+        assert names(launches) == ["_forward_kernel", "_combine_kernel"]
+
+    return check
 
 
 def _rope_attention(case: Case, R: int, interleaved: bool) -> Callable[[torch.dtype], None]:
@@ -242,6 +257,9 @@ CALLS = [
         Call(name, _attention(case), fast, **({"dtypes": (HALF, FP16)} if case.D > 512 else {}))
         for name, (case, fast) in ATTENTION.items()
     ),
+    Call("attention-split", _split(_square(40, 64, Sk=300)), (HALF,)),
+    Call("attention-split-128", _split(_square(40, 128, Sk=300, window_size=(200, 0), sinks=True))),
+    Call("attention-split-all", _split(_square(40, 64, Sk=300, softcap=5.0, kv_end=anywhere, kv_prefix=shared))),
     Call("attention-strides", _attention(Case(2, 4, 2, 70, 70, 64, 64), layout=3), (HALF,)),
     *(
         Call(f"rope_attention-{D}-{R}{'-pairs' * pairs}", _rope_attention(_square(100, D), R, pairs), fast)

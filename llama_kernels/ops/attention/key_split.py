@@ -1,0 +1,71 @@
+"""How a forward of few row tiles and many keys is split over the keys: chunks of a prompt, or few heads.
+
+One program a row tile and head would leave most SMs idle. So several programs compute a chunk of the keys each, and
+combine.py adds up the chunks. decode.py has the calls of fewer rows, which share a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from llama_kernels.core.device import SMS, lanes_of, processors_of_family
+from llama_kernels.core.tensors import cdiv
+from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.tables import Tile, tile_for
+
+LEAST_KEYS = 2048  # of a chunk, so that its part of the result costs a large batch a fifth at most
+# What a chunk takes beside its keys, in keys: a program starts and ends, and its float32 result is written and read.
+_KEYS_OF_A_CHUNK = 256
+_GAIN, _NEAR = 1.15, 1.05  # a split is so much faster than none; fewer chunks are slower by no more than that
+_ALIGNMENT = 128  # of the first key of a chunk
+_THREADS = 256  # of the programs that fit an SM together
+_MOST_ROWS = 128 * max(SMS.values())  # of all heads: more fill every GPU
+
+
+class KeySplit(NamedTuple):
+    """Chunk c is keys [first + c * keys, first + (c + 1) * keys). No query sees a key before `first`."""
+
+    first: int
+    keys: int
+    chunks: int
+
+
+def forward_tile(call: AttentionCall) -> Tile:
+    """The tile of the forward kernel, split or not."""
+    return tile_for("forward", call.q, call.v, call.crowded, call.kv_prefix is not None)
+
+
+def split_of(call: AttentionCall) -> KeySplit | None:
+    """How the keys of `call` are split. None: they are not.
+
+    It depends on the sizes of one sequence and on the family of GPUs alone, so that the same query and keys give the
+    same bits in any batch, and on every GPU of a family. The sequences of a packed batch are as long as the GPU alone
+    knows: they are not split.
+    """
+    Sq, Sk, Hq = call.longest_q, call.longest_k, call.q.shape[1]
+    if Sk < 2 * LEAST_KEYS or Sq * Hq > _MOST_ROWS or call.packed or not Sq * Hq:
+        return None
+    device, left, first = call.q.device, call.window.left, 0
+    if left is not None and call.kv_prefix is None:
+        first = max(Sk - Sq - left, 0) // _ALIGNMENT * _ALIGNMENT
+    tile, keys = forward_tile(call), Sk - first
+    threads = min(tile.num_warps * lanes_of(device), _THREADS)
+    chunks = _chunks(cdiv(Sq, tile.BLOCK_M) * Hq * threads, processors_of_family(device) * _THREADS, keys)
+    if chunks == 1:
+        return None
+    of_chunk = cdiv(cdiv(keys, chunks), _ALIGNMENT) * _ALIGNMENT
+    return KeySplit(first, of_chunk, cdiv(keys, of_chunk))
+
+
+@functools.cache
+def _chunks(threads: int, on_gpu: int, keys: int) -> int:
+    """The fewest chunks that take nearly the least time. threads: of all programs unsplit; on_gpu: at a time."""
+    if threads >= on_gpu:
+        return 1
+    most = max(keys // LEAST_KEYS, 1)
+    times = [cdiv(threads * n, on_gpu) * (keys / n + _KEYS_OF_A_CHUNK) for n in range(1, most + 1)]
+    least = min(times)
+    if times[0] < _GAIN * least:
+        return 1
+    return next(n for n, time in enumerate(times, 1) if time <= _NEAR * least)
