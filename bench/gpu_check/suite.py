@@ -17,7 +17,7 @@ from bench.gpu_check.state import ROOT
 
 PART = 40
 SECONDS = 300.0  # time limit of a part, all of whose kernels may need to be compiled
-COLLECT_SECONDS = 180.0
+COLLECT_SECONDS = 60.0
 # Slow, and the least likely to find a fault of a GPU.
 LAST = ("tests/integrations/", "tests/examples/", "tests/regressions/test_fuzz.py", "tests/gpu/test_large.py")
 # Words in the names of tests that the determinism stage runs, while other processes use the GPU.
