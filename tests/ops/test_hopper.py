@@ -232,7 +232,7 @@ def test_other_devices_take_the_portable_kernels(monkeypatch):
         monkeypatch.setattr(dispatch, "arch_of", lambda _: "sm_90")
         monkeypatch.setattr(dispatch, "HAS_GLUON", False)
         monkeypatch.setattr(dispatch, "WHY_NOT", "no Gluon here")
-        assert chosen(*tensors()) == ("portable", "no Gluon here", None)
+        assert chosen(*tensors()) == dispatch.Choice("portable", "no Gluon here")
         q, k, v = tensors(64)
         assert lk.attention(q, k, v).shape == q.shape
 
