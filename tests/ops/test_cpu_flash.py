@@ -58,30 +58,3 @@ def test_the_formulas_are_written_out_for_a_gradient_of_lse():
         _, lse = lk.attention(q, k, v, return_lse=True)
         lse.sum().backward()
     assert q.grad is not None and q.grad.any()
-
-
-@pytest.mark.parametrize("options", [{}, {"window_size": (5, 0)}], ids=str)
-def test_fewer_key_heads_are_repeated_for_older_releases_of_torch(options, monkeypatch):
-    """From torch 2.13 on, PyTorch's kernel takes them as they are."""
-    results = []
-    for takes_groups in (cpu_flash._TAKES_GROUPS, False):
-        torch.manual_seed(0)
-        inputs = qkv()
-        with monkeypatch.context() as patched:
-            patched.setattr(cpu_flash, "_TAKES_GROUPS", takes_groups)
-            out = lk.attention(*inputs, **options)
-            out.sum().backward()
-        results.append([out.detach(), *(x.grad for x in inputs)])
-    torch.testing.assert_close(*results)
-
-
-def test_a_row_that_sees_no_key_is_0_where_the_formulas_are_written_out():
-    start = torch.arange(20, dtype=torch.int32).expand(1, -1).contiguous()
-    start[0, 3] = 20
-    q, k, v = qkv()
-    out, lse = lk.attention(q, k, v, softcap=5.0, kv_start=start, return_lse=True)
-    out.sum().backward()
-    assert not out[:, :, 3].any() and (lse[:, :, 3] == -torch.inf).all()
-    assert lse[:, :, 4].isfinite().all() and not q.grad[:, :, 3].any() and q.grad.isfinite().all()
-    empty = lk.attention(q, k[:, :, :0], v[:, :, :0], softcap=5.0, return_lse=True)
-    assert not empty[0].any() and (empty[1] == -torch.inf).all()
