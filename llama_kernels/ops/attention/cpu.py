@@ -1,6 +1,6 @@
-"""Attention of CPU tensors in plain PyTorch: the flash kernel of SDPA where it takes the call, else written out.
+"""Attention of CPU tensors in plain PyTorch: the reference forward, and the formulas of the backward written out.
 
-The formulas are written out, and in place, because the op runs below autograd, which records no graph there.
+They are written out because the op runs below autograd, which records no graph there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from llama_kernels.ops.attention import cpu_flash
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, outputs_to_fill
 from llama_kernels.ops.rotation import Rotation
-from llama_kernels.reference.attention import spans, unseen, visible
+from llama_kernels.reference.attention import AttentionOptions, attention, spans, unseen, visible
 from llama_kernels.reference.rope import rope
 
 
@@ -21,7 +21,7 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = outputs_to_fill(call)
     if not call.packed:
         results = _dense_forward(call)
-        return _stored(out, results[0]), _stored(lse, results[1])
+        return out.copy_(results[0]), lse.copy_(results[1])
     for rows, _, dense in _sequences(call):
         results = _dense_forward(dense)
         out[rows], lse[:, rows] = results[0][0].transpose(0, 1).to(out.dtype), results[1][0]
@@ -31,34 +31,13 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if cpu_flash.takes(call):
         return cpu_flash.flash_forward(call)
-    s, v, see, _ = _scores(call)
-    s.masked_fill_(~see, -torch.inf)
-    blind = ~see.any(-1)  # rows that see no key: softmax gives NaN
-    p = torch.softmax(s, -1)
-    lse = s.amax(-1) - p.amax(-1).log() if s.shape[-1] else s.sum(-1)
-    lse = lse.masked_fill(blind, -torch.inf)
-    out = torch.einsum("bhgij,bhjd->bhgid", p, v).masked_fill(blind.unsqueeze(-1), 0).flatten(1, 2)
-    return cpu_flash.with_sinks(out, lse.flatten(1, 2), call.sinks)
-
-
-def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a dense call: the scores (B, Hkv, G, Sq, Sk); v; which key each query sees; and k. All in float32.
-
-    Keys that no query sees are 0 in k and v: they may hold NaN.
-    """
-    Hq, Hkv, Sq, Sk = call.q.shape[1], call.k.shape[1], call.q.shape[2], call.k.shape[2]
-    see = visible(Sq, Sk, False, _window_size(call), call.kv_start, call.kv_end, call.q.device, call.kv_prefix)
-    k, v = (x.float().masked_fill(unseen(see), 0) for x in (call.k, call.v))
-    q = call.q.float().unflatten(1, (Hkv, Hq // Hkv if Hkv else 1))
-    s = torch.einsum("bhgid,bhjd->bhgij", q, k).mul_(call.scale / (call.softcap or 1))
-    if call.softcap is not None:
-        s.tanh_().mul_(call.softcap)
-    return s, v, see, k
-
-
-def _stored(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype and memory order of `out`: x itself where it has them, otherwise copied into `out`."""
-    return x if x.dtype == out.dtype and x.stride() == out.stride() else out.copy_(x)
+    options: AttentionOptions = {
+        "is_causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks,
+        "kv_start": call.kv_start, "kv_end": call.kv_end, "kv_prefix": call.kv_prefix,
+        "window_size": _window_size(call),
+    }  # fmt: skip
+    q = call.q.to(torch.promote_types(call.q.dtype, torch.float32))  # out is rounded where it is stored
+    return attention(q, call.k, call.v, return_lse=True, **options)
 
 
 def plain_backward(
@@ -69,8 +48,11 @@ def plain_backward(
     cos, sin, position_ids, interleaved = rotation
     if cos is not None and sin is not None:
         dq, dk = rope(dq, dk, cos, -sin, position_ids, interleaved=interleaved)
-    grads = zip(empty_grads(call, wanted), (dq, dk, dv, dsinks), strict=True)
-    return tuple(_stored(grad, x) if grad.numel() else grad for grad, x in grads)
+    grads = empty_grads(call, wanted)
+    for grad, x in zip(grads, (dq, dk, dv, dsinks), strict=True):
+        if grad.numel():
+            grad.copy_(x)
+    return grads
 
 
 def _packed_backward(call, results: Results):
@@ -108,24 +90,29 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv and dsinks, all float32."""
-    sinks, scale, softcap = call.sinks, call.scale, call.softcap
+    q, k, v, sinks, scale, softcap = call.q, call.k, call.v, call.sinks, call.scale, call.softcap
     out, lse, do, dlse = results
     if dlse is None and cpu_flash.takes(call):
-        delta = lse if sinks is None else (out.float() * do.float()).sum(-1)
+        delta = (out.float() * do.float()).sum(-1)
         return *cpu_flash.flash_backward(call, results), _dsinks(sinks, lse, delta)
-    s, v, see, k = _scores(call)
-    groups = s.shape[1:3]
-    q, do, out = (x.float().unflatten(1, groups) for x in (call.q, do, out))  # (B, Hkv, G, Sq, D)
+    Hq, Hkv, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    groups = (Hkv, Hq // Hkv if Hkv else 1)
+    q, do, out = (x.float().unflatten(1, groups) for x in (q, do, out))  # (B, Hkv, G, Sq, D)
+    see = visible(Sq, Sk, False, _window_size(call), call.kv_start, call.kv_end, q.device, call.kv_prefix)
+    k, v = (x.float().masked_fill(unseen(see), 0) for x in (k, v))  # (B, Hkv, Sk, D)
     lse = lse.unflatten(1, groups).unsqueeze(-1)  # (B, Hkv, G, Sq, 1)
 
-    p = (s - lse).exp_().masked_fill_(~see, 0)
+    s = torch.einsum("bhgid,bhjd->bhgij", q, k) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    p = torch.exp(s - lse).masked_fill(~see, 0)
     dp = torch.einsum("bhgid,bhjd->bhgij", do, v)
     delta = (out * do).sum(-1, keepdim=True)  # of the whole row, of which k and v may be a part
     if dlse is not None:
         delta -= dlse.unflatten(1, groups).unsqueeze(-1)
-    ds = dp.sub_(delta).mul_(p)
+    ds = p * (dp - delta)
     if softcap is not None:
-        ds.addcmul_(ds, s.div_(softcap).square_(), value=-1)
+        ds *= 1 - (s / softcap).square()
     dq = torch.einsum("bhgij,bhjd->bhgid", ds, k).flatten(1, 2) * scale
     dk = torch.einsum("bhgij,bhgid->bhjd", ds, q) * scale
     dv = torch.einsum("bhgij,bhgid->bhjd", p, do)
