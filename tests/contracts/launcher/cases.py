@@ -55,6 +55,10 @@ def decode() -> None:
     lk.attention(heads(4, 1, grad=False), heads(2, 600, grad=False), heads(2, 600, grad=False))
 
 
+def chunk_of_a_prompt() -> None:
+    lk.attention(heads(4, 64, grad=False), heads(2, 8192, grad=False), heads(2, 8192, grad=False))
+
+
 def masked_decode() -> None:
     mask, sinks = torch.ones(2, 600, dtype=torch.bool), torch.zeros(4)
     given = (heads(4, 1, grad=False), heads(2, 600, grad=False), heads(2, 600, grad=False))
@@ -82,6 +86,7 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "rope_into_cache": into_cache,
     "attention, everything": attention_with_everything,
     "decode": decode,
+    "attention, a chunk of a prompt": chunk_of_a_prompt,
     "masked decode": masked_decode,
     **{label: functools.partial(tangent, label) for label in REGISTERED if label.endswith(" tangent")},
 }
