@@ -28,6 +28,10 @@ def tower(cls: Any, **sizes: Any) -> Any:
     return randomized(cls._from_config(cls.config_class(**sizes), attn_implementation="eager"))
 
 
+def hidden_of(images: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+    return lambda model: model(images.to(model.dtype)).last_hidden_state
+
+
 def pixtral() -> tuple[Any, Callable[[Any], torch.Tensor]]:
     """Two images of different sizes in one packed sequence; tables of rows and columns."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -48,10 +52,7 @@ def llama4_vision() -> tuple[Any, Callable[[Any], torch.Tensor]]:
              "projector_output_dim": 64}  # fmt: skip
     images = torch.randn(2, 3, 16, 16, device=DEVICE)
 
-    def run(model: Any) -> torch.Tensor:
-        return model(images.to(model.dtype)).last_hidden_state
-
-    return tower(Llama4VisionModel, **sizes), run
+    return tower(Llama4VisionModel, **sizes), hidden_of(images)
 
 
 def dinov3() -> tuple[Any, Callable[[Any], torch.Tensor]]:
@@ -60,10 +61,7 @@ def dinov3() -> tuple[Any, Callable[[Any], torch.Tensor]]:
     sizes = {**VIT, "image_size": 32, "patch_size": 4, "num_register_tokens": 4}
     images = torch.randn(2, 3, 32, 24, device=DEVICE)
 
-    def run(model: Any) -> torch.Tensor:
-        return model(images.to(model.dtype)).last_hidden_state
-
-    return tower(module.DINOv3ViTModel, **sizes), run
+    return tower(module.DINOv3ViTModel, **sizes), hidden_of(images)
 
 
 def sam3() -> tuple[Any, Callable[[Any], torch.Tensor]]:
@@ -73,10 +71,7 @@ def sam3() -> tuple[Any, Callable[[Any], torch.Tensor]]:
              "global_attn_indexes": [1], "rope_parameters": {"rope_type": "axial", "rope_theta": 10000.0}}  # fmt: skip
     images = torch.randn(2, 3, 56, 56, device=DEVICE)
 
-    def run(model: Any) -> torch.Tensor:
-        return model(images.to(model.dtype)).last_hidden_state
-
-    return tower(module.Sam3ViTModel, **sizes), run
+    return tower(module.Sam3ViTModel, **sizes), hidden_of(images)
 
 
 def sam2_memory() -> tuple[Any, Callable[[Any], torch.Tensor]]:
