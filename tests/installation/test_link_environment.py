@@ -43,7 +43,9 @@ def virtual_environment_with_a_path_file(folder: Path) -> tuple[Path, dict[str, 
 
 
 def python_with_user_packages(folder: Path) -> tuple[Path, dict[str, str]]:
-    python, env = Path(sys._base_executable), {"PYTHONUSERBASE": str(folder)}
+    # sys._base_executable is that of the virtual environment in Python 3.10.
+    python = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    env = {"PYTHONUSERBASE": str(folder)}
     command = (python, "-c", "import site; print(site.getusersitepackages())")
     put_package(Path(run(*command, **env).stdout.strip()))
     return python, env
