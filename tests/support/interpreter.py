@@ -57,15 +57,15 @@ def _replace_builtins_once_a_launch(interpreter: Any) -> None:
 def _compute_types_once(interpreter: Any) -> None:
     """Each operation makes the type of a block and a tensor, and looks for a NumPy dtype. A type checks its shape and
     formats its name, a tensor wraps its sizes, and the table of dtypes is built for each search. Here this is computed
-    once for each element type and shape. Nothing changes a type or a shape later."""
-    core = interpreter.tl.core
+    once for each element type and shape. Nothing changes a type or a shape later. Two blocks whose types have the same
+    shape object are not broadcast."""
+    core, semantic = interpreter.tl.core, interpreter.TritonSemantic
     make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
-    find_dtype = interpreter._get_np_dtype
-    types: dict[
-        Any, dict[str, Any]
-    ] = {}  # the attributes of a type of a block, by the element type's name and the sizes
-    tensors: dict[str, dict[str, Any]] = {}  # those of a tensor, by its type's name
-    dtypes: dict[str, Any] = {}
+    find_dtype, broadcast = interpreter._get_np_dtype, semantic.broadcast_impl_value
+    types: dict[Any, dict[str, Any]] = {}  # the attributes of a block's type, by the element type's name and the sizes
+    shapes: dict[tuple[int, ...], Any] = {}  # the shape of all blocks of these sizes
+    tensors: dict[str, dict[str, Any]] = {}  # the attributes of a tensor, by its type's name
+    dtypes: dict[str, Any] = {}  # of NumPy, by the type's name
 
     @functools.wraps(make_type)
     def make_type_once(self: Any, element_ty: Any, shape: Any) -> None:
@@ -73,6 +73,7 @@ def _compute_types_once(interpreter: Any) -> None:
         key = (element_ty.name, sizes)
         if key not in types:
             make_type(self, element_ty, shape)
+            self.shape = shapes.setdefault(sizes, self.shape)
             types[key] = dict(vars(self))
         vars(self).update(types[key], element_ty=element_ty)
 
@@ -89,5 +90,10 @@ def _compute_types_once(interpreter: Any) -> None:
             dtypes[type.name] = find_dtype(type)
         return dtypes[type.name]
 
+    @functools.wraps(broadcast)
+    def broadcast_different_shapes(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        of_one_shape = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape
+        return (lhs, rhs) if of_one_shape else broadcast(self, lhs, rhs)
+
     core.block_type.__init__, core.tensor.__init__ = make_type_once, make_tensor_once
-    interpreter._get_np_dtype = find_dtype_once
+    interpreter._get_np_dtype, semantic.broadcast_impl_value = find_dtype_once, broadcast_different_shapes

@@ -31,6 +31,7 @@ def test_results_are_those_of_tritons_interpreter():
         for owner, name in (
             (interpreter, "_patch_lang"),
             (interpreter, "_get_np_dtype"),
+            (interpreter.TritonSemantic, "broadcast_impl_value"),
             (core.block_type, "__init__"),
             (core.tensor, "__init__"),
         ):
