@@ -58,6 +58,7 @@ def results(ranks: int) -> dict[str, Any]:
         todo |= {mistake: (jobs.largest_error_with, (mistake,)) for mistake in jobs.MISTAKES}
     else:
         todo |= {f"rounded {case}": (jobs.errors_of_the_ops, (case, torch.bfloat16)) for case in ROUNDED}
+        todo["held"] = (jobs.held, (Case(),))
         todo |= {f"repeats {case}": (jobs.repeats, (case,)) for case in ROUNDED}
     return run(todo, ranks)
 
@@ -112,6 +113,13 @@ def test_a_ring_sends_six_blocks_a_hop_of_key_heads_alone(ranks):
     """k and v forward, k and v backward, dk and dv backward: each W - 1 times."""
     shapes = found(ranks, "sent")
     assert shapes == [(2, 2, TOKENS // ranks, 16)] * 6 * (ranks - 1)
+
+
+@plain_only
+@pytest.mark.once
+def test_a_ring_holds_two_blocks_beside_its_own():
+    """Of keys and values: the block at work and the one that comes. Of their gradients: what came and what comes."""
+    assert found(4, "held") == {torch.bfloat16: 2 * 2, torch.float32: 2 * 2}
 
 
 @plain_only
