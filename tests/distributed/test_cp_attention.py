@@ -13,8 +13,9 @@ import torch.distributed as dist
 if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
+from llama_kernels.distributed import balanced_layout
 from tests.distributed import jobs
-from tests.distributed.cases import TOKENS, Case
+from tests.distributed.cases import TOKENS, Case, doc_starts
 from tests.distributed.processes import run
 from tests.support.environment import INTERPRETED
 from tests.support.judge import UNIT
@@ -23,6 +24,7 @@ plain_only = pytest.mark.skipif(INTERPRETED, reason="sizes of the plain run; the
 
 DOCUMENTS = ((13, 14, 30), (24,))  # across borders of chunks, on one, and a document of one token
 INTERLEAVED = [range(0, TOKENS, 2), range(1, TOKENS, 2)]  # as lists of positions, for two ranks
+BALANCED = [x.tolist() for x in balanced_layout(doc_starts(DOCUMENTS), 4, chunk=4).lists]  # likewise, for four
 OPTIONS = (
     Case(),
     Case(documents=DOCUMENTS, sinks=True),
@@ -32,7 +34,7 @@ OPTIONS = (
     Case(Hkv=1, window_size=(7, -1)),
 )
 METHODS = {2: ("ring", "all_gather", "ulysses"), 4: ("ring", "all_gather", "ulysses", ("ulysses", "ring"))}
-KINDS = {2: ("zigzag", "contiguous", INTERLEAVED), 4: ("zigzag",)}
+KINDS = {2: ("zigzag", "contiguous", INTERLEAVED), 4: ("zigzag", BALANCED)}
 
 
 def in_float64(ranks: int) -> list[Case]:
