@@ -25,7 +25,16 @@ from llama_kernels.core.registry import (
     save,
 )
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
-from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, next_power_of_2, rows_of
+from llama_kernels.core.tensors import (
+    WALKED_DIMS,
+    cdiv,
+    dense_in_order_of,
+    empty_in_order_of,
+    is_dense_in_order_of,
+    last_dim_contiguous,
+    next_power_of_2,
+    rows_of,
+)
 from llama_kernels.ops.partials import sum_partials
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -504,6 +513,9 @@ def _forward_fake(call):
 
 def _forward(call):
     y, s, rstd = _forward_fake(call)
+    if call.residual is not None and call.x.ndim > WALKED_DIMS + 1 and not is_dense_in_order_of(call.x, s):
+        y, summed, rstd = _forward(call._replace(residual=dense_in_order_of(call.x, call.residual)))
+        return y, s.copy_(summed), rstd
     _launch_forward(call, y, None if call.residual is None else s, rstd)
     return y, s, rstd
 
