@@ -120,9 +120,13 @@ def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor
 
 
 def _dsinks(sinks: torch.Tensor | None, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The gradient of sinks, (Hq,) float32, of lse and delta (B, Hq, Sq); zeros where there are none."""
+    """The gradient of sinks, (Hq,) float32, of lse and delta (B, Hq, Sq); zeros where there are none.
+
+    A sink of -inf has no share, not even in a row that sees no key, where lse is -inf too.
+    """
     if sinks is None:
         return delta.new_zeros(lse.shape[1])
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     return -(torch.exp(sinks.float()[:, None] - lse) * delta).sum((0, 2))
 
 

@@ -71,7 +71,7 @@ def _arguments(call: AttentionCall) -> _Arguments:
         left, right = (-1 if side is None else side for side in window)
         see = visible(Sq, Sk, False, (left, right), call.kv_start, call.kv_end, q.device, call.kv_prefix)
         k, v = (x.masked_fill(unseen(see), 0) for x in (k, v))  # keys that no query sees may hold NaN
-        mask = torch.zeros(see.shape).masked_fill(~see, -torch.inf)
+        mask = q.new_zeros(see.shape).masked_fill(~see, -torch.inf)
         mask = mask if see.ndim == 2 else mask.squeeze(1)  # (Sq, Sk) or (B, 1, Sq, Sk)
     k, v = (x.repeat_interleave(sizes.group, 1) for x in (k, v))
     return _Arguments(q, k, v, is_causal, mask)
