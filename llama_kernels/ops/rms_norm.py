@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels import reference
-from llama_kernels.core.checks import check_eps, check_tensors, message, shape_of
+from llama_kernels.core.checks import check_eps, check_offset, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of, shared_bytes_of
 from llama_kernels.core.language import TRITON_VERSION, cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
@@ -809,7 +809,8 @@ def _normed(
     offset: float,
 ) -> tuple[torch.Tensor, ...]:
     """y and, with a residual, residual_out; through autograd where a gradient is wanted."""
-    check_tensors(op, x=x, residual=residual, weight=weight)
+    optional = ("residual", "weight") if op == "rms_norm" else ("weight",)
+    check_tensors(op, optional=optional, x=x, residual=residual, weight=weight)
     if x.ndim == 0:
         raise ValueError(message(op, "x", "a scalar", "a tensor of at least one dimension"))
     if residual is not None and residual.shape != x.shape:
@@ -820,6 +821,7 @@ def _normed(
     residual = None if residual is None else last_dim_contiguous(residual)
     weight = None if weight is None else last_dim_contiguous(weight)
     eps = check_eps(op, eps)
+    check_offset(op, offset)
     if needs_grad(x, residual, weight):
         return _RMSNorm.call(op, x, residual, weight, eps, offset)
     return _rms_norm_forward(x, residual, weight, eps, offset)[:2]
