@@ -74,8 +74,8 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """cos and sin for `rope`, from `rope_frequencies`. Call it once in a forward, for all layers.
 
-    It adds nothing to the state_dict. `.to(dtype)` of a model does not change the dtype of the frequencies. Built on the
-    meta device, it computes them when it gets memory, by `to_empty` or in its first call.
+    It adds nothing to the state_dict. `.to(dtype)` of a model does not change the dtype of the frequencies. If built on
+    the meta device, it computes them when it gets memory, by `to_empty` or in its first call.
 
     Args:
         head_dim, base, scaling, max_position_embeddings: those of `rope_frequencies`.
@@ -144,9 +144,10 @@ class RotaryEmbedding(nn.Module):
         __call__ = forward
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """`fn` may change the dtype, or give memory without numbers, as that of `to_empty` does: only the device is kept.
+        """The frequencies move to another device only: `fn` may change their dtype, or give memory without numbers, as
+        that of `to_empty`.
 
-        Frequencies on meta are computed on the CPU, for the bits of a module that was moved from there.
+        Those on meta are computed on the CPU, for the bits of a module that was moved from there.
         """
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
