@@ -53,6 +53,9 @@ def register(
         if fields != parameters:
             raise ValueError(f"{call.__name__} has the fields {fields}, but the op {name} takes {parameters}.")
         kernel, reference, fake = (_given_whole(call, function) for function in (kernel, reference, fake))
+    if op._schema.is_mutable:
+        kernel = _counting_writes(op, kernel)
+        LIBRARY.impl(name, _with_values_stored(op), "Negative")
     KERNELS[name] = kernel
     LIBRARY.impl(name, kernel, "CUDA")
     LIBRARY.impl(name, kernel if INTERPRETED else _outside_autocast(reference), "CPU")
@@ -98,6 +101,43 @@ def _given_whole(call: Any, function: Callable[[Any], Any]) -> Callable[..., Any
         return function(new(call, args if len(args) == count else args + defaults[len(args) - count :]))
 
     return by_position
+
+
+def _counting_writes(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, which also counts a new version of each tensor that `op` writes into.
+
+    Autograd compares versions: it raises an error where a tensor that it saved for a backward has changed since.
+    """
+    written = _written(op)
+
+    def counted(*args: Any) -> Any:
+        results = kernel(*args)
+        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
+        return results
+
+    return counted
+
+
+def _with_values_stored(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What `op`, which writes into arguments, does where a tensor has the negative bit: its numbers in memory have the
+    opposite sign, as those of the imaginary part of a complex conjugate. PyTorch does this itself for ops that write
+    into nothing; for others it fails where a tensor is None."""
+
+    def stored(*args: Any) -> Any:
+        given = [x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in args]
+        results = op(*given)
+        for i in _written(op):
+            if given[i] is not args[i]:
+                args[i].copy_(given[i])
+        return results
+
+    return stored
+
+
+def _written(op: torch._ops.OpOverload) -> list[int]:
+    """Which of its arguments `op` writes into."""
+    infos = [argument.alias_info for argument in op._schema.arguments]
+    return [i for i, info in enumerate(infos) if info is not None and info.is_write]
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,11 +13,15 @@ from llama_kernels.distributed.transport import all_gather
 
 
 class Parts:
-    """Increasing lists of global positions, each held by one process of a group."""
+    """Increasing lists of global positions, each held by one process of a group.
+
+    Its tensors are no inference tensors, wherever they are made: autograd could not save them for a backward later.
+    """
 
     def __init__(self, lists: Sequence[torch.Tensor]) -> None:
-        self.lists = tuple(lists)
-        self._order = torch.argsort(torch.cat(self.lists))
+        with torch.inference_mode(False):
+            self.lists = tuple(x.clone() if x.is_inference() else x for x in lists)
+            self._order = torch.argsort(torch.cat(self.lists))
         self._on: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     def positions(self, part: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -45,7 +49,8 @@ class Parts:
     def _moved(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The lists, and the order of all their tokens, on `device`."""
         if device not in self._on:
-            self._on[device] = tuple(x.to(device) for x in (*self.lists, self._order))
+            with torch.inference_mode(False):
+                self._on[device] = tuple(x.to(device) for x in (*self.lists, self._order))
         return self._on[device]
 
 

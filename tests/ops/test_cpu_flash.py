@@ -39,6 +39,23 @@ def test_the_flash_kernel_runs_forward_and_backward(options):
     assert forward.call_count == backward.call_count == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(dtype):
+    """Of a program that builds its model after torch.set_default_dtype(torch.bfloat16)."""
+    options = {"window_size": (5, 0), "kv_end": torch.full((1, 20), 15, dtype=torch.int32)}
+    torch.manual_seed(0)
+    leaves = qkv()
+    expected = lk.attention(*leaves, **options)
+    grads = torch.autograd.grad(expected.sum(), leaves)
+    torch.set_default_dtype(dtype)
+    try:
+        out = lk.attention(*leaves, **options)
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, torch.autograd.grad(out.sum(), leaves), grads))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_flash_kernel_runs_for_each_sequence_of_a_packed_batch():
     q, k, v = (x.detach()[0].transpose(0, 1) for x in qkv())
     bounds = torch.tensor([0, 5, 20], dtype=torch.int32)

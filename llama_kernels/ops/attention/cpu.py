@@ -93,7 +93,8 @@ def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor
         grads = cpu_formulas.backward(call, results, _delta(results))
     if call.sinks is None:
         return *grads, results.lse.new_zeros(call.q.shape[1])
-    shares = torch.exp(call.sinks.float()[:, None] - results.lse)  # of the sinks in the softmax of each row
+    lse = results.lse.masked_fill(results.lse == -torch.inf, torch.inf)  # rows that see nothing, where the sink is -inf
+    shares = torch.exp(call.sinks.float()[:, None] - lse)  # of the sinks in the softmax of each row
     return *grads, -(shares * _delta(results)).sum((0, 2))
 
 
