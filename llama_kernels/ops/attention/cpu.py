@@ -27,12 +27,7 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse in float32."""
-    out, lse = cpu_flash.flash_forward(call) if cpu_flash.takes(call) else cpu_formulas.forward(call)
-    if call.sinks is None:
-        return out, lse
-    with_sink = torch.logaddexp(lse, call.sinks.float()[:, None])  # one more score in each row, which has no value
-    share = torch.exp(lse - with_sink).masked_fill_(lse == -torch.inf, 0)
-    return out.mul_(share.unsqueeze(-1)), with_sink
+    return cpu_flash.flash_forward(call) if cpu_flash.takes(call) else cpu_formulas.forward(call)
 
 
 def _stored(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,16 @@ def takes(call: AttentionCall) -> bool:
 
 
 def flash_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse without sinks, in float32. A row that sees no key gives 0 and -inf."""
+    """out and lse in float32. A row that sees no key gives 0, and -inf or its sink."""
+    out, lse = _without_sinks(call)
+    if call.sinks is None:
+        return out, lse
+    with_sink = torch.logaddexp(lse, call.sinks.float()[:, None])  # one more score in each row, which has no value
+    share = torch.exp(lse - with_sink).masked_fill_(lse == -torch.inf, 0)
+    return out.mul_(share.unsqueeze(-1)), with_sink
+
+
+def _without_sinks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = _float32(call)
     is_causal = _is_causal(call)
     if is_causal is not None:

@@ -14,16 +14,20 @@ _ROWS = 64  # of q at a time
 
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of the dense `call` without its sinks, in float32. A row that sees no key gives 0 and -inf."""
+    """out and lse of the dense `call`, in float32. A row that sees no key gives 0, and -inf or its sink."""
     out, lse = empty_results(call)
+    if call.sinks is not None:  # one more score in each row, which has no value
+        lse.copy_(call.sinks[:, None])
     k, v = (_float32(x) for x in (call.k, call.v))
     for chunk in chunks(call, _ROWS):
         s = _scores(call, _rows_of(call.q, call, chunk), chunk.of_keys(k).flatten(0, 1))
         if call.softcap is not None:
             s.tanh_().mul_(call.softcap)
         _hide(s, -torch.inf, call, chunk)
-        top = s.amax(-1, keepdim=True).clamp_min_(torch.finfo(s.dtype).min)  # exp(-inf + inf) is NaN
-        mass = s.sub_(top).exp_().sum(-1, keepdim=True)
+        sink = _rows_of(lse.unsqueeze(-1), call, chunk)  # -inf where there are none
+        top = torch.maximum(s.amax(-1, keepdim=True), sink)
+        top.clamp_min_(torch.finfo(s.dtype).min)  # of a row that sees no key: exp(-inf + inf) is NaN
+        mass = s.sub_(top).exp_().sum(-1, keepdim=True).add_(sink.sub_(top).exp_())
         part = torch.bmm(s, chunk.of_keys(v).flatten(0, 1)).div_(mass.masked_fill(mass == 0, 1))
         _store(out, part, call, chunk)
         _store(lse.unsqueeze(-1), mass.log_().add_(top), call, chunk)
