@@ -62,7 +62,7 @@ class Layout(Parts):
         ranks: processes that share it. Each holds tokens / ranks of them.
         kind: "zigzag": the sequence is cut into 2 ranks chunks, and rank r holds chunks r and 2 ranks - 1 - r, which
             gives each rank the same work under a causal mask. "contiguous": rank r holds the r-th chunk of `ranks`. Or
-            a list of positions for each rank, each increasing, as a load balancer that knows the documents makes them.
+            a list of positions for each rank, each increasing; `balanced_layout` makes those for packed documents.
 
     Raises:
         ValueError: tokens cannot be divided so, or the lists are not increasing or do not hold each token once.
