@@ -81,11 +81,13 @@ def attention_forward(
         out (B, Sq, Hq, D), and the attention weights: None where a kernel ran, otherwise those of stock attention.
 
     Raises:
+        TypeError: the caller's own mask holds integers.
         ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask or
             passes arguments that are not those above, or the call is inside PyTorch's context_parallel.
     """
     _refuse_context_parallel()
     _refuse_other_attention(module)
+    _refuse_integers(attention_mask)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if has_prefix(attention_mask):
@@ -335,6 +337,17 @@ def _refuse_other_attention(module: nn.Module) -> None:
         fix = "Use attn_implementation='eager' or 'sdpa' for this model."
         wanted = "a layer that passes its attention_mask on unchanged, and arguments that every attention function has"
         raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}: {reason}", wanted, fix))
+
+
+def _refuse_integers(mask: torch.Tensor | None) -> None:
+    """Raise if `mask` is the caller's, of integers: neither a packed mask, which has no dimension of queries, nor one
+    that SDPA takes. Eager attention would add 0 and 1 to the scores."""
+    if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
+        return
+    if mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[2] > 1:
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        wanted = "bool, or numbers to add to the scores"
+        raise TypeError(message("attention_forward", "attention_mask", got, wanted, "Pass attention_mask.bool()."))
 
 
 def why_other_attention(forward: Any) -> str | None:

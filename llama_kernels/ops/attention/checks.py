@@ -22,6 +22,7 @@ from llama_kernels.ops.attention.call import AttentionCall
 _WIDEST_HEAD_OF_Q, _WIDEST_HEAD_OF_V = 576, 512
 # A window as wide as this hides no key. A wider one would overflow where positions are added to it.
 _WIDEST = 2**30
+_LONGEST = 2**31 - 1  # of a sequence, as a number that the kernels negate in 32 bits
 
 
 class Packing(NamedTuple):
@@ -78,8 +79,8 @@ def checked_call(
         kv_end,
         None if packing is None else packing.cu_seqlens_q.contiguous(),
         None if packing is None else packing.cu_seqlens_k.contiguous(),
-        q.shape[2] if packing is None else packing.max_seqlen_q,
-        k.shape[2] if packing is None else packing.max_seqlen_k,
+        q.shape[2] if packing is None else min(packing.max_seqlen_q, _LONGEST),
+        k.shape[2] if packing is None else min(packing.max_seqlen_k, _LONGEST),
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap or None,
         None if left < 0 else min(left, _WIDEST),
