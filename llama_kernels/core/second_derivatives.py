@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llama_kernels.core.registry import is_differentiated_again, save
+from llama_kernels.core.autograd import is_differentiated_again, save
 
 
 def with_derivatives_of(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from llama_kernels.core.autograd import refuse_double_backward
 from llama_kernels.core.checks import check_tensors, message, shape_of
 from llama_kernels.core.dtensors import is_dtensor
-from llama_kernels.core.registry import refuse_double_backward
 from llama_kernels.distributed import blocks
 from llama_kernels.distributed.all_gather import Gathered
 from llama_kernels.distributed.blocks import Mask, Reach, Row, Scores

@@ -7,17 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels import reference
+from llama_kernels.core.autograd import Differentiable, needs_grad, save
 from llama_kernels.core.checks import check_eps, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of
 from llama_kernels.core.language import cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.registry import (
-    Differentiable,
-    needs_grad,
-    register,
-    register_gradient,
-    save,
-)
+from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
 from llama_kernels.core.tensors import (
     cdiv,

@@ -7,18 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels import reference
+from llama_kernels.core.autograd import Differentiable, needs_grad, save, transforms_are_active
 from llama_kernels.core.checks import check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of
 from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.registry import (
-    Differentiable,
-    needs_grad,
-    register,
-    register_gradient,
-    save,
-    transforms_are_active,
-)
+from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, optional_strides_of, sizes_of
 from llama_kernels.ops.rotation import (
     Axes,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
+from llama_kernels.core.autograd import Differentiable, needs_grad, refuse_double_backward
 from llama_kernels.core.checks import message, shape_of
-from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register
+from llama_kernels.core.registry import register
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import MOST_COLUMNS, launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from llama_kernels.core.autograd import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
 from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_are_checked
-from llama_kernels.core.registry import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
 from llama_kernels.core.tensors import sizes_of
 from llama_kernels.ops.rotation import full_width
 

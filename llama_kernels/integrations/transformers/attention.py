@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llama_kernels.core.autograd import Differentiable, needs_grad
 from llama_kernels.core.checks import KERNEL_DTYPES, message
-from llama_kernels.core.registry import Differentiable, needs_grad
 from llama_kernels.integrations.transformers.intervals import Window
 from llama_kernels.integrations.transformers.masks import (
     KeyRanges,

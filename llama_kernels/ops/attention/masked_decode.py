@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 
+from llama_kernels.core.autograd import needs_grad
 from llama_kernels.core.checks import check_tensors, message, shape_of
-from llama_kernels.core.registry import needs_grad, register
+from llama_kernels.core.registry import register
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs
 from llama_kernels.ops.attention.checks import checked_call

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.autograd import Differentiable, needs_grad, refuse_double_backward
+from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, empty_outputs
