@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -46,12 +46,26 @@ def values_are_checked(x: torch.Tensor) -> bool:
 
 
 def check_eps(op: str, eps: float | None) -> float:
-    """`eps` as a number. None: that of torch.float32, as in F.rms_norm, which computes in float32."""
+    """`eps` as a number. None: that of torch.float32, as in F.rms_norm, which computes in float32.
+
+    Raises:
+        TypeError: eps is not a number.
+        ValueError: eps is negative or NaN.
+    """
     if eps is None:
         return _FLOAT32_EPS
-    if not eps >= 0:
-        raise ValueError(message(op, "eps", eps, "a number that is not negative, or None"))
+    check_number(op, "eps", eps, "a number that is not negative, or None", lambda eps: eps >= 0)
     return eps
+
+
+def check_number(op: str, argument: str, x: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+    """Raise a ValueError unless holds(x), and a TypeError if x is not a number. wanted: what holds(x) means."""
+    try:
+        if holds(x):
+            return
+    except TypeError:
+        raise TypeError(message(op, argument, repr(x), wanted)) from None
+    raise ValueError(message(op, argument, x, wanted))
 
 
 DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
@@ -67,13 +81,21 @@ def fix_for_device(op: str) -> str:
 
 
 def shape_of(x: torch.Tensor) -> str:
+    """For an error: the shape of an argument."""
     return f"of shape {tuple(x.shape)}"
 
 
 def check_tensors(
     op: str, dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES, **tensors: torch.Tensor | None
 ) -> None:
-    """Raise unless each tensor is of one of `dtypes` (None: any floating dtype) and on the device of the first."""
+    """Raise unless each argument is None or a tensor of one of `dtypes`, on the device of the first.
+
+    dtypes: None for any floating dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has another dtype.
+        ValueError: a tensor is on another device than the first, or on a device without kernels.
+    """
     device = None
     for name, x in tensors.items():
         if x is None:
@@ -85,10 +107,13 @@ def check_tensors(
                 raise TypeError(message(op, name, x.dtype, "a floating-point tensor"))
         elif x.dtype not in dtypes:
             fix = f"llama_kernels.reference.{op} takes any floating dtype." if x.dtype == torch.float64 else ""
+            if len(dtypes) == 1:
+                fix = f"Pass {name}.to({dtypes[0]})."
             raise TypeError(message(op, name, x.dtype, " or ".join(map(str, dtypes)), fix))
         if device is None:
             first, device = name, x.device
             if device.type not in KERNEL_DEVICES and device.type != "meta":
                 raise ValueError(message(op, name, f"on {device}", DEVICES_TAKEN, fix_for_device(op)))
         elif x.device != device:
-            raise ValueError(message(op, name, f"on {x.device}", f"the device of {first}, {device}"))
+            wanted, fix = f"the device of {first}, {device}", f"Pass {name}.to({first}.device)."
+            raise ValueError(message(op, name, f"on {x.device}", wanted, fix))
