@@ -90,7 +90,7 @@ def _delta_kernel(
 
 
 class _Packing(NamedTuple):
-    """What the launch before this one takes: see tile_list.py."""
+    """Of a packed batch: the arguments of `list_tiles`, whose launch comes before this one."""
 
     lists: TileLists
     cu_seqlens_q: torch.Tensor
@@ -99,8 +99,12 @@ class _Packing(NamedTuple):
 
 
 @cached_launch
-def _launches(o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, packing: _Packing | None, sizes) -> list[Launch]:
-    sizes = Sizes(*sizes)
+def _launches(
+    results: Results, lse2: torch.Tensor, delta: torch.Tensor, dq_sum: torch.Tensor | None, sinks: torch.Tensor | None,
+    shares: torch.Tensor | None, packing: _Packing | None, sizes: Sizes,
+) -> list[Launch]:  # fmt: skip
+    """shares: (programs / Hq, Hq) float32, what each program adds to dsinks; None, as sinks, where not wanted."""
+    o, lse, do, dlse = results
     BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _rows_per_program(o)
     launches, list_q, cu_seqlens_q = [], None, None
     if packing is not None:
@@ -137,7 +141,7 @@ def launch_delta(
     dsinks has no elements where it is not wanted. dq_sum, unless it is None, is zeroed. Packed, `lists` and `fill` are
     written first.
     """
-    out, lse, do, dlse = results
+    out, lse = results.out, results.lse
     sinks, shares = None, None
     rows = (cdiv(sizes.Sq, PADDING.value) + (sizes.B if call.packed else 0)) * PADDING.value
     shape = (*lse.shape[:-1], rows)
@@ -148,5 +152,5 @@ def launch_delta(
     if dsinks.numel():
         sinks, shares = call.sinks, lse.new_empty(programs // sizes.Hq, sizes.Hq)  # heads run fastest over the programs
     packing = lists and _Packing(lists, call.cu_seqlens_q, call.cu_seqlens_k, fill)
-    _launches(out, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, packing, tuple(sizes))
+    _launches(results, lse2, delta, dq_sum, sinks, shares, packing, sizes)
     return lse2, delta, dsinks if shares is None else shares.sum(0).to(dsinks.dtype)

@@ -23,9 +23,9 @@ from llama_kernels.ops.rotation import Tables, inverse_rotation
 @triton.jit
 def _rows_by_bounds(kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, first, last,
                     Sk, CHUNK: tl.constexpr):  # fmt: skip
-    """The range of rows that see one of the keys first to last, and the range of keys that a row sees.
+    """By kv_start and kv_end: the rows that may see one of the keys first to last, and the keys that any row sees.
 
-    As far as kv_start and kv_end say, which need not be sorted. Both ranges are (begin, end).
+    Both are ranges, (begin, end). The bounds of rows need not be sorted.
     """
     begin, end = Sq, 0
     lowest, past = Sk, 0
@@ -81,8 +81,8 @@ def _add_dkdv(
     """dk and dv after the row blocks in [begin, end) of every head of the group. Scores are transposed: [keys, rows].
 
     Rows past Sq add nothing, since their lse2 is inf and so their p is 0. Keys past Sk are never stored.
-    If there is a mask, every block computes it. Separate loops for the blocks at its edges would cost more, in
-    registers and in pipelines filled for each head. To save registers nothing is hoisted out of the loops either.
+    If there is a mask, every block computes it. Separate loops for the blocks at its edges would cost more: registers,
+    and a pipeline to fill in each loop of each head. To save registers, nothing is hoisted out of the loops.
     """
     BOUNDED: tl.constexpr = kv_start_ptr is not None or kv_end_ptr is not None
     MASKED: tl.constexpr = mask.left is not None or mask.right is not None or BOUNDED

@@ -30,7 +30,7 @@ def _by(run: Callable[[AttentionCall, torch.Tensor], torch.Tensor]) -> Callable[
 
 
 def _plain(call: AttentionCall, key_mask: torch.Tensor) -> torch.Tensor:
-    """Attention to the visible keys of one sequence at a time, where kv_start and kv_end count visible keys."""
+    """The op in plain PyTorch: one sequence at a time, without its hidden keys. The bounds are counted anew."""
     out, _ = empty_outputs(call)
     for b, visible in enumerate(key_mask):
         one = slice(b, b + 1)

@@ -1,18 +1,23 @@
 """Attention backward for Hopper (FlashAttention-3, arXiv 2407.08608): one pass, five products.
 
-A program keeps dk and dv of a tile of keys in registers, and streams the query rows of the whole group. The copy engine
-adds up dq in float32, in the order in which the programs finish, so its last bits differ from run to run. With
+A program keeps dk and dv of 128 keys in registers, and streams the query rows of the whole group. The copy engine adds
+up dq in float32, in the order in which the programs finish, so its last bits differ from run to run. With
 deterministic=True the portable kernels run instead, which compute the scores twice.
+
+The warps are specialised as in forward.py: one warp loads (`_produce`), one stores (`_write`), and two groups of four
+warps compute 64 keys each (`_consume`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
-from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs
 from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -73,20 +78,22 @@ class Buffers(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    kv_filled: gl.shared_memory_descriptor
-    q_filled: gl.shared_memory_descriptor  # with lse2
-    do_filled: gl.shared_memory_descriptor  # with delta
-    freed: gl.shared_memory_descriptor  # of both
-    ds_filled: gl.shared_memory_descriptor
-    ds_freed: gl.shared_memory_descriptor
-    dq_filled: gl.shared_memory_descriptor
-    dq_freed: gl.shared_memory_descriptor
-    dkdv_filled: gl.shared_memory_descriptor
+    """Who waits for whom. Each field holds one barrier, or one for each slot of a ring, or for each consumer."""
+
+    kv_filled: gl.shared_memory_descriptor  # the copy engine has loaded k and v of both consumers
+    q_filled: gl.shared_memory_descriptor  # of a slot: the copy engine has loaded q and lse2
+    do_filled: gl.shared_memory_descriptor  # of a slot: the copy engine has loaded do and delta
+    freed: gl.shared_memory_descriptor  # of a slot: both consumers have read all four
+    ds_filled: gl.shared_memory_descriptor  # where dq is shared: both consumers have written ds
+    ds_freed: gl.shared_memory_descriptor  # where dq is shared: both consumers have read ds
+    dq_filled: gl.shared_memory_descriptor  # of a consumer: its tile of dq is in shared memory
+    dq_freed: gl.shared_memory_descriptor  # of a consumer: the copy engine has read that tile
+    dkdv_filled: gl.shared_memory_descriptor  # of a consumer: its dk and dv are in shared memory
 
 
 @jit
 def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, where, walk, STAGES: gl.constexpr):
-    """One warp: loads keys and values, then the rows of every head of the group, as the consumers free slots."""
+    """The producer: loads keys and values, then the rows of every head of the group, as slots become free."""
     mbarrier.expect(bars.kv_filled.index(0), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for c in gl.static_range(2):
         at = coordinates(k_desc, where.b, where.h_kv, where.k_start, where.Sk, where.n + 64 * c)
@@ -199,7 +206,7 @@ def _steps(
 
 @jit
 def _consume(buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr):
-    """Warp group C of two: dk and dv of 64 keys, written where their k and v were."""
+    """Consumer C of two: computes dk and dv of 64 keys, and writes them where their k and v were."""
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -275,16 +282,16 @@ def _hopper_backward_kernel(
 
 @cached_launch
 def _launches(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation: Rotation,
-    lists: TileLists | None,
+    call: AttentionCall, tile: HopperTile, rows: RowInputs, dq_sum: torch.Tensor, grads: Grads,
+    unrotated: torch.Tensor | None, rotation: Rotation, lists: TileLists | None,
 ) -> list[Launch]:  # fmt: skip
     """unrotated: dk before the inverse rotation; None where there is none."""
-    sizes = call.sizes
+    sizes, (dq, dk, dv) = call.sizes, grads
     list_q, list_k = lists or (None, None)
     dk_sum = dk if unrotated is None else unrotated
     args = (
-        *(describe(x, 64, tile.width) for x in (call.q, call.k, call.v, do)),
-        describe_rows(lse2, 64), describe_rows(delta, 64),
+        *(describe(x, 64, tile.width) for x in (call.q, call.k, call.v, rows.do)),
+        describe_rows(rows.lse2, 64), describe_rows(rows.delta, 64),
         describe(dq_sum, 64, 64), describe(dk_sum, 64, tile.width), describe(dv, 64, tile.width),
         call.cu_seqlens_q, call.cu_seqlens_k, list_k, sizes.as_arguments(), call.scoring, call.window,
     )  # fmt: skip
@@ -303,13 +310,13 @@ def _launches(
 
 
 def launch_hopper_backward(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, rotation: Rotation,
+    call: AttentionCall, tile: HopperTile, rows: RowInputs, dq_sum: torch.Tensor, grads: Grads, rotation: Rotation,
     lists: TileLists | None,
 ) -> None:  # fmt: skip
-    """Fill dq, dk and dv. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
+    """Fill `grads`, all three of which are wanted. dq_sum: float32 zeros in the shape of dq.
 
-    rotation: of q and k before the call. dq gets its inverse where its sum is rounded; dk, which the kernel writes
-    rounded, in a launch of its own.
+    rotation: of q and k before the call. dq gets its inverse where its sum is rounded. dk, which the kernel writes
+    rounded, gets it in a launch of its own.
     """
-    unrotated = empty_in_order_of(dk) if rotation.half else None
-    _launches(call, tile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation, lists)
+    unrotated = empty_in_order_of(grads.dk) if rotation.half else None
+    _launches(call, tile, rows, dq_sum, grads, unrotated, rotation, lists)

@@ -1,4 +1,8 @@
-"""Attention forward for Hopper (FlashAttention-3, arXiv 2407.08608): the kernel and its launcher."""
+"""Attention forward for Hopper (FlashAttention-3, arXiv 2407.08608): the kernel and its launcher.
+
+A program computes 128 query rows of one head. Its warps are specialised: one warp loads and stores (`_produce`), and
+two groups of four warps compute 64 rows each (`_consume`). `_hopper_forward_kernel`, below, sets them up.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ from llama_kernels.ops.attention.softmax import logits
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
 from llama_kernels.ops.attention.tiles import offset, query_tile, sequence, tiles_of_program
 
-# From Triton 3.9 on, the code of width 256 with a window has no two registers left.
+# Whether two registers are left for `kv_end` at width 256 with a window. From Triton 3.9 on they are not.
 _ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
 
 
@@ -63,13 +67,15 @@ class Buffers(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    q_filled: gl.shared_memory_descriptor
-    k_filled: gl.shared_memory_descriptor
-    k_freed: gl.shared_memory_descriptor
-    v_filled: gl.shared_memory_descriptor
+    """Who waits for whom. Each field holds one barrier for each slot of a ring, or for each consumer."""
+
+    q_filled: gl.shared_memory_descriptor  # of a consumer: the copy engine has loaded its q
+    k_filled: gl.shared_memory_descriptor  # of a slot: the copy engine has loaded the keys
+    k_freed: gl.shared_memory_descriptor  # of a slot: both consumers have read the keys
+    v_filled: gl.shared_memory_descriptor  # likewise of values
     v_freed: gl.shared_memory_descriptor
-    turn: gl.shared_memory_descriptor
-    o_filled: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor  # of a consumer: the other one has issued its products
+    o_filled: gl.shared_memory_descriptor  # of a consumer: its output is in shared memory
 
 
 @jit
@@ -85,7 +91,7 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 def _produce(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):
-    """One warp: loads q, then keys and values into their rings as the consumers free slots, and stores out and lse."""
+    """The producer: loads q, then keys and values into their rings as slots become free, and stores out and lse."""
     for c in gl.static_range(2):
         bar = bars.q_filled.index(c)
         mbarrier.expect(bar, q_desc.block_type.nbytes)
@@ -114,7 +120,10 @@ def _produce(
 
 @jit
 def _softmax(s, mass, peak, mask, i, n, scoring, MASKED: gl.constexpr):
-    """Of scores s [64, BLOCK_N], where the first key is n: p, the factor for the sums so far, the new mass and peak."""
+    """One step of the online softmax for scores s [64, BLOCK_N] of the keys from n on.
+
+    Returns p, the factor that rescales the sums so far, and the new mass and peak.
+    """
     s = logits(s, scoring)
     if MASKED:
         j = n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
@@ -133,8 +142,10 @@ def _steps(
     acc, p, mass, peak, q, buffers, bars, mask, i, walk, begin, end, scoring,
     C: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Steps from begin to end. p is that of the step before: its product with v runs under this step's softmax, and the
-    other consumer's products under both."""
+    """The steps in [begin, end). p is that of the step before.
+
+    While a step computes its softmax, the tensor cores run p @ v of the step before, and the other consumer's products.
+    """
     BLOCK_N: gl.constexpr = buffers.k.shape[-2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     for step in range(begin, end):
@@ -161,7 +172,7 @@ def _steps(
 
 @jit
 def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl.constexpr, STAGES: gl.constexpr):
-    """Warp group C of two: the output of 64 rows, written where their q was."""
+    """Consumer C of two: computes the output of 64 rows, and writes it where their q was."""
     BLOCK_N: gl.constexpr = buffers.k.shape[-2]
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -277,5 +288,5 @@ def _launches(
 def launch_hopper_forward(
     call: AttentionCall, tile: HopperTile, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
 ) -> None:
-    """Fill o and lse. tile: that which dispatch.py gave the call."""
+    """Fill o and lse. tile: the one that dispatch.py chose for the call. lists: of a packed call, to be written."""
     _launches(call, tile, o, lse, lists)
