@@ -128,6 +128,7 @@ class RotaryEmbedding(nn.Module):
         __call__ = forward
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
+        """What `.to` and the like call. It moves the frequencies, and keeps their dtype."""
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
