@@ -134,7 +134,7 @@ def prefix_one_too_long(mask, i, j):
 
 @triton.jit
 def rows_of_the_prefix_skipped(
-    ptr, strides, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+    bounds, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     return begin, end, Sk
 
