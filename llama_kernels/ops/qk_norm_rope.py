@@ -37,6 +37,7 @@ from llama_kernels.core.tensors import (
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.ops.rotation import (
     Axes,
+    HeadTensor,
     HeadTile,
     Tables,
     angle_arguments,
@@ -48,6 +49,7 @@ from llama_kernels.ops.rotation import (
     rotate,
     rotation_of,
     store_pairs,
+    token_ptrs,
 )
 from llama_kernels.ops.rotation_checks import check_angles, check_heads, tokens_of
 from llama_kernels.reference.rope import OptionalTensor, rope_transpose
@@ -154,39 +156,38 @@ def _tangent_of(x, t, rstd, scales, dscales, D: tl.constexpr):
 
 @triton.jit
 def _forward_heads(
-    x_ptr, t_ptr, weight_ptr, dweight_ptr, y_ptr, x_strides, t_strides, y_strides, b, s, live, angles, H, eps, offset,
+    x, t, weight_ptr, dweight_ptr, y, b, s, live, angles, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate every head of the tokens (b, s), and store it in y.
+    """Normalise and rotate every head of the tokens (b, s) of x, and store it in y. x, t, y: `HeadTensor`.
 
-    With t, the tangent of x, store the tangent of that result instead.
+    With t, the tangent of x, store the tangent of that result instead. Without, t.ptr is None.
     """
     if D == 2 * HALF:
         scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-    x_tokens = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None]  # [BLOCK_T, 1], int64
-    y_tokens = y_ptr + (b * y_strides[0] + s * y_strides[2])[:, None]
+    x_tokens, y_tokens = token_ptrs(x, b, s), token_ptrs(y, b, s)  # [BLOCK_T, 1]
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H)
         present = live[:, None] & (h < H)[None, :]
-        x_ptrs = x_tokens + h.to(tl.int64)[None, :] * x_strides[1]  # [BLOCK_T, BLOCK_H]
-        y_ptrs = y_tokens + h.to(tl.int64)[None, :] * y_strides[1]
-        x = _load_vectors(x_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
-        rstd = inverse_root(_inner_products(x, x) / D + eps)
+        x_ptrs = x_tokens + h.to(tl.int64)[None, :] * x.strides[1]  # [BLOCK_T, BLOCK_H]
+        y_ptrs = y_tokens + h.to(tl.int64)[None, :] * y.strides[1]
+        vectors = _load_vectors(x_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+        rstd = inverse_root(_inner_products(vectors, vectors) / D + eps)
         if D > 2 * HALF:  # registers do not hold the weights of both parts from head to head
             scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-        if t_ptr is None:
-            y = _scaled(_times(x, rstd), scales)
+        if t.ptr is None:
+            normed = _scaled(_times(vectors, rstd), scales)
         else:
-            t_ptrs = t_ptr + (b * t_strides[0] + s * t_strides[2])[:, None] + h.to(tl.int64)[None, :] * t_strides[1]
-            t = _load_vectors(t_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+            t_ptrs = token_ptrs(t, b, s) + h.to(tl.int64)[None, :] * t.strides[1]
+            tangents = _load_vectors(t_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
             zero = tl.zeros([1, 1, 1], tl.float32)
             dscales = Vectors(zero, zero, zero)
             if dweight_ptr is not None:
                 dscales = _load_scales(dweight_ptr, 0.0, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-            y = _tangent_of(x, t, rstd, scales, dscales, D)
-        y0, y1 = rotate(y.x0, y.x1, angles)
-        _store_vectors(y_ptrs, present, Vectors(y0, y1, y.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+            normed = _tangent_of(vectors, tangents, rstd, scales, dscales, D)
+        y0, y1 = rotate(normed.x0, normed.x1, angles)
+        _store_vectors(y_ptrs, present, Vectors(y0, y1, normed.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "axes_count"])
@@ -217,26 +218,26 @@ def _qk_norm_rope_forward_kernel(
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
     _forward_heads(
-        q_ptr, tq_ptr, q_weight_ptr, dq_weight_ptr, q_out_ptr, q_strides, tq_strides, q_out_strides,
-        b, s, live, angles, Hq, eps, offset,
+        HeadTensor(q_ptr, q_strides), HeadTensor(tq_ptr, tq_strides), q_weight_ptr, dq_weight_ptr,
+        HeadTensor(q_out_ptr, q_out_strides), b, s, live, angles, Hq, eps, offset,
         D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
     )  # fmt: skip
     if k_ptr is not None:
         _forward_heads(
-            k_ptr, tk_ptr, k_weight_ptr, dk_weight_ptr, k_out_ptr, k_strides, tk_strides, k_out_strides,
-            b, s, live, angles, Hkv, eps, offset,
+            HeadTensor(k_ptr, k_strides), HeadTensor(tk_ptr, tk_strides), k_weight_ptr, dk_weight_ptr,
+            HeadTensor(k_out_ptr, k_out_strides), b, s, live, angles, Hkv, eps, offset,
             D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_heads(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, dy_strides, x_strides, dx_strides, tables, axes,
+    dy_heads, x_heads, weight_ptr, dx_heads, dw_ptr, tables, axes,
     first, programs, B, S, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx of every `programs`-th tile of BLOCK_T tokens by BLOCK_H heads, from tile `first` on.
+    """dx of every `programs`-th tile of BLOCK_T tokens by BLOCK_H heads, from tile `first` on. *_heads: `HeadTensor`.
 
     The sum of these tiles for dweight goes to row `first` of dw (programs, D).
     """
@@ -255,9 +256,9 @@ def _backward_heads(
         present = live[:, None] & (h < H)[None, :]
         angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
         heads = h.to(tl.int64)[None, :]
-        x_ptrs = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None] + heads * x_strides[1]
-        dy_ptrs = dy_ptr + (b * dy_strides[0] + s * dy_strides[2])[:, None] + heads * dy_strides[1]
-        dx_ptrs = dx_ptr + (b * dx_strides[0] + s * dx_strides[2])[:, None] + heads * dx_strides[1]
+        x_ptrs = token_ptrs(x_heads, b, s) + heads * x_heads.strides[1]
+        dy_ptrs = token_ptrs(dy_heads, b, s) + heads * dy_heads.strides[1]
+        dx_ptrs = token_ptrs(dx_heads, b, s) + heads * dx_heads.strides[1]
         x = _load_vectors(x_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
         dy = _load_vectors(dy_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
         g0, g1 = rotate(dy.x0, dy.x1, angles)
@@ -306,15 +307,15 @@ def _qk_norm_rope_backward_kernel(
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     if pid < q_programs:
         _backward_heads(
-            dq_ptr, q_ptr, q_weight_ptr, dq_out_ptr, dq_weight_ptr,
-            dq_strides, q_strides, dq_out_strides, tables, axes,
+            HeadTensor(dq_ptr, dq_strides), HeadTensor(q_ptr, q_strides), q_weight_ptr,
+            HeadTensor(dq_out_ptr, dq_out_strides), dq_weight_ptr, tables, axes,
             pid, q_programs, B, S, Hq, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif k_ptr is not None:
         _backward_heads(
-            dk_ptr, k_ptr, k_weight_ptr, dk_out_ptr, dk_weight_ptr,
-            dk_strides, k_strides, dk_out_strides, tables, axes,
+            HeadTensor(dk_ptr, dk_strides), HeadTensor(k_ptr, k_strides), k_weight_ptr,
+            HeadTensor(dk_out_ptr, dk_out_strides), dk_weight_ptr, tables, axes,
             pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip

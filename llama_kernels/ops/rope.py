@@ -23,6 +23,7 @@ from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, optional_strides_of, sizes_of
 from llama_kernels.ops.rotation import (
     Axes,
+    HeadTensor,
     Tables,
     angle_arguments,
     axes_count,
@@ -34,6 +35,7 @@ from llama_kernels.ops.rotation import (
     rotation_of,
     row_strides,
     store_pairs,
+    token_ptrs,
 )
 from llama_kernels.ops.rotation_checks import (
     check_angles,
@@ -50,22 +52,21 @@ from llama_kernels.reference.rope import OptionalTensor, rope_transpose
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, y_ptr, x_strides, y_strides, b, s, t, live, angles, H,
+    x, y, b, s, t, live, angles, H,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INPLACE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Rotate every head of the tokens (b, s) of x, and store it as token (b, t) of y.
+    """Rotate every head of the tokens (b, s) of x, and store it as token (b, t) of y. x, y: `HeadTensor`.
 
     Elements past the rotated width are copied. HALF = 0: all are.
     """
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    x_tokens = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None]  # [BLOCK_T, 1], int64
-    y_tokens = y_ptr + (b * y_strides[0] + t * y_strides[2])[:, None]
+    dtype: tl.constexpr = y.ptr.dtype.element_ty
+    x_tokens, y_tokens = token_ptrs(x, b, s), token_ptrs(y, b, t)  # [BLOCK_T, 1]
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H)
         present = live[:, None] & (h < H)[None, :]
-        x_vectors = x_tokens + h.to(tl.int64)[None, :] * x_strides[1]  # [BLOCK_T, BLOCK_H]
-        y_vectors = y_tokens + h.to(tl.int64)[None, :] * y_strides[1]
+        x_vectors = x_tokens + h.to(tl.int64)[None, :] * x.strides[1]  # [BLOCK_T, BLOCK_H]
+        y_vectors = y_tokens + h.to(tl.int64)[None, :] * y.strides[1]
         if HALF:
             x0, x1 = load_pairs(x_vectors, present, HALF, INTERLEAVED, BLOCK_R)  # [BLOCK_T, BLOCK_H, BLOCK_R]
             y0, y1 = rotate(x0, x1, angles)
@@ -106,7 +107,7 @@ def _rope_kernel(
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
     _rotate_heads(
-        q_ptr, q_out_ptr, q_strides, q_out_strides, b, s, s, live, angles, Hq,
+        HeadTensor(q_ptr, q_strides), HeadTensor(q_out_ptr, q_out_strides), b, s, s, live, angles, Hq,
         D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
     )  # fmt: skip
     t = s
@@ -115,13 +116,13 @@ def _rope_kernel(
         live = (t >= 0) & (t < slots)
     if k_ptr is not None:
         _rotate_heads(
-            k_ptr, k_out_ptr, k_strides, k_out_strides, b, s, t, live, angles, Hkv,
+            HeadTensor(k_ptr, k_strides), HeadTensor(k_out_ptr, k_out_strides), b, s, t, live, angles, Hkv,
             D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
         )  # fmt: skip
     if v_ptr is not None:
         _rotate_heads(
-            v_ptr, v_out_ptr, v_strides, v_out_strides, b, s, t, live, angles, Hkv,
-            DV, 0, INTERLEAVED, False, BLOCK_H, BLOCK_R,
+            HeadTensor(v_ptr, v_strides), HeadTensor(v_out_ptr, v_out_strides), b, s, t, live, angles, Hkv,
+            DV, HALF=0, INTERLEAVED=INTERLEAVED, INPLACE=False, BLOCK_H=BLOCK_H, BLOCK_R=BLOCK_R,
         )  # fmt: skip
 
 

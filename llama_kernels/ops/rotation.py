@@ -1,7 +1,7 @@
 """What the ops that rotate share: the tile, device code for pairs and angles, and the arguments of their launches.
 
-Sections: tiles; pairs, their loads and stores; angles, from the tables; `inverse_rotation`, with which the kernels of
-dq and dk end in `rope_attention`; and the host code that passes tables and positions to a kernel.
+Sections: tiles; heads, where they lie; pairs, their loads and stores; angles, from the tables; `inverse_rotation`, with
+which the kernels of dq and dk end in `rope_attention`; and the host code that passes tables and positions to a kernel.
 """
 
 from __future__ import annotations
@@ -37,6 +37,22 @@ def head_tile(half: int, heads: int, lanes: int) -> HeadTile:
     vectors = max(1024 // BLOCK_R, 1)  # heads of tokens in one step
     BLOCK_H = min(next_power_of_2(heads), vectors)
     return HeadTile(vectors // BLOCK_H, BLOCK_H, BLOCK_R, num_warps=128 // lanes)
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+class HeadTensor(NamedTuple):
+    """A tensor (B, H, S, D) of heads on the device."""
+
+    ptr: tl.tensor  # or None: there is no such tensor
+    strides: tl.tuple  # of batch, head and token
+
+
+@triton.jit
+def token_ptrs(x, b, s):
+    """Pointers [BLOCK_T, 1] to the first head of the tokens s of sequence b, both int64."""
+    return x.ptr + (b * x.strides[0] + s * x.strides[2])[:, None]
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
