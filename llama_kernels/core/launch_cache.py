@@ -153,6 +153,9 @@ def _expanding(named_tuples: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple
         return lambda args: args[0] + args[1:]
     if named_tuples == [0, 1]:
         return lambda args: args[0] + args[1] + args[2:]
+    count = len(named_tuples)
+    if named_tuples == list(range(count)):
+        return lambda args: sum(args[:count], ()) + args[count:]
 
     last_first = named_tuples[::-1]
 
