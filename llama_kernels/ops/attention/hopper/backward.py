@@ -49,7 +49,7 @@ from llama_kernels.ops.attention.tiles import key_tile, sequence, tiles_of_progr
 from llama_kernels.ops.rotation import Rotation
 
 
-class Where(NamedTuple):
+class Place(NamedTuple):
     """The tile of keys from n on, of key head h_kv, and the rows of its sequence."""
 
     b: gl.tensor
@@ -92,19 +92,19 @@ class Barriers(NamedTuple):
 
 
 @jit
-def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, where, walk, STAGES: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, place, walk, STAGES: gl.constexpr):
     """The producer: loads keys and values, then the rows of every head of the group, as slots become free."""
     mbarrier.expect(bars.kv_filled.index(0), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for c in gl.static_range(2):
-        at = coordinates(k_desc, where.b, where.h_kv, where.k_start, where.Sk, where.n + 64 * c)
+        at = coordinates(k_desc, place.b, place.h_kv, place.k_start, place.Sk, place.n + 64 * c)
         tma_load(k_desc, at, bars.kv_filled.index(0), buffers.k.index(c))
         tma_load(v_desc, at, bars.kv_filled.index(0), buffers.v.index(c))
-    for step in range(where.group * walk.count):
+    for step in range(place.group * walk.count):
         slot, freed = slot_of(step, STAGES), freed_phase(step, STAGES)
-        head, block = head_and_block(walk, step, where.group)
-        h, m = where.h_kv * where.group + head, block * 64
-        at = coordinates(q_desc, where.b, h, where.q_start, where.Sq, m)
-        row = (where.heads + h, where.padded_start + m)
+        head, block = head_and_block(walk, step, place.group)
+        h, m = place.h_kv * place.group + head, block * 64
+        at = coordinates(q_desc, place.b, h, place.q_start, place.Sq, m)
+        row = (place.heads + h, place.padded_start + m)
         mbarrier.wait(bars.freed.index(slot), freed)
         mbarrier.expect(bars.q_filled.index(slot), q_desc.block_type.nbytes + lse2_desc.block_type.nbytes)
         tma_load(q_desc, at, bars.q_filled.index(slot), buffers.q.index(slot))
@@ -115,21 +115,21 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, ba
 
 
 @jit
-def _write(dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED: gl.constexpr):
+def _write(dq_desc, dk_desc, dv_desc, buffers, bars, place, walk, SHARED: gl.constexpr):
     """One warp: adds the consumers' tiles of dq to the sum in memory, and at the end stores dk and dv."""
-    for step in range(where.group * walk.count):
-        head, block = head_and_block(walk, step, where.group)
+    for step in range(place.group * walk.count):
+        head, block = head_and_block(walk, step, place.group)
         for c in gl.static_range(2):
             mbarrier.wait(bars.dq_filled.index(c), filled_phase(step, 1))
-            h, column = where.h_kv * where.group + head, 64 * c if SHARED else 0
-            at = coordinates(dq_desc, where.b, h, where.q_start, where.Sq, block * 64, column)
+            h, column = place.h_kv * place.group + head, 64 * c if SHARED else 0
+            at = coordinates(dq_desc, place.b, h, place.q_start, place.Sq, block * 64, column)
             tma_add(dq_desc, at, buffers.dq.index(c))
         for c in gl.static_range(2):
             tma.store_wait(1 - c)
             mbarrier.arrive(bars.dq_freed.index(c))
     for c in gl.static_range(2):
         mbarrier.wait(bars.dkdv_filled.index(c), 0)
-        at = coordinates(dk_desc, where.b, where.h_kv, where.k_start, where.Sk, where.n + 64 * c)
+        at = coordinates(dk_desc, place.b, place.h_kv, place.k_start, place.Sk, place.n + 64 * c)
         tma_store(dk_desc, at, buffers.k.index(c))
         tma_store(dv_desc, at, buffers.v.index(c))
     tma.store_wait(0)
@@ -137,7 +137,7 @@ def _write(dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED: gl.con
 
 @jit
 def _steps(
-    dk, dv, k, v, buffers, bars, where, mask, walk, j, begin, end, scoring,
+    dk, dv, k, v, buffers, bars, place, mask, walk, j, begin, end, scoring,
     C: gl.constexpr, MASKED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of 64 keys after the steps in [begin, end). Scores are transposed: [keys, rows].
@@ -162,7 +162,7 @@ def _steps(
         lse2 = buffers.lse2.index(slot).reshape([64]).load(ROW)
         p = gl.exp2(s * scoring.unit - gl.expand_dims(lse2, 0))
         if MASKED:
-            _, block = head_and_block(walk, step, where.group)
+            _, block = head_and_block(walk, step, place.group)
             i = block * 64 + gl.arange(0, 64, ROW)
             p = gl.where(visible(mask, gl.expand_dims(i, 0), gl.expand_dims(j, 1)), p, 0.0)
         p_half = gl.convert_layout(p.to(dtype), A)
@@ -205,20 +205,20 @@ def _steps(
 
 
 @jit
-def _consume(buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr):
+def _consume(buffers, bars, place, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr):
     """Consumer C of two: computes dk and dv of 64 keys, and writes them where their k and v were."""
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dk = gl.zeros([64, D], gl.float32, A)
     dv = gl.zeros([64, D], gl.float32, A)
-    mask = Mask(where.Sk - where.Sq, window.left, window.right, None, where.Sk, None)
-    j = where.n + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
+    mask = Mask(place.Sk - place.Sq, window.left, window.right, None, place.Sk, None)
+    j = place.n + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
     k, v = tile(buffers.k, C), tile(buffers.v, C)  # [64, D]
     mbarrier.wait(bars.kv_filled.index(0), 0)
-    masked, steps = where.group * walk.masked, where.group * walk.count
-    dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES)
-    dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES)
+    masked, steps = place.group * walk.masked, place.group * walk.count
+    dk, dv = _steps(dk, dv, k, v, buffers, bars, place, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES)
+    dk, dv = _steps(dk, dv, k, v, buffers, bars, place, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES)
     if SHARED:  # the other consumer may still read these keys
         mbarrier.wait(bars.ds_freed.index(0), freed_phase(steps, 1))
     k.store((dk * scoring.scale).to(buffers.k.dtype))
@@ -250,7 +250,7 @@ def _hopper_backward_kernel(
         heads, padded_start = b * sizes.Hq, 0
         if cu_seqlens_q_ptr is not None:
             heads, padded_start = 0, (q_start.to(gl.int32) + b * PADDING) // PADDING * PADDING
-        where = Where(
+        place = Place(
             b, h_kv, heads, n, sizes.group, q_start.to(gl.int32), padded_start, Sq, k_start.to(gl.int32), Sk
         )  # fmt: skip
         DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], k_desc.dtype)
@@ -266,11 +266,11 @@ def _hopper_backward_kernel(
         fence_async_shared()  # so that the copy engine sees the initialised barriers
         gl.warp_specialize(
             [
-                (_consume, (buffers, bars, where, walk, scoring, window, gl.constexpr(0), SHARED, STAGES)),
-                (_consume, (buffers, bars, where, walk, scoring, window, gl.constexpr(1), SHARED, STAGES)),
-                (_produce, (q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, where, walk,
+                (_consume, (buffers, bars, place, walk, scoring, window, gl.constexpr(0), SHARED, STAGES)),
+                (_consume, (buffers, bars, place, walk, scoring, window, gl.constexpr(1), SHARED, STAGES)),
+                (_produce, (q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, place, walk,
                             STAGES)),
-                (_write, (dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED)),
+                (_write, (dq_desc, dk_desc, dv_desc, buffers, bars, place, walk, SHARED)),
             ],
             [4, 1, 1],
             [240, 24, 24],

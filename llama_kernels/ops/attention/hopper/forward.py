@@ -44,7 +44,7 @@ from llama_kernels.ops.attention.tiles import offset, query_tile, sequence, tile
 _ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
 
 
-class Where(NamedTuple):
+class Place(NamedTuple):
     """The tile of query rows from m on, of head h, and the keys of its sequence."""
 
     b: gl.tensor
@@ -89,32 +89,32 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @jit
 def _produce(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, place, walk, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):
     """The producer: loads q, then keys and values into their rings as slots become free, and stores out and lse."""
     for c in gl.static_range(2):
         bar = bars.q_filled.index(c)
         mbarrier.expect(bar, q_desc.block_type.nbytes)
-        at = coordinates(q_desc, where.b, where.h, where.q_start, where.Sq, where.m + 64 * c)
+        at = coordinates(q_desc, place.b, place.h, place.q_start, place.Sq, place.m + 64 * c)
         tma_load(q_desc, at, bar, buffers.q.index(c))
     for step in range(walk.count):
         slot, freed = slot_of(step, STAGES), freed_phase(step, STAGES)
         n = block_of(walk, step) * BLOCK_N
         mbarrier.wait(bars.k_freed.index(slot), freed)
         mbarrier.expect(bars.k_filled.index(slot), k_desc.block_type.nbytes)
-        at = coordinates(k_desc, where.b, where.h_kv, where.k_start, where.Sk, n)
+        at = coordinates(k_desc, place.b, place.h_kv, place.k_start, place.Sk, n)
         tma_load(k_desc, at, bars.k_filled.index(slot), buffers.k.index(slot))
         mbarrier.wait(bars.v_freed.index(slot), freed)
         mbarrier.expect(bars.v_filled.index(slot), v_desc.block_type.nbytes)
-        at = coordinates(v_desc, where.b, where.h_kv, where.k_start, where.Sk, n)
+        at = coordinates(v_desc, place.b, place.h_kv, place.k_start, place.Sk, n)
         tma_load(v_desc, at, bars.v_filled.index(slot), buffers.v.index(slot))
     for c in gl.static_range(2):
         mbarrier.wait(bars.o_filled.index(c), 0)
-        at = coordinates(o_desc, where.b, where.h, where.q_start, where.Sq, where.m + 64 * c)
+        at = coordinates(o_desc, place.b, place.h, place.q_start, place.Sq, place.m + 64 * c)
         tma_store(o_desc, at, buffers.q.index(c))
         i = gl.arange(0, 64, gl.BlockedLayout([2], [32], [1], [0]))
         lse = buffers.lse.index(c).load(i.type.layout)  # [64]
-        gl.store(lse_ptr + where.m + 64 * c + i, lse, mask=where.m + 64 * c + i < where.Sq)
+        gl.store(lse_ptr + place.m + 64 * c + i, lse, mask=place.m + 64 * c + i < place.Sq)
     tma.store_wait(0)
 
 
@@ -241,7 +241,7 @@ def _hopper_forward_kernel(
         k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
         mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
         walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), window.left, Sk, BLOCK_N)
-        where = Where(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
+        place = Place(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
         lse = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         buffers = Buffers(ring(q_desc, 2), ring(k_desc, STAGES), ring(v_desc, STAGES), lse)
         bars = Barriers(
@@ -256,7 +256,7 @@ def _hopper_forward_kernel(
             [
                 (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(0), STAGES)),
                 (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(1), STAGES)),
-                (_produce, (q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N, STAGES)),
+                (_produce, (q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, place, walk, BLOCK_N, STAGES)),
             ],
             [4, 1],
             [240, 24],
