@@ -6,6 +6,7 @@ An op of `llama_kernels` has an implementation for each dispatch key of PyTorch 
     CPU                             the reference, or the launcher where Triton interprets kernels
     Meta and fake tensors           shapes, dtypes and strides
     Autograd                        the gradient of a call from elsewhere, such as an exported graph
+    Negative                        of ops that write into arguments: tensors that PyTorch stores negated
     vmap                            one call for each example
     CompositeExplicitAutograd       an error, for every other device and layout
 
@@ -80,6 +81,9 @@ def register(
         if fields != parameters:
             raise ValueError(f"{call.__name__} has the fields {fields}, but the op {name} takes {parameters}.")
         kernel, reference, fake = (_by_position(call, function) for function in (kernel, reference, fake))
+    if op._schema.is_mutable:
+        kernel = _counting_writes(op, kernel)
+        LIBRARY.impl(name, _with_values_stored(op), "Negative")
     KERNELS[name] = kernel
     LIBRARY.impl(name, kernel, "CUDA")
     LIBRARY.impl(name, kernel if INTERPRETED else _outside_autocast(reference), "CPU")
@@ -115,6 +119,48 @@ def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 def _public(name: str) -> str:
     """The name of the public function that calls the op `name`."""
     return re.sub("(_forward|_backward|_)$", "", name)
+
+
+# --- ops that write into their arguments -----------------------------------------------------------------------------
+
+
+def _counting_writes(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, which also counts a new version of each tensor that `op` writes into.
+
+    Autograd compares versions: it raises an error where a tensor that it saved for a backward has changed since.
+    """
+    written = _written(op)
+
+    def counted(*args: Any) -> Any:
+        results = kernel(*args)
+        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
+        return results
+
+    return counted
+
+
+def _with_values_stored(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The implementation of `op`, which writes into arguments, for tensors with the negative bit.
+
+    Their numbers in memory have the opposite sign, as in the imaginary part of a complex conjugate. For ops that write
+    into no argument PyTorch does this itself; for others its own implementation fails where a tensor is None.
+    """
+
+    def stored(*args: Any) -> Any:
+        given = [x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in args]
+        results = op(*given)
+        for i in _written(op):
+            if given[i] is not args[i]:
+                args[i].copy_(given[i])
+        return results
+
+    return stored
+
+
+def _written(op: torch._ops.OpOverload) -> list[int]:
+    """Which of its arguments `op` writes into."""
+    infos = [argument.alias_info for argument in op._schema.arguments]
+    return [i for i, info in enumerate(infos) if info is not None and info.is_write]
 
 
 # --- calls of the package itself -------------------------------------------------------------------------------------

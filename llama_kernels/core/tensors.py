@@ -85,14 +85,20 @@ class Rows(NamedTuple):
     strides: tuple[tuple[int, int, int] | None, ...]  # one for each tensor
 
 
+WALKED_DIMS = 3  # leading dimensions that a kernel walks
+
+
 def rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> Rows:
-    """The rows of `lead` and `others`. Leading dimensions are merged where the strides of all tensors allow it."""
+    """The rows of `lead` and `others`. Leading dimensions are merged where the strides of all tensors allow it.
+
+    Where more dimensions are left than a kernel walks, tensors that are not dense in the memory order of `lead` are
+    copied. So a result must be dense in it (`is_dense_in_order_of`): otherwise a kernel would write to the copy.
+    """
     tensors = (lead, *others)
     merged = _merged_rows(lead.shape[:-1], tuple(None if t is None else t.stride() for t in tensors))
     if merged is None:
-        # More dimensions than a kernel walks: copy what is not dense in the order of `lead`, which merges into one.
-        dense = (None if t is None else _dense_in_order_of(lead, t) for t in others)
-        return rows_of(_dense_in_order_of(lead, lead), *dense)
+        dense = (None if t is None else dense_in_order_of(lead, t) for t in others)
+        return rows_of(dense_in_order_of(lead, lead), *dense)
     return Rows(tensors, *merged)
 
 
@@ -111,14 +117,19 @@ def _merged_rows(
             merged[-1] = (merged[-1][0] * size, steps)
         else:
             merged.append((size, steps))
-    if len(merged) > 3:
+    if len(merged) > WALKED_DIMS:
         return None
-    merged += [(1, [0] * len(present))] * (3 - len(merged))
+    merged += [(1, [0] * len(present))] * (WALKED_DIMS - len(merged))
     sizes, inner_steps = zip(*merged, strict=True)
     each = iter(zip(*inner_steps, strict=True))
     return math.prod(sizes), sizes[1:], tuple(None if s is None else next(each) for s in strides)
 
 
-def _dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    dense = empty_in_order_of(lead, x.shape, x.dtype)
-    return x if x.stride() == dense.stride() else dense.copy_(x)
+def is_dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `x` is dense, its dimensions nested in memory as those of `lead` are."""
+    return x.stride() == _dense_strides(tuple(x.shape), lead.stride())
+
+
+def dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where it is dense in the order of `lead`, else a copy that is."""
+    return x if is_dense_in_order_of(lead, x) else empty_in_order_of(lead, x.shape, x.dtype).copy_(x)

@@ -80,10 +80,10 @@ def cp_attention(
         layout: which tokens each rank holds. Ranks are places in the mesh, row by row.
         doc_start: (B, S / W) int32, the global position of the first token of each token's document, where several are
             packed into one sequence: with Hugging Face, position minus position_ids. None: one document.
-        method: "ring": blocks of keys travel from process to process; takes memory for three blocks of keys.
-            "all_gather": every process gets all keys. "ulysses": every process gets all tokens of Hq / W heads; W must
-            divide Hq, and one of W and Hkv the other. A pair of "ulysses" and "ring", one for each dimension of the
-            mesh: heads are exchanged along one dimension, and keys travel along the other.
+        method: "ring": blocks of keys travel from process to process, and each holds two beside its own. "all_gather":
+            every process gets all keys. "ulysses": every process gets all tokens of Hq / W heads; W must divide Hq, and
+            one of W and Hkv the other. A pair of "ulysses" and "ring", one for each dimension of the mesh: heads are
+            exchanged along one dimension, and keys travel along the other.
         is_causal, window_size, scale, softcap: as in `attention`, in global positions.
         sinks: (Hq,), as in `attention`. Its gradient is that of this process's rows or heads: sum it over the mesh, as
             those of all parameters.

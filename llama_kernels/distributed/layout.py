@@ -13,11 +13,15 @@ from llama_kernels.distributed.transport import all_gather
 
 
 class Parts:
-    """Increasing lists of global positions, each held by one process of a group."""
+    """Increasing lists of global positions, each held by one process of a group.
+
+    Its tensors are no inference tensors, wherever they are made: autograd could not save them for a backward later.
+    """
 
     def __init__(self, lists: Sequence[torch.Tensor]) -> None:
-        self.lists = tuple(lists)
-        self._order = torch.argsort(torch.cat(self.lists))
+        with torch.inference_mode(False):
+            self.lists = tuple(x.clone() if x.is_inference() else x for x in lists)
+            self._order = torch.argsort(torch.cat(self.lists))
         self._on: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     def positions(self, part: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -45,7 +49,8 @@ class Parts:
     def _moved(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The lists, and the order of all their tokens, on `device`."""
         if device not in self._on:
-            self._on[device] = tuple(x.to(device) for x in (*self.lists, self._order))
+            with torch.inference_mode(False):
+                self._on[device] = tuple(x.to(device) for x in (*self.lists, self._order))
         return self._on[device]
 
 
@@ -57,7 +62,7 @@ class Layout(Parts):
         ranks: the number of processes that share it. Each holds tokens / ranks tokens.
         kind: "zigzag": the sequence is cut into 2 ranks chunks, and rank r holds chunks r and 2 ranks - 1 - r, which
             gives each rank the same work under a causal mask. "contiguous": rank r holds the r-th chunk of `ranks`. Or
-            a list of positions for each rank, each increasing, as a load balancer that knows the documents makes them.
+            a list of positions for each rank, each increasing; `balanced_layout` makes those for packed documents.
 
     Raises:
         ValueError: tokens cannot be divided so, or the lists are not increasing or do not hold each token once.

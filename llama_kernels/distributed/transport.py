@@ -20,6 +20,7 @@ class Transfer(Generic[_T]):
     def wait(self) -> _T:
         for work in self._works:
             work.wait()
+        self._works = self._sent = ()  # which hold what was sent
         return self._result()
 
 

@@ -20,7 +20,7 @@ import torch
 
 from llama_kernels import reference
 from llama_kernels.core.autograd import Differentiable, needs_grad, save
-from llama_kernels.core.checks import check_eps, check_tensors, message, shape_of
+from llama_kernels.core.checks import check_eps, check_offset, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of
 from llama_kernels.core.language import cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
@@ -697,7 +697,7 @@ def qk_norm_rope(
     """
     op = "qk_norm_rope"
     check_heads(op, q, k)
-    check_tensors(op, q=q, q_weight=q_weight, k_weight=k_weight)
+    check_tensors(op, optional=("q_weight", "k_weight"), q=q, q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and weight.shape != q.shape[-1:]:
             raise ValueError(
@@ -707,6 +707,7 @@ def qk_norm_rope(
         raise ValueError(message(op, "k_weight", "given without k", "None where k is None"))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids, axes)
     eps = check_eps(op, eps)
+    check_offset(op, offset)
     heads_and_weights = [None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight)]
     call = (*heads_and_weights, cos, sin, position_ids, eps, offset, interleaved, axes)  # fields of _Forward
     q_out: torch.Tensor

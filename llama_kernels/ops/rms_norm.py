@@ -26,13 +26,22 @@ import torch
 
 from llama_kernels import reference
 from llama_kernels.core.autograd import Differentiable, needs_grad, save
-from llama_kernels.core.checks import check_eps, check_tensors, message, shape_of
+from llama_kernels.core.checks import check_eps, check_offset, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of, shared_bytes_of
 from llama_kernels.core.language import TRITON_VERSION, cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
-from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, next_power_of_2, rows_of
+from llama_kernels.core.tensors import (
+    WALKED_DIMS,
+    cdiv,
+    dense_in_order_of,
+    empty_in_order_of,
+    is_dense_in_order_of,
+    last_dim_contiguous,
+    next_power_of_2,
+    rows_of,
+)
 from llama_kernels.ops.partials import sum_partials
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -517,6 +526,9 @@ def _forward_fake(call):
 
 def _forward(call):
     y, s, rstd = _forward_fake(call)
+    if call.residual is not None and call.x.ndim > WALKED_DIMS + 1 and not is_dense_in_order_of(call.x, s):
+        y, summed, rstd = _forward(call._replace(residual=dense_in_order_of(call.x, call.residual)))
+        return y, s.copy_(summed), rstd
     _launch_forward(call, y, None if call.residual is None else s, rstd)
     return y, s, rstd
 
@@ -813,7 +825,8 @@ def _normed(
     offset: float,
 ) -> tuple[torch.Tensor, ...]:
     """y and, with a residual, residual_out; through autograd where a gradient is wanted."""
-    check_tensors(op, x=x, residual=residual, weight=weight)
+    optional = ("residual", "weight") if op == "rms_norm" else ("weight",)
+    check_tensors(op, optional=optional, x=x, residual=residual, weight=weight)
     if x.ndim == 0:
         raise ValueError(message(op, "x", "a scalar", "a tensor of at least one dimension"))
     if residual is not None and residual.shape != x.shape:
@@ -824,6 +837,7 @@ def _normed(
     residual = None if residual is None else last_dim_contiguous(residual)
     weight = None if weight is None else last_dim_contiguous(weight)
     eps = check_eps(op, eps)
+    check_offset(op, offset)
     if needs_grad(x, residual, weight):
         return _RMSNorm.call(op, x, residual, weight, eps, offset)
     return _rms_norm_forward(x, residual, weight, eps, offset)[:2]

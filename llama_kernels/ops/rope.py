@@ -372,10 +372,7 @@ class _RotatedInPlace(torch.autograd.Function):
 
 def _declare_rotated(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
     """Tell autograd that x will be rotated in place, which raises where autograd does not allow it. Returns x."""
-    if needs_grad(x):
-        return _RotatedInPlace.apply(x, *angles)
-    torch.autograd.graph.increment_version(x)
-    return x
+    return _RotatedInPlace.apply(x, *angles) if needs_grad(x) else x
 
 
 def _zeros_where_unused(grads: Any, q_heads: int, kv_heads: int) -> list[torch.Tensor]:
@@ -590,7 +587,7 @@ def rope_into_cache(
     check_caches(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tokens = tokens_of(q)
     check_rows(op, "cache_position", cache_position, "q", q, tokens, k_cache.shape[2], "positions of the cache")
-    if position_ids is None and axes is None and cos.ndim == 2:
+    if position_ids is None and axes is None and isinstance(cos, torch.Tensor) and cos.ndim == 2:
         position_ids = cache_position
     check_angles(op, "q", q, tokens, q.shape[-1], cos, sin, position_ids, axes)
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from llama_kernels.core.autograd import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
-from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_are_checked
+from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_to_check
 from llama_kernels.core.tensors import sizes_of
 from llama_kernels.ops.rotation import full_width
 
 TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
-def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor | None) -> None:
-    """Check that q and k are heads of the same tokens. others: further tensors, of any shape."""
-    check_tensors(op, KERNEL_DTYPES, q=q, k=k, **others)
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor) -> None:
+    """Check that q and k are heads of the same tokens. others: further tensors of any shape; beside them k is needed."""
+    check_tensors(op, KERNEL_DTYPES, () if others else ("k",), q=q, k=k, **others)
     if q.ndim not in (3, 4):
         raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))
     if k is None:
@@ -96,8 +97,8 @@ def _check_axes(op: str, axes: torch.Tensor, cos: torch.Tensor, position_ids: to
     if position_ids is None:
         fix = "Pass the positions of each axis, (A, B, S), or leave axes out."
         raise ValueError(message(op, "position_ids", "None beside axes", "several positions per token", fix))
-    if position_ids.ndim and values_are_checked(axes) and axes.numel():
-        first, last = (int(axis) for axis in axes.aminmax())
+    if position_ids.ndim and (values := values_to_check(axes)) is not None and values.numel():
+        first, last = (int(axis) for axis in values.aminmax())
         if first < 0 or last >= position_ids.shape[0]:
             wanted = f"axes of position_ids, 0 to {position_ids.shape[0] - 1}"
             raise ValueError(message(op, "axes", f"from {first} to {last}", wanted))
@@ -140,23 +141,41 @@ def check_rows(
     if given not in shapes:
         wanted = " or ".join(str(shape).replace("'", "") for shape in shapes)
         raise ValueError(message(op, name, shape_of(rows), wanted))
-    if values_are_checked(rows) and rows.numel():
-        first, last = (int(row) for row in rows.aminmax())
+    if (values := values_to_check(rows)) is not None and values.numel():
+        first, last = (int(row) for row in values.aminmax())
         if first < 0 or last >= count:
             raise ValueError(message(op, name, f"from {first} to {last}", f"{what}, 0 to {count - 1}"))
 
 
 def check_writable(op: str, **heads: torch.Tensor | None) -> None:
     """Check that each of `heads` can be rotated in place."""
+    _check_apart(op, **heads)
     for name, x in heads.items():
         if x is None:
             continue
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             fix = "Rotate a view or the result of an op, or leave inplace off."
             raise ValueError(message(op, name, "a leaf that requires grad", "no leaf where inplace=True", fix))
-        if x.stride(-1) != 1 or any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
+        if x.stride(-1) != 1 or _is_expanded(x):
             wanted = "a tensor without expanded dimensions and with a contiguous last one, where inplace=True"
             raise ValueError(message(op, name, f"of strides {x.stride()}", wanted, "Leave inplace off."))
+
+
+def _is_expanded(x: torch.Tensor) -> bool:
+    return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
+
+
+def _check_apart(op: str, **written: torch.Tensor | None) -> None:
+    """Two tensors that are written do not begin at the same element."""
+    (name, x), (other, y) = written.items()
+    if x is None or y is None:
+        return
+    same = x is y
+    if not (same or torch.compiler.is_compiling() or transforms_are_active() or is_fake(x) or x.is_meta):
+        same = x.numel() > 0 and y.numel() > 0 and x.data_ptr() == y.data_ptr() != 0  # 0: a DTensor
+    if same:
+        wanted, fix = f"other memory than {name}: both are written", f"Pass {other}.clone()."
+        raise ValueError(message(op, other, f"in the memory of {name}", wanted, fix))
 
 
 def check_caches(
@@ -179,9 +198,10 @@ def check_caches(
             raise ValueError(message(op, name, shape_of(cache), f"({B}, {H}, L, {D}), both caches of one length L"))
         if cache.dtype != x.dtype:
             raise TypeError(message(op, name, cache.dtype, f"the dtype of {name[0]}, {x.dtype}"))
-        if cache.stride(-1) != 1 and D > 1:
-            wanted = "a contiguous last dimension: it is written in place"
+        if (cache.stride(-1) != 1 and D > 1) or _is_expanded(cache):
+            wanted = "a contiguous last dimension and no expanded ones: it is written in place"
             raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
+    _check_apart(op, k_cache=k_cache, v_cache=v_cache)
     if transforms_are_active():
         refuse_forward_mode(op, *tensors.values())
         if torch._C._are_functorch_transforms_active():

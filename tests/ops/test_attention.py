@@ -258,6 +258,25 @@ def test_keys_that_no_head_reads_have_no_gradient(Hq, Hkv, device):
     assert not any(grad.any() for grad in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"window_size": (2, 0)}, {"kv_start": 4}, {"is_causal": False, "kv_end": 0}, {"softcap": 5.0},
+], ids=str)  # fmt: skip
+def test_a_sink_of_minus_infinity_is_none(options, device):
+    """Also in rows that see no key, where lse is -inf too."""
+    bounds = {name: torch.full((1, 6), n, dtype=torch.int32, device=device)
+              for name, n in options.items() if name in ("kv_start", "kv_end")}  # fmt: skip
+    leaves = [torch.randn(1, H, 6, 16, device=device).requires_grad_() for H in (4, 2, 2)]
+    sinks = torch.tensor([0.5, -torch.inf, 1.0, -torch.inf], device=device, requires_grad=True)
+    out = lk.attention(*leaves, sinks=sinks, **{**options, **bounds})
+    none = lk.attention(*leaves, **{**options, **bounds})
+    torch.testing.assert_close(out[:, 1::2], none[:, 1::2])
+    do = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (*leaves, sinks), do)
+    assert all(grad.isfinite().all() for grad in grads) and not grads[3][1::2].any()
+    expected = torch.autograd.grad(none[:, 1::2], leaves, do[:, 1::2])
+    torch.testing.assert_close(grads[0][:, 1::2], expected[0][:, 1::2])
+
+
 def test_a_softcap_of_zero_is_none(device):
     """As in flash-attn."""
     q, k, v = (torch.randn(1, H, 9, 16, device=device) for H in (4, 2, 2))

@@ -124,3 +124,18 @@ def test_bad_parts_are_named(outs, lses, error, text):
         lk.merge_attention([torch.zeros(shape) for shape in outs], [torch.zeros(shape) for shape in lses])
     with pytest.raises(TypeError, match=r"lses\[0\] is torch.float16"):
         lk.merge_attention([torch.zeros(1, 2, 3, 4)], [torch.zeros(1, 2, 3).half()])
+
+
+@pytest.mark.parametrize(
+    "outs, lses, got",
+    [
+        (torch.zeros(2, 1, 2, 3, 4), torch.zeros(2, 1, 2, 3), "outs is a Tensor"),
+        ([torch.zeros(1, 2, 3, 4)], iter([torch.zeros(1, 2, 3)]), "lses is a list_iterator"),
+        ([torch.zeros(1, 2, 3, 4), None], [torch.zeros(1, 2, 3)] * 2, r"outs\[1\] is None"),
+        ([torch.zeros(1, 2, 3, 4)], [None], r"lses\[0\] is None"),
+    ],
+    ids=["a stack", "an iterator", "no out", "no lse"],
+)
+def test_what_is_no_list_of_tensors_is_named(outs, lses, got):
+    with pytest.raises(TypeError, match=rf"llama_kernels\.merge_attention: {got}; wanted"):
+        lk.merge_attention(outs, lses)

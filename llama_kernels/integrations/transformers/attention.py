@@ -39,7 +39,7 @@ from llama_kernels.integrations.transformers.masks import (
     written_out,
 )
 from llama_kernels.integrations.transformers.modules import is_plain
-from llama_kernels.integrations.transformers.source import decorated, passes_mask_on
+from llama_kernels.integrations.transformers.source import decorated, global_names, passes_mask_on
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
@@ -88,11 +88,11 @@ def attention_forward(
         out (B, Sq, Hq, D), and the attention weights: None where a kernel ran, otherwise those of stock attention.
 
     Raises:
-        ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask, or
-            the call is inside PyTorch's context_parallel.
+        ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask or
+            passes arguments that are not those above, or the call is inside PyTorch's context_parallel.
     """
     _refuse_context_parallel()
-    _refuse_changed_mask(module)
+    _refuse_other_attention(module)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if has_prefix(attention_mask):
@@ -343,15 +343,43 @@ def _refuse_context_parallel() -> None:
         raise ValueError(message("attention_forward", "key", got, "all keys of the sequence", fix))
 
 
-def _refuse_changed_mask(module: nn.Module) -> None:
-    """Raise if the module computes with its mask, since a packed mask has no element for each query and key."""
+def _refuse_other_attention(module: nn.Module) -> None:
+    """Raise if `why_other_attention` names a reason. In a patched module it did not."""
     if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
         return
-    if passes_mask_on(decorated(type(module).forward)[-1]):
-        return
-    fix = "Use attn_implementation='eager' or 'sdpa' for this model."
-    wanted = "an attention layer that passes its attention_mask on unchanged"
-    raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}", wanted, fix))
+    if reason := why_other_attention(decorated(type(module).forward)[-1]):
+        fix = "Use attn_implementation='eager' or 'sdpa' for this model."
+        wanted = "a layer that passes its attention_mask on unchanged, and arguments that every attention function has"
+        raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}: {reason}", wanted, fix))
+
+
+def why_other_attention(forward: Any) -> str | None:
+    """Why the forward of a module that calls AttentionInterface computes another attention than ours, or None.
+
+    A packed mask has no element for each query and key. Arguments that are not known, such as the sinks of each query
+    in Inkling 2, would be ignored.
+    """
+    if not passes_mask_on(forward):
+        return "its forward computes with attention_mask"
+    if unknown := [name for eager in eager_functions(forward) for name in _unknown_arguments(eager)]:
+        return f"its attention function takes {', '.join(unknown)}"
+    return None
+
+
+def eager_functions(forward: Any) -> list[Any]:
+    """The eager attention functions that a forward names."""
+    names = (name for name in sorted(global_names(forward)) if name.endswith("eager_attention_forward"))
+    return [forward.__globals__[name] for name in names if name in forward.__globals__]
+
+
+def _unknown_arguments(eager: Any) -> list[str]:
+    """The arguments of an eager attention function that `attention_forward` does not have.
+
+    The first five, up to the mask, are passed by position. SDPA adds position_bias.
+    """
+    known = {*inspect.signature(attention_forward).parameters, "position_bias"}
+    parameters = list(inspect.signature(eager).parameters.values())[5:]
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in known]
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import NamedTuple
 
 import torch
 
-from llama_kernels.core.checks import check_number, check_tensors, message, shape_of, values_are_checked
+from llama_kernels.core.checks import (
+    LARGEST,
+    SMALLEST,
+    check_number,
+    check_tensors,
+    message,
+    shape_of,
+    values_to_check,
+)
 from llama_kernels.core.tensors import autocast_dtype, last_dim_contiguous
 from llama_kernels.ops.attention.call import AttentionCall
 
@@ -88,12 +95,20 @@ def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     dtype = autocast_dtype(tensors[0].device)
     if dtype is None:
         return tensors
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and _is_cast(x.dtype) else x for x in tensors)
+
+
+def _is_cast(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's autocast changes this dtype. It leaves float64, which the checks then refuse."""
+    return dtype.is_floating_point and dtype != torch.float64
 
 
 def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
     """Check the dtypes, devices and shapes of q, k and v."""
     check_tensors(op, q=q, k=k, v=v)
+    if q.is_nested:
+        fix = "llama_kernels.attention_varlen takes q.values() and q.offsets().int()."
+        raise TypeError(message(op, "q", "a nested tensor", "a dense one", fix))
     if not q.dtype == k.dtype == v.dtype:
         name, x = ("v", v) if k.dtype == q.dtype else ("k", k)
         fix = "Cast q, k and v to one dtype, or call under torch.autocast, which does it."
@@ -130,10 +145,10 @@ def _check_numbers(
     for side in window_size:
         if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
             raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
-    if softcap is not None:
-        check_number(op, "softcap", softcap, "a positive number, or 0 or None for no cap", lambda x: x >= 0)
+    if softcap is not None and softcap != 0:
+        check_number(op, "softcap", softcap, SMALLEST, "a positive finite number, or 0 or None for none")
     if scale is not None:
-        check_number(op, "scale", scale, "a finite number, or None for D ** -0.5", lambda x: abs(x) < math.inf)
+        check_number(op, "scale", scale, -LARGEST, "a finite number, or None")
     if deterministic not in (None, True, False):
         raise TypeError(message(op, "deterministic", repr(deterministic), "True, False or None"))
 
@@ -175,10 +190,11 @@ def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) 
             raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted, fix))
         if longest < 0:
             raise ValueError(message(op, name, longest, "a length, 0 or more"))
-    if values_are_checked(packing.cu_seqlens_q):
-        bounds_q, bounds_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
-        _check_sequences(op, "q", bounds_q, packing.max_seqlen_q, q.shape[0])
-        _check_sequences(op, "k", bounds_k, packing.max_seqlen_k, k.shape[0])
+    sides = (("q", packing.cu_seqlens_q, packing.max_seqlen_q, q), ("k", packing.cu_seqlens_k, packing.max_seqlen_k, k))
+    for side, cu_seqlens, longest, x in sides:
+        if (values := values_to_check(cu_seqlens)) is not None:
+            for bounds in values.flatten(0, -2).tolist() if values.ndim > 1 else [values.tolist()]:
+                _check_sequences(op, side, bounds, longest, x.shape[0])
 
 
 def _check_sequences(op: str, name: str, bounds: list[int], longest: int, tokens: int) -> None:

@@ -29,6 +29,11 @@ def merge_attention(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) 
         ValueError: there are no parts, not one lse for each out, or shapes or devices do not fit.
     """
     op = "merge_attention"
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, Sequence):
+            raise TypeError(
+                message(op, name, f"a {type(parts).__name__}", "a list or tuple with a tensor for each part")
+            )
     if not outs:
         raise ValueError(message(op, "outs", "empty", "at least one part"))
     if len(outs) != len(lses):
