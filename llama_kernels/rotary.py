@@ -102,7 +102,7 @@ def _check_scaling(given: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             fix = f"Pass {name}, and make frequencies for each kind of layer."
             raise ValueError(message("rope_frequencies", name, "a dict", "the settings of one kind of layer", fix))
-        if key in _POSITIVE and value is not None and not (isinstance(value, numbers.Real) and value > 0):
+        if key in _POSITIVE and value is not None and not (isinstance(value, numbers.Real) and float(value) > 0):
             raise ValueError(message("rope_frequencies", name, repr(value), "a positive number"))
     rescaling = [key for key in _OF_RESCALING if given.get(key) is not None]
     if rescaling and "rope_type" not in given and "type" not in given:

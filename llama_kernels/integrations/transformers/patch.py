@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -146,8 +146,8 @@ def _restore_configs(model: nn.Module) -> None:
     for module, own in copies:
         if not changed:
             module.config = own
-        elif module.config._attn_implementation_internal == NAME:
-            module.config._attn_implementation_internal = own._attn_implementation_internal
+        elif (config := cast("Any", module.config))._attn_implementation_internal == NAME:
+            config._attn_implementation_internal = own._attn_implementation_internal
 
 
 def _have_changed(settings: Any, own: Any) -> bool:
