@@ -14,7 +14,7 @@ TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor) -> None:
-    """Check that q and k are heads of the same tokens. others: further tensors of any shape; beside them k is needed."""
+    """Check that q and k are heads of the same tokens. others: further tensors of any shape, which need k too."""
     check_tensors(op, KERNEL_DTYPES, () if others else ("k",), q=q, k=k, **others)
     if q.ndim not in (3, 4):
         raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))
