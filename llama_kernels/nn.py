@@ -144,10 +144,10 @@ class RotaryEmbedding(nn.Module):
         __call__ = forward
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """The frequencies move to another device only: `fn` may change their dtype, or give memory without numbers, as
-        that of `to_empty`.
+        """What `.to` and the like call. The frequencies only move to another device.
 
-        Those on meta are computed on the CPU, for the bits of a module that was moved from there.
+        `fn` may change their dtype, or give memory without numbers, as that of `to_empty`. Frequencies on meta are
+        computed on the CPU, so that they are those of a module that was moved from there.
         """
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)

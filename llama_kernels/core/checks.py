@@ -57,7 +57,12 @@ def values_to_check(x: torch.Tensor) -> torch.Tensor | None:
 
 
 def check_eps(op: str, eps: float | None) -> float:
-    """`eps` as a number. None: that of torch.float32, as in F.rms_norm, which computes in float32."""
+    """`eps` as a number. None: that of torch.float32, as in F.rms_norm, which computes in float32.
+
+    Raises:
+        TypeError: eps is not a number.
+        ValueError: eps is negative or NaN.
+    """
     if eps is None:
         return _FLOAT32.eps
     check_number(op, "eps", eps, 0, "a finite number that is not negative, or None")
@@ -70,7 +75,12 @@ def check_offset(op: str, offset: float) -> None:
 
 
 def check_number(op: str, name: str, value: Any, least: float, wanted: str) -> None:
-    """Raise unless `value` is a number from `least` to the largest of float32, in which the kernels compute."""
+    """Raise unless `value` is a number from `least` to the largest of float32, in which the kernels compute.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is out of this range, or NaN.
+    """
     try:
         fits = least <= value <= LARGEST
     except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
@@ -94,6 +104,7 @@ def fix_for_device(op: str) -> str:
 
 
 def shape_of(x: torch.Tensor) -> str:
+    """For an error: the shape of an argument."""
     return f"of shape {tuple(x.shape)}"
 
 
@@ -103,9 +114,13 @@ def check_tensors(
     optional: Container[str] = (),
     **tensors: torch.Tensor | None,
 ) -> None:
-    """Raise unless each tensor is of one of `dtypes` (None: any floating dtype) and on the device of the first.
+    """Raise unless each argument is a tensor of one of `dtypes`, on the device of the first.
 
-    optional: names of those that may be None.
+    dtypes: None for any floating dtype. optional: names of the arguments that may be None.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has another dtype.
+        ValueError: a tensor is on another device than the first, or on a device without kernels.
     """
     device = None
     for name, x in tensors.items():
@@ -118,10 +133,13 @@ def check_tensors(
                 raise TypeError(message(op, name, x.dtype, "a floating-point tensor"))
         elif x.dtype not in dtypes:
             fix = _fix_by_reference(op, "takes any floating dtype.") if x.dtype == torch.float64 else ""
+            if len(dtypes) == 1:
+                fix = f"Pass {name}.to({dtypes[0]})."
             raise TypeError(message(op, name, x.dtype, " or ".join(map(str, dtypes)), fix))
         if device is None:
             first, device = name, x.device
             if device.type not in KERNEL_DEVICES and device.type != "meta":
                 raise ValueError(message(op, name, f"on {device}", DEVICES_TAKEN, fix_for_device(op)))
         elif x.device != device:
-            raise ValueError(message(op, name, f"on {x.device}", f"the device of {first}, {device}"))
+            wanted, fix = f"the device of {first}, {device}", f"Pass {name}.to({first}.device)."
+            raise ValueError(message(op, name, f"on {x.device}", wanted, fix))

@@ -58,8 +58,8 @@ class Layout(Parts):
     """Which of the tokens 0 to tokens - 1 of a sequence each rank holds.
 
     Args:
-        tokens: of the whole sequence.
-        ranks: processes that share it. Each holds tokens / ranks of them.
+        tokens: the number of tokens of the whole sequence.
+        ranks: the number of processes that share it. Each holds tokens / ranks tokens.
         kind: "zigzag": the sequence is cut into 2 ranks chunks, and rank r holds chunks r and 2 ranks - 1 - r, which
             gives each rank the same work under a causal mask. "contiguous": rank r holds the r-th chunk of `ranks`. Or
             a list of positions for each rank, each increasing; `balanced_layout` makes those for packed documents.
@@ -89,8 +89,11 @@ class Layout(Parts):
 
 
 def _by_chunks(tokens: int, ranks: int, kind: str) -> list[torch.Tensor]:
+    """The positions of each rank in a layout of kind "zigzag" or "contiguous"."""
     if kind not in ("zigzag", "contiguous"):
-        raise ValueError(message("Layout", "kind", repr(kind), '"zigzag", "contiguous" or a list of positions a rank'))
+        raise ValueError(
+            message("Layout", "kind", repr(kind), '"zigzag", "contiguous" or one list of positions per rank')
+        )
     chunks = ranks * (2 if kind == "zigzag" else 1)
     if tokens < 0 or tokens % chunks:
         fix = f"Pad the sequence to {-(-tokens // chunks) * chunks} tokens."

@@ -163,6 +163,7 @@ def test_a_second_backward_over_one_graph_repeats_the_gradients(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.corpus(86)
 @pytest.mark.parametrize("registered", [False, True], ids=["public", "registered"])
 @pytest.mark.parametrize("op", ["rope", "rope_into_cache"])
 def test_a_tensor_that_is_written_has_another_version(op, registered, device):

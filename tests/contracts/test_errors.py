@@ -243,6 +243,13 @@ def test_attention_accepts_unusual_arguments(changed):
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("longest", [2**31 - 1, 2**31, 2**40])
+def test_packed_attention_accepts_any_length_that_is_long_enough(longest):
+    args = sample("attention_varlen")
+    expected = lk.attention_varlen(**args)
+    assert torch.equal(lk.attention_varlen(**{**args, "max_seqlen_q": longest, "max_seqlen_k": longest}), expected)
+
+
 @pytest.mark.corpus(25)
 @pytest.mark.parametrize("bounds", [[0], [0, 0], [0, 6], [0, 0, 6, 6], [2, 4]], ids=str)
 def test_packed_attention_accepts_unusual_lengths(bounds):

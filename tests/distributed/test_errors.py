@@ -107,6 +107,7 @@ def test_shard_gives_the_tokens_of_the_layout(mesh):
     assert part.tolist() == [0, 1, 2, 3, 28, 29, 30, 31]
 
 
+@pytest.mark.corpus(85)
 @pytest.mark.parametrize("made", [False, True], ids=["made before", "made inside"])
 def test_a_layout_used_in_inference_mode_trains_later(made, mesh):
     """As in a first evaluation: autograd cannot save inference tensors, such as a copy of the positions on a device."""

@@ -158,6 +158,13 @@ def inkling() -> Any:
     return randomized(inkling2.Inkling2TextModel._from_config(config, attn_implementation="eager"))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_4d_mask_of_integers_is_refused(dtype):
+    mask = torch.ones(20, 20, device=DEVICE).tril()[None, None].to(dtype)
+    with pytest.raises(TypeError, match=rf"attention_mask is {dtype} of shape .*; wanted bool.*attention_mask\.bool"):
+        patch(small())(tokens(), attention_mask=mask, use_cache=False)
+
+
 def test_patch_leaves_attention_with_arguments_of_its_own_stock():
     stock = inkling()
     ours = patched(stock)

@@ -125,6 +125,7 @@ def test_the_norm_can_be_built_on_the_meta_device(offset, device):
     assert torch.equal(norm(x), lk.rms_norm(x))
 
 
+@pytest.mark.corpus(84)
 @pytest.mark.parametrize("filled", ["to_empty", "reset_parameters", "in a call", "to_empty of memory with numbers"])
 @pytest.mark.parametrize("kind", ["llama3", "longrope", "dynamic"])
 def test_the_rotary_embedding_can_be_built_on_the_meta_device(kind, filled, device, monkeypatch):

@@ -157,6 +157,7 @@ TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope_into_cache", "cos", "a list", {"cos": [1.0]}),
     ("rope_into_cache", "cache_position", "torch.float32", {"cache_position": F(1)}),
     ("rope_qkv", "position_ids", "torch.float32", {"position_ids": F(6)}),
+    ("qk_norm_rope", "eps", r"\[1e-06\]", {"eps": [1e-6]}),
     ("attention", "window_size", "5", {"window_size": 5}),
     ("attention", "softcap", "'30'", {"softcap": "30"}),
     ("attention", "scale", "'1'", {"scale": "1"}),

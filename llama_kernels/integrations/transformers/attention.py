@@ -1,7 +1,13 @@
 """The attention function of attn_implementation="llama_kernels".
 
-The kernels do not support dropout, heads too wide for a program, or masks that are not one range of keys for each
-query. Such calls run in PyTorch's SDPA or in the model's own eager function, and one warning names the reason.
+`attention_forward` is what Transformers calls in each layer. It takes one of these ways:
+
+    a kernel, by the mask                    `attention` for a window, `_of_ranges` for one range of keys per query
+    a kernel, by cu_seqlens                  `_packed`
+    context parallelism                      `_context_parallel`, inside `llama_kernels.distributed.context_parallel`
+    stock attention, with one warning        `_stock`, where `_why_stock` names a reason
+
+The kernels do not support dropout, heads too wide for a program, or masks that are not one range of keys per query.
 """
 
 from __future__ import annotations
@@ -18,8 +24,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llama_kernels.core.autograd import Differentiable, needs_grad
 from llama_kernels.core.checks import KERNEL_DTYPES, message
-from llama_kernels.core.registry import Differentiable, needs_grad
 from llama_kernels.integrations.transformers.intervals import Window
 from llama_kernels.integrations.transformers.masks import (
     KeyRanges,
@@ -42,7 +48,7 @@ from llama_kernels.reference.attention import AttentionOptions
 
 NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # marks modules whose masks already separate packed documents
-context_parallels: list[Any] = []  # of llama_kernels.distributed.context_parallel, the innermost last
+context_parallels: list[Any] = []  # the Contexts of llama_kernels.distributed.context_parallel, the innermost last
 logger = logging.getLogger(__name__)
 
 
@@ -74,18 +80,21 @@ def attention_forward(
             is_causal (default: that of the module), sliding_window and the documents in position_ids decide which keys
             are visible. Wrappers may drop the mask, as DeepSpeed's sequence parallelism does.
         scaling, softcap, s_aux: the scale, softcap and sinks of `attention`.
-        cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences. If given, attention_mask is ignored.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: bounds of packed sequences, and the length of the
+            longest. If given, attention_mask is ignored.
         dropout, others: with dropout or a position_bias, stock attention runs.
 
     Returns:
         out (B, Sq, Hq, D), and the attention weights: None where a kernel ran, otherwise those of stock attention.
 
     Raises:
+        TypeError: the caller's own mask holds integers.
         ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask or
             passes arguments that are not those above, or the call is inside PyTorch's context_parallel.
     """
     _refuse_context_parallel()
     _refuse_other_attention(module)
+    _refuse_integers(attention_mask)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if has_prefix(attention_mask):
@@ -131,6 +140,9 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+# --- calls of the kernels --------------------------------------------------------------------------------------------
+
+
 def _context_parallel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, left: int,
     options: AttentionOptions,
@@ -151,12 +163,6 @@ def _context_parallel(
         sinks=options["sinks"],
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
-
-
-def _refuse_in_context_parallel(reason: str | None) -> None:
-    if reason is not None:
-        wanted = "a call that the kernels take: stock attention sees a part of the keys only"
-        raise ValueError(message("context_parallel", "model", f"an attention layer with {reason}", wanted))
 
 
 def _of_ranges(
@@ -220,7 +226,8 @@ class _Rearranged(Differentiable):
 
 
 def _take(tensors: tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    index = (order ^ (order >> 31)).long()[:, None, :, None]  # of a hidden key, -1 - position: this gives the position
+    """Each tensor (B, H, S, D) with its tokens in the order of `KeyRanges`."""
+    index = (order ^ (order >> 31)).long()[:, None, :, None]  # hidden keys have -1 - position: x ^ -1 is -1 - x
     return tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in tensors)
 
 
@@ -303,7 +310,18 @@ def _stock(
 
 @functools.cache
 def _warn_of_stock(reason: str) -> None:
+    """Warn, once per reason."""
     logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs instead of the kernels", reason)
+
+
+# --- calls that are refused ------------------------------------------------------------------------------------------
+
+
+def _refuse_in_context_parallel(reason: str | None) -> None:
+    """Raise if a layer inside context_parallel would run stock attention, for this reason."""
+    if reason is not None:
+        wanted = "a call that the kernels support: stock attention would see a part of the keys only"
+        raise ValueError(message("context_parallel", "model", f"an attention layer with {reason}", wanted))
 
 
 def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> None:
@@ -337,6 +355,17 @@ def _refuse_other_attention(module: nn.Module) -> None:
         raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}: {reason}", wanted, fix))
 
 
+def _refuse_integers(mask: torch.Tensor | None) -> None:
+    """Raise if `mask` is the caller's, of integers: neither a packed mask, which has no dimension of queries, nor one
+    that SDPA takes. Eager attention would add 0 and 1 to the scores."""
+    if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
+        return
+    if mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[2] > 1:
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        wanted = "bool, or numbers to add to the scores"
+        raise TypeError(message("attention_forward", "attention_mask", got, wanted, "Pass attention_mask.bool()."))
+
+
 def why_other_attention(forward: Any) -> str | None:
     """Why the forward of a module that calls AttentionInterface computes another attention than ours, or None.
 
@@ -364,6 +393,9 @@ def _unknown_arguments(eager: Any) -> list[str]:
     known = {*inspect.signature(attention_forward).parameters, "position_bias"}
     parameters = list(inspect.signature(eager).parameters.values())[5:]
     return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in known]
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
 def register() -> None:

@@ -13,9 +13,9 @@ KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE
 
 
 class Found(NamedTuple):
-    """One kind of operation in a class: what the replacement needs to know, or None if it stays stock, and why."""
+    """One kind of operation in a class, and whether ours can replace it."""
 
-    value: Any
+    value: Any  # what the replacement needs to know, such as a `Norm` or a `Fusion`; None or False: it stays stock
     why: str
     norms: tuple[str, ...] = ()  # of a fusion: the norm modules that it does not call
 
@@ -62,6 +62,7 @@ def _base_that_rotates(cls: type) -> type | None:
 
 @functools.lru_cache(maxsize=1024)
 def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
+    """`found_in`. functions: `_functions_of(cls)`."""
     forward, inner = functions[:2]
     found: dict[str, Found] = {}
     if (norm := known_code.norm_of(cls)) is not None:
@@ -85,6 +86,7 @@ def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
 
 
 def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
+    """Whether the rotary functions `names`, which `inner` calls, are known. inner: `forward` without its decorators."""
     known = {}
     for name in names:
         stock = inner.__globals__[name]
@@ -98,6 +100,7 @@ def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
 
 @functools.lru_cache(maxsize=1024)
 def _class_of(stock: type, kinds: tuple[str, ...], functions: tuple[Any, ...]) -> type[nn.Module]:
+    """`class_of`. functions: `_functions_of(stock)`, in the cache key since someone may change them."""
     forward, found = functions[0], _found_in(stock, functions)
     parts: dict[str, Any] = {
         "_kinds": kinds,

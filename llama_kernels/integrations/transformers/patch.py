@@ -124,6 +124,7 @@ def _is_patched(model: nn.Module) -> bool:
 
 
 def _apply(model: nn.Module, places: list[Place]) -> None:
+    """Replace the operations at `places`."""
     kinds: dict[nn.Module, list[str]] = {}
     for place in places:
         kinds.setdefault(place.module, []).append(place.kind)

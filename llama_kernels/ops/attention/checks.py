@@ -20,8 +20,9 @@ from llama_kernels.core.tensors import autocast_dtype, last_dim_contiguous
 from llama_kernels.ops.attention.call import AttentionCall
 
 _WIDEST_HEAD_OF_Q, _WIDEST_HEAD_OF_V = 576, 512
-# A window as wide as this hides no key. A wider one would overflow where positions are added to it.
+# A window of this width hides no key. With a wider one, sums with positions would overflow 32 bits.
 _WIDEST = 2**30
+_LONGEST = 2**31 - 1  # of a sequence, as a number that the kernels negate in 32 bits
 
 
 class Packing(NamedTuple):
@@ -69,7 +70,7 @@ def checked_call(
     if packing is not None:
         _check_packing(op, q, k, packing)
     left, right = window_size
-    return AttentionCall(
+    return AttentionCall(  # by position: keywords would take every call 0.8 us
         last_dim_contiguous(q),
         last_dim_contiguous(k),
         last_dim_contiguous(v),
@@ -78,12 +79,12 @@ def checked_call(
         kv_end,
         None if packing is None else packing.cu_seqlens_q.contiguous(),
         None if packing is None else packing.cu_seqlens_k.contiguous(),
-        q.shape[2] if packing is None else packing.max_seqlen_q,
-        k.shape[2] if packing is None else packing.max_seqlen_k,
+        q.shape[2] if packing is None else min(packing.max_seqlen_q, _LONGEST),
+        k.shape[2] if packing is None else min(packing.max_seqlen_k, _LONGEST),
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap or None,
         None if left < 0 else min(left, _WIDEST),
-        0 if is_causal else None if right < 0 else min(right, _WIDEST),
+        0 if is_causal else (None if right < 0 else min(right, _WIDEST)),
         kv_prefix=kv_prefix,
     )
 
@@ -104,6 +105,7 @@ def _is_cast(dtype: torch.dtype) -> bool:
 
 
 def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
+    """Check the dtypes, devices and shapes of q, k and v."""
     check_tensors(op, q=q, k=k, v=v)
     if q.is_nested:
         fix = "llama_kernels.attention_varlen takes q.values() and q.offsets().int()."
@@ -115,27 +117,32 @@ def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packe
     of_q, of_k, of_v, ndim = q.shape, k.shape, v.shape, 3 if packed else 4
     if not len(of_q) == len(of_k) == len(of_v) == ndim:
         name, x = next(pair for pair in (("q", q), ("k", k), ("v", v)) if pair[1].ndim != ndim)
-        raise ValueError(message(op, name, shape_of(x), "(tokens, H, D)" if packed else "(B, H, S, D)"))
+        wanted = "(tokens, H, D)" if packed else "(B, H, S, D)"
+        fix = "" if packed else "For packed sequences (tokens, H, D) call llama_kernels.attention_varlen."
+        raise ValueError(message(op, name, shape_of(x), wanted, fix))
     if not packed and of_k[0] != of_q[0]:
-        raise ValueError(message(op, "k", shape_of(k), f"the batch size of q, {of_q[0]}"))
+        raise ValueError(message(op, "k", shape_of(k), f"a batch of {of_q[0]}, as q of shape {tuple(of_q)} has"))
     if of_k[-1] != of_q[-1]:
-        raise ValueError(message(op, "k", shape_of(k), f"the head width of q, {of_q[-1]}"))
+        wanted = f"heads of width {of_q[-1]}, as q of shape {tuple(of_q)} has"
+        raise ValueError(message(op, "k", shape_of(k), wanted))
     if of_v[:-1] != of_k[:-1]:
-        raise ValueError(message(op, "v", shape_of(v), f"k's shape {tuple(of_k)} but for the last dimension"))
+        raise ValueError(message(op, "v", shape_of(v), f"the shape of k, {tuple(of_k)}, but for the last dimension"))
     Hq, Hkv = of_q[1], of_k[1]
     if Hq != 0 if Hkv == 0 else Hq % Hkv:
-        fix = f"Got q {tuple(of_q)}, k {tuple(of_k)}."
-        raise ValueError(message(op, "k", f"of {Hkv} heads", f"a divisor of q's {Hq} heads", fix))
+        got = f"of {Hkv} heads, of shape {tuple(of_k)}"
+        wanted = f"a number of heads that divides the {Hq} of q, of shape {tuple(of_q)}"
+        raise ValueError(message(op, "k", got, wanted))
     for name, x, widest in (("q", q, _WIDEST_HEAD_OF_Q), ("v", v, _WIDEST_HEAD_OF_V)):
         if not 1 <= x.shape[-1] <= widest:
-            raise ValueError(message(op, name, shape_of(x), f"a head width from 1 to {widest}"))
+            raise ValueError(message(op, name, shape_of(x), f"heads of width 1 to {widest}"))
 
 
 def _check_numbers(
     op: str, window_size: tuple[int, int], softcap: float | None, scale: float | None, deterministic: bool | None
 ) -> None:
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(message(op, "window_size", repr(window_size), "(left, right)"))
+        fix = "For n earlier keys and the query's own pass window_size=(n, 0)."
+        raise TypeError(message(op, "window_size", repr(window_size), "(left, right)", fix))
     for side in window_size:
         if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
             raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
@@ -154,16 +161,19 @@ def _check_sinks(op: str, q: torch.Tensor, sinks: torch.Tensor) -> None:
 
 
 def _check_bound(op: str, q: torch.Tensor, name: str, bound: torch.Tensor) -> None:
-    """name: kv_start, kv_end or kv_prefix."""
+    """Check that `bound` has one integer per query row. name: kv_start, kv_end or kv_prefix."""
     rows = (q.shape[0], q.shape[2]) if q.ndim == 4 else (q.shape[0],)
     check_tensors(op, (torch.int32,), **{name: bound})
     if bound.shape != rows:
         raise ValueError(message(op, name, shape_of(bound), f"{rows}, one for each query row"))
     if bound.device != q.device:
-        raise ValueError(message(op, name, f"on {bound.device}", f"the device of q, {q.device}"))
+        raise ValueError(
+            message(op, name, f"on {bound.device}", f"the device of q, {q.device}", f"Pass {name}.to(q.device).")
+        )
 
 
 def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) -> None:
+    """Check cu_seqlens and max_seqlen; the values of cu_seqlens only inside `llama_kernels.checked`."""
     names = ("cu_seqlens_q", "cu_seqlens_k")
     for name in names[:1] if packing.cu_seqlens_k is packing.cu_seqlens_q else names:
         cu_seqlens = getattr(packing, name)
@@ -172,12 +182,13 @@ def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) 
             wanted = "(batch + 1,), the same for queries and keys"
             raise ValueError(message(op, name, shape_of(cu_seqlens), wanted))
         if cu_seqlens.device != q.device:
-            raise ValueError(message(op, name, f"on {cu_seqlens.device}", f"the device of q, {q.device}"))
+            wanted, fix = f"the device of q, {q.device}", f"Pass {name}.to(q.device)."
+            raise ValueError(message(op, name, f"on {cu_seqlens.device}", wanted, fix))
     for name in ("max_seqlen_q", "max_seqlen_k"):
         longest = getattr(packing, name)
         if not isinstance(longest, (int, torch.SymInt)):
-            wanted = "an int: to read it from a tensor would wait for the GPU"
-            raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted))
+            wanted, fix = "an int", "int() of a tensor waits for the GPU, so compute the length on the CPU."
+            raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted, fix))
         if longest < 0:
             raise ValueError(message(op, name, longest, "a length, 0 or more"))
     sides = (("q", packing.cu_seqlens_q, packing.max_seqlen_q, q), ("k", packing.cu_seqlens_k, packing.max_seqlen_k, k))

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.autograd import Differentiable, needs_grad, refuse_double_backward
+from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, empty_outputs
@@ -22,6 +23,8 @@ _OPTIONS = (
 
 
 def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callable[..., Any]:
+    """`run` as a function of the arguments of `attention_backward`, by position."""
+
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
         scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, grad_dtype=None,
@@ -58,7 +61,7 @@ attention_backward = register(
 
 
 class _Attention(Differentiable):
-    """The fields of an AttentionCall -> (out, lse). Saves these and the tensors; the probabilities are recomputed."""
+    """The fields of an AttentionCall -> (out, lse). Saves these and the tensors of the call, but no probabilities."""
 
     @staticmethod
     def forward(op, deterministic, *fields):
@@ -94,7 +97,7 @@ register_gradient(
 
 
 def attend(op: str, call: AttentionCall, deterministic: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of `call`, with the gradient of them where one is needed."""
+    """out and lse of `call`, through autograd where a gradient is wanted. op: the name in errors."""
     if needs_grad(call.q, call.k, call.v, call.sinks):
         out, lse = _Attention.call(op, deterministic, *call)
         return out, lse
