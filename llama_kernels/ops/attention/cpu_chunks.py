@@ -47,12 +47,15 @@ def chunks(call: AttentionCall, size: int) -> Iterator[Chunk]:
             first, last = 0, max(last, longest)
         if first >= last:
             continue
+        j = torch.arange(first, last, dtype=start.dtype, device=start.device)
         see = None
-        if int(start.max()) > first or int(end.min()) < last:
-            j = torch.arange(first, last, dtype=start.dtype, device=start.device)
-            see = (j >= start.unsqueeze(-1)) & (j < end.unsqueeze(-1))
-            if prefix is not None:
-                see = see | (j < prefix.unsqueeze(-1))
+        if int(start.max()) > first:
+            see = j >= start.unsqueeze(-1)
+        if int(end.min()) < last:
+            before_end = j < end.unsqueeze(-1)
+            see = before_end if see is None else see & before_end
+        if see is not None and prefix is not None:
+            see = see | (j < prefix.unsqueeze(-1))
         yield Chunk(rows, slice(first, last), see, blind[:, rows])
 
 
