@@ -16,6 +16,8 @@ from tests.support.environment import COMPILES
 
 pytestmark = [*COMPILES, pytest.mark.once]
 
+RELEASES = ((3, 6), (3, 7), (3, 8), (3, 9))  # of Triton, for which there are tiles
+
 
 def reports(target: str, op: str, label: str, tile: Tile | None = None):
     case = next(c for c in cases.cases() if (c.op, c.label) == (op, label))
@@ -114,8 +116,8 @@ def test_a_tile_that_spills_or_exceeds_shared_memory_is_a_fault():
 
 
 def test_exponentials_that_overlap_no_product_are_a_fault():
-    """The tile of one program an SM, whose softmax follows the product."""
-    forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal", Tile(128, 128, 8, 2))[0]
+    """The softmax follows the product where p is not carried."""
+    forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal", Tile(128, 64, 8, 3))[0]
     assert forward_kernel.faults == ["0% of the exponentials beneath a product"]
     forward_kernel = reports("sm_90", "attention", "D=128 bfloat16 causal")[0]
     assert not forward_kernel.faults and all(loop.covered == 1 for loop in forward_kernel.loops)
@@ -196,7 +198,7 @@ def test_every_family_pass_and_width_has_a_valid_tile():
         for pass_ in tables.PASSES:
             for width in (1, *tables.WIDTHS):
                 for dtype in (torch.bfloat16, torch.float32):
-                    rows = [tables.tile(family, pass_, width, dtype, triton) for triton in ((3, 6), (3, 9))]
+                    rows = [tables.tile(family, pass_, width, dtype, triton) for triton in RELEASES]
                     rows += [row.narrow_v for row in rows if row.narrow_v]
                     for tile in filter(None, (*rows, *(row.crowded for row in rows))):
                         assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))

@@ -12,7 +12,7 @@ if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from bench.commands import arguments
-from bench.estimate import ours, tiles
+from bench.estimate import attention, ours, tiles
 from bench.estimate.constants import Network, gpus, network
 from bench.estimate.context_parallel import cases, costs, picture
 from bench.estimate.context_parallel.costs import Kernels, Place, of_keys, of_rows, own_block
@@ -185,13 +185,26 @@ def test_parts_of_dk_and_dv_are_read_and_added_up():
 
 
 @compiles
-def test_a_causal_block_takes_as_long_as_a_causal_call():
-    """Its kernel has bounds for each row, whose mask takes longer."""
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_causal_block_takes_as_long_as_a_causal_call_by_the_same_kernels(monkeypatch, direction):
     H100, heads = gpus()["H100"], Heads(8, 2, 128)
-    block = Kernels(H100).block(own_block(heads, 2, False), 2048)
-    call = ours.attention_estimate(H100, Shape(1, 4096, *heads), "forward").seconds
-    assert call < block < 1.2 * call
-    assert Kernels(H100, 2.0).block(own_block(heads, 2, False), 2048) == block / 2
+    kernels = ours.attention_kernels(H100.family, heads.D, 4, True, direction)
+    monkeypatch.setattr(costs, "_kernels", lambda *_: kernels)
+    monkeypatch.setattr(costs, "_block", costs._block.__wrapped__)  # remembers nothing
+    block = own_block(heads, 2, direction == "backward")
+    call = ours.attention_estimate(H100, Shape(1, 4096, *heads), direction).seconds
+    assert Kernels(H100).block(block, 2048) == pytest.approx(call, rel=1e-9)
+    assert Kernels(H100, 2.0).block(block, 2048) == pytest.approx(call / 2, rel=1e-9)
+
+
+@compiles
+def test_the_mask_of_a_block_takes_longer_than_that_of_a_causal_call():
+    """The kernel of a block has bounds for each row. How long its steps without a mask take depends on the compiler."""
+    H100, heads = gpus()["H100"], Heads(8, 2, 128)
+    (bounded,) = costs._kernels(H100, heads, False)
+    (causal,) = ours.attention_kernels(H100.family, heads.D, 4, True, "forward")
+    masked, of_call = (attention.steps_of(kernel, 1)[1].step for kernel in (bounded, causal))
+    assert of_call < masked < 1.5 * of_call
 
 
 def test_collectives_use_the_links_between_the_ranks():

@@ -88,7 +88,7 @@ def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
     """A pass that takes no crowded tile has none, and only the forward and dq take one for a prefix."""
     taken = set()
     for family, triton, dtype in itertools.product(
-        tables.FAMILIES, ((3, 6), (3, 7), (3, 9)), (torch.float16, torch.float32)
+        tables.FAMILIES, ((3, 6), (3, 7), (3, 8), (3, 9)), (torch.float16, torch.float32)
     ):
         monkeypatch.setattr(tables, "arch_of", lambda _, family=family: family)
         monkeypatch.setattr(tables, "tile", functools.partial(TILE, triton=triton))

@@ -18,6 +18,7 @@ from llama_kernels.ops.attention.tiles import (
     sequence,
     store_tile,
     tiles_of_program,
+    zero_of_step,
 )
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
@@ -114,8 +115,9 @@ def _add_dkdv(
         padded = offset(rows.delta_strides, b, h, padded_start)
         for m in tl.range(begin, end, BLOCK_M, disable_licm=True):
             i = m + tl.arange(0, BLOCK_M)
-            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            zero = zero_of_step(m)
+            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D, zero=zero)  # [BLOCK_M, BLOCK_D]
+            do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV, zero=zero)  # [BLOCK_M, BLOCK_DV]
             lse2, delta = tl.load(rows.lse2_ptr + padded + i), tl.load(rows.delta_ptr + padded + i)  # [BLOCK_M]
             qk = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
             # dP - delta: as the accumulator of the product, -delta needs fewer registers than subtracted afterwards.

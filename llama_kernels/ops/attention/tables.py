@@ -50,11 +50,19 @@ _NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
 _CARRIED = Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V)
 
 _CARRIED_BUT_FOR_A_PREFIX = replace(
-    _CARRIED, with_prefix=Tile(128, 32, 8, 3), newer=replace(_CARRIED, with_prefix=Tile(128, 16, 8, 3))
+    _CARRIED,
+    with_prefix=Tile(128, 32, 8, 3),
+    newer=replace(_CARRIED, with_prefix=Tile(128, 16, 8, 3)),
+    since=(3, 8),
 )
 
 # For dk and dv on sm_90, at width 128.
 _FEW_ROWS = Tile(32, 128, 8, 2)
+
+# For dq on sm_90, at widths 128 and 256.
+_DQ = Tile(128, 64, 8, 2)
+_WIDER_DQ = Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))
+_WIDER_DQ_3_8 = replace(_WIDER_DQ, crowded=Tile(128, 16, 8, 2), with_prefix=Tile(32, 32, 4, 2), newer=_WIDER_DQ)
 
 # In dq on sm_80, at width 128, with options that take registers.
 _AMPERE_DQ = Tile(64, 64, 8, 2)
@@ -65,23 +73,24 @@ _HALF = {
     # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, programs of
     # one warp group leave room for three on an SM, which hide one another's waits. At width 128, 128 keys per step
     # would spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`. At width 256, with
-    # a prefix, a p that is carried spills 8 bytes under Triton 3.7, and 32 under 3.9, as do 32 keys per step.
+    # a prefix, a p that is carried spills 8 bytes under Triton 3.7, 40 under 3.8 and 32 under 3.9, as do 32 keys per
+    # step.
     ("sm_90", "forward"): (
         Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),
         replace(_CARRIED, newer=_CARRIED_BUT_FOR_A_PREFIX, since=(3, 7)),
     ),
-    # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on.
+    # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on. Triton 3.8 alone spills 56 to
+    # 168 bytes with options that take registers, at widths 128 and 256.
     ("sm_90", "dq"): (
         Tile(128, 128, 8, 2, crowded=Tile(128, 64, 8, 2)),
-        Tile(128, 64, 8, 2),
-        Tile(128, 32, 8, 2, newer=Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))),
+        replace(_DQ, newer=replace(_DQ, crowded=Tile(128, 64, 8, 1), newer=_DQ), since=(3, 8)),
+        Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8, since=(3, 8)),
     ),
     # dk and dv are the larger accumulators, so a program keeps 128 keys and streams the rows in small blocks; with 64
     # keys the two warp groups would compute the scores twice. Blocks have 64 rows, since with 32 k @ q^T waits for its
-    # operands. At width 128 they spill up to 16 bytes, outside the loop; with softcap and more, 104 bytes; under Triton
-    # 3.9 inside the loop. So they do under 3.7, 24 bytes with three stages, which are estimated to be 20% faster than
-    # 32 rows.
+    # operands. At width 128 they spill up to 56 bytes, outside the loop; with softcap and more, up to 104 bytes. From
+    # Triton 3.7 on three stages spill less than two.
     ("sm_90", "dkdv"): (
         Tile(64, 128, 8, 3),
         Tile(
@@ -90,17 +99,25 @@ _HALF = {
             8,
             2,
             crowded=_FEW_ROWS,
-            newer=Tile(64, 128, 8, 3, crowded=_FEW_ROWS, newer=_FEW_ROWS),
+            newer=Tile(64, 128, 8, 3, crowded=_FEW_ROWS),
             since=(3, 7),
         ),
         Tile(32, 128, 8, 2, split=True),
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
     # an inverse rotation spills 8 bytes with all options at once, outside the loop.
-    # In the forward three stages hide the copies, and four warps at width 64 leave room for a second program on an SM;
-    # under Triton 3.9 both spill.
+    # In the forward three stages hide the copies, and four warps at width 64 leave room for a second program on an SM.
+    # Four warps spill from Triton 3.8 on, and at width 128 three stages of 64 keys under 3.9.
     ("sm_80", "forward"): (
-        Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2), newer=Tile(128, 64, 8, 2)),
+        Tile(
+            128,
+            64,
+            4,
+            3,
+            crowded=Tile(128, 64, 8, 2),
+            newer=Tile(128, 64, 8, 3, crowded=Tile(128, 64, 8, 2)),
+            since=(3, 8),
+        ),
         Tile(128, 64, 8, 3, crowded=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
         Tile(32, 32, 4, 3),
     ),
@@ -214,10 +231,15 @@ _FLOAT32 = {
 # Heads up to 512 and 576 wide: Gemma 4's global layers, and multi-head latent attention with its projections absorbed.
 # A tile has as few rows as the accumulators leave registers for, less than the warps cover, so that they compute some
 # of the scores more than once. 576 columns take a tile of 1,024.
+_WIDE_DKDV, _FEWER_KEYS = Tile(32, 64, 8, 1, split=True), Tile(32, 32, 8, 1, split=True)  # on sm_90
 _WIDE_HALF = {
     ("sm_90", "forward"): (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
     ("sm_90", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
-    ("sm_90", "dkdv"): (Tile(32, 64, 8, 1, split=True), Tile(16, 16, 8, 1, split=True)),
+    # Triton 3.8 alone waits for each product where options take registers.
+    ("sm_90", "dkdv"): (
+        replace(_WIDE_DKDV, newer=replace(_WIDE_DKDV, crowded=_FEWER_KEYS, newer=_WIDE_DKDV), since=(3, 8)),
+        Tile(16, 16, 8, 1, split=True),
+    ),
     ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("sm_80", "forward"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     # With all options at once dq of 512 columns spills 8 bytes on sm_80.

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llama_kernels.core.language import cast, tl, triton
+from llama_kernels.core.language import INTERPRETED, TRITON_VERSION, cast, tl, triton
 from llama_kernels.ops.attention.masks import both
 
 # Tokens of a block of a packed sequence. The rows or keys of every tile divide it.
 BLOCK: tl.constexpr = tl.constexpr(128)
+
+_OWN_ADDRESSES: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 7) and not INTERPRETED)
 
 
 class Matrix(NamedTuple):
@@ -133,9 +135,24 @@ def columns_of(x, first: tl.constexpr):
 
 
 @triton.jit
-def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers [BLOCK, BLOCK_D] to the rows from `first` on of the Matrix x."""
+def zero_of_step(m):
+    """0, of which the compiler does not know that it is the same in every step m of a loop. None but for Hopper.
+
+    Row numbers to which it is added are multiplied by their stride in each step. Otherwise the compiler multiplies them
+    before the loop, and keeps the products in registers. From Triton 3.7 on these are too many for dk and dv.
+    """
+    zero = None
+    if _OWN_ADDRESSES and tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0):
+        zero = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [m], dtype=tl.int32, is_pure=True, pack=1)
+    return zero
+
+
+@triton.jit
+def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, zero=None):
+    """Pointers [BLOCK, BLOCK_D] to the rows from `first` on of the Matrix x. zero: see `zero_of_step`."""
     rows = tl.arange(0, BLOCK)
+    if zero is not None:
+        rows += zero
     if FAR:  # the stride is so large that BLOCK of them may pass 2^31
         rows = rows.to(tl.int64)
     return x.base + tl.cast(first, tl.int64) * x.stride + (rows[:, None] * x.stride + tl.arange(0, BLOCK_D)[None, :])
@@ -144,14 +161,14 @@ def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.cons
 @triton.jit
 def load_tile(
     x, first, limit, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, floor=None,
-    prefix=None,
+    prefix=None, zero=None,
 ):  # fmt: skip
     """Rows [first, first + BLOCK) as [BLOCK, BLOCK_D], with zeros past column D.
 
     Rows from `limit` on and rows before `floor`, unless these are None, are not loaded and are zeros too. But the first
-    `prefix` rows of x, unless that is None, are loaded.
+    `prefix` rows of x, unless that is None, are loaded. zero: see `zero_of_step`.
     """
-    ptrs = tile_ptrs(x, first, FAR, BLOCK, BLOCK_D)
+    ptrs = tile_ptrs(x, first, FAR, BLOCK, BLOCK_D, zero)
     rows, d = first + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
     loaded = None
     if limit is not None:
