@@ -19,6 +19,7 @@ from llama_kernels.ops.attention.backward import MOST_COLUMNS, launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
+from llama_kernels.ops.attention.flops import count_flops
 from llama_kernels.ops.attention.op import attention_forward
 from llama_kernels.ops.rope import _rope as rotate
 from llama_kernels.ops.rotation import Rotation, full_width, rotates_in_registers
@@ -85,6 +86,7 @@ _rope_attention_backward = register(
     reference=_backward_by(_rotating(plain_backward)),
     fake=_backward_by(lambda call, results, wanted, *_: empty_grads(call, wanted)),
 )
+count_flops("rope_attention_backward", products_of_D=3, products_of_Dv=2)  # as attention_backward
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------

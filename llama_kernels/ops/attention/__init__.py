@@ -16,7 +16,7 @@ A call goes through these files:
 The kernels share device functions: masks.py (which keys a row sees), softmax.py (scores and the online softmax) and
 tiles.py (how a tile is found, loaded and stored). tables.py has their tile sizes, tile_list.py the tiles of packed
 batches. merge.py has `merge_attention`. masked_decode.py is an op for decoding with a mask over the keys, which the
-integrations use.
+integrations use. flops.py tells PyTorch's FlopCounterMode the FLOPs of the ops.
 """
 
 from __future__ import annotations

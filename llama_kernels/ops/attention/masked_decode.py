@@ -17,6 +17,7 @@ from llama_kernels.ops.attention.call import AttentionCall, empty_outputs
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_forward
 from llama_kernels.ops.attention.decode import MOST_QUERIES, MOST_ROWS, fits_decode, launch_decode
+from llama_kernels.ops.attention.flops import count_flops
 
 __all__ = ["decode_attention", "fits_decode"]
 
@@ -52,6 +53,7 @@ _decode_attention = register(
     reference=_by(_plain),
     fake=_by(lambda call, key_mask: empty_outputs(call)[0]),
 )
+count_flops("decode_attention", products_of_D=1, products_of_Dv=1)
 
 
 def decode_attention(

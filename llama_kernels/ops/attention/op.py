@@ -13,6 +13,7 @@ from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, empty_outputs
 from llama_kernels.ops.attention.cpu import plain_backward, plain_forward
+from llama_kernels.ops.attention.flops import count_flops
 from llama_kernels.ops.attention.forward import launch_forward
 
 # The fields of AttentionCall after v. Dense calls have no cu_seqlens; there longest_q is Sq and longest_k is Sk.
@@ -58,6 +59,8 @@ attention_backward = register(
     reference=_backward_by(plain_backward),
     fake=_backward_by(lambda call, results, wanted: empty_grads(call, wanted)),
 )
+count_flops("attention_forward", products_of_D=1, products_of_Dv=1)
+count_flops("attention_backward", products_of_D=3, products_of_Dv=2)  # scores again, dq and dk; dp and dv
 
 
 class _Attention(Differentiable):
