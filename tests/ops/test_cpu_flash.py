@@ -14,8 +14,8 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.ops.attention import cpu_flash, cpu_formulas
-from tests.ops.test_attention import CASES
 from tests.support.attention import Case, check, in_float64, make, run
+from tests.support.attention_cases import CASES
 from tests.support.environment import DEVICE, INTERPRETED
 from tests.support.judge import UNIT
 
