@@ -39,10 +39,10 @@ def arguments(doc: str, data: str, **defaults: Any) -> argparse.ArgumentParser:
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     parser.add_argument("--model", type=Path, help="Hugging Face model folder instead of the tiny Llama")
-    parser.add_argument("--data", type=Path, help=f"your own data, one JSON object a line: {data}")
+    parser.add_argument("--data", type=Path, help=f"your own data, one JSON object per line: {data}")
     parser.add_argument("--steps", type=positive, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch", type=positive, help="sequences a step (default: %(default)s)")
-    parser.add_argument("--max-length", type=positive, help="tokens a sequence (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, help="sequences per step (default: %(default)s)")
+    parser.add_argument("--max-length", type=positive, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: %(default)s; pretrained models: 2e-5)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +79,7 @@ def read_jsonl(
     fields: dict[str, type | tuple[type, ...]],
     fault: Callable[[dict[str, Any]], str | None] = lambda example: None,
 ) -> Examples:
-    """The objects of a file, one a line. Ends the program at the first object with a wrong field or a fault."""
+    """The objects of a file with one per line. Ends the program at the first object with a wrong field or a fault."""
     examples = []
     for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -102,7 +102,7 @@ def read_jsonl(
 
 
 def read_texts(path: Path | None, seed: int) -> list[str]:
-    """The texts of a file with one {"text": ...} a line, shuffled; without a file, none."""
+    """The texts of a file with one {"text": ...} per line, shuffled; without a file, none."""
     return shuffled([example["text"] for example in read_jsonl(path, {"text": str})], seed) if path else []
 
 

@@ -36,7 +36,9 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 def main() -> int:
     parser = common.arguments(__doc__, '{"prompt": ...}', steps=30, batch=16, max_length=32, lr=2e-3)
-    parser.add_argument("--group", type=common.positive, default=8, help="completions a prompt (default: %(default)s)")
+    parser.add_argument(
+        "--group", type=common.positive, default=8, help="completions per prompt (default: %(default)s)"
+    )
     args = common.parse(parser)
     if args.batch % args.group:
         parser.error(f"--batch {args.batch} does not divide into groups of {args.group} completions")

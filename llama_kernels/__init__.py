@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """The modules that are imported where they are used.
+    """Import `distributed` and `layers` when they are first used.
 
-    `distributed`: torch may be built without torch.distributed. `layers`: the package kernels of Hugging Face reads it.
+    torch may be built without torch.distributed, and only the package `kernels` of Hugging Face needs `layers`.
     """
     if name in ("distributed", "layers"):
         return importlib.import_module(f"llama_kernels.{name}")

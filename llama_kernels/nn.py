@@ -33,9 +33,14 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((hidden_size,), 1.0 - offset, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.eps = eps
         self.offset = offset
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1 - offset, as of a new module. For modules that were built on the meta device."""
+        nn.init.constant_(self.weight, 1.0 - self.offset)
 
     @overload
     def forward(self, x: torch.Tensor, *, residual: None = None) -> torch.Tensor: ...
@@ -69,7 +74,8 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """cos and sin for `rope`, from `rope_frequencies`. Call it once in a forward, for all layers.
 
-    It adds nothing to the state_dict. `.to(dtype)` of a model does not change the dtype of the frequencies.
+    It adds nothing to the state_dict. `.to(dtype)` of a model does not change the dtype of the frequencies. If built on
+    the meta device, it computes them when it gets memory, by `to_empty` or in its first call.
 
     Args:
         head_dim, base, scaling, max_position_embeddings: those of `rope_frequencies`.
@@ -98,10 +104,14 @@ class RotaryEmbedding(nn.Module):
         }  # fmt: skip
         scaling = scaling or {}
         self._kind = scaling.get("rope_type", scaling.get("type", "default"))
+        self._compute(device)
+
+    def _compute(self, device: torch.device | str | None) -> None:
         inv_freq, self.attention_factor = self._frequencies(device=device)
         long_inv_freq = None
         if self._kind == "longrope":
-            self._original_length = original_length(scaling, max_position_embeddings) or 0  # None is refused above
+            scaling, longest = self._rule["scaling"], self._rule["max_position_embeddings"]
+            self._original_length = original_length(scaling, longest) or 0  # None is refused above
             long_inv_freq, _ = self._frequencies(seq_len=self._original_length + 1, device=device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
@@ -109,12 +119,18 @@ class RotaryEmbedding(nn.Module):
     def _frequencies(self, **options: Any) -> tuple[torch.Tensor, float]:
         return rope_frequencies(**self._rule, **options)
 
+    def reset_parameters(self) -> None:
+        """Compute the frequencies again. There are no parameters; FSDP calls this where buffers were on meta."""
+        self._compute(self.inv_freq.device)
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of position_ids, (*position_ids.shape, R/2) float32 each, on the device of `x`.
 
         `x` has no other effect.
         """
+        if self.inv_freq.is_meta and not x.is_meta:
+            self._compute(x.device)
         position_ids = position_ids.to(x.device)
         inv_freq = self.inv_freq.to(x.device)
         if self.long_inv_freq is not None and position_ids.numel():
@@ -128,10 +144,17 @@ class RotaryEmbedding(nn.Module):
         __call__ = forward
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
+        """What `.to` and the like call. The frequencies only move to another device.
+
+        `fn` may change their dtype, or give memory without numbers, as that of `to_empty`. Frequencies on meta are
+        computed on the CPU, so that they are those of a module that was moved from there.
+        """
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
+        device = self.inv_freq.device
+        if exact["inv_freq"].is_meta and device.type != "meta":
+            self._compute("cpu")
+            exact = dict(self.named_buffers())
         for name, buffer in exact.items():
-            converted = getattr(self, name)
-            if converted.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(converted.device))
+            setattr(self, name, buffer.to(device))
         return self

@@ -6,6 +6,7 @@ Formulas and order of operations are those of transformers.modeling_rope_utils. 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,9 @@ def rope_frequencies(
         longrope.
 
     Raises:
-        ValueError: rope_type is unknown, a key that it needs is missing, or R is odd or zero.
+        ValueError: rope_type is unknown, or missing beside keys of a rescaling; a key that it needs is missing, or no
+            positive number; `scaling` has a dict for each kind of layer; longrope has other than R/2 factors; R is odd
+            or zero.
         TypeError: dtype is neither float32 nor float64.
     """
     if dtype not in (torch.float32, torch.float64):
@@ -57,6 +60,7 @@ def rope_frequencies(
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise ValueError(message("rope_frequencies", "scaling['rope_type']", repr(kind), f"one of {ROPE_TYPES}"))
+    _check_scaling({"base": base, **scaling})
 
     def need(key: str) -> Any:
         if scaling.get(key) is None:
@@ -85,6 +89,27 @@ def rope_frequencies(
     return 1.0 / base**exponents, 1.0
 
 
+# Numbers that each rule divides by, takes the logarithm of, or takes a power of.
+_POSITIVE = ("base", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "max_position_embeddings",
+             "original_max_position_embeddings")  # fmt: skip
+_OF_RESCALING = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast")
+
+
+def _check_scaling(given: Mapping[str, Any]) -> None:
+    """given: `scaling`, and base."""
+    for key, value in given.items():
+        name = key if key == "base" else f"scaling[{key!r}]"
+        if isinstance(value, Mapping):
+            fix = f"Pass {name}, and make frequencies for each kind of layer."
+            raise ValueError(message("rope_frequencies", name, "a dict", "the settings of one kind of layer", fix))
+        if key in _POSITIVE and value is not None and not (isinstance(value, numbers.Real) and float(value) > 0):
+            raise ValueError(message("rope_frequencies", name, repr(value), "a positive number"))
+    rescaling = [key for key in _OF_RESCALING if given.get(key) is not None]
+    if rescaling and "rope_type" not in given and "type" not in given:
+        got, wanted = f"missing beside {rescaling[0]!r}", f"one of {ROPE_TYPES}"
+        raise ValueError(message("rope_frequencies", "scaling['rope_type']", got, wanted))
+
+
 def original_length(scaling: Mapping[str, Any], max_position_embeddings: int | None) -> int | None:
     """The maximum length in training before the context was extended, or None where neither argument has it."""
     longest = scaling.get("max_position_embeddings") if max_position_embeddings is None else max_position_embeddings
@@ -106,6 +131,10 @@ def rope_tables(
     tables use `rope_frequencies(..., dtype=torch.float64)`.
     """
     if not isinstance(positions, torch.Tensor):
+        if positions < 0:
+            raise ValueError(
+                message("rope_tables", "positions", positions, "a number of positions, or a tensor of them")
+            )
         positions = torch.arange(positions, device=inv_freq.device)
     return angles_of(positions, inv_freq.double(), attention_factor)
 
@@ -203,6 +232,10 @@ def _longrope(
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    for key in ("short_factor", "long_factor"):
+        if len(need(key)) != len(exponents):
+            got, wanted = f"{len(need(key))} factors", f"{len(exponents)}, one for each pair"
+            raise ValueError(message("rope_frequencies", f"scaling[{key!r}]", got, wanted))
     short, long = (
         1.0 / (torch.tensor(need(key), dtype=exponents.dtype, device=exponents.device) * base**exponents)
         for key in ("short_factor", "long_factor")

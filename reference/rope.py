@@ -33,7 +33,7 @@ def rope(
         cos, sin: tables (positions, R/2), or a row for each token, (B, S, R/2). If R > D/2 they may have R columns
             instead: an angle for each element of a pair.
         position_ids: (S,), (B, S) or (T,), the row of the tables for each token. Default: 0, 1, 2, ... Values outside
-            the tables are clamped. With axes (A, B, S), (A, 1, S) or (A, T): A positions a token.
+            the tables are clamped. With axes (A, B, S), (A, 1, S) or (A, T): A positions per token.
         axes: which of a token's positions gives the angle in each column of the tables, (R/2,) or (R,).
         inplace: write the results into q and k.
 

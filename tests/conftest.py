@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -87,6 +88,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("interpreter") and not INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="alters a kernel, which only the interpreter picks up"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests live to the end: garbage collections need not visit their millions of objects
 
 
 @pytest.fixture(autouse=True)

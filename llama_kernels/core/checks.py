@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from llama_kernels.core.device import KERNEL_DEVICES
 
-_FLOAT32_EPS = torch.finfo(torch.float32).eps
+_FLOAT32 = torch.finfo(torch.float32)
+LARGEST, SMALLEST = _FLOAT32.max, _FLOAT32.tiny  # positive numbers of float32. A GPU takes smaller ones for 0
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,55 +41,105 @@ def checked() -> Iterator[None]:
         _checked.reset(token)
 
 
-def values_are_checked(x: torch.Tensor) -> bool:
-    """Whether to check the values of `x`: inside `checked`, unless `x` has no data."""
-    return not torch.compiler.is_compiling() and _checked.get() and not (x.is_meta or is_fake(x))
+def values_to_check(x: torch.Tensor) -> torch.Tensor | None:
+    """Inside `checked`, the integers `x` as int64: under torch.func.vmap those of all examples, (examples, ...).
+
+    None outside of it, and where `x` has no data.
+    """
+    if torch.compiler.is_compiling() or not _checked.get() or x.is_meta or is_fake(x):
+        return None
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        example = functorch.maybe_get_bdim(x)
+        x = functorch.get_unwrapped(x)
+        x = x if example < 0 else x.movedim(example, 0)
+    return x.long()
 
 
 def check_eps(op: str, eps: float | None) -> float:
-    """`eps` as a number. None: that of torch.float32, as in F.rms_norm, which computes in float32."""
+    """`eps` as a number. None: that of torch.float32, as in F.rms_norm, which computes in float32.
+
+    Raises:
+        TypeError: eps is not a number.
+        ValueError: eps is negative or NaN.
+    """
     if eps is None:
-        return _FLOAT32_EPS
-    if not eps >= 0:
-        raise ValueError(message(op, "eps", eps, "a number that is not negative, or None"))
+        return _FLOAT32.eps
+    check_number(op, "eps", eps, 0, "a finite number that is not negative, or None")
     return eps
+
+
+def check_offset(op: str, offset: float) -> None:
+    """Raise unless `offset`, which is added to a weight, is a finite number."""
+    check_number(op, "offset", offset, -LARGEST, "a finite number")
+
+
+def check_number(op: str, name: str, value: Any, least: float, wanted: str) -> None:
+    """Raise unless `value` is a number from `least` to the largest of float32, in which the kernels compute.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is out of this range, or NaN.
+    """
+    try:
+        fits = least <= value <= LARGEST
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
+        raise TypeError(message(op, name, repr(value), wanted)) from None
+    if not fits:
+        raise ValueError(message(op, name, value, wanted))
 
 
 DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
 
 
-def fix_for_device(op: str) -> str:
-    """For an error: what to call for tensors on a device that has no kernels."""
+def _fix_by_reference(op: str, what: str) -> str:
     from llama_kernels import reference  # which imports nothing of ours
 
-    if op not in reference.__all__:
-        return ""
-    return f"llama_kernels.reference.{op} is the same in plain PyTorch, for any device."
+    return f"llama_kernels.reference.{op} {what}" if op in reference.__all__ else ""
+
+
+def fix_for_device(op: str) -> str:
+    """For an error: what to call for tensors on a device that has no kernels."""
+    return _fix_by_reference(op, "is the same in plain PyTorch, for any device.")
 
 
 def shape_of(x: torch.Tensor) -> str:
+    """For an error: the shape of an argument."""
     return f"of shape {tuple(x.shape)}"
 
 
 def check_tensors(
-    op: str, dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES, **tensors: torch.Tensor | None
+    op: str,
+    dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES,
+    optional: Container[str] = (),
+    **tensors: torch.Tensor | None,
 ) -> None:
-    """Raise unless each tensor is of one of `dtypes` (None: any floating dtype) and on the device of the first."""
+    """Raise unless each argument is a tensor of one of `dtypes`, on the device of the first.
+
+    dtypes: None for any floating dtype. optional: names of the arguments that may be None.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has another dtype.
+        ValueError: a tensor is on another device than the first, or on a device without kernels.
+    """
     device = None
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name in optional:
             continue
         if not isinstance(x, torch.Tensor):
-            raise TypeError(message(op, name, f"a {type(x).__name__}", "a torch.Tensor"))
+            raise TypeError(message(op, name, "None" if x is None else f"a {type(x).__name__}", "a torch.Tensor"))
         if dtypes is None:
             if not x.dtype.is_floating_point:
                 raise TypeError(message(op, name, x.dtype, "a floating-point tensor"))
         elif x.dtype not in dtypes:
-            fix = f"llama_kernels.reference.{op} takes any floating dtype." if x.dtype == torch.float64 else ""
+            fix = _fix_by_reference(op, "takes any floating dtype.") if x.dtype == torch.float64 else ""
+            if len(dtypes) == 1:
+                fix = f"Pass {name}.to({dtypes[0]})."
             raise TypeError(message(op, name, x.dtype, " or ".join(map(str, dtypes)), fix))
         if device is None:
             first, device = name, x.device
             if device.type not in KERNEL_DEVICES and device.type != "meta":
                 raise ValueError(message(op, name, f"on {device}", DEVICES_TAKEN, fix_for_device(op)))
         elif x.device != device:
-            raise ValueError(message(op, name, f"on {x.device}", f"the device of {first}, {device}"))
+            wanted, fix = f"the device of {first}, {device}", f"Pass {name}.to({first}.device)."
+            raise ValueError(message(op, name, f"on {x.device}", wanted, fix))

@@ -12,7 +12,10 @@ from llama_kernels.core.sharding import has_rules, register_dtensor_rules
 
 
 def is_dtensor(x: Any) -> bool:
-    """Without the import of torch.distributed.tensor, which takes as long as that of this package."""
+    """Whether `x` is a DTensor, by the name of its class.
+
+    To import torch.distributed.tensor would take as long as to import this package.
+    """
     return type(x).__name__ == "DTensor"
 
 
@@ -34,7 +37,7 @@ _GRADIENTS = frozenset(("dy", "ds", "do", "dlse", "dq", "dk", "dv"))  # of resul
 
 
 def distribute_gradients(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`args` of an op in a graph. If there are DTensors among them, all gradients of results are.
+    """`args` of an op in a graph. If one of them is a DTensor, all gradients of results among them are made DTensors.
 
     In a graph of torch.compile the gradient of a result that is not used is a plain tensor of zeros, though the result
     is a DTensor: https://github.com/pytorch/pytorch/issues/173123, with torch 2.13. set_materialize_grads(False) has no
@@ -55,7 +58,7 @@ def distribute_gradients(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tu
 
 
 def repeat_on_dtensors(op: torch._ops.OpOverload, public: str, args: Sequence[Any], error: RuntimeError) -> Any:
-    """What op(*args) gives once the sharding rules are registered, where `error` came from a call without them.
+    """Register the sharding rules and call `op` again, after a call without them raised `error`. Returns op(*args).
 
     Raises:
         TypeError: only some of the tensors are DTensors, or the op has no rules.

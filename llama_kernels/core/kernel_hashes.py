@@ -30,6 +30,7 @@ def settled(kernel: Any) -> Any:
 
 
 def _called(function: Any) -> Iterator[Any]:
+    """The Triton functions that `function` names."""
     for instruction in dis.get_instructions(function.fn):
         if instruction.opname == "LOAD_GLOBAL":
             value = function.fn.__globals__.get(instruction.argval)

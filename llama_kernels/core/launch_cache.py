@@ -134,6 +134,7 @@ def _leaves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], _Kinds]:
 
 
 def _kinds(types: tuple[type, ...], known: dict[tuple[type, ...], _Kinds]) -> _Kinds:
+    """The kinds of arguments of these types, which are added to `known`."""
     named_tuples = [i for i, t in enumerate(types) if hasattr(t, "_fields")]
     tensors = [i for i, t in enumerate(types) if issubclass(t, torch.Tensor)]
     floats = [i for i, t in enumerate(types) if issubclass(t, float)]
@@ -152,6 +153,9 @@ def _expanding(named_tuples: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple
         return lambda args: args[0] + args[1:]
     if named_tuples == [0, 1]:
         return lambda args: args[0] + args[1] + args[2:]
+    count = len(named_tuples)
+    if named_tuples == list(range(count)):
+        return lambda args: sum(args[:count], ()) + args[count:]
 
     last_first = named_tuples[::-1]
 
@@ -164,9 +168,11 @@ def _expanding(named_tuples: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple
 
 
 def _cache_key(args: tuple[Any, ...], kinds: _Kinds) -> tuple[Any, ...]:
-    """Calls of one key launch the same machine code with the same numbers, and with their tensors in the same places.
+    """The cache key of a call. Calls with one key launch the same machine code with the same numbers, and with their
+    tensors in the same places.
 
-    1, 1.0 and True are equal but bound differently: types are in the key. So are floats as bytes, as 0.0 == -0.0.
+    Types are in the key, since 1, 1.0 and True are equal and are bound differently. Floats are in it as bytes, since
+    0.0 and -0.0 are equal.
     """
     number, _, _, tensors_of, others_of, float_bytes_of = kinds
     tensors = tensors_of(args)
@@ -188,7 +194,7 @@ def _items(indices: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...
 
 
 def _bind(each: Launch, compiled: Any, args: tuple[Any, ...]) -> _Bound | None:
-    """The bound launch of `each`, which Triton compiled to `compiled`, or None where it cannot be cached."""
+    """The launch `each` as a bound launch, or None where it cannot be cached. compiled: what Triton compiled it to."""
     if compiled is None:
         return None
     filled = [*each.args, *(each.options[name] for name in each.kernel.arg_names[len(each.args) :])]

@@ -1,4 +1,8 @@
-"""Derivatives of gradients and tangents that a kernel computed: by plain PyTorch, of any order, in either mode."""
+"""Derivatives of gradients and tangents that a kernel computed, by plain PyTorch: of any order, in either mode.
+
+A kernel computes the first derivative of an op. `with_derivatives_of` connects it to a function in plain PyTorch with
+the same results, which autograd differentiates for the second derivative.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llama_kernels.core.registry import is_differentiated_again, save
+from llama_kernels.core.autograd import is_differentiated_again, save
 
 
 def with_derivatives_of(
@@ -17,10 +21,9 @@ def with_derivatives_of(
     inputs: Sequence[torch.Tensor | None],
     constants: Sequence[torch.Tensor | None] = (),
 ) -> tuple[torch.Tensor | None, ...]:
-    """`results`, which a kernel computed of `inputs`, with the derivatives of `function`, of any order.
+    """`results`, gradients or tangents that a kernel computed from `inputs`, with the derivatives of `function`.
 
-    function: takes `constants` as one tuple, then `inputs`, and gives `results`, in plain PyTorch. For gradients and
-    tangents, which are themselves derivatives: so there is a second derivative, and a kernel computes the first one.
+    function: computes `results` in plain PyTorch. It takes `constants` as one tuple, then `inputs`.
     """
     if not is_differentiated_again():
         return tuple(results)
@@ -38,7 +41,7 @@ def with_derivatives_of(
 
 
 def results_and_pullback(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[..., Any]]:
-    """torch.func.vjp without has_aux, whose type tells the two apart."""
+    """torch.func.vjp without has_aux, with a type that mypy can use."""
     made: Any = torch.func.vjp(function, *inputs)
     return made
 
@@ -46,9 +49,9 @@ def results_and_pullback(function: Callable[..., Any], *inputs: Any) -> tuple[An
 def pushforward(
     function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """The tangents of `function(*inputs)`, as torch.func.jvp gives them.
+    """The tangents of `function(*inputs)`, as torch.func.jvp computes them.
 
-    It is the transpose of the pullback, which is linear. torch.func.jvp cannot run inside of a dual_level.
+    torch.func.jvp cannot run inside of a dual_level. This is the transpose of the pullback, a linear function.
     """
     results, pullback = results_and_pullback(function, *inputs)
     _, transpose = results_and_pullback(pullback, tuple(map(torch.zeros_like, results)))

@@ -1,7 +1,8 @@
 """Sharding rules of the registered ops for DTensor, through register_sharding, which PyTorch calls experimental.
 
-A rule says for one dimension of a mesh which placements of the arguments give which placements of the results. The
-parameters of all ops have roles by their names; a way to shard a call gives each role a placement.
+A rule says, for one dimension of a mesh, which placements of the results follow from placements of the arguments. Each
+parameter has a role by its name, the same in all ops: q, k and v are "heads", for example. A way to shard a call gives
+each role a placement.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def _attention_grads(arguments: dict[str, Any]) -> list[str]:
 
 
 def has_rules(op: torch._ops.OpOverload) -> bool:
+    """Whether `op` has sharding rules. The ops that write into their arguments have none."""
     return op._schema.name.split("::")[1] in _RESULTS
 
 
@@ -146,8 +148,10 @@ def _ways(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _divides(mesh: Any, heads: int) -> bool:
-    """Whether heads that are sharded along some dimensions of the mesh are so in equal parts. DTensor itself does not
-    shard a dimension into more parts than its size."""
+    """Whether any dimensions of the mesh divide `heads` into equal parts.
+
+    Parts that are more than `heads` do not count: DTensor does not shard a dimension into more parts than its size.
+    """
     parts = {1}
     for size in mesh.shape:
         parts |= {n * size for n in parts}

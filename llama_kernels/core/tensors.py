@@ -1,4 +1,4 @@
-"""Shapes, strides and allocation: how tensors lie in memory, and tensors allocated in the memory order of another."""
+"""Shapes, strides and allocation of tensors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from llama_kernels.core.device import KERNEL_DEVICES
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest that is not under `n`, from 1 on."""
+    """The smallest power of two that is at least `n`, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def empty_in_order_of(
     x: torch.Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Uninitialised and dense, its dimensions nested in memory as those of `x` are, the last one innermost."""
+    """An uninitialised dense tensor in the memory order of `x`, but with the last dimension innermost.
+
+    shape, dtype: those of the tensor; None: those of `x`.
+    """
     shape = x.shape if shape is None else tuple(shape)
     try:
         strides = _dense_strides(shape, x.stride())
@@ -61,34 +65,40 @@ def optional_strides_of(x: torch.Tensor | None) -> tuple[int, int, int] | None:
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself when its last dimension is contiguous, else a copy: kernels take any other strides as they are."""
+    """`x` itself if its last dimension is contiguous, otherwise a copy. The other strides may be any."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on `device`, or None where it is off."""
+    """The dtype that autocast casts to on `device`; None: it is off."""
     if device.type not in KERNEL_DEVICES:  # for some torch has no autocast, and would raise
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 class Rows(NamedTuple):
-    """The rows of tensors that share their leading dimensions, as up to three dimensions with strides of their own."""
+    """The rows of tensors with the same leading dimensions, in three dimensions; each tensor has its own strides."""
 
     tensors: tuple[torch.Tensor | None, ...]
     count: int  # type: ignore[assignment]  # a tuple has a method of this name
     sizes: tuple[int, int]  # of the two inner dimensions
-    strides: tuple[tuple[int, int, int] | None, ...]  # a tensor
+    strides: tuple[tuple[int, int, int] | None, ...]  # one for each tensor
+
+
+WALKED_DIMS = 3  # leading dimensions that a kernel walks
 
 
 def rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> Rows:
-    """Merge leading dimensions wherever every tensor lets them, in the memory order of `lead`."""
+    """The rows of `lead` and `others`. Leading dimensions are merged where the strides of all tensors allow it.
+
+    Where more dimensions are left than a kernel walks, tensors that are not dense in the memory order of `lead` are
+    copied. So a result must be dense in it (`is_dense_in_order_of`): otherwise a kernel would write to the copy.
+    """
     tensors = (lead, *others)
     merged = _merged_rows(lead.shape[:-1], tuple(None if t is None else t.stride() for t in tensors))
     if merged is None:
-        # More dimensions than a kernel walks: copy what is not dense in the order of `lead`, which merges into one.
-        dense = (None if t is None else _dense_in_order_of(lead, t) for t in others)
-        return rows_of(_dense_in_order_of(lead, lead), *dense)
+        dense = (None if t is None else dense_in_order_of(lead, t) for t in others)
+        return rows_of(dense_in_order_of(lead, lead), *dense)
     return Rows(tensors, *merged)
 
 
@@ -107,14 +117,19 @@ def _merged_rows(
             merged[-1] = (merged[-1][0] * size, steps)
         else:
             merged.append((size, steps))
-    if len(merged) > 3:
+    if len(merged) > WALKED_DIMS:
         return None
-    merged += [(1, [0] * len(present))] * (3 - len(merged))
+    merged += [(1, [0] * len(present))] * (WALKED_DIMS - len(merged))
     sizes, inner_steps = zip(*merged, strict=True)
     each = iter(zip(*inner_steps, strict=True))
     return math.prod(sizes), sizes[1:], tuple(None if s is None else next(each) for s in strides)
 
 
-def _dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    dense = empty_in_order_of(lead, x.shape, x.dtype)
-    return x if x.stride() == dense.stride() else dense.copy_(x)
+def is_dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `x` is dense, its dimensions nested in memory as those of `lead` are."""
+    return x.stride() == _dense_strides(tuple(x.shape), lead.stride())
+
+
+def dense_in_order_of(lead: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where it is dense in the order of `lead`, else a copy that is."""
+    return x if is_dense_in_order_of(lead, x) else empty_in_order_of(lead, x.shape, x.dtype).copy_(x)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from llama_kernels.core.autograd import refuse_double_backward
 from llama_kernels.core.checks import check_tensors, message, shape_of
 from llama_kernels.core.dtensors import is_dtensor
-from llama_kernels.core.registry import refuse_double_backward
 from llama_kernels.distributed import blocks
 from llama_kernels.distributed.all_gather import Gathered
 from llama_kernels.distributed.blocks import Mask, Reach, Row, Scores
@@ -80,10 +80,10 @@ def cp_attention(
         layout: which tokens each rank holds. Ranks are places in the mesh, row by row.
         doc_start: (B, S / W) int32, the global position of the first token of each token's document, where several are
             packed into one sequence: with Hugging Face, position minus position_ids. None: one document.
-        method: "ring": blocks of keys travel around; memory for three blocks of keys. "all_gather": every process
-            gets all keys. "ulysses": every process gets all tokens of Hq / W heads; W divides Hq, and one of W and Hkv
-            divides the other. A pair of "ulysses" and "ring", one for each dimension of the mesh: heads are exchanged
-            along one dimension, keys travel along the other.
+        method: "ring": blocks of keys travel from process to process, and each holds two beside its own. "all_gather":
+            every process gets all keys. "ulysses": every process gets all tokens of Hq / W heads; W must divide Hq, and
+            one of W and Hkv the other. A pair of "ulysses" and "ring", one for each dimension of the mesh: heads are
+            exchanged along one dimension, and keys travel along the other.
         is_causal, window_size, scale, softcap: as in `attention`, in global positions.
         sinks: (Hq,), as in `attention`. Its gradient is that of this process's rows or heads: sum it over the mesh, as
             those of all parameters.
@@ -118,7 +118,8 @@ def cp_attention(
 class _ContextParallel(torch.autograd.Function):
     """q, k, v and sinks -> (out, lse) of this rank's tokens.
 
-    exchange: where heads are exchanged, how. over_keys: how the queries that a rank then has see the keys of all.
+    exchange: gives this rank all tokens of some heads, and takes results back; None where heads are not exchanged.
+    over_keys: attention of the queries that this rank then has to the keys of all ranks.
     """
 
     @staticmethod
@@ -166,7 +167,7 @@ def _plan(
     methods: tuple[str, ...], call: AttentionCall, doc_start: torch.Tensor | None, layout: Layout, mesh: DeviceMesh,
     rank: int,
 ) -> tuple[Exchange | None, Ring | Gathered | Local]:  # fmt: skip
-    """How heads are exchanged, if they are, and how queries then see the keys of all ranks."""
+    """The `exchange` and `over_keys` of _ContextParallel."""
     reach, scores, device = Reach(call.left, call.right), Scores(call.scale, call.softcap), call.q.device
     exchange, group = None, mesh.get_group(0)
     parts: Parts = layout  # it keeps its positions on the device from call to call

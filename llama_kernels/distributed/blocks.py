@@ -1,8 +1,8 @@
 """Attention of some queries to one block of keys: which keys each row sees there, and the calls of the ops.
 
-A causal mask, a window and a document each leave a query one interval of global positions. A block holds an increasing
-list of positions, and of an increasing list an interval is an interval again. So a block is one call with kv_start and
-kv_end, whoever holds it, however the tokens are laid out and wherever documents begin.
+With a causal mask, a window and documents, a query sees one interval of global positions. A block holds an increasing
+list of positions, so the keys of an interval are adjacent in it. Attention to a block is therefore one call with
+kv_start and kv_end, for every layout of the tokens and wherever documents begin.
 """
 
 from __future__ import annotations

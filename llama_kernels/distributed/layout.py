@@ -13,11 +13,15 @@ from llama_kernels.distributed.transport import all_gather
 
 
 class Parts:
-    """Increasing lists of global positions, each held by one process of a group."""
+    """Increasing lists of global positions, each held by one process of a group.
+
+    Its tensors are no inference tensors, wherever they are made: autograd could not save them for a backward later.
+    """
 
     def __init__(self, lists: Sequence[torch.Tensor]) -> None:
-        self.lists = tuple(lists)
-        self._order = torch.argsort(torch.cat(self.lists))
+        with torch.inference_mode(False):
+            self.lists = tuple(x.clone() if x.is_inference() else x for x in lists)
+            self._order = torch.argsort(torch.cat(self.lists))
         self._on: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     def positions(self, part: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -45,7 +49,8 @@ class Parts:
     def _moved(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The lists, and the order of all their tokens, on `device`."""
         if device not in self._on:
-            self._on[device] = tuple(x.to(device) for x in (*self.lists, self._order))
+            with torch.inference_mode(False):
+                self._on[device] = tuple(x.to(device) for x in (*self.lists, self._order))
         return self._on[device]
 
 
@@ -53,11 +58,11 @@ class Layout(Parts):
     """Which of the tokens 0 to tokens - 1 of a sequence each rank holds.
 
     Args:
-        tokens: of the whole sequence.
-        ranks: processes that share it. Each holds tokens / ranks of them.
+        tokens: the number of tokens of the whole sequence.
+        ranks: the number of processes that share it. Each holds tokens / ranks tokens.
         kind: "zigzag": the sequence is cut into 2 ranks chunks, and rank r holds chunks r and 2 ranks - 1 - r, which
             gives each rank the same work under a causal mask. "contiguous": rank r holds the r-th chunk of `ranks`. Or
-            a list of positions for each rank, each increasing, as a load balancer that knows the documents makes them.
+            a list of positions for each rank, each increasing; `balanced_layout` makes those for packed documents.
 
     Raises:
         ValueError: tokens cannot be divided so, or the lists are not increasing or do not hold each token once.
@@ -84,8 +89,11 @@ class Layout(Parts):
 
 
 def _by_chunks(tokens: int, ranks: int, kind: str) -> list[torch.Tensor]:
+    """The positions of each rank in a layout of kind "zigzag" or "contiguous"."""
     if kind not in ("zigzag", "contiguous"):
-        raise ValueError(message("Layout", "kind", repr(kind), '"zigzag", "contiguous" or a list of positions a rank'))
+        raise ValueError(
+            message("Layout", "kind", repr(kind), '"zigzag", "contiguous" or one list of positions per rank')
+        )
     chunks = ranks * (2 if kind == "zigzag" else 1)
     if tokens < 0 or tokens % chunks:
         fix = f"Pad the sequence to {-(-tokens // chunks) * chunks} tokens."

@@ -31,7 +31,7 @@ class Context(NamedTuple):
 def context_parallel(
     model: nn.Module, mesh: DeviceMesh, *, layout: Layout, method: str | tuple[str, str] = "ring"
 ) -> Iterator[None]:
-    """Inside, forwards of a patched model for causal language modelling compute this process's share of each sequence.
+    """A context in which a patched model for causal language modelling computes this process's share of each sequence.
 
     Every process calls the model with the same whole batch: input_ids or inputs_embeds, and labels and position_ids if
     there are any. The tokens of the layout's rank are computed: RoPE gets their global positions, attention sees the

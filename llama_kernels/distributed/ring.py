@@ -1,7 +1,8 @@
 """Ring attention (Liu et al., arXiv 2310.01889): blocks of keys travel from rank to rank, queries stay.
 
-While a block is computed, the next one is on its way. Partial results and gradients are float32, and are added in a
-fixed order. Only the key heads travel: W - 1 hops of keys forward; W - 1 of keys and W - 1 of gradients backward.
+While a block is computed, the next one is being sent. Partial results and gradients are float32, and are added in a
+fixed order. Only key heads are sent: among W ranks W - 1 hops of keys in the forward, and in the backward W - 1 of keys
+and W - 1 of their gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llama_kernels.ops.attention.merge import merged
 class Ring(NamedTuple):
     """Attention of this rank's queries to the keys of all ranks.
 
-    Beside its own, a rank holds two blocks of keys and values: the one at work and the one that comes.
+    Beside its own, a rank holds two blocks of keys and values: the one at work, and the one that it receives.
     """
 
     seen: Visible
@@ -47,8 +48,7 @@ class Ring(NamedTuple):
     def backward(
         self, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
     ) -> Grads:
-        """The gradients of a block start at the rank after its owner, and end at the owner, who adds what it computed
-        itself while its keys were on their way out."""
+        """The gradients of a block travel from the rank after its owner to the owner, which adds its own part last."""
         coming = hop((k, v), self.group) if self.ranks > 1 else None
         total = blocks.backward(row, q, k, v, sinks, self._mask(0), self.scores)
         travelling: Transfer[list[torch.Tensor]] | None = None

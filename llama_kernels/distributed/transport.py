@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 
 
 class Transfer(Generic[_T]):
-    """A transfer that is under way. `wait` gives what came; later work on the current stream follows it."""
+    """A transfer under way. `wait` returns what was received, for use on the current stream."""
 
     def __init__(self, works: Sequence[dist.Work], sent: Sequence[torch.Tensor], result: Callable[[], _T]) -> None:
         self._works, self._sent, self._result = works, sent, result  # sent: alive until they have left
@@ -20,6 +20,7 @@ class Transfer(Generic[_T]):
     def wait(self) -> _T:
         for work in self._works:
             work.wait()
+        self._works = self._sent = ()  # which hold what was sent
         return self._result()
 
 
@@ -50,7 +51,10 @@ def all_to_all(parts: Sequence[torch.Tensor], group: dist.ProcessGroup) -> Trans
 
 
 def sum_of_parts(parts: Sequence[torch.Tensor], group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum of what all ranks have for this one, in the order of the ranks. reduce_scatter promises no order."""
+    """The sum of the parts that all ranks have for this one, added in the order of the ranks.
+
+    reduce_scatter would promise no order.
+    """
     total, *others = all_to_all(parts, group).wait()
     for part in others:
         total = total + part

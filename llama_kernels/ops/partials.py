@@ -1,6 +1,6 @@
-"""Gradients of weights that every row shares: each program writes its own sum, these are added up in a fixed order.
+"""The last step of a weight's gradient, which is a sum over all rows: it adds up the sums that programs wrote.
 
-No atomics, so the same call gives the same bits.
+The order of the additions is fixed and there are no atomics, so the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _sum_partials_kernel(partials_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLO
 
 
 def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> Launch:
-    """out (N,) = partials (P, N) float32 summed over P and rounded once."""
+    """The launch of out (N,) = partials (P, N) float32, summed over P and rounded once to the dtype of out."""
     P, N = partials.shape
     options = {"BLOCK_P": _BLOCK_P, "BLOCK_N": _BLOCK_N, "num_warps": _THREADS // lanes_of(out.device)}
     return Launch(_sum_partials_kernel, (cdiv(N, _BLOCK_N),), (partials, out, P, N), options)

@@ -1,4 +1,16 @@
-"""RMSNorm of every head of q and k, then RoPE, in one pass."""
+"""RMSNorm of every head of q and k, then RoPE, in one pass.
+
+For a head x, with rstd = 1 / sqrt(mean(x^2) + eps) and xhat = x * rstd:
+
+    y = rotate(xhat * (offset + weight))
+
+and in the backward, with u = rotate^T(dy) and g = u * (offset + weight):
+
+    dx = rstd * (g - xhat * mean(g * xhat))
+    dweight = sum of u * xhat over tokens and heads
+
+rotation.py has the device code of the rotation, which rope.py shares. The sections are those of rms_norm.py.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +19,12 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels import reference
-from llama_kernels.core.checks import check_eps, check_tensors, message, shape_of
+from llama_kernels.core.autograd import Differentiable, needs_grad, save
+from llama_kernels.core.checks import check_eps, check_offset, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of
 from llama_kernels.core.language import cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.registry import (
-    Differentiable,
-    needs_grad,
-    register,
-    register_gradient,
-    save,
-)
+from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
 from llama_kernels.core.tensors import (
     cdiv,
@@ -30,6 +37,7 @@ from llama_kernels.core.tensors import (
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.ops.rotation import (
     Axes,
+    HeadTensor,
     HeadTile,
     Tables,
     angle_arguments,
@@ -41,13 +49,18 @@ from llama_kernels.ops.rotation import (
     rotate,
     rotation_of,
     store_pairs,
+    token_ptrs,
 )
 from llama_kernels.ops.rotation_checks import check_angles, check_heads, tokens_of
 from llama_kernels.reference.rope import OptionalTensor, rope_transpose
 
-# Programs on an SM in the backward, of 128 threads each: enough to hide the sums across a head.
+# --- tiles -----------------------------------------------------------------------------------------------------------
+#
+# A tile is that of rotation.py: BLOCK_T tokens by BLOCK_H heads.
+
+# Programs on an SM in the backward, of 128 threads each. So many hide the sums across a head.
 _PROGRAMS = 4
-# The tile at work, and one more that the backward loads ahead.
+# The backward loads one tile ahead of the one at work.
 _STAGES: tl.constexpr = tl.constexpr(2)
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -112,8 +125,8 @@ def _load_scales(
 
 
 @triton.jit
-def _sum(a, b):
-    """The dot product of each vector of a and b: [BLOCK_T, BLOCK_H, 1]."""
+def _inner_products(a, b):
+    """The inner product of each vector of a with that of b: [BLOCK_T, BLOCK_H, 1]."""
     total = tl.sum(a.x0 * b.x0 + a.x1 * b.x1, 2)
     total += tl.sum(a.rest * b.rest, 2)
     return total[:, :, None]
@@ -121,11 +134,13 @@ def _sum(a, b):
 
 @triton.jit
 def _scaled(x, by):
+    """x * by, element by element. by: Vectors."""
     return Vectors(x.x0 * by.x0, x.x1 * by.x1, x.rest * by.rest)
 
 
 @triton.jit
 def _times(x, number):
+    """x * number. number: one for each vector."""
     return Vectors(x.x0 * number, x.x1 * number, x.rest * number)
 
 
@@ -133,7 +148,7 @@ def _times(x, number):
 def _tangent_of(x, t, rstd, scales, dscales, D: tl.constexpr):
     """The tangent of x * rstd * scales, where x has the tangent t and scales have the tangent dscales."""
     xhat = _times(x, rstd)
-    mean = _sum(t, xhat) / D
+    mean = _inner_products(t, xhat) / D
     dy = Vectors(t.x0 - xhat.x0 * mean, t.x1 - xhat.x1 * mean, t.rest - xhat.rest * mean)
     dy = _scaled(_times(dy, rstd), scales)
     return Vectors(dy.x0 + xhat.x0 * dscales.x0, dy.x1 + xhat.x1 * dscales.x1, dy.rest + xhat.rest * dscales.rest)
@@ -141,36 +156,38 @@ def _tangent_of(x, t, rstd, scales, dscales, D: tl.constexpr):
 
 @triton.jit
 def _forward_heads(
-    x_ptr, t_ptr, weight_ptr, dweight_ptr, y_ptr, x_strides, t_strides, y_strides, b, s, live, angles, H, eps, offset,
+    x, t, weight_ptr, dweight_ptr, y, b, s, live, angles, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate every head of the tokens (b, s); with t, the tangent of x, store the tangent of that."""
+    """Normalise and rotate every head of the tokens (b, s) of x, and store it in y. x, t, y: `HeadTensor`.
+
+    With t, the tangent of x, store the tangent of that result instead. Without, t.ptr is None.
+    """
     if D == 2 * HALF:
         scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-    x_tokens = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None]  # [BLOCK_T, 1], int64
-    y_tokens = y_ptr + (b * y_strides[0] + s * y_strides[2])[:, None]
+    x_tokens, y_tokens = token_ptrs(x, b, s), token_ptrs(y, b, s)  # [BLOCK_T, 1]
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H)
         present = live[:, None] & (h < H)[None, :]
-        x_ptrs = x_tokens + h.to(tl.int64)[None, :] * x_strides[1]  # [BLOCK_T, BLOCK_H]
-        y_ptrs = y_tokens + h.to(tl.int64)[None, :] * y_strides[1]
-        x = _load_vectors(x_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
-        rstd = inverse_root(_sum(x, x) / D + eps)
+        x_ptrs = x_tokens + h.to(tl.int64)[None, :] * x.strides[1]  # [BLOCK_T, BLOCK_H]
+        y_ptrs = y_tokens + h.to(tl.int64)[None, :] * y.strides[1]
+        vectors = _load_vectors(x_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+        rstd = inverse_root(_inner_products(vectors, vectors) / D + eps)
         if D > 2 * HALF:  # registers do not hold the weights of both parts from head to head
             scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-        if t_ptr is None:
-            y = _scaled(_times(x, rstd), scales)
+        if t.ptr is None:
+            normed = _scaled(_times(vectors, rstd), scales)
         else:
-            t_ptrs = t_ptr + (b * t_strides[0] + s * t_strides[2])[:, None] + h.to(tl.int64)[None, :] * t_strides[1]
-            t = _load_vectors(t_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+            t_ptrs = token_ptrs(t, b, s) + h.to(tl.int64)[None, :] * t.strides[1]
+            tangents = _load_vectors(t_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
             zero = tl.zeros([1, 1, 1], tl.float32)
             dscales = Vectors(zero, zero, zero)
             if dweight_ptr is not None:
                 dscales = _load_scales(dweight_ptr, 0.0, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-            y = _tangent_of(x, t, rstd, scales, dscales, D)
-        y0, y1 = rotate(y.x0, y.x1, angles)
-        _store_vectors(y_ptrs, present, Vectors(y0, y1, y.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+            normed = _tangent_of(vectors, tangents, rstd, scales, dscales, D)
+        y0, y1 = rotate(normed.x0, normed.x1, angles)
+        _store_vectors(y_ptrs, present, Vectors(y0, y1, normed.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "axes_count"])
@@ -186,9 +203,9 @@ def _qk_norm_rope_forward_kernel(
     """y = rotate(x * rstd * (offset + weight)), rstd = 1 / sqrt(mean(x^2) + eps), for every head x of q and of k.
 
     A program computes all heads of BLOCK_T tokens of one sequence, in float32, and rounds once. q, k: (B, H, S, D);
-    weights: (D,) or None; k may be None. `Tables` and `load_angles` describe the tables. Where tq, and tk if there is a
-    k, are given, the tangents of q and k, the results are the tangents of y. dq_weight and dk_weight, the tangents of
-    the weights, may be None.
+    weights: (D,) or None; k may be None. `Tables` and `load_angles` describe the tables.
+    Given tq and tk, the tangents of q and k, the results are the tangents of y instead. dq_weight and dk_weight, the
+    tangents of the weights, may be None.
     Bytes: q and k in and out, tq and tk in, and each table row once for all heads. FLOPs: 7 an element; 15 of tangents.
     """
     blocks = tl.cdiv(S, BLOCK_T)
@@ -201,26 +218,29 @@ def _qk_norm_rope_forward_kernel(
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
     _forward_heads(
-        q_ptr, tq_ptr, q_weight_ptr, dq_weight_ptr, q_out_ptr, q_strides, tq_strides, q_out_strides,
-        b, s, live, angles, Hq, eps, offset,
+        HeadTensor(q_ptr, q_strides), HeadTensor(tq_ptr, tq_strides), q_weight_ptr, dq_weight_ptr,
+        HeadTensor(q_out_ptr, q_out_strides), b, s, live, angles, Hq, eps, offset,
         D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
     )  # fmt: skip
     if k_ptr is not None:
         _forward_heads(
-            k_ptr, tk_ptr, k_weight_ptr, dk_weight_ptr, k_out_ptr, k_strides, tk_strides, k_out_strides,
-            b, s, live, angles, Hkv, eps, offset,
+            HeadTensor(k_ptr, k_strides), HeadTensor(tk_ptr, tk_strides), k_weight_ptr, dk_weight_ptr,
+            HeadTensor(k_out_ptr, k_out_strides), b, s, live, angles, Hkv, eps, offset,
             D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_heads(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, dw_ptr, dy_strides, x_strides, dx_strides, tables, axes,
+    dy_heads, x_heads, weight_ptr, dx_heads, dw_ptr, tables, axes,
     first, programs, B, S, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx, and the share of dweight, for every `programs`-th tile of BLOCK_T tokens by BLOCK_H heads from `first` on."""
+    """dx of every `programs`-th tile of BLOCK_T tokens by BLOCK_H heads, from tile `first` on. *_heads: `HeadTensor`.
+
+    The sum of these tiles for dweight goes to row `first` of dw (programs, D).
+    """
     scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D)
     zeros = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_R], tl.float32)
     rest = tl.zeros([BLOCK_T, BLOCK_H, 1], tl.float32)
@@ -236,20 +256,20 @@ def _backward_heads(
         present = live[:, None] & (h < H)[None, :]
         angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
         heads = h.to(tl.int64)[None, :]
-        x_ptrs = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None] + heads * x_strides[1]
-        dy_ptrs = dy_ptr + (b * dy_strides[0] + s * dy_strides[2])[:, None] + heads * dy_strides[1]
-        dx_ptrs = dx_ptr + (b * dx_strides[0] + s * dx_strides[2])[:, None] + heads * dx_strides[1]
+        x_ptrs = token_ptrs(x_heads, b, s) + heads * x_heads.strides[1]
+        dy_ptrs = token_ptrs(dy_heads, b, s) + heads * dy_heads.strides[1]
+        dx_ptrs = token_ptrs(dx_heads, b, s) + heads * dx_heads.strides[1]
         x = _load_vectors(x_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
         dy = _load_vectors(dy_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
         g0, g1 = rotate(dy.x0, dy.x1, angles)
         g = Vectors(g0, g1, dy.rest)
-        rstd = inverse_root(_sum(x, x) / D + eps)
+        rstd = inverse_root(_inner_products(x, x) / D + eps)
         rstd = tl.where(present[:, :, None], rstd, 0.0)  # absent vectors get 0, even if eps is 0
         xhat = _times(x, rstd)
         if dw_ptr is not None:
             dw = Vectors(dw.x0 + g.x0 * xhat.x0, dw.x1 + g.x1 * xhat.x1, dw.rest + g.rest * xhat.rest)
         g = _scaled(g, scales)
-        mean = _sum(g, xhat) / D
+        mean = _inner_products(g, xhat) / D
         dx = Vectors(g.x0 - xhat.x0 * mean, g.x1 - xhat.x1 * mean, g.rest - xhat.rest * mean)
         dx = _times(dx, rstd)
         _store_vectors(dx_ptrs, present, dx, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
@@ -272,12 +292,12 @@ def _qk_norm_rope_backward_kernel(
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (g - xhat * mean(g * xhat)), xhat = x * rstd, g = unrotated(dy) * (offset + weight);
-    dweight = sum(unrotated(dy) * xhat) over tokens and heads. unrotated: by the transpose of the rotation.
+    """dx = rstd * (g - xhat * mean(g * xhat)), xhat = x * rstd, g = u * (offset + weight), and
+    dweight = sum(u * xhat) over tokens and heads, where u is dy times the transpose of the rotation.
 
-    The first q_programs programs compute the tiles of q, the others those of k, in float32. A program sums its share
-    of dweight in registers and stores it to its own row of (programs, D) float32. It computes rstd again, since it
-    reads x anyway. k, its gradients, the weights and their gradients may be None.
+    The first q_programs programs compute the tiles of q, the others those of k, in float32. A program sums its part of
+    dweight in registers and stores it to its own row of (programs, D) float32; `sum_partials` adds up the rows. rstd is
+    computed again, since x is read anyway. k, its gradients, the weights and their gradients may be None.
     Bytes: x and dy in, dx out, once each; table rows once a tile. FLOPs: 17 an element.
     """
     pid = tl.program_id(0)
@@ -287,15 +307,15 @@ def _qk_norm_rope_backward_kernel(
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     if pid < q_programs:
         _backward_heads(
-            dq_ptr, q_ptr, q_weight_ptr, dq_out_ptr, dq_weight_ptr,
-            dq_strides, q_strides, dq_out_strides, tables, axes,
+            HeadTensor(dq_ptr, dq_strides), HeadTensor(q_ptr, q_strides), q_weight_ptr,
+            HeadTensor(dq_out_ptr, dq_out_strides), dq_weight_ptr, tables, axes,
             pid, q_programs, B, S, Hq, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif k_ptr is not None:
         _backward_heads(
-            dk_ptr, k_ptr, k_weight_ptr, dk_out_ptr, dk_weight_ptr,
-            dk_strides, k_strides, dk_out_strides, tables, axes,
+            HeadTensor(dk_ptr, dk_strides), HeadTensor(k_ptr, k_strides), k_weight_ptr,
+            HeadTensor(dk_out_ptr, dk_out_strides), dk_weight_ptr, tables, axes,
             pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
@@ -321,7 +341,7 @@ class _Forward(NamedTuple):
 
 
 class _Tangents(NamedTuple):
-    """The tangents of the first fields of `_Forward`."""
+    """The tangents of q, k and the weights."""
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -349,7 +369,8 @@ class _Backward(NamedTuple):
 
 
 class _Grads(NamedTuple):
-    """Results of the backward, empty where there is none, or none is needed."""
+    """The gradients of q, k and the weights: the results of the backward. An empty tensor: there is none, or none is
+    needed."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -369,7 +390,7 @@ def _tile(call: _Forward | _Backward) -> HeadTile:
 
 
 def _options(call: _Forward | _Backward) -> dict[str, int]:
-    """The kernels' compile-time options. BLOCK_D: the power of two that holds what is past the rotated width."""
+    """The kernels' compile-time options. BLOCK_D: a power of two that holds the elements past the rotated width."""
     D = call.q.shape[-1]
     pairs = pairs_of(call.cos, D)
     BLOCK_D = max(next_power_of_2(D - 2 * pairs["HALF"]), 16)
@@ -402,9 +423,9 @@ def _launch_backward(
     k_partials: torch.Tensor | None,
     programs: tuple[int, int],
 ) -> list[Launch]:
-    """Partial sums of the weights' gradients, (programs, D) float32 each, are None where none are needed.
+    """q_partials, k_partials: each program's sum for the gradient of a weight, (programs, D) float32; None: not needed.
 
-    programs: for q, and for k.
+    programs: how many compute q, and how many k.
     """
     tables, table_strides = angle_arguments(call)
     heads = (call.dq, call.dk, call.q, call.k, grads.q, None if call.k is None else grads.k)
@@ -584,14 +605,17 @@ class _QKNormRope(Differentiable):
 
 
 def _gradient_of(x: torch.Tensor | None, dx: torch.Tensor | None) -> torch.Tensor | None:
-    """`dx` for the op: zeros where the rotated `x` was not used. PyTorch's own zeros would be no DTensor as x is."""
+    """The gradient `dx` of the result for x; zeros where that result was not used.
+
+    PyTorch would make a plain tensor of zeros where x is a DTensor.
+    """
     if x is None:
         return None
     return torch.zeros_like(x) if dx is None else last_dim_contiguous(dx)
 
 
 class _Plain(NamedTuple):
-    """The derivatives of a call by those of the reference: what the second derivatives are derivatives of.
+    """The gradients and tangents of a call in plain PyTorch. Second derivatives are derivatives of these.
 
     angles: cos, sin, position_ids and axes. inputs: q, k, q_weight and k_weight, each of which may be None but q.
     """
@@ -653,16 +677,16 @@ def qk_norm_rope(
 ) -> tuple[torch.Tensor, OptionalTensor]:
     """RMSNorm of every head of q and k, then RoPE: rope(rms_norm(q, q_weight), rms_norm(k, k_weight)) in one pass.
 
-    For attention as Qwen3, Gemma 3 and others have it. OLMo 2's norm, over all heads together, is `rms_norm`. Moves
-    half the bytes of separate calls forward, and three fifths backward. Computed in float32 and rounded once, where
-    separate calls round the result of the norm too.
+    For attention as in Qwen3 and Gemma 3. (OLMo 2 norms all heads together: that is `rms_norm`.) It moves half the
+    bytes of separate calls in the forward, and three fifths in the backward. Computed in float32 and rounded once;
+    separate calls also round the result of the norm.
 
     Args:
         q: (B, Hq, S, D) or packed (T, Hq, D), bfloat16, float16 or float32. Any strides; a last dimension that is not
             contiguous is copied.
         k: likewise with Hkv heads, or None.
         q_weight, k_weight: (D,), in any of these dtypes, or None for no scaling.
-        cos, sin, position_ids, axes, interleaved: as in `rope`. Dims past the rotated width are normed too.
+        cos, sin, position_ids, axes, interleaved: as in `rope`. Elements past the rotated width are normed too.
         eps, offset: as in `rms_norm`; offset=1.0 for Gemma.
 
     Returns:
@@ -673,14 +697,17 @@ def qk_norm_rope(
     """
     op = "qk_norm_rope"
     check_heads(op, q, k)
-    check_tensors(op, q=q, q_weight=q_weight, k_weight=k_weight)
+    check_tensors(op, optional=("q_weight", "k_weight"), q=q, q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and weight.shape != q.shape[-1:]:
-            raise ValueError(message(op, name, shape_of(weight), f"({q.shape[-1]},), one element a dim of a head"))
+            raise ValueError(
+                message(op, name, shape_of(weight), f"({q.shape[-1]},), one element per dimension of a head")
+            )
     if k is None and k_weight is not None:
         raise ValueError(message(op, "k_weight", "given without k", "None where k is None"))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids, axes)
     eps = check_eps(op, eps)
+    check_offset(op, offset)
     heads_and_weights = [None if x is None else last_dim_contiguous(x) for x in (q, k, q_weight, k_weight)]
     call = (*heads_and_weights, cos, sin, position_ids, eps, offset, interleaved, axes)  # fields of _Forward
     q_out: torch.Tensor

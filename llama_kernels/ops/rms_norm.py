@@ -1,7 +1,19 @@
 """RMSNorm, alone and fused with the residual add before it.
 
+For a row s, which is x, or x + residual, with rstd = 1 / sqrt(mean(s^2) + eps) and xhat = s * rstd:
+
+    y = xhat * (offset + weight)
+
+and in the backward, with g = dy * (offset + weight):
+
+    dx = rstd * (g - xhat * mean(g * xhat)) + ds    ds: the gradient of residual_out, which is s
+    dweight = sum of dy * xhat over rows
+
 A row is one vector over the last dimension. Every tensor is passed with the strides of up to three row dimensions, so
 rows need not be contiguous: a norm of each head reads a packed projection in place.
+
+The sections, from top to bottom, are the layers of an op, as in the other files of this folder: tiles, kernels,
+launchers, registered ops, autograd, public functions. docs/architecture.md says what each layer is for.
 """
 
 from __future__ import annotations
@@ -13,19 +25,23 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels import reference
-from llama_kernels.core.checks import check_eps, check_tensors, message, shape_of
+from llama_kernels.core.autograd import Differentiable, needs_grad, save
+from llama_kernels.core.checks import check_eps, check_offset, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of, shared_bytes_of
 from llama_kernels.core.language import TRITON_VERSION, cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.registry import (
-    Differentiable,
-    needs_grad,
-    register,
-    register_gradient,
-    save,
-)
+from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
-from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, next_power_of_2, rows_of
+from llama_kernels.core.tensors import (
+    WALKED_DIMS,
+    cdiv,
+    dense_in_order_of,
+    empty_in_order_of,
+    is_dense_in_order_of,
+    last_dim_contiguous,
+    next_power_of_2,
+    rows_of,
+)
 from llama_kernels.ops.partials import sum_partials
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -37,7 +53,7 @@ class RowTile(NamedTuple):
     BLOCK_R: int
     BLOCK_N: int
     threads: int
-    programs: int  # on each SM, of the programs that take one tile of rows after another
+    programs: int  # that run on each SM, in kernels whose programs take one tile after another
 
     def options(self, N: int, device: torch.device) -> dict[str, int]:
         """The launch options for rows of N elements."""
@@ -46,8 +62,10 @@ class RowTile(NamedTuple):
         }  # fmt: skip
 
     def stages(self, device: torch.device, *tensors: torch.Tensor | None) -> int:
-        """One more than the number of tiles of `tensors` to load ahead, at most two, which share an SM's memory with
-        those of its other programs."""
+        """1 plus the number of tiles of `tensors` that a program loads ahead, which is at most two.
+
+        The tiles of all programs of an SM fit into its shared memory.
+        """
         tile_bytes = self.BLOCK_R * self.BLOCK_N * sum(t.element_size() for t in tensors if t is not None)
         return 1 + min(2, (shared_bytes_of(device) // self.programs - 2048) // tile_bytes)
 
@@ -56,7 +74,8 @@ class RowTile(NamedTuple):
 def row_tile(pass_: str, N: int, itemsize: int = 2) -> RowTile:
     """The tile for rows of N elements of at most `itemsize` bytes.
 
-    pass_: "forward", "backward" (dx, and dw where a row fits one tile; the tangent of y) or "weight_grad" (dw alone).
+    pass_: "forward"; "backward", for dx, for dw where a row fits one tile, and for the tangent of y; or "weight_grad",
+    for dw alone.
     """
     halves = max(itemsize // 2, 1)
     columns, rows = _ROW_TILES[pass_]
@@ -125,7 +144,7 @@ def _load_scale(weight_ptr, cols, offset, N: tl.constexpr):
 
 @triton.jit
 def _load_summed(x_rows, residual_rows, s_ptr, cols, mask):
-    """x, or x + residual rounded to the dtype of the residual, which the norm reads and the residual stream keeps."""
+    """s, float32: x, or x + residual rounded to the dtype of the residual, so that the norm reads what is stored."""
     s = _load(x_rows, cols, mask)
     if residual_rows is not None:
         s = cast(s + _load(residual_rows, cols, mask), s_ptr.dtype.element_ty).to(tl.float32)
@@ -134,7 +153,7 @@ def _load_summed(x_rows, residual_rows, s_ptr, cols, mask):
 
 @triton.jit
 def _store_normed(y_rows, live, s, rstd, scale, weight_ptr, offset, n, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store y for the columns from n on. scale None: load it here."""
+    """Store the columns of y from n on. scale: offset + weight; None: it is loaded here."""
     cols = n + tl.arange(0, BLOCK_N)
     if scale is None:
         scale = _load_scale(weight_ptr, cols, offset, N)
@@ -198,7 +217,7 @@ def _store_dx(
     dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, n, N: tl.constexpr, BLOCK_N: tl.constexpr,
     TIGHT: tl.constexpr = False,
 ):  # fmt: skip
-    """Store dx for the columns from n on, whose g and xhat are given; if TIGHT, rstd g and x in place of them."""
+    """Store the columns of dx from n on. g and xhat: of these columns; if TIGHT, g is rstd * g, and xhat is x."""
     cols = n + tl.arange(0, BLOCK_N)
     mask = live[:, None] & (cols < N)[None, :]
     if N == 1:
@@ -309,7 +328,7 @@ def _rms_norm_weight_grad_kernel(
 
 @triton.jit
 def _tangent_of(t, xhat, rstd, mean, weight_ptr, dweight_ptr, cols, eps, offset, N: tl.constexpr):
-    """The tangent of y for the columns `cols`, where x has the tangent t."""
+    """The tangent of y in the columns `cols`, where x has the tangent t. mean: of t * xhat over the row."""
     if N == 1:
         dy = t * rstd * (eps * rstd * rstd)  # as in `_store_dx`
     else:
@@ -415,6 +434,7 @@ def _widest(*tensors: torch.Tensor | None) -> int:
 
 @cached_launch
 def _launch_forward(call: _Forward, y: torch.Tensor, s: torch.Tensor | None, rstd: torch.Tensor) -> list[Launch]:
+    """The launch that fills y, rstd and, with a residual, s."""
     x, residual, weight, eps, offset = call
     rows = rows_of(x, residual, y, s, rstd)
     if not rows.count or not x.shape[-1]:
@@ -427,7 +447,7 @@ def _launch_forward(call: _Forward, y: torch.Tensor, s: torch.Tensor | None, rst
 
 
 class _Shares(NamedTuple):
-    """How a backward is divided among programs."""
+    """How the work of a backward is divided among programs."""
 
     grid: int  # programs of the kernel that computes dx
     partials: int  # rows of partial sums of dw
@@ -436,6 +456,7 @@ class _Shares(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _shares(M: int, N: int, dx_itemsize: int, dw_itemsize: int, need_dx: bool, processors: int) -> _Shares:
+    """The shares for M rows of N elements. dx_itemsize, dw_itemsize: the widest element that each kernel reads."""
     tile = row_tile("backward", N, dx_itemsize)
     grid = min(tile.programs * processors, cdiv(M, tile.BLOCK_R))
     if need_dx and tile.BLOCK_N >= N:
@@ -448,7 +469,7 @@ def _shares(M: int, N: int, dx_itemsize: int, dw_itemsize: int, need_dx: bool, p
 def _launch_backward(
     call: _Backward, shares: _Shares, dx: torch.Tensor, dw: torch.Tensor, partials: torch.Tensor | None
 ) -> list[Launch]:
-    """partials: (shares.partials, N) float32, or None where dw is not needed."""
+    """The launches that fill dx and dw. partials: (shares.partials, N) float32, or None where dw is not needed."""
     weight, N, device = call.weight, call.x.shape[-1], call.x.device
     rows = rows_of(call.x, call.dy, call.ds, call.rstd, dx if call.need_dx else None)
     x, dy, ds, rstd, dx_rows = rows.tensors
@@ -477,11 +498,12 @@ def _launch_backward(
 
 @cached_launch
 def _launch_tangent(call: _Tangent, dy: torch.Tensor) -> list[Launch]:
+    """The launch that fills dy, the tangent of y."""
     rows = rows_of(call.x, call.t, call.rstd, dy)
     if not rows.count or not call.x.shape[-1]:
         return []
     N = call.x.shape[-1]
-    tile = row_tile("backward", N, _widest(call.t, call.x, call.weight))  # which holds two rows in registers too
+    tile = row_tile("backward", N, _widest(call.t, call.x, call.weight))  # like the backward, it holds two rows
     x, t, rstd, out = rows.tensors
     x_strides, t_strides, rstd_strides, dy_strides = rows.strides
     args = (
@@ -504,6 +526,9 @@ def _forward_fake(call):
 
 def _forward(call):
     y, s, rstd = _forward_fake(call)
+    if call.residual is not None and call.x.ndim > WALKED_DIMS + 1 and not is_dense_in_order_of(call.x, s):
+        y, summed, rstd = _forward(call._replace(residual=dense_in_order_of(call.x, call.residual)))
+        return y, s.copy_(summed), rstd
     _launch_forward(call, y, None if call.residual is None else s, rstd)
     return y, s, rstd
 
@@ -611,7 +636,7 @@ _rms_norm_tangent = register(
 
 
 class _RMSNorm(Differentiable):
-    """A `_Forward` -> y, or (y, residual_out). Saves the normalised rows, the weight and rstd."""
+    """A `_Forward` -> y, or (y, residual_out). Saves s, which is x or residual_out, the weight and rstd."""
 
     KEPT = 1
     DUAL = 3  # x, residual and weight
@@ -638,7 +663,7 @@ class _RMSNorm(Differentiable):
 
 
 class _RMSNormOp(Differentiable):
-    """The registered op: (y, residual_out, rstd), each with a gradient."""
+    """A `_Forward` -> (y, residual_out, rstd), each with a gradient, for calls of the registered op from elsewhere."""
 
     DUAL = 3
 
@@ -669,7 +694,10 @@ class _RMSNormOp(Differentiable):
 
 
 def _gradients(ctx, saved, dy, ds):
-    """What the backward of both returns. ds: the gradient of residual_out."""
+    """What the backward of both Functions returns: a gradient, or None, for each input of `forward`.
+
+    saved: s, weight and rstd. dy, ds: the gradients of y and of residual_out; None where a result was not used.
+    """
     x, weight, rstd = saved
     x_dtype, residual_dtype = ctx.grad_dtypes
     need_x, need_residual, need_dw = ctx.needs_input_grad[1:4]
@@ -692,7 +720,7 @@ def _gradients(ctx, saved, dy, ds):
 
 
 def _tangents(ctx, saved, dx, dresidual, dweight):
-    """The tangents of y and, with a residual, of residual_out."""
+    """What the jvp of both Functions returns: the tangents of y and, with a residual, of residual_out."""
     s, weight, rstd = saved
     x_dtype, residual_dtype = ctx.grad_dtypes
     ds = dx if residual_dtype is None else (dx + dresidual).to(residual_dtype)
@@ -703,7 +731,7 @@ def _tangents(ctx, saved, dx, dresidual, dweight):
 
 
 class _Plain(NamedTuple):
-    """The derivatives of y by those of the reference: what the second derivatives are derivatives of."""
+    """The gradients and tangents of y in plain PyTorch. Second derivatives are derivatives of these."""
 
     eps: float
     offset: float
@@ -797,17 +825,19 @@ def _normed(
     offset: float,
 ) -> tuple[torch.Tensor, ...]:
     """y and, with a residual, residual_out; through autograd where a gradient is wanted."""
-    check_tensors(op, x=x, residual=residual, weight=weight)
+    optional = ("residual", "weight") if op == "rms_norm" else ("weight",)
+    check_tensors(op, optional=optional, x=x, residual=residual, weight=weight)
     if x.ndim == 0:
         raise ValueError(message(op, "x", "a scalar", "a tensor of at least one dimension"))
     if residual is not None and residual.shape != x.shape:
         raise ValueError(message(op, "residual", shape_of(residual), f"the shape of x, {tuple(x.shape)}"))
     if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(message(op, "weight", shape_of(weight), f"({x.shape[-1]},), one element a column of x"))
+        raise ValueError(message(op, "weight", shape_of(weight), f"({x.shape[-1]},), one element per column of x"))
     x = last_dim_contiguous(x)
     residual = None if residual is None else last_dim_contiguous(residual)
     weight = None if weight is None else last_dim_contiguous(weight)
     eps = check_eps(op, eps)
+    check_offset(op, offset)
     if needs_grad(x, residual, weight):
         return _RMSNorm.call(op, x, residual, weight, eps, offset)
     return _rms_norm_forward(x, residual, weight, eps, offset)[:2]

@@ -1,4 +1,11 @@
-"""RoPE of q and k, of a packed projection, and of the tokens that enter a cache: one kernel serves them all."""
+"""RoPE of q and k, of a packed projection, and of tokens that are written into a cache. One kernel computes all three.
+
+Each pair (x0, x1) of a head becomes (x0 cos - x1 sin, x1 cos + x0 sin). The backward rotates the gradients by the
+transpose of the rotation, so it saves nothing but the tables of cos and sin, and is the same kernel.
+
+rotation.py has the device code of pairs and angles, rotation_checks.py the checks of arguments. The sections are those
+of rms_norm.py. Four ops are registered: `rope`; `rope_`, in place; `rope_qkv_backward`; and `rope_into_cache`.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +14,16 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels import reference
+from llama_kernels.core.autograd import Differentiable, needs_grad, save, transforms_are_active
 from llama_kernels.core.checks import check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of
 from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.registry import (
-    Differentiable,
-    needs_grad,
-    register,
-    register_gradient,
-    save,
-    transforms_are_active,
-)
+from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, optional_strides_of, sizes_of
 from llama_kernels.ops.rotation import (
     Axes,
+    HeadTensor,
     Tables,
     angle_arguments,
     axes_count,
@@ -33,6 +35,7 @@ from llama_kernels.ops.rotation import (
     rotation_of,
     row_strides,
     store_pairs,
+    token_ptrs,
 )
 from llama_kernels.ops.rotation_checks import (
     check_angles,
@@ -49,20 +52,21 @@ from llama_kernels.reference.rope import OptionalTensor, rope_transpose
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, y_ptr, x_strides, y_strides, b, s, t, live, angles, H,
+    x, y, b, s, t, live, angles, H,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INPLACE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Rotate every head of the tokens (b, s) of x, and store it as token (b, t) of y. Elements past the rotated width
-    are copied."""
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    x_tokens = x_ptr + (b * x_strides[0] + s * x_strides[2])[:, None]  # [BLOCK_T, 1], int64
-    y_tokens = y_ptr + (b * y_strides[0] + t * y_strides[2])[:, None]
+    """Rotate every head of the tokens (b, s) of x, and store it as token (b, t) of y. x, y: `HeadTensor`.
+
+    Elements past the rotated width are copied. HALF = 0: all are.
+    """
+    dtype: tl.constexpr = y.ptr.dtype.element_ty
+    x_tokens, y_tokens = token_ptrs(x, b, s), token_ptrs(y, b, t)  # [BLOCK_T, 1]
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H)
         present = live[:, None] & (h < H)[None, :]
-        x_vectors = x_tokens + h.to(tl.int64)[None, :] * x_strides[1]  # [BLOCK_T, BLOCK_H]
-        y_vectors = y_tokens + h.to(tl.int64)[None, :] * y_strides[1]
+        x_vectors = x_tokens + h.to(tl.int64)[None, :] * x.strides[1]  # [BLOCK_T, BLOCK_H]
+        y_vectors = y_tokens + h.to(tl.int64)[None, :] * y.strides[1]
         if HALF:
             x0, x1 = load_pairs(x_vectors, present, HALF, INTERLEAVED, BLOCK_R)  # [BLOCK_T, BLOCK_H, BLOCK_R]
             y0, y1 = rotate(x0, x1, angles)
@@ -89,9 +93,9 @@ def _rope_kernel(
     A program rotates all heads of BLOCK_T tokens of one sequence, in float32, and rounds once. q, k: (B, H, S, D); k
     may be None. `Tables`, `Axes` and `load_angles` describe the tables. INVERSE rotates by the transpose, as the
     backward does.
-    v (B, Hkv, S, DV) is copied where it is given. With slots, the outputs of k and v are a cache of `slots` tokens:
-    token s goes to token slots[b, s] of it, or is dropped if the cache has no such token.
-    Bytes: q, k and v in and out, and each table row once for all heads. FLOPs: 3 an element.
+    v (B, Hkv, S, DV) is copied where it is given. With slots_ptr, (B, S), the outputs of k and v are caches of `slots`
+    tokens: token s is written as token slots_ptr[b, s] of them, or dropped if they have no such token.
+    Bytes: q, k and v in and out, and each table row once for all heads. FLOPs: 3 per element.
     """
     blocks = tl.cdiv(S, BLOCK_T)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -103,7 +107,7 @@ def _rope_kernel(
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, INVERSE, BLOCK_R)
     _rotate_heads(
-        q_ptr, q_out_ptr, q_strides, q_out_strides, b, s, s, live, angles, Hq,
+        HeadTensor(q_ptr, q_strides), HeadTensor(q_out_ptr, q_out_strides), b, s, s, live, angles, Hq,
         D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
     )  # fmt: skip
     t = s
@@ -112,13 +116,13 @@ def _rope_kernel(
         live = (t >= 0) & (t < slots)
     if k_ptr is not None:
         _rotate_heads(
-            k_ptr, k_out_ptr, k_strides, k_out_strides, b, s, t, live, angles, Hkv,
+            HeadTensor(k_ptr, k_strides), HeadTensor(k_out_ptr, k_out_strides), b, s, t, live, angles, Hkv,
             D, HALF, INTERLEAVED, INPLACE, BLOCK_H, BLOCK_R,
         )  # fmt: skip
     if v_ptr is not None:
         _rotate_heads(
-            v_ptr, v_out_ptr, v_strides, v_out_strides, b, s, t, live, angles, Hkv,
-            DV, 0, INTERLEAVED, False, BLOCK_H, BLOCK_R,
+            HeadTensor(v_ptr, v_strides), HeadTensor(v_out_ptr, v_out_strides), b, s, t, live, angles, Hkv,
+            DV, HALF=0, INTERLEAVED=INTERLEAVED, INPLACE=False, BLOCK_H=BLOCK_H, BLOCK_R=BLOCK_R,
         )  # fmt: skip
 
 
@@ -150,9 +154,9 @@ class _Heads(NamedTuple):
 def _launch(
     call: _Call, outs: _Heads, v: torch.Tensor | None = None, slots: torch.Tensor | None = None
 ) -> list[Launch]:
-    """outs: where the results go; q and k themselves to rotate in place. v is copied to outs.v.
+    """The launch that rotates q and k into `outs`, which are q and k themselves to rotate in place.
 
-    slots: where in the caches outs.k and outs.v the tokens go.
+    v: copied to outs.v. slots: (B, S) or (S,), the place of each token in outs.k and outs.v, which are caches then.
     """
     q, k, (tables, table_strides) = call.q, call.k, angle_arguments(call)
     B, Hq, S = sizes_of(q)
@@ -284,7 +288,7 @@ _rope_into_cache = register(
 
 
 class _Angles(NamedTuple):
-    """How heads are rotated: a `Rotation`, its direction, and the axes. In the order of the op `rope`."""
+    """The parameters of the op `rope` after q and k, in its order: how heads are rotated."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -299,13 +303,13 @@ class _Angles(NamedTuple):
 
     @staticmethod
     def saved(ctx: Any, backward: bool) -> _Angles:
-        """backward: those that turn gradients back."""
+        """What `save` saved. backward: in the inverse direction, as gradients are rotated."""
         cos, sin, position_ids, axes = ctx.saved_tensors
         return _Angles(cos, sin, position_ids, ctx.interleaved, ctx.inverse != backward, axes)
 
 
 def _rotate_given(op: str, heads: Any, angles: _Angles) -> list[Any]:
-    """Gradients or tangents of q and k, rotated; None for one that is None. They can be differentiated again."""
+    """`heads`, gradients or tangents of q and k, rotated; None for one that is None. The results are differentiable."""
     given = [last_dim_contiguous(x) for x in heads if x is not None]
     if not given:
         return [*heads]
@@ -318,7 +322,7 @@ def _rotate_given(op: str, heads: Any, angles: _Angles) -> list[Any]:
 
 
 class _Rope(Differentiable):
-    """A `_Call` -> the rotated q and k, or q alone. Saves the tables only: the backward is the inverse rotation."""
+    """A `_Call` -> the rotated q and k, or q alone. Saves the tables only: the backward rotates the gradients."""
 
     DUAL = 2  # q and k
 
@@ -366,8 +370,16 @@ class _RotatedInPlace(torch.autograd.Function):
         return *_rotate_given("rope", (dx,), _Angles.saved(ctx, backward=True)), *[None] * 6
 
 
+def _declare_rotated(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
+    """Tell autograd that x will be rotated in place, which raises where autograd does not allow it. Returns x."""
+    return _RotatedInPlace.apply(x, *angles) if needs_grad(x) else x
+
+
 def _zeros_where_unused(grads: Any, q_heads: int, kv_heads: int) -> list[torch.Tensor]:
-    """The gradients of q, k and v, with zeros for None. PyTorch would make a plain tensor where others are DTensors."""
+    """The gradients of q, k and v, with zeros in place of None.
+
+    PyTorch would make a plain tensor of zeros, also where the others are DTensors.
+    """
     given = next(dx for dx in grads if dx is not None)
     B, _, *others = given.shape
     pairs = zip(grads, (q_heads, kv_heads, kv_heads), strict=True)
@@ -375,7 +387,7 @@ def _zeros_where_unused(grads: Any, q_heads: int, kv_heads: int) -> list[torch.T
 
 
 class _RopeQKV(Differentiable):
-    """qkv -> q and k rotated, v as a view. The backward writes the gradient of the whole projection at once."""
+    """qkv -> q and k rotated, and v as a view. The backward is one launch, which writes the gradient of qkv."""
 
     DUAL = 1  # qkv
 
@@ -426,27 +438,30 @@ def rope(
     interleaved: bool = False,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, OptionalTensor]:
-    """Rotary position embedding of q and k in one launch: each pair (x_i, x_j) of a head turns by its token's angle.
+    """Rotary position embedding of q and k, in one launch.
 
-    Computed in float32 and rounded once. Su et al., RoFormer, arXiv 2104.09864.
+    Each pair (x_i, x_j) of a head is rotated by an angle that depends on the token's position:
+    y_i = x_i cos - x_j sin and y_j = x_j cos + x_i sin. Computed in float32 and rounded once. Su et al., RoFormer,
+    arXiv 2104.09864.
 
     Args:
         q: (B, Hq, S, D) or packed (T, Hq, D), bfloat16, float16 or float32. Any strides; a last dimension that is not
             contiguous is copied.
         k: likewise with Hkv heads, or None.
-        cos, sin: tables of angles, in bfloat16, float16, float32 or float64, read as float32. Any strides. They get no
-            gradient. An attention factor, where the scaling has one, is part of them.
-            (positions, R/2) has an angle for each pair of the rotated width R, even and at most D; dims R to D pass
-            through. (B, S, R/2), (1, S, R/2) or packed (T, R/2) has a row for each token, and takes no position_ids.
-            Tables wider than D/2 have an angle for each element, R in place of R/2, as Hugging Face's do. Then
-            y_i = x_i cos_i - x_j sin_i and y_j = x_j cos_j + x_i sin_j, whether the two entries are equal or not.
-            For tables of an angle an element with R <= D/2 pass cos[..., : R // 2], or cos[..., ::2] if interleaved.
-        position_ids: the table row of each token, (S,), (B, S), (1, S) or (T,), any integer dtype; None is 0 to S - 1.
-            Values outside the table are clamped into it. `llama_kernels.checked` makes them an error; it waits for the
-            GPU. With `axes`, several a token: (A, B, S), (A, 1, S) or packed (A, T).
-        axes: which of the A positions of a token gives the angle in each column of cos and sin, (R/2,) or (R,), any
-            integer dtype: M-RoPE and 2-D RoPE, without a table for each token. `rope_axes` makes it. It takes a table
-            of positions and position_ids. Values outside 0 to A - 1 are clamped, as position_ids are.
+        cos, sin: tables of cosines and sines, in bfloat16, float16, float32 or float64, read as float32. Any strides.
+            They get no gradient. An attention factor, where the scaling has one, is part of them. R is the number of
+            elements of a head that rotate, even and at most D; the elements from R on are copied.
+            (positions, R/2): one row per position. (B, S, R/2) or (1, S, R/2): one row per token; then there are no
+            position_ids. `rope_tables` makes both.
+            With R columns in place of R/2, as Hugging Face's tables have, there is one angle per element of a pair:
+            y_i = x_i cos_i - x_j sin_i and y_j = x_j cos_j + x_i sin_j. Tables are read so if they are wider than D/2.
+            Where R <= D/2, pass cos[..., : R // 2] of such tables, or cos[..., ::2] if interleaved.
+        position_ids: the table row of each token, (S,), (B, S), (1, S) or packed (T,), any integer dtype. None: 0 to
+            S - 1. Values outside the table are clamped into it; inside `llama_kernels.checked` they raise an error.
+            With `axes`, A positions per token: (A, B, S), (A, 1, S) or packed (A, T).
+        axes: for M-RoPE and 2-D RoPE, (R/2,) or (R,), any integer dtype: which of the A positions of a token gives the
+            angle in each column of cos and sin. `rope_axes` makes it. It needs position_ids and tables with one row per
+            position. Values outside 0 to A - 1 are clamped, as position_ids are.
         interleaved: whether pairs are (2i, 2i + 1), as in Meta's original weights, or (i, i + R/2), as in Hugging
             Face's.
         inplace: write into q and k and return them. Neither may be a leaf that requires grad, or expanded.
@@ -466,7 +481,7 @@ def rope(
     if inplace:
         check_writable("rope", q=q, k=k)
     if inplace and not (torch.compiler.is_compiling() or transforms_are_active()):
-        # First what autograd may refuse (a view made by split(), say), then the launch that cannot be taken back.
+        # First what autograd may refuse, such as a view made by split(), then the launch that overwrites q and k.
         angles = _Angles(cos, sin, position_ids, interleaved, False, axes)
         q_out, k_out = _declare_rotated(q, angles), None if k is None else _declare_rotated(k, angles)
         given = (q_out.detach(), None if k is None else k_out.detach())
@@ -498,8 +513,8 @@ def rope_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotary position embedding of a packed projection: returns q and k rotated, and v as a view of `qkv`.
 
-    One launch forward and one backward. The forward reads q and k where they lie. The backward writes the gradients of
-    q, k and v into the gradient of `qkv`, which separate calls assemble by another copy.
+    One launch forward and one backward. The backward writes the gradients of q, k and v into the gradient of `qkv`;
+    after separate calls, autograd would copy them together.
 
     Args:
         qkv: (B, S, (q_heads + 2 kv_heads) D), or packed (T, (q_heads + 2 kv_heads) D): the heads of q, then those of k,
@@ -559,8 +574,8 @@ def rope_into_cache(
             position is outside the cache is dropped; `llama_kernels.checked` makes it an error. If two tokens have the
             same position, either may stay.
         cos, sin, axes, interleaved: as in `rope`.
-        position_ids: the table row of each token. None is `cache_position`, or the token's own row where cos and sin
-            have a row for each token. With `axes`, several a token, (A, B, S) or (A, 1, S).
+        position_ids: the table row of each token. None: `cache_position`, or the token's own row where cos and sin have
+            one row per token. With `axes`, A positions per token, (A, B, S) or (A, 1, S).
 
     Returns:
         q rotated, in its shape, dtype and memory order.
@@ -572,15 +587,8 @@ def rope_into_cache(
     check_caches(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tokens = tokens_of(q)
     check_rows(op, "cache_position", cache_position, "q", q, tokens, k_cache.shape[2], "positions of the cache")
-    if position_ids is None and axes is None and cos.ndim == 2:
+    if position_ids is None and axes is None and isinstance(cos, torch.Tensor) and cos.ndim == 2:
         position_ids = cache_position
     check_angles(op, "q", q, tokens, q.shape[-1], cos, sin, position_ids, axes)
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     return _rope_into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved, axes)
-
-
-def _declare_rotated(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
-    if needs_grad(x):
-        return _RotatedInPlace.apply(x, *angles)
-    torch.autograd.graph.increment_version(x)
-    return x

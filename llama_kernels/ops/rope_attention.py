@@ -1,4 +1,4 @@
-"""RoPE of q and k, then attention: op, autograd, function. The one op that is made of two others.
+"""RoPE of q and k, then attention. It is the one op that is made of two others.
 
 The forward calls `rope` and `attention`. The backward is that of attention, whose kernels apply the inverse rotation to
 dq and dk before they are rounded.
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
+from llama_kernels.core.autograd import Differentiable, needs_grad, refuse_double_backward
 from llama_kernels.core.checks import message, shape_of
-from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register
+from llama_kernels.core.registry import register
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import MOST_COLUMNS, launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
+from llama_kernels.ops.attention.flops import count_flops
 from llama_kernels.ops.attention.op import attention_forward
 from llama_kernels.ops.rope import _rope as rotate
 from llama_kernels.ops.rotation import Rotation, full_width, rotates_in_registers
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 
 def _backward_by(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` as a function of the arguments of `rope_attention_backward`, by position."""
+
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cos, sin, position_ids, interleaved,
         scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, kv_prefix=None, axes=None,
@@ -46,7 +50,10 @@ def _backward_by(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """`run`, a backward of attention, with dq and dk rotated afterwards where it cannot do so itself."""
+    """`run`, a backward of attention, as a backward of rotated attention.
+
+    The kernels apply the inverse rotation where they can. Otherwise dq and dk are rotated in another launch.
+    """
 
     def backward(
         call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation, axes: torch.Tensor | None
@@ -79,6 +86,7 @@ _rope_attention_backward = register(
     reference=_backward_by(_rotating(plain_backward)),
     fake=_backward_by(lambda call, results, wanted, *_: empty_grads(call, wanted)),
 )
+count_flops("rope_attention_backward", products_of_D=3, products_of_Dv=2)  # as attention_backward
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""What the ops that rotate share: the tile, device code for pairs and angles, and the arguments of their launches."""
+"""What the ops that rotate share: the tile, device code for pairs and angles, and the arguments of their launches.
+
+Sections: tiles; heads, where they lie; pairs, their loads and stores; angles, from the tables; `inverse_rotation`, with
+which the kernels of dq and dk end in `rope_attention`; and the host code that passes tables and positions to a kernel.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,31 @@ class HeadTile(NamedTuple):
 
 @functools.cache
 def head_tile(half: int, heads: int, lanes: int) -> HeadTile:
-    """The tile for `half` pairs a head. heads: of q or k, whichever has fewer. lanes: threads in a warp.
+    """The tile for heads with `half` pairs. heads: of q or k, whichever has fewer. lanes: threads in a warp.
 
-    128 threads hold 8 pairs each, two 16-byte accesses in bfloat16. Where the heads leave room, a tile takes several
-    tokens.
+    128 threads hold 8 pairs each, two 16-byte accesses in bfloat16. Where all heads of one token do not fill a tile, it
+    takes several tokens.
     """
     BLOCK_R = max(next_power_of_2(half), 8)
     vectors = max(1024 // BLOCK_R, 1)  # heads of tokens in one step
     BLOCK_H = min(next_power_of_2(heads), vectors)
     return HeadTile(vectors // BLOCK_H, BLOCK_H, BLOCK_R, num_warps=128 // lanes)
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+class HeadTensor(NamedTuple):
+    """A tensor (B, H, S, D) of heads on the device."""
+
+    ptr: tl.tensor  # or None: there is no such tensor
+    strides: tl.tuple  # of batch, head and token
+
+
+@triton.jit
+def token_ptrs(x, b, s):
+    """Pointers [BLOCK_T, 1] to the first head of the tokens s of sequence b, both int64."""
+    return x.ptr + (b * x.strides[0] + s * x.strides[2])[:, None]
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -94,7 +114,7 @@ class Tables(NamedTuple):
 class Angles(NamedTuple):
     """cos and sin for the first and the second elements of the pairs, float32 [BLOCK_T, 1, BLOCK_R].
 
-    A table of half width has one entry for both elements of a pair.
+    Both are the same where a table has one entry per pair.
     """
 
     cos0: tl.tensor
@@ -138,8 +158,10 @@ def _rows_of_columns(tables, axes, b, s, columns, mask):
 def _load_entries(
     ptr, first_rows, second_rows, stride, mask, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr
 ):  # fmt: skip
-    """From the rows of a table, at these offsets, the entries for the first and the second elements of the pairs, as
-    float32."""
+    """The entries of a table for the first and the second elements of the pairs, float32.
+
+    first_rows, second_rows: the offsets of the rows in which they are.
+    """
     columns, others = _columns(HALF, FULL, INTERLEAVED, mask.shape[1])
     first = tl.load(ptr + first_rows + (columns * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
     second = first
@@ -205,7 +227,7 @@ def _inverse_rotation_of_pairs(
 ):
     """The pairs x0, x1 [BLOCK, PAIRS] rotated by their negative angles. Pairs from HALF on stay as they are.
 
-    It takes 32 pairs of a token at a time: beside x there are registers for so many angles.
+    It works on 32 pairs of a token at a time, since beside x there are no registers for more angles.
     """
     if PAIRS > 32:
         SOME: tl.constexpr = PAIRS // 2
@@ -238,9 +260,9 @@ def inverse_rotation(
 
     The tables are of half width. Elements past the rotated width stay as they are.
 
-    For the end of a kernel whose x is a sum of matrix products. Reshaping tells the pairs apart and moves no element:
-    the thread that holds one element of a pair holds the other too, whatever layout the tensor cores give x.
-    `rotates_in_registers` says which pairs it takes.
+    For the end of a kernel whose x is a sum of matrix products. Pairs are separated by reshaping, which moves no
+    element: in the layouts of the tensor cores, the thread that holds one element of a pair holds the other too.
+    `rotates_in_registers` says which widths this supports.
     """
     PAIRS: tl.constexpr = BLOCK_D // 2
     RUNS: tl.constexpr = PAIRS // HALF  # of 2 HALF elements, where pairs are not interleaved: the first is rotated
@@ -272,7 +294,7 @@ def _row_strides(x: torch.Tensor, batched: bool) -> tuple[int, int]:
 
 
 def full_width(cos: torch.Tensor, head_dim: int) -> bool:
-    """Whether tables have an entry for each element of a head: those too wide to have one for each pair."""
+    """Whether tables have one entry per element of a head, not per pair: they are too wide to have one per pair."""
     return 2 * cos.shape[-1] > head_dim
 
 
@@ -310,12 +332,12 @@ def angle_arguments(call: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def axes_count(call: Any) -> int | None:
-    """The positions that a token has, where it has several."""
+    """How many positions a token has; None: one, without axes."""
     return None if call.axes is None else call.position_ids.shape[0]
 
 
 class Rotation(NamedTuple):
-    """How q and k were rotated, for a launch of a kernel that ends with `inverse_rotation`; by default they were not.
+    """How q and k were rotated, for kernels that end with `inverse_rotation`. Without tables they were not.
 
     cos and sin are of half width.
     """
@@ -351,9 +373,9 @@ def rotation_of(call: Any) -> Rotation:
 
 
 def rotates_in_registers(half: int, interleaved: bool) -> bool:
-    """Whether `inverse_rotation` takes tables of `half` pairs.
+    """Whether `inverse_rotation` supports tables of `half` pairs.
 
-    At most 64: for more angles there are too few registers beside the widest x. Where the pairs are not interleaved,
-    only a power of two, since reshaping tells them apart.
+    At most 64, since there are no registers for more angles beside the widest x. If not interleaved, a power of two,
+    since pairs are separated by reshaping.
     """
     return half <= 64 and (interleaved or half & (half - 1) == 0)

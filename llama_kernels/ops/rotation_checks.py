@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
-from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_are_checked
-from llama_kernels.core.registry import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
+from llama_kernels.core.autograd import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
+from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_to_check
 from llama_kernels.core.tensors import sizes_of
 from llama_kernels.ops.rotation import full_width
 
 TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
-def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor | None) -> None:
-    """q and k are heads of the same tokens; `others` are tensors of any shape beside them."""
-    check_tensors(op, KERNEL_DTYPES, q=q, k=k, **others)
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor) -> None:
+    """Check that q and k are heads of the same tokens. others: further tensors of any shape, which need k too."""
+    check_tensors(op, KERNEL_DTYPES, () if others else ("k",), q=q, k=k, **others)
     if q.ndim not in (3, 4):
         raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))
     if k is None:
@@ -27,7 +28,7 @@ def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torc
 
 
 def tokens_of(q: torch.Tensor) -> tuple[int | None, int]:
-    """Batch and tokens of heads; None for the batch where tokens are packed."""
+    """The batch size and the number of tokens of q; None for the batch size of packed tokens."""
     return (q.shape[0], q.shape[2]) if q.ndim == 4 else (None, q.shape[0])
 
 
@@ -42,7 +43,10 @@ def check_angles(
     position_ids: torch.Tensor | None,
     axes: torch.Tensor | None = None,
 ) -> None:
-    """cos, sin, position_ids and axes fit the heads of `head_dim` that x, the argument `name`, holds of `tokens`."""
+    """Check that cos, sin, position_ids and axes fit the heads of x, the argument `name`, which are `head_dim` wide.
+
+    tokens: batch and tokens of x, from `tokens_of`.
+    """
     check_tensors(op, None, **{name: x, "cos": cos, "sin": sin})
     B, S = tokens
     per_token = cos.ndim == 3
@@ -53,11 +57,11 @@ def check_angles(
     if sin.dtype != cos.dtype:
         raise TypeError(message(op, "sin", sin.dtype, f"the dtype of cos, {cos.dtype}"))
     if cos.ndim not in (2, 3) or (per_token and (B is None or cos.shape[0] not in (1, B) or cos.shape[1] != S)):
-        rows = "(positions, R/2)" if B is None else f"(positions, R/2) or a row a token, ({B}, {S}, R/2)"
-        raise ValueError(message(op, "cos", shape_of(cos), f"{rows}; R in place of R/2 for an angle an element"))
+        rows = "(positions, R/2)" if B is None else f"(positions, R/2), or one row per token, ({B}, {S}, R/2)"
+        raise ValueError(message(op, "cos", shape_of(cos), f"{rows}; R in place of R/2 for one angle per element"))
     width = cos.shape[-1]
     if not 0 < width <= head_dim or (full_width(cos, head_dim) and width % 2):
-        wanted = f"an angle a pair, 1 to D/2 = {head_dim // 2} of them in the last dimension, or an angle an element, "
+        wanted = f"one angle per pair, 1 to D/2 = {head_dim // 2} of them in the last dimension, or one per element, "
         wanted += f"an even number of them up to D = {head_dim}"
         raise ValueError(message(op, "cos", shape_of(cos), wanted))
     for table, angles in (("cos", cos), ("sin", sin)):
@@ -69,42 +73,46 @@ def check_angles(
         _check_axes(op, axes, cos, position_ids)
     if position_ids is None:
         if not per_token and cos.shape[0] < S:
-            raise ValueError(message(op, "cos", shape_of(cos), f"a table of at least {S} positions, one a token"))
+            fix = f"llama_kernels.rope_tables(inv_freq, {S}) makes tables of {S} positions."
+            raise ValueError(
+                message(op, "cos", shape_of(cos), f"a table of at least {S} positions, one per token", fix)
+            )
         return
     if per_token:
-        fix = "A row a token already says which angles each token gets."
-        raise ValueError(message(op, "position_ids", "given beside cos of a row a token", "None", fix))
+        fix = "Tables with one row per token already give each token its angles."
+        raise ValueError(message(op, "position_ids", "given beside cos with one row per token", "None", fix))
     if S and not cos.shape[0]:
         raise ValueError(message(op, "cos", shape_of(cos), "a table of at least one position"))
     check_rows(op, "position_ids", position_ids, name, x, tokens, cos.shape[0], "rows of the table", axes)
 
 
 def _check_axes(op: str, axes: torch.Tensor, cos: torch.Tensor, position_ids: torch.Tensor | None) -> None:
-    """axes has an axis of position_ids for each column of cos, a table of positions."""
+    """Check that axes names an axis of position_ids for each column of cos, whose rows are positions."""
     check_integers(op, "axes", axes, "cos", cos)
     if axes.shape != cos.shape[-1:]:
-        raise ValueError(message(op, "axes", shape_of(axes), f"({cos.shape[-1]},), one element a column of cos"))
+        raise ValueError(message(op, "axes", shape_of(axes), f"({cos.shape[-1]},), one element per column of cos"))
     if cos.ndim != 2:
-        fix = "A row a token already says which angles each token gets."
-        raise ValueError(message(op, "axes", "given beside cos of a row a token", "None", fix))
+        fix = "Tables with one row per token already give each token its angles."
+        raise ValueError(message(op, "axes", "given beside cos with one row per token", "None", fix))
     if position_ids is None:
         fix = "Pass the positions of each axis, (A, B, S), or leave axes out."
-        raise ValueError(message(op, "position_ids", "None beside axes", "several positions a token", fix))
-    if position_ids.ndim and values_are_checked(axes) and axes.numel():
-        first, last = (int(axis) for axis in axes.aminmax())
+        raise ValueError(message(op, "position_ids", "None beside axes", "several positions per token", fix))
+    if position_ids.ndim and (values := values_to_check(axes)) is not None and values.numel():
+        first, last = (int(axis) for axis in values.aminmax())
         if first < 0 or last >= position_ids.shape[0]:
             wanted = f"axes of position_ids, 0 to {position_ids.shape[0] - 1}"
             raise ValueError(message(op, "axes", f"from {first} to {last}", wanted))
 
 
 def check_integers(op: str, name: str, x: torch.Tensor, of: str, other: torch.Tensor) -> None:
-    """x, the argument `name`, is a tensor of integers on the device of `other`, the argument `of`."""
+    """Check that x, the argument `name`, is a tensor of integers on the device of `other`, the argument `of`."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(message(op, name, f"a {type(x).__name__}", "a torch.Tensor"))
     if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise TypeError(message(op, name, x.dtype, "a tensor of integers"))
     if x.device != other.device:
-        raise ValueError(message(op, name, f"on {x.device}", f"the device of {of}, {other.device}"))
+        wanted, fix = f"the device of {of}, {other.device}", f"Pass {name}.to({of}.device)."
+        raise ValueError(message(op, name, f"on {x.device}", wanted, fix))
 
 
 def check_rows(
@@ -118,8 +126,11 @@ def check_rows(
     what: str,
     axes: torch.Tensor | None = None,
 ) -> None:
-    """`rows`, the argument `name`, is an integer a token of x, the argument `of`, or with axes several; where values
-    are checked, each is one of `count` `what`."""
+    """Check that `rows`, the argument `name`, has one integer per token of x, the argument `of`.
+
+    With axes, one per axis and token. Where values are checked, each is from 0 to count - 1. what: their name in the
+    error.
+    """
     B, S = tokens
     check_integers(op, name, rows, of, x)
     shapes: tuple[tuple[int | str, ...], ...] = ((S,),) if B is None else ((S,), (1, S), (B, S))
@@ -130,33 +141,52 @@ def check_rows(
     if given not in shapes:
         wanted = " or ".join(str(shape).replace("'", "") for shape in shapes)
         raise ValueError(message(op, name, shape_of(rows), wanted))
-    if values_are_checked(rows) and rows.numel():
-        first, last = (int(row) for row in rows.aminmax())
+    if (values := values_to_check(rows)) is not None and values.numel():
+        first, last = (int(row) for row in values.aminmax())
         if first < 0 or last >= count:
             raise ValueError(message(op, name, f"from {first} to {last}", f"{what}, 0 to {count - 1}"))
 
 
 def check_writable(op: str, **heads: torch.Tensor | None) -> None:
-    """Each of `heads` can be rotated in place."""
+    """Check that each of `heads` can be rotated in place."""
+    _check_apart(op, **heads)
     for name, x in heads.items():
         if x is None:
             continue
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             fix = "Rotate a view or the result of an op, or leave inplace off."
             raise ValueError(message(op, name, "a leaf that requires grad", "no leaf where inplace=True", fix))
-        if x.stride(-1) != 1 or any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
+        if x.stride(-1) != 1 or _is_expanded(x):
             wanted = "a tensor without expanded dimensions and with a contiguous last one, where inplace=True"
-            raise ValueError(message(op, name, f"of strides {x.stride()}", wanted))
+            raise ValueError(message(op, name, f"of strides {x.stride()}", wanted, "Leave inplace off."))
+
+
+def _is_expanded(x: torch.Tensor) -> bool:
+    return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
+
+
+def _check_apart(op: str, **written: torch.Tensor | None) -> None:
+    """Two tensors that are written do not begin at the same element."""
+    (name, x), (other, y) = written.items()
+    if x is None or y is None:
+        return
+    same = x is y
+    if not (same or torch.compiler.is_compiling() or transforms_are_active() or is_fake(x) or x.is_meta):
+        same = x.numel() > 0 and y.numel() > 0 and x.data_ptr() == y.data_ptr() != 0  # 0: a DTensor
+    if same:
+        wanted, fix = f"other memory than {name}: both are written", f"Pass {other}.clone()."
+        raise ValueError(message(op, other, f"in the memory of {name}", wanted, fix))
 
 
 def check_caches(
     op: str, *, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
 ) -> None:
-    """k and v fit their caches, and no gradient is wanted of any of these tensors."""
+    """Check that k and v fit their caches, and that no gradient of these tensors is wanted."""
     tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     check_heads(op, q, k, v=v, k_cache=k_cache, v_cache=v_cache)
     if q.ndim != 4:
-        raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D)"))
+        fix = "Add a batch dimension of 1 to packed tokens."
+        raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D)", fix))
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(message(op, "v", shape_of(v), f"of k's shape {tuple(k.shape)} but for the last dimension"))
     if v.dtype != k.dtype:
@@ -168,9 +198,10 @@ def check_caches(
             raise ValueError(message(op, name, shape_of(cache), f"({B}, {H}, L, {D}), both caches of one length L"))
         if cache.dtype != x.dtype:
             raise TypeError(message(op, name, cache.dtype, f"the dtype of {name[0]}, {x.dtype}"))
-        if cache.stride(-1) != 1 and D > 1:
-            wanted = "a contiguous last dimension: it is written in place"
+        if (cache.stride(-1) != 1 and D > 1) or _is_expanded(cache):
+            wanted = "a contiguous last dimension and no expanded ones: it is written in place"
             raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
+    _check_apart(op, k_cache=k_cache, v_cache=v_cache)
     if transforms_are_active():
         refuse_forward_mode(op, *tensors.values())
         if torch._C._are_functorch_transforms_active():

@@ -163,6 +163,28 @@ def test_a_second_backward_over_one_graph_repeats_the_gradients(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.corpus(86)
+@pytest.mark.parametrize("registered", [False, True], ids=["public", "registered"])
+@pytest.mark.parametrize("op", ["rope", "rope_into_cache"])
+def test_a_tensor_that_is_written_has_another_version(op, registered, device):
+    """Autograd raises by it where a saved tensor has changed, and would else give the gradient at other numbers."""
+    q, k, v, *caches = (torch.randn(1, 2, 4, 32, device=device) for _ in range(5))
+    angles, positions = tables(4, 32, device), torch.arange(4, device=device)
+    written = [q, k] if op == "rope" else caches
+    x = torch.randn(1, 2, 4, 32, device=device).requires_grad_()
+    out = lk.attention(x, *written)
+    versions = [t._version for t in written]
+    if op == "rope":
+        ops.rope_(q, k, *angles, None, False) if registered else lk.rope(q, k, *angles, inplace=True)
+    elif registered:
+        ops.rope_into_cache(q, k, v, *caches, positions, *angles, None, False)
+    else:
+        lk.rope_into_cache(q, k, v, *caches, positions, *angles)
+    assert all(t._version > version for t, version in zip(written, versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_ops_run_on_the_meta_device():
     """Every op gives shapes, dtypes and gradients there, where models are built before they have memory."""
     q, k, v = (torch.empty(2, 5, H, 16, device="meta").transpose(1, 2).requires_grad_() for H in (4, 2, 2))

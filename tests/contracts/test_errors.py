@@ -35,6 +35,15 @@ def test_an_argument_that_is_not_a_tensor_is_refused(op, argument):
     refused(op, argument, TypeError, "a list", **{argument: [1.0, 2.0]})
 
 
+OPTIONAL = {("rope", "k"), ("qk_norm_rope", "k")} | {(op, name) for op, name in MAIN if "weight" in name}
+TABLES = [(op, name) for op in OPS for name in ("cos", "sin") if name in sample(op)]
+
+
+@pytest.mark.parametrize("op, argument", [*(pair for pair in MAIN if pair not in OPTIONAL), *TABLES])
+def test_none_in_place_of_a_tensor_is_refused(op, argument):
+    refused(op, argument, TypeError, "None", **{argument: None})
+
+
 @pytest.mark.parametrize("op, argument", MAIN)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.bool])
 def test_unsupported_dtypes_are_refused(op, argument, dtype):
@@ -46,8 +55,30 @@ def test_the_error_for_float64_names_the_reference():
         lk.rms_norm(torch.randn(3, 8, dtype=torch.float64))
 
 
-SECOND = [(op, name) for op, name in MAIN if name != OPS[op].tensors[0]]
-SECOND += [(op, name) for op in OPS for name in ("cos", "sin") if name in sample(op)]
+def test_float64_is_refused_under_autocast_which_leaves_it():
+    q = torch.randn(1, 2, 4, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.scaled_dot_product_attention(q, q, q).dtype == torch.float64
+        with pytest.raises(TypeError, match=r"^llama_kernels\.attention: q is torch.float64"):
+            lk.attention(q, q, q)
+
+
+def test_an_error_names_a_reference_only_where_there_is_one():
+    out, lse = torch.randn(1, 2, 4, 8, dtype=torch.float64), torch.randn(1, 2, 4)
+    with pytest.raises(TypeError, match=r"outs\[0\] is torch.float64") as raised:
+        lk.merge_attention([out], [lse])
+    assert "reference" not in str(raised.value)
+
+
+def test_nested_tensors_are_refused_with_what_takes_their_parts():
+    nested = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 5)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"attention: q is a nested tensor; .*attention_varlen takes q.values"):
+        lk.attention(*(nested.transpose(1, 2),) * 3)
+    bounds = nested.offsets().int()
+    assert lk.attention_varlen(*(nested.values(),) * 3, bounds, bounds, 5, 5).shape == (8, 4, 8)
+
+
+SECOND = [(op, name) for op, name in MAIN if name != OPS[op].tensors[0]] + TABLES
 
 
 @pytest.mark.parametrize("op, argument", SECOND)
@@ -130,6 +161,27 @@ def test_checked_accepts_good_values():
         torch.compile(lk.rope, backend="eager", fullgraph=True)(**sample("rope"), position_ids=torch.arange(6))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8], ids=str)
+def test_checked_takes_positions_of_any_integer_dtype(dtype):
+    positions = torch.tensor([8, 0, 3, 3, 1, 9]).to(dtype)
+    with lk.checked(), pytest.raises(ValueError, match="position_ids is from 0 to 9; wanted rows of the table, 0 to 8"):
+        lk.rope(**sample("rope"), position_ids=positions)
+
+
+@pytest.mark.parametrize("in_dim", [0, 1])
+def test_checked_finds_bad_values_in_every_example_of_a_vmap(in_dim):
+    positions, bounds = torch.arange(6).repeat(3, 1), torch.tensor([[0, 2, 6]] * 3, dtype=torch.int32)
+    args, packed = sample("rope"), {**sample("attention_varlen"), "max_seqlen_q": 9}
+    rotate = torch.func.vmap(lambda p: lk.rope(**args, position_ids=p)[0], in_dims=in_dim)
+    attend = torch.func.vmap(lambda cu: lk.attention_varlen(**{**packed, "cu_seqlens_q": cu}), in_dims=in_dim)
+    with lk.checked():
+        for call, rows, bad in ((rotate, positions, 9), (attend, bounds, 7)):
+            call(rows.movedim(0, in_dim))
+            rows[2, -1] = bad
+            with pytest.raises(ValueError, match=rf"is .*{bad}"):
+                call(rows.movedim(0, in_dim))
+
+
 def test_checked_applies_to_one_thread():
     with lk.checked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(lk.rope, **sample("rope"), position_ids=torch.full((6,), -1)).result()
@@ -189,6 +241,13 @@ def test_attention_accepts_unusual_arguments(changed):
     q, v = changed.get("q", sample("attention")["q"]), changed.get("v", sample("attention")["v"])
     assert out.shape == (*q.shape[:-1], v.shape[-1]) and lse.shape == q.shape[:-1]
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("longest", [2**31 - 1, 2**31, 2**40])
+def test_packed_attention_accepts_any_length_that_is_long_enough(longest):
+    args = sample("attention_varlen")
+    expected = lk.attention_varlen(**args)
+    assert torch.equal(lk.attention_varlen(**{**args, "max_seqlen_q": longest, "max_seqlen_k": longest}), expected)
 
 
 @pytest.mark.corpus(25)

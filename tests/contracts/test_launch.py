@@ -19,7 +19,7 @@ from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import KERNELS
-from llama_kernels.ops.attention.call import AttentionCall, empty_outputs
+from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs, empty_outputs
 from llama_kernels.ops.attention.hopper import backward as hopper_backward
 from llama_kernels.ops.attention.hopper import forward as hopper_forward
 from llama_kernels.ops.attention.hopper.tables import TILES
@@ -65,8 +65,8 @@ def _hopper_attention_backward():
 
     def launch(q, k, v, do, lse2, delta, dq_sum, dq, dk, dv, *tables):
         call, rotation = AttentionCall(q, k, v, *_CALL), Rotation(*tables, False)
-        rest = (do, lse2, delta, dq_sum, dq, dk, dv, rotation, None)
-        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], *rest)
+        rows, grads = RowInputs(do, lse2, delta), Grads(dq, dk, dv)
+        hopper_backward.launch_hopper_backward(call, TILES["backward"][0], rows, dq_sum, grads, rotation, None)
 
     return launch, (q, k, v, do, rows, torch.zeros_like(rows), dq_sum, dq, dk, dv, *rotation())
 

@@ -60,6 +60,15 @@ class Inputs(NamedTuple):
         return Inputs(q, k, v, do, self.dlse.to(wide), None if self.sinks is None else self.sinks.to(wide), self[-1])
 
 
+def doc_starts(documents: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """The first position of each token's document, for each sequence, whose documents begin at 0 and at these."""
+    doc_start = torch.zeros(B, TOKENS, dtype=torch.int32)
+    for row, starts in zip(doc_start, documents, strict=True):
+        for start in starts:
+            row[start:] = start
+    return doc_start
+
+
 def inputs(case: Case, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(5)
     normal = lambda *shape: here(torch.randn(*shape, generator=generator))  # noqa: E731
@@ -67,10 +76,7 @@ def inputs(case: Case, dtype: torch.dtype) -> Inputs:
     tensors = [normal(B, TOKENS, H, D).to(torch.bfloat16).transpose(1, 2) for H, D in heads]
     doc_start = None
     if case.documents is not None:
-        doc_start = here(torch.zeros(B, TOKENS, dtype=torch.int32))
-        for row, starts in zip(doc_start, case.documents, strict=True):
-            for start in starts:
-                row[start:] = start
+        doc_start = here(doc_starts(case.documents))
     sinks = normal(case.Hq) if case.sinks else None
     return Inputs(*tensors, normal(B, case.Hq, TOKENS), sinks, doc_start).to(dtype)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_kernels.distributed import Layout, context_parallel
+from llama_kernels.distributed import Layout, balanced_layout, context_parallel
 from llama_kernels.integrations.transformers import patch
 from tests.distributed.comparison import Found, errors, found
 from tests.distributed.processes import here, mesh_of
@@ -34,6 +34,13 @@ def loss_and_gradients(model: torch.nn.Module, packed: bool) -> Found:
     return found(model, loss)
 
 
+def layout_for(packed: bool, ranks: int) -> Layout:
+    if not packed:
+        return Layout(TOKENS, ranks)
+    doc_start = torch.arange(TOKENS) - batch(packed)["position_ids"].cpu()
+    return balanced_layout(doc_start.int(), ranks, chunk=4)
+
+
 def errors_and_tokens(family: str, method: str, packed: bool, checkpointing: bool) -> dict[str, Any]:
     """The errors of the loss and of the gradients, and the number of tokens of the logits."""
     truth = loss_and_gradients(stock(family).double(), packed)
@@ -43,7 +50,7 @@ def errors_and_tokens(family: str, method: str, packed: bool, checkpointing: boo
         model.train()
         model.gradient_checkpointing_enable()
     mesh = mesh_of()
-    with context_parallel(model, mesh, layout=Layout(TOKENS, mesh.size()), method=method):
+    with context_parallel(model, mesh, layout=layout_for(packed, mesh.size()), method=method):
         with torch.no_grad():
             tokens = model(**batch(packed)).logits.shape[1]
         results = loss_and_gradients(model, packed)

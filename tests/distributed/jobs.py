@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -55,6 +57,25 @@ def sent(case: Case) -> list[tuple[int, ...]]:
     with mock.patch.object(ring, "hop", counting):
         on_all_ranks(case, inputs(case, torch.float32))
     return shapes
+
+
+def held(case: Case) -> dict[torch.dtype, int]:
+    """How many received tensors this rank held at once, at most, by dtype: keys and values are bfloat16, their
+    gradients float32."""
+    received: list[weakref.ref[torch.Tensor]] = []
+    most: collections.Counter[torch.dtype] = collections.Counter()
+
+    def counting(tensors, group):
+        transfer = transport.hop(tensors, group)
+        received.extend(map(weakref.ref, transfer._result()))  # not waited for yet
+        alive = collections.Counter(x.dtype for x in (each() for each in received) if x is not None)
+        for dtype, count in alive.items():
+            most[dtype] = max(most[dtype], count)
+        return transfer
+
+    with mock.patch.object(ring, "hop", counting):
+        on_all_ranks(case, inputs(case, torch.bfloat16))
+    return dict(most)
 
 
 def errors_with_rounded_blocks(case: Case) -> tuple[dict[str, float], dict[str, float]]:

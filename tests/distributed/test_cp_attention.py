@@ -13,8 +13,9 @@ import torch.distributed as dist
 if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
+from llama_kernels.distributed import balanced_layout
 from tests.distributed import jobs
-from tests.distributed.cases import TOKENS, Case
+from tests.distributed.cases import TOKENS, Case, doc_starts
 from tests.distributed.processes import run
 from tests.support.environment import INTERPRETED
 from tests.support.judge import UNIT
@@ -23,6 +24,7 @@ plain_only = pytest.mark.skipif(INTERPRETED, reason="sizes of the plain run; the
 
 DOCUMENTS = ((13, 14, 30), (24,))  # across borders of chunks, on one, and a document of one token
 INTERLEAVED = [range(0, TOKENS, 2), range(1, TOKENS, 2)]  # as lists of positions, for two ranks
+BALANCED = [x.tolist() for x in balanced_layout(doc_starts(DOCUMENTS), 4, chunk=4).lists]  # likewise, for four
 OPTIONS = (
     Case(),
     Case(documents=DOCUMENTS, sinks=True),
@@ -32,7 +34,7 @@ OPTIONS = (
     Case(Hkv=1, window_size=(7, -1)),
 )
 METHODS = {2: ("ring", "all_gather", "ulysses"), 4: ("ring", "all_gather", "ulysses", ("ulysses", "ring"))}
-KINDS = {2: ("zigzag", "contiguous", INTERLEAVED), 4: ("zigzag",)}
+KINDS = {2: ("zigzag", "contiguous", INTERLEAVED), 4: ("zigzag", BALANCED)}
 
 
 def in_float64(ranks: int) -> list[Case]:
@@ -58,6 +60,7 @@ def results(ranks: int) -> dict[str, Any]:
         todo |= {mistake: (jobs.largest_error_with, (mistake,)) for mistake in jobs.MISTAKES}
     else:
         todo |= {f"rounded {case}": (jobs.errors_of_the_ops, (case, torch.bfloat16)) for case in ROUNDED}
+        todo["held"] = (jobs.held, (Case(),))
         todo |= {f"repeats {case}": (jobs.repeats, (case,)) for case in ROUNDED}
     return run(todo, ranks)
 
@@ -112,6 +115,13 @@ def test_a_ring_sends_six_blocks_a_hop_of_key_heads_alone(ranks):
     """k and v forward, k and v backward, dk and dv backward: each W - 1 times."""
     shapes = found(ranks, "sent")
     assert shapes == [(2, 2, TOKENS // ranks, 16)] * 6 * (ranks - 1)
+
+
+@plain_only
+@pytest.mark.once
+def test_a_ring_holds_two_blocks_beside_its_own():
+    """Of keys and values: the block at work and the one that comes. Of their gradients: what came and what comes."""
+    assert found(4, "held") == {torch.bfloat16: 2 * 2, torch.float32: 2 * 2}
 
 
 @plain_only

@@ -107,6 +107,22 @@ def test_shard_gives_the_tokens_of_the_layout(mesh):
     assert part.tolist() == [0, 1, 2, 3, 28, 29, 30, 31]
 
 
+@pytest.mark.corpus(85)
+@pytest.mark.parametrize("made", [False, True], ids=["made before", "made inside"])
+def test_a_layout_used_in_inference_mode_trains_later(made, mesh):
+    """As in a first evaluation: autograd cannot save inference tensors, such as a copy of the positions on a device."""
+    layout = None if made else Layout(32, 4)
+    with torch.inference_mode():
+        layout = layout or Layout(32, 4)
+        shard(mesh, [torch.randn(32)], [0], layout=layout)
+        layout.positions(0, "meta")
+    x = torch.randn(32, requires_grad=True)
+    (part,) = shard(mesh, [x], [0], layout=layout)
+    part.sum().backward()
+    assert x.grad.nonzero().flatten().tolist() == [0, 1, 2, 3, 28, 29, 30, 31]
+    assert not layout.positions(0, "meta").is_inference()
+
+
 def test_a_second_derivative_raises():
     """A mesh of one process: nothing is sent."""
     leaves = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3)]

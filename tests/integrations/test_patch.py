@@ -21,6 +21,7 @@ from transformers.models.llama import modeling_llama
 from llama_kernels.integrations.transformers import patch, report, unpatch
 from llama_kernels.integrations.transformers.modules import Patched
 from tests.integrations.comparison import compare_with_stock, logits_and_gradients, logits_of
+from tests.integrations.families import stock
 from tests.integrations.small import families, not_interpreted, ops_of, patched, small, stock_rows, tokens
 from tests.integrations.user_classes import OwnAttention, OwnRMSNorm, with_class
 from tests.support.environment import DEVICE
@@ -107,6 +108,30 @@ def test_a_copy_of_a_patched_model_is_patched_and_can_be_unpatched(copied):
     assert torch.equal(other(ids).logits, stock(ids).logits)
     assert {type(m) for m in other.modules()} == {type(m) for m in stock.modules()}
     assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_changes_of_the_config_of_a_patched_model_outlive_unpatch(family, tmp_path):
+    """resize_token_embeddings sets vocab_size, by which the loss reshapes logits. Another model has the same config."""
+    model = small() if family == "llama" else stock(family)
+    own = model.config
+    patch(model).resize_token_embeddings(120)
+    model.config.get_text_config().use_cache = False
+    unpatch(model)
+    now, before = model.config.get_text_config(), own.get_text_config()
+    assert (now.vocab_size, now.use_cache) == (120, False) and (before.vocab_size, before.use_cache) == (99, True)
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"eager"}
+    ids = tokens()
+    loss = model(ids, labels=ids).loss
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager").to(DEVICE).eval()
+    assert torch.equal(loaded(ids, labels=ids).loss, loss)
+
+
+def test_unpatch_gives_back_the_config_that_has_not_changed():
+    model = small()
+    own = model.config
+    assert unpatch(patch(model)).config is own
 
 
 def test_a_patched_model_is_saved_as_stock_and_loads_with_our_attention_by_name(tmp_path):

@@ -128,6 +128,14 @@ def test_a_prompt_without_tokens_or_completions_is_refused(prompts, completions,
         share_prompts(prompts, completions)
 
 
+@pytest.mark.parametrize("array", [torch.tensor, lambda ids: torch.tensor(ids).numpy()], ids=["tensor", "numpy"])
+def test_token_ids_may_be_tensors_or_arrays(array):
+    prompts, completions = [[5, 6, 7]], [[[8, 9], [3, 4]]]
+    expected, batch = share_prompts(prompts, completions), share_prompts(array(prompts), array(completions))
+    assert torch.equal(batch.completion, expected.completion)
+    assert all(torch.equal(batch.inputs[name], x) for name, x in expected.inputs.items())
+
+
 def test_the_collator_gives_the_inputs_of_the_model():
     examples = [{"prompt": p, "completions": c} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     batch = SharedPromptCollator(pad_token_id=5)(examples)

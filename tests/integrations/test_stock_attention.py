@@ -23,7 +23,7 @@ from tests.integrations.comparison import (
     logits_of,
     padding_mask,
 )
-from tests.integrations.small import VERSION, not_interpreted, ops_of, patched, small, tokens
+from tests.integrations.small import SIZES, VERSION, not_interpreted, ops_of, patched, randomized, small, tokens
 from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
@@ -131,7 +131,7 @@ def doge() -> Any:
 def test_our_attention_by_name_raises_in_a_module_that_computes_with_its_mask(side):
     model = doge()
     model.set_attn_implementation("llama_kernels")
-    error, match = ValueError, r"attention_forward: module is a DogeAttention.*passes its attention_mask on"
+    error, match = ValueError, r"attention_forward: module is a DogeAttention: its forward computes with attention_mask"
     if side == "left" or VERSION < (5, 23):  # its own code computes with the mask first, and raises
         error, match = (ValueError, RuntimeError), ""
     with pytest.raises(error, match=match):
@@ -144,6 +144,42 @@ def test_patch_leaves_a_module_that_computes_with_its_mask_stock():
     (row,) = (row for row in report(ours).rows if row.kind == "attention")
     assert not row.ours and row.why == "its forward computes with attention_mask"
     compare_with_stock(ours, stock, logits_and_gradients(tokens(), padding_mask(tokens(), "left")))
+
+
+def inkling() -> Any:
+    """Inkling 2: relative positions, and a sink for each query, which SDPA would ignore."""
+    inkling2 = pytest.importorskip("transformers.models.inkling2.modeling_inkling2")
+    of_window = {f"swa_{name}": SIZES[name] for name in ("num_attention_heads", "num_key_value_heads")}
+    config = inkling2.Inkling2TextConfig(
+        **{**SIZES, **of_window}, head_dim=16, swa_head_dim=16, sliding_window_size=8, unpadded_vocab_size=99, d_rel=4,
+        rel_extent=8, n_routed_experts=4, num_experts_per_tok=2, n_layers_per_attn_res_block=1,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return randomized(inkling2.Inkling2TextModel._from_config(config, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_4d_mask_of_integers_is_refused(dtype):
+    mask = torch.ones(20, 20, device=DEVICE).tril()[None, None].to(dtype)
+    with pytest.raises(TypeError, match=rf"attention_mask is {dtype} of shape .*; wanted bool.*attention_mask\.bool"):
+        patch(small())(tokens(), attention_mask=mask, use_cache=False)
+
+
+def test_patch_leaves_attention_with_arguments_of_its_own_stock():
+    stock = inkling()
+    ours = patched(stock)
+    rows = [row for row in report(ours).rows if row.kind == "attention"]
+    assert rows and all(not row.ours and row.why == "its attention function takes sinks" for row in rows)
+    with torch.no_grad():
+        hidden, expected = (model(tokens(), use_cache=False).last_hidden_state for model in (ours, stock))
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_our_attention_by_name_raises_in_a_module_whose_attention_has_arguments_of_its_own():
+    model = inkling()
+    model.set_attn_implementation("llama_kernels")
+    with pytest.raises(ValueError, match=r"module is a Inkling2SlidingAttention: its attention function takes sinks"):
+        model(tokens(), use_cache=False)
 
 
 def test_forward_mode_derivatives_raise():

@@ -1,18 +1,23 @@
 """Attention of CPU tensors: PyTorch's flash kernel where it computes the same, otherwise the formulas written out.
 
-test_attention.py has the parity of both.
+test_attention.py has the parity of both, but for the flash kernel's backward: its cases have a gradient of lse, for
+which the formulas are written out.
 """
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 import llama_kernels as lk
-from llama_kernels.ops.attention import cpu_flash
+from llama_kernels.ops.attention import cpu_flash, cpu_formulas
+from tests.support.attention import Case, check, in_float64, make, run
+from tests.support.attention_cases import CASES
 from tests.support.environment import DEVICE, INTERPRETED
+from tests.support.judge import UNIT
 
 pytestmark = [
     pytest.mark.once,
@@ -32,6 +37,23 @@ def test_the_flash_kernel_runs_forward_and_backward(options):
     ):
         lk.attention(*qkv(), **options).sum().backward()
     assert forward.call_count == backward.call_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(dtype):
+    """Of a program that builds its model after torch.set_default_dtype(torch.bfloat16)."""
+    options = {"window_size": (5, 0), "kv_end": torch.full((1, 20), 15, dtype=torch.int32)}
+    torch.manual_seed(0)
+    leaves = qkv()
+    expected = lk.attention(*leaves, **options)
+    grads = torch.autograd.grad(expected.sum(), leaves)
+    torch.set_default_dtype(dtype)
+    try:
+        out = lk.attention(*leaves, **options)
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, torch.autograd.grad(out.sum(), leaves), grads))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_flash_kernel_runs_for_each_sequence_of_a_packed_batch():
@@ -58,3 +80,105 @@ def test_the_formulas_are_written_out_for_a_gradient_of_lse():
         _, lse = lk.attention(q, k, v, return_lse=True)
         lse.sum().backward()
     assert q.grad is not None and q.grad.any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_without_that_of_lse(case, device):
+    """Within twice the error of autograd through the formulas in float32, as judge.py allows, and two roundings: of the
+    gradient itself, or of do where the gradient is smaller than do, since its terms may cancel."""
+    torch.manual_seed(0)
+    x = make(case, torch.float32, device)
+    ours, plain, exact = (
+        gradients(ops, case, inputs) for ops, inputs in ((lk, x), (lk.reference, x), (lk.reference, in_float64(x)))
+    )
+    for K, E, R in zip(ours, plain, exact, strict=True):
+        rounding = UNIT[torch.float32] * max(R.norm(), x.do.double().norm())
+        assert (K - R).norm() <= 2 * (E - R).norm() + 2 * rounding
+
+
+def gradients(ops: Any, case: Case, x: Any) -> list[torch.Tensor]:
+    """Of out alone."""
+    out = run(ops, case, x, gradients=False)[0]
+    return [grad.double() for grad in torch.autograd.grad(out, x.tensors, x.do.to(out.dtype))]
+
+
+@pytest.mark.parametrize("rows", [7, 64])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.softcap], ids=str)
+def test_any_number_of_rows_in_a_call_of_the_flash_kernel(case, rows, device):
+    with mock.patch.object(cpu_flash, "_ROWS", rows):
+        test_gradients_without_that_of_lse(case, device)
+
+
+KEYS = torch.arange(1000, dtype=torch.int32)[None]
+
+
+@pytest.mark.parametrize(
+    "options, keys",
+    [
+        ({}, 1000 * 1000),  # in one call, which is told that it is causal
+        ({"window_size": (9, 0)}, 192 * 192 + 4 * 192 * 201 + 40 * 49),
+        ({"kv_start": KEYS // 500 * 500}, 700_000),
+        ({"kv_end": KEYS + 1, "is_causal": False}, 700_000),
+        ({"kv_prefix": KEYS * 0 + 3, "window_size": (9, 0)}, 700_000),
+    ],
+    ids=str,
+)
+def test_keys_that_no_row_sees_are_left_out(options, keys):
+    """So many scores does the flash kernel compute at most, of 1,000 queries and 1,000 keys."""
+    q, k, v = (torch.randn(1, 1, 1000, 16, requires_grad=True) for _ in range(3))
+    with (
+        mock.patch.object(cpu_flash, "_FORWARD", wraps=cpu_flash._FORWARD) as forward,
+        mock.patch.object(cpu_flash, "_BACKWARD", wraps=cpu_flash._BACKWARD) as backward,
+    ):
+        lk.attention(q, k, v, **options).sum().backward()
+    for kernel, first in ((forward, 0), (backward, 1)):
+        assert 0 < sum(call.args[first].shape[2] * call.args[first + 1].shape[2] for call in kernel.mock_calls) <= keys
+
+
+@pytest.mark.parametrize("options", [{}, {"window_size": (5, 0)}], ids=str)
+def test_fewer_key_heads_are_repeated_for_older_releases_of_torch(options, monkeypatch):
+    """From torch 2.13 on, PyTorch's kernel takes them as they are."""
+    results = []
+    for takes_groups in (cpu_flash._TAKES_GROUPS, False):
+        torch.manual_seed(0)
+        inputs = qkv()
+        with monkeypatch.context() as patched:
+            patched.setattr(cpu_flash, "_TAKES_GROUPS", takes_groups)
+            out = lk.attention(*inputs, **options)
+            out.sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    torch.testing.assert_close(*results)
+
+
+# --- written out, in chunks of rows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [7, 64])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_number_of_rows_in_a_chunk(case, rows, device):
+    with mock.patch.object(cpu_flash, "takes", lambda call: False), mock.patch.object(cpu_formulas, "_ROWS", rows):
+        check(case, torch.float32, device)
+
+
+def test_a_row_that_sees_no_key_is_0_where_the_formulas_are_written_out():
+    start = torch.arange(20, dtype=torch.int32).expand(1, -1).contiguous()
+    start[0, 3] = 20
+    q, k, v = qkv()
+    out, lse = lk.attention(q, k, v, softcap=5.0, kv_start=start, return_lse=True)
+    out.sum().backward()
+    assert not out[:, :, 3].any() and (lse[:, :, 3] == -torch.inf).all()
+    assert lse[:, :, 4].isfinite().all() and not q.grad[:, :, 3].any() and q.grad.isfinite().all()
+    empty = lk.attention(q, k[:, :, :0], v[:, :, :0], softcap=5.0, return_lse=True)
+    assert not empty[0].any() and (empty[1] == -torch.inf).all()
+
+
+def test_keys_that_no_query_sees_may_hold_nan_where_the_formulas_are_written_out():
+    """In the middle of the keys of one sequence, while the other sequence sees them."""
+    end = torch.full((2, 20), 4, dtype=torch.int32)
+    prefix = torch.tensor([[0] * 20, [20] * 20], dtype=torch.int32)
+    q, k, v = (torch.randn(2, heads, 20, 16) for heads in (4, 2, 2))
+    k[0, :, 4:], v[0, :, 4:] = torch.nan, torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = lk.attention(*leaves, softcap=5.0, is_causal=False, kv_end=end, kv_prefix=prefix)
+    out.sum().backward()
+    assert out.isfinite().all() and all(x.grad.isfinite().all() for x in leaves)

@@ -111,7 +111,7 @@ def test_the_backward_of_a_part_of_the_keys_takes_out_and_lse_of_whole_rows(devi
 @pytest.mark.parametrize(
     "outs, lses, error, text",
     [
-        ([], [], ValueError, "lses is 0 tensors; wanted one for each of outs, 0, at least 1"),
+        ([], [], ValueError, "outs is empty; wanted at least one part"),
         ([(1, 2, 3, 4)], [], ValueError, "lses is 0 tensors"),
         ([(1, 2, 3, 4)], [(1, 2, 4)], ValueError, r"lses\[0\] is of shape \(1, 2, 4\)"),
         ([(1, 2, 3, 4), (1, 2, 3, 5)], [(1, 2, 3)] * 2, ValueError, r"outs\[1\] is of shape \(1, 2, 3, 5\)"),
@@ -124,3 +124,18 @@ def test_bad_parts_are_named(outs, lses, error, text):
         lk.merge_attention([torch.zeros(shape) for shape in outs], [torch.zeros(shape) for shape in lses])
     with pytest.raises(TypeError, match=r"lses\[0\] is torch.float16"):
         lk.merge_attention([torch.zeros(1, 2, 3, 4)], [torch.zeros(1, 2, 3).half()])
+
+
+@pytest.mark.parametrize(
+    "outs, lses, got",
+    [
+        (torch.zeros(2, 1, 2, 3, 4), torch.zeros(2, 1, 2, 3), "outs is a Tensor"),
+        ([torch.zeros(1, 2, 3, 4)], iter([torch.zeros(1, 2, 3)]), "lses is a list_iterator"),
+        ([torch.zeros(1, 2, 3, 4), None], [torch.zeros(1, 2, 3)] * 2, r"outs\[1\] is None"),
+        ([torch.zeros(1, 2, 3, 4)], [None], r"lses\[0\] is None"),
+    ],
+    ids=["a stack", "an iterator", "no out", "no lse"],
+)
+def test_what_is_no_list_of_tensors_is_named(outs, lses, got):
+    with pytest.raises(TypeError, match=rf"llama_kernels\.merge_attention: {got}; wanted"):
+        lk.merge_attention(outs, lses)

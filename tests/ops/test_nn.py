@@ -115,11 +115,32 @@ def test_modules_are_copied_and_pickled(device):
                 assert torch.equal(a, b)
 
 
-def test_the_norm_can_be_built_on_the_meta_device():
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_norm_can_be_built_on_the_meta_device(offset, device):
     """Large models are built on the meta device and filled later."""
-    norm = lk.nn.RMSNorm(8, device="meta").to_empty(device="cpu")
-    torch.nn.init.ones_(norm.weight)
-    assert norm(torch.randn(2, 8)).shape == (2, 8)
+    norm = lk.nn.RMSNorm(8, offset=offset, device="meta").to_empty(device=device)
+    norm.weight.data.fill_(torch.nan)
+    norm.reset_parameters()
+    x = torch.randn(2, 8, device=device)
+    assert torch.equal(norm(x), lk.rms_norm(x))
+
+
+@pytest.mark.corpus(84)
+@pytest.mark.parametrize("filled", ["to_empty", "reset_parameters", "in a call", "to_empty of memory with numbers"])
+@pytest.mark.parametrize("kind", ["llama3", "longrope", "dynamic"])
+def test_the_rotary_embedding_can_be_built_on_the_meta_device(kind, filled, device, monkeypatch):
+    """Its frequencies are in no state_dict, so nothing fills them later: they were what the memory held."""
+    options = {"scaling": SCALINGS[kind], "max_position_embeddings": 4096}
+    x, position_ids = torch.empty(1, device=device), torch.tensor([[3, 9000]], device=device)
+    expected = lk.nn.RotaryEmbedding(64, **options).to(device)(x, position_ids)
+    with torch.device("cpu" if "numbers" in filled else "meta"):
+        rotary = lk.nn.RotaryEmbedding(64, **options)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **where: torch.full_like(x, torch.nan, **where))
+    if filled != "in a call":
+        rotary.to_empty(device=device)
+    if filled == "reset_parameters":
+        rotary.reset_parameters()
+    assert all(map(torch.equal, rotary(x, position_ids), expected))
 
 
 def test_a_layer_has_the_outputs_and_gradients_of_transformers(device):

@@ -12,7 +12,7 @@ import llama_kernels as lk
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.launch_cache import Launch
 from llama_kernels.ops.attention import backward, delta, forward, tables, tile_list
-from llama_kernels.ops.attention.call import AttentionCall, Sizes, empty_outputs
+from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs, Sizes, empty_outputs
 from llama_kernels.ops.attention.tile_list import BLOCK, Fill
 from llama_kernels.ops.rotation import Rotation
 from tests.support import attention
@@ -37,7 +37,7 @@ def launches_of_a_step(D: int) -> dict[str, Launch]:
     launches = [
         *forward._launches.__wrapped__(call, o, lse, lists),
         *delta._launches.__wrapped__(o, o, lse, None, None, lse, lse, None, None, packing, tuple(call.sizes)),
-        *backward._launches.__wrapped__(call, o, lse, lse, q, k, v, Rotation(), lists, None),
+        *backward._launches.__wrapped__(call, RowInputs(o, lse, lse), Grads(q, k, v), Rotation(), lists, None),
     ]
     return {launch.kernel.__name__: launch for launch in launches}
 

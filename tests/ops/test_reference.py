@@ -43,7 +43,8 @@ def test_rope_gradients(position_ids, interleaved):
     ids = None if position_ids is None else torch.tensor(position_ids)
     q, k = leaf(2, 2, 3, 6), leaf(2, 1, 3, 6)
     rotated = lambda q, k: reference.rope(q, k, cos, sin, ids, interleaved=interleaved)  # noqa: E731
-    assert gradcheck(rotated, (q, k), check_forward_ad=True) and gradgradcheck(rotated, (q, k), check_fwd_over_rev=True)
+    assert gradcheck(rotated, (q, k), check_forward_ad=True)
+    assert gradgradcheck(rotated, (q, k), check_fwd_over_rev=True, fast_mode=True)
     gradcheck(lambda cos, sin: reference.rope(q.detach(), None, cos, sin, ids)[0], (cos.requires_grad_(), sin))
 
 

@@ -113,6 +113,26 @@ def test_inputs_of_any_strides(name, residual, device):
     check(shape, torch.float32, device, residual=residual, layout=layout, order=order)
 
 
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 2, 1, 3), (2, 0, 3, 1)], ids=str)
+@pytest.mark.parametrize("gaps", [False, True], ids=["dense", "with gaps"])
+def test_a_residual_in_another_memory_order(order, gaps, device):
+    """Of four leading dimensions a kernel walks three, so tensors are copied: inputs, but never results."""
+    x = torch.randn(2, 3, 2, 3, 16, device=device)
+    x = torch.cat((x, x), 3)[:, :, :, :3] if gaps else x
+    r = torch.empty([x.shape[d] for d in order] + [16], device=device)
+    r = r.permute(*(order.index(d) for d in range(4)), 4).copy_(torch.randn_like(x))
+    assert r.stride() != x.stride()
+    upstream = [torch.randn_like(x) for _ in range(2)]
+    results = []
+    for residual in (r, r.contiguous()):
+        leaves = [t.detach().requires_grad_() for t in (x, residual)]
+        outs = lk.add_rms_norm(*leaves)
+        results.append((*outs, *torch.autograd.grad(outs, leaves, upstream)))
+    for given, contiguous in zip(*results, strict=True):
+        assert torch.equal(given, contiguous)
+    assert results[0][1].stride() == r.stride()
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64), (3, 0)], ids=str)
 def test_empty_inputs_give_empty_outputs(shape, device):
     x, r = (torch.randn(shape, device=device).requires_grad_() for _ in range(2))

@@ -99,3 +99,27 @@ def test_frequencies_of_another_dtype_are_refused():
 def test_a_missing_setting_is_named(scaling, said):
     with pytest.raises(ValueError, match=f"llama_kernels.rope_frequencies: .*{said}"):
         lk.rope_frequencies(64, scaling=scaling)
+
+
+@pytest.mark.parametrize("scaling, said", [
+    ({"factor": 8.0, "rope_theta": 1e4}, r"scaling\['rope_type'\] is missing beside 'factor'"),
+    ({"full_attention": SCALINGS["llama3"], "sliding_attention": SCALINGS["default"]},
+     r"scaling\['full_attention'\] is a dict; wanted the settings of one kind of layer. Pass scaling"),
+    ({"rope_type": "linear", "factor": "8"}, r"scaling\['factor'\] is '8'; wanted a positive number"),
+    ({"rope_type": "dynamic", "factor": 0}, r"scaling\['factor'\] is 0; wanted a positive number"),
+    ({"rope_theta": -1.0}, r"scaling\['rope_theta'\] is -1.0; wanted a positive number"),
+    ({**SCALINGS["longrope"], "short_factor": [1.0]}, r"scaling\['short_factor'\] is 1 factors; wanted 32"),
+    ({**SCALINGS["longrope"], "long_factor": [1.0] * 64}, r"scaling\['long_factor'\] is 64 factors; wanted 32"),
+])  # fmt: skip
+def test_settings_that_would_be_ignored_or_give_no_frequencies_are_named(scaling, said):
+    with pytest.raises(ValueError, match=f"llama_kernels.rope_frequencies: {said}"):
+        lk.rope_frequencies(64, scaling=scaling)
+    with pytest.raises(ValueError, match=f"llama_kernels.rope_frequencies: {said}"):
+        lk.nn.RotaryEmbedding(64, scaling=scaling)
+
+
+def test_a_base_of_zero_and_a_negative_number_of_positions_are_named():
+    with pytest.raises(ValueError, match=r"rope_frequencies: base is 0\.0; wanted a positive number"):
+        lk.rope_frequencies(64, base=0.0)
+    with pytest.raises(ValueError, match="rope_tables: positions is -1; wanted a number of positions"):
+        lk.rope_tables(lk.rope_frequencies(64)[0], -1)

@@ -160,6 +160,23 @@ def test_q_k_and_v_may_share_the_storage_of_a_projection(device):
     assert torch.equal(out, expected) and torch.equal(dqkv, torch.stack(grads, 2))
 
 
+def test_writing_beside_or_into_tensors_of_negated_values(device):
+    """In memory they have the opposite sign, as the imaginary part of a complex conjugate does."""
+    q, k = qk(2, 4, 2, 9, 16, torch.float32, device)
+    angles = torch.polar(*torch.rand(2, 9, 8, device=device)).conj()
+    cos, sin = angles.real, angles.imag
+    assert sin.is_neg()
+    expected = lk.rope(q, k, cos, sin.resolve_neg())
+    for x, y in zip((q, k), expected, strict=True):
+        rotated, negated = x.clone(), torch._neg_view(-x)
+        lk.rope(rotated, None, cos, sin, inplace=True)
+        lk.rope(negated, None, cos, sin, inplace=True)
+        assert torch.equal(rotated, y) and torch.equal(negated, y)
+    k_cache, v_cache = torch.zeros_like(k), torch._neg_view(torch.zeros_like(k))
+    lk.rope_into_cache(q, k, k, k_cache, v_cache, torch.arange(9, device=device), cos, sin)
+    assert torch.equal(k_cache, expected[1]) and torch.equal(v_cache, k)
+
+
 @every
 @corpus(58)
 def test_saved_tensors_pass_through_hooks(op, device):

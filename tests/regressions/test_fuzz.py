@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
 from llama_kernels.core.language import INTERPRETED
-from tests.regressions.draws import DRAWN, replay
+from tests.regressions.draws import DRAWN, attempt_thrice, replay
 from tests.support.environment import DEVICE
 
 # Derandomised, so that a failure repeats. `make fuzz` draws more.
@@ -27,8 +26,7 @@ def test_random_calls(attempt, device):
     @few
     @given(**DRAWN[attempt])
     def drawn(**arguments):
-        torch.manual_seed(0)
-        attempt(**arguments, device=device)
+        attempt_thrice(attempt, **arguments, device=device)
 
     drawn()
 

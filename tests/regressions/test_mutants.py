@@ -134,7 +134,7 @@ def prefix_one_too_long(mask, i, j):
 
 @triton.jit
 def rows_of_the_prefix_skipped(
-    ptr, strides, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+    bounds, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     return begin, end, Sk
 
@@ -388,7 +388,9 @@ MUTANTS = {
     "offset forgotten": Mutant((rms_norm,), "_load_scale", offset_forgotten, norm_with_offset),
     "dweight of a program dropped": Mutant((rms_norm,), "sum_partials", last_partial_dropped, norm),
     "dweight of a program dropped, heads": Mutant((qk_norm_rope,), "sum_partials", last_partial_dropped, heads),
-    "mean over the rotated dimensions alone": Mutant((qk_norm_rope,), "_sum", sum_over_the_rotated_dims, heads),
+    "mean over the rotated dimensions alone": Mutant(
+        (qk_norm_rope,), "_inner_products", sum_over_the_rotated_dims, heads
+    ),
     "weight of other pairs": Mutant((qk_norm_rope,), "load_pairs", pairs_swapped, heads),
     "pairs swapped": Mutant((rope,), "load_pairs", pairs_swapped, rotation),
     "axes forgotten": Mutant((rope,), "load_angles", axes_forgotten, rotation_by_axes),

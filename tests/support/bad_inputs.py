@@ -14,6 +14,7 @@ def ints(*values: int) -> torch.Tensor:
 
 
 int32 = torch.int32
+_ONE = F(2, 2, 6, 8)  # a tensor that is given twice
 # Op, argument that the error names, what the error says it got (a regular expression), and the changed arguments.
 VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "q", r"of shape \(2, 8\)", {"q": F(2, 8)}),
@@ -54,6 +55,7 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "q", "a leaf that requires grad", {"q": F(2, 4, 6, 8).requires_grad_(), "inplace": True}),
     ("rope", "k", "of strides", {"k": F(2, 1, 6, 8).expand(2, 2, 6, 8), "inplace": True}),
     ("rope", "q", "of strides", {"q": F(2, 4, 8, 6).mT, "inplace": True}),
+    ("rope", "k", "in the memory of q", {"q": _ONE, "k": _ONE, "inplace": True}),
     ("rope_qkv", "qkv", r"of shape \(2, 6, 60\)", {"qkv": F(2, 6, 60)}),
     ("rope_qkv", "qkv", r"of shape \(64,\)", {"qkv": F(64)}),
     ("rope_qkv", "q_heads", "0", {"q_heads": 0}),
@@ -68,6 +70,8 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope_into_cache", "k_cache", r"of shape \(2, 5, 8\)", {"k_cache": F(2, 5, 8)}),
     ("rope_into_cache", "v_cache", r"of shape \(2, 2, 6, 7\)", {"v_cache": F(2, 2, 6, 7)}),
     ("rope_into_cache", "v_cache", "of strides", {"v_cache": F(2, 2, 8, 6).mT}),
+    ("rope_into_cache", "k_cache", "of strides", {"k_cache": F(1, 2, 6, 8).expand(2, 2, 6, 8)}),
+    ("rope_into_cache", "v_cache", "in the memory of k_cache", {"k_cache": _ONE, "v_cache": _ONE}),
     ("rope_into_cache", "k", "a tensor that requires grad", {"k": F(2, 2, 1, 8).requires_grad_()}),
     ("rope_into_cache", "k_cache", "a tensor that requires grad", {"k_cache": F(2, 2, 6, 8).requires_grad_()}),
     ("rope_into_cache", "cache_position", r"of shape \(2,\)", {"cache_position": ints(2, 3)}),
@@ -81,6 +85,7 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("qk_norm_rope", "k_weight", r"of shape \(2, 8\)", {"k_weight": F(2, 8)}),
     ("qk_norm_rope", "k_weight", "given without k", {"k": None}),
     ("qk_norm_rope", "eps", "-1", {"eps": -1.0}),
+    ("qk_norm_rope", "offset", "inf", {"offset": float("inf")}),
     ("qk_norm_rope", "cos", r"of shape \(9, 5\)", {"cos": F(9, 5), "sin": F(9, 5)}),
     ("qk_norm_rope", "position_ids", r"of shape \(3, 6\)", {"position_ids": I(3, 6, dtype=int32)}),
     ("rms_norm", "x", "a scalar", {"x": F(())}),
@@ -88,6 +93,8 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rms_norm", "weight", r"of shape \(1, 8\)", {"weight": F(1, 8)}),
     ("rms_norm", "eps", "-1e-06", {"eps": -1e-6}),
     ("rms_norm", "eps", "nan", {"eps": float("nan")}),
+    ("rms_norm", "eps", "inf", {"eps": float("inf")}),
+    ("rms_norm", "offset", "nan", {"offset": float("nan")}),
     ("add_rms_norm", "residual", r"of shape \(3, 1\)", {"residual": F(3, 1)}),
     ("add_rms_norm", "eps", "-1", {"eps": -1.0}),
     ("attention", "q", r"of shape \(4, 6, 8\)", {"q": F(4, 6, 8)}),
@@ -102,6 +109,10 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention", "window_size", r"\(-2, 0\)", {"window_size": (-2, 0)}),
     ("attention", "window_size", r"\(1.5, 0\)", {"window_size": (1.5, 0)}),
     ("attention", "softcap", "-3", {"softcap": -3.0}),
+    ("attention", "softcap", "inf", {"softcap": float("inf")}),
+    ("attention", "softcap", r"1e\+39", {"softcap": 1e39}),
+    ("attention", "softcap", "1e-40", {"softcap": 1e-40}),
+    ("attention", "scale", r"-1e\+39", {"scale": -1e39}),
     ("attention", "scale", "inf", {"scale": float("inf")}),
     ("attention", "scale", "nan", {"scale": float("nan")}),
     ("attention", "sinks", r"of shape \(2,\)", {"sinks": F(2)}),
@@ -143,9 +154,15 @@ TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "position_ids", "torch.float32", {"position_ids": F(6)}),
     ("rope", "position_ids", "torch.bool", {"position_ids": I(6, dtype=torch.bool)}),
     ("rope_into_cache", "cache_position", "a int", {"cache_position": 3}),
+    ("rope_into_cache", "cos", "a list", {"cos": [1.0]}),
     ("rope_into_cache", "cache_position", "torch.float32", {"cache_position": F(1)}),
     ("rope_qkv", "position_ids", "torch.float32", {"position_ids": F(6)}),
+    ("qk_norm_rope", "eps", r"\[1e-06\]", {"eps": [1e-6]}),
     ("attention", "window_size", "5", {"window_size": 5}),
+    ("attention", "softcap", "'30'", {"softcap": "30"}),
+    ("attention", "scale", "'1'", {"scale": "1"}),
+    ("rms_norm", "eps", "'1e-6'", {"eps": "1e-6"}),
+    ("add_rms_norm", "offset", "None", {"offset": None}),
     ("attention", "sinks", "torch.float64", {"sinks": F(4).double()}),
     ("attention", "kv_prefix", "torch.int64", {"kv_prefix": I(2, 6, dtype=torch.int64)}),
     ("rope_attention", "kv_prefix", "a int", {"kv_prefix": 3}),
@@ -154,5 +171,7 @@ TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention", "deterministic", "'yes'", {"deterministic": "yes"}),
     ("attention_varlen", "cu_seqlens_q", "torch.int64", {"cu_seqlens_q": I(3, dtype=torch.int64)}),
     ("attention_varlen", "cu_seqlens_k", "a list", {"cu_seqlens_k": [0, 2, 6]}),
+    ("attention_varlen", "cu_seqlens_q", "None", {"cu_seqlens_q": None, "cu_seqlens_k": None}),
+    ("attention_varlen", "cu_seqlens_k", "None", {"cu_seqlens_k": None}),
     ("attention_varlen", "max_seqlen_k", "a Tensor", {"max_seqlen_k": torch.tensor(4)}),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from unittest import mock
 
@@ -23,13 +24,18 @@ def test_results_are_those_of_tritons_interpreter():
         out = lk.attention(*lk.rope(q, k, *lk.rope_tables(torch.ones(8), 40)), v, softcap=3.0)
         return [out, *torch.autograd.grad(out.sin().sum(), (q, k, v))]
 
-    faster, builder = results(), interpreter.interpreter_builder
+    faster, builder, core = results(), interpreter.interpreter_builder, interpreter.tl.core
     own_options = dataclasses.replace(builder.options, sanitize_overflow=True)
-    own_replacement = interpreter._patch_lang.__wrapped__
-    with (
-        mock.patch.object(builder, "options", own_options),
-        mock.patch.object(interpreter, "_patch_lang", own_replacement),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(builder, "options", own_options))
+        for owner, name in (
+            (interpreter, "_patch_lang"),
+            (interpreter, "_get_np_dtype"),
+            (interpreter.TritonSemantic, "broadcast_impl_value"),
+            (core.block_type, "__init__"),
+            (core.tensor, "__init__"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, getattr(owner, name).__wrapped__))
         own = results()
     assert all(torch.equal(a, b) for a, b in zip(faster, own, strict=True))
 

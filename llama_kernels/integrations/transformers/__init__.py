@@ -29,7 +29,8 @@ import transformers
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):
     raise ImportError(
-        f"llama_kernels.integrations.transformers needs transformers 4.57; this is {transformers.__version__}"
+        f"llama_kernels.integrations.transformers needs transformers 4.57 or newer; {transformers.__version__} is "
+        "installed. Install a newer one: pip install 'transformers>=4.57'"
     )
 if _warning := untested("transformers", transformers.__version__):
     warnings.warn(_warning, stacklevel=2)

@@ -1,7 +1,13 @@
 """The attention function of attn_implementation="llama_kernels".
 
-The kernels do not support dropout, heads too wide for a program, or masks that are not one range of keys for each
-query. Such calls run in PyTorch's SDPA or in the model's own eager function, and one warning names the reason.
+`attention_forward` is what Transformers calls in each layer. It takes one of these ways:
+
+    a kernel, by the mask                    `attention` for a window, `_of_ranges` for one range of keys per query
+    a kernel, by cu_seqlens                  `_packed`
+    context parallelism                      `_context_parallel`, inside `llama_kernels.distributed.context_parallel`
+    stock attention, with one warning        `_stock`, where `_why_stock` names a reason
+
+The kernels do not support dropout, heads too wide for a program, or masks that are not one range of keys per query.
 """
 
 from __future__ import annotations
@@ -18,8 +24,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llama_kernels.core.autograd import Differentiable, needs_grad
 from llama_kernels.core.checks import KERNEL_DTYPES, message
-from llama_kernels.core.registry import Differentiable, needs_grad
 from llama_kernels.integrations.transformers.intervals import Window
 from llama_kernels.integrations.transformers.masks import (
     KeyRanges,
@@ -33,7 +39,7 @@ from llama_kernels.integrations.transformers.masks import (
     written_out,
 )
 from llama_kernels.integrations.transformers.modules import is_plain
-from llama_kernels.integrations.transformers.source import decorated, passes_mask_on
+from llama_kernels.integrations.transformers.source import decorated, global_names, passes_mask_on
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
@@ -42,7 +48,7 @@ from llama_kernels.reference.attention import AttentionOptions
 
 NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # marks modules whose masks already separate packed documents
-context_parallels: list[Any] = []  # of llama_kernels.distributed.context_parallel, the innermost last
+context_parallels: list[Any] = []  # the Contexts of llama_kernels.distributed.context_parallel, the innermost last
 logger = logging.getLogger(__name__)
 
 
@@ -74,18 +80,21 @@ def attention_forward(
             is_causal (default: that of the module), sliding_window and the documents in position_ids decide which keys
             are visible. Wrappers may drop the mask, as DeepSpeed's sequence parallelism does.
         scaling, softcap, s_aux: the scale, softcap and sinks of `attention`.
-        cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences. If given, attention_mask is ignored.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: bounds of packed sequences, and the length of the
+            longest. If given, attention_mask is ignored.
         dropout, others: with dropout or a position_bias, stock attention runs.
 
     Returns:
         out (B, Sq, Hq, D), and the attention weights: None where a kernel ran, otherwise those of stock attention.
 
     Raises:
-        ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask, or
-            the call is inside PyTorch's context_parallel.
+        TypeError: the caller's own mask holds integers.
+        ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask or
+            passes arguments that are not those above, or the call is inside PyTorch's context_parallel.
     """
     _refuse_context_parallel()
-    _refuse_changed_mask(module)
+    _refuse_other_attention(module)
+    _refuse_integers(attention_mask)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if has_prefix(attention_mask):
@@ -131,6 +140,9 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+# --- calls of the kernels --------------------------------------------------------------------------------------------
+
+
 def _context_parallel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, left: int,
     options: AttentionOptions,
@@ -151,12 +163,6 @@ def _context_parallel(
         sinks=options["sinks"],
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
-
-
-def _refuse_in_context_parallel(reason: str | None) -> None:
-    if reason is not None:
-        wanted = "a call that the kernels take: stock attention sees a part of the keys only"
-        raise ValueError(message("context_parallel", "model", f"an attention layer with {reason}", wanted))
 
 
 def _of_ranges(
@@ -220,7 +226,8 @@ class _Rearranged(Differentiable):
 
 
 def _take(tensors: tuple[torch.Tensor, ...], order: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    index = (order ^ (order >> 31)).long()[:, None, :, None]  # of a hidden key, -1 - position: this gives the position
+    """Each tensor (B, H, S, D) with its tokens in the order of `KeyRanges`."""
+    index = (order ^ (order >> 31)).long()[:, None, :, None]  # hidden keys have -1 - position: x ^ -1 is -1 - x
     return tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in tensors)
 
 
@@ -303,7 +310,18 @@ def _stock(
 
 @functools.cache
 def _warn_of_stock(reason: str) -> None:
+    """Warn, once per reason."""
     logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs instead of the kernels", reason)
+
+
+# --- calls that are refused ------------------------------------------------------------------------------------------
+
+
+def _refuse_in_context_parallel(reason: str | None) -> None:
+    """Raise if a layer inside context_parallel would run stock attention, for this reason."""
+    if reason is not None:
+        wanted = "a call that the kernels support: stock attention would see a part of the keys only"
+        raise ValueError(message("context_parallel", "model", f"an attention layer with {reason}", wanted))
 
 
 def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> None:
@@ -327,15 +345,57 @@ def _refuse_context_parallel() -> None:
         raise ValueError(message("attention_forward", "key", got, "all keys of the sequence", fix))
 
 
-def _refuse_changed_mask(module: nn.Module) -> None:
-    """Raise if the module computes with its mask, since a packed mask has no element for each query and key."""
+def _refuse_other_attention(module: nn.Module) -> None:
+    """Raise if `why_other_attention` names a reason. In a patched module it did not."""
     if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
         return
-    if passes_mask_on(decorated(type(module).forward)[-1]):
+    if reason := why_other_attention(decorated(type(module).forward)[-1]):
+        fix = "Use attn_implementation='eager' or 'sdpa' for this model."
+        wanted = "a layer that passes its attention_mask on unchanged, and arguments that every attention function has"
+        raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}: {reason}", wanted, fix))
+
+
+def _refuse_integers(mask: torch.Tensor | None) -> None:
+    """Raise if `mask` is the caller's, of integers: neither a packed mask, which has no dimension of queries, nor one
+    that SDPA takes. Eager attention would add 0 and 1 to the scores."""
+    if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
         return
-    fix = "Use attn_implementation='eager' or 'sdpa' for this model."
-    wanted = "an attention layer that passes its attention_mask on unchanged"
-    raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}", wanted, fix))
+    if mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[2] > 1:
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        wanted = "bool, or numbers to add to the scores"
+        raise TypeError(message("attention_forward", "attention_mask", got, wanted, "Pass attention_mask.bool()."))
+
+
+def why_other_attention(forward: Any) -> str | None:
+    """Why the forward of a module that calls AttentionInterface computes another attention than ours, or None.
+
+    A packed mask has no element for each query and key. Arguments that are not known, such as the sinks of each query
+    in Inkling 2, would be ignored.
+    """
+    if not passes_mask_on(forward):
+        return "its forward computes with attention_mask"
+    if unknown := [name for eager in eager_functions(forward) for name in _unknown_arguments(eager)]:
+        return f"its attention function takes {', '.join(unknown)}"
+    return None
+
+
+def eager_functions(forward: Any) -> list[Any]:
+    """The eager attention functions that a forward names."""
+    names = (name for name in sorted(global_names(forward)) if name.endswith("eager_attention_forward"))
+    return [forward.__globals__[name] for name in names if name in forward.__globals__]
+
+
+def _unknown_arguments(eager: Any) -> list[str]:
+    """The arguments of an eager attention function that `attention_forward` does not have.
+
+    The first five, up to the mask, are passed by position. SDPA adds position_bias.
+    """
+    known = {*inspect.signature(attention_forward).parameters, "position_bias"}
+    parameters = list(inspect.signature(eager).parameters.values())[5:]
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in known]
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
 def register() -> None:

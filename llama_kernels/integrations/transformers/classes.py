@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from llama_kernels.integrations.transformers import fusions, known_code, modules, rotaries, source
+from llama_kernels.integrations.transformers import attention, fusions, known_code, modules, rotaries, source
 
 KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE)
 
 
 class Found(NamedTuple):
-    """One kind of operation in a class: what the replacement needs to know, or None if it stays stock, and why."""
+    """One kind of operation in a class, and whether ours can replace it."""
 
-    value: Any
+    value: Any  # what the replacement needs to know, such as a `Norm` or a `Fusion`; None or False: it stays stock
     why: str
     norms: tuple[str, ...] = ()  # of a fusion: the norm modules that it does not call
 
@@ -45,7 +45,8 @@ def _functions_of(cls: type) -> tuple[Any, ...]:
     stock = [inner.__globals__[name] for name in _rotary_names(inner)]
     plain = [source.called_by(rotary) for rotary in stock]
     helpers = [rotary.__globals__.get(name) for rotary in plain for name in sorted(source.global_names(rotary))]
-    return (forward, inner, getattr(cls, "_norm", None), *stock, *plain, *helpers)
+    eager = attention.eager_functions(inner)
+    return (forward, inner, getattr(cls, "_norm", None), *stock, *plain, *helpers, *eager)
 
 
 def _rotary_names(inner: Any) -> list[str]:
@@ -61,6 +62,7 @@ def _base_that_rotates(cls: type) -> type | None:
 
 @functools.lru_cache(maxsize=1024)
 def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
+    """`found_in`. functions: `_functions_of(cls)`."""
     forward, inner = functions[:2]
     found: dict[str, Found] = {}
     if (norm := known_code.norm_of(cls)) is not None:
@@ -72,9 +74,8 @@ def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
     elif (base := _base_that_rotates(cls)) is not None:
         found["rope"] = Found(None, f"its forward is not that of {base.__name__}")
     if "ALL_ATTENTION_FUNCTIONS" in source.global_names(inner):
-        passed_on = source.passes_mask_on(inner)
-        why = "through AttentionInterface" if passed_on else "its forward computes with attention_mask"
-        found["attention"] = Found(passed_on, why)
+        reason = attention.why_other_attention(inner)
+        found["attention"] = Found(reason is None, reason or "through AttentionInterface")
     text = source.text_of(inner)
     for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
         if (fusion := fusions.fusion_of(kind, text)) is not None:
@@ -85,6 +86,7 @@ def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
 
 
 def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
+    """Whether the rotary functions `names`, which `inner` calls, are known. inner: `forward` without its decorators."""
     known = {}
     for name in names:
         stock = inner.__globals__[name]
@@ -98,6 +100,7 @@ def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
 
 @functools.lru_cache(maxsize=1024)
 def _class_of(stock: type, kinds: tuple[str, ...], functions: tuple[Any, ...]) -> type[nn.Module]:
+    """`class_of`. functions: `_functions_of(stock)`, in the cache key since someone may change them."""
     forward, found = functions[0], _found_in(stock, functions)
     parts: dict[str, Any] = {
         "_kinds": kinds,

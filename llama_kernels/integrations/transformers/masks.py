@@ -44,8 +44,8 @@ class KeyRanges(NamedTuple):
     order: torch.Tensor | None = None  # (B, Sk) int32, the key at each new position; -1 - key for a hidden key
     inverse: torch.Tensor | None = None  # (B, Sk) int32, the new position of each key; -1 - position for a hidden key
     valid: torch.Tensor | None = None  # (B, Sk) int32
-    sound: torch.Tensor | None = None  # (B, Sk) int32, 0 in sequences whose result must be NaN
-    prefix: torch.Tensor | None = None  # (B, Sq) int32: so many first keys are visible besides; without the others
+    sound: torch.Tensor | None = None  # (B, Sk) int32, 0 in sequences whose mask is not ranges: their result is NaN
+    prefix: torch.Tensor | None = None  # (B, Sq) int32: how many first keys are also visible; then there are no others
 
 
 # --- a mask as one 4-D tensor, which Transformers passes on unchanged ------------------------------------------------
@@ -57,7 +57,7 @@ class KeyRanges(NamedTuple):
 def pack(ranges: KeyRanges) -> torch.Tensor:
     """The fields that are not None, each padded to one length: (B, fields, 1, max(Sq, Sk)) int32.
 
-    The number of fields says which they are. So the prefix is there four times.
+    `unpack` tells by their number which fields they are. So the prefix is there four times, which makes six.
     """
     queries: list[torch.Tensor] = [ranges.start, ranges.end]
     if ranges.prefix is not None:

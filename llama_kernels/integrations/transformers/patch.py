@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -83,6 +83,8 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Undo `patch` in `model`, which may be a copy of the model that was patched. Returns `model`.
 
+    Changes of its config since `patch`, such as a new vocab_size, stay.
+
     Raises:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: the class of a patched module has changed since `patch`, as `fully_shard` changes it.
@@ -99,14 +101,13 @@ def unpatch(model: Model) -> Model:
                 if getattr(held, "__func__", None) is type(module).forward:  # accelerate's hooks keep and call it
                     vars(module)[name] = stock.forward.__get__(module)
             module.__class__ = stock  # type: ignore[assignment]
-        if _STOCK_CONFIG in module.__dict__:
-            module.config = module.__dict__.pop(_STOCK_CONFIG)
         module.__dict__.pop(FOLLOWS_MASK, None)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is note_position_ids]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key in [key for key, hook in module._forward_hooks.items() if hook is forget_position_ids]:
             del module._forward_hooks[key]
+    _restore_configs(model)
     return model
 
 
@@ -123,6 +124,7 @@ def _is_patched(model: nn.Module) -> bool:
 
 
 def _apply(model: nn.Module, places: list[Place]) -> None:
+    """Replace the operations at `places`."""
     kinds: dict[nn.Module, list[str]] = {}
     for place in places:
         kinds.setdefault(place.module, []).append(place.kind)
@@ -132,6 +134,36 @@ def _apply(model: nn.Module, places: list[Place]) -> None:
     for module, names in kinds.items():
         if swapped := tuple(name for name in names if name != "attention"):
             module.__class__ = class_of(type(module), swapped)
+
+
+def _restore_configs(model: nn.Module) -> None:
+    """Undo `_name_attention`. The model gets its own configs back, unless one has changed since: then it keeps the
+    copies, with the attention function of its own, because other models may share its own."""
+    copies = [
+        (module, module.__dict__.pop(_STOCK_CONFIG)) for module in model.modules() if _STOCK_CONFIG in vars(module)
+    ]
+    changed = any(_have_changed(module.config, own) for module, own in copies)
+    for module, own in copies:
+        if not changed:
+            module.config = own
+        elif (config := cast("Any", module.config))._attn_implementation_internal == NAME:
+            config._attn_implementation_internal = own._attn_implementation_internal
+
+
+def _have_changed(settings: Any, own: Any) -> bool:
+    try:
+        return bool(_without_attention(settings) != _without_attention(own))
+    except (RuntimeError, ValueError):  # there are tensors or arrays among them, which are not one bool
+        return True
+
+
+def _without_attention(config: Any) -> dict[str, Any]:
+    """The settings of a config and of the configs in it, but for their attention functions."""
+    return {
+        name: _without_attention(value) if isinstance(value, PretrainedConfig) else value
+        for name, value in vars(config).items()
+        if name != "_attn_implementation_internal"
+    }
 
 
 def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:

@@ -77,6 +77,7 @@ def rows_of(places: Iterable[Place]) -> tuple[Row, ...]:
 
 
 def _places_now(model: nn.Module) -> Iterator[Place]:
+    """`places_in`, and the modules whose attention a library has changed since `patch`."""
     yield from places_in(model, set(KINDS))
     for module in model.modules():
         if "attention" not in found_of(module) and hasattr(module, "config"):

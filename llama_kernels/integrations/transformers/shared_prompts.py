@@ -78,7 +78,7 @@ def share_prompts(
         ValueError: a prompt is empty or has no completion, or there is not one list of completions for each prompt.
     """
     op = "share_prompts"
-    if not prompts or len(prompts) != len(completions):
+    if not len(prompts) or len(prompts) != len(completions):
         wanted = f"{len(prompts)} lists, one for each prompt, at least 1"
         raise ValueError(message(op, "completions", f"{len(completions)} lists", wanted))
     for b, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):

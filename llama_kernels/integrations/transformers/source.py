@@ -151,6 +151,7 @@ def passes_mask_on(function: Function) -> bool:
 
 
 def _only_passed_on(name: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether a mask is used only in the ways that `passes_mask_on` allows. name: the place where it is read."""
     node: ast.AST = parents[name]
     if isinstance(node, ast.keyword):
         node = parents[node]
@@ -165,6 +166,7 @@ def _only_passed_on(name: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
 
 
 def _choices(node: ast.expr) -> list[ast.expr]:
+    """The expressions that `a if c else b` chooses from, without subscripts."""
     if isinstance(node, ast.IfExp):
         return [*_choices(node.body), *_choices(node.orelse)]
     return [node.value] if isinstance(node, ast.Subscript) else [node]
@@ -181,6 +183,8 @@ def _is_none(node: ast.expr) -> bool:
 
 
 class _Plain(ast.NodeTransformer):
+    """Removes docstrings and annotations from a function and the functions in it."""
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self.generic_visit(node)
         node.returns = None
@@ -197,6 +201,7 @@ class _Plain(ast.NodeTransformer):
 
 
 def _drop_unused_defaults(arguments: ast.arguments, used: set[str]) -> None:
+    """Remove the optional arguments whose names are not in `used`."""
     first = len(arguments.args) - len(arguments.defaults)
     kept = [
         (argument, default)
@@ -238,6 +243,7 @@ def _compiled(text: str, filename: str) -> types.CodeType:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function and of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -245,6 +251,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _copied(function: Function, code: types.CodeType, globals_: dict[str, Any], closure: Any, wraps: Any = None) -> Any:
+    """A copy of `function` with this code, these globals and this closure. wraps: the function that the copy wraps."""
     copy: Any = types.FunctionType(code, globals_, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function).__wrapped__ = wraps

@@ -1,11 +1,22 @@
 """Grouped-query attention, dense and packed: the public functions.
 
-How a call flows: checks.py checks the arguments and builds an AttentionCall (call.py); op.py has the registered ops and
-their gradient; dispatch.py says which kernel computes the call, and why. The kernels are in forward.py, decode.py (few
-queries, many keys), backward.py (delta.py, dkdv.py, dq.py) and hopper/; CPU tensors take cpu.py. key_split.py says when
-the forward splits the keys, and combine.py adds up the parts. masks.py, softmax.py and tiles.py hold the device
-functions that the kernels share, tables.py their tile sizes. masked_decode.py is the op for decoding with a mask over
-the keys, which integrations use.
+A call goes through these files:
+
+    checks.py         checks the arguments, and builds an AttentionCall
+    call.py           AttentionCall, the call as one structure, and what is derived from it: sizes, scoring, window
+    op.py             the registered ops and their autograd.Function
+    dispatch.py       which kernel computes the call, and why
+    forward.py        the forward: kernel and launcher. Start reading the kernels here
+    decode.py         the forward of few queries and many keys; combine.py combines its parts
+    key_split.py      when the forward is split over the keys too
+    backward.py       the launches of the backward, whose kernels are in delta.py, dkdv.py, dq.py and rounding.py
+    hopper/           kernels for Hopper GPUs, off by default
+    cpu*.py           CPU tensors, in plain PyTorch
+
+The kernels share device functions: masks.py (which keys a row sees), softmax.py (scores and the online softmax) and
+tiles.py (how a tile is found, loaded and stored). tables.py has their tile sizes, tile_list.py the tiles of packed
+batches. merge.py has `merge_attention`. masked_decode.py is an op for decoding with a mask over the keys, which the
+integrations use. flops.py tells PyTorch's FlopCounterMode the FLOPs of the ops.
 """
 
 from __future__ import annotations
@@ -64,30 +75,32 @@ def attention(
     """Grouped-query attention: out = softmax(q @ kᵀ · scale + mask) @ v, tile by tile, without the Sq x Sk matrix.
 
     Query head h attends with key and value head h // (Hq // Hkv); k and v are never repeated. Scores, softmax and sums
-    are float32; probabilities are rounded to v's dtype before the product with v. Blocks of keys that the mask hides
-    are skipped. With few queries, as in decoding, the keys are split over the GPU, and one tile holds all query heads
-    of a key head. With few tiles of rows and 4,096 keys or more, as for a chunk of a prompt, the keys are split too:
-    the parts take 8 to 120 MB a sequence at D = 128 while the call runs. Under autocast q, k and v are cast to its
-    dtype. GQA: Ainslie et al., arXiv 2305.13245; the algorithm: Dao, FlashAttention-2, arXiv 2307.08691.
+    are float32; probabilities are rounded to v's dtype before the product with v. Blocks of keys that are hidden from
+    every row of a tile are skipped. Under autocast, q, k and v are cast to its dtype.
+
+    With few queries, as in decoding, the keys are split over the GPU, and one tile holds all query heads of a key head.
+    With few tiles of rows and 4,096 keys or more, as for a chunk of a prompt, the keys are split too: the parts take 8
+    to 120 MB per sequence at D = 128 while the call runs.
+
+    GQA: Ainslie et al., arXiv 2305.13245. The algorithm: Dao, FlashAttention-2, arXiv 2307.08691.
 
     Args:
         q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 576. Any strides, such as those of (B, S, H, D)
             after .transpose(1, 2); a last dimension that is not contiguous is copied.
         k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), of q's dtype, Dv from 1 to 512. Hq is a multiple of Hkv.
-        is_causal: query i sees keys j <= i + Sk - Sq. The mask is aligned at the bottom right, as a KV cache needs it.
-            PyTorch's scaled_dot_product_attention aligns it at the top left, which is the same where Sq == Sk.
+        is_causal: query i sees only keys j <= i + Sk - Sq. The mask is aligned at the bottom right, as a KV cache needs
+            it. PyTorch's scaled_dot_product_attention aligns it at the top left, which is the same where Sq == Sk.
         scale: factor of the scores. None: D ** -0.5.
         window_size: (left, right), each -1 for no limit. Query i sees only keys from i + Sk - Sq - left to
             i + Sk - Sq + right, both included, as in flash-attn.
         softcap: scores s become softcap · tanh(s / softcap). None or 0.0: they are not capped.
-        sinks: (Hq,), one more logit for each head. It counts in the softmax and in lse, and has no value.
-            Differentiable.
-        kv_start, kv_end: (B, Sq) int32. Row i sees only keys j with kv_start[b, i] <= j < kv_end[b, i]. This serves
-            padded and packed batches, and caches longer than their contents, without unpadding, host sync or graph
-            break. Blocks of keys outside are skipped.
-        kv_prefix: (B, Sq) int32. Row i also sees the first kv_prefix[b, i] keys, which is_causal, window_size, kv_start
-            and kv_end do not hide. A key that it sees either way counts once. This serves completions that share a
-            prompt in one sequence, first tokens that stay visible beside a window, and prefixes without causal mask.
+        sinks: (Hq,), in any of these dtypes: one more logit for each head, as in GPT-OSS. It counts in the softmax and
+            in lse, and has no value. Differentiable.
+        kv_start, kv_end: (B, Sq) int32. Query i sees only keys j with kv_start[b, i] <= j < kv_end[b, i]. For padded
+            and packed batches, and caches longer than their contents: without unpadding, host sync or graph break.
+        kv_prefix: (B, Sq) int32. Query i also sees the first kv_prefix[b, i] keys, whatever is_causal, window_size,
+            kv_start and kv_end hide. For completions that share a prompt in one sequence, first tokens that stay
+            visible beside a window, and prefixes without a causal mask.
         return_lse: also return lse, the logarithm of the sum of the exponentials of each row's scores. Differentiable.
         deterministic: True: the gradients repeat bit for bit. None: as torch.are_deterministic_algorithms_enabled()
             says. Only dq of the Hopper kernels (`llama_kernels.hopper_attention`) may differ from run to run; where it
@@ -99,7 +112,7 @@ def attention(
 
     Raises:
         TypeError: An argument is not a tensor, or has another dtype than it may have, or q, k and v differ in dtype.
-        ValueError: Shapes, numbers of heads, devices, window_size or softcap do not fit.
+        ValueError: Shapes, numbers of heads, devices, window_size, scale or softcap do not fit.
     """
     call = checked_call(
         "attention", q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,

@@ -16,7 +16,9 @@ from llama_kernels.core.tensors import cdiv, empty_in_order_of, optional_strides
 from llama_kernels.ops.attention import dispatch, hopper
 from llama_kernels.ops.attention.call import (
     AttentionCall,
+    Grads,
     Results,
+    RowInputs,
     Sizes,
     Wanted,
     empty_grads,
@@ -32,18 +34,19 @@ from llama_kernels.ops.attention.tables import Tile, tile_for
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, programs_for, tile_lists, walks
 from llama_kernels.ops.rotation import Rotation
 
-# Programs of dk and dv for one sequence: about two for each SM of a large GPU. Fewer divide a group's heads among them.
+# Programs of dk and dv for one sequence: about two for each SM of a large GPU. Where the keys give fewer programs,
+# several share the query heads of a key head.
 ENOUGH_PROGRAMS = 256
-MOST_COLUMNS = 512  # of dq, where a launch computes a part of them
-# Rows that a part of a group has at least, so that to add up the parts takes under a tenth of their time.
+MOST_COLUMNS = 512  # of dq in one launch
+# The fewest rows of a part of a group. Adding up the parts then takes less than a tenth of their time.
 ROWS_OF_A_PART = 16384
 
 
 def parts_of_group(call: AttentionCall, BLOCK_N: int) -> int:
-    """How many programs divide the query heads of a key head among them, for dk and dv of BLOCK_N keys.
+    """How many programs share the query heads of a key head, for dk and dv of BLOCK_N keys.
 
-    It depends on the sizes of one sequence alone, so that its gradients are the same bits in any batch. The sequences
-    of a packed batch are as long as the GPU alone knows: 1.
+    It depends on the sizes of one sequence alone, so its gradients are the same bits in any batch. For a packed batch
+    it is 1, since only the GPU knows the lengths of the sequences.
     """
     sizes, left, parts = call.sizes, call.window.left, 1
     if call.packed:
@@ -56,7 +59,7 @@ def parts_of_group(call: AttentionCall, BLOCK_N: int) -> int:
 
 
 class _Sums(NamedTuple):
-    """(B, Hkv * parts, Sk, D or DV) float32: what programs add to dk and dv that compute a part of a group each."""
+    """The sums over parts of a group, before they are added up: (B, Hkv * parts, Sk, D or DV) float32."""
 
     dk: torch.Tensor | None
     dv: torch.Tensor | None
@@ -66,50 +69,59 @@ def _tile_of_keys(call: AttentionCall) -> Tile:
     return tile_for("dkdv", call.q, call.v, any(x is not None for x in (call.softcap, call.kv_end, call.kv_prefix)))
 
 
-def _arguments(call: AttentionCall, given, outputs, rotation: Rotation, list_ptr, sizes: Sizes) -> tuple[Any, ...]:
-    """What both kernels take, in their order. given: do, lse2 and delta."""
-    tensors, delta = (call.q, call.k, call.v, given[0]), given[2]
+def _arguments(
+    call: AttentionCall, rows: RowInputs, outputs: tuple[torch.Tensor | None, ...], rotation: Rotation,
+    tile_list: torch.Tensor | None, sizes: Sizes,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The first arguments of both kernels, in order. outputs: dq, or dk and dv."""
     return (
-        call.q, call.k, call.v, *given, *outputs,
-        call.kv_start, call.kv_end, call.kv_prefix, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors, list_ptr,
-        *map(strides_of, tensors), lse_strides(delta), *map(optional_strides_of, outputs),
+        call.q, call.k, call.v, *rows, *outputs,
+        call.kv_start, call.kv_end, call.kv_prefix, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors, tile_list,
+        *map(strides_of, (call.q, call.k, call.v, rows.do)), lse_strides(rows.delta),
+        *map(optional_strides_of, outputs),
         *call.bound_strides, *rotation.strides,
         sizes.as_arguments(), call.scoring, call.window, rotation.positions,
     )  # fmt: skip
 
 
 def _flags(call: AttentionCall, do: torch.Tensor, rotation: Rotation) -> dict[str, Any]:
+    """The compile-time arguments that both kernels take."""
     flags = {"FAR": far(call.q, call.k, call.v, do), "WALK": walks(call)}
     return {**call.widths, **flags, "HALF": rotation.half, "INTERLEAVED": rotation.interleaved}
 
 
-def _dkdv_launches(call: AttentionCall, given, outputs, rotation: Rotation, list_k, sums: _Sums | None) -> list[Launch]:
-    """dk and dv of `outputs`, each None where it is not wanted. sums: None where one program sums over a group."""
+def _dkdv_launches(
+    call: AttentionCall, rows: RowInputs, grads: Grads, rotation: Rotation, list_k: torch.Tensor | None,
+    sums: _Sums | None,
+) -> list[Launch]:  # fmt: skip
+    """The launches that write dk and dv of `grads`. sums: None where one program sums over a group."""
     sizes, tile, parts, launches = call.sizes, _tile_of_keys(call), 1, []
-    written, ends_with = outputs, rotation
-    if sums is not None:
-        parts, written, ends_with = parts_of_group(call, tile.BLOCK_N), sums, Rotation()
+    dk, dv, ends_with = grads.dk, grads.dv, rotation
+    if sums is not None:  # the parts are added up and rotated afterwards
+        parts, (dk, dv), ends_with = parts_of_group(call, tile.BLOCK_N), sums, Rotation()
     of_part = sizes._replace(group=sizes.group // parts)
     programs = cdiv(sizes.Sk, tile.BLOCK_N) * sizes.B * of_part.Hkv
     if list_k is not None:
         programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, tile.BLOCK_N, walks(call))
     if not programs:
         return []
-    dk, dv = written
     for pair in ((dk, None), (None, dv)) if tile.split else ((dk, dv),):
         if pair != (None, None):
-            args = _arguments(call, given, pair, ends_with, list_k, of_part)
-            options = {**_flags(call, given[0], ends_with), "PARTS": parts, **tile.launch_options}
+            args = _arguments(call, rows, pair, ends_with, list_k, of_part)
+            options = {**_flags(call, rows.do, ends_with), "PARTS": parts, **tile.launch_options}
             launches.append(Launch(_dkdv_kernel, (programs,), args, options))
     if sums is not None:
         keys_as_rows = sizes._replace(Hq=sizes.Hkv, Sq=sizes.Sk, longest_q=sizes.longest_k)
-        for total, grad, by in zip(sums, outputs, (rotation, Rotation()), strict=True):
+        for total, grad, by in zip(sums, (grads.dk, grads.dv), (rotation, Rotation()), strict=True):
             if grad is not None:
                 launches.append(round_launch(total, grad, None, None, keys_as_rows, 1.0, by))
     return launches
 
 
-def _dq_launches(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> list[Launch]:
+def _dq_launches(
+    call: AttentionCall, rows: RowInputs, dq: torch.Tensor, rotation: Rotation, list_q: torch.Tensor | None
+) -> list[Launch]:
+    """The launches that write dq: one, or one for each part of the columns of wide heads."""
     sizes = call.sizes
     crowded, prefix = call.crowded or call.packed or rotation.half > 0, call.kv_prefix is not None
     tile = tile_for("dq", call.q, call.v, crowded, prefix)
@@ -118,8 +130,8 @@ def _dq_launches(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> 
     programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
     if list_q is not None:
         programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))
-    args = _arguments(call, given, (dq,), rotation, list_q, sizes)
-    D, flags = call.q.shape[-1], {**_flags(call, given[0], rotation), **tile.launch_options}
+    args = _arguments(call, rows, (dq,), rotation, list_q, sizes)
+    D, flags = call.q.shape[-1], {**_flags(call, rows.do, rotation), **tile.launch_options}
     step = tile.columns if tile.split else D
     return [
         Launch(_dq_kernel, (programs,), args, {**flags, "FIRST": first, "COLUMNS": width_class(min(D - first, step))})
@@ -129,23 +141,23 @@ def _dq_launches(call: AttentionCall, given, dq, rotation: Rotation, list_q) -> 
 
 @cached_launch
 def _launches(
-    call: AttentionCall, do, lse2, delta, dq, dk, dv, rotation: Rotation, lists: TileLists | None, sums: _Sums | None
+    call: AttentionCall, rows: RowInputs, grads: Grads, rotation: Rotation, lists: TileLists | None, sums: _Sums | None
 ) -> list[Launch]:
-    """dq, dk and dv are None where they are not wanted."""
-    given, (list_q, list_k) = (do, lse2, delta), lists or (None, None)
-    launches = _dkdv_launches(call, given, (dk, dv), rotation, list_k, sums)
-    if dq is not None:
-        launches += _dq_launches(call, given, dq, rotation, list_q)
+    list_q, list_k = lists or (None, None)
+    launches = _dkdv_launches(call, rows, grads, rotation, list_k, sums)
+    if grads.dq is not None:
+        launches += _dq_launches(call, rows, grads.dq, rotation, list_q)
     return launches
 
 
-def _sums(call: AttentionCall, grads: tuple[torch.Tensor | None, torch.Tensor | None]) -> _Sums | None:
-    """The sums for dk and dv, `grads`. None: one program sums over a group."""
+def _sums(call: AttentionCall, grads: Grads) -> _Sums | None:
+    """Sums to be filled for dk and dv of `grads`. None: one program sums over a group."""
     sizes, parts = call.sizes, parts_of_group(call, _tile_of_keys(call).BLOCK_N)
     if parts == 1:
         return None
     shape = (sizes.B, sizes.Hkv * parts, sizes.Sk)
-    return _Sums(*(x if x is None else x.new_empty(*shape, x.shape[-1], dtype=torch.float32) for x in grads))
+    wanted = (grads.dk, grads.dv)
+    return _Sums(*(x if x is None else x.new_empty(*shape, x.shape[-1], dtype=torch.float32) for x in wanted))
 
 
 def launch_backward(
@@ -155,19 +167,17 @@ def launch_backward(
 
     rotation: of q and k before the call; dq and dk get its inverse before they are rounded.
     """
-    sizes, do = call.sizes, results.do
-    dq, dk, dv, dsinks = grads = empty_grads(call, wanted)
+    sizes = call.sizes
+    dq, dk, dv, dsinks = empty = empty_grads(call, wanted)
     if not (sizes.B and sizes.Hq and sizes.Sq):  # no program would write the gradients
-        return tuple(grad.zero_() for grad in grads)
-    outputs = [grad if need else None for grad, need in zip(grads[:3], wanted[:3], strict=True)]
+        return tuple(grad.zero_() for grad in empty)
+    grads = Grads(dq if wanted.dq else None, dk if wanted.dk else None, dv if wanted.dv else None)
     lists = tile_lists(call, of_keys=True)
-    choice = dispatch.backward(call, do, wanted)
+    choice = dispatch.backward(call, results.do, wanted)
     dq_sum = None if choice.tile is None else empty_in_order_of(dq, dtype=torch.float32)
-    fill = Fill(outputs[0], None, *outputs[1:])
+    fill = Fill(grads.dq, dk=grads.dk, dv=grads.dv)
     lse2, delta, dsinks = launch_delta(call, results, sizes, dsinks, dq_sum, lists, fill)
-    if choice.tile is None or not hopper.try_backward(
-        call, choice.tile, do, lse2, delta, dq_sum, dq, dk, dv, rotation, lists
-    ):
-        of_q, of_k, of_v = outputs
-        _launches(call, do, lse2, delta, of_q, of_k, of_v, rotation, lists, _sums(call, (of_k, of_v)))
+    rows = RowInputs(results.do, lse2, delta)
+    if choice.tile is None or not hopper.try_backward(call, choice.tile, rows, dq_sum, grads, rotation, lists):
+        _launches(call, rows, grads, rotation, lists, _sums(call, grads))
     return dq, dk, dv, dsinks

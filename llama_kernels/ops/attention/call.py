@@ -18,14 +18,14 @@ from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes
 
 
 class Sizes(NamedTuple):
-    """Packed: B sequences of at most longest_q and longest_k tokens, in Sq and Sk tokens altogether."""
+    """The sizes of a call. Packed, Sq and Sk count the tokens of all sequences."""
 
-    B: int
+    B: int  # sequences
     Hq: int
     group: int  # query heads per key head
     Sq: int
     Sk: int
-    longest_q: int
+    longest_q: int  # the length of the longest sequence of queries; dense, Sq
     longest_k: int
 
     @property
@@ -44,16 +44,16 @@ class Sizes(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """From q @ k^T to logits: s = softcap * tanh(qk * prescale / softcap). exp(logit) is exp2(s * unit)."""
+    """From qk = q @ k^T to logits: s = softcap * tanh(qk * prescale / softcap), and exp(logit) is exp2(s * unit)."""
 
-    scale: float
-    prescale: float | None  # None: qk is not scaled, unit holds the scale, which then costs no instruction
-    softcap: float | None
-    unit: float
+    scale: float  # of the call; the gradients of q and k are multiplied by it
+    prescale: float | None  # None: s is qk, and `unit` includes the scale, which then costs no instruction
+    softcap: float | None  # None: s is not capped
+    unit: float  # from s to the logit in base 2
 
 
 class Window(NamedTuple):
-    """How many keys a query sees before and after its own; None: all of them. right=0 is causal."""
+    """How many keys a query sees before and after its own position; None: all of them. right=0 is causal."""
 
     left: int | None
     right: int | None
@@ -80,7 +80,7 @@ class AttentionCall(NamedTuple):
     left: int | None  # of the window
     right: int | None
     out_dtype: torch.dtype | None = None  # of out; None: that of q
-    kv_prefix: torch.Tensor | None = None  # in the shape of kv_start: each row sees so many first keys besides
+    kv_prefix: torch.Tensor | None = None  # in the shape of kv_start: how many first keys each row also sees
 
     @property
     def packed(self) -> bool:
@@ -151,16 +151,33 @@ class Results(NamedTuple):
     dlse: torch.Tensor | None
 
 
+class RowInputs(NamedTuple):
+    """What the kernels of dq, dk and dv read of the query rows beside q. delta.py has the formulas and the padding."""
+
+    do: torch.Tensor  # the gradient of out
+    lse2: torch.Tensor  # (B, Hq, padded Sq), or packed (Hq, padded Tq), float32; likewise delta
+    delta: torch.Tensor
+
+
+class Grads(NamedTuple):
+    """The gradients that the kernels write, in the shapes of q, k and v; None where one is not wanted."""
+
+    dq: torch.Tensor | None
+    dk: torch.Tensor | None
+    dv: torch.Tensor | None
+
+
 # --- shapes and strides ----------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def width_class(D: int) -> int:
+    """The columns of a tile that holds a head of width D: a power of two, at least 16."""
     return max(next_power_of_2(D), 16)
 
 
 def far(*tensors: torch.Tensor) -> bool:
-    """Whether rows lie so far apart that the offsets inside one tile, of 256 rows at most, need 64 bits."""
+    """Whether offsets inside a tile of at most 256 rows need 64 bits, because a stride between rows is so large."""
     return any(x.stride(-2 if x.ndim == 4 else 0) >= 2**23 for x in tensors)
 
 

@@ -7,13 +7,22 @@ from typing import NamedTuple
 
 import torch
 
-from llama_kernels.core.checks import check_tensors, message, shape_of, values_are_checked
+from llama_kernels.core.checks import (
+    LARGEST,
+    SMALLEST,
+    check_number,
+    check_tensors,
+    message,
+    shape_of,
+    values_to_check,
+)
 from llama_kernels.core.tensors import autocast_dtype, last_dim_contiguous
 from llama_kernels.ops.attention.call import AttentionCall
 
 _WIDEST_HEAD_OF_Q, _WIDEST_HEAD_OF_V = 576, 512
-# A window as wide as this hides no key. A wider one would overflow where positions are added to it.
+# A window of this width hides no key. With a wider one, sums with positions would overflow 32 bits.
 _WIDEST = 2**30
+_LONGEST = 2**31 - 1  # of a sequence, as a number that the kernels negate in 32 bits
 
 
 class Packing(NamedTuple):
@@ -61,7 +70,7 @@ def checked_call(
     if packing is not None:
         _check_packing(op, q, k, packing)
     left, right = window_size
-    return AttentionCall(
+    return AttentionCall(  # by position: keywords would take every call 0.8 us
         last_dim_contiguous(q),
         last_dim_contiguous(k),
         last_dim_contiguous(v),
@@ -70,12 +79,12 @@ def checked_call(
         kv_end,
         None if packing is None else packing.cu_seqlens_q.contiguous(),
         None if packing is None else packing.cu_seqlens_k.contiguous(),
-        q.shape[2] if packing is None else packing.max_seqlen_q,
-        k.shape[2] if packing is None else packing.max_seqlen_k,
+        q.shape[2] if packing is None else min(packing.max_seqlen_q, _LONGEST),
+        k.shape[2] if packing is None else min(packing.max_seqlen_k, _LONGEST),
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap or None,
         None if left < 0 else min(left, _WIDEST),
-        0 if is_causal else None if right < 0 else min(right, _WIDEST),
+        0 if is_causal else (None if right < 0 else min(right, _WIDEST)),
         kv_prefix=kv_prefix,
     )
 
@@ -87,11 +96,20 @@ def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     dtype = autocast_dtype(tensors[0].device)
     if dtype is None:
         return tensors
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and _is_cast(x.dtype) else x for x in tensors)
+
+
+def _is_cast(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's autocast changes this dtype. It leaves float64, which the checks then refuse."""
+    return dtype.is_floating_point and dtype != torch.float64
 
 
 def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
+    """Check the dtypes, devices and shapes of q, k and v."""
     check_tensors(op, q=q, k=k, v=v)
+    if q.is_nested:
+        fix = "llama_kernels.attention_varlen takes q.values() and q.offsets().int()."
+        raise TypeError(message(op, "q", "a nested tensor", "a dense one", fix))
     if not q.dtype == k.dtype == v.dtype:
         name, x = ("v", v) if k.dtype == q.dtype else ("k", k)
         fix = "Cast q, k and v to one dtype, or call under torch.autocast, which does it."
@@ -99,34 +117,39 @@ def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packe
     of_q, of_k, of_v, ndim = q.shape, k.shape, v.shape, 3 if packed else 4
     if not len(of_q) == len(of_k) == len(of_v) == ndim:
         name, x = next(pair for pair in (("q", q), ("k", k), ("v", v)) if pair[1].ndim != ndim)
-        raise ValueError(message(op, name, shape_of(x), "(tokens, H, D)" if packed else "(B, H, S, D)"))
+        wanted = "(tokens, H, D)" if packed else "(B, H, S, D)"
+        fix = "" if packed else "For packed sequences (tokens, H, D) call llama_kernels.attention_varlen."
+        raise ValueError(message(op, name, shape_of(x), wanted, fix))
     if not packed and of_k[0] != of_q[0]:
-        raise ValueError(message(op, "k", shape_of(k), f"the batch size of q, {of_q[0]}"))
+        raise ValueError(message(op, "k", shape_of(k), f"a batch of {of_q[0]}, as q of shape {tuple(of_q)} has"))
     if of_k[-1] != of_q[-1]:
-        raise ValueError(message(op, "k", shape_of(k), f"the head width of q, {of_q[-1]}"))
+        wanted = f"heads of width {of_q[-1]}, as q of shape {tuple(of_q)} has"
+        raise ValueError(message(op, "k", shape_of(k), wanted))
     if of_v[:-1] != of_k[:-1]:
-        raise ValueError(message(op, "v", shape_of(v), f"k's shape {tuple(of_k)} but for the last dimension"))
+        raise ValueError(message(op, "v", shape_of(v), f"the shape of k, {tuple(of_k)}, but for the last dimension"))
     Hq, Hkv = of_q[1], of_k[1]
     if Hq != 0 if Hkv == 0 else Hq % Hkv:
-        fix = f"Got q {tuple(of_q)}, k {tuple(of_k)}."
-        raise ValueError(message(op, "k", f"of {Hkv} heads", f"a divisor of q's {Hq} heads", fix))
+        got = f"of {Hkv} heads, of shape {tuple(of_k)}"
+        wanted = f"a number of heads that divides the {Hq} of q, of shape {tuple(of_q)}"
+        raise ValueError(message(op, "k", got, wanted))
     for name, x, widest in (("q", q, _WIDEST_HEAD_OF_Q), ("v", v, _WIDEST_HEAD_OF_V)):
         if not 1 <= x.shape[-1] <= widest:
-            raise ValueError(message(op, name, shape_of(x), f"a head width from 1 to {widest}"))
+            raise ValueError(message(op, name, shape_of(x), f"heads of width 1 to {widest}"))
 
 
 def _check_numbers(
     op: str, window_size: tuple[int, int], softcap: float | None, scale: float | None, deterministic: bool | None
 ) -> None:
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(message(op, "window_size", repr(window_size), "(left, right)"))
+        fix = "For n earlier keys and the query's own pass window_size=(n, 0)."
+        raise TypeError(message(op, "window_size", repr(window_size), "(left, right)", fix))
     for side in window_size:
         if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
             raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
-    if softcap is not None and not softcap >= 0:
-        raise ValueError(message(op, "softcap", softcap, "a positive number, or 0 or None for none"))
-    if scale is not None and not abs(scale) < float("inf"):
-        raise ValueError(message(op, "scale", scale, "a finite number, or None"))
+    if softcap is not None and softcap != 0:
+        check_number(op, "softcap", softcap, SMALLEST, "a positive finite number, or 0 or None for none")
+    if scale is not None:
+        check_number(op, "scale", scale, -LARGEST, "a finite number, or None")
     if deterministic not in (None, True, False):
         raise TypeError(message(op, "deterministic", repr(deterministic), "True, False or None"))
 
@@ -138,16 +161,19 @@ def _check_sinks(op: str, q: torch.Tensor, sinks: torch.Tensor) -> None:
 
 
 def _check_bound(op: str, q: torch.Tensor, name: str, bound: torch.Tensor) -> None:
-    """name: kv_start, kv_end or kv_prefix."""
+    """Check that `bound` has one integer per query row. name: kv_start, kv_end or kv_prefix."""
     rows = (q.shape[0], q.shape[2]) if q.ndim == 4 else (q.shape[0],)
     check_tensors(op, (torch.int32,), **{name: bound})
     if bound.shape != rows:
         raise ValueError(message(op, name, shape_of(bound), f"{rows}, one for each query row"))
     if bound.device != q.device:
-        raise ValueError(message(op, name, f"on {bound.device}", f"the device of q, {q.device}"))
+        raise ValueError(
+            message(op, name, f"on {bound.device}", f"the device of q, {q.device}", f"Pass {name}.to(q.device).")
+        )
 
 
 def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) -> None:
+    """Check cu_seqlens and max_seqlen; the values of cu_seqlens only inside `llama_kernels.checked`."""
     names = ("cu_seqlens_q", "cu_seqlens_k")
     for name in names[:1] if packing.cu_seqlens_k is packing.cu_seqlens_q else names:
         cu_seqlens = getattr(packing, name)
@@ -156,18 +182,20 @@ def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) 
             wanted = "(batch + 1,), the same for queries and keys"
             raise ValueError(message(op, name, shape_of(cu_seqlens), wanted))
         if cu_seqlens.device != q.device:
-            raise ValueError(message(op, name, f"on {cu_seqlens.device}", f"the device of q, {q.device}"))
+            wanted, fix = f"the device of q, {q.device}", f"Pass {name}.to(q.device)."
+            raise ValueError(message(op, name, f"on {cu_seqlens.device}", wanted, fix))
     for name in ("max_seqlen_q", "max_seqlen_k"):
         longest = getattr(packing, name)
         if not isinstance(longest, (int, torch.SymInt)):
-            wanted = "an int: to read it from a tensor would wait for the GPU"
-            raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted))
+            wanted, fix = "an int", "int() of a tensor waits for the GPU, so compute the length on the CPU."
+            raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted, fix))
         if longest < 0:
             raise ValueError(message(op, name, longest, "a length, 0 or more"))
-    if values_are_checked(packing.cu_seqlens_q):
-        bounds_q, bounds_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
-        _check_sequences(op, "q", bounds_q, packing.max_seqlen_q, q.shape[0])
-        _check_sequences(op, "k", bounds_k, packing.max_seqlen_k, k.shape[0])
+    sides = (("q", packing.cu_seqlens_q, packing.max_seqlen_q, q), ("k", packing.cu_seqlens_k, packing.max_seqlen_k, k))
+    for side, cu_seqlens, longest, x in sides:
+        if (values := values_to_check(cu_seqlens)) is not None:
+            for bounds in values.flatten(0, -2).tolist() if values.ndim > 1 else [values.tolist()]:
+                _check_sequences(op, side, bounds, longest, x.shape[0])
 
 
 def _check_sequences(op: str, name: str, bounds: list[int], longest: int, tokens: int) -> None:

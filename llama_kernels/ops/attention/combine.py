@@ -1,6 +1,6 @@
 """Attention over chunks of the keys, combined into attention over all of them: the kernel and its launch.
 
-decode.py and key_split.py have the kernels that compute the chunks.
+The chunks are computed by decode.py, and by forward.py as key_split.py says.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _CHUNKS_PER_STEP = 32  # of the sum over the chunks
 
 
 class Parts(NamedTuple):
-    """Attention over each of so many chunks of the keys, float32: (B, Hq, Sq, chunks, DV), and its lse2, in base 2.
+    """Attention over each chunk of the keys: out (B, Hq, Sq, chunks, DV) and lse2 (B, Hq, Sq, chunks), float32.
 
-    Strides: of batch, head, row and chunk. Where lse2 is -inf, `out` is not read.
+    lse2 is in base 2. Where it is -inf, out is not read. Strides are those of batch, head, row and chunk.
     """
 
     out: torch.Tensor
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
 
 @triton.jit
 def _add_chunks(state, part, lse2):
-    """`state` of one row, acc [BLOCK_DV], after BLOCK_C chunks: part [BLOCK_C, BLOCK_DV] with the sums 2^lse2."""
+    """`state` of one row, acc [BLOCK_DV], after BLOCK_C more chunks: part [BLOCK_C, BLOCK_DV] and lse2 [BLOCK_C]."""
     peak = tl.maximum(state.peak, tl.max(lse2))
     base = tl.where(peak == float("-inf"), 0.0, peak)  # no key yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN
     weight, shrink = tl.exp2(lse2 - base), tl.exp2(state.peak - base)
@@ -79,9 +79,9 @@ def _combine_kernel(
 
 
 def combine_launch(parts: Parts, call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, many: bool) -> Launch:
-    """o and lse of `call`, of its parts. The sinks of the call count here, not in the parts.
+    """The launch that fills o and lse of `call` from its parts. The sinks of the call count here, not in the parts.
 
-    many: the rows of one sequence fill a GPU. A program then has as few warps as hold a row, to issue less.
+    many: whether there are enough rows to fill a GPU. A program, which computes one row, then has fewer warps.
     """
     sizes, widths = call.sizes, call.widths
     BLOCK_C = min(next_power_of_2(parts.chunks), _CHUNKS_PER_STEP)

@@ -1,7 +1,4 @@
-"""Attention of CPU tensors in plain PyTorch: the reference forward, and the formulas of the backward written out.
-
-They are written out because the op runs below autograd, which records no graph there.
-"""
+"""Attention of CPU tensors: by the flash kernel of PyTorch's SDPA where it takes the call, else written out."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from llama_kernels.ops.attention import cpu_flash
+from llama_kernels.ops.attention import cpu_flash, cpu_formulas
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, outputs_to_fill
 from llama_kernels.ops.rotation import Rotation
-from llama_kernels.reference.attention import AttentionOptions, attention, spans, unseen, visible
+from llama_kernels.reference.attention import spans
 from llama_kernels.reference.rope import rope
 
 
@@ -21,7 +18,7 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = outputs_to_fill(call)
     if not call.packed:
         results = _dense_forward(call)
-        return out.copy_(results[0]), lse.copy_(results[1])
+        return _stored(out, results[0]), _stored(lse, results[1])
     for rows, _, dense in _sequences(call):
         results = _dense_forward(dense)
         out[rows], lse[:, rows] = results[0][0].transpose(0, 1).to(out.dtype), results[1][0]
@@ -29,15 +26,13 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    if cpu_flash.takes(call):
-        return cpu_flash.flash_forward(call)
-    options: AttentionOptions = {
-        "is_causal": False, "scale": call.scale, "softcap": call.softcap, "sinks": call.sinks,
-        "kv_start": call.kv_start, "kv_end": call.kv_end, "kv_prefix": call.kv_prefix,
-        "window_size": _window_size(call),
-    }  # fmt: skip
-    q = call.q.to(torch.promote_types(call.q.dtype, torch.float32))  # out is rounded where it is stored
-    return attention(q, call.k, call.v, return_lse=True, **options)
+    """out and lse in float32."""
+    return cpu_flash.flash_forward(call) if cpu_flash.takes(call) else cpu_formulas.forward(call)
+
+
+def _stored(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype and memory order of `out`: x itself where it has them, else copied into `out`."""
+    return x if x.dtype == out.dtype and x.stride() == out.stride() else out.copy_(x)
 
 
 def plain_backward(
@@ -48,11 +43,8 @@ def plain_backward(
     cos, sin, position_ids, interleaved = rotation
     if cos is not None and sin is not None:
         dq, dk = rope(dq, dk, cos, -sin, position_ids, interleaved=interleaved)
-    grads = empty_grads(call, wanted)
-    for grad, x in zip(grads, (dq, dk, dv, dsinks), strict=True):
-        if grad.numel():
-            grad.copy_(x)
-    return grads
+    grads = zip(empty_grads(call, wanted), (dq, dk, dv, dsinks), strict=True)
+    return tuple(_stored(grad, x) if grad.numel() else grad for grad, x in grads)
 
 
 def _packed_backward(call, results: Results):
@@ -90,41 +82,18 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv and dsinks, all float32."""
-    q, k, v, sinks, scale, softcap = call.q, call.k, call.v, call.sinks, call.scale, call.softcap
-    out, lse, do, dlse = results
-    if dlse is None and cpu_flash.takes(call):
-        delta = (out.float() * do.float()).sum(-1)
-        return *cpu_flash.flash_backward(call, results), _dsinks(sinks, lse, delta)
-    Hq, Hkv, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-    groups = (Hkv, Hq // Hkv if Hkv else 1)
-    q, do, out = (x.float().unflatten(1, groups) for x in (q, do, out))  # (B, Hkv, G, Sq, D)
-    see = visible(Sq, Sk, False, _window_size(call), call.kv_start, call.kv_end, q.device, call.kv_prefix)
-    k, v = (x.float().masked_fill(unseen(see), 0) for x in (k, v))  # (B, Hkv, Sk, D)
-    lse = lse.unflatten(1, groups).unsqueeze(-1)  # (B, Hkv, G, Sq, 1)
-
-    s = torch.einsum("bhgid,bhjd->bhgij", q, k) * scale
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    p = torch.exp(s - lse).masked_fill(~see, 0)
-    dp = torch.einsum("bhgid,bhjd->bhgij", do, v)
-    delta = (out * do).sum(-1, keepdim=True)  # of the whole row, of which k and v may be a part
-    if dlse is not None:
-        delta -= dlse.unflatten(1, groups).unsqueeze(-1)
-    ds = p * (dp - delta)
-    if softcap is not None:
-        ds *= 1 - (s / softcap).square()
-    dq = torch.einsum("bhgij,bhjd->bhgid", ds, k).flatten(1, 2) * scale
-    dk = torch.einsum("bhgij,bhgid->bhjd", ds, q) * scale
-    dv = torch.einsum("bhgij,bhgid->bhjd", p, do)
-    return dq, dk, dv, _dsinks(sinks, results.lse, delta.squeeze(-1).flatten(1, 2))
+    if results.dlse is None and cpu_flash.takes(call):
+        grads = cpu_flash.flash_backward(call, results)
+    else:
+        grads = cpu_formulas.backward(call, results, _delta(results))
+    if call.sinks is None:
+        return *grads, results.lse.new_zeros(call.q.shape[1])
+    lse = results.lse.masked_fill(results.lse == -torch.inf, torch.inf)  # rows that see nothing, where the sink is -inf
+    shares = torch.exp(call.sinks.float()[:, None] - lse)  # of the sinks in the softmax of each row
+    return *grads, -(shares * _delta(results)).sum((0, 2))
 
 
-def _dsinks(sinks: torch.Tensor | None, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The gradient of sinks, (Hq,) float32, of lse and delta (B, Hq, Sq); zeros where there are none."""
-    if sinks is None:
-        return delta.new_zeros(lse.shape[1])
-    return -(torch.exp(sinks.float()[:, None] - lse) * delta).sum((0, 2))
-
-
-def _window_size(call: AttentionCall) -> tuple[int, int]:
-    return (-1 if call.left is None else call.left, -1 if call.right is None else call.right)
+def _delta(results: Results) -> torch.Tensor:
+    """(B, Hq, Sq), float32: the row sums of out * do, less dlse. Of whole rows, of which k and v may be a part."""
+    delta = (results.out.float() * results.do.float()).sum(-1)
+    return delta if results.dlse is None else delta.sub_(results.dlse)

@@ -1,29 +1,21 @@
 """Attention of CPU tensors by the kernel of PyTorch's scaled_dot_product_attention, which stores no (Sq, Sk) scores.
 
-It computes in float32 and rounds once, as cpu.py does. `takes` says for which calls it is used.
+It computes in float32 and rounds once, as cpu.py does. `takes` says for which calls it is used. The kernel knows full
+and plain causal calls; of others it gets some rows at a time, with a mask over the keys that they see.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
+from llama_kernels.core.versions import number
 from llama_kernels.ops.attention.call import AttentionCall, Results
-from llama_kernels.reference.attention import unseen, visible
+from llama_kernels.ops.attention.cpu_chunks import Chunk, chunks, empty_gradients, empty_results
 
 _FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-
-
-class _Arguments(NamedTuple):
-    """What PyTorch's kernel takes, in float32, k and v repeated to the heads of q."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    is_causal: bool  # aligned at the first keys; the mask says the rest
-    mask: torch.Tensor | None  # added to the scores: 0 or -inf
+_TAKES_GROUPS = (number(torch.__version__) or (0, 0)) >= (2, 13)  # fewer heads of k and v than of q
+_ROWS = 192  # of q at a time, where there is a mask; under 192 the kernel takes smaller tiles
 
 
 def takes(call: AttentionCall) -> bool:
@@ -38,40 +30,80 @@ def takes(call: AttentionCall) -> bool:
 
 
 def flash_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse in float32. A row that sees no key gives 0, and -inf where there are no sinks."""
-    q, k, v, is_causal, mask = _arguments(call)
-    out, lse = _FORWARD(q, k, v, 0.0, is_causal, attn_mask=mask, scale=call.scale)
-    if mask is not None:
-        lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
-    if call.sinks is not None:  # one more score in each row, which has no value
-        with_sink = torch.logaddexp(lse, call.sinks.float()[:, None])
-        share = torch.exp(lse - with_sink).masked_fill(lse == -torch.inf, 0)
-        out, lse = out * share.unsqueeze(-1), with_sink
+    """out and lse in float32. A row that sees no key gives 0, and -inf or its sink."""
+    out, lse = _without_sinks(call)
+    if call.sinks is None:
+        return out, lse
+    with_sink = torch.logaddexp(lse, call.sinks.float()[:, None])  # one more score in each row, which has no value
+    share = torch.exp(lse - with_sink).masked_fill_(lse == -torch.inf, 0)
+    return out.mul_(share.unsqueeze(-1)), with_sink
+
+
+def _without_sinks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _float32(call)
+    is_causal = _is_causal(call)
+    if is_causal is not None:
+        return _FORWARD(q, k, v, 0.0, is_causal, scale=call.scale)
+    out, lse = empty_results(call)
+    for chunk in chunks(call, _ROWS):
+        keys = (chunk.of_keys(x) for x in (k, v))
+        out_part, lse_part = _FORWARD(q[:, :, chunk.rows], *keys, 0.0, False, attn_mask=_mask(chunk), scale=call.scale)
+        out[:, :, chunk.rows] = out_part
+        lse[:, :, chunk.rows] = lse_part.masked_fill(chunk.blind[:, None], -torch.inf)
     return out, lse
 
 
-def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
+def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv in float32, of results without dlse."""
-    q, k, v, is_causal, mask = _arguments(call)
-    # The kernel computes p as exp(s - lse): 0 for a row that saw no key.
-    lse = results.lse.masked_fill(results.lse == -torch.inf, torch.inf)
-    do, out = results.do.float(), results.out.float()
-    dq, dk, dv = _BACKWARD(do, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=call.scale)
-    groups = (call.k.shape[1], -1)
-    return dq, dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
+    q, k, v = _float32(call)
+    do, out, lse = results.do.float(), results.out.float(), results.lse
+    is_causal = _is_causal(call)
+    if is_causal is not None:
+        dq, *dkv = _BACKWARD(do, q, k, v, out, lse, 0.0, is_causal, scale=call.scale)
+        return dq, *(_of_groups(x, call) for x in dkv)
+    dq, dk, dv = empty_gradients(call)
+    for chunk in chunks(call, _ROWS):
+        rows, keys = chunk.rows, [chunk.of_keys(x) for x in (k, v)]
+        # The kernel computes p as exp(s - lse): 0 for a row that saw no key.
+        lse_part = lse[:, :, rows].masked_fill(chunk.blind[:, None], torch.inf)
+        saved = (do[:, :, rows], q[:, :, rows], *keys, out[:, :, rows], lse_part)
+        parts = _BACKWARD(*saved, 0.0, False, attn_mask=_mask(chunk), scale=call.scale)
+        dq[:, :, rows] = parts[0]
+        dk[:, :, chunk.keys] += _of_groups(parts[1], call)
+        dv[:, :, chunk.keys] += _of_groups(parts[2], call)
+    return dq, dk, dv
 
 
-def _arguments(call: AttentionCall) -> _Arguments:
+def _is_causal(call: AttentionCall) -> bool | None:
+    """What the kernel is told where it needs no mask. None: it needs one."""
+    window = call.window
+    if window.left is not None or any(x is not None for x in (call.kv_start, call.kv_end, call.kv_prefix)):
+        return None
+    if window.right is None:
+        return False
+    return True if window.right == 0 and call.q.shape[2] == call.k.shape[2] else None
+
+
+def _float32(call: AttentionCall) -> tuple[torch.Tensor, ...]:
+    """q, k and v as the kernel takes them.
+
+    Rows that overlap, as after `expand`, are copied: products with such a matrix add up in another order.
+    """
     q, k, v = (x.float() for x in (call.q, call.k, call.v))
-    Sq, Sk, sizes = q.shape[2], k.shape[2], call.sizes
-    window, unbounded = call.window, call.kv_start is None and call.kv_end is None
-    is_causal = unbounded and window.left is None and window.right == 0 and Sq == Sk and call.kv_prefix is None
-    mask = None
-    if not is_causal and not (unbounded and window.left is None and window.right is None):
-        left, right = (-1 if side is None else side for side in window)
-        see = visible(Sq, Sk, False, (left, right), call.kv_start, call.kv_end, q.device, call.kv_prefix)
-        k, v = (x.masked_fill(unseen(see), 0) for x in (k, v))  # keys that no query sees may hold NaN
-        mask = torch.zeros(see.shape).masked_fill(~see, -torch.inf)
-        mask = mask if see.ndim == 2 else mask.squeeze(1)  # (Sq, Sk) or (B, 1, Sq, Sk)
-    k, v = (x.repeat_interleave(sizes.group, 1) for x in (k, v))
-    return _Arguments(q, k, v, is_causal, mask)
+    q, k, v = (x.contiguous() if x.stride(2) < x.shape[3] else x for x in (q, k, v))
+    if call.sizes.group > 1 and not _TAKES_GROUPS:
+        k, v = (x.repeat_interleave(call.sizes.group, 1) for x in (k, v))
+    return q, k, v
+
+
+def _mask(chunk: Chunk) -> torch.Tensor | None:
+    """(B or 1, 1, rows, keys), added to the scores: 0 or -inf."""
+    if chunk.see is None:
+        return None
+    zero = torch.zeros((), device=chunk.see.device, dtype=torch.float32)
+    return torch.where(chunk.see[:, None], zero, zero - torch.inf)
+
+
+def _of_groups(x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """The gradient of k or v, of that of the heads that the kernel was given."""
+    return x.unflatten(1, (call.k.shape[1], -1)).sum(2) if x.shape[1] > call.k.shape[1] else x

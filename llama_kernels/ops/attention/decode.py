@@ -1,8 +1,8 @@
 """Attention of few queries and many keys, as in decoding: split over the keys, then combined (Flash-Decoding).
 
 The forward kernel would leave most of a GPU idle, and read k and v once for each query head. Here a program computes
-one chunk of the keys of one key head, for a tile of the rows of all its query heads. When decoding one tile holds all
-of them; with the drafts of speculative decoding, or short pieces of a prompt, there are up to four.
+one chunk of the keys of one key head, for a tile of the rows of all its query heads. In decoding, one tile holds all of
+these rows. With the drafts of speculative decoding, or a short piece of a prompt, there are up to four tiles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import load_bound, load_prefix, matrix
 
 TILE_ROWS = 32  # query rows of a program, of one key head
-# Query rows per key head, and queries. More of them fill a GPU and the forward's tiles without splitting the keys.
+# The most query rows per key head, and the most queries. With more, the forward kernel fills its tiles and the GPU.
 MOST_ROWS, MOST_QUERIES = 128, 32
 
 
@@ -73,10 +73,10 @@ def _decode_kernel(
     i = (r % sizes.Sq)[:, None]
     kv_start = load_bound(kv_start_ptr, kv_start_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
     kv_end = load_bound(kv_end_ptr, kv_end_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
+    prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, 0, i, sizes.Sq, sizes.Sk)  # [BLOCK_M, 1]
     keys = None
     if key_mask_ptr is not None:
         keys = key_mask_ptr + tl.cast(b, tl.int64) * key_mask_stride
-    prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, 0, i, sizes.Sq, sizes.Sk)  # [BLOCK_M, 1]
     mask = Mask(sizes.Sk - sizes.Sq, window.left, window.right, kv_start, kv_end, sizes.Sk, keys, prefix)
     seen = key_blocks(mask, 0, sizes.Sq - 1, BLOCK_N)
     begin, end = tl.maximum(c * chunk, seen.begin), tl.minimum(c * chunk + chunk, seen.end)
@@ -103,11 +103,11 @@ def _decode_kernel(
         prefix_end = tl.minimum(c * chunk + chunk, seen.prefix_end)
         state, probs = attend(
             state, probs, q, K, V, mask, i, seen, c * chunk, prefix_end, scoring,
-            D, DV, FAR, True, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+            D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=False,
         )  # fmt: skip
     state, _ = attend(
         state, probs, q, K, V, mask, i, seen, begin, end, scoring,
-        D, DV, FAR, True, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+        D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=False,
     )  # fmt: skip
 
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key of this chunk

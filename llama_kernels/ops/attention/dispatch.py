@@ -1,6 +1,6 @@
-"""Which kernel computes a call of attention, and why: the launchers ask here, and `python -m llama_kernels` prints it.
+"""Which kernel computes a call of attention, and why. The launchers ask here, and `python -m llama_kernels` prints it.
 
-CPU tensors never get here, unless Triton's interpreter runs: `core.registry.register` gives them the reference.
+CPU tensors do not get here, except in Triton's interpreter: `core.registry.register` gives them the reference.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def for_heads(pass_: str, family: str, D: int, dtype: torch.dtype = torch.bfloat
     pass_: "forward" or "backward", whose gradients need not repeat bit for bit.
     """
     q, k = (torch.empty(1, H, S, D, dtype=dtype, device="meta") for H, S in ((8, Sq), (2, 4096)))
-    call = AttentionCall(q, k, k, None, None, None, None, None, Sq, 4096, D**-0.5, None, None, 0)
+    call = AttentionCall(
+        q, k, v=k, sinks=None, kv_start=None, kv_end=None, cu_seqlens_q=None, cu_seqlens_k=None, longest_q=Sq,
+        longest_k=4096, scale=D**-0.5, softcap=None, left=None, right=0,
+    )  # fmt: skip
     if pass_ == "forward":
         return forward(call, family)
     return backward(call, q, Wanted(dq=True, dk=True, dv=True, dsinks=False, deterministic=False), family)

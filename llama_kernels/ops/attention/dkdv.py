@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llama_kernels.core.language import cast, dot, tl, triton
 from llama_kernels.ops.attention.delta import padded_start
 from llama_kernels.ops.attention.masks import Mask, query_blocks, visible
@@ -21,28 +23,50 @@ from llama_kernels.ops.attention.tiles import (
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
-@triton.jit
-def _rows_by_bounds(kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, first, last,
-                    Sk, CHUNK: tl.constexpr):  # fmt: skip
-    """The range of rows that see one of the keys first to last, and the range of keys that a row sees.
+class Rows(NamedTuple):
+    """What dk and dv read of the query rows: pointers, and strides of batch, head and token."""
 
-    As far as kv_start and kv_end say, which need not be sorted. Both ranges are (begin, end).
+    q_ptr: tl.tensor
+    do_ptr: tl.tensor
+    lse2_ptr: tl.tensor
+    delta_ptr: tl.tensor
+    q_strides: tl.tuple
+    do_strides: tl.tuple
+    delta_strides: tl.tuple  # also of lse2
+
+
+class Bounds(NamedTuple):
+    """kv_start, kv_end and kv_prefix of the query rows: pointers, each of which may be None, and strides."""
+
+    start_ptr: tl.tensor
+    end_ptr: tl.tensor
+    prefix_ptr: tl.tensor
+    start_strides: tl.tuple
+    end_strides: tl.tuple
+    prefix_strides: tl.tuple
+
+
+@triton.jit
+def _rows_by_bounds(bounds, b, q_start, Sq, first, last, Sk, CHUNK: tl.constexpr):
+    """By kv_start and kv_end: the rows that may see one of the keys first to last, and the keys that any row sees.
+
+    Both are ranges, (begin, end). The bounds of rows need not be sorted.
     """
     begin, end = Sq, 0
     lowest, past = Sk, 0
-    if kv_start_ptr is None:
+    if bounds.start_ptr is None:
         lowest = 0
-    if kv_end_ptr is None:
+    if bounds.end_ptr is None:
         past = Sk
     for chunk in range(0, Sq, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
         sees = i < Sq
-        if kv_start_ptr is not None:
-            start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)
+        if bounds.start_ptr is not None:
+            start = load_bound(bounds.start_ptr, bounds.start_strides, b, q_start, i, Sq)
             sees &= start <= last
             lowest = tl.minimum(lowest, tl.min(start))
-        if kv_end_ptr is not None:
-            stop = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)
+        if bounds.end_ptr is not None:
+            stop = load_bound(bounds.end_ptr, bounds.end_strides, b, q_start, i, Sq)
             sees &= stop > first
             past = tl.maximum(past, tl.max(stop))
         begin = tl.minimum(begin, tl.min(tl.where(sees, i, Sq)))
@@ -52,7 +76,7 @@ def _rows_by_bounds(kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, 
 
 @triton.jit
 def _with_rows_of_prefix(
-    ptr, strides, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
+    bounds, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """The row blocks [begin, end) and those whose kv_prefix reaches key `first`, as one range, and the largest prefix.
 
@@ -61,7 +85,7 @@ def _with_rows_of_prefix(
     prefix_begin, prefix_end, longest = Sq, 0, 0
     for chunk in range(0, Sq, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
-        prefix = load_prefix(ptr, strides, b, q_start, i, Sq, Sk)
+        prefix = load_prefix(bounds.prefix_ptr, bounds.prefix_strides, b, q_start, i, Sq, Sk)
         sees = (i < Sq) & (prefix > first)
         longest = tl.maximum(longest, tl.max(prefix))
         prefix_begin = tl.minimum(prefix_begin, tl.min(tl.where(sees, i, Sq)))
@@ -73,37 +97,38 @@ def _with_rows_of_prefix(
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr, kv_prefix_ptr,
-    q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides, kv_prefix_strides,
-    mask, j, b, h_kv, group, q_start, padded_start, Sq, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dk, dv, k, v, rows, bounds, mask, j, b, h_kv, group, q_start, padded_start, Sq, begin, end, scoring,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv after the row blocks in [begin, end) of every head of the group. Scores are transposed: [keys, rows].
 
     Rows past Sq add nothing, since their lse2 is inf and so their p is 0. Keys past Sk are never stored.
-    If there is a mask, every block computes it. Separate loops for the blocks at its edges would cost more, in
-    registers and in pipelines filled for each head. To save registers nothing is hoisted out of the loops either.
+    If there is a mask, every block computes it. Separate loops for the blocks at its edges would cost more: registers,
+    and a pipeline to fill in each loop of each head. To save registers, nothing is hoisted out of the loops.
     """
-    BOUNDED: tl.constexpr = kv_start_ptr is not None or kv_end_ptr is not None
+    BOUNDED: tl.constexpr = bounds.start_ptr is not None or bounds.end_ptr is not None
     MASKED: tl.constexpr = mask.left is not None or mask.right is not None or BOUNDED
     for h in tl.range(h_kv * group, h_kv * group + group, disable_licm=True):
-        Q, DO = matrix(q_ptr, q_strides, b, h, q_start), matrix(do_ptr, do_strides, b, h, q_start)
-        padded = offset(delta_strides, b, h, padded_start)
+        Q = matrix(rows.q_ptr, rows.q_strides, b, h, q_start)
+        DO = matrix(rows.do_ptr, rows.do_strides, b, h, q_start)
+        padded = offset(rows.delta_strides, b, h, padded_start)
         for m in tl.range(begin, end, BLOCK_M, disable_licm=True):
             i = m + tl.arange(0, BLOCK_M)
             zero = zero_of_step(m)
             q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D, zero=zero)  # [BLOCK_M, BLOCK_D]
             do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV, zero=zero)  # [BLOCK_M, BLOCK_DV]
-            lse2, delta = tl.load(lse2_ptr + padded + i), tl.load(delta_ptr + padded + i)  # [BLOCK_M]
+            lse2, delta = tl.load(rows.lse2_ptr + padded + i), tl.load(rows.delta_ptr + padded + i)  # [BLOCK_M]
             qk = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
             # dP - delta: as the accumulator of the product, -delta needs fewer registers than subtracted afterwards.
             dp = dot(v, tl.trans(do), tl.zeros_like(qk) - delta[None, :])
             see = None
             if MASKED:
-                kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i[None, :], Sq)  # [1, BLOCK_M]
-                kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i[None, :], Sq)
-                prefix = load_bound(kv_prefix_ptr, kv_prefix_strides, b, q_start, i[None, :], Sq)
+                kv_start = load_bound(
+                    bounds.start_ptr, bounds.start_strides, b, q_start, i[None, :], Sq
+                )  # [1, BLOCK_M]
+                kv_end = load_bound(bounds.end_ptr, bounds.end_strides, b, q_start, i[None, :], Sq)
+                prefix = load_bound(bounds.prefix_ptr, bounds.prefix_strides, b, q_start, i[None, :], Sq)
                 own = Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None, None, prefix)
                 see = visible(own, i[None, :], j)
             p, ds = probs_and_score_grads(qk, dp, lse2[None, :], see, scoring)
@@ -142,17 +167,18 @@ def _dkdv_kernel(
             j = n + tl.arange(0, BLOCK_N)[:, None]
             last = tl.minimum(n + BLOCK_N, Sk) - 1
             mask = Mask(Sk - Sq, window.left, window.right, None, None, None)
+            bounds = Bounds(
+                kv_start_ptr, kv_end_ptr, kv_prefix_ptr, kv_start_strides, kv_end_strides, kv_prefix_strides
+            )  # fmt: skip
             first_row, row_end, lowest, past = 0, Sq, None, Sk
             if kv_start_ptr is not None or kv_end_ptr is not None:
-                first_row, row_end, lowest, past = _rows_by_bounds(
-                    kv_start_ptr, kv_end_ptr, kv_start_strides, kv_end_strides, b, q_start, Sq, n, last, Sk, CHUNK=1024
-                )
+                first_row, row_end, lowest, past = _rows_by_bounds(bounds, b, q_start, Sq, n, last, Sk, CHUNK=1024)
             begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
             prefix = None
             if kv_prefix_ptr is not None:
                 begin, end, prefix = _with_rows_of_prefix(
-                    kv_prefix_ptr, kv_prefix_strides, b, q_start, Sq, Sk, n, begin, end, BLOCK_M, CHUNK=1024
-                )
+                    bounds, b, q_start, Sq, Sk, n, begin, end, BLOCK_M, CHUNK=1024
+                )  # fmt: skip
 
             K = matrix(k_ptr, k_strides, b, h_kv // PARTS, k_start)
             V = matrix(v_ptr, v_strides, b, h_kv // PARTS, k_start)
@@ -162,11 +188,10 @@ def _dkdv_kernel(
             padded = padded_start(cu_seqlens_q_ptr, b, q_start)
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+            rows = Rows(q_ptr, do_ptr, lse2_ptr, delta_ptr, q_strides, do_strides, delta_strides)
             dk, dv = _add_dkdv(
-                dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, kv_start_ptr, kv_end_ptr, kv_prefix_ptr,
-                q_strides, do_strides, delta_strides, kv_start_strides, kv_end_strides, kv_prefix_strides,
-                mask, j, b, h_kv, sizes.group, q_start, padded, Sq, begin, end, scoring,
-                D, DV, FAR, dk_ptr is not None, dv_ptr is not None, BLOCK_M, BLOCK_D, BLOCK_DV,
+                dk, dv, k, v, rows, bounds, mask, j, b, h_kv, sizes.group, q_start, padded, Sq, begin, end, scoring,
+                D, DV, FAR, BLOCK_M, BLOCK_D, BLOCK_DV, NEED_DK=dk_ptr is not None, NEED_DV=dv_ptr is not None,
             )  # fmt: skip
             if dk_ptr is not None:
                 dk = dk * scoring.scale

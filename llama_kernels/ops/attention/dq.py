@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llama_kernels.core.language import cast, dot, tl, triton
 from llama_kernels.ops.attention.delta import padded_start
 from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
@@ -14,32 +16,41 @@ from llama_kernels.ops.attention.tiles import (
     matrix,
     offset,
     query_tile,
-    sequence,
+    sequences,
     store_tile,
     tiles_of_program,
 )
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
+class Rows(NamedTuple):
+    """A tile of query rows: what dq depends on beside the keys."""
+
+    q: tl.tensor  # [BLOCK_M, BLOCK_D]
+    do: tl.tensor  # [BLOCK_M, BLOCK_DV]
+    lse2: tl.tensor  # [BLOCK_M, 1] float32
+    delta: tl.tensor  # [BLOCK_M, 1] float32
+
+
 @triton.jit
 def _add_dq(
-    dq, q, do, lse2, delta, K, V, mask, i, blocks, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr, FIRST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr,
+    dq, rows, K, V, mask, i, blocks, begin, end, scoring,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq [BLOCK_M, COLUMNS] after the key blocks in [begin, end), some of `blocks`. lse2, delta, i are [BLOCK_M, 1]."""
+    """dq [BLOCK_M, COLUMNS] from column FIRST on, after the key blocks in [begin, end), which are some of `blocks`."""
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
     prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     for n in tl.range(begin, end, BLOCK_N):
         k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
         v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
-        qk = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-        dp = dot(do, tl.trans(v), tl.zeros_like(qk) - delta)
+        qk = dot(rows.q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        dp = dot(rows.do, tl.trans(v), tl.zeros_like(qk) - rows.delta)
         see = None
         if MASKED:
             see = visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :])
-        _, ds = probs_and_score_grads(qk, dp, lse2, see, scoring)
+        _, ds = probs_and_score_grads(qk, dp, rows.lse2, see, scoring)
         columns = k
         if COLUMNS != BLOCK_D:
             columns = load_tile(columns_of(K, FIRST), n, limit, D - FIRST, FAR, BLOCK_N, COLUMNS, floor, prefix)
@@ -68,8 +79,7 @@ def _dq_kernel(
     """
     for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, WALK), disable_licm=True):
         m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
-        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+        q_start, Sq, k_start, Sk = sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes)
         if m < Sq:
             i = m + tl.arange(0, BLOCK_M)[:, None]
             kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
@@ -83,31 +93,31 @@ def _dq_kernel(
             DO = matrix(do_ptr, do_strides, b, h, q_start)
             do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, q_start)) + i
-            lse2, delta = tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded)  # [BLOCK_M, 1]
+            rows = Rows(q, do, lse2=tl.load(lse2_ptr + padded), delta=tl.load(delta_ptr + padded))
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
             dq = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
             if kv_prefix_ptr is not None:
                 dq = _add_dq(
-                    dq, q, do, lse2, delta, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
-                    D, DV, FAR, False, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
+                    dq, rows, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
+                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=False,
                 )  # fmt: skip
                 dq = _add_dq(
-                    dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
-                    D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
+                    dq, rows, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
+                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
                 )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
                 dq = _add_dq(
-                    dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
-                    D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
+                    dq, rows, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
+                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
                 )  # fmt: skip
             dq = _add_dq(
-                dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
-                D, DV, FAR, False, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
+                dq, rows, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
+                D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=False,
             )  # fmt: skip
             dq = _add_dq(
-                dq, q, do, lse2, delta, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
-                D, DV, FAR, True, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS,
+                dq, rows, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
+                D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
             )  # fmt: skip
             dq = dq * scoring.scale
             if HALF:

@@ -22,7 +22,7 @@ from llama_kernels.ops.attention.tiles import (
     matrix,
     offset,
     query_tile,
-    sequence,
+    sequences,
     store_tile,
     tiles_of_program,
 )
@@ -53,23 +53,19 @@ def _forward_kernel(
             rows_of_all = tl.cdiv(sizes.Sq, BLOCK_M) * BLOCK_M
             c, m = m // rows_of_all, m % rows_of_all
             of_o = h * split.chunks + c
-        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+        q_start, Sq, k_start, Sk = sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes)
         if m < Sq:
             i = m + tl.arange(0, BLOCK_M)[:, None]
             kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, q_start, i, Sq, Sk)  # [BLOCK_M, 1]
             shift = Sk - Sq
-            if split is not None:
+            if split is not None:  # from here on, keys count from the first key of the chunk
                 first, count = split.first + c * split.keys, split.keys
                 shift, k_start, Sk = shift - first, k_start + first, within(Sk, first, count)
-                if kv_start_ptr is not None:
-                    kv_start = within(kv_start, first, count)
-                if kv_end_ptr is not None:
-                    kv_end = within(kv_end, first, count)
-                if kv_prefix_ptr is not None:
-                    prefix = within(prefix, first, count)
+                kv_start = within(kv_start, first, count)
+                kv_end = within(kv_end, first, count)
+                prefix = within(prefix, first, count)
             mask = Mask(shift, window.left, window.right, kv_start, kv_end, Sk, None, prefix)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
@@ -90,24 +86,24 @@ def _forward_kernel(
             if kv_prefix_ptr is not None:
                 state, probs = attend(
                     state, probs, q, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
-                    D, DV, FAR, False, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False, CARRY=False,
                 )  # fmt: skip
                 state, probs = attend(
                     state, probs, q, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
-                    D, DV, FAR, True, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=False,
                 )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
                 state, probs = attend(
                     state, probs, q, K, V, mask, i, blocks, begin, full_begin, scoring,
-                    D, DV, FAR, True, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=CARRY,
                 )  # fmt: skip
             state, probs = attend(
                 state, probs, q, K, V, mask, i, blocks, full_begin, full_end, scoring,
-                D, DV, FAR, False, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
+                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False, CARRY=CARRY,
             )  # fmt: skip
             state, probs = attend(
                 state, probs, q, K, V, mask, i, blocks, full_end, blocks.end, scoring,
-                D, DV, FAR, True, CARRY, BLOCK_N, BLOCK_D, BLOCK_DV,
+                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=CARRY,
             )  # fmt: skip
             if CARRY:
                 state = last_values(state, probs, V, mask, blocks, DV, FAR, BLOCK_N, BLOCK_DV)

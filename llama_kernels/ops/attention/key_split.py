@@ -1,7 +1,7 @@
-"""How a forward of few row tiles and many keys is split over the keys: chunks of a prompt, or few heads.
+"""How a forward with few row tiles and many keys is split over the keys: a chunk of a prompt, for example.
 
-One program a row tile and head would leave most SMs idle. So several programs compute a chunk of the keys each, and
-combine.py adds up the chunks. decode.py has the calls of fewer rows, which share a tile.
+One program for each row tile and head would leave most SMs idle. So several programs compute a chunk of the keys each,
+and combine.py combines their results. Calls with still fewer rows are in decode.py, where query heads share a tile.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from llama_kernels.core.tensors import cdiv
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile, tile_for
 
-LEAST_KEYS = 2048  # of a chunk, so that its part of the result costs a large batch a fifth at most
-# What a chunk takes beside its keys, in keys: a program starts and ends, and its float32 result is written and read.
+LEAST_KEYS = 2048  # of a chunk, so that its result takes at most a fifth of the time of a large batch
+# The overhead of a chunk, as a number of keys that take as long: its program starts and ends, and its float32 result is
+# written and read.
 _KEYS_OF_A_CHUNK = 256
-_GAIN, _NEAR = 1.15, 1.05  # a split is so much faster than none; fewer chunks are slower by no more than that
+_GAIN = 1.15  # keys are split if that is estimated to be this much faster
+_NEAR = 1.05  # of the numbers of chunks whose estimated time is within this factor of the least, the smallest is taken
 _ALIGNMENT = 128  # of the first key of a chunk
 _THREADS = 256  # of the programs that fit an SM together
 _MOST_ROWS = 128 * max(SMS.values())  # of all heads: more fill every GPU
@@ -40,8 +42,8 @@ def split_of(call: AttentionCall) -> KeySplit | None:
     """How the keys of `call` are split. None: they are not.
 
     It depends on the sizes of one sequence and on the family of GPUs alone, so that the same query and keys give the
-    same bits in any batch, and on every GPU of a family. The sequences of a packed batch are as long as the GPU alone
-    knows: they are not split.
+    same bits in any batch, and on every GPU of a family. Packed batches are not split, since only the GPU knows the
+    lengths of the sequences.
     """
     Sq, Sk, Hq = call.longest_q, call.longest_k, call.q.shape[1]
     if Sk < 2 * LEAST_KEYS or Sq * Hq > _MOST_ROWS or call.packed or not Sq * Hq:
@@ -60,7 +62,10 @@ def split_of(call: AttentionCall) -> KeySplit | None:
 
 @functools.cache
 def _chunks(threads: int, on_gpu: int, keys: int) -> int:
-    """The fewest chunks that take nearly the least time. threads: of all programs unsplit; on_gpu: at a time."""
+    """The fewest chunks whose estimated time is nearly the least.
+
+    threads: of all programs without a split. on_gpu: how many threads run at a time. keys: of a sequence.
+    """
     if threads >= on_gpu:
         return 1
     most = max(keys // LEAST_KEYS, 1)

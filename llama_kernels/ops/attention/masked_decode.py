@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 import torch
 
+from llama_kernels.core.autograd import needs_grad
 from llama_kernels.core.checks import check_tensors, message, shape_of
-from llama_kernels.core.registry import needs_grad, register
+from llama_kernels.core.registry import register
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_forward
 from llama_kernels.ops.attention.decode import MOST_QUERIES, MOST_ROWS, fits_decode, launch_decode
+from llama_kernels.ops.attention.flops import count_flops
 
 __all__ = ["decode_attention", "fits_decode"]
 
@@ -29,7 +31,7 @@ def _by(run: Callable[[AttentionCall, torch.Tensor], torch.Tensor]) -> Callable[
 
 
 def _plain(call: AttentionCall, key_mask: torch.Tensor) -> torch.Tensor:
-    """Attention to the visible keys of one sequence at a time, where kv_start and kv_end count visible keys."""
+    """The op in plain PyTorch: one sequence at a time, without its hidden keys. The bounds are counted anew."""
     out, _ = empty_outputs(call)
     for b, visible in enumerate(key_mask):
         one = slice(b, b + 1)
@@ -51,6 +53,7 @@ _decode_attention = register(
     reference=_by(_plain),
     fake=_by(lambda call, key_mask: empty_outputs(call)[0]),
 )
+count_flops("decode_attention", products_of_D=1, products_of_Dv=1)
 
 
 def decode_attention(

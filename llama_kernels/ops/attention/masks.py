@@ -17,7 +17,7 @@ class Mask(NamedTuple):
     kv_end: tl.tensor  # one past the last key that each row sees, in the shape of i
     Sk: tl.tensor  # number of keys; None where it does not matter what keys past the end give
     keys: tl.tensor = None  # pointer to one bool for each key, False for a key that no query sees; needs Sk
-    prefix: tl.tensor = None  # so many first keys each row sees besides, in the shape of i; at most the keys there are
+    prefix: tl.tensor = None  # how many first keys each row also sees, in the shape of i; at most the number of keys
 
 
 class KeyBlocks(NamedTuple):
@@ -41,8 +41,11 @@ class KeyBlocks(NamedTuple):
 
 @triton.jit
 def within(bound, first, count):
-    """A bound of keys, or the number of them, for the `count` keys from `first` on, which count from 0."""
-    return tl.minimum(tl.maximum(bound, 0) - first, count)
+    """A bound of keys, or their number, for the `count` keys from `first` on, which count from 0; None for None."""
+    inside = None
+    if bound is not None:
+        inside = tl.minimum(tl.maximum(bound, 0) - first, count)
+    return inside
 
 
 @triton.jit
@@ -53,10 +56,10 @@ def both(see, more):
 
 @triton.jit
 def visible(mask, i, j):
-    """Whether query i sees key j, in the shape to which i and j broadcast. Every attention kernel asks here.
+    """Whether query i sees key j, in the shape to which i and j broadcast. Every attention kernel uses this function.
 
-    The bounds of a row on one side are first made one bound, in the shape of i. This takes fewer registers than to
-    compare j with each of them.
+    The bounds on each side of a row are first combined into one, in the shape of i. This takes fewer registers than
+    comparing j with each of them.
     """
     begin, end = mask.kv_start, mask.kv_end
     if mask.left is not None:
@@ -83,7 +86,7 @@ def visible(mask, i, j):
 def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
     """The blocks of keys that at least one of the query rows first to last sees.
 
-    Where nothing hides the first keys, begin is the constant 0: if ptxas does not know the start of the first loop, it
+    Where nothing hides the first keys, begin is the constant 0. If ptxas does not know where the first loop starts, it
     serialises the tensor-core pipeline there.
     """
     begin, full_begin = 0, 0

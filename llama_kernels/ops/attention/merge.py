@@ -29,8 +29,15 @@ def merge_attention(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) 
         ValueError: there are no parts, not one lse for each out, or shapes or devices do not fit.
     """
     op = "merge_attention"
-    if not outs or len(outs) != len(lses):
-        raise ValueError(message(op, "lses", f"{len(lses)} tensors", f"one for each of outs, {len(outs)}, at least 1"))
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, Sequence):
+            raise TypeError(
+                message(op, name, f"a {type(parts).__name__}", "a list or tuple with a tensor for each part")
+            )
+    if not outs:
+        raise ValueError(message(op, "outs", "empty", "at least one part"))
+    if len(outs) != len(lses):
+        raise ValueError(message(op, "lses", f"{len(lses)} tensors", f"{len(outs)}, one for each of outs"))
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         check_tensors(op, KERNEL_DTYPES, **{"outs[0]": outs[0], f"outs[{i}]": out})
         check_tensors(op, (torch.float32,), **{f"lses[{i}]": lse})

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from llama_kernels.core.registry import Differentiable, needs_grad, refuse_double_backward, register, register_gradient
+from llama_kernels.core.autograd import Differentiable, needs_grad, refuse_double_backward
+from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import launch_backward
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, empty_outputs
 from llama_kernels.ops.attention.cpu import plain_backward, plain_forward
+from llama_kernels.ops.attention.flops import count_flops
 from llama_kernels.ops.attention.forward import launch_forward
 
 # The fields of AttentionCall after v. Dense calls have no cu_seqlens; there longest_q is Sq and longest_k is Sk.
@@ -22,6 +24,8 @@ _OPTIONS = (
 
 
 def _backward_by(run: Callable[[AttentionCall, Results, Wanted], Any]) -> Callable[..., Any]:
+    """`run` as a function of the arguments of `attention_backward`, by position."""
+
     def backward(
         do, dlse, q, k, v, out, lse, sinks, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
         scale, softcap, left, right, need_dq, need_dk, need_dv, need_dsinks, deterministic, grad_dtype=None,
@@ -55,10 +59,12 @@ attention_backward = register(
     reference=_backward_by(plain_backward),
     fake=_backward_by(lambda call, results, wanted: empty_grads(call, wanted)),
 )
+count_flops("attention_forward", products_of_D=1, products_of_Dv=1)
+count_flops("attention_backward", products_of_D=3, products_of_Dv=2)  # scores again, dq and dk; dp and dv
 
 
 class _Attention(Differentiable):
-    """The fields of an AttentionCall -> (out, lse). Saves these and the tensors; the probabilities are recomputed."""
+    """The fields of an AttentionCall -> (out, lse). Saves these and the tensors of the call, but no probabilities."""
 
     @staticmethod
     def forward(op, deterministic, *fields):
@@ -94,7 +100,7 @@ register_gradient(
 
 
 def attend(op: str, call: AttentionCall, deterministic: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of `call`, with the gradient of them where one is needed."""
+    """out and lse of `call`, through autograd where a gradient is wanted. op: the name in errors."""
     if needs_grad(call.q, call.k, call.v, call.sinks):
         out, lse = _Attention.call(op, deterministic, *call)
         return out, lse

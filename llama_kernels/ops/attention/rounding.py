@@ -1,6 +1,7 @@
-"""Gradients from their float32 sums, scaled, rotated by the inverse rotation if wanted, and rounded.
+"""Gradients from float32 sums: scaled, rotated by the inverse rotation if wanted, and rounded.
 
-The Hopper backward adds up dq in memory. Where the keys are few, several programs compute a part of dk and dv each.
+Two kernels write such sums: the Hopper backward, which adds up dq in memory, and `_dkdv_kernel` where several programs
+share the query heads of a key head.
 """
 
 from __future__ import annotations

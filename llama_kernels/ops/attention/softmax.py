@@ -38,7 +38,7 @@ def tanh(x):
 
 @triton.jit
 def logits(qk, scoring):
-    """From qk = q @ k^T to s, with which exp(logit) is exp2(s * scoring.unit)."""
+    """The scores s of qk = q @ k^T. exp(logit) is exp2(s * scoring.unit)."""
     s = qk
     if scoring.prescale is not None:
         s = qk * scoring.prescale
@@ -51,8 +51,8 @@ def logits(qk, scoring):
 def as_bits(x):
     """x as integers, for a loop that carries x into the product of its next step.
 
-    A carried half-precision tile Triton puts into shared memory, and then waits for the product. As float32 it would
-    take twice the registers.
+    Triton would put a carried half-precision tile into shared memory, and wait for the product there. Carried as
+    float32, it would take twice the registers.
     """
     return x.to(tl.int32 if x.dtype == tl.float32 else tl.int16, bitcast=True)
 
@@ -111,10 +111,10 @@ def add_scores(
 @triton.jit
 def attend(
     state, probs, q, K, V, mask, i, blocks, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr, CARRY: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """`state` after the key blocks in [begin, end), which are some of `blocks`.
+    """`state` after the key blocks in [begin, end), which are some of `blocks`, and `probs`.
 
     With CARRY a step issues its own q @ k^T, then p @ v of the block before, and computes its softmax while the second
     product runs. The loop carries `probs`: call `first_scores` before it and `last_values` after it. Carried values are

@@ -73,7 +73,8 @@ _HALF = {
     # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, programs of
     # one warp group leave room for three on an SM, which hide one another's waits. At width 128, 128 keys per step
     # would spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`. At width 256, with
-    # a prefix, a p that is carried spills 8 bytes under Triton 3.7, and 32 under 3.9, as do 32 keys (3.8: 40).
+    # a prefix, a p that is carried spills 8 bytes under Triton 3.7, 40 under 3.8 and 32 under 3.9, as do 32 keys per
+    # step.
     ("sm_90", "forward"): (
         Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, carry=True),

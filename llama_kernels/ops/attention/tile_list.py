@@ -1,8 +1,8 @@
-"""The blocks of a packed batch, as a list that its kernels walk, and the tokens that no sequence owns.
+"""The blocks of a packed batch as a list from which programs take their tiles, and the tokens that no sequence owns.
 
-How long the sequences are is known on the GPU alone. So one small launch lists their blocks of BLOCK tokens, of every
-sequence for itself, and programs of the later launches take one after another from the list. Their number follows from
-the number of tokens. In a grid of the longest sequence times the number of sequences, most programs would have no tile.
+Only the GPU knows how long the sequences are. In a grid of the longest sequence times the number of sequences, most
+programs would have no tile. So one small launch first lists the blocks of BLOCK tokens of each sequence, and the
+programs of the later launches take tiles from this list. How many programs there are follows from the number of tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from llama_kernels.ops.attention.call import AttentionCall, Sizes, far, width_cl
 from llama_kernels.ops.attention.tiles import BLOCK, matrix, sequence, tile_ptrs
 
 _SEQUENCES: tl.constexpr = tl.constexpr(256)  # in a step over all sequences
-FEW_PROGRAMS = 2048  # so many are launched though some may have no tile
+FEW_PROGRAMS = 2048  # up to this number, a program is launched for every tile that there may be
 
 
 class TileLists(NamedTuple):
-    """Lists of the blocks of queries and of keys, which may be one list, (2 + 2 * capacity,) int32.
+    """Lists of the blocks of queries and of keys, (2 + 2 * capacity,) int32 each. They may be one list.
 
     First the number of blocks, and a number that is not used. Then for each block its sequence, and its number within
-    the sequence. The blocks with the largest number come first: under a causal mask, block n of queries sees n + 1
-    blocks of keys. Block n of keys counts from the last key, for the same reason. So long programs start first.
+    the sequence. The blocks with the largest number come first, so that long programs start first: under a causal mask,
+    block n of queries sees n + 1 blocks of keys. Blocks of keys count from the last key, for the same reason.
     """
 
     of_q: torch.Tensor
@@ -190,20 +190,20 @@ def list_tiles(
 
 
 def walks(call: AttentionCall) -> bool:
-    """Whether programs of the large kernels compute more than one tile, one after another.
+    """Whether programs of the forward, dq and dkdv kernels may compute several tiles, one after another.
 
-    The count of tiles takes registers, of which options and wide heads leave none.
+    The loop over tiles takes registers. With options that take registers, and with wide heads, there are none.
     """
     widest = max(call.q.shape[-1], call.v.shape[-1])
     return call.packed and not call.crowded and widest <= 128 and call.q.dtype != torch.float32
 
 
 def programs_for(tokens: int, sequences: int, heads: int, rows: int, walk: bool) -> int:
-    """Programs of a kernel that takes tiles from a list: `rows` of one of the `heads` of a block at a time.
+    """The number of programs of a kernel that takes tiles from a list. A tile is `rows` of one head of a block.
 
-    As many as there may be tiles. A kernel that walks the list has fewer where that is more than FEW_PROGRAMS and
-    more than a tenth above what full blocks need: some programs then take a second tile. This depends on shapes alone,
-    and no result depends on it.
+    There is a program for each tile that there may be. If walk, programs can take several tiles, and there are fewer
+    of them where that is more than FEW_PROGRAMS and more than a tenth above what full blocks need. The number depends
+    on shapes alone, and no result depends on it.
     """
     if not tokens or not heads:
         return 0
@@ -214,5 +214,5 @@ def programs_for(tokens: int, sequences: int, heads: int, rows: int, walk: bool)
 
 
 def _capacity(tokens: int, sequences: int) -> int:
-    """The most blocks that `sequences` of `tokens` in all have: each has at most one that is not full."""
+    """The most blocks that `sequences` with `tokens` in total can have: each has at most one that is not full."""
     return tokens // BLOCK.value + sequences

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from llama_kernels.core.language import INTERPRETED, TRITON_VERSION, cast, tl, triton
 from llama_kernels.ops.attention.masks import both
 
-# Tokens of a block of a packed sequence: what every tile of rows or keys divides.
+# Tokens of a block of a packed sequence. The rows or keys of every tile divide it.
 BLOCK: tl.constexpr = tl.constexpr(128)
 
 _OWN_ADDRESSES: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 7) and not INTERPRETED)
@@ -28,9 +28,10 @@ class Matrix(NamedTuple):
 
 @triton.jit
 def tiles_of_program(list_ptr, heads, ROWS: tl.constexpr, WALK: tl.constexpr):
-    """How many tiles, of ROWS rows or keys of one of the heads, this program computes. Dense (list_ptr is None): one.
+    """How many tiles this program computes. A tile is ROWS query rows or keys of one head.
 
-    Of a packed batch, program p of P computes tile p, if there is one; with WALK also tiles p + P, p + 2 P and so on.
+    One, if the batch is dense (list_ptr is None). In a packed batch, program p of P computes tile p, if there is one;
+    with WALK also tiles p + P, p + 2 P and so on.
     """
     count = 1
     if list_ptr is not None:
@@ -45,7 +46,7 @@ def tiles_of_program(list_ptr, heads, ROWS: tl.constexpr, WALK: tl.constexpr):
 
 @triton.jit
 def listed(list_ptr, turn, heads, ROWS: tl.constexpr):
-    """Of a program's tile `turn` in a packed batch: its head, sequence, block, and place in the block.
+    """The head, sequence, block, and place in the block of this program's tile number `turn` in a packed batch.
 
     Heads run fastest, so that programs that run at the same time share keys.
     """
@@ -57,7 +58,7 @@ def listed(list_ptr, turn, heads, ROWS: tl.constexpr):
 
 @triton.jit
 def query_tile(list_ptr, turn, sizes, BLOCK_M: tl.constexpr):
-    """First row, head and batch of a tile of query rows: this program's, or its `turn`-th of a packed batch.
+    """First row, head and batch of this program's tile of query rows; in a packed batch, of its tile number `turn`.
 
     The last rows come first, since under a causal mask they see the most keys. Heads run fastest, so that programs that
     run at the same time share keys.
@@ -90,8 +91,16 @@ def sequence(cu_seqlens_ptr, b, size, minus_longest):
 
 
 @triton.jit
+def sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes):
+    """First token and length of the queries of sequence b, then of its keys. sizes: `Sizes.as_arguments`."""
+    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+    return q_start, Sq, k_start, Sk
+
+
+@triton.jit
 def key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N: tl.constexpr):
-    """First key, key head, batch, first token and number of keys of the sequence, of a tile as `query_tile`.
+    """First key, key head and batch of a tile, as `query_tile`, and first token and number of keys of its sequence.
 
     The first keys come first, since under a causal mask the most rows see them.
     """
@@ -115,6 +124,7 @@ def offset(strides, b, h, start):
 
 @triton.jit
 def matrix(ptr, strides, b, h, start):
+    """Head h of the sequence of batch b that begins at token `start`."""
     return Matrix(ptr + offset(strides, b, h, start), strides[2])
 
 
@@ -139,6 +149,7 @@ def zero_of_step(m):
 
 @triton.jit
 def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, zero=None):
+    """Pointers [BLOCK, BLOCK_D] to the rows from `first` on of the Matrix x. zero: see `zero_of_step`."""
     rows = tl.arange(0, BLOCK)
     if zero is not None:
         rows += zero
@@ -184,7 +195,7 @@ def store_tile(
 def load_bound(ptr, strides, b, start, i, Sq):
     """kv_start or kv_end of rows i, in the shape of i; None where ptr is None.
 
-    Rows from Sq on get the bound of row Sq - 1, which changes no minimum and no maximum.
+    Rows from Sq on get the bound of row Sq - 1, so that the minimum and maximum over a tile are those of its rows.
     """
     bound = None
     if ptr is not None:

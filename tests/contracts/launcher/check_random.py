@@ -81,7 +81,7 @@ def rope(
     positions = {None: None, 1: torch.zeros(S, dtype=torch.int32), 2: torch.zeros(1, S, dtype=torch.int64)}[
         position_ids
     ]
-    outs = lk.rope(q, k, cos, sin, positions, interleaved=interleaved, inplace=inplace)
+    outs = lk.rope(q, k, cos, sin, positions, interleaved=interleaved, inplace=inplace and k is not q)
     train(*(out for out in outs if out is not None))
 
 

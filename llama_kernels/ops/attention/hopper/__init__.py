@@ -1,9 +1,17 @@
 """Attention for Hopper GPUs, in Gluon: bulk copies (TMA), warp groups that take turns, asynchronous products (wgmma).
 
-The portable kernels in the folder above compute the same; ../dispatch.py says which of them computes a call. forward.py
-and backward.py hold the kernels, schedule.py the arithmetic of their pipelines,
-which tests run on a CPU, descriptors.py how the copy engine addresses tensors, tables.py the tiles, switch.py the
-opt-in, gluon.py the language.
+The portable kernels in the folder above compute the same; ../dispatch.py says which of them computes a call.
+
+    forward.py, backward.py   the kernels and their launchers
+    schedule.py               the order of blocks and the phases of barriers, as functions of integers
+    descriptors.py            how the copy engine (TMA) addresses a tile of a tensor
+    tables.py                 the tiles
+    switch.py                 `hopper_attention`, which switches the kernels on, and what failed on this machine
+    gluon.py                  the import of Gluon
+
+Read forward.py first. In a thread block, one warp loads (the producer) and two groups of four warps compute (the
+consumers). They hand slots of shared memory to one another through barriers: `filled` says that a slot holds data,
+`freed` that it may be overwritten.
 """
 
 from __future__ import annotations

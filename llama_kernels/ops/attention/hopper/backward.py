@@ -1,18 +1,23 @@
 """Attention backward for Hopper (FlashAttention-3, arXiv 2407.08608): one pass, five products.
 
-A program keeps dk and dv of a tile of keys in registers, and streams the query rows of the whole group. The copy engine
-adds up dq in float32, in the order in which the programs finish, so its last bits differ from run to run. With
+A program keeps dk and dv of 128 keys in registers, and streams the query rows of the whole group. The copy engine adds
+up dq in float32, in the order in which the programs finish, so its last bits differ from run to run. With
 deterministic=True the portable kernels run instead, which compute the scores twice.
+
+The warps are specialised as in forward.py: one warp loads (`_produce`), one stores (`_write`), and two groups of four
+warps compute 64 keys each (`_consume`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
-from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs
 from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -44,7 +49,7 @@ from llama_kernels.ops.attention.tiles import key_tile, sequence, tiles_of_progr
 from llama_kernels.ops.rotation import Rotation
 
 
-class Where(NamedTuple):
+class Place(NamedTuple):
     """The tile of keys from n on, of key head h_kv, and the rows of its sequence."""
 
     b: gl.tensor
@@ -73,31 +78,33 @@ class Buffers(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    kv_filled: gl.shared_memory_descriptor
-    q_filled: gl.shared_memory_descriptor  # with lse2
-    do_filled: gl.shared_memory_descriptor  # with delta
-    freed: gl.shared_memory_descriptor  # of both
-    ds_filled: gl.shared_memory_descriptor
-    ds_freed: gl.shared_memory_descriptor
-    dq_filled: gl.shared_memory_descriptor
-    dq_freed: gl.shared_memory_descriptor
-    dkdv_filled: gl.shared_memory_descriptor
+    """Who waits for whom. Each field holds one barrier, or one for each slot of a ring, or for each consumer."""
+
+    kv_filled: gl.shared_memory_descriptor  # the copy engine has loaded k and v of both consumers
+    q_filled: gl.shared_memory_descriptor  # of a slot: the copy engine has loaded q and lse2
+    do_filled: gl.shared_memory_descriptor  # of a slot: the copy engine has loaded do and delta
+    freed: gl.shared_memory_descriptor  # of a slot: both consumers have read all four
+    ds_filled: gl.shared_memory_descriptor  # where dq is shared: both consumers have written ds
+    ds_freed: gl.shared_memory_descriptor  # where dq is shared: both consumers have read ds
+    dq_filled: gl.shared_memory_descriptor  # of a consumer: its tile of dq is in shared memory
+    dq_freed: gl.shared_memory_descriptor  # of a consumer: the copy engine has read that tile
+    dkdv_filled: gl.shared_memory_descriptor  # of a consumer: its dk and dv are in shared memory
 
 
 @jit
-def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, where, walk, STAGES: gl.constexpr):
-    """One warp: loads keys and values, then the rows of every head of the group, as the consumers free slots."""
+def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, place, walk, STAGES: gl.constexpr):
+    """The producer: loads keys and values, then the rows of every head of the group, as slots become free."""
     mbarrier.expect(bars.kv_filled.index(0), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for c in gl.static_range(2):
-        at = coordinates(k_desc, where.b, where.h_kv, where.k_start, where.Sk, where.n + 64 * c)
+        at = coordinates(k_desc, place.b, place.h_kv, place.k_start, place.Sk, place.n + 64 * c)
         tma_load(k_desc, at, bars.kv_filled.index(0), buffers.k.index(c))
         tma_load(v_desc, at, bars.kv_filled.index(0), buffers.v.index(c))
-    for step in range(where.group * walk.count):
+    for step in range(place.group * walk.count):
         slot, freed = slot_of(step, STAGES), freed_phase(step, STAGES)
-        head, block = head_and_block(walk, step, where.group)
-        h, m = where.h_kv * where.group + head, block * 64
-        at = coordinates(q_desc, where.b, h, where.q_start, where.Sq, m)
-        row = (where.heads + h, where.padded_start + m)
+        head, block = head_and_block(walk, step, place.group)
+        h, m = place.h_kv * place.group + head, block * 64
+        at = coordinates(q_desc, place.b, h, place.q_start, place.Sq, m)
+        row = (place.heads + h, place.padded_start + m)
         mbarrier.wait(bars.freed.index(slot), freed)
         mbarrier.expect(bars.q_filled.index(slot), q_desc.block_type.nbytes + lse2_desc.block_type.nbytes)
         tma_load(q_desc, at, bars.q_filled.index(slot), buffers.q.index(slot))
@@ -108,21 +115,21 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, ba
 
 
 @jit
-def _write(dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED: gl.constexpr):
+def _write(dq_desc, dk_desc, dv_desc, buffers, bars, place, walk, SHARED: gl.constexpr):
     """One warp: adds the consumers' tiles of dq to the sum in memory, and at the end stores dk and dv."""
-    for step in range(where.group * walk.count):
-        head, block = head_and_block(walk, step, where.group)
+    for step in range(place.group * walk.count):
+        head, block = head_and_block(walk, step, place.group)
         for c in gl.static_range(2):
             mbarrier.wait(bars.dq_filled.index(c), filled_phase(step, 1))
-            h, column = where.h_kv * where.group + head, 64 * c if SHARED else 0
-            at = coordinates(dq_desc, where.b, h, where.q_start, where.Sq, block * 64, column)
+            h, column = place.h_kv * place.group + head, 64 * c if SHARED else 0
+            at = coordinates(dq_desc, place.b, h, place.q_start, place.Sq, block * 64, column)
             tma_add(dq_desc, at, buffers.dq.index(c))
         for c in gl.static_range(2):
             tma.store_wait(1 - c)
             mbarrier.arrive(bars.dq_freed.index(c))
     for c in gl.static_range(2):
         mbarrier.wait(bars.dkdv_filled.index(c), 0)
-        at = coordinates(dk_desc, where.b, where.h_kv, where.k_start, where.Sk, where.n + 64 * c)
+        at = coordinates(dk_desc, place.b, place.h_kv, place.k_start, place.Sk, place.n + 64 * c)
         tma_store(dk_desc, at, buffers.k.index(c))
         tma_store(dv_desc, at, buffers.v.index(c))
     tma.store_wait(0)
@@ -130,7 +137,7 @@ def _write(dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED: gl.con
 
 @jit
 def _steps(
-    dk, dv, k, v, buffers, bars, where, mask, walk, j, begin, end, scoring,
+    dk, dv, k, v, buffers, bars, place, mask, walk, j, begin, end, scoring,
     C: gl.constexpr, MASKED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of 64 keys after the steps in [begin, end). Scores are transposed: [keys, rows].
@@ -155,7 +162,7 @@ def _steps(
         lse2 = buffers.lse2.index(slot).reshape([64]).load(ROW)
         p = gl.exp2(s * scoring.unit - gl.expand_dims(lse2, 0))
         if MASKED:
-            _, block = head_and_block(walk, step, where.group)
+            _, block = head_and_block(walk, step, place.group)
             i = block * 64 + gl.arange(0, 64, ROW)
             p = gl.where(visible(mask, gl.expand_dims(i, 0), gl.expand_dims(j, 1)), p, 0.0)
         p_half = gl.convert_layout(p.to(dtype), A)
@@ -198,20 +205,20 @@ def _steps(
 
 
 @jit
-def _consume(buffers, bars, where, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr):
-    """Warp group C of two: dk and dv of 64 keys, written where their k and v were."""
+def _consume(buffers, bars, place, walk, scoring, window, C: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr):
+    """Consumer C of two: computes dk and dv of 64 keys, and writes them where their k and v were."""
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dk = gl.zeros([64, D], gl.float32, A)
     dv = gl.zeros([64, D], gl.float32, A)
-    mask = Mask(where.Sk - where.Sq, window.left, window.right, None, where.Sk, None)
-    j = where.n + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
+    mask = Mask(place.Sk - place.Sq, window.left, window.right, None, place.Sk, None)
+    j = place.n + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
     k, v = tile(buffers.k, C), tile(buffers.v, C)  # [64, D]
     mbarrier.wait(bars.kv_filled.index(0), 0)
-    masked, steps = where.group * walk.masked, where.group * walk.count
-    dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES)
-    dk, dv = _steps(dk, dv, k, v, buffers, bars, where, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES)
+    masked, steps = place.group * walk.masked, place.group * walk.count
+    dk, dv = _steps(dk, dv, k, v, buffers, bars, place, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES)
+    dk, dv = _steps(dk, dv, k, v, buffers, bars, place, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES)
     if SHARED:  # the other consumer may still read these keys
         mbarrier.wait(bars.ds_freed.index(0), freed_phase(steps, 1))
     k.store((dk * scoring.scale).to(buffers.k.dtype))
@@ -243,7 +250,7 @@ def _hopper_backward_kernel(
         heads, padded_start = b * sizes.Hq, 0
         if cu_seqlens_q_ptr is not None:
             heads, padded_start = 0, (q_start.to(gl.int32) + b * PADDING) // PADDING * PADDING
-        where = Where(
+        place = Place(
             b, h_kv, heads, n, sizes.group, q_start.to(gl.int32), padded_start, Sq, k_start.to(gl.int32), Sk
         )  # fmt: skip
         DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], k_desc.dtype)
@@ -259,11 +266,11 @@ def _hopper_backward_kernel(
         fence_async_shared()  # so that the copy engine sees the initialised barriers
         gl.warp_specialize(
             [
-                (_consume, (buffers, bars, where, walk, scoring, window, gl.constexpr(0), SHARED, STAGES)),
-                (_consume, (buffers, bars, where, walk, scoring, window, gl.constexpr(1), SHARED, STAGES)),
-                (_produce, (q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, where, walk,
+                (_consume, (buffers, bars, place, walk, scoring, window, gl.constexpr(0), SHARED, STAGES)),
+                (_consume, (buffers, bars, place, walk, scoring, window, gl.constexpr(1), SHARED, STAGES)),
+                (_produce, (q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, place, walk,
                             STAGES)),
-                (_write, (dq_desc, dk_desc, dv_desc, buffers, bars, where, walk, SHARED)),
+                (_write, (dq_desc, dk_desc, dv_desc, buffers, bars, place, walk, SHARED)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -275,16 +282,16 @@ def _hopper_backward_kernel(
 
 @cached_launch
 def _launches(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation: Rotation,
-    lists: TileLists | None,
+    call: AttentionCall, tile: HopperTile, rows: RowInputs, dq_sum: torch.Tensor, grads: Grads,
+    unrotated: torch.Tensor | None, rotation: Rotation, lists: TileLists | None,
 ) -> list[Launch]:  # fmt: skip
     """unrotated: dk before the inverse rotation; None where there is none."""
-    sizes = call.sizes
+    sizes, (dq, dk, dv) = call.sizes, grads
     list_q, list_k = lists or (None, None)
     dk_sum = dk if unrotated is None else unrotated
     args = (
-        *(describe(x, 64, tile.width) for x in (call.q, call.k, call.v, do)),
-        describe_rows(lse2, 64), describe_rows(delta, 64),
+        *(describe(x, 64, tile.width) for x in (call.q, call.k, call.v, rows.do)),
+        describe_rows(rows.lse2, 64), describe_rows(rows.delta, 64),
         describe(dq_sum, 64, 64), describe(dk_sum, 64, tile.width), describe(dv, 64, tile.width),
         call.cu_seqlens_q, call.cu_seqlens_k, list_k, sizes.as_arguments(), call.scoring, call.window,
     )  # fmt: skip
@@ -303,13 +310,13 @@ def _launches(
 
 
 def launch_hopper_backward(
-    call: AttentionCall, tile: HopperTile, do, lse2, delta, dq_sum, dq, dk, dv, rotation: Rotation,
+    call: AttentionCall, tile: HopperTile, rows: RowInputs, dq_sum: torch.Tensor, grads: Grads, rotation: Rotation,
     lists: TileLists | None,
 ) -> None:  # fmt: skip
-    """Fill dq, dk and dv. lse2 and delta: as `launch_delta` returns them. dq_sum: float32 zeros, as dq.
+    """Fill `grads`, all three of which are wanted. dq_sum: float32 zeros in the shape of dq.
 
-    rotation: of q and k before the call. dq gets its inverse where its sum is rounded; dk, which the kernel writes
-    rounded, in a launch of its own.
+    rotation: of q and k before the call. dq gets its inverse where its sum is rounded. dk, which the kernel writes
+    rounded, gets it in a launch of its own.
     """
-    unrotated = empty_in_order_of(dk) if rotation.half else None
-    _launches(call, tile, do, lse2, delta, dq_sum, dq, dk, dv, unrotated, rotation, lists)
+    unrotated = empty_in_order_of(grads.dk) if rotation.half else None
+    _launches(call, tile, rows, dq_sum, grads, unrotated, rotation, lists)

@@ -1,4 +1,8 @@
-"""Attention forward for Hopper (FlashAttention-3, arXiv 2407.08608): the kernel and its launcher."""
+"""Attention forward for Hopper (FlashAttention-3, arXiv 2407.08608): the kernel and its launcher.
+
+A program computes 128 query rows of one head. Its warps are specialised: one warp loads and stores (`_produce`), and
+two groups of four warps compute 64 rows each (`_consume`). `_hopper_forward_kernel`, below, sets them up.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +40,11 @@ from llama_kernels.ops.attention.softmax import logits
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
 from llama_kernels.ops.attention.tiles import offset, query_tile, sequence, tiles_of_program
 
-# From Triton 3.9 on, the code of width 256 with a window has no two registers left.
+# Whether two registers are left for `kv_end` at width 256 with a window. From Triton 3.9 on they are not.
 _ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
 
 
-class Where(NamedTuple):
+class Place(NamedTuple):
     """The tile of query rows from m on, of head h, and the keys of its sequence."""
 
     b: gl.tensor
@@ -63,13 +67,15 @@ class Buffers(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    q_filled: gl.shared_memory_descriptor
-    k_filled: gl.shared_memory_descriptor
-    k_freed: gl.shared_memory_descriptor
-    v_filled: gl.shared_memory_descriptor
+    """Who waits for whom. Each field holds one barrier for each slot of a ring, or for each consumer."""
+
+    q_filled: gl.shared_memory_descriptor  # of a consumer: the copy engine has loaded its q
+    k_filled: gl.shared_memory_descriptor  # of a slot: the copy engine has loaded the keys
+    k_freed: gl.shared_memory_descriptor  # of a slot: both consumers have read the keys
+    v_filled: gl.shared_memory_descriptor  # likewise of values
     v_freed: gl.shared_memory_descriptor
-    turn: gl.shared_memory_descriptor
-    o_filled: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor  # of a consumer: the other one has issued its products
+    o_filled: gl.shared_memory_descriptor  # of a consumer: its output is in shared memory
 
 
 @jit
@@ -83,38 +89,41 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @jit
 def _produce(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, place, walk, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):
-    """One warp: loads q, then keys and values into their rings as the consumers free slots, and stores out and lse."""
+    """The producer: loads q, then keys and values into their rings as slots become free, and stores out and lse."""
     for c in gl.static_range(2):
         bar = bars.q_filled.index(c)
         mbarrier.expect(bar, q_desc.block_type.nbytes)
-        at = coordinates(q_desc, where.b, where.h, where.q_start, where.Sq, where.m + 64 * c)
+        at = coordinates(q_desc, place.b, place.h, place.q_start, place.Sq, place.m + 64 * c)
         tma_load(q_desc, at, bar, buffers.q.index(c))
     for step in range(walk.count):
         slot, freed = slot_of(step, STAGES), freed_phase(step, STAGES)
         n = block_of(walk, step) * BLOCK_N
         mbarrier.wait(bars.k_freed.index(slot), freed)
         mbarrier.expect(bars.k_filled.index(slot), k_desc.block_type.nbytes)
-        at = coordinates(k_desc, where.b, where.h_kv, where.k_start, where.Sk, n)
+        at = coordinates(k_desc, place.b, place.h_kv, place.k_start, place.Sk, n)
         tma_load(k_desc, at, bars.k_filled.index(slot), buffers.k.index(slot))
         mbarrier.wait(bars.v_freed.index(slot), freed)
         mbarrier.expect(bars.v_filled.index(slot), v_desc.block_type.nbytes)
-        at = coordinates(v_desc, where.b, where.h_kv, where.k_start, where.Sk, n)
+        at = coordinates(v_desc, place.b, place.h_kv, place.k_start, place.Sk, n)
         tma_load(v_desc, at, bars.v_filled.index(slot), buffers.v.index(slot))
     for c in gl.static_range(2):
         mbarrier.wait(bars.o_filled.index(c), 0)
-        at = coordinates(o_desc, where.b, where.h, where.q_start, where.Sq, where.m + 64 * c)
+        at = coordinates(o_desc, place.b, place.h, place.q_start, place.Sq, place.m + 64 * c)
         tma_store(o_desc, at, buffers.q.index(c))
         i = gl.arange(0, 64, gl.BlockedLayout([2], [32], [1], [0]))
         lse = buffers.lse.index(c).load(i.type.layout)  # [64]
-        gl.store(lse_ptr + where.m + 64 * c + i, lse, mask=where.m + 64 * c + i < where.Sq)
+        gl.store(lse_ptr + place.m + 64 * c + i, lse, mask=place.m + 64 * c + i < place.Sq)
     tma.store_wait(0)
 
 
 @jit
 def _softmax(s, mass, peak, mask, i, n, scoring, MASKED: gl.constexpr):
-    """Of scores s [64, BLOCK_N], where the first key is n: p, the factor for the sums so far, the new mass and peak."""
+    """One step of the online softmax for scores s [64, BLOCK_N] of the keys from n on.
+
+    Returns p, the factor that rescales the sums so far, and the new mass and peak.
+    """
     s = logits(s, scoring)
     if MASKED:
         j = n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
@@ -133,8 +142,10 @@ def _steps(
     acc, p, mass, peak, q, buffers, bars, mask, i, walk, begin, end, scoring,
     C: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Steps from begin to end. p is that of the step before: its product with v runs under this step's softmax, and the
-    other consumer's products under both."""
+    """The steps in [begin, end). p is that of the step before.
+
+    While a step computes its softmax, the tensor cores run p @ v of the step before, and the other consumer's products.
+    """
     BLOCK_N: gl.constexpr = buffers.k.shape[-2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     for step in range(begin, end):
@@ -161,7 +172,7 @@ def _steps(
 
 @jit
 def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl.constexpr, STAGES: gl.constexpr):
-    """Warp group C of two: the output of 64 rows, written where their q was."""
+    """Consumer C of two: computes the output of 64 rows, and writes it where their q was."""
     BLOCK_N: gl.constexpr = buffers.k.shape[-2]
     D: gl.constexpr = buffers.k.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -230,7 +241,7 @@ def _hopper_forward_kernel(
         k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
         mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
         walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), window.left, Sk, BLOCK_N)
-        where = Where(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
+        place = Place(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
         lse = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         buffers = Buffers(ring(q_desc, 2), ring(k_desc, STAGES), ring(v_desc, STAGES), lse)
         bars = Barriers(
@@ -245,7 +256,7 @@ def _hopper_forward_kernel(
             [
                 (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(0), STAGES)),
                 (_consume, (sinks_ptr, buffers, bars, m, Sk - Sq, Sk, walk, scoring, window, gl.constexpr(1), STAGES)),
-                (_produce, (q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, where, walk, BLOCK_N, STAGES)),
+                (_produce, (q_desc, k_desc, v_desc, o_desc, lse_ptr, buffers, bars, place, walk, BLOCK_N, STAGES)),
             ],
             [4, 1],
             [240, 24],
@@ -277,5 +288,5 @@ def _launches(
 def launch_hopper_forward(
     call: AttentionCall, tile: HopperTile, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
 ) -> None:
-    """Fill o and lse. tile: that which dispatch.py gave the call."""
+    """Fill o and lse. tile: the one that dispatch.py chose for the call. lists: of a packed call, to be written."""
     _launches(call, tile, o, lse, lists)

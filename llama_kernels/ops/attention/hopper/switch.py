@@ -44,7 +44,7 @@ _RECORDED = {pass_ for pass_, tiles in TILES.items() if any(tile.record for tile
 
 
 def may_run(pass_: str) -> bool:
-    """Whether any Hopper kernel of this pass is on. Every call asks, on any GPU, so this is all that it costs there."""
+    """Whether any Hopper kernel of this pass may run. Every call on any GPU asks this first, so it is cheap."""
     return hopper_attention.enabled or pass_ in _RECORDED
 
 

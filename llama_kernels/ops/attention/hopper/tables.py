@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HopperTile:
+    """A tile, and whether a run on a GPU has shown that its kernel is right and fast."""
+
     width: int  # of a head in shared memory; a narrower head is filled up with zeros
     BLOCK_M: int  # query rows: of a program in the forward, of a step in the backward
     BLOCK_N: int  # keys: of a step in the forward, of a program in the backward
     STAGES: int  # tiles in flight of each of the two tensors that are streamed; a power of two
-    record: str | None = None  # of the GPU run that showed parity and speed; without one the kernel is opt-in
+    record: str | None = None  # names the GPU run that showed parity and speed; None: the kernel is opt-in
 
     def __str__(self) -> str:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.STAGES} stages"
