@@ -211,7 +211,7 @@ for name in set(lk.reference.__all__) - {"attention_varlen", "rope_into_cache"}:
     taken = "wanted a CUDA, HIP or CPU tensor. llama_kernels.reference.rms_norm is the same in plain PyTorch"
     public, second, op, op_second = out.splitlines()
     assert public.startswith(f"ValueError llama_kernels.rms_norm: x is on npu:0; {taken}")
-    assert second == "ValueError llama_kernels.rms_norm: weight is on npu:0; wanted the device of x, cpu."
+    assert second.endswith("weight is on npu:0; wanted the device of x, cpu. Pass weight.to(x.device).")
     assert op.startswith(f"ValueError llama_kernels.rms_norm_forward: x is on npu:0; {taken}")
     assert op_second.startswith(f"ValueError llama_kernels.rms_norm_forward: weight is on npu:0; {taken}")
 
