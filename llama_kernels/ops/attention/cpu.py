@@ -27,7 +27,26 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse in float32."""
+    if _differ(call):
+        outs, lses = zip(*(_dense_forward(alone) for _, alone in _rows_of_batch(call)), strict=True)
+        return torch.cat(outs), torch.cat(lses)
     return cpu_flash.flash_forward(call) if cpu_flash.takes(call) else cpu_formulas.forward(call)
+
+
+def _differ(call: AttentionCall) -> bool:
+    """Whether sequences of a batch may see different keys. Each is then computed alone: which keys are computed
+    together, and so the last bits of a result, would depend on the others."""
+    return call.q.shape[0] > 1 and any(x is not None for x in (call.kv_start, call.kv_end, call.kv_prefix))
+
+
+def _rows_of_batch(call: AttentionCall) -> Iterator[tuple[slice, AttentionCall]]:
+    """The place of each sequence in the batch, and the dense call of it."""
+    for b in range(call.q.shape[0]):
+        row = slice(b, b + 1)
+        q, k, v, kv_start, kv_end, kv_prefix = (
+            None if x is None else x[row] for x in (call.q, call.k, call.v, call.kv_start, call.kv_end, call.kv_prefix)
+        )
+        yield row, call._replace(q=q, k=k, v=v, kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix)
 
 
 def _stored(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -82,15 +101,25 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv and dsinks, all float32."""
-    if results.dlse is None and cpu_flash.takes(call):
-        grads = cpu_flash.flash_backward(call, results)
-    else:
-        grads = cpu_formulas.backward(call, results, _delta(results))
+    grads = _grads(call, results)
     if call.sinks is None:
         return *grads, results.lse.new_zeros(call.q.shape[1])
     lse = results.lse.masked_fill(results.lse == -torch.inf, torch.inf)  # rows that see nothing, where the sink is -inf
     shares = torch.exp(call.sinks.float()[:, None] - lse)  # of the sinks in the softmax of each row
     return *grads, -(shares * _delta(results)).sum((0, 2))
+
+
+def _grads(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv in float32."""
+    if _differ(call):
+        alone = (
+            _grads(alone, Results(*(None if x is None else x[row] for x in results)))
+            for row, alone in _rows_of_batch(call)
+        )
+        return tuple(map(torch.cat, zip(*alone, strict=True)))
+    if results.dlse is None and cpu_flash.takes(call):
+        return cpu_flash.flash_backward(call, results)
+    return cpu_formulas.backward(call, results, _delta(results))
 
 
 def _delta(results: Results) -> torch.Tensor:

@@ -14,9 +14,13 @@ import torch
 from llama_kernels.core.tensors import empty_in_order_of
 from llama_kernels.ops.attention.call import AttentionCall
 
+# The keys of a chunk begin and end at multiples of it. A vectorised sum then adds those of a row in one order, whatever
+# keys other rows see.
+_LANES = 16
+
 
 class Chunk(NamedTuple):
-    """Some rows of q, and the keys from the first to the last that one of them sees."""
+    """Some rows of q, and the keys from the first to the last that one of them sees, or a few more."""
 
     rows: slice
     keys: slice
@@ -47,6 +51,7 @@ def chunks(call: AttentionCall, size: int) -> Iterator[Chunk]:
             first, last = 0, max(last, longest)
         if first >= last:
             continue
+        first, last = first - first % _LANES, min(last + -last % _LANES, call.k.shape[2])
         j = torch.arange(first, last, dtype=start.dtype, device=start.device)
         see = None
         if int(start.max()) > first:
