@@ -190,6 +190,6 @@ def test_a_part_runs_its_tests_and_counts_their_results(every_test, tmp_path):
     """pytest accepts the options and names each test before it runs, and its counts are read."""
     ids = [test for test in every_test if test.startswith("tests/ops/test_rms_norm.py")][:3]
     (job,) = suite.parts(ids)
-    outcome = carry_out(stage("tests", job._replace(seconds=BUSY)), tmp_path)
+    outcome = carry_out(stage("tests", job._replace(seconds=BUSY), minutes=BUSY / 60), tmp_path)
     assert outcome.status == PASSED and outcome.counts.get("passed", 0) + outcome.counts.get("skipped", 0) == 3
     assert ids[0] in (tmp_path / "tests" / f"{job.name}.txt").read_text()
