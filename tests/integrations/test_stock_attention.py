@@ -172,7 +172,7 @@ def test_patch_leaves_attention_with_arguments_of_its_own_stock():
     assert rows and all(not row.ours and row.why == "its attention function takes sinks" for row in rows)
     with torch.no_grad():
         hidden, expected = (model(tokens(), use_cache=False).last_hidden_state for model in (ours, stock))
-    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden, expected)  # the defaults: stock has layers that do not run in float64
 
 
 def test_our_attention_by_name_raises_in_a_module_whose_attention_has_arguments_of_its_own():

@@ -115,7 +115,7 @@ KEYS = torch.arange(1000, dtype=torch.int32)[None]
 @pytest.mark.parametrize(
     "options, keys",
     [
-        ({}, 1000 * 1000),  # in one call, which is told that it is causal
+        ({}, 1000 * 1000),  # one call of the kernel with is_causal=True
         ({"window_size": (9, 0)}, 192 * 192 + 4 * 192 * 208 + 40 * 56),
         ({"kv_start": KEYS // 500 * 500}, 700_000),
         ({"kv_end": KEYS + 1, "is_causal": False}, 700_000),

@@ -75,7 +75,7 @@ def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor,
 
 
 def _is_causal(call: AttentionCall) -> bool | None:
-    """What the kernel is told where it needs no mask. None: it needs one."""
+    """The kernel's argument is_causal, for a call that needs no mask tensor. None: the call needs one."""
     window = call.window
     if window.left is not None or any(x is not None for x in (call.kv_start, call.kv_end, call.kv_prefix)):
         return None
