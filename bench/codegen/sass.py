@@ -248,6 +248,4 @@ def faults(found: list[Loop], target: str, kernel: str, plain: bool) -> list[str
     inner = min(found, key=lambda loop: loop.instructions)  # the loop without a mask
     if kernel != "dkdv_kernel" and inner.mix["select"]:
         said.append("a select in the unmasked loop")
-    if (target, kernel) == ("sm_90", "forward_kernel") and inner.covered < 0.9:
-        said.append(f"{inner.covered:.0%} of the exponentials beneath a product")
     return said

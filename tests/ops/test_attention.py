@@ -58,23 +58,20 @@ def test_cpu_tensors_without_the_flash_kernel_of_pytorch(case, device):
 
 
 NARROW = [case for case in CASES if case.D <= 64]
-CARRY = next(tile for tile in SMALL_TILES if tile.carry)
-OTHER_TILES = [tile for tile in SMALL_TILES if not tile.carry]
 
 
 @pytest.mark.corpus(16, 33)
 @pytest.mark.parametrize(
     "case, tile",
-    [(case, tile) for i, case in enumerate(NARROW) for tile in (CARRY, OTHER_TILES[i % len(OTHER_TILES)])],
+    [(case, SMALL_TILES[i % len(SMALL_TILES)]) for i, case in enumerate(NARROW)],
     ids=str,
 )
 def test_every_boundary_between_masked_and_unmasked_blocks(case, tile, device):
-    check(case, torch.float16, device, tile=tile, gradients=not tile.carry)  # only the forward carries
+    check(case, torch.float16, device, tile=tile)
 
 
-@pytest.mark.parametrize("carry", [False, True], ids=["", "carry"])
 @pytest.mark.parametrize("before", range(3))
-def test_any_number_of_masked_and_unmasked_blocks(before, carry, device):
+def test_any_number_of_masked_and_unmasked_blocks(before, device):
     """One row tile: the blocks that kv_start cuts, those that every row sees whole, those that kv_end cuts."""
     N = 16
     for whole, after in itertools.product(range(4), range(3)):
@@ -88,7 +85,7 @@ def test_any_number_of_masked_and_unmasked_blocks(before, carry, device):
         Sk = N * (before + whole + after) + 5  # no row sees the last five keys
         bounds = {"kv_start": start if before else None, "kv_end": end}
         case = Case(1, 2, 1, N, Sk, 16, 16, is_causal=False, **bounds)
-        check(case, torch.float16, device, tile=Tile(N, N, 4, 1, carry=carry), gradients=not carry)
+        check(case, torch.float16, device, tile=Tile(N, N, 4, 1))
 
 
 @pytest.mark.parametrize("gap", range(-2, 3))

@@ -122,7 +122,7 @@ class Run:
 
 def blocks(tile: Tile) -> Tile:
     """The tile with the fields that the interpreter uses."""
-    return Tile(tile.BLOCK_M, tile.BLOCK_N, 4, 1, tile.split, tile.carry)
+    return Tile(tile.BLOCK_M, tile.BLOCK_N, 4, 1, tile.split)
 
 
 def runs(*passes: str, rotated: bool = False) -> list[Run]:
@@ -171,7 +171,7 @@ def test_every_tile_of_the_tables_is_right(run, device):
     case = Case(1, 2, 1, M + 5, Sk, run.width, run.DV, **options)
     with kernels_launched() as launches:
         attention_cases.check(case, run.dtype, device, tile=tiles)
-    assert_ran(launches, "_forward_kernel", **tiles["forward"].launch_options, CARRY=tiles["forward"].carry)
+    assert_ran(launches, "_forward_kernel", **tiles["forward"].launch_options)
     assert_ran(launches, "_dq_kernel", parts_of_dq(run, tiles["dq"]), **tiles["dq"].launch_options)
     assert_ran(launches, "_dkdv_kernel", 1 + tiles["dkdv"].split, **tiles["dkdv"].launch_options)
 

@@ -15,7 +15,7 @@ from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, combine, decode, dkdv, dq, forward, key_split, masks, softmax
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.masks import KeyBlocks, Mask
-from llama_kernels.ops.attention.softmax import Probs, SoftmaxState
+from llama_kernels.ops.attention.softmax import SoftmaxState
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.ops.rotation import Angles, inverse_rotation, load_angles, load_pairs
@@ -29,44 +29,26 @@ from tests.support.planted import check_catches, planted
 
 pytestmark = pytest.mark.interpreter
 
-online_softmax_step, add_values, first_scores = softmax.online_softmax_step, softmax.add_values, softmax.first_scores
+online_softmax_step, add_values = softmax.online_softmax_step, softmax.add_values
 visible, key_blocks = masks.visible, masks.key_blocks
 probs_and_score_grads, load_scale, add_chunks = softmax.probs_and_score_grads, rms_norm._load_scale, combine._add_chunks
 within = masks.within
 
 
 @triton.jit
-def accumulator_in_half_precision(state, probs, v):
-    state = add_values(state, probs, v)
-    return SoftmaxState(cast(state.acc, v.dtype).to(tl.float32), state.mass, state.peak)
+def accumulator_in_half_precision(acc, p, shrink, v):
+    return cast(add_values(acc, p, shrink, v), v.dtype).to(tl.float32)
 
 
 @triton.jit
-def mass_not_rescaled(state, s, unit, v_dtype: tl.constexpr, MASKED: tl.constexpr):
-    after, probs = online_softmax_step(state, s, unit, v_dtype, MASKED)
-    mass = after.mass + state.mass * (1.0 - tl.exp2(state.peak - after.peak))
-    return SoftmaxState(after.acc, mass, after.peak), probs
+def mass_not_rescaled(state, s, unit, MASKED: tl.constexpr):
+    p, shrink, mass, peak = online_softmax_step(state, s, unit, MASKED)
+    return p, shrink, mass + state.mass * (1.0 - shrink), peak
 
 
 @triton.jit
-def last_values_dropped(
-    state, probs, V, mask, blocks, DV: tl.constexpr, FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr
-):  # fmt: skip
-    return SoftmaxState(state.acc * probs.shrink[:, None], state.mass, state.peak)
-
-
-@triton.jit
-def first_scores_twice(
-    state, q, K, V, mask, i, blocks, scoring,
-    D: tl.constexpr, FAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    state, _ = first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
-    return first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
-
-
-@triton.jit
-def carried_without_rescaling(state, probs, v):
-    return SoftmaxState(add_values(state, Probs(probs.p, probs.shrink * 0.0 + 1.0), v).acc, state.mass, state.peak)
+def acc_not_rescaled(acc, p, shrink, v):
+    return add_values(acc, p, shrink * 0.0 + 1.0, v)
 
 
 @triton.jit
@@ -271,15 +253,12 @@ CPU = torch.device("cpu")
 DENSE = attention_cases.Case(1, 4, 2, 70, 90, 32, 32)
 
 
-def attention(
-    case: attention_cases.Case, dtype: torch.dtype = torch.float16, carry: bool = False, gradients: bool = True
-) -> None:
-    attention_cases.check(case, dtype, CPU, tile=Tile(32, 16, 4, 1, carry=carry), gradients=gradients)
+def attention(case: attention_cases.Case, dtype: torch.dtype = torch.float16, gradients: bool = True) -> None:
+    attention_cases.check(case, dtype, CPU, tile=Tile(32, 16, 4, 1), gradients=gradients)
 
 
 dense = functools.partial(attention, DENSE)
 dense_forward = functools.partial(attention, DENSE, gradients=False)
-dense_carry = functools.partial(attention, DENSE, carry=True, gradients=False)
 dense_float32 = functools.partial(attention, DENSE, torch.float32)
 window = functools.partial(attention, attention_cases.Case(1, 2, 2, 70, 90, 32, 32, window_size=(20, 0)))
 PREFIX = {"kv_start": attention_cases.documents, "kv_prefix": attention_cases.shared}
@@ -358,9 +337,7 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "accumulator in half precision": Mutant((softmax,), "add_values", accumulator_in_half_precision, many_keys),
     "mass not rescaled": Mutant((softmax,), "online_softmax_step", mass_not_rescaled, dense_forward),
-    "last values dropped": Mutant((forward,), "last_values", last_values_dropped, dense_carry),
-    "first scores twice": Mutant((forward,), "first_scores", first_scores_twice, dense_carry),
-    "carried without rescaling": Mutant((softmax,), "add_values", carried_without_rescaling, dense_carry),
+    "acc not rescaled": Mutant((softmax,), "add_values", acc_not_rescaled, dense_forward),
     "one key too many": Mutant((softmax, dkdv, dq), "visible", one_key_too_many, dense),
     "one key too many, backward": Mutant((dkdv, dq), "visible", one_key_too_many, dense),
     "window one short": Mutant((softmax, dkdv, dq), "visible", window_one_short, window),

@@ -88,7 +88,7 @@ def packed(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], Hq: int, Hkv:
 # The keys of a chunk where decoding is split over few keys.
 CHUNK = 32
 # Tiles with which few tokens make many blocks, masked and unmasked.
-SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True), Tile(32, 16, 4, 1, carry=True))
+SMALL_TILES = (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1, split=True))
 
 
 @dataclasses.dataclass

@@ -15,7 +15,7 @@ from llama_kernels.core.tensors import cdiv, next_power_of_2, strides_of
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far
 from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.masks import Mask, key_blocks
-from llama_kernels.ops.attention.softmax import SoftmaxState, attend, no_probs
+from llama_kernels.ops.attention.softmax import SoftmaxState, attend
 from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tiles import load_bound, load_prefix, matrix
 
@@ -97,17 +97,15 @@ def _decode_kernel(
         tl.full([BLOCK_M], float("-inf"), tl.float32),
     )
     K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
-    # Without CARRY: a step waits for memory, not for a product.
-    probs = no_probs(V, BLOCK_M, BLOCK_N)
     if kv_prefix_ptr is not None:
         prefix_end = tl.minimum(c * chunk + chunk, seen.prefix_end)
-        state, probs = attend(
-            state, probs, q, K, V, mask, i, seen, c * chunk, prefix_end, scoring,
-            D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=False,
+        state = attend(
+            state, q, K, V, mask, i, seen, c * chunk, prefix_end, scoring,
+            D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
         )  # fmt: skip
-    state, _ = attend(
-        state, probs, q, K, V, mask, i, seen, begin, end, scoring,
-        D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=False,
+    state = attend(
+        state, q, K, V, mask, i, seen, begin, end, scoring,
+        D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
     )  # fmt: skip
 
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key of this chunk

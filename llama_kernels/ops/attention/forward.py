@@ -13,7 +13,7 @@ from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.key_split import KeySplit, forward_tile
 from llama_kernels.ops.attention.masks import Mask, key_blocks, within
-from llama_kernels.ops.attention.softmax import SoftmaxState, attend, first_scores, last_values, no_probs
+from llama_kernels.ops.attention.softmax import SoftmaxState, attend
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for, tile_lists, walks
 from llama_kernels.ops.attention.tiles import (
     load_bound,
@@ -34,7 +34,7 @@ def _forward_kernel(
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, list_ptr,
     q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides, kv_end_strides, kv_prefix_strides,
     sizes, scoring, window, split,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, CARRY: tl.constexpr, WALK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, WALK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q @ k^T scale + mask) @ v and lse = log(sum(exp(q @ k^T scale + mask))), BLOCK_M rows of one head.
@@ -77,36 +77,28 @@ def _forward_kernel(
             if sinks_ptr is not None:  # one more logit, whose value is 0
                 peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
             state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
-            probs = no_probs(V, BLOCK_M, BLOCK_N)
-            begin, full_begin, full_end = blocks.begin, blocks.full_begin, blocks.full_end
-            if CARRY:
-                state, probs = first_scores(state, q, K, V, mask, i, blocks, scoring, D, FAR, BLOCK_N, BLOCK_D)
-                begin += BLOCK_N
-                full_begin, full_end = tl.maximum(full_begin, begin), tl.maximum(full_end, begin)
             if kv_prefix_ptr is not None:
-                state, probs = attend(
-                    state, probs, q, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
-                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False, CARRY=False,
+                state = attend(
+                    state, q, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
+                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False,
                 )  # fmt: skip
-                state, probs = attend(
-                    state, probs, q, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
-                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=False,
+                state = attend(
+                    state, q, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
+                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
                 )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
-                state, probs = attend(
-                    state, probs, q, K, V, mask, i, blocks, begin, full_begin, scoring,
-                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=CARRY,
+                state = attend(
+                    state, q, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
+                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
                 )  # fmt: skip
-            state, probs = attend(
-                state, probs, q, K, V, mask, i, blocks, full_begin, full_end, scoring,
-                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False, CARRY=CARRY,
+            state = attend(
+                state, q, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
+                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False,
             )  # fmt: skip
-            state, probs = attend(
-                state, probs, q, K, V, mask, i, blocks, full_end, blocks.end, scoring,
-                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, CARRY=CARRY,
+            state = attend(
+                state, q, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
+                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
             )  # fmt: skip
-            if CARRY:
-                state = last_values(state, probs, V, mask, blocks, DV, FAR, BLOCK_N, BLOCK_DV)
 
             mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: o is 0 / 1, and lse is -inf
             o = state.acc * (1.0 / mass)[:, None]  # [BLOCK_M, BLOCK_DV]
@@ -132,8 +124,7 @@ def _launch(
         *map(strides_of, (q, k, v, o)), lse_strides(lse), *call.bound_strides,
         sizes.as_arguments(), call.scoring, call.window, split,
     )  # fmt: skip
-    carry = tile.carry and call.kv_prefix is None
-    options = {**call.widths, "FAR": far(q, k, v, o), "CARRY": carry, "WALK": walks(call), **tile.launch_options}
+    options = {**call.widths, "FAR": far(q, k, v, o), "WALK": walks(call), **tile.launch_options}
     return Launch(_forward_kernel, (programs,), args, options)
 
 

@@ -25,7 +25,6 @@ class Tile:
     num_warps: int
     num_stages: int
     split: bool = False  # dk and dv, or the columns of dq, in several launches, since one program cannot hold them
-    carry: bool = False  # in the forward, the softmax of a block runs during p @ v of the block before
     columns: int = 512  # of dq, in one of the launches of a split
     # Instead, with options that take registers; the launcher says which. A crowded tile may have one of its own, for dq
     # with an inverse rotation, which takes more.
@@ -41,26 +40,14 @@ class Tile:
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
 
     def __str__(self) -> str:
-        flags = "".join(f", {name}" for name in ("split", "carry") if getattr(self, name))
-        return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}{flags}"
+        return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}" + ", split" * self.split
 
-
-# For the forward on sm_90, at width 256: a v of width 128 leaves registers for twice the keys.
-_NARROW_V = Tile(128, 64, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2))
-_CARRIED = Tile(128, 32, 8, 2, carry=True, crowded=Tile(128, 32, 8, 2), narrow_v=_NARROW_V)
-
-_CARRIED_BUT_FOR_A_PREFIX = replace(
-    _CARRIED,
-    with_prefix=Tile(128, 32, 8, 3),
-    newer=replace(_CARRIED, with_prefix=Tile(128, 16, 8, 3)),
-    since=(3, 8),
-)
 
 # For dk and dv on sm_90, at width 128.
 _FEW_ROWS = Tile(32, 128, 8, 2)
 
 # For dq on sm_90, at widths 128 and 256.
-_DQ = Tile(128, 64, 8, 2)
+_DQ = Tile(128, 64, 8, 3, crowded=Tile(128, 64, 8, 2))
 _WIDER_DQ = Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))
 _WIDER_DQ_3_8 = replace(_WIDER_DQ, crowded=Tile(128, 16, 8, 2), with_prefix=Tile(32, 32, 4, 2), newer=_WIDER_DQ)
 
@@ -70,38 +57,25 @@ _AMPERE_DQ = Tile(64, 64, 8, 2)
 # bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
 _HALF = {
-    # Hopper's products are asynchronous, so p is carried, and a softmax runs during a product. At width 64, programs of
-    # one warp group leave room for three on an SM, which hide one another's waits. At width 128, 128 keys per step
-    # would spill up to 152 bytes, since p takes registers twice: see `in_registers_of_its_own`. At width 256, with
-    # a prefix, a p that is carried spills 8 bytes under Triton 3.7, 40 under 3.8 and 32 under 3.9, as do 32 keys per
-    # step.
+    # The tiles of Hopper are the fastest of 5 to 12 that an H100 timed in each pass (docs/lab/2026-11-27-first_gpu.md).
     ("sm_90", "forward"): (
-        Tile(64, 64, 4, 3, carry=True, crowded=Tile(128, 64, 8, 2)),
-        Tile(128, 64, 8, 3, carry=True),
-        replace(_CARRIED, newer=_CARRIED_BUT_FOR_A_PREFIX, since=(3, 7)),
+        Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2)),
+        Tile(128, 64, 8, 3),
+        Tile(128, 64, 8, 2, crowded=Tile(128, 32, 8, 2)),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on. Triton 3.8 alone spills 56 to
     # 168 bytes with options that take registers, at widths 128 and 256.
     ("sm_90", "dq"): (
-        Tile(128, 128, 8, 2, crowded=Tile(128, 64, 8, 2)),
+        Tile(64, 64, 4, 3, crowded=Tile(128, 64, 8, 2)),
         replace(_DQ, newer=replace(_DQ, crowded=Tile(128, 64, 8, 1), newer=_DQ), since=(3, 8)),
         Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8, since=(3, 8)),
     ),
-    # dk and dv are the larger accumulators, so a program keeps 128 keys and streams the rows in small blocks; with 64
-    # keys the two warp groups would compute the scores twice. Blocks have 64 rows, since with 32 k @ q^T waits for its
-    # operands. At width 128 they spill up to 56 bytes, outside the loop; with softcap and more, up to 104 bytes. From
-    # Triton 3.7 on three stages spill less than two.
+    # dk and dv are the larger accumulators. At width 128 a program keeps 128 keys and streams the rows in blocks of 64:
+    # with 32, k @ q^T waits for its operands. They spill up to 56 bytes, outside the loop; with softcap and more, up to
+    # 104 bytes.
     ("sm_90", "dkdv"): (
-        Tile(64, 128, 8, 3),
-        Tile(
-            64,
-            128,
-            8,
-            2,
-            crowded=_FEW_ROWS,
-            newer=Tile(64, 128, 8, 3, crowded=_FEW_ROWS),
-            since=(3, 7),
-        ),
+        Tile(64, 64, 4, 3),
+        Tile(64, 128, 8, 3, crowded=_FEW_ROWS),
         Tile(32, 128, 8, 2, split=True),
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
@@ -143,9 +117,9 @@ _HALF = {
     # Blackwell: one stage or four, since with two or three tl.dot has a race in Triton 3.6 and 3.7 (triton#10590).
     # Products are asynchronous here too: with p carried, p @ v runs while the exponentials are computed.
     ("sm_100", "forward"): (
-        Tile(128, 64, 8, 4, carry=True, crowded=Tile(128, 128, 8, 1)),
-        Tile(128, 64, 8, 4, carry=True),
-        Tile(128, 32, 8, 4, carry=True),
+        Tile(128, 64, 8, 4, crowded=Tile(128, 128, 8, 1)),
+        Tile(128, 64, 8, 4),
+        Tile(128, 32, 8, 4),
     ),
     ("sm_100", "dq"): (
         Tile(128, 64, 8, 4),
