@@ -6,6 +6,7 @@ Home folders are replaced by ~, and values that may be secret are hidden.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -168,8 +169,9 @@ def driver() -> dict[str, Any]:
 
 
 def _newest_cuda() -> str:
-    version = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009  not in torch's stubs
-    return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def gpus() -> list[Any] | dict[str, Any]:

@@ -101,7 +101,7 @@ _ROW_TILES = {
     # Longer rows take several steps.
     "backward": (
         16384,
-        ((256, 2048, 128, 8), (1024, 2048, 128, 4), (4096, 4096, 256, 2), (8192, 8192, 512, 1),
+        ((256, 8192, 256, 4), (1024, 4096, 128, 4), (4096, 4096, 256, 2), (8192, 8192, 512, 1),
          (16384, 16384, 1024, 1), (math.inf, 4096, 256, 4)),
     ),
     # Blocks of columns, whose rows are divided among programs. 64 columns still make whole lines of 128 bytes.

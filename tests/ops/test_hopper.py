@@ -24,6 +24,7 @@ from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import dispatch, hopper, masks, tiles
 from llama_kernels.ops.attention.call import AttentionCall, Wanted
 from llama_kernels.ops.attention.hopper import schedule, switch
+from llama_kernels.ops.attention.hopper import tables as hopper_tables
 from llama_kernels.ops.attention.hopper.tables import TILES, HopperTile
 from tests.support.attention import Case
 from tests.support.hopper import check_of_hopper_kernels
@@ -177,13 +178,21 @@ def tile_of_backward(wanted: Wanted, **changed: Any) -> HopperTile | None:
     return dispatch.backward(call, call.q, wanted).tile
 
 
-def test_the_hopper_kernels_are_off_by_default(on_hopper):
+@pytest.mark.parametrize("release", [(3, 6), (3, 7)])
+def test_hopper_kernels_are_on_by_default_where_they_were_measured(release, on_hopper, monkeypatch):
+    """The forward at widths 128 and 256 was measured with Triton 3.6; nothing was with 3.7."""
+    monkeypatch.setattr(hopper_tables, "TRITON_VERSION", release)
+    measured = {name for name, tiles in TILES.items() if any(tile.measured for tile in tiles)}
+    monkeypatch.setattr(switch, "_MEASURED", measured)
     with lk.hopper_attention(False):  # as it is but for `pytest --hopper`
-        assert chosen(*tensors()) is dispatch.PORTABLE
-        assert "opt-in" in dispatch.for_heads("forward", "sm_90", 128).reason
+        on = {D for D in (64, 128, 256) if chosen(*tensors(D)).tile}
+        assert on == ({128, 256} if release == (3, 6) else set())
+        assert tile_of_backward(Wanted(True, True, True, False, False)) is None
+        assert "opt-in" in dispatch.for_heads("forward", "sm_90", 64).reason
         with lk.hopper_attention():
-            assert chosen(*tensors()).tile.width == 128
-        assert chosen(*tensors()) is dispatch.PORTABLE
+            assert chosen(*tensors(64)).tile.width == 64
+            assert tile_of_backward(Wanted(True, True, True, False, False)).width == 128
+        assert chosen(*tensors(64)).tile is None
 
 
 @pytest.mark.parametrize("D, width", [(40, 64), (64, 64), (80, 128), (96, 128), (128, 128), (192, 256), (256, 256)])

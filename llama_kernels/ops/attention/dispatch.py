@@ -87,7 +87,7 @@ def _hopper(pass_: str, call: AttentionCall, copied: tuple[torch.Tensor, ...], f
     refusal = _refusal(pass_, call, tile, family or arch_of(call.q.device)) or _layout_refusal(copied)
     if refusal or tile is None:
         return Choice("portable", str(refusal))
-    return Choice("Hopper kernel", tile.record or "switched on, though not measured yet", tile)
+    return Choice("Hopper kernel", tile.record.run if tile.record and tile.measured else "switched on", tile)
 
 
 def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: str) -> str | None:
@@ -107,8 +107,8 @@ def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: s
         return f"v is {DV} wide, q and k are {D}"
     if pass_ in switch.failures:
         return f"the Gluon kernel failed here: {switch.failures[pass_]}"
-    if tile.record is None and not switch.hopper_attention.enabled:
-        return "the Gluon kernel is opt-in until it has been measured: llama_kernels.hopper_attention()"
+    if not tile.measured and not switch.hopper_attention.enabled:
+        return "the Gluon kernel is opt-in where no GPU showed it to be faster: llama_kernels.hopper_attention()"
     if any(bound is not None for bound in (call.kv_start, call.kv_end, call.kv_prefix)):
         return "kv_start, kv_end or kv_prefix is given"
     if pass_ == "backward" and call.softcap is not None and tile.width == 128:

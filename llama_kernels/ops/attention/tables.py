@@ -60,7 +60,7 @@ _HALF = {
     # The tiles of Hopper are the fastest of 5 to 12 that an H100 timed in each pass (docs/lab/2026-11-27-first_gpu.md).
     ("sm_90", "forward"): (
         Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2)),
-        Tile(128, 64, 8, 3),
+        Tile(128, 64, 8, 3, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 2, crowded=Tile(128, 32, 8, 2)),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on. Triton 3.8 alone spills 56 to
@@ -115,11 +115,10 @@ _HALF = {
     ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 1, split=True)),
     # Blackwell: one stage or four, since with two or three tl.dot has a race in Triton 3.6 and 3.7 (triton#10590).
-    # Products are asynchronous here too: with p carried, p @ v runs while the exponentials are computed.
     ("sm_100", "forward"): (
         Tile(128, 64, 8, 4, crowded=Tile(128, 128, 8, 1)),
         Tile(128, 64, 8, 4),
-        Tile(128, 32, 8, 4),
+        Tile(128, 32, 8, 4, crowded=Tile(128, 32, 8, 1)),
     ),
     ("sm_100", "dq"): (
         Tile(128, 64, 8, 4),
@@ -160,7 +159,11 @@ _HALF = {
 # all options at once, ten kernels spill 8 to 24 bytes: `python -m bench.codegen --full` names them.) On sm_80,
 # Triton 3.9 gives a thread 64 registers where 3.6 gave 128: 64 x 64 at width 128 would spill 1,720 bytes.
 _FLOAT32 = {
-    ("sm_90", "forward"): (Tile(32, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_90", "forward"): (
+        Tile(32, 32, 8, 1),
+        Tile(64, 64, 16, 1, with_prefix=Tile(64, 16, 16, 1)),
+        Tile(16, 32, 8, 1),
+    ),
     ("sm_90", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (
@@ -188,14 +191,14 @@ _FLOAT32 = {
     ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
     ("sm_90", "decode"): (
-        Tile(32, 32, 8, 1),
+        Tile(32, 32, 16, 1),
         Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1), since=(3, 7)),
         Tile(32, 32, 16, 1),
     ),
     ("sm_80", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("sm_86", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
     ("sm_100", "decode"): (
-        Tile(32, 32, 8, 1),
+        Tile(32, 16, 8, 1),
         Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1)),
         Tile(32, 32, 16, 1),
     ),

@@ -12,19 +12,20 @@ from llama_kernels.ops.attention.hopper.tables import TILES
 
 
 class hopper_attention:
-    """Let attention on Hopper GPUs use the Gluon kernels that are still opt-in.
+    """Let attention on Hopper GPUs use all Gluon kernels, also those that are not on by default.
 
     Called as a function it holds from then on; as a context manager, inside the `with` block::
 
         with lk.hopper_attention():
             out = lk.attention(q, k, v)
 
-    A kernel is opt-in until a run on a Hopper GPU has shown its parity and its speed; so far they were tested on a CPU.
-    `python -m llama_kernels` prints which kernel each pass uses, and why. The setting holds for the whole process,
-    since PyTorch computes gradients in threads of its own.
+    A kernel is on by default where a Hopper GPU has shown, under the installed release of Triton, that it is right and
+    faster than the portable one: with Triton 3.6, the forward for heads of 65 to 256. `python -m llama_kernels` prints
+    which kernel each pass uses, and why. The setting holds for the whole process, since PyTorch computes gradients in
+    threads of its own.
 
     Args:
-        enabled: False switches the opt-in kernels off.
+        enabled: False switches those kernels off again that are not on by default.
     """
 
     enabled = False
@@ -40,12 +41,12 @@ class hopper_attention:
         hopper_attention.enabled = self._before
 
 
-_RECORDED = {pass_ for pass_, tiles in TILES.items() if any(tile.record for tile in tiles)}
+_MEASURED = {pass_ for pass_, tiles in TILES.items() if any(tile.measured for tile in tiles)}
 
 
 def may_run(pass_: str) -> bool:
     """Whether any Hopper kernel of this pass may run. Every call on any GPU asks this first, so it is cheap."""
-    return hopper_attention.enabled or pass_ in _RECORDED
+    return hopper_attention.enabled or pass_ in _MEASURED
 
 
 failures: dict[str, str] = {}  # by pass: the first line of the error of a kernel that did not compile or launch
