@@ -74,19 +74,23 @@ def rope_frequencies(
     R = int(head_dim * (scaling.get("partial_rotary_factor") or 1.0))
     if R < 2 or R % 2:
         raise ValueError(message("rope_frequencies", "head_dim", f"{head_dim}, of which {R} rotate", "an even number"))
-    exponents = torch.arange(0, R, 2, dtype=torch.int64, device=device).to(dtype) / R
-
+    device = torch.get_default_device() if device is None else torch.device(device)
+    # Powers on a CPU, so that the frequencies have the same bits on every device. A `seq_len` on a GPU stays there,
+    # since the host would have to wait for it.
+    where = seq_len.device if isinstance(seq_len, torch.Tensor) else "cpu"
+    exponents = torch.arange(0, R, 2, dtype=torch.int64, device=where).to(dtype) / R
+    inv_freq, attention_factor = 1.0 / base**exponents, 1.0
     if kind == "linear":
-        return 1.0 / base**exponents / need("factor"), 1.0
-    if kind == "dynamic":
-        return _dynamic(base, exponents, R, need("factor"), seq_len, lambda: need("max_position_embeddings")), 1.0
-    if kind == "yarn":
-        return _yarn(base, exponents, R, scaling, need)
-    if kind == "longrope":
-        return _longrope(base, exponents, scaling, need, seq_len)
-    if kind == "llama3":
-        return _llama3(1.0 / base**exponents, need), 1.0
-    return 1.0 / base**exponents, 1.0
+        inv_freq /= need("factor")
+    elif kind == "dynamic":
+        inv_freq = _dynamic(base, exponents, R, need("factor"), seq_len, lambda: need("max_position_embeddings"))
+    elif kind == "yarn":
+        inv_freq, attention_factor = _yarn(base, exponents, R, scaling, need)
+    elif kind == "longrope":
+        inv_freq, attention_factor = _longrope(base, exponents, scaling, need, seq_len)
+    elif kind == "llama3":
+        inv_freq = _llama3(inv_freq, need)
+    return inv_freq.to(device), attention_factor
 
 
 # Numbers that each rule divides by, takes the logarithm of, or takes a power of.

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import llama_kernels as lk
 from tests.support.derivatives import differentiable, layer, layer_inputs, loss_function, with_grads
+from tests.support.environment import DEVICE
+from tests.support.judge import UNIT, relative_error
 from tests.support.ops import Make, Shape, calls
 from tests.support.rope import tables
 
@@ -126,8 +128,14 @@ def all_gradients(op: str, device: torch.device) -> dict[str, torch.Tensor]:
 @pytest.mark.corpus(57)
 @pytest.mark.parametrize("op, wanted", proper_subsets(), ids=lambda x: x if isinstance(x, str) else " ".join(x))
 def test_some_gradients_equal_those_of_a_call_for_all(op, wanted, device):
+    """Bit for bit in the interpreter. Compiled, the two calls are two kernels, whose products and sums ptxas may fuse
+    differently."""
     everything = all_gradients(op, device)
-    assert all(torch.equal(grad, everything[name]) for name, grad in gradients(op, wanted, device).items())
+    for name, grad in gradients(op, wanted, device).items():
+        if DEVICE == "cuda":
+            assert relative_error(grad, everything[name]) <= 2 * UNIT[grad.dtype], name
+        else:
+            assert torch.equal(grad, everything[name]), name
 
 
 @pytest.mark.corpus(57)

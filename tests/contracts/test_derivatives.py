@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import llama_kernels as lk
 from tests.support.derivatives import assert_same, forward_mode, loss_function, loss_of, not_interpreted
+from tests.support.judge import UNIT, relative_error
 from tests.support.ops import CALLS, Call, Make, Shape, calls
 from tests.support.rope import tables
 
@@ -106,15 +107,16 @@ def test_second_derivatives_equal_those_of_the_reference(op, device):
 @pytest.mark.corpus(56)
 @pytest.mark.parametrize("op", DERIVED)
 def test_double_and_triple_backward_equal_those_of_the_reference(op, device):
-    """With respect to all tensors at once, and to the upstream gradients."""
+    """With respect to all tensors at once, and to the upstream gradients. As exact as the reference in float32: norms
+    of four elements may be small, and their derivatives then lose digits."""
     call, tensors = small(op, device)
     weights = [[torch.randn_like(x) for x in tensors] for _ in range(2)]
 
-    def derivatives(module: Any) -> list[torch.Tensor]:
-        leaves = [x.detach().requires_grad_() for x in tensors]
+    def derivatives(module: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
         outs = tree_leaves(call(module, *leaves))
         torch.manual_seed(1)
-        dys = [torch.randn(y.shape, device=device).requires_grad_() for y in outs]
+        dys = [torch.randn(y.shape, device=device).to(dtype).requires_grad_() for y in outs]
         first = torch.autograd.grad(outs, leaves, dys, create_graph=True)
         loss = sum((g.sin() * w).sum() for g, w in zip(first, weights[0], strict=True))
         wanted = [*leaves, *dys]
@@ -123,7 +125,10 @@ def test_double_and_triple_backward_equal_those_of_the_reference(op, device):
         third = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         return [*first, *second, *third]
 
-    assert_same(derivatives(lk), derivatives(lk.reference))
+    truth = derivatives(lk.reference, torch.float64)
+    for ours, plain, exact in zip(derivatives(lk), derivatives(lk.reference), truth, strict=True):
+        assert ours.shape == exact.shape
+        assert relative_error(ours, exact) <= 4 * relative_error(plain, exact) + 8 * UNIT[torch.float32]
 
 
 @pytest.mark.corpus(56)

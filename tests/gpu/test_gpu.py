@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ import llama_kernels as lk
 from llama_kernels.core import launch_cache
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
 from tests.support.hopper import CASES as HOPPER_CASES
-from tests.support.hopper import check_of_hopper_kernels
+from tests.support.hopper import check_of_hopper_kernels, without_hopper_kernels
 from tests.support.judge import UNIT, relative_error
 from tests.support.launches import Launched, kernels_launched, names
 from tests.support.ops import CALLS, OPS, Make, Shape, calls
@@ -130,8 +131,8 @@ def test_decoding_is_captured_in_a_graph(device):
     filled.add_(3000)
     graph.replay()
     assert torch.equal(out, step())
-    expected = lk.reference.attention(q, k, v, is_causal=False, kv_end=filled)
-    torch.testing.assert_close(out, expected)
+    truth = lk.reference.attention(q.double(), k.double(), v.double(), is_causal=False, kv_end=filled)
+    assert relative_error(out, truth) < 2 * UNIT[torch.bfloat16]
 
 
 @pytest.mark.corpus(71)
@@ -234,17 +235,20 @@ def test_hopper_kernels_are_right(case, hopper, device):
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("on", [{}, {"is_causal": False}, {"window_size": (500, 0)}], ids=str)
 def test_hopper_kernels_agree_with_the_portable_ones(D, on, hopper, device):
-    """Thousands of tiles, the longest first, on every processor; the two add up in other orders."""
+    """Thousands of tiles, the longest first, on every processor; the two add up in other orders.
+
+    Each is about one rounding away from the exact result, in a direction of its own.
+    """
     q, k, v = hopper_inputs(device, D)
     do = torch.randn_like(q)
     found = []
     for enabled in (True, False):
-        with lk.hopper_attention(enabled), kernels_launched() as launches:
+        with contextlib.nullcontext() if enabled else without_hopper_kernels(), kernels_launched() as launches:
             out, lse = lk.attention(q, k, v, return_lse=True, **on)
             found.append([out, lse, *torch.autograd.grad(out, (q, k, v), do)])
         assert hopper_kernels_in(launches) == (hopper_kernels_of(D) if enabled else set())
     for name, here, there in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=True):
-        assert relative_error(here, there) < UNIT[torch.bfloat16], name
+        assert relative_error(here, there) < 2 * UNIT[torch.bfloat16], name
 
 
 @pytest.mark.corpus(72, 76)

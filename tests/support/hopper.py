@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
 import torch
 
+from llama_kernels.ops.attention.hopper import switch
 from tests.support.attention import Case, check, packed
 from tests.support.launches import kernels_launched, names
 
@@ -47,6 +52,13 @@ def expected_kernels(case: Case) -> set[str]:
     backward = case.D <= 128 and (case.softcap is None or case.D <= 64)
     of_backward = {"_hopper_backward_kernel", "_round_sum_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
     return {"_hopper_forward_kernel", "_delta_kernel"} | of_backward | ({"_tile_list_kernel"} if case.packed else set())
+
+
+@contextlib.contextmanager
+def without_hopper_kernels() -> Iterator[None]:
+    """Inside, attention takes the portable kernels, also where a Hopper kernel is on by default."""
+    with mock.patch.object(switch, "may_run", lambda pass_: False):
+        yield
 
 
 def check_of_hopper_kernels(case: Case, dtype: torch.dtype, device: torch.device, layout: int | None = None) -> None:

@@ -104,6 +104,14 @@ def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy, by: Arith
     return y.to(x.dtype), dx.to(x.dtype), dweight
 
 
+def _term_after_term(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, where each element is a sum from the first term to the last."""
+    total = a.new_zeros(*a.shape[:-1], b.shape[-1])
+    for n in range(a.shape[-1]):
+        total = torch.addcmul(total, a[..., n : n + 1], b[..., n : n + 1, :])
+    return total
+
+
 def ideal_attention(
     q, k, v, see, scale, softcap, sinks, do, dlse, closing=lambda grad: grad, by: Arithmetic = EXACT
 ):  # fmt: skip
@@ -111,6 +119,8 @@ def ideal_attention(
     applied to dq and dk before they are rounded."""
     dtype, Hkv = q.dtype, k.shape[1]
     G = q.shape[1] // Hkv
+    # A GPU multiplies float32 without tensor cores, term after term: of wide heads that is less exact than in blocks.
+    product = _term_after_term if dtype == torch.float32 and q.is_cuda and by is EXACT else torch.matmul
     q_, do_ = q.float(), do.float()
     k_, v_ = (x.float().repeat_interleave(G, 1) for x in (k, v))
 
@@ -121,7 +131,7 @@ def ideal_attention(
         s = qk * scale if softcap is None else softcap * by.tanh(capped(qk * scale))
         return s.masked_fill(~see, -math.inf)
 
-    s = scores(q_ @ k_.mT)
+    s = scores(product(q_, k_.mT))
     sink = None if sinks is None else sinks.float()[None, :, None, None].expand(*s.shape[:-1], 1)
     s, sink = s * LOG2E, None if sink is None else sink * LOG2E
     m = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
@@ -136,9 +146,11 @@ def ideal_attention(
 
     delta = (out.float() * do_).sum(-1, keepdim=True) - dlse.float().unsqueeze(-1)
     delta = delta.masked_fill(empty, 0)
-    s = scores(q_.flip(-1) @ k_.flip(-1).mT)  # recomputed in another order: its roundings do not cancel those in lse
+    s = scores(
+        product(q_.flip(-1), k_.flip(-1).mT)
+    )  # recomputed in another order: its roundings do not cancel those in lse
     p = by.exp2(s * LOG2E - lse.masked_fill(empty, 0) * LOG2E)
-    ds = p * (do_ @ v_.mT - delta)
+    ds = p * (product(do_, v_.mT) - delta)
     if softcap is not None:
         ds = ds * (1 - capped(s.masked_fill(~see, 0)).square())
     ds, p = rounded(ds, dtype), rounded(p, dtype)
