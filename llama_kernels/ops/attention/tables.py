@@ -43,6 +43,20 @@ class Tile:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}" + ", split" * self.split
 
 
+# For the forward on sm_90, at width 256. With a prefix, from Triton 3.7 on, two stages of 32 keys spill 8 bytes or more.
+# Under Triton 3.9, 64 keys spill 8 bytes.
+_WIDEST_FORWARD = Tile(128, 64, 8, 2, crowded=Tile(128, 32, 8, 2))
+_WIDEST_FORWARD_3_7 = replace(
+    _WIDEST_FORWARD,
+    with_prefix=Tile(128, 32, 8, 3),
+    newer=replace(
+        _WIDEST_FORWARD,
+        with_prefix=Tile(128, 16, 8, 3),
+        newer=Tile(128, 32, 8, 3, crowded=Tile(128, 32, 8, 2), with_prefix=Tile(128, 16, 8, 3)),
+    ),
+    since=(3, 8),
+)
+
 # For dk and dv on sm_90, at width 128.
 _FEW_ROWS = Tile(32, 128, 8, 2)
 
@@ -61,7 +75,7 @@ _HALF = {
     ("sm_90", "forward"): (
         Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, crowded=Tile(128, 64, 8, 2)),
-        Tile(128, 64, 8, 2, crowded=Tile(128, 32, 8, 2)),
+        replace(_WIDEST_FORWARD, newer=_WIDEST_FORWARD_3_7, since=(3, 7)),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on. Triton 3.8 alone spills 56 to
     # 168 bytes with options that take registers, at widths 128 and 256.
@@ -192,14 +206,14 @@ _FLOAT32 = {
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
     ("sm_90", "decode"): (
         Tile(32, 32, 16, 1),
-        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1), since=(3, 7)),
+        Tile(32, 16, 8, 1),
         Tile(32, 32, 16, 1),
     ),
     ("sm_80", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("sm_86", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 16, 1)),
     ("sm_100", "decode"): (
         Tile(32, 16, 8, 1),
-        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1)),
+        Tile(32, 16, 8, 1),
         Tile(32, 32, 16, 1),
     ),
     ("gfx942", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
