@@ -1,8 +1,9 @@
 """The registers of Hopper's asynchronous products, in the machine code: none may be used too early.
 
 A product (HGMMA) reads its first operand from registers, or from shared memory, and writes its results into registers
-while later instructions run, until a wait for it (WARPGROUP.DEPBAR). ptxas does not see all of this: operands that
-nothing names after the wait count as free from the HGMMA on, and another value may be written over them.
+while later instructions run, until a wait for it (WARPGROUP.DEPBAR). ptxas keeps these registers, but not always: where
+the operand was a copy of a value, and the next such value was computed before the wait, it merged the copy with the
+value, and wrote that and even addresses over what the product was still reading.
 """
 
 from __future__ import annotations
