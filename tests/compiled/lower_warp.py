@@ -101,7 +101,8 @@ def _wgmma(g: Lines, i: Instruction, mods: list[str]) -> None:
     else:
         first, turned = g.get(a, "u8"), tuple(transposed or (0, 0))
     kept = g.get(scale_d, "p")
-    g.say(f"m.use_operands({g.k}, {sorted({*d, *(a if isinstance(a, list) else ())})}, {g.mask})")
+    read = a if isinstance(a, list) else []
+    g.say(f"m.use_operands({g.k}, {sorted({*d, *read})}, {sorted(g.program.moved_into(read))}, {g.mask})")
     operands = f"{first}, {g.get(b, 'u8')}, {g.get_all(d, 'f4')}, {kept}, {turned}"
     return g.put_all(d, "f4", f"m.product({g.k}, {kind!r}, {k}, {operands}, {g.mask})")
 

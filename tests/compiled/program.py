@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,10 @@ class Program:
         self.reads = [read(each, entry) for each in self.code]
         self.writes = [written(each) for each in self.code]
         self.used = set().union(*self.reads)
+        self._moves: dict[str, set[str]] = {}  # register -> those that a mov reads for it
+        for each, reads, writes in zip(self.code, self.reads, self.writes, strict=True):
+            for x in writes if each.mods[0] == "mov" else ():
+                self._moves.setdefault(x, set()).update(reads)
         self.operands = self._operands()  # registers that a wgmma reads or writes, and what is moved into them
         self.storage = self._storage()
         pending = self._pending()
@@ -149,9 +153,15 @@ class Program:
         """Registers that a wgmma reads or writes, and those that are moved into them."""
         products = [each.args for each in self.code if each.op.startswith("wgmma.mma")]
         found = {x for args in products for part in args[:2] if isinstance(part, list) for x in part}
-        moves = [k for k, each in enumerate(self.code) if each.mods[0] == "mov"]
-        while more := set().union(*(self.reads[k] for k in moves if self.writes[k] & found)) - found:
-            found |= more
+        return found | self.moved_into(found)
+
+    def moved_into(self, registers: Iterable[str]) -> set[str]:
+        """The registers whose values are moved into these, directly or by way of others."""
+        found: set[str] = set()
+        open_ = set(registers)
+        while open_:
+            open_ = set().union(*(self._moves.get(x, ()) for x in open_)) - found
+            found |= open_
         return found
 
     def _storage(self) -> dict[str, str]:

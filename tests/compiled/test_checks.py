@@ -344,6 +344,19 @@ def test_registers_of_a_product_under_way_are_not_written():
     assert not _product(after="mov.b32 %r6, 0f00000000;")[1]
 
 
+def test_a_register_whose_copy_a_product_reads_is_not_written():
+    """ptxas merges the two: the next p was computed before the wait for the product of this one, and came into it."""
+    text = PRODUCT.replace("%rd5, %rd7, 0, 1, 1, 0, 0;", "{{%r12, %r13, %r12, %r13}}, %rd7, 0, 1, 1, 0;")
+    moves = "mov.b32 %r14, %r5; mov.b32 %r12, %r14; mov.b32 %r13, %r14;\n"
+    text = text.replace("wgmma.fence", moves + "wgmma.fence")
+    for written, wrong in (("%r14", True), ("%r5", True), ("%r11", False)):
+        computed = f"add.s32 {written}, %r1, 1;"
+        found = _product(text=text, before=computed)[1]
+        assert [("reads a copy" in each, len(found)) for each in found] == [(True, 1)] * wrong
+        assert not _product(text=text, after=computed)[1]
+    assert not _product(text=text, before="mov.b32 %r14, %r5;")[1]  # makes no new value
+
+
 def test_what_threads_store_is_fenced():
     assert any("fence.proxy.async" in each for each in _product(fence="")[1])
 

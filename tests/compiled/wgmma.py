@@ -2,7 +2,8 @@
 
 The numbers are computed at once, but until the group waits for them the result registers hold NaNs that name the
 product, whatever moves them meanwhile. Operands count as being read until then. Between a write of a register and its
-use by a wgmma there must be a wgmma.fence; a mov of what was fenced needs none, as it makes no new value.
+use by a wgmma there must be a wgmma.fence; a mov of what was fenced needs none, as it makes no new value. A register
+that was moved into an operand may get no new value before the wait either: ptxas merges a register with its copy.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class Products(Warps):
         self._last = 0
         self.batches = np.zeros(groups, "i8")  # commit_groups of each warp group
         self.reading: list[tuple[int, int, np.ndarray, int]] = []  # warp group, batch, chunks of 16 bytes, k
-        # Of each warp group: registers written since its last wgmma.fence, before the first one all; and the registers
-        # of its products under way, with their batch.
+        # Of each warp group: registers written since its last wgmma.fence, before the first one all. Of its products
+        # under way: the batch, the registers, and those that were moved into the registers of A.
         self.unfenced_registers = [set(self.program.operands) for _ in range(groups)]
-        self.busy_registers: list[list[tuple[int, frozenset[str]]]] = [[] for _ in range(groups)]
+        self.busy_registers: list[list[tuple[int, frozenset[str], frozenset[str]]]] = [[] for _ in range(groups)]
 
     def fence_proxy(self, M: np.ndarray | None) -> None:
         """What these warps stored can now be seen by wgmma and by copies."""
@@ -79,15 +80,19 @@ class Products(Warps):
             unfenced = self.unfenced_registers[group]
             for to, moved in writes:
                 (unfenced.add if not moved or not unfenced.isdisjoint(moved) else unfenced.discard)(to)
-            if any(not busy.isdisjoint(to for to, _ in writes) for _, busy in self.busy_registers[group]):
+            under_way = self.busy_registers[group]
+            if any(not busy.isdisjoint(to for to, _ in writes) for _, busy, _ in under_way):
                 self.finding(k, "a register of a wgmma under way is written before")
+            # ptxas merges a register with its copy, and then does not keep what the product still reads.
+            if any(not copied.isdisjoint(to for to, moved in writes if not moved) for *_, copied in under_way):
+                self.finding(k, "a register, of which a wgmma under way reads a copy, is written before")
 
-    def use_operands(self, k: int, registers: list[str], M: np.ndarray | None) -> None:
-        """A wgmma reads or writes these registers."""
+    def use_operands(self, k: int, registers: list[str], copied: list[str], M: np.ndarray | None) -> None:
+        """A wgmma reads or writes these registers. Those `copied` were moved into the ones that it only reads."""
         for group in self._warp_groups(k, M):
             if not self.unfenced_registers[group].isdisjoint(registers):
                 self.finding(k, "no wgmma.fence after a write of a register that a wgmma uses")
-            self.busy_registers[group].append((int(self.batches[group]), frozenset(registers)))
+            self.busy_registers[group].append((int(self.batches[group]), frozenset(registers), frozenset(copied)))
 
     # --- products -------------------------------------------------------------------------------------------------
 
@@ -183,7 +188,7 @@ class Products(Warps):
         here, until = set(self._warp_groups(k, M).tolist()), self.batches - left
         for group in here:
             busy = self.busy_registers[group]
-            self.busy_registers[group] = [(batch, names) for batch, names in busy if batch >= until[group]]
+            self.busy_registers[group] = [each for each in busy if each[0] >= until[group]]
         done = {n for n, x in self.products.items() if x.warp_group in here and x.batch < until[x.warp_group]}
         if done:
             variables, pending = self.program.namespace, self.program.pending_names
