@@ -30,6 +30,7 @@ from tests.support import rope as rope_cases
 from tests.support import rope_attention as rope_attention_cases
 from tests.support.attention import Case
 from tests.support.environment import DEVICE
+from tests.support.hopper import without_hopper_kernels
 from tests.support.ideal import drawn, ideal_rms_norm
 from tests.support.judge import judge
 from tests.support.launches import KERNELS_RUN, Launched, kernels_launched
@@ -79,8 +80,8 @@ ENTRIES = list(entries())
 
 @pytest.fixture(autouse=True)
 def _portable_kernels() -> Iterator[None]:
-    """Under `pytest --hopper` too: these are their tiles."""
-    with lk.hopper_attention(False):
+    """Also where the Hopper kernels are on: these are the tiles of the portable ones."""
+    with without_hopper_kernels():
         yield
 
 
@@ -93,12 +94,12 @@ def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
         monkeypatch.setattr(tables, "arch_of", lambda _, family=family: family)
         monkeypatch.setattr(tables, "tile", functools.partial(TILE, triton=triton))
         options = ((False, False), (True, False), (True, True))
-        for pass_, D, narrow, on in itertools.product(tables.PASSES, tables.ALL_WIDTHS, (1, 2), options):
+        for pass_, D, on in itertools.product(tables.PASSES, tables.ALL_WIDTHS, options):
             if tables.ALL_WIDTHS.index(D) >= len(tables.row_of(family, pass_, dtype)):
                 continue
             if not (pass_ == "decode" and any(on)) and not (pass_ == "dkdv" and on[1]):
-                q, v = torch.empty(1, D, dtype=dtype), torch.empty(1, D // narrow, dtype=dtype)
-                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, v, *on)))
+                q = torch.empty(1, D, dtype=dtype)
+                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, q, *on)))
     assert not [e for e in ENTRIES if (e.family, e.pass_, e.width, e.dtype, e.tile) not in taken]
 
 
@@ -134,8 +135,8 @@ def runs(*passes: str, rotated: bool = False) -> list[Run]:
         here = family is None or (family == entry.family and entry.taken)
         if not here or entry.pass_ not in passes or (rotated and entry.pass_ == "dq" and entry.tile.crowded):
             continue
-        tile = dataclasses.replace(entry.tile, crowded=None, with_prefix=None, narrow_v=None, newer=None, since=(3, 9))
-        DV = min(entry.width // (2 if "narrow_v" in entry.variant else 1), 512)
+        tile = dataclasses.replace(entry.tile, crowded=None, with_prefix=None, newer=None, since=(3, 9))
+        DV = min(entry.width, 512)
         kind = (entry.dtype, entry.width, DV, "crowded" in entry.variant)
         if family is None:
             tile, kind = blocks(tile), (entry.dtype, 16, 16, False)

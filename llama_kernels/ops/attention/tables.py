@@ -30,7 +30,6 @@ class Tile:
     # with an inverse rotation, which takes more.
     crowded: Tile | None = None
     with_prefix: Tile | None = None  # instead, with kv_prefix, whose two loops more take registers
-    narrow_v: Tile | None = None  # instead, where v is half as wide as q, as in multi-head latent attention
     # Instead, from Triton `since` on, whose code for this tile spills or waits. It may have a newer one too.
     newer: Tile | None = None
     since: tuple[int, int] = (3, 9)
@@ -43,7 +42,7 @@ class Tile:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.num_warps}, {self.num_stages}" + ", split" * self.split
 
 
-# For the forward on sm_90, at width 256. With a prefix, from Triton 3.7 on, two stages of 32 keys spill 8 bytes or more.
+# For the forward on sm_90, at width 256. From Triton 3.7 on, two stages of 32 keys spill 8 bytes or more with a prefix.
 # Under Triton 3.9, 64 keys spill 8 bytes.
 _WIDEST_FORWARD = Tile(128, 64, 8, 2, crowded=Tile(128, 32, 8, 2))
 _WIDEST_FORWARD_3_7 = replace(
@@ -309,8 +308,6 @@ def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False
     """The tile of `pass_` for heads of the widths of q and v, on their device. crowded, prefix: see `Tile`."""
     D, DV = q.shape[-1], v.shape[-1]
     found = tile(arch_of(q.device), pass_, max(D, DV), q.dtype)
-    if found.narrow_v and D > 128 >= DV:
-        found = found.narrow_v
     if prefix and found.with_prefix:
         return found.with_prefix
     return found.crowded if crowded and found.crowded else found
