@@ -128,12 +128,16 @@ def blocks(tile: Tile) -> Tile:
 
 def runs(*passes: str, rotated: bool = False) -> list[Run]:
     """Few calls that take all tiles of the passes, each of them tiles of similar sizes. Where dq is `rotated`, the
-    crowded tile is taken, if there is one."""
+    crowded tile takes the place of one that is not roomy."""
     kinds: dict[tuple[torch.dtype, int, int, bool], dict[str, set[Tile]]] = {}
     family = None if INTERPRETED else arch_of(torch.device(DEVICE))
     for entry in ENTRIES:
         here = family is None or (family == entry.family and entry.taken)
-        if not here or entry.pass_ not in passes or (rotated and entry.pass_ == "dq" and entry.tile.crowded):
+        if (
+            not here
+            or entry.pass_ not in passes
+            or (rotated and entry.pass_ == "dq" and entry.tile.crowded and not entry.tile.roomy)
+        ):
             continue
         tile = dataclasses.replace(entry.tile, crowded=None, with_prefix=None, newer=None, since=(3, 9))
         DV = min(entry.width, 512)

@@ -243,7 +243,7 @@ def sink_terms(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> float:
 def tiles(tile: Tile | Mapping[str, Tile] | None) -> Iterator[None]:
     """Inside, every pass takes `tile`, or its own of a mapping from passes to tiles."""
 
-    def tile_for(pass_: str, *_: Any) -> Tile:
+    def tile_for(pass_: str, *_: Any, **options: Any) -> Tile:
         return tile if isinstance(tile, Tile) else tile[pass_]
 
     with pytest.MonkeyPatch.context() as patch:

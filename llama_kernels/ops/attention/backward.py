@@ -123,10 +123,11 @@ def _dq_launches(
 ) -> list[Launch]:
     """The launches that write dq: one, or one for each part of the columns of wide heads."""
     sizes = call.sizes
-    crowded, prefix = call.crowded or call.packed or rotation.half > 0, call.kv_prefix is not None
-    tile = tile_for("dq", call.q, call.v, crowded, prefix)
-    if rotation.half and tile.crowded:
-        tile = tile.crowded
+    tile = tile_for("dq", call.q, call.v)
+    if call.crowded or ((call.packed or rotation.half) and not tile.roomy):
+        tile = tile_for("dq", call.q, call.v, crowded=True, prefix=call.kv_prefix is not None)
+        if rotation.half and tile.crowded:
+            tile = tile.crowded
     programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
     if list_q is not None:
         programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))

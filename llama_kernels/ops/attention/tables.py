@@ -26,6 +26,8 @@ class Tile:
     num_stages: int
     split: bool = False  # dk and dv, or the columns of dq, in several launches, since one program cannot hold them
     columns: int = 512  # of dq, in one of the launches of a split
+    # Of dq: there are registers left for a packed batch and for an inverse rotation, which otherwise count as options.
+    roomy: bool = False
     # Instead, with options that take registers; the launcher says which. A crowded tile may have one of its own, for dq
     # with an inverse rotation, which takes more.
     crowded: Tile | None = None
@@ -60,7 +62,7 @@ _WIDEST_FORWARD_3_7 = replace(
 _FEW_ROWS = Tile(32, 128, 8, 2)
 
 # For dq on sm_90, at widths 128 and 256.
-_DQ = Tile(128, 64, 8, 3, crowded=Tile(128, 64, 8, 2))
+_DQ = Tile(128, 64, 8, 3, roomy=True, crowded=Tile(128, 64, 8, 2))
 _WIDER_DQ = Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))
 _WIDER_DQ_3_8 = replace(_WIDER_DQ, crowded=Tile(128, 16, 8, 2), with_prefix=Tile(32, 32, 4, 2), newer=_WIDER_DQ)
 
@@ -79,7 +81,7 @@ _HALF = {
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on. Triton 3.8 alone spills 56 to
     # 168 bytes with options that take registers, at widths 128 and 256.
     ("sm_90", "dq"): (
-        Tile(64, 64, 4, 3, crowded=Tile(128, 64, 8, 2)),
+        Tile(64, 64, 4, 3, roomy=True, crowded=Tile(128, 64, 8, 2)),
         replace(_DQ, newer=replace(_DQ, crowded=Tile(128, 64, 8, 1), newer=_DQ), since=(3, 8)),
         Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8, since=(3, 8)),
     ),
