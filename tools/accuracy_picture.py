@@ -1,4 +1,4 @@
-"""Draws the picture of the README: `TRITON_INTERPRET=1 python -m tools.accuracy_picture`.
+"""Draws the picture of accuracy in the README: `TRITON_INTERPRET=1 python -m tools.accuracy_picture`.
 
 It runs the parity check of `python -m llama_kernels --check` in bfloat16, and writes docs/pictures/accuracy.svg.
 """
