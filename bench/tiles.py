@@ -63,17 +63,13 @@ def around(tile: Tile) -> list[Tile]:
     near = itertools.product(
         sorted(rows), sorted(keys), (4, 8), range(max(tile.num_stages - 1, 1), tile.num_stages + 2)
     )
-    bare, own = (Tile(*numbers_of(tile), split=tile.split), numbers_of(tile))
+    bare, own = Tile(**tile.launch_options, split=tile.split), tuple(tile.launch_options.values())
     found = [bare]
     for numbers in near:
         changed = sum(a != b for a, b in zip(numbers, own, strict=True))
         if 0 < changed <= 2 and min(numbers[:2]) >= 16 and max(numbers[:2]) <= 128:
             found.append(dataclasses.replace(bare, **dict(zip(bare.launch_options, numbers, strict=True))))
     return found
-
-
-def numbers_of(tile: Tile) -> tuple[int, int, int, int]:
-    return tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages
 
 
 @contextlib.contextmanager

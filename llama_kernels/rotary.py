@@ -79,9 +79,9 @@ def rope_frequencies(
     # since the host would have to wait for it.
     where = seq_len.device if isinstance(seq_len, torch.Tensor) else "cpu"
     exponents = torch.arange(0, R, 2, dtype=torch.int64, device=where).to(dtype) / R
-    inv_freq, attention_factor = 1.0 / base**exponents, 1.0
+    attention_factor = 1.0
     if kind == "linear":
-        inv_freq /= need("factor")
+        inv_freq = 1.0 / base**exponents / need("factor")
     elif kind == "dynamic":
         inv_freq = _dynamic(base, exponents, R, need("factor"), seq_len, lambda: need("max_position_embeddings"))
     elif kind == "yarn":
@@ -89,7 +89,9 @@ def rope_frequencies(
     elif kind == "longrope":
         inv_freq, attention_factor = _longrope(base, exponents, scaling, need, seq_len)
     elif kind == "llama3":
-        inv_freq = _llama3(inv_freq, need)
+        inv_freq = _llama3(1.0 / base**exponents, need)
+    else:
+        inv_freq = 1.0 / base**exponents
     return inv_freq.to(device), attention_factor
 
 

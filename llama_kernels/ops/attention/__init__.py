@@ -10,7 +10,7 @@ A call goes through these files:
     decode.py         the forward of few queries and many keys; combine.py combines its parts
     key_split.py      when the forward is split over the keys too
     backward.py       the launches of the backward, whose kernels are in delta.py, dkdv.py, dq.py and rounding.py
-    hopper/           kernels for Hopper GPUs, off by default
+    hopper/           kernels for Hopper GPUs, some of them on by default
     cpu*.py           CPU tensors, in plain PyTorch
 
 The kernels share device functions: masks.py (which keys a row sees), softmax.py (scores and the online softmax) and
