@@ -11,6 +11,7 @@ Exits with 1 if any of these is found:
 - attention without tensor-core instructions, with a serialised tensor-core pipeline, or with a fault in its loops that
   sass.py or hopper.py names;
 - an instruction that uses a register of an asynchronous product (HGMMA) before the wait for it;
+- a minimum of three integers, one of them negated, in which ptxas drops the minus (dropped_signs.py);
 - RoPE or RMSNorm with a loop without 128-bit accesses, or with more instructions than can issue while its bytes move;
 - a plain causal kernel of attention that differs from `bench/codegen/machine_code.json`, since an option that is off
   must not change it. `--record` records an intended change.

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
-from bench.codegen import hopper, product_registers, sass, traffic
+from bench.codegen import dropped_signs, hopper, product_registers, sass, traffic
 from bench.codegen.compiling import TARGETS, Case
 from llama_kernels.core import device
 
@@ -88,7 +88,7 @@ def _read_nvidia(compiled: Any, report: Report) -> bool:
         constants = {compiled.src.fn.arg_names[at[0]]: x for at, x in compiled.src.constants.items() if len(at) == 1}
         report.loops = sass.loops(code, report.target, registers, report.shared_bytes, report.warps,
                                   sass.flops(report.kernel, constants))  # fmt: skip
-    report.faults += product_registers.faults(code)
+    report.faults += product_registers.faults(code) + dropped_signs.faults(compiled.asm["ptx"])
     matmuls = sum(n for op, n in ops.items() if op.startswith("HGMMA"))
     return bool(matmuls) and ops["WARPGROUP.ARRIVE"] >= matmuls
 

@@ -33,14 +33,15 @@ class Sizes(NamedTuple):
         return self.Hq // self.group
 
     def as_arguments(self) -> Sizes:
-        """The sizes as the kernels take them: Sk, longest_q and longest_k are negated.
+        """The sizes as the kernels take them: Sk, longest_q and longest_k less 2^31, which tiles.py's `length` adds.
 
         Triton makes an integer argument of 1 a constant. With a length known to be 1 or less, loops and branches fold
         into code on which ptxas crashes (Triton 3.6, sm_90, D = 32 and 64). A negative number is never 1, and still
-        shows the compiler a multiple of 16, which @triton.jit's do_not_specialize would hide. Sq is not negated: at
-        D = 128 there is no register left for that.
+        shows the compiler a multiple of 16, which @triton.jit's do_not_specialize would hide. It is not -n, since ptxas
+        drops the minus in min(min(-n, x), y), see bench/codegen/dropped_signs.py. Sq stays as it is: at D = 128 there
+        is no register left for more.
         """
-        return self._replace(Sk=-self.Sk, longest_q=-self.longest_q, longest_k=-self.longest_k)
+        return self._replace(**{name: getattr(self, name) - 2**31 for name in ("Sk", "longest_q", "longest_k")})
 
 
 class Scoring(NamedTuple):

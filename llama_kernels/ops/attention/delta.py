@@ -20,6 +20,7 @@ from llama_kernels.ops.attention.call import (
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
 from llama_kernels.ops.attention.tiles import (
     BLOCK,
+    length,
     load_tile,
     matrix,
     offset,
@@ -61,7 +62,7 @@ def _delta_kernel(
     dsinks = 0.0
     for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
         m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
-        start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         i = m + tl.arange(0, BLOCK_M)
         o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         do = load_tile(matrix(do_ptr, do_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)

@@ -10,6 +10,7 @@ from llama_kernels.ops.attention.masks import Mask, query_blocks, visible
 from llama_kernels.ops.attention.softmax import probs_and_score_grads
 from llama_kernels.ops.attention.tiles import (
     key_tile,
+    length,
     load_bound,
     load_prefix,
     load_tile,
@@ -162,7 +163,7 @@ def _dkdv_kernel(
     """
     for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq // sizes.group, BLOCK_N, WALK), disable_licm=True):
         n, h_kv, b, k_start, Sk = key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N)
-        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         if n < Sk:
             j = n + tl.arange(0, BLOCK_N)[:, None]
             last = tl.minimum(n + BLOCK_N, Sk) - 1

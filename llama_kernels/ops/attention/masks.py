@@ -69,10 +69,10 @@ def visible(mask, i, j):
         own = i + (mask.shift + mask.right + 1)
         end = own if end is None else tl.minimum(end, own)
     see = None
-    if mask.Sk is not None:
-        see = j < mask.Sk
     if mask.keys is not None:
-        see = tl.load(mask.keys + j, mask=see, other=False)
+        see = tl.load(mask.keys + j, mask=j < mask.Sk, other=False)
+    elif mask.Sk is not None:
+        end = mask.Sk if end is None else tl.minimum(end, mask.Sk)
     if end is not None:
         see = both(see, j < end)
     if begin is not None:

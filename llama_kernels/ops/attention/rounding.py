@@ -15,6 +15,7 @@ from llama_kernels.ops.attention.call import Sizes, far, width_class
 from llama_kernels.ops.attention.tile_list import programs_for
 from llama_kernels.ops.attention.tiles import (
     BLOCK,
+    length,
     load_tile,
     matrix,
     query_tile,
@@ -40,7 +41,7 @@ def _round_sum_kernel(
     """
     for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
         m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
-        start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for part in tl.range(0, PARTS):
             of_part = matrix(sum_ptr, sum_strides, b, h * PARTS + part, start)

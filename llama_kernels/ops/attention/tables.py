@@ -125,7 +125,7 @@ _HALF = {
     # Consumer GPUs: as Ampere, with 99 KiB of shared memory for each thread block.
     ("sm_86", "forward"): (
         Tile(128, 64, 8, 1),
-        Tile(64, 32, 4, 2),
+        Tile(64, 32, 4, 3),
         Tile(32, 32, 4, 3, newer=Tile(32, 32, 4, 3, crowded=Tile(32, 32, 4, 2))),
     ),
     ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
@@ -137,7 +137,7 @@ _HALF = {
         Tile(128, 32, 8, 4, crowded=Tile(128, 32, 8, 1)),
     ),
     ("sm_100", "dq"): (
-        Tile(128, 64, 8, 4),
+        Tile(64, 64, 4, 4, crowded=Tile(128, 64, 8, 4)),
         Tile(128, 64, 8, 4),
         Tile(
             64,
@@ -191,7 +191,7 @@ _FLOAT32 = {
     ("sm_80", "dkdv"): (Tile(64, 32, 16, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
     ("sm_86", "forward"): (
         Tile(32, 64, 8, 1),
-        Tile(64, 64, 16, 1, with_prefix=Tile(32, 32, 16, 1)),
+        Tile(64, 64, 16, 1, with_prefix=Tile(16, 32, 8, 1)),
         Tile(16, 32, 8, 1),
     ),
     ("sm_86", "dq"): (Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),

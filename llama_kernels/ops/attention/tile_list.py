@@ -15,7 +15,7 @@ from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.core.launch_cache import Launch
 from llama_kernels.core.tensors import cdiv, optional_strides_of
 from llama_kernels.ops.attention.call import AttentionCall, Sizes, far, width_class
-from llama_kernels.ops.attention.tiles import BLOCK, matrix, sequence, tile_ptrs
+from llama_kernels.ops.attention.tiles import BLOCK, length, matrix, sequence, tile_ptrs
 
 _SEQUENCES: tl.constexpr = tl.constexpr(256)  # in a step over all sequences
 FEW_PROGRAMS = 2048  # up to this number, a program is launched for every tile that there may be
@@ -43,32 +43,32 @@ class Fill(NamedTuple):
 
 
 @triton.jit
-def _blocks_of(cu_seqlens_ptr, b, sequences, size, minus_longest):
-    """How many blocks each of sequences b has, and whether it is longer than -minus_longest."""
+def _blocks_of(cu_seqlens_ptr, b, sequences, size, longest):
+    """How many blocks each of sequences b has, and whether it is longer than `longest`."""
     known = tl.minimum(b, sequences - 1)
-    _, whole = sequence(cu_seqlens_ptr, known, size, -size)
-    _, length = sequence(cu_seqlens_ptr, known, size, minus_longest)
-    return tl.where(b < sequences, tl.cdiv(length, BLOCK), 0), (b < sequences) & (whole > length)
+    _, whole = sequence(cu_seqlens_ptr, known, size, size)
+    _, count = sequence(cu_seqlens_ptr, known, size, longest)
+    return tl.where(b < sequences, tl.cdiv(count, BLOCK), 0), (b < sequences) & (whole > count)
 
 
 @triton.jit
-def _count(cu_seqlens_ptr, n, sequences, size, minus_longest):
+def _count(cu_seqlens_ptr, n, sequences, size, longest):
     """Of all sequences: the blocks, those with a number above n, and how many sequences are cut off."""
     blocks, above = tl.zeros([_SEQUENCES], tl.int32), tl.zeros([_SEQUENCES], tl.int32)
     cut = tl.zeros([_SEQUENCES], tl.int32)
     for first in range(0, sequences, _SEQUENCES):
         b = first + tl.arange(0, _SEQUENCES)
-        count, longer = _blocks_of(cu_seqlens_ptr, b, sequences, size, minus_longest)
+        count, longer = _blocks_of(cu_seqlens_ptr, b, sequences, size, longest)
         blocks, above, cut = blocks + count, above + tl.maximum(count - n - 1, 0), cut + longer.to(tl.int32)
     return tl.sum(blocks), tl.sum(above), tl.sum(cut)
 
 
 @triton.jit
-def _list_blocks(list_ptr, cu_seqlens_ptr, n, above, capacity, sequences, size, minus_longest):
+def _list_blocks(list_ptr, cu_seqlens_ptr, n, above, capacity, sequences, size, longest):
     """List block n of every sequence that has one, after `above` blocks with a larger number."""
     for first in range(0, sequences, _SEQUENCES):
         b = first + tl.arange(0, _SEQUENCES)
-        count, _ = _blocks_of(cu_seqlens_ptr, b, sequences, size, minus_longest)
+        count, _ = _blocks_of(cu_seqlens_ptr, b, sequences, size, longest)
         has = (count > n).to(tl.int32)
         at = above + tl.cumsum(has) - has
         entry, listed = list_ptr + 2 + 2 * at, (count > n) & (at < capacity)
@@ -78,7 +78,7 @@ def _list_blocks(list_ptr, cu_seqlens_ptr, n, above, capacity, sequences, size, 
 
 
 @triton.jit
-def _unowned(cu_seqlens_ptr, t, cut, sequences, size, minus_longest):
+def _unowned(cu_seqlens_ptr, t, cut, sequences, size, longest):
     """Which of tokens t no sequence owns: those before the first, after the last, and those that are cut off.
 
     If cu_seqlens decreases somewhere, there may be tokens among them that a sequence owns. None is missing.
@@ -88,8 +88,8 @@ def _unowned(cu_seqlens_ptr, t, cut, sequences, size, minus_longest):
     unowned = (t < first) | (t >= end)
     if cut > 0:
         for b in range(sequences):
-            start, whole = sequence(cu_seqlens_ptr, b, size, -size)
-            unowned |= (t >= start - minus_longest) & (t < start + whole)
+            start, whole = sequence(cu_seqlens_ptr, b, size, size)
+            unowned |= (t >= start + longest) & (t < start + whole)
     return unowned & (t < size)
 
 
@@ -120,20 +120,21 @@ def _tile_list_kernel(
     Bytes: cu_seqlens, from L2, and the lists; beyond that only what is filled.
     """
     pid, B = tl.program_id(0), sizes.B
-    Sq, Sk = sizes.Sq, -sizes.Sk
+    Sq, Sk = sizes.Sq, length(sizes.Sk)
+    longest_q, longest_k = length(sizes.longest_q), length(sizes.longest_k)
     for_queries = pid < tl.cdiv(Sq, BLOCK)
     n = tl.where(for_queries, pid, pid - tl.cdiv(Sq, BLOCK))
-    q_blocks, q_above, q_cut = _count(cu_seqlens_q_ptr, n, B, Sq, sizes.longest_q)
+    q_blocks, q_above, q_cut = _count(cu_seqlens_q_ptr, n, B, Sq, longest_q)
     fits = q_blocks <= Sq // BLOCK + B
     if cu_seqlens_k_ptr is not None:
-        k_blocks, k_above, k_cut = _count(cu_seqlens_k_ptr, n, B, Sk, sizes.longest_k)
+        k_blocks, k_above, k_cut = _count(cu_seqlens_k_ptr, n, B, Sk, longest_k)
         fits &= k_blocks <= Sk // BLOCK + B
     t = n * BLOCK + tl.arange(0, BLOCK)
     if for_queries:
         if n == 0:
             tl.store(list_q_ptr, tl.where(fits, q_blocks, 0))
-        _list_blocks(list_q_ptr, cu_seqlens_q_ptr, n, q_above, Sq // BLOCK + B, B, Sq, sizes.longest_q)
-        unowned = _unowned(cu_seqlens_q_ptr, t, q_cut, B, Sq, sizes.longest_q) | ((t < Sq) & (fits == 0))
+        _list_blocks(list_q_ptr, cu_seqlens_q_ptr, n, q_above, Sq // BLOCK + B, B, Sq, longest_q)
+        unowned = _unowned(cu_seqlens_q_ptr, t, q_cut, B, Sq, longest_q) | ((t < Sq) & (fits == 0))
         if tl.max(unowned.to(tl.int32)) > 0:
             _fill(of_q_ptr, of_q_strides, sizes.Hq, n * BLOCK, unowned, OF_Q, FAR, BLOCK_OF_Q)
             if lse_ptr is not None:
@@ -144,8 +145,8 @@ def _tile_list_kernel(
         if list_k_ptr is not None:
             if n == 0:
                 tl.store(list_k_ptr, tl.where(fits, k_blocks, 0))
-            _list_blocks(list_k_ptr, cu_seqlens_k_ptr, n, k_above, Sk // BLOCK + B, B, Sk, sizes.longest_k)
-        unowned = _unowned(cu_seqlens_k_ptr, t, k_cut, B, Sk, sizes.longest_k) | ((t < Sk) & (fits == 0))
+            _list_blocks(list_k_ptr, cu_seqlens_k_ptr, n, k_above, Sk // BLOCK + B, B, Sk, longest_k)
+        unowned = _unowned(cu_seqlens_k_ptr, t, k_cut, B, Sk, longest_k) | ((t < Sk) & (fits == 0))
         if tl.max(unowned.to(tl.int32)) > 0:
             Hkv = sizes.Hq // sizes.group
             _fill(dk_ptr, dk_strides, Hkv, n * BLOCK, unowned, D, FAR, BLOCK_D)

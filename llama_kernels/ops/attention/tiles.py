@@ -74,27 +74,32 @@ def query_tile(list_ptr, turn, sizes, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def sequence(cu_seqlens_ptr, b, size, minus_longest):
+def length(argument):
+    """The number that `Sizes.as_arguments` passes less 2^31: all bits but the sign."""
+    return argument & 0x7FFFFFFF
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, b, size, longest):
     """First token and length of sequence b. size: tokens of the tensor.
 
-    cu_seqlens is clamped, so that no sequence reaches outside the tensor or is longer than -minus_longest
-    (`Sizes.as_arguments` says why that is negated).
+    cu_seqlens is clamped, so that no sequence reaches outside the tensor or is longer than `longest`.
     """
     start = tl.cast(0, tl.int64)
-    length = size
+    count = size
     if cu_seqlens_ptr is not None:
         first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), size)
         last = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), first), size)
         start = first.to(tl.int64)
-        length = tl.minimum(last - first, -minus_longest)
-    return start, length
+        count = tl.minimum(last - first, longest)
+    return start, count
 
 
 @triton.jit
 def sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes):
     """First token and length of the queries of sequence b, then of its keys. sizes: `Sizes.as_arguments`."""
-    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-    k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+    q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
+    k_start, Sk = sequence(cu_seqlens_k_ptr, b, length(sizes.Sk), length(sizes.longest_k))
     return q_start, Sq, k_start, Sk
 
 
@@ -108,10 +113,10 @@ def key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N: tl.constexpr):
     if list_ptr is None:
         pid = tl.program_id(0)
         n, h_kv, b = pid // (Hkv * sizes.B) * BLOCK_N, pid % Hkv, pid // Hkv % sizes.B
-        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+        k_start, Sk = sequence(cu_seqlens_k_ptr, b, length(sizes.Sk), length(sizes.longest_k))
     else:
         h_kv, b, block, place = listed(list_ptr, turn, Hkv, BLOCK_N)
-        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+        k_start, Sk = sequence(cu_seqlens_k_ptr, b, length(sizes.Sk), length(sizes.longest_k))
         n = (tl.cdiv(Sk, BLOCK) - 1 - block) * BLOCK + place * BLOCK_N
     return n, h_kv, b, k_start, Sk
 

@@ -45,7 +45,7 @@ from llama_kernels.ops.attention.masks import Mask, visible
 from llama_kernels.ops.attention.rounding import round_launch
 from llama_kernels.ops.attention.softmax import logits
 from llama_kernels.ops.attention.tile_list import TileLists, programs_for
-from llama_kernels.ops.attention.tiles import key_tile, sequence, tiles_of_program
+from llama_kernels.ops.attention.tiles import key_tile, length, sequence, tiles_of_program
 from llama_kernels.ops.rotation import Rotation
 
 
@@ -245,7 +245,7 @@ def _hopper_backward_kernel(
     """
     if tiles_of_program(list_ptr, sizes.Hq // sizes.group, 128, False) > 0:
         n, h_kv, b, k_start, Sk = key_tile(list_ptr, 0, sizes, cu_seqlens_k_ptr, 128)
-        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
+        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         walk = row_walk(Mask(Sk - Sq, window.left, window.right, None, None, Sk), n, Sq, 64, 128)
         heads, padded_start = b * sizes.Hq, 0
         if cu_seqlens_q_ptr is not None:

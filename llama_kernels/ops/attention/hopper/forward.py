@@ -38,7 +38,7 @@ from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import logits
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
-from llama_kernels.ops.attention.tiles import offset, query_tile, sequence, tiles_of_program
+from llama_kernels.ops.attention.tiles import length, offset, query_tile, sequence, tiles_of_program
 
 # Whether two registers are left for `kv_end` at width 256 with a window. From Triton 3.9 on they are not.
 _ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
@@ -237,8 +237,8 @@ def _hopper_forward_kernel(
     """
     if tiles_of_program(list_ptr, sizes.Hq, 128, False) > 0:
         m, h, b = query_tile(list_ptr, 0, sizes, 128)
-        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, sizes.longest_q)
-        k_start, Sk = sequence(cu_seqlens_k_ptr, b, -sizes.Sk, sizes.longest_k)
+        q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
+        k_start, Sk = sequence(cu_seqlens_k_ptr, b, length(sizes.Sk), length(sizes.longest_k))
         mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
         walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), window.left, Sk, BLOCK_N)
         place = Place(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
