@@ -22,7 +22,7 @@ import torch
 import llama_kernels as lk
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import dispatch, hopper, masks, tiles
-from llama_kernels.ops.attention.call import AttentionCall, Wanted
+from llama_kernels.ops.attention.call import AttentionCall, Sizes, Wanted
 from llama_kernels.ops.attention.hopper import schedule, switch
 from llama_kernels.ops.attention.hopper import tables as hopper_tables
 from llama_kernels.ops.attention.hopper.tables import TILES, HopperTile
@@ -146,6 +146,50 @@ def test_each_tile_of_queries_has_one_program_the_longest_first(B, Hq, Sq):
         (h, b) for h in range(Hq) for b in range(B)
     }
     assert [m for m, _, _ in found] == sorted((m for m, _, _ in found), reverse=True)
+
+
+def key_tiles(B: int, Hkv: int, tiles_a_head: int, at_once: int | None) -> list[tuple[int, int, int]]:
+    """First key, key head and batch of every program of a dense batch."""
+    programs, found = B * Hkv * tiles_a_head, []
+    sizes = types.SimpleNamespace(B=B, Hq=3 * Hkv, group=3, Sk=128 * tiles_a_head - 2**31, longest_k=0)
+    for pid in range(programs):
+        tl = types.SimpleNamespace(
+            num_programs=lambda _: programs, program_id=lambda _, pid=pid: pid, minimum=min, int64=int,
+            cast=lambda x, dtype: dtype(x),
+        )  # fmt: skip
+        n, h_kv, b, _, Sk = plain(masks, tiles, schedule, tl=tl).key_tile(None, 0, sizes, None, 128, at_once)
+        assert Sk == 128 * tiles_a_head
+        found.append((n, h_kv, b))
+    return found
+
+
+@pytest.mark.parametrize("B, Hkv, tiles_a_head", [(1, 1, 1), (2, 3, 5), (1, 8, 4), (3, 2, 1)])
+@pytest.mark.parametrize("at_once", [None, 1, 2, 4, 6, 8])
+def test_each_tile_of_keys_has_one_program_a_few_heads_at_a_time(B, Hkv, tiles_a_head, at_once):
+    found = key_tiles(B, Hkv, tiles_a_head, at_once)
+    assert len(set(found)) == len(found) == B * Hkv * tiles_a_head
+    assert {n for n, _, _ in found} == {128 * t for t in range(tiles_a_head)}
+    assert {(b, h) for _, h, b in found} == {(b, h) for b in range(B) for h in range(Hkv)}
+    heads = at_once or B * Hkv
+    for first in range(0, B * Hkv, heads):
+        here = found[first * tiles_a_head : (first + heads) * tiles_a_head]
+        assert {b * Hkv + h for _, h, b in here} == set(range(first, min(first + heads, B * Hkv)))
+        assert [n for n, _, _ in here] == sorted(n for n, _, _ in here)  # the first keys, which most rows see
+
+
+@pytest.mark.parametrize(
+    "B, Hq, Hkv, S, width, heads",
+    [
+        (2, 32, 8, 8192, 128, 2),  # one head would fit into L2, and would leave half of an H100 idle
+        (4, 32, 8, 1024, 128, 12),
+        (1, 32, 8, 1024, 128, 8),  # all there are
+        (1, 2, 1, 10**6, 64, 1),
+        (0, 2, 1, 64, 64, 1),
+    ],
+)
+def test_as_many_heads_at_a_time_as_fit_into_l2(B, Hq, Hkv, S, width, heads):
+    sizes = Sizes(B, Hq, Hq // Hkv, S, S, S, S)
+    assert hopper.backward.heads_at_once(sizes, width) == heads
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------

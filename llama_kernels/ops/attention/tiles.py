@@ -104,15 +104,23 @@ def sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes):
 
 
 @triton.jit
-def key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N: tl.constexpr):
+def key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N: tl.constexpr, at_once=None):
     """First key, key head and batch of a tile, as `query_tile`, and first token and number of keys of its sequence.
 
-    The first keys come first, since under a causal mask the most rows see them.
+    The first keys come first, since under a causal mask the most rows see them. Heads run fastest, of a dense batch the
+    first `at_once` of all sequences' key heads, then the next; None: all.
     """
     Hkv = sizes.Hq // sizes.group
     if list_ptr is None:
-        pid = tl.program_id(0)
-        n, h_kv, b = pid // (Hkv * sizes.B) * BLOCK_N, pid % Hkv, pid // Hkv % sizes.B
+        pid, heads = tl.program_id(0), Hkv * sizes.B
+        first = 0
+        if at_once is not None:
+            tiles = tl.num_programs(0) // heads
+            first = pid // (at_once * tiles) * at_once
+            pid -= first * tiles
+            heads = tl.minimum(at_once, heads - first)
+        n, head = pid // heads * BLOCK_N, first + pid % heads
+        h_kv, b = head % Hkv, head // Hkv
         k_start, Sk = sequence(cu_seqlens_k_ptr, b, length(sizes.Sk), length(sizes.longest_k))
     else:
         h_kv, b, block, place = listed(list_ptr, turn, Hkv, BLOCK_N)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from llama_kernels.ops.attention.hopper import backward
 from llama_kernels.ops.attention.hopper.tables import TILES
 from tests.support.attention import Case, check
 from tests.support.environment import compiles
@@ -35,16 +36,25 @@ def on_the_machine() -> Iterator[None]:
 @pytest.mark.parametrize("tile", TILES["forward"], ids=str)
 def test_every_tile_is_run(tile):
     """Rows and keys that fill tiles, and some that are left over."""
-    case, backward = Case(1, 1, 1, 130, 130, tile.width, tile.width), TILES["backward"]
+    case, gradients = Case(1, 1, 1, 130, 130, tile.width, tile.width), TILES["backward"]
     with on_the_machine(), kernels_launched() as launches:
         check(case, torch.float16, CPU)
     ran = {launched.name: launched.options for launched in launches}
     options = ran["_hopper_forward_kernel"]
     assert (options["BLOCK_N"], options["STAGES"]) == (tile.BLOCK_N, tile.STAGES)
-    of_backward = [other for other in backward if other.width == tile.width]
+    of_backward = [other for other in gradients if other.width == tile.width]
     assert ("_hopper_backward_kernel" in ran) == bool(of_backward)
     assert all(ran["_hopper_backward_kernel"]["STAGES"] == other.STAGES for other in of_backward)
-    assert {other.width for other in backward} <= {other.width for other in TILES["forward"]}
+    assert {other.width for other in gradients} <= {other.width for other in TILES["forward"]}
+
+
+@compiles
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_gradients_of_a_few_heads_at_a_time(at_once, monkeypatch):
+    """By default a batch as small as this has all heads at a time."""
+    monkeypatch.setattr(backward, "heads_at_once", lambda sizes, width: at_once)
+    with on_the_machine():
+        check_of_hopper_kernels(Case(1, 3, 3, 40, 150, 64, 64), torch.float16, CPU)
 
 
 @compiles

@@ -17,7 +17,7 @@ import torch
 from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
-from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs
+from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs, Sizes
 from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -231,7 +231,7 @@ def _consume(buffers, bars, place, walk, scoring, window, C: gl.constexpr, SHARE
 def _hopper_backward_kernel(
     q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, dq_desc, dk_desc, dv_desc,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, list_ptr,
-    sizes, scoring, window,
+    sizes, scoring, window, at_once,
     PADDING: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk = dS^T @ q scale and dv = P^T @ do of 128 keys of one key head, summed over its query heads; dq += dS @ k.
@@ -244,7 +244,7 @@ def _hopper_backward_kernel(
     each visible pair.
     """
     if tiles_of_program(list_ptr, sizes.Hq // sizes.group, 128, False) > 0:
-        n, h_kv, b, k_start, Sk = key_tile(list_ptr, 0, sizes, cu_seqlens_k_ptr, 128)
+        n, h_kv, b, k_start, Sk = key_tile(list_ptr, 0, sizes, cu_seqlens_k_ptr, 128, at_once)
         q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         walk = row_walk(Mask(Sk - Sq, window.left, window.right, None, None, Sk), n, Sq, 64, 128)
         heads, padded_start = b * sizes.Hq, 0
@@ -279,6 +279,18 @@ def _hopper_backward_kernel(
 
 # --- launcher --------------------------------------------------------------------------------------------------------
 
+_L2 = 50 * 2**20  # bytes, of an H100
+
+
+def heads_at_once(sizes: Sizes, width: int) -> int:
+    """How many key heads the programs of a dense batch work on at a time: those whose rows L2 holds, and at least two.
+
+    A row is q, do and the float32 sum of dq, to which every tile of keys adds. With all heads at a time an H100 reads
+    and writes most of the sums in memory, which takes a fifth longer (docs/lab/2026-11-27-second_gpu.md).
+    """
+    bytes_a_head = sizes.group * sizes.Sq * width * (2 + 2 + 4)
+    return min(max(_L2 // max(bytes_a_head, 1), 2), max(sizes.B * sizes.Hkv, 1))
+
 
 @cached_launch
 def _launches(
@@ -294,6 +306,7 @@ def _launches(
         describe_rows(rows.lse2, 64), describe_rows(rows.delta, 64),
         describe(dq_sum, 64, 64), describe(dk_sum, 64, tile.width), describe(dv, 64, tile.width),
         call.cu_seqlens_q, call.cu_seqlens_k, list_k, sizes.as_arguments(), call.scoring, call.window,
+        None if lists else heads_at_once(sizes, tile.width),
     )  # fmt: skip
     options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
     programs = cdiv(sizes.Sk, 128) * sizes.B * sizes.Hkv

@@ -47,8 +47,9 @@ TILES = {
         HopperTile(256, 128, 64, 2, Record(_H100.format(669, 510, 632), (3, 6))),
     ),
     # Two groups of 64 keys. dk and dv take 128 of 240 registers, scores and their gradients 64; more rows per step
-    # spill. At width 256, dk and dv alone would take all registers. On an H100 the portable backward, whose gradients
-    # repeat bit for bit, is as fast at width 128, and an eighth slower at 64.
+    # spill. At width 256, dk and dv alone would take all registers. On an H100 they are 14 to 26% faster than the
+    # portable backward, but only the gradients of that repeat bit for bit, so that is the default
+    # (docs/lab/2026-11-27-second_gpu.md).
     "backward": (HopperTile(64, 64, 128, 2), HopperTile(128, 64, 128, 2)),
 }
 
