@@ -130,7 +130,7 @@ def test_blocks_between_the_prefix_and_kv_start_are_not_read(device):
 
 @pytest.mark.parametrize("case, dtype", with_dtypes(DECODING), ids=str)
 def test_few_queries_split_over_the_keys(case, dtype, device, monkeypatch):
-    monkeypatch.setattr(decode, "chunk_of", lambda Sk: CHUNK)
+    monkeypatch.setattr(decode, "chunk_of", lambda Sk, Hkv: CHUNK)
     with kernels_launched() as launches:
         check(case, dtype, device, tile=Tile(32, 16, 4, 1))
     ran = names(launches)
@@ -152,8 +152,11 @@ def test_calls_of_few_queries_and_many_keys_are_split():
     assert takes(32, 8, 32, 4096) and takes(64, 2, 4, 4096)
     assert not takes(32, 8, 1, 256) and not takes(32, 8, 33, 4096) and not takes(64, 2, 5, 4096)
     assert not takes(0, 0, 1, 4096)
-    chunks = [decode.chunk_of(Sk) for Sk in (257, 4096, 16384, 16385, 32768, 131072)]
-    assert chunks == [256, 256, 256, 512, 512, 1024]
+    lengths = (257, 4096, 4097, 8192, 16384, 16385, 32768, 131072)
+    chunks = {Hkv: [decode.chunk_of(Sk, Hkv) for Sk in lengths] for Hkv in (0, 1, 4, 8, 40)}
+    assert chunks[0] == chunks[1] == [256, 256, 256, 256, 256, 512, 512, 1024]
+    assert chunks[4] == [256, 256, 256, 256, 512, 1024, 1024, 1024]
+    assert chunks[8] == chunks[40] == [256, 256, 512, 512, 1024, 1024, 1024, 1024]
 
 
 @pytest.mark.corpus(35)

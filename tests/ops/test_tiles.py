@@ -214,7 +214,7 @@ def test_gradients_are_rotated_back_in_every_tile(run, device):
 def test_every_tile_of_decoding_is_right(run, rows, device, monkeypatch):
     """A chunk of two whole blocks, and one that ends within its second; as few rows as there are, and the most."""
     tile = dict(run.tiles)["decode"]
-    monkeypatch.setattr(decode, "chunk_of", lambda Sk: 2 * tile.BLOCK_N)
+    monkeypatch.setattr(decode, "chunk_of", lambda Sk, Hkv: 2 * tile.BLOCK_N)
     case = Case(1, 4 if rows > 1 else 1, 1, -(-rows // 4), 3 * tile.BLOCK_N + 5, run.width, run.DV)
     with kernels_launched() as launches:
         attention_cases.check(case, run.dtype, device, tile={"decode": tile}, gradients=False)

@@ -270,7 +270,7 @@ many_keys = functools.partial(
 
 def decoding() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "chunk_of", lambda Sk: attention_cases.CHUNK)
+        patch.setattr(decode, "chunk_of", lambda Sk, Hkv: attention_cases.CHUNK)
         patch.setattr(combine, "_CHUNKS_PER_STEP", 2)
         attention(attention_cases.Case(1, 4, 2, 2, 150, 32, 32), gradients=False)
 

@@ -24,14 +24,16 @@ TILE_ROWS = 32  # query rows of a program, of one key head
 MOST_ROWS, MOST_QUERIES = 128, 32
 
 
-def chunk_of(Sk: int) -> int:
-    """Keys per program: 256 to 1,024; up to 32,768 keys there are at most 64 chunks.
+def chunk_of(Sk: int, Hkv: int) -> int:
+    """Keys per program: 256 to 1,024.
 
-    It depends on Sk alone, so that the same query and keys give the same bits in any batch and on any GPU. Eight key
-    heads of 64 chunks are 512 programs, enough for any GPU. A chunk of 256 keys, 128 KiB of k and v at D = 128 in half
-    precision, is 64 times the size of one row of its result.
+    It depends on Sk and Hkv alone, so that the same query and keys give the same bits in any batch and on any GPU.
+    Between these limits there are 16 chunks of each of eight or more key heads: 128 programs a sequence, about as many
+    as a GPU has SMs. With fewer heads there are more chunks, at most 64. A chunk of 256 keys, 128 KiB of k and v at
+    D = 128 in half precision, is 64 times the size of one row of its result.
     """
-    return min(max(next_power_of_2(cdiv(Sk, 64)), 256), 1024)
+    chunks = min(max(128 // max(Hkv, 1), 16), 64)
+    return min(max(next_power_of_2(cdiv(Sk, chunks)), 256), 1024)
 
 
 def fits_decode(q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -133,7 +135,7 @@ def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]
             q, k, v, part, lse2, call.kv_start, call.kv_end, call.kv_prefix, key_mask,
             *map(strides_of, (q, k, v, part, lse2)), *call.bound_strides,
             None if key_mask is None else key_mask.stride(0),
-            sizes, call.scoring, call.window, chunk_of(sizes.Sk),
+            sizes, call.scoring, call.window, chunk_of(sizes.Sk, sizes.Hkv),
         ),
         {**widths, "FAR": far(k, v), "SEVERAL": rows > BLOCK_M, **options},
     )  # fmt: skip
@@ -144,7 +146,7 @@ def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]
 def launch_decode(call: AttentionCall, key_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of a dense call that `fits_decode`. key_mask: (B, Sk) bool, its last dimension contiguous."""
     o, lse = empty_outputs(call)
-    chunks = max(cdiv(call.longest_k, chunk_of(call.longest_k)), 1)
+    chunks = max(cdiv(call.longest_k, chunk_of(call.longest_k, call.k.shape[1])), 1)
     part = lse.new_empty(*lse.shape, chunks * o.shape[-1])
     lse2 = lse.new_empty(*lse.shape, chunks)
     _launches(call, part, lse2, o, lse, key_mask)

@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 def forward(call: AttentionCall, family: str | None = None) -> Choice:
     """The kernel for the forward of `call`. family: of GPUs; None: that of the call's device."""
     q, k, Sk = call.q, call.k, call.longest_k
-    if call.cu_seqlens_q is None and decode.fits_decode(q, k) and Sk > decode.chunk_of(Sk):
+    if call.cu_seqlens_q is None and decode.fits_decode(q, k) and Sk > decode.chunk_of(Sk, k.shape[1]):
         return DECODE
     if split := split_of(call):
         return Choice("portable", "few row tiles and many keys, which are split over the programs", split=split)
