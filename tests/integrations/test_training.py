@@ -81,7 +81,13 @@ def test_virtual_tokens_train(kind, side, when):
     sizes = {"adapter_len": 4, "adapter_layers": 2} if kind == "AdaptionPromptConfig" else {"num_virtual_tokens": 5}
     config = getattr(peft, kind)(task_type="CAUSAL_LM", **sizes)
     run = logits_and_gradients(tokens(), padding_mask(tokens(), side), use_cache=kind == "PrefixTuningConfig")
-    compare_with_stock(with_adapter(config, when), with_adapter(config, None), run)
+    ours, stock = with_adapter(config, when), with_adapter(config, None)
+    for name, parameter in (*ours.named_parameters(), *stock.named_parameters()):
+        # With gates near 0 their gradients, two numbers, are nearly all of the norm of all gradients. The error of two
+        # numbers is a matter of chance.
+        if name.endswith("adaption_gate"):
+            torch.nn.init.constant_(parameter, 2.0)
+    compare_with_stock(ours, stock, run)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

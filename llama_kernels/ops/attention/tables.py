@@ -230,7 +230,11 @@ _FLOAT32 = {
 # of the scores more than once. 576 columns take a tile of 1,024.
 _WIDE_DKDV, _FEWER_KEYS = Tile(32, 64, 8, 1, split=True), Tile(32, 32, 8, 1, split=True)  # on sm_90
 _WIDE_HALF = {
-    ("sm_90", "forward"): (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+    # From Triton 3.7 on, 32 keys of 576 columns spill 16 bytes with all options and a prefix.
+    ("sm_90", "forward"): (
+        Tile(32, 64, 8, 1),
+        Tile(32, 32, 8, 1, newer=Tile(32, 32, 8, 1, with_prefix=Tile(32, 16, 8, 1)), since=(3, 7)),
+    ),
     ("sm_90", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
     # Triton 3.8 alone waits for each product where options take registers.
     ("sm_90", "dkdv"): (
