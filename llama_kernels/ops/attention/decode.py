@@ -17,7 +17,7 @@ from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.masks import Mask, key_blocks
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import load_bound, load_prefix, matrix
+from llama_kernels.ops.attention.tiles import Keys, load_bound, load_prefix, matrix
 
 TILE_ROWS = 32  # query rows of a program, of one key head
 # The most query rows per key head, and the most queries. With more, the forward kernel fills its tiles and the GPU.
@@ -99,14 +99,15 @@ def _decode_kernel(
         tl.full([BLOCK_M], float("-inf"), tl.float32),
     )
     K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
+    of_chunk = Keys(K, V, mask, i, seen)
     if kv_prefix_ptr is not None:
         prefix_end = tl.minimum(c * chunk + chunk, seen.prefix_end)
         state = attend(
-            state, q, K, V, mask, i, seen, c * chunk, prefix_end, scoring,
+            state, q, of_chunk, c * chunk, prefix_end, scoring,
             D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
         )  # fmt: skip
     state = attend(
-        state, q, K, V, mask, i, seen, begin, end, scoring,
+        state, q, of_chunk, begin, end, scoring,
         D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
 class Rows(NamedTuple):
-    """What dk and dv read of the query rows: pointers, and strides of batch, head and token."""
+    """What dk and dv read of the query rows of a sequence: pointers, strides of batch, head and token, and where."""
 
     q_ptr: tl.tensor
     do_ptr: tl.tensor
@@ -34,6 +34,10 @@ class Rows(NamedTuple):
     q_strides: tl.tuple
     do_strides: tl.tuple
     delta_strides: tl.tuple  # also of lse2
+    b: tl.tensor
+    start: tl.tensor
+    padded_start: tl.tensor  # in lse2 and delta
+    Sq: tl.tensor
 
 
 class Bounds(NamedTuple):
@@ -98,11 +102,11 @@ def _with_rows_of_prefix(
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k, v, rows, bounds, mask, j, b, h_kv, group, q_start, padded_start, Sq, begin, end, scoring,
+    dk, dv, k, v, rows, bounds, mask, j, heads, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv after the row blocks in [begin, end) of every head of the group. Scores are transposed: [keys, rows].
+    """dk and dv after the row blocks in [begin, end) of a range of heads. Scores are transposed: [keys, rows].
 
     Rows past Sq add nothing, since their lse2 is inf and so their p is 0. Keys past Sk are never stored.
     If there is a mask, every block computes it. Separate loops for the blocks at its edges would cost more: registers,
@@ -110,10 +114,10 @@ def _add_dkdv(
     """
     BOUNDED: tl.constexpr = bounds.start_ptr is not None or bounds.end_ptr is not None
     MASKED: tl.constexpr = mask.left is not None or mask.right is not None or BOUNDED
-    for h in tl.range(h_kv * group, h_kv * group + group, disable_licm=True):
-        Q = matrix(rows.q_ptr, rows.q_strides, b, h, q_start)
-        DO = matrix(rows.do_ptr, rows.do_strides, b, h, q_start)
-        padded = offset(rows.delta_strides, b, h, padded_start)
+    b, start, Sq = rows.b, rows.start, rows.Sq
+    for h in tl.range(heads[0], heads[1], disable_licm=True):
+        Q, DO = matrix(rows.q_ptr, rows.q_strides, b, h, start), matrix(rows.do_ptr, rows.do_strides, b, h, start)
+        padded = offset(rows.delta_strides, b, h, rows.padded_start)
         for m in tl.range(begin, end, BLOCK_M, disable_licm=True):
             i = m + tl.arange(0, BLOCK_M)
             zero = zero_of_step(m)
@@ -125,11 +129,9 @@ def _add_dkdv(
             dp = dot(v, tl.trans(do), tl.zeros_like(qk) - delta[None, :])
             see = None
             if MASKED:
-                kv_start = load_bound(
-                    bounds.start_ptr, bounds.start_strides, b, q_start, i[None, :], Sq
-                )  # [1, BLOCK_M]
-                kv_end = load_bound(bounds.end_ptr, bounds.end_strides, b, q_start, i[None, :], Sq)
-                prefix = load_bound(bounds.prefix_ptr, bounds.prefix_strides, b, q_start, i[None, :], Sq)
+                kv_start = load_bound(bounds.start_ptr, bounds.start_strides, b, start, i[None, :], Sq)  # [1, BLOCK_M]
+                kv_end = load_bound(bounds.end_ptr, bounds.end_strides, b, start, i[None, :], Sq)
+                prefix = load_bound(bounds.prefix_ptr, bounds.prefix_strides, b, start, i[None, :], Sq)
                 own = Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None, None, prefix)
                 see = visible(own, i[None, :], j)
             p, ds = probs_and_score_grads(qk, dp, lse2[None, :], see, scoring)
@@ -189,9 +191,12 @@ def _dkdv_kernel(
             padded = padded_start(cu_seqlens_q_ptr, b, q_start)
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-            rows = Rows(q_ptr, do_ptr, lse2_ptr, delta_ptr, q_strides, do_strides, delta_strides)
+            rows = Rows(
+                q_ptr, do_ptr, lse2_ptr, delta_ptr, q_strides, do_strides, delta_strides, b, q_start, padded, Sq
+            )  # fmt: skip
+            heads = (h_kv * sizes.group, h_kv * sizes.group + sizes.group)
             dk, dv = _add_dkdv(
-                dk, dv, k, v, rows, bounds, mask, j, b, h_kv, sizes.group, q_start, padded, Sq, begin, end, scoring,
+                dk, dv, k, v, rows, bounds, mask, j, heads, begin, end, scoring,
                 D, DV, FAR, BLOCK_M, BLOCK_D, BLOCK_DV, NEED_DK=dk_ptr is not None, NEED_DV=dv_ptr is not None,
             )  # fmt: skip
             if dk_ptr is not None:

@@ -9,6 +9,7 @@ from llama_kernels.ops.attention.delta import padded_start
 from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import probs_and_score_grads
 from llama_kernels.ops.attention.tiles import (
+    Keys,
     columns_of,
     load_bound,
     load_prefix,
@@ -34,26 +35,27 @@ class Rows(NamedTuple):
 
 @triton.jit
 def _add_dq(
-    dq, rows, K, V, mask, i, blocks, begin, end, scoring,
+    dq, rows, keys, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq [BLOCK_M, COLUMNS] from column FIRST on, after the key blocks in [begin, end), which are some of `blocks`."""
+    """dq [BLOCK_M, COLUMNS] from column FIRST on, after the key blocks in [begin, end), some of `keys.blocks`."""
+    mask, blocks = keys.mask, keys.blocks
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
     prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
+        k = load_tile(keys.K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(keys.V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
         qk = dot(rows.q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         dp = dot(rows.do, tl.trans(v), tl.zeros_like(qk) - rows.delta)
         see = None
         if MASKED:
-            see = visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :])
+            see = visible(mask, keys.i, n + tl.arange(0, BLOCK_N)[None, :])
         _, ds = probs_and_score_grads(qk, dp, rows.lse2, see, scoring)
         columns = k
         if COLUMNS != BLOCK_D:
-            columns = load_tile(columns_of(K, FIRST), n, limit, D - FIRST, FAR, BLOCK_N, COLUMNS, floor, prefix)
+            columns = load_tile(columns_of(keys.K, FIRST), n, limit, D - FIRST, FAR, BLOCK_N, COLUMNS, floor, prefix)
         dq = dot(cast(ds, k.dtype), columns, dq)
     return dq
 
@@ -96,27 +98,28 @@ def _dq_kernel(
             rows = Rows(q, do, lse2=tl.load(lse2_ptr + padded), delta=tl.load(delta_ptr + padded))
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
+            keys = Keys(K, V, mask, i, blocks)
             dq = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
             if kv_prefix_ptr is not None:
                 dq = _add_dq(
-                    dq, rows, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
+                    dq, rows, keys, 0, blocks.prefix_full, scoring,
                     D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=False,
                 )  # fmt: skip
                 dq = _add_dq(
-                    dq, rows, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
+                    dq, rows, keys, blocks.prefix_full, blocks.prefix_end, scoring,
                     D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
                 )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
                 dq = _add_dq(
-                    dq, rows, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
+                    dq, rows, keys, blocks.begin, blocks.full_begin, scoring,
                     D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
                 )  # fmt: skip
             dq = _add_dq(
-                dq, rows, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
+                dq, rows, keys, blocks.full_begin, blocks.full_end, scoring,
                 D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=False,
             )  # fmt: skip
             dq = _add_dq(
-                dq, rows, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
+                dq, rows, keys, blocks.full_end, blocks.end, scoring,
                 D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
             )  # fmt: skip
             dq = dq * scoring.scale

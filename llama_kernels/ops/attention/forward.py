@@ -16,6 +16,7 @@ from llama_kernels.ops.attention.masks import Mask, key_blocks, within
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for, tile_lists, walks
 from llama_kernels.ops.attention.tiles import (
+    Keys,
     load_bound,
     load_prefix,
     load_tile,
@@ -73,30 +74,31 @@ def _forward_kernel(
             q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
+            keys = Keys(K, V, mask, i, blocks)
             peak, mass = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
             if sinks_ptr is not None:  # one more logit, whose value is 0
                 peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
             state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
             if kv_prefix_ptr is not None:
                 state = attend(
-                    state, q, K, V, mask, i, blocks, 0, blocks.prefix_full, scoring,
+                    state, q, keys, 0, blocks.prefix_full, scoring,
                     D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False,
                 )  # fmt: skip
                 state = attend(
-                    state, q, K, V, mask, i, blocks, blocks.prefix_full, blocks.prefix_end, scoring,
+                    state, q, keys, blocks.prefix_full, blocks.prefix_end, scoring,
                     D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
                 )  # fmt: skip
             if window.left is not None or kv_start_ptr is not None:
                 state = attend(
-                    state, q, K, V, mask, i, blocks, blocks.begin, blocks.full_begin, scoring,
+                    state, q, keys, blocks.begin, blocks.full_begin, scoring,
                     D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
                 )  # fmt: skip
             state = attend(
-                state, q, K, V, mask, i, blocks, blocks.full_begin, blocks.full_end, scoring,
+                state, q, keys, blocks.full_begin, blocks.full_end, scoring,
                 D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False,
             )  # fmt: skip
             state = attend(
-                state, q, K, V, mask, i, blocks, blocks.full_end, blocks.end, scoring,
+                state, q, keys, blocks.full_end, blocks.end, scoring,
                 D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
             )  # fmt: skip
 

@@ -58,21 +58,22 @@ def add_values(acc, p, shrink, v):
 
 @triton.jit
 def attend(
-    state, q, K, V, mask, i, blocks, begin, end, scoring,
+    state, q, keys, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """`state` after the key blocks in [begin, end), which are some of `blocks`."""
+    """`state` after the key blocks in [begin, end), which are some of `keys.blocks`."""
+    mask, blocks = keys.mask, keys.blocks
     limit = blocks.end if MASKED else None
     floor = blocks.first if MASKED and mask.kv_start is not None else None
     prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
+        k = load_tile(keys.K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
         s = logits(dot(q, tl.trans(k)), scoring)  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            s = tl.where(visible(mask, i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
+            s = tl.where(visible(mask, keys.i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
         p, shrink, mass, peak = online_softmax_step(state, s, scoring.unit, MASKED)
-        v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
+        v = load_tile(keys.V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
         state = SoftmaxState(add_values(state.acc, p, shrink, v), mass, peak)
     return state
 

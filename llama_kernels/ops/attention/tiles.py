@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llama_kernels.core.language import INTERPRETED, TRITON_VERSION, cast, tl, triton
-from llama_kernels.ops.attention.masks import both
+from llama_kernels.ops.attention.masks import KeyBlocks, Mask, both
 
 # Tokens of a block of a packed sequence. The rows or keys of every tile divide it.
 BLOCK: tl.constexpr = tl.constexpr(128)
@@ -24,6 +24,16 @@ class Matrix(NamedTuple):
 
     base: tl.tensor
     stride: tl.tensor
+
+
+class Keys(NamedTuple):
+    """The keys that a tile of query rows reads, and which of them each row sees."""
+
+    K: Matrix
+    V: Matrix
+    mask: Mask
+    i: tl.tensor  # the rows, [BLOCK_M, 1]
+    blocks: KeyBlocks
 
 
 @triton.jit
