@@ -63,6 +63,7 @@ _FEW_ROWS = Tile(32, 128, 8, 2)
 
 # For dq on sm_90, at widths 128 and 256.
 _DQ = Tile(128, 64, 8, 3, roomy=True, crowded=Tile(128, 64, 8, 2))
+_DQ_3_9 = replace(_DQ, with_prefix=Tile(128, 32, 8, 3))
 _WIDER_DQ = Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))
 _WIDER_DQ_3_8 = replace(_WIDER_DQ, crowded=Tile(128, 16, 8, 2), with_prefix=Tile(32, 32, 4, 2), newer=_WIDER_DQ)
 
@@ -83,7 +84,7 @@ _HALF = {
     # 168 bytes with options that take registers, at widths 128 and 256.
     ("sm_90", "dq"): (
         Tile(64, 64, 4, 3, roomy=True, crowded=Tile(128, 64, 8, 2)),
-        replace(_DQ, newer=replace(_DQ, crowded=Tile(128, 64, 8, 1), newer=_DQ), since=(3, 8)),
+        replace(_DQ, newer=replace(_DQ, crowded=Tile(128, 64, 8, 1), newer=_DQ_3_9), since=(3, 8)),
         Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8, since=(3, 8)),
     ),
     # dk and dv are the larger accumulators. At width 128 a program keeps 128 keys and streams the rows in blocks of 64:
@@ -163,7 +164,7 @@ _HALF = {
     ),
     # Decoding waits for memory, so its at most 32 rows leave room for two or more programs on an SM, each of which
     # loads its next keys meanwhile. BLOCK_M is the largest; a call takes the power of two that holds its rows.
-    ("sm_90", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
+    ("sm_90", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3, newer=Tile(32, 64, 4, 2)), Tile(32, 64, 8, 2)),
     ("sm_80", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
     ("sm_86", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
     ("sm_100", "decode"): (Tile(32, 64, 4, 4), Tile(32, 64, 4, 4), Tile(32, 32, 8, 4)),
@@ -180,7 +181,11 @@ _FLOAT32 = {
         Tile(64, 64, 16, 1, with_prefix=Tile(64, 16, 16, 1)),
         Tile(16, 32, 8, 1),
     ),
-    ("sm_90", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
+    ("sm_90", "dq"): (
+        Tile(64, 32, 8, 1),
+        Tile(64, 64, 16, 1, newer=Tile(64, 64, 16, 1, with_prefix=Tile(64, 32, 16, 1))),
+        Tile(16, 32, 8, 1),
+    ),
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (
         Tile(32, 32, 4, 1),
@@ -211,7 +216,7 @@ _FLOAT32 = {
     ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
     ("sm_90", "decode"): (
-        Tile(32, 32, 16, 1),
+        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1)),
         Tile(32, 16, 8, 1),
         Tile(32, 32, 16, 1),
     ),

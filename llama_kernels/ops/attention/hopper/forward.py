@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama_kernels.core.language import LN2, LOG2E, TRITON_VERSION
+from llama_kernels.core.language import LN2, LOG2E
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv
 from llama_kernels.ops.attention.call import AttentionCall, lse_strides
@@ -39,9 +39,6 @@ from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import logits
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
 from llama_kernels.ops.attention.tiles import length, offset, query_tile, sequence, tiles_of_program
-
-# Whether two registers are left for `kv_end` at width 256 with a window. From Triton 3.9 on they are not.
-_ROOM: gl.constexpr = gl.constexpr(TRITON_VERSION < (3, 9))
 
 
 class Place(NamedTuple):
@@ -178,11 +175,7 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     i = m + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
-    # The number of keys is the kv_end of every row. This saves a compare for each element and takes a register per row.
-    if _ROOM or D < 256 or window.left is None:
-        mask = Mask(shift, window.left, window.right, None, Sk, None)
-    else:
-        mask = Mask(shift, window.left, window.right, None, None, Sk)
+    mask = Mask(shift, window.left, window.right, None, None, Sk)
     peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     mass = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
     if sink_ptr is not None:  # one more logit, whose value is 0
