@@ -1,8 +1,9 @@
 """The minimum of three integers, in PTX: ptxas drops a minus there.
 
 Hopper and Blackwell GPUs have one instruction for min(min(x, y), z), VIMNMX3, and for max. Where x or y is minus a
-kernel argument, ptxas 12.8 to 13.0 gives this instruction the argument itself, without the minus; it also drops abs.
-The machine code does not show that anything is missing, so this looks for the pattern in PTX, of which it is made.
+kernel argument, ptxas 12.8 to 13.0 gives this instruction the argument itself, without the minus; it also drops abs, to
+13.3 (pytorch#190973). The machine code does not show that anything is missing, so this looks for the pattern in PTX, of
+which it is made.
 """
 
 from __future__ import annotations

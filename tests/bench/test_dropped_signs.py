@@ -21,6 +21,7 @@ def at_risk(code: str) -> list[str]:
 
 
 # For sm_90, ptxas 12.8 keeps the sign in the second group of programs, and drops it in the first.
+@pytest.mark.corpus(87)
 @pytest.mark.parametrize(
     "code",
     [
@@ -70,6 +71,7 @@ def _less_2_31(x_ptr, n):
     tl.store(x_ptr + i, tl.minimum(tl.minimum(n & 0x7FFFFFFF, tl.load(x_ptr + i)), i + 64))
 
 
+@pytest.mark.corpus(87)
 @compiles
 @pytest.mark.parametrize("function, found", [(_negated, True), (_less_2_31, False)])
 def test_what_triton_makes_of_a_kernel(function, found):
