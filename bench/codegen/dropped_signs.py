@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from typing import NamedTuple
 
 DROPPED_SIGN = "a minus or abs in a minimum of three integers, which ptxas drops"  # a fault
 
@@ -18,39 +19,44 @@ _EXTREME = re.compile(r"(min|max)(?:\.relu)?\.s32")
 _SIGN = re.compile(r"(neg|abs)\.s32")
 
 
+class _Extreme(NamedTuple):
+    kind: str  # min or max
+    text: str
+    result: str
+    operands: list[str]
+
+
 def at_risk(ptx: str) -> list[str]:
-    """The inner of two nested minima, or maxima, of which an operand is minus or abs of a value."""
-    signs: dict[str, str] = {}  # register -> the instruction that made it
-    extremes: dict[str, tuple[str, str, list[str]]] = {}  # register -> min or max, the instruction, its operands
-    outer: dict[str, set[str]] = defaultdict(set)  # register -> min, max where it is an operand
-    copies: dict[str, str] = {}
+    """The inner of two nested minima, or maxima, of which an operand may be minus or abs of a value."""
+    signs: set[str] = set()  # registers
+    extremes: list[_Extreme] = []
+    copies: dict[str, set[str]] = defaultdict(set)  # register -> those of which it is a copy, on one path or another
     for line in ptx.splitlines():
         if not (found := _INSTRUCTION.match(line)):
             continue
         operation, result, operands = found[1], found[2], re.split(r",\s*", found[3])
-        text = " ".join(line.split())
         if _SIGN.fullmatch(operation) or (operation == "sub.s32" and operands[0] == "0"):
-            signs[result] = text
+            signs.add(result)
         elif operation.startswith("mov.") and operands[0].startswith("%"):
-            copies[result] = operands[0]
+            copies[result].add(operands[0])
         elif extreme := _EXTREME.fullmatch(operation):
-            extremes[result] = extreme[1], text, operands
-            for operand in operands:
-                outer[_origin(operand, copies)].add(extreme[1])
+            extremes.append(_Extreme(extreme[1], " ".join(line.split()), result, operands))
+    outer = {(each.kind, value) for each in extremes for x in each.operands for value in _values(x, copies)}
     return [
-        text
-        for result, (kind, text, operands) in extremes.items()
-        if kind in outer[result] and any(_origin(operand, copies) in signs for operand in operands)
+        each.text
+        for each in extremes
+        if (each.kind, each.result) in outer and any(signs & _values(x, copies) for x in each.operands)
     ]
 
 
-def _origin(register: str, copies: dict[str, str]) -> str:
-    """The register of which `register` is a copy, through any number of copies. The values of a loop form circles."""
-    seen = {register}
-    while copies.get(register, register) not in seen:
-        register = copies[register]
-        seen.add(register)
-    return register
+def _values(register: str, copies: dict[str, set[str]]) -> set[str]:
+    """`register`, and all registers of which it may be a copy, through any number of copies."""
+    found, left = {register}, [register]
+    while left:
+        more = copies.get(left.pop(), set()) - found
+        found |= more
+        left += more
+    return found
 
 
 def faults(ptx: str) -> list[str]:

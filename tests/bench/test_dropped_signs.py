@@ -32,6 +32,7 @@ def at_risk(code: str) -> list[str]:
         "neg.s32 %r4, %r2; max.s32 %r6, %r4, %r5; max.s32 %r8, %r6, %r7;",
         "neg.s32 %r4, %r2; min.s32 %r6, %r4, %r5; min.relu.s32 %r8, %r6, %r7;",
         "neg.s32 %r4, %r2; mov.u32 %r3, %r4; min.s32 %r6, %r3, %r5; mov.b32 %r9, %r6; min.s32 %r8, %r9, %r7;",
+        f"neg.s32 %r3, %r2; mov.u32 %r4, %r3; mov.u32 %r4, %r1; {NESTED}",  # the negated value on one path
         "neg.s32 %r4, %r2; @%p1 min.s32 %r6, %r4, %r5; min.s32 %r8, %r6, %r7;",
     ],
 )
