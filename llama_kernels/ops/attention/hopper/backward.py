@@ -17,7 +17,7 @@ import torch
 from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
-from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs, Sizes
+from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs, Scoring, Sizes
 from llama_kernels.ops.attention.delta import PADDING
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
 from llama_kernels.ops.attention.hopper.forward import barriers
@@ -34,6 +34,7 @@ from llama_kernels.ops.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from llama_kernels.ops.attention.hopper.schedule import (
+    Walk,
     filled_phase,
     freed_phase,
     head_and_block,
@@ -91,6 +92,20 @@ class Barriers(NamedTuple):
     dkdv_filled: gl.shared_memory_descriptor  # of a consumer: its dk and dv are in shared memory
 
 
+class Keys(NamedTuple):
+    """The keys of a consumer, and what it visits for them."""
+
+    k: gl.shared_memory_descriptor  # [64, D]
+    v: gl.shared_memory_descriptor  # [64, D]
+    j: gl.tensor  # [64], the numbers of the keys
+    buffers: Buffers
+    bars: Barriers
+    place: Place
+    walk: Walk
+    mask: Mask
+    scoring: Scoring
+
+
 @jit
 def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, bars, place, walk, STAGES: gl.constexpr):
     """The producer: loads keys and values, then the rows of every head of the group, as slots become free."""
@@ -137,7 +152,7 @@ def _write(dq_desc, dk_desc, dv_desc, buffers, bars, place, walk, SHARED: gl.con
 
 @jit
 def _steps(
-    dk, dv, k, v, buffers, bars, place, mask, walk, j, begin, end, scoring,
+    dk, dv, keys, begin, end,
     C: gl.constexpr, MASKED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of 64 keys after the steps in [begin, end). Scores are transposed: [keys, rows].
@@ -145,6 +160,7 @@ def _steps(
     SHARED: a consumer computes half of dq's columns, from the keys of both consumers. Otherwise it computes all columns
     from its own keys.
     """
+    buffers, bars, scoring = keys.buffers, keys.bars, keys.scoring
     dtype: gl.constexpr = buffers.k.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
@@ -154,17 +170,17 @@ def _steps(
         q, do = tile(buffers.q, slot), tile(buffers.do, slot)  # [64, D]
         mbarrier.wait(bars.q_filled.index(slot), filled_phase(step, STAGES))
         zeros = gl.zeros([64, 64], gl.float32, S)
-        s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(keys.k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(bars.do_filled.index(slot), filled_phase(step, STAGES))
         delta = gl.expand_dims(buffers.delta.index(slot).reshape([64]).load(ROW), 0)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zeros - delta, is_async=True)
+        dp = warpgroup_mma(keys.v, do.permute((1, 0)), zeros - delta, is_async=True)
         s = logits(warpgroup_mma_wait(1, deps=(s,)), scoring)  # [64 keys, 64 rows]
         lse2 = buffers.lse2.index(slot).reshape([64]).load(ROW)
         p = gl.exp2(s * scoring.unit - gl.expand_dims(lse2, 0))
         if MASKED:
-            _, block = head_and_block(walk, step, place.group)
+            _, block = head_and_block(keys.walk, step, keys.place.group)
             i = block * 64 + gl.arange(0, 64, ROW)
-            p = gl.where(visible(mask, gl.expand_dims(i, 0), gl.expand_dims(j, 1)), p, 0.0)
+            p = gl.where(visible(keys.mask, gl.expand_dims(i, 0), gl.expand_dims(keys.j, 1)), p, 0.0)
         p_half = gl.convert_layout(p.to(dtype), A)
         if scoring.softcap is not None:
             capped = s / scoring.softcap
@@ -191,7 +207,7 @@ def _steps(
             dq = warpgroup_mma(tile(buffers.ds, 0).permute((1, 0)), upper, zeros, use_acc=False, is_async=True)
             dq = warpgroup_mma(tile(buffers.ds, 1).permute((1, 0)), lower, dq, is_async=True)
         else:
-            dq = warpgroup_mma(tile(buffers.ds, C).permute((1, 0)), k, zeros, use_acc=False, is_async=True)
+            dq = warpgroup_mma(tile(buffers.ds, C).permute((1, 0)), keys.k, zeros, use_acc=False, is_async=True)
         dv, dk, p_half, ds = warpgroup_mma_wait(2 if SHARED else 1, deps=(dv, dk, p_half, ds))
         mbarrier.arrive(bars.freed.index(slot))
         dq = warpgroup_mma_wait(0, deps=(dq,))  # [64 rows, 64 columns]
@@ -215,10 +231,11 @@ def _consume(buffers, bars, place, walk, scoring, window, C: gl.constexpr, SHARE
     mask = Mask(place.Sk - place.Sq, window.left, window.right, None, place.Sk, None)
     j = place.n + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
     k, v = tile(buffers.k, C), tile(buffers.v, C)  # [64, D]
+    keys = Keys(k, v, j, buffers, bars, place, walk, mask, scoring)
     mbarrier.wait(bars.kv_filled.index(0), 0)
     masked, steps = place.group * walk.masked, place.group * walk.count
-    dk, dv = _steps(dk, dv, k, v, buffers, bars, place, mask, walk, j, 0, masked, scoring, C, True, SHARED, STAGES)
-    dk, dv = _steps(dk, dv, k, v, buffers, bars, place, mask, walk, j, masked, steps, scoring, C, False, SHARED, STAGES)
+    dk, dv = _steps(dk, dv, keys, 0, masked, C, True, SHARED, STAGES)
+    dk, dv = _steps(dk, dv, keys, masked, steps, C, False, SHARED, STAGES)
     if SHARED:  # the other consumer may still read these keys
         mbarrier.wait(bars.ds_freed.index(0), freed_phase(steps, 1))
     k.store((dk * scoring.scale).to(buffers.k.dtype))

@@ -13,7 +13,7 @@ import torch
 from llama_kernels.core.language import LN2, LOG2E
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv
-from llama_kernels.ops.attention.call import AttentionCall, lse_strides
+from llama_kernels.ops.attention.call import AttentionCall, Scoring, lse_strides
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
@@ -27,6 +27,7 @@ from llama_kernels.ops.attention.hopper.gluon import (
     warpgroup_mma_wait,
 )
 from llama_kernels.ops.attention.hopper.schedule import (
+    Walk,
     block_of,
     filled_phase,
     freed_phase,
@@ -75,6 +76,18 @@ class Barriers(NamedTuple):
     o_filled: gl.shared_memory_descriptor  # of a consumer: its output is in shared memory
 
 
+class Rows(NamedTuple):
+    """The rows of a consumer, and what it visits for them."""
+
+    q: gl.shared_memory_descriptor  # [64, D]
+    i: gl.tensor  # [64], the numbers of the rows
+    buffers: Buffers
+    bars: Barriers
+    walk: Walk
+    mask: Mask
+    scoring: Scoring
+
+
 @jit
 def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
     """SLOTS barriers. A phase of each ends after ARRIVALS arrivals."""
@@ -116,33 +129,33 @@ def _produce(
 
 
 @jit
-def _softmax(s, mass, peak, mask, i, n, scoring, MASKED: gl.constexpr):
+def _softmax(s, mass, peak, rows, n, MASKED: gl.constexpr):
     """One step of the online softmax for scores s [64, BLOCK_N] of the keys from n on.
 
     Returns p, the factor that rescales the sums so far, and the new mass and peak.
     """
-    s = logits(s, scoring)
+    s = logits(s, rows.scoring)
     if MASKED:
         j = n + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-        s = gl.where(visible(mask, gl.expand_dims(i, 1), gl.expand_dims(j, 0)), s, float("-inf"))
-    new_peak = gl.maximum(peak, gl.max(s, 1) * scoring.unit)
+        s = gl.where(visible(rows.mask, gl.expand_dims(rows.i, 1), gl.expand_dims(j, 0)), s, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(s, 1) * rows.scoring.unit)
     base = new_peak
     if MASKED:  # for a row that saw no key yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN
         base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = gl.exp2(s * scoring.unit - gl.expand_dims(base, 1))
+    p = gl.exp2(s * rows.scoring.unit - gl.expand_dims(base, 1))
     shrink = gl.exp2(peak - base)
     return p, shrink, mass * shrink + gl.sum(p, 1), new_peak
 
 
 @jit
 def _steps(
-    acc, p, mass, peak, q, buffers, bars, mask, i, walk, begin, end, scoring,
-    C: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
+    acc, p, mass, peak, rows, begin, end, C: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """The steps in [begin, end). p is that of the step before.
 
     While a step computes its softmax, the tensor cores run p @ v of the step before, and the other consumer's products.
     """
+    buffers, bars, walk = rows.buffers, rows.bars, rows.walk
     BLOCK_N: gl.constexpr = buffers.k.shape[-2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     for step in range(begin, end):
@@ -150,14 +163,14 @@ def _steps(
         p_half = gl.convert_layout(p.to(buffers.v.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
         mbarrier.wait(bars.turn.index(C), turn_phase(step, C))
         k = tile(buffers.k, slot).permute((1, 0))
-        s = warpgroup_mma(q, k, gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False, is_async=True)
+        s = warpgroup_mma(rows.q, k, gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False, is_async=True)
         mbarrier.wait(bars.v_filled.index(before), filled_phase(step - 1, STAGES))
         acc = warpgroup_mma(p_half, tile(buffers.v, before), acc, is_async=True)
         mbarrier.arrive(bars.turn.index(1 - C))
         s = warpgroup_mma_wait(1, deps=(s,))  # [64, BLOCK_N]
         mbarrier.arrive(bars.k_freed.index(slot))
         n = block_of(walk, step) * BLOCK_N
-        p, shrink, mass, peak = _softmax(s, mass, peak, mask, i, n, scoring, MASKED)
+        p, shrink, mass, peak = _softmax(s, mass, peak, rows, n, MASKED)
         # The wait for the next keys stands here for its branch, which keeps the softmax before the wait for the
         # product. Without one ptxas moves the softmax after it, where no product runs at the same time.
         mbarrier.wait(bars.k_filled.index(after), filled_phase(step + 1, STAGES), pred=step + 1 < walk.count)
@@ -176,13 +189,14 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     i = m + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
     mask = Mask(shift, window.left, window.right, None, None, Sk)
+    q = tile(buffers.q, C)  # [64, D]
+    rows = Rows(q, i, buffers, bars, walk, mask, scoring)
     peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     mass = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
     if sink_ptr is not None:  # one more logit, whose value is 0
         peak, mass = gl.zeros_like(peak) + gl.load(sink_ptr).to(gl.float32) * LOG2E, mass + 1.0
     acc = gl.zeros([64, D], gl.float32, O)
 
-    q = tile(buffers.q, C)  # [64, D]
     mbarrier.wait(bars.q_filled.index(C), 0)
     mbarrier.wait(bars.k_filled.index(0), 0)
     s = warpgroup_mma(
@@ -190,15 +204,11 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
     )
     s = warpgroup_mma_wait(0, deps=(s,))  # [64, BLOCK_N]
     mbarrier.arrive(bars.k_freed.index(0))
-    p, _, mass, peak = _softmax(s, mass, peak, mask, i, walk.top * BLOCK_N, scoring, True)
+    p, _, mass, peak = _softmax(s, mass, peak, rows, walk.top * BLOCK_N, True)
     mbarrier.wait(bars.k_filled.index(slot_of(1, STAGES)), filled_phase(1, STAGES), pred=walk.count > 1)
 
-    acc, p, mass, peak = _steps(
-        acc, p, mass, peak, q, buffers, bars, mask, i, walk, 1, walk.masked, scoring, C, True, STAGES
-    )
-    acc, p, mass, peak = _steps(
-        acc, p, mass, peak, q, buffers, bars, mask, i, walk, walk.masked, walk.count, scoring, C, False, STAGES
-    )
+    acc, p, mass, peak = _steps(acc, p, mass, peak, rows, 1, walk.masked, C, True, STAGES)
+    acc, p, mass, peak = _steps(acc, p, mass, peak, rows, walk.masked, walk.count, C, False, STAGES)
     last = walk.count - 1
     p = gl.convert_layout(p.to(buffers.v.dtype), gl.DotOperandLayout(0, O, 2))  # [64, BLOCK_N]
     mbarrier.wait(bars.v_filled.index(slot_of(last, STAGES)), filled_phase(last, STAGES))
