@@ -70,6 +70,11 @@ def test_packed_sequences_count_by_their_lengths():
     assert flops_of(attend_packed, *packed(train=True), cu_seqlens) == 4 * (40 * 40 + 20 * 20) * BOTH
 
 
+def test_tokens_past_max_seqlen_do_not_count():
+    cu_seqlens = torch.tensor([0, 55, 60], dtype=torch.int32)
+    assert flops_of(attend_packed, *packed(train=True), cu_seqlens) == 4 * (40 * 40 + 5 * 5) * BOTH
+
+
 def test_packed_sequences_without_values_count_as_the_longest():
     with FakeTensorMode():
         cu_seqlens = torch.zeros(4, dtype=torch.int32)
