@@ -81,7 +81,7 @@ def check_angles(
     if per_token:
         fix = "Tables with one row per token already give each token its angles."
         raise ValueError(message(op, "position_ids", "given beside cos with one row per token", "None", fix))
-    if S and not cos.shape[0]:
+    if not cos.shape[0] and S:
         raise ValueError(message(op, "cos", shape_of(cos), "a table of at least one position"))
     check_rows(op, "position_ids", position_ids, name, x, tokens, cos.shape[0], "rows of the table", axes)
 

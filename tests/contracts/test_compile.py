@@ -47,6 +47,29 @@ def test_packed_attention_compiles_where_q_and_k_share_their_bounds(device):
                        lk.attention(*(q[None],) * 3))  # fmt: skip
 
 
+@not_interpreted
+def test_sizes_without_values_do_not_break_the_graph(device):
+    """Lengths that depend on data, as after x[mask], are symbols about which a trace must not ask."""
+    torch._dynamo.reset()
+    cos, sin = tables(40, 32, device)
+
+    def step(x, keep, weight, longest):
+        x = lk.rms_norm(x[keep], weight)  # (tokens, 4, 32)
+        q, k = lk.rope(x, x[:, :2], cos, sin)
+        length = longest.item()
+        cu = torch.stack((torch.zeros_like(longest), longest))
+        dense = lk.attention(*(t.transpose(0, 1)[None] for t in (q, k, x[:, :2])))
+        return lk.attention_varlen(q, k, x[:, :2], cu, cu, length, length), dense[0].transpose(0, 1)
+
+    x, weight = torch.randn(20, 4, 32, device=device), torch.randn(32, device=device)
+    keep = torch.arange(20, device=device) % 3 > 0
+    longest = keep.sum().int()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x, keep, weight, longest)
+    for ours, theirs in zip(compiled, step(x, keep, weight, longest), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_in_place_rotation_compiles(device):
     torch._dynamo.reset()
     t, (cos, sin) = layer_inputs(device), tables(12, 32, device)

@@ -6,6 +6,7 @@ import itertools
 from typing import NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from llama_kernels.core.checks import (
     LARGEST,
@@ -22,7 +23,7 @@ from llama_kernels.ops.attention.call import AttentionCall
 _WIDEST_HEAD_OF_Q, _WIDEST_HEAD_OF_V = 576, 512
 # A window of this width hides no key. With a wider one, sums with positions would overflow 32 bits.
 _WIDEST = 2**30
-_LONGEST = 2**31 - 1  # of a sequence, as a number that the kernels negate in 32 bits
+_LONGEST = 2**31 - 1  # tokens of a sequence. `Sizes.as_arguments` passes its length less 2^31, in 32 bits
 
 
 class Packing(NamedTuple):
@@ -79,8 +80,8 @@ def checked_call(
         kv_end,
         None if packing is None else packing.cu_seqlens_q.contiguous(),
         None if packing is None else packing.cu_seqlens_k.contiguous(),
-        q.shape[2] if packing is None else min(packing.max_seqlen_q, _LONGEST),
-        k.shape[2] if packing is None else min(packing.max_seqlen_k, _LONGEST),
+        q.shape[2] if packing is None else _capped(packing.max_seqlen_q),
+        k.shape[2] if packing is None else _capped(packing.max_seqlen_k),
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap or None,
         None if left < 0 else min(left, _WIDEST),
@@ -91,6 +92,11 @@ def checked_call(
 
 def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k and v in the dtype of autocast where it is on, as in PyTorch's own attention."""
+def _capped(longest: int) -> int:
+    """At most _LONGEST; a size that has no value while torch.compile traces is taken for that."""
+    return _LONGEST if guard_or_false(longest > _LONGEST) else longest
+
+
     if not isinstance(tensors[0], torch.Tensor):
         return tensors
     dtype = autocast_dtype(tensors[0].device)
@@ -189,7 +195,8 @@ def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) 
         if not isinstance(longest, (int, torch.SymInt)):
             wanted, fix = "an int", "int() of a tensor waits for the GPU, so compute the length on the CPU."
             raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted, fix))
-        if longest < 0:
+        # A size that has no value while torch.compile traces is not negative.
+        if guard_or_false(longest < 0):
             raise ValueError(message(op, name, longest, "a length, 0 or more"))
     sides = (("q", packing.cu_seqlens_q, packing.max_seqlen_q, q), ("k", packing.cu_seqlens_k, packing.max_seqlen_k, k))
     for side, cu_seqlens, longest, x in sides:
