@@ -89,6 +89,12 @@ def check_number(op: str, name: str, value: Any, least: float, wanted: str) -> N
         raise ValueError(message(op, name, value, wanted))
 
 
+def check_flag(op: str, name: str, value: Any) -> None:
+    """Raise a TypeError unless `value` is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(message(op, name, repr(value), "True or False"))
+
+
 DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
 
 

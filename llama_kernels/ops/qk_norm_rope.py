@@ -20,7 +20,7 @@ import torch
 
 from llama_kernels import reference
 from llama_kernels.core.autograd import Differentiable, needs_grad, save
-from llama_kernels.core.checks import check_eps, check_offset, check_tensors, message, shape_of
+from llama_kernels.core.checks import check_eps, check_flag, check_offset, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of
 from llama_kernels.core.language import cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
@@ -699,6 +699,7 @@ def qk_norm_rope(
     check_heads(op, q, k)
     check_tensors(op, optional=("q_weight", "k_weight"), q=q, q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+    check_flag(op, "interleaved", interleaved)
         if weight is not None and weight.shape != q.shape[-1:]:
             raise ValueError(
                 message(op, name, shape_of(weight), f"({q.shape[-1]},), one element per dimension of a head")

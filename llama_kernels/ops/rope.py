@@ -15,7 +15,7 @@ import torch
 
 from llama_kernels import reference
 from llama_kernels.core.autograd import Differentiable, needs_grad, save, transforms_are_active
-from llama_kernels.core.checks import check_tensors, message, shape_of
+from llama_kernels.core.checks import check_flag, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of
 from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
@@ -474,6 +474,8 @@ def rope(
         ValueError: shapes do not fit, a table is too short or requires grad, devices differ, or q or k cannot be
             written in place.
     """
+    check_flag("rope", "interleaved", interleaved)
+    check_flag("rope", "inplace", inplace)
     check_heads("rope", q, k)
     check_angles("rope", "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids, axes)
     q_out: Any
@@ -530,6 +532,7 @@ def rope_qkv(
         TypeError, ValueError: as `rope`; also if the last dimension is not a multiple of q_heads + 2 kv_heads.
     """
     check_tensors("rope_qkv", qkv=qkv)
+    check_flag("rope_qkv", "interleaved", interleaved)
     for name, heads in (("q_heads", q_heads), ("kv_heads", kv_heads)):
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
             raise ValueError(message("rope_qkv", name, repr(heads), "a number of heads, at least 1"))
@@ -584,6 +587,7 @@ def rope_into_cache(
         TypeError, ValueError: as `rope`; also if a cache does not fit, or a tensor requires grad.
     """
     op = "rope_into_cache"
+    check_flag(op, "interleaved", interleaved)
     check_caches(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tokens = tokens_of(q)
     check_rows(op, "cache_position", cache_position, "q", q, tokens, k_cache.shape[2], "positions of the cache")

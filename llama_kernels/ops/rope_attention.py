@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from llama_kernels.core.autograd import Differentiable, needs_grad, refuse_double_backward
-from llama_kernels.core.checks import message, shape_of
+from llama_kernels.core.checks import check_flag, message, shape_of
 from llama_kernels.core.registry import register
 from llama_kernels.core.tensors import last_dim_contiguous
 from llama_kernels.ops.attention.backward import MOST_COLUMNS, launch_backward
@@ -199,6 +199,8 @@ def rope_attention(
         TypeError, ValueError: As `attention` and `rope`; also where k has another number of tokens than q.
     """
     op = "rope_attention"
+    check_flag(op, "interleaved", interleaved)
+    check_flag(op, "return_lse", return_lse)
     call = checked_call(
         op, q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
         kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
+from llama_kernels.core.checks import check_flag
 from llama_kernels.ops.attention.checks import Packing, checked_call
 from llama_kernels.ops.attention.op import attend
 from llama_kernels.reference.attention import AttentionOptions
@@ -114,6 +115,7 @@ def attention(
         TypeError: An argument is not a tensor, or has another dtype than it may have, or q, k and v differ in dtype.
         ValueError: Shapes, numbers of heads, devices, window_size, scale or softcap do not fit.
     """
+    check_flag("attention", "return_lse", return_lse)
     call = checked_call(
         "attention", q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
         kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,
@@ -183,6 +185,7 @@ def attention_varlen(
         TypeError, ValueError: As `attention`; also where cu_seqlens or max_seqlen do not fit.
     """
     op, packing = "attention_varlen", Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_flag(op, "return_lse", return_lse)
     call = checked_call(
         op, q, k, v, packing, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
         kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from llama_kernels.core.checks import (
     LARGEST,
     SMALLEST,
+    check_flag,
     check_number,
     check_tensors,
     message,
@@ -59,6 +60,7 @@ def checked_call(
     """
     q, k, v = _to_autocast(q, k, v)
     _check_qkv(op, q, k, v, packing is not None)
+    check_flag(op, "is_causal", is_causal)
     _check_numbers(op, window_size, softcap, scale, deterministic)
     if sinks is not None:
         _check_sinks(op, q, sinks)
