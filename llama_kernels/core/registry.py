@@ -28,7 +28,7 @@ from llama_kernels.core.checks import DEVICES_TAKEN, fix_for_device, message
 from llama_kernels.core.device import KERNEL_DEVICES
 from llama_kernels.core.dtensors import distribute_gradients, is_dtensor, register_rules_for, repeat_on_dtensors
 from llama_kernels.core.language import INTERPRETED
-from llama_kernels.core.tensors import last_dim_contiguous
+from llama_kernels.core.tensors import NotContiguous, last_dim_contiguous
 
 LIBRARY = torch.library.Library("llama_kernels", "DEF")
 # By the name of the op: the function that launches its kernels. It takes the op's arguments by position.
@@ -81,6 +81,7 @@ def register(
         if fields != parameters:
             raise ValueError(f"{call.__name__} has the fields {fields}, but the op {name} takes {parameters}.")
         kernel, reference, fake = (_by_position(call, function) for function in (kernel, reference, fake))
+    kernel = _on_contiguous(op, kernel)
     if op._schema.is_mutable:
         kernel = _counting_writes(op, kernel)
         LIBRARY.impl(name, _with_values_stored(op), "Negative")
@@ -121,6 +122,23 @@ def _public(name: str) -> str:
     return re.sub("(_forward|_backward|_)$", "", name)
 
 
+def _on_contiguous(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, which runs on copies if it finds a tensor whose last dimension is not contiguous.
+
+    The public functions pass no such tensor. An exported graph may, since it has the copies that the tensors of its
+    trace needed, and checks no strides.
+    """
+
+    def run(*args: Any) -> Any:
+        try:
+            return kernel(*args)
+        except NotContiguous:
+            given = [last_dim_contiguous(x) if isinstance(x, torch.Tensor) and x.ndim else x for x in args]
+            return _and_copy_back(op, kernel, args, given)
+
+    return run
+
+
 # --- ops that write into their arguments -----------------------------------------------------------------------------
 
 
@@ -148,13 +166,20 @@ def _with_values_stored(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
     def stored(*args: Any) -> Any:
         given = [x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in args]
-        results = op(*given)
-        for i in _written(op):
-            if given[i] is not args[i]:
-                args[i].copy_(given[i])
-        return results
+        return _and_copy_back(op, op, args, given)
 
     return stored
+
+
+def _and_copy_back(
+    op: torch._ops.OpOverload, run: Callable[..., Any], args: Sequence[Any], given: Sequence[Any]
+) -> Any:
+    """The results of `run` on `given`, some of which are copies of `args`. What `op` writes into is copied back."""
+    results = run(*given)
+    for i in _written(op):
+        if given[i] is not args[i]:
+            args[i].copy_(given[i])
+    return results
 
 
 def _written(op: torch._ops.OpOverload) -> list[int]:

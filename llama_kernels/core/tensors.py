@@ -55,7 +55,12 @@ def sizes_of(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def strides_of(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and token, dense or packed."""
+    """Strides of batch, head and token, dense or packed.
+
+    Raises:
+        NotContiguous: the last dimension of x is not contiguous.
+    """
+    require_contiguous(x)
     strides = x.stride()
     return (strides[0], strides[1], strides[2]) if len(strides) == 4 else (0, strides[1], strides[0])
 
@@ -67,6 +72,21 @@ def optional_strides_of(x: torch.Tensor | None) -> tuple[int, int, int] | None:
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if its last dimension is contiguous, otherwise a copy. The other strides may be any."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+class NotContiguous(ValueError):
+    """The last dimension of a tensor is not contiguous. `registry.register` then runs the op on copies."""
+
+
+def require_contiguous(*tensors: torch.Tensor | None) -> None:
+    """Raise NotContiguous unless the last dimension of each tensor is contiguous, as kernels need it.
+
+    Public functions pass such tensors. Exported graphs and calls of torch.ops.llama_kernels may pass others.
+    """
+    for x in tensors:
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
+            got = f"a tensor of shape {tuple(x.shape)} and strides {x.stride()}"
+            raise NotContiguous(f"llama_kernels: the kernels need a contiguous last dimension; got {got}.")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -93,8 +113,12 @@ def rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> Rows:
 
     Where more dimensions are left than a kernel walks, tensors that are not dense in the memory order of `lead` are
     copied. So a result must be dense in it (`is_dense_in_order_of`): otherwise a kernel would write to the copy.
+
+    Raises:
+        NotContiguous: the last dimension of a tensor with the dimensions of `lead` is not contiguous.
     """
     tensors = (lead, *others)
+    require_contiguous(*(t for t in tensors if t is not None and t.ndim == lead.ndim))
     merged = _merged_rows(lead.shape[:-1], tuple(None if t is None else t.stride() for t in tensors))
     if merged is None:
         dense = (None if t is None else dense_in_order_of(lead, t) for t in others)

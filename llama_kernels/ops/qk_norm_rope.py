@@ -32,6 +32,7 @@ from llama_kernels.core.tensors import (
     last_dim_contiguous,
     next_power_of_2,
     optional_strides_of,
+    require_contiguous,
     sizes_of,
 )
 from llama_kernels.ops.partials import sum_partials
@@ -407,6 +408,7 @@ def _launch_forward(
         return []
     heads, (tables, table_strides) = (call.q, call.k, q_out, k_out), angle_arguments(call)
     tangents = _Tangents(None, None, None, None) if tangents is None else tangents
+    require_contiguous(call.q_weight, call.k_weight, *tangents)
     args = (
         call.q, call.k, call.q_weight, call.k_weight, q_out, k_out, *tables, *tangents,
         *map(optional_strides_of, heads), *table_strides, *map(optional_strides_of, tangents[:2]),
@@ -427,6 +429,7 @@ def _launch_backward(
 
     programs: how many compute q, and how many k.
     """
+    require_contiguous(call.q_weight, call.k_weight)
     tables, table_strides = angle_arguments(call)
     heads = (call.dq, call.dk, call.q, call.k, grads.q, None if call.k is None else grads.k)
     args = (
@@ -696,10 +699,10 @@ def qk_norm_rope(
         TypeError, ValueError: as `rope` and `rms_norm`; also if k_weight is given without k.
     """
     op = "qk_norm_rope"
+    check_flag(op, "interleaved", interleaved)
     check_heads(op, q, k)
     check_tensors(op, optional=("q_weight", "k_weight"), q=q, q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-    check_flag(op, "interleaved", interleaved)
         if weight is not None and weight.shape != q.shape[-1:]:
             raise ValueError(
                 message(op, name, shape_of(weight), f"({q.shape[-1]},), one element per dimension of a head")

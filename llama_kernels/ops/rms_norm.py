@@ -40,6 +40,7 @@ from llama_kernels.core.tensors import (
     is_dense_in_order_of,
     last_dim_contiguous,
     next_power_of_2,
+    require_contiguous,
     rows_of,
 )
 from llama_kernels.ops.partials import sum_partials
@@ -432,6 +433,12 @@ def _widest(*tensors: torch.Tensor | None) -> int:
     return max(t.element_size() for t in tensors if t is not None)
 
 
+def _check_row_count(count: int) -> None:
+    """The kernels that compute one tile of rows in each program number the rows in 32 bits."""
+    if count >= 2**31:
+        raise ValueError(message("rms_norm", "x", f"a tensor of {count} rows", "fewer than 2^31 rows"))
+
+
 @cached_launch
 def _launch_forward(call: _Forward, y: torch.Tensor, s: torch.Tensor | None, rstd: torch.Tensor) -> list[Launch]:
     """The launch that fills y, rstd and, with a residual, s."""
@@ -439,6 +446,8 @@ def _launch_forward(call: _Forward, y: torch.Tensor, s: torch.Tensor | None, rst
     rows = rows_of(x, residual, y, s, rstd)
     if not rows.count or not x.shape[-1]:
         return []
+    _check_row_count(rows.count)
+    require_contiguous(weight)
     tile = row_tile("forward", x.shape[-1], _widest(x, residual, weight))
     x, residual, *outs = rows.tensors
     args = (x, residual, weight, *outs, *rows.strides, rows.sizes, rows.count, eps, offset)
@@ -471,6 +480,7 @@ def _launch_backward(
 ) -> list[Launch]:
     """The launches that fill dx and dw. partials: (shares.partials, N) float32, or None where dw is not needed."""
     weight, N, device = call.weight, call.x.shape[-1], call.x.device
+    require_contiguous(weight)
     rows = rows_of(call.x, call.dy, call.ds, call.rstd, dx if call.need_dx else None)
     x, dy, ds, rstd, dx_rows = rows.tensors
     x_strides, dy_strides, ds_strides, rstd_strides, dx_strides = rows.strides
@@ -502,6 +512,8 @@ def _launch_tangent(call: _Tangent, dy: torch.Tensor) -> list[Launch]:
     rows = rows_of(call.x, call.t, call.rstd, dy)
     if not rows.count or not call.x.shape[-1]:
         return []
+    _check_row_count(rows.count)
+    require_contiguous(call.weight, call.dweight)
     N = call.x.shape[-1]
     tile = row_tile("backward", N, _widest(call.t, call.x, call.weight))  # like the backward, it holds two rows
     x, t, rstd, out = rows.tensors
@@ -771,7 +783,7 @@ def rms_norm(
     Computed in float32 and rounded once, to x.dtype. Zhang and Sennrich, arXiv 1910.07467.
 
     Args:
-        x: (..., N), bfloat16, float16 or float32, N at least 1. Any strides; a last dimension that is not contiguous is
+        x: (..., N), bfloat16, float16 or float32. Any strides; a last dimension that is not contiguous is
             copied.
         weight: (N,), in any of these dtypes, or None for no scaling.
         eps: added to the mean square; not negative. None is the default of torch.nn.functional.rms_norm: the eps of

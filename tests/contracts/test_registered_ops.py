@@ -31,6 +31,23 @@ def test_registered_ops_pass_opcheck(name, device):
     opcheck(op.default, args)
 
 
+# --- strides ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_registered_ops_take_any_last_dimension(name, device):
+    """The public functions copy a tensor whose last dimension is not contiguous. An exported graph may not: it has the
+    copies that the tensors of its trace needed."""
+    op, args = registered(name, device)
+    strided = [x.unsqueeze(-1).repeat_interleave(2, -1)[..., 0] if isinstance(x, torch.Tensor) else x for x in args]
+    given = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]  # an op may write into its arguments
+    for ours, theirs in zip(tree_leaves(op(*strided)), tree_leaves(op(*given)), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    for ours, theirs in zip(strided, given, strict=True):
+        if isinstance(ours, torch.Tensor):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 DIFFERENTIABLE = {"rms_norm_forward", "rope", "qk_norm_rope", "attention_forward"}

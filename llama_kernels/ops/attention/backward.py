@@ -144,6 +144,7 @@ def _dq_launches(
 def _launches(
     call: AttentionCall, rows: RowInputs, grads: Grads, rotation: Rotation, lists: TileLists | None, sums: _Sums | None
 ) -> list[Launch]:
+    call.require_contiguous_vectors()
     list_q, list_k = lists or (None, None)
     launches = _dkdv_launches(call, rows, grads, rotation, list_k, sums)
     if grads.dq is not None:

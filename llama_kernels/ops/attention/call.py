@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, sizes_of
+from llama_kernels.core.tensors import empty_in_order_of, next_power_of_2, require_contiguous, sizes_of
 
 # --- what the kernels are launched with ------------------------------------------------------------------------------
 
@@ -125,7 +125,14 @@ class AttentionCall(NamedTuple):
     @property
     def crowded(self) -> bool:
         """Whether options are on that take registers in the forward and in dq."""
-        return any(x is not None for x in (self.softcap, self.left, self.kv_start, self.kv_end, self.kv_prefix))
+        # A window counts where it hides a key. In a packed batch that would depend on the longest sequence, and with it
+        # the tile, and so the bits of the others.
+        left = self.left if self.packed else self.window.left
+        return any(x is not None for x in (self.softcap, left, self.kv_start, self.kv_end, self.kv_prefix))
+
+    def require_contiguous_vectors(self) -> None:
+        """Raise NotContiguous unless the tensors that the kernels read without a stride are contiguous."""
+        require_contiguous(self.sinks, self.cu_seqlens_q, self.cu_seqlens_k)
 
 
 class Wanted(NamedTuple):

@@ -92,13 +92,13 @@ def checked_call(
     )
 
 
-def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q, k and v in the dtype of autocast where it is on, as in PyTorch's own attention."""
 def _capped(longest: int) -> int:
     """At most _LONGEST; a size that has no value while torch.compile traces is taken for that."""
     return _LONGEST if guard_or_false(longest > _LONGEST) else longest
 
 
+def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v in the dtype of autocast where it is on, as in PyTorch's own attention."""
     if not isinstance(tensors[0], torch.Tensor):
         return tensors
     dtype = autocast_dtype(tensors[0].device)

@@ -56,7 +56,7 @@ def _without_sinks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv in float32, of results without dlse."""
     q, k, v = _float32(call)
-    do, out, lse = results.do.float(), results.out.float(), results.lse
+    do, out, lse = _rows_apart(results.do.float()), _rows_apart(results.out.float()), results.lse.contiguous()
     is_causal = _is_causal(call)
     if is_causal is not None:
         dq, *dkv = _BACKWARD(do, q, k, v, out, lse, 0.0, is_causal, scale=call.scale)
@@ -85,15 +85,20 @@ def _is_causal(call: AttentionCall) -> bool | None:
 
 
 def _float32(call: AttentionCall) -> tuple[torch.Tensor, ...]:
-    """q, k and v as the kernel takes them.
-
-    Rows that overlap, as after `expand`, are copied: products with such a matrix add up in another order.
-    """
-    q, k, v = (x.float() for x in (call.q, call.k, call.v))
-    q, k, v = (x.contiguous() if x.stride(2) < x.shape[3] else x for x in (q, k, v))
+    """q, k and v as the kernel takes them."""
+    q, k, v = (_rows_apart(x.float()) for x in (call.q, call.k, call.v))
     if call.sizes.group > 1 and not _TAKES_GROUPS:
         k, v = (x.repeat_interleave(call.sizes.group, 1) for x in (k, v))
     return q, k, v
+
+
+def _rows_apart(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where rows overlap, as after `expand`, or the last dimension is not contiguous.
+
+    Products with a matrix of overlapping rows add up in another order. The kernel takes the last dimension for
+    contiguous.
+    """
+    return x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous()
 
 
 def _mask(chunk: Chunk) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ import torch
 
 from llama_kernels.core.language import tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.tensors import cdiv, next_power_of_2, strides_of
+from llama_kernels.core.tensors import cdiv, next_power_of_2, require_contiguous, strides_of
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far
 from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.masks import Mask, key_blocks
@@ -125,6 +125,8 @@ def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]
     q, k, v, sizes, widths = call.q, call.k, call.v, call.sizes, call.widths
     if not sizes.B:
         return []
+    call.require_contiguous_vectors()
+    require_contiguous(key_mask)
     chunks, tile = lse2.shape[-1], tile_for("decode", q, v)
     rows = sizes.group * sizes.Sq
     BLOCK_M = min(max(next_power_of_2(rows), 16), TILE_ROWS)

@@ -8,7 +8,7 @@ import torch
 
 from llama_kernels.core.language import LN2, LOG2E, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
-from llama_kernels.core.tensors import cdiv, optional_strides_of, strides_of
+from llama_kernels.core.tensors import cdiv, optional_strides_of, require_contiguous, strides_of
 from llama_kernels.ops.attention.call import (
     AttentionCall,
     Results,
@@ -110,6 +110,7 @@ def _launches(
     shares: (programs / Hq, Hq) float32, the part of each program in dsinks; None, as sinks, where that is not wanted.
     The arguments are not in named tuples, and sizes is a plain one: to expand them would take each call 1.7 us.
     """
+    require_contiguous(lse, sinks)
     sizes = Sizes(*sizes)
     BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _rows_per_program(o)
     launches, list_q, cu_seqlens_q = [], None, None

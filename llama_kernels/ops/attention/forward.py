@@ -122,6 +122,7 @@ def _launch(
     q, k, v, sizes, tile = call.q, call.k, call.v, call.sizes, forward_tile(call)
     args = (
         q, k, v, o, lse, None if split else call.sinks, call.kv_start, call.kv_end, call.kv_prefix,
+    call.require_contiguous_vectors()
         call.cu_seqlens_q, call.cu_seqlens_k, list_q,
         *map(strides_of, (q, k, v, o)), lse_strides(lse), *call.bound_strides,
         sizes.as_arguments(), call.scoring, call.window, split,

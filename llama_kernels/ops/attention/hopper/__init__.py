@@ -30,11 +30,9 @@ def try_forward(call: AttentionCall, tile: HopperTile, *others: object) -> bool:
 
     False: the kernel does not compile or launch on this machine.
     """
-    done, _ = attempt("forward", launch_hopper_forward, call, tile, *others)
-    return done
+    return attempt("forward", launch_hopper_forward, call, tile, *others)
 
 
 def try_backward(call: AttentionCall, tile: HopperTile, *others: object) -> bool:
     """Whether dq, dk and dv are filled; arguments as `launch_hopper_backward`. False: as in `try_forward`."""
-    done, _ = attempt("backward", launch_hopper_backward, call, tile, *others)
-    return done
+    return attempt("backward", launch_hopper_backward, call, tile, *others)

@@ -315,6 +315,7 @@ def _launches(
     unrotated: torch.Tensor | None, rotation: Rotation, lists: TileLists | None,
 ) -> list[Launch]:  # fmt: skip
     """unrotated: dk before the inverse rotation; None where there is none."""
+    call.require_contiguous_vectors()
     sizes, (dq, dk, dv) = call.sizes, grads
     list_q, list_k = lists or (None, None)
     dk_sum = dk if unrotated is None else unrotated

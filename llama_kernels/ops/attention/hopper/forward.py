@@ -276,6 +276,7 @@ def _launches(
     sizes = call.sizes
     launches, list_q, programs = [], None, cdiv(sizes.Sq, 128) * sizes.B * sizes.Hq
     if call.cu_seqlens_q is not None and lists is not None:
+    call.require_contiguous_vectors()
         list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, 128, walk=False)
         launches.append(list_tiles(lists, call.cu_seqlens_q, None, sizes, Fill(o, lse)))
     args = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llama_kernels.core.tensors import NotContiguous
 from llama_kernels.ops.attention.hopper.tables import TILES
 
 
@@ -52,14 +53,14 @@ def may_run(pass_: str) -> bool:
 failures: dict[str, str] = {}  # by pass: the first line of the error of a kernel that did not compile or launch
 
 
-def attempt(pass_: str, launch: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
-    """(True, launch(*args)), or (False, None) where the kernel does not compile or launch on this machine.
+def attempt(pass_: str, launch: Callable[..., None], *args: Any) -> bool:
+    """Whether launch(*args) launched its kernels. False: they do not compile or launch on this machine.
 
     That is warned of once. The pass then uses its portable kernels.
     """
     try:
-        return True, launch(*args)
-    except torch.OutOfMemoryError:
+        launch(*args)
+    except (torch.OutOfMemoryError, NotContiguous):
         raise
     except Exception as error:
         failures[pass_] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -68,4 +69,5 @@ def attempt(pass_: str, launch: Callable[..., Any], *args: Any) -> tuple[bool, A
             f"kernels. {failures[pass_]}",
             stacklevel=2,
         )
-        return False, None
+        return False
+    return True
