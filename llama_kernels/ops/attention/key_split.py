@@ -60,7 +60,7 @@ def split_of(call: AttentionCall) -> KeySplit | None:
     return KeySplit(first, of_chunk, cdiv(keys, of_chunk))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _chunks(threads: int, on_gpu: int, keys: int) -> int:
     """The fewest chunks whose estimated time is nearly the least.
 
