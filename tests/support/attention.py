@@ -149,6 +149,7 @@ def run(ops: Any, case: Case, x: Inputs, gradients: bool = True) -> list[torch.T
     options.update(sinks=x.sinks, return_lse=True, **{name: getattr(x, name) for name in BOUNDS})
     if case.packed:
         cu = [cu_seqlens(lengths, x.q.device) for lengths in case.packed]
+        cu[1] = cu[0] if case.packed[0] == case.packed[1] else cu[1]  # one tensor, as in self-attention
         out, lse = ops.attention_varlen(x.q, x.k, x.v, *cu, *map(max, case.packed), **options)
     else:
         out, lse = ops.attention(x.q, x.k, x.v, **options)
@@ -269,6 +270,36 @@ def judge_results(case: Case, x: Inputs, results, truth, ideals: list[list[torch
         assert (K.dtype, memory_order(K)) == (t.dtype, memory_order(t)), name
 
 
+def never_loaded(case: Case, x: Inputs) -> torch.Tensor:
+    """Which keys the kernels do not load, in a shape that k and v broadcast with: they may be NaN.
+
+    These are the keys before the least and from the largest bound of a sequence's rows, and before the window of its
+    first row, but for the longest prefix.
+    """
+
+    def of_sequence(Sq: int, Sk: int, start, end, prefix) -> torch.Tensor:  # (B or 1, Sk)
+        j = torch.arange(Sk, device=x.k.device)[None]
+        unread = torch.zeros_like(j, dtype=torch.bool)
+        if Sq == 0:
+            return unread
+        if case.window_size[0] >= 0:
+            unread = unread | (j < Sk - Sq - case.window_size[0])
+        if start is not None:
+            unread = unread | (j < start.amin(-1, keepdim=True))
+        if end is not None:
+            unread = unread | (j >= end.amax(-1, keepdim=True))
+        return unread if prefix is None else unread & (j >= prefix.amax(-1, keepdim=True))
+
+    bounds = [getattr(x, name) for name in BOUNDS]
+    if not case.packed:
+        return of_sequence(case.Sq, case.Sk, *bounds)[:, None, :, None]
+    rows = zip(
+        *([None] * len(case.packed[0]) if b is None else b[None].split(case.packed[0], 1) for b in bounds), strict=True
+    )
+    parts = (of_sequence(Sq, Sk, *own)[0] for Sq, Sk, own in zip(*case.packed, rows, strict=True))
+    return torch.cat(list(parts))[:, None, None]
+
+
 def check(
     case: Case, dtype: torch.dtype, device: torch.device, family: str = "randn",
     tile: Tile | Mapping[str, Tile] | None = None, layout: int | None = None, gradients: bool = True,
@@ -277,6 +308,9 @@ def check(
     if layout is not None:
         x.q, x.k, x.v, x.do = (relaid(t, layout + i) for i, t in enumerate((x.q, x.k, x.v, x.do)))
     safe = Inputs(*(None if t is None else guarded(t) for t in vars(x).values()))
+    with torch.no_grad():
+        for t in (safe.k, safe.v):
+            t.masked_fill_(never_loaded(case, x), torch.nan)
     with guarded_allocations(), tiles(tile), unchanged(*vars(safe).values()):
         results = run(lk, case, safe, gradients)
     assert len(results) == (2 + len(x.tensors) if gradients else 2)

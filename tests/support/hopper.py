@@ -23,9 +23,10 @@ CASES = {
     "128-group": Case(1, 3, 1, 200, 200, 128, 128),
     "256": Case(1, 2, 1, 70, 140, 256, 256),
     "full": Case(1, 2, 1, 130, 257, 64, 64, is_causal=False),
-    "window": Case(1, 2, 1, 300, 500, 64, 64, window_size=(90, 0)),
+    "window": Case(1, 2, 1, 300, 350, 64, 64, window_size=(90, 0)),
+    "window-of-the-last-keys": Case(1, 2, 1, 300, 500, 64, 64, window_size=(90, 0)),
     "two-sided-window": Case(1, 2, 2, 300, 200, 128, 128, is_causal=False, window_size=(20, 70)),
-    "window-sinks": Case(1, 2, 1, 150, 200, 64, 64, window_size=(40, 0), sinks=True),
+    "window-sinks": Case(1, 2, 1, 150, 180, 64, 64, window_size=(40, 0), sinks=True),
     "softcap": Case(1, 2, 1, 150, 150, 64, 64, softcap=3.0),
     "sinks": Case(1, 2, 1, 290, 200, 128, 128, sinks=True),
     "scale": Case(1, 2, 2, 140, 140, 64, 64, scale=-0.3),
@@ -33,6 +34,7 @@ CASES = {
     "varlen-window-sinks": packed(
         (150, 3, 90), (70, 200, 130), 2, 1, 128, 128, is_causal=False, window_size=(60, 30), sinks=True
     ),
+    "varlen-window": packed((150, 3, 90), (150, 3, 90), 2, 1, 128, 128, window_size=(60, 0)),
     "varlen-softcap": packed((33, 129), (170, 60), 2, 2, 64, 64, window_size=(40, 5), softcap=4.0),
 }
 # One token, one head, a batch of one: the strides of dimensions of one element mean nothing, and the copy engine still
@@ -47,9 +49,11 @@ DIMENSIONS_OF_ONE = {
 
 
 def expected_kernels(case: Case) -> set[str]:
-    """The kernels of a call and its gradients. The Hopper kernels have no backward of heads wider than 128, nor of
-    softcap at heads wider than 64."""
-    backward = case.D <= 128 and (case.softcap is None or case.D <= 64)
+    """The kernels of a call and its gradients. The Hopper kernels have no backward of heads wider than 128, of softcap
+    at heads wider than 64, or of a window that may hide keys from all rows."""
+    left, (of_q, of_k) = case.window_size[0], case.packed or (case.Sq, case.Sk)
+    hides = left >= 0 and (of_q != of_k if case.packed else case.Sk - case.Sq > left)
+    backward = case.D <= 128 and (case.softcap is None or case.D <= 64) and not hides
     of_backward = {"_hopper_backward_kernel", "_round_sum_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
     return {"_hopper_forward_kernel", "_delta_kernel"} | of_backward | ({"_tile_list_kernel"} if case.packed else set())
 

@@ -100,15 +100,18 @@ def _decode_kernel(
     )
     K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
     of_chunk = Keys(K, V, mask, i, seen)
+    floor = None
+    if window.left is not None or kv_start_ptr is not None:
+        floor = seen.first
     if kv_prefix_ptr is not None:
         prefix_end = tl.minimum(c * chunk + chunk, seen.prefix_end)
         state = attend(
             state, q, of_chunk, c * chunk, prefix_end, scoring,
-            D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
+            D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
         )  # fmt: skip
     state = attend(
         state, q, of_chunk, begin, end, scoring,
-        D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
+        D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
     )  # fmt: skip
 
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key of this chunk
@@ -122,11 +125,11 @@ def _decode_kernel(
 
 @cached_launch
 def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]:
+    call.require_contiguous_vectors()
+    require_contiguous(key_mask)
     q, k, v, sizes, widths = call.q, call.k, call.v, call.sizes, call.widths
     if not sizes.B:
         return []
-    call.require_contiguous_vectors()
-    require_contiguous(key_mask)
     chunks, tile = lse2.shape[-1], tile_for("decode", q, v)
     rows = sizes.group * sizes.Sq
     BLOCK_M = min(max(next_power_of_2(rows), 16), TILE_ROWS)

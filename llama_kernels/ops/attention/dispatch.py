@@ -117,7 +117,18 @@ def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: s
         return "kv_start, kv_end or kv_prefix is given"
     if pass_ == "backward" and call.softcap is not None and tile.width == 128:
         return "softcap needs more registers than there are at this width"
+    if pass_ == "backward" and _hides_keys_from_all(call):
+        return "the window may hide keys from every row, and these may be NaN"
     return None
+
+
+def _hides_keys_from_all(call: AttentionCall) -> bool:
+    """Whether the window may hide the first keys of a sequence from all its rows: where keys outnumber queries."""
+    if call.window.left is None:
+        return False
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        return call.cu_seqlens_q.data_ptr() != call.cu_seqlens_k.data_ptr()
+    return call.longest_k - call.longest_q > call.window.left
 
 
 def _layout_refusal(tensors: tuple[torch.Tensor, ...]) -> str | None:
@@ -125,6 +136,8 @@ def _layout_refusal(tensors: tuple[torch.Tensor, ...]) -> str | None:
     for x in tensors:
         if not x.numel():
             return "a tensor is empty"
+        if x.stride(-1) != 1:
+            return "the last dimension is not contiguous"
         if x.data_ptr() % 16:
             return "an address is not a multiple of 16 bytes"
         for size, stride in zip(x.shape[:-1], x.stride(), strict=False):

@@ -176,6 +176,9 @@ def _dkdv_kernel(
             first_row, row_end, lowest, past = 0, Sq, None, Sk
             if kv_start_ptr is not None or kv_end_ptr is not None:
                 first_row, row_end, lowest, past = _rows_by_bounds(bounds, b, q_start, Sq, n, last, Sk, CHUNK=1024)
+            if window.left is not None:  # row 0 sees the first keys
+                own = Sk - Sq - window.left
+                lowest = own if lowest is None else tl.maximum(lowest, own)
             begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
             prefix = None
             if kv_prefix_ptr is not None:

@@ -38,11 +38,14 @@ def _add_dq(
     dq, rows, keys, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    floor=None,
 ):  # fmt: skip
-    """dq [BLOCK_M, COLUMNS] from column FIRST on, after the key blocks in [begin, end), some of `keys.blocks`."""
+    """dq [BLOCK_M, COLUMNS] from column FIRST on, after the key blocks in [begin, end), some of `keys.blocks`.
+
+    floor: keys before it, except those of a prefix, are not loaded; None: all keys of the blocks are.
+    """
     mask, blocks = keys.mask, keys.blocks
     limit = blocks.end if MASKED else None
-    floor = blocks.first if MASKED and mask.kv_start is not None else None
     prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     for n in tl.range(begin, end, BLOCK_N):
         k = load_tile(keys.K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
@@ -100,6 +103,9 @@ def _dq_kernel(
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
             keys = Keys(K, V, mask, i, blocks)
             dq = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+            floor = None
+            if window.left is not None or kv_start_ptr is not None:
+                floor = blocks.first
             if kv_prefix_ptr is not None:
                 dq = _add_dq(
                     dq, rows, keys, 0, blocks.prefix_full, scoring,
@@ -107,12 +113,12 @@ def _dq_kernel(
                 )  # fmt: skip
                 dq = _add_dq(
                     dq, rows, keys, blocks.prefix_full, blocks.prefix_end, scoring,
-                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
+                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True, floor=floor,
                 )  # fmt: skip
-            if window.left is not None or kv_start_ptr is not None:
+            if floor is not None:
                 dq = _add_dq(
                     dq, rows, keys, blocks.begin, blocks.full_begin, scoring,
-                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
+                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True, floor=floor,
                 )  # fmt: skip
             dq = _add_dq(
                 dq, rows, keys, blocks.full_begin, blocks.full_end, scoring,
@@ -120,7 +126,7 @@ def _dq_kernel(
             )  # fmt: skip
             dq = _add_dq(
                 dq, rows, keys, blocks.full_end, blocks.end, scoring,
-                D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True,
+                D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True, floor=floor,
             )  # fmt: skip
             dq = dq * scoring.scale
             if HALF:

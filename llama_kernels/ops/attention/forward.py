@@ -79,6 +79,9 @@ def _forward_kernel(
             if sinks_ptr is not None:  # one more logit, whose value is 0
                 peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
             state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
+            floor = None
+            if window.left is not None or kv_start_ptr is not None:
+                floor = blocks.first
             if kv_prefix_ptr is not None:
                 state = attend(
                     state, q, keys, 0, blocks.prefix_full, scoring,
@@ -86,12 +89,12 @@ def _forward_kernel(
                 )  # fmt: skip
                 state = attend(
                     state, q, keys, blocks.prefix_full, blocks.prefix_end, scoring,
-                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
+                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
                 )  # fmt: skip
-            if window.left is not None or kv_start_ptr is not None:
+            if floor is not None:
                 state = attend(
                     state, q, keys, blocks.begin, blocks.full_begin, scoring,
-                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
+                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
                 )  # fmt: skip
             state = attend(
                 state, q, keys, blocks.full_begin, blocks.full_end, scoring,
@@ -99,7 +102,7 @@ def _forward_kernel(
             )  # fmt: skip
             state = attend(
                 state, q, keys, blocks.full_end, blocks.end, scoring,
-                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
+                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
             )  # fmt: skip
 
             mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: o is 0 / 1, and lse is -inf
@@ -119,10 +122,10 @@ def _launch(
     call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, list_q: torch.Tensor | None, programs: int,
     split: KeySplit | None = None,
 ) -> Launch:  # fmt: skip
+    call.require_contiguous_vectors()
     q, k, v, sizes, tile = call.q, call.k, call.v, call.sizes, forward_tile(call)
     args = (
         q, k, v, o, lse, None if split else call.sinks, call.kv_start, call.kv_end, call.kv_prefix,
-    call.require_contiguous_vectors()
         call.cu_seqlens_q, call.cu_seqlens_k, list_q,
         *map(strides_of, (q, k, v, o)), lse_strides(lse), *call.bound_strides,
         sizes.as_arguments(), call.scoring, call.window, split,

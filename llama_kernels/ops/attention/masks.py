@@ -33,7 +33,7 @@ class KeyBlocks(NamedTuple):
     full_begin: tl.tensor
     full_end: tl.tensor
     end: tl.tensor  # one past the last key that a row sees
-    first: tl.tensor  # the first key that a row sees, where there is a kv_start; otherwise unused
+    first: tl.tensor  # the first key that a row sees, where there is a kv_start or a window to the left; otherwise 0
     prefix_full: tl.tensor = 0  # in [0, prefix_full) every row sees every key, as one of its first keys
     prefix_end: tl.tensor = 0
     prefix: tl.tensor = 0  # the most first keys that a row sees; they are loaded too
@@ -102,9 +102,8 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
         end, full_end = tl.minimum(end, tl.max(mask.kv_end)), tl.minimum(full_end, tl.min(mask.kv_end))
     end = tl.maximum(end, 0)
     lowest = 0
-    if mask.kv_start is not None:
-        lowest = begin
     if mask.left is not None or mask.kv_start is not None:
+        lowest = begin
         begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_N * BLOCK_N
         full_begin = tl.cdiv(tl.minimum(tl.maximum(full_begin, begin), end), BLOCK_N) * BLOCK_N
     full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)

@@ -60,12 +60,14 @@ def add_values(acc, p, shrink, v):
 def attend(
     state, q, keys, begin, end, scoring,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, floor=None,
 ):  # fmt: skip
-    """`state` after the key blocks in [begin, end), which are some of `keys.blocks`."""
+    """`state` after the key blocks in [begin, end), which are some of `keys.blocks`.
+
+    floor: keys before it, except those of a prefix, are not loaded; None: all keys of the blocks are.
+    """
     mask, blocks = keys.mask, keys.blocks
     limit = blocks.end if MASKED else None
-    floor = blocks.first if MASKED and mask.kv_start is not None else None
     prefix = blocks.prefix if MASKED and mask.prefix is not None else None
     for n in tl.range(begin, end, BLOCK_N):
         k = load_tile(keys.K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]

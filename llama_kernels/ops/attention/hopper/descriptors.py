@@ -54,7 +54,7 @@ def _tile(rows: int, width: int, dtype: torch.dtype, ndim: int):
 def coordinates(desc, b, h, start, length, row, column=0):
     """Coordinates of the tile from `row` on, of head h of the sequence of `length` tokens from token `start` on."""
     if len(desc.block_shape) == 4:
-        at = (b, h, row, column)
+        at = (b, h, start + row, column)
     else:
         at = (_ROWS, start + length, h, _ROWS - length + row, column)
     return at

@@ -242,6 +242,9 @@ def _hopper_forward_kernel(
         m, h, b = query_tile(list_ptr, 0, sizes, 128)
         q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         k_start, Sk = sequence(cu_seqlens_k_ptr, b, length(sizes.Sk), length(sizes.longest_k))
+        if window.left is not None:  # keys that the window hides from all rows may be NaN, and are not loaded
+            unseen = gl.maximum(Sk - Sq - window.left, 0)
+            k_start, Sk = k_start + unseen, Sk - unseen
         mask = Mask(Sk - Sq, window.left, window.right, None, None, Sk)
         walk = key_walk(key_blocks(mask, m, gl.minimum(m + 128, Sq) - 1, BLOCK_N), window.left, Sk, BLOCK_N)
         place = Place(b, h, h // sizes.group, m, q_start.to(gl.int32), Sq, k_start.to(gl.int32), Sk)
@@ -273,10 +276,10 @@ def _hopper_forward_kernel(
 def _launches(
     call: AttentionCall, tile: HopperTile, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
 ) -> list[Launch]:
+    call.require_contiguous_vectors()
     sizes = call.sizes
     launches, list_q, programs = [], None, cdiv(sizes.Sq, 128) * sizes.B * sizes.Hq
     if call.cu_seqlens_q is not None and lists is not None:
-    call.require_contiguous_vectors()
         list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, 128, walk=False)
         launches.append(list_tiles(lists, call.cu_seqlens_q, None, sizes, Fill(o, lse)))
     args = (
