@@ -118,8 +118,8 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.layers))
         self.norm = nn.Parameter(torch.ones(config.width))
         self.head = nn.Linear(config.width, config.vocab, bias=False)
-        inv_freq, _ = lk.rope_frequencies(config.head_dim)
-        cos, sin = lk.rope_tables(inv_freq, config.positions)
+        inv_freq, factor = lk.rope_frequencies(config.head_dim)
+        cos, sin = lk.rope_tables(inv_freq, config.positions, factor)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():

@@ -28,6 +28,8 @@ from examples.report import COLORS, console
 from llama_kernels.integrations.transformers import share_prompts
 from llama_kernels.integrations.transformers.masks import unpack
 
+# Options of the other examples. Here the data are built in, the model is patched, and it is not saved.
+REFUSED = ("data", "stock", "compare", "save")
 BLOCK = 64  # rows and keys of a block, for the count of the attention's work
 
 
@@ -145,10 +147,13 @@ def plot(rewards: list[float], numbers: dict[str, float], path: Path) -> None:
 
 
 def main() -> int:
-    parser = common.arguments(__doc__, "not used", steps=20, batch=2, max_length=192, lr=2e-3)
+    data = "refused here, as are --stock, --compare and --save"
+    parser = common.arguments(__doc__, data, steps=20, batch=2, max_length=192, lr=2e-3)
     parser.add_argument("--completions", type=common.positive, default=8, help="of a prompt (default: %(default)s)")
     parser.add_argument("--tokens", type=common.positive, default=16, help="of a completion (default: %(default)s)")
     args = common.parse(parser)
+    if given := [f"--{name}" for name in REFUSED if getattr(args, name)]:
+        parser.error(f"{', '.join(given)}: not in this example, which trains a patched model on built-in data")
     texts = definitions(args.seed)
     tokenizer = common.load_tokenizer(args.model, texts)
     model = common.load_model(AutoModelForCausalLM, args, tokenizer)

@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         report = {"environment": environment(), "kernels": kernels(args.arch)}
         print(json.dumps(report, indent=1) if args.json else "\n".join(report_lines(**report)))
         return 0
+    if args.arch:
+        made.error("--arch shows tiles; it has no effect with --check")
     if unknown := sorted(set(args.check) - set(reference.__all__)):
         made.error(f"--check: unknown op {', '.join(unknown)}; the ops are {', '.join(reference.__all__)}")
     return _check(_device(made, args.device), args.check, args.json)

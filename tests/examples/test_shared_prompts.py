@@ -24,6 +24,15 @@ def test_a_step_equals_that_with_repeated_prompts(run):
     assert len(numbers["rewards"]) == 2
 
 
+@pytest.mark.parametrize(
+    "option", [("--data", __file__), ("--stock",), ("--compare",), ("--save", "x")], ids=lambda o: o[0]
+)
+def test_options_of_the_other_examples_are_errors(option, run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("shared_prompts", *option)
+    assert stop.value.code == 2 and f"{option[0]}: not in this example" in capsys.readouterr().err
+
+
 def test_other_gradients_fail(run, monkeypatch):
     step = shared_prompts.repeated_step
     monkeypatch.setattr(shared_prompts, "repeated_step", lambda *call: step(*call)._replace(loss=step(*call).loss * 2))

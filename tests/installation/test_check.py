@@ -165,6 +165,7 @@ def test_the_check_leaves_settings_as_they_were():
         (["--check", "--device", "mps"], "wanted cuda (a CUDA or HIP GPU) or cpu"),
         (["--check", "--device", "nonsense"], "--device nonsense: "),
         (["--device", "cpu"], "--device needs --check"),
+        (["--check", "--arch", "sm_90"], "--arch shows tiles; it has no effect with --check"),
         (["--check", "--device", "cuda"], "torch sees no GPU"),
     ],
 )
