@@ -134,7 +134,7 @@ def _tile_list_kernel(
         if n == 0:
             tl.store(list_q_ptr, tl.where(fits, q_blocks, 0))
         _list_blocks(list_q_ptr, cu_seqlens_q_ptr, n, q_above, Sq // BLOCK + B, B, Sq, longest_q)
-        unowned = _unowned(cu_seqlens_q_ptr, t, q_cut, B, Sq, longest_q) | ((t < Sq) & (fits == 0))
+        unowned = _unowned(cu_seqlens_q_ptr, t, q_cut, B, Sq, longest_q) | (t < tl.where(fits, 0, Sq))
         if tl.max(unowned.to(tl.int32)) > 0:
             _fill(of_q_ptr, of_q_strides, sizes.Hq, n * BLOCK, unowned, OF_Q, FAR, BLOCK_OF_Q)
             if lse_ptr is not None:
@@ -146,7 +146,7 @@ def _tile_list_kernel(
             if n == 0:
                 tl.store(list_k_ptr, tl.where(fits, k_blocks, 0))
             _list_blocks(list_k_ptr, cu_seqlens_k_ptr, n, k_above, Sk // BLOCK + B, B, Sk, longest_k)
-        unowned = _unowned(cu_seqlens_k_ptr, t, k_cut, B, Sk, longest_k) | ((t < Sk) & (fits == 0))
+        unowned = _unowned(cu_seqlens_k_ptr, t, k_cut, B, Sk, longest_k) | (t < tl.where(fits, 0, Sk))
         if tl.max(unowned.to(tl.int32)) > 0:
             Hkv = sizes.Hq // sizes.group
             _fill(dk_ptr, dk_strides, Hkv, n * BLOCK, unowned, D, FAR, BLOCK_D)
