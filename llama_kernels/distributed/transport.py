@@ -47,7 +47,8 @@ def all_to_all(parts: Sequence[torch.Tensor], group: dist.ProcessGroup) -> Trans
     sent = torch.stack(list(parts))
     coming = torch.empty_like(sent)
     work = dist.all_to_all_single(coming, sent, group=group, async_op=True)
-    return Transfer([work], [sent], lambda: list(coming.unbind()))
+    works = [] if work is None else [work]  # None: this process is not in the group
+    return Transfer(works, [sent], lambda: list(coming.unbind()))
 
 
 def sum_of_parts(parts: Sequence[torch.Tensor], group: dist.ProcessGroup) -> torch.Tensor:
