@@ -108,7 +108,8 @@ def rope_into_cache(
     axes: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """q (B, Hq, S, D) rotated. The rotated k and v (B, Hkv, S, D) are written into the caches (B, Hkv, L, D).
+    """q (B, Hq, S, D) rotated. k (B, Hkv, S, D), rotated, and v (B, Hkv, S, Dv), as it is, are written into
+    the caches (B, Hkv, L, D) and (B, Hkv, L, Dv).
 
     cache_position, (S,) or (B, S): the slot of each token in the caches, and its row of the tables unless position_ids
     are given. Tokens whose slot is outside 0 to L - 1 are not written.

@@ -84,7 +84,10 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc=None):
-    """`a @ b (+ acc)` on tensor cores, with a float32 result. float32 operands are not rounded to TF32."""
+    """`a @ b (+ acc)` with a float32 result.
+
+    bfloat16 and float16 are multiplied on tensor cores; float32 without them, since they would round it to TF32.
+    """
     if _BF16_IS_BITS and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")

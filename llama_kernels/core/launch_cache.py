@@ -63,7 +63,7 @@ def cached_launch(launcher: Callable[_P, list[Launch]]) -> Callable[_P, None]:
     whether its address is a multiple of 16. A launch is cached if all its tensors, and the tensors that its descriptors
     describe, are leaves. It is not cached if it has other tensors, such as views, or tensors inside a tuple.
     """
-    cache: dict[tuple[Any, ...], list[_Bound] | None] = {}  # None: called once, as many keys are
+    cache: dict[tuple[Any, ...], list[_Bound] | None] = {}  # None: this key was seen once
     _caches.append(cache)
 
     @functools.wraps(launcher)

@@ -105,13 +105,13 @@ class Rows(NamedTuple):
     strides: tuple[tuple[int, int, int] | None, ...]  # one for each tensor
 
 
-WALKED_DIMS = 3  # leading dimensions that a kernel walks
+MAX_ROW_DIMS = 3  # leading dimensions that a kernel takes
 
 
 def rows_of(lead: torch.Tensor, *others: torch.Tensor | None) -> Rows:
     """The rows of `lead` and `others`. Leading dimensions are merged where the strides of all tensors allow it.
 
-    Where more dimensions are left than a kernel walks, tensors that are not dense in the memory order of `lead` are
+    Where more dimensions are left than a kernel takes, tensors that are not dense in the memory order of `lead` are
     copied. So a result must be dense in it (`is_dense_in_order_of`): otherwise a kernel would write to the copy.
 
     Raises:
@@ -141,9 +141,9 @@ def _merged_rows(
             merged[-1] = (merged[-1][0] * size, steps)
         else:
             merged.append((size, steps))
-    if len(merged) > WALKED_DIMS:
+    if len(merged) > MAX_ROW_DIMS:
         return None
-    merged += [(1, [0] * len(present))] * (WALKED_DIMS - len(merged))
+    merged += [(1, [0] * len(present))] * (MAX_ROW_DIMS - len(merged))
     sizes, inner_steps = zip(*merged, strict=True)
     each = iter(zip(*inner_steps, strict=True))
     return math.prod(sizes), sizes[1:], tuple(None if s is None else next(each) for s in strides)

@@ -33,7 +33,7 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
 from llama_kernels.core.tensors import (
-    WALKED_DIMS,
+    MAX_ROW_DIMS,
     cdiv,
     dense_in_order_of,
     empty_in_order_of,
@@ -538,7 +538,7 @@ def _forward_fake(call):
 
 def _forward(call):
     y, s, rstd = _forward_fake(call)
-    if call.residual is not None and call.x.ndim > WALKED_DIMS + 1 and not is_dense_in_order_of(call.x, s):
+    if call.residual is not None and call.x.ndim > MAX_ROW_DIMS + 1 and not is_dense_in_order_of(call.x, s):
         y, summed, rstd = _forward(call._replace(residual=dense_in_order_of(call.x, call.residual)))
         return y, s.copy_(summed), rstd
     _launch_forward(call, y, None if call.residual is None else s, rstd)

@@ -165,11 +165,11 @@ def test_each_fault_of_a_loop_is_reported(body, flops, fault):
     assert not sass.faults(loops_of(PRODUCT, "MUFU.EX2 R1, R2"), "sm_90", "forward_kernel", plain=True)
 
 
-def test_options_that_need_registers_get_the_crowded_tile(monkeypatch):
+def test_options_that_need_registers_get_a_tile_of_their_own(monkeypatch):
     monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
     q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
     row = tables.tile_for("forward", q, q)
-    assert row.crowded and tables.tile_for("forward", q, q, True) == row.crowded
+    assert row.with_options and tables.tile_for("forward", q, q, True) == row.with_options
     assert tables.tile_for("decode", q, q, True) == tables.tile_for("decode", q, q)
 
 
@@ -186,7 +186,7 @@ def test_every_family_pass_and_width_has_a_valid_tile():
             for width in (1, *tables.WIDTHS):
                 for dtype in (torch.bfloat16, torch.float32):
                     rows = [tables.tile(family, pass_, width, dtype, triton) for triton in RELEASES]
-                    for tile in filter(None, (*rows, *(row.crowded for row in rows))):
+                    for tile in filter(None, (*rows, *(row.with_options for row in rows))):
                         assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
                         assert delta.PADDING.value >= tile.BLOCK_M  # the padding of lse2 and delta
                         # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages

@@ -62,11 +62,15 @@ def test_nearly_all_programs_have_a_tile(family, D, monkeypatch):
 
 def test_few_tokens_of_many_sequences_are_spread_over_the_gpu():
     """As when decoding: each sequence has a program of its own. Only where there are many do programs take turns."""
-    assert tile_list.programs_for(64, 64, 8, 128, walk=True) == 64 * 8
-    assert tile_list.programs_for(64, 64, 8, 16, walk=True) == 2048
-    assert tile_list.programs_for(4096, 64, 32, 128, walk=True) == 64 * 32
-    assert tile_list.programs_for(4096, 64, 32, 128, walk=False) == 96 * 32
-    assert tile_list.programs_for(0, 3, 8, 128, walk=True) == tile_list.programs_for(9, 3, 0, 128, walk=True) == 0
+    assert tile_list.programs_for(64, 64, 8, 128, persistent=True) == 64 * 8
+    assert tile_list.programs_for(64, 64, 8, 16, persistent=True) == 2048
+    assert tile_list.programs_for(4096, 64, 32, 128, persistent=True) == 64 * 32
+    assert tile_list.programs_for(4096, 64, 32, 128, persistent=False) == 96 * 32
+    assert (
+        tile_list.programs_for(0, 3, 8, 128, persistent=True)
+        == tile_list.programs_for(9, 3, 0, 128, persistent=True)
+        == 0
+    )
 
 
 # --- the list --------------------------------------------------------------------------------------------------------
@@ -124,9 +128,9 @@ CASES = (
 def test_programs_that_take_several_tiles(case, device, monkeypatch):
     """Every program takes as many as there are: only one tile of each head is anyone's first."""
     for module in (forward, backward, delta):
-        monkeypatch.setattr(module, "programs_for", lambda tokens, sequences, heads, rows, walk: heads)
+        monkeypatch.setattr(module, "programs_for", lambda tokens, sequences, heads, rows, persistent: heads)
     for module in (forward, backward):
-        monkeypatch.setattr(module, "walks", lambda call: True)
+        monkeypatch.setattr(module, "is_persistent", lambda call: True)
     lk.core.launch_cache.forget()
     attention.check(case, torch.float16, device)
     lk.core.launch_cache.forget()

@@ -116,7 +116,7 @@ def test_inputs_of_any_strides(name, residual, device):
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 2, 1, 3), (2, 0, 3, 1)], ids=str)
 @pytest.mark.parametrize("gaps", [False, True], ids=["dense", "with gaps"])
 def test_a_residual_in_another_memory_order(order, gaps, device):
-    """Of four leading dimensions a kernel walks three, so tensors are copied: inputs, but never results."""
+    """Of four leading dimensions a kernel takes three, so tensors are copied: inputs, but never results."""
     x = torch.randn(2, 3, 2, 3, 16, device=device)
     x = torch.cat((x, x), 3)[:, :, :, :3] if gaps else x
     r = torch.empty([x.shape[d] for d in order] + [16], device=device)

@@ -48,7 +48,7 @@ class Entry:
     pass_: str
     width: int
     dtype: torch.dtype
-    variant: tuple[str, ...]  # the fields of Tile that lead to it from its row: (), ("crowded",), ("newer", "crowded")
+    variant: tuple[str, ...]  # the fields of Tile that lead to it from its row: (), ("newer", "with_options")
     tile: Tile
     taken: bool  # by calls under this Triton
 
@@ -86,7 +86,7 @@ def _portable_kernels() -> Iterator[None]:
 
 
 def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
-    """A pass that takes no crowded tile has none, and only the forward and dq take one for a prefix."""
+    """A pass that takes no tile for options has none, and only the forward and dq take one for a prefix."""
     taken = set()
     for family, triton, dtype in itertools.product(
         tables.FAMILIES, ((3, 6), (3, 7), (3, 8), (3, 9)), (torch.float16, torch.float32)
@@ -113,7 +113,7 @@ class Run:
     dtype: torch.dtype
     width: int  # of the heads of q and k
     DV: int
-    options: bool  # with those that hold registers, which a crowded tile is for
+    options: bool  # with those that hold registers, which a tile with_options is for
     tiles: tuple[tuple[str, Tile], ...]
 
     def __str__(self) -> str:
@@ -128,7 +128,7 @@ def blocks(tile: Tile) -> Tile:
 
 def runs(*passes: str, rotated: bool = False) -> list[Run]:
     """Few calls that take all tiles of the passes, each of them tiles of similar sizes. Where dq is `rotated`, the
-    crowded tile takes the place of one that is not roomy."""
+    tile for options takes the place of one without spare registers."""
     kinds: dict[tuple[torch.dtype, int, int, bool], dict[str, set[Tile]]] = {}
     family = None if INTERPRETED else arch_of(torch.device(DEVICE))
     for entry in ENTRIES:
@@ -136,12 +136,12 @@ def runs(*passes: str, rotated: bool = False) -> list[Run]:
         if (
             not here
             or entry.pass_ not in passes
-            or (rotated and entry.pass_ == "dq" and entry.tile.crowded and not entry.tile.roomy)
+            or (rotated and entry.pass_ == "dq" and entry.tile.with_options and not entry.tile.spare_registers)
         ):
             continue
-        tile = dataclasses.replace(entry.tile, crowded=None, with_prefix=None, newer=None, since=(3, 9))
+        tile = dataclasses.replace(entry.tile, with_options=None, with_prefix=None, newer=None, since=(3, 9))
         DV = min(entry.width, 512)
-        kind = (entry.dtype, entry.width, DV, "crowded" in entry.variant)
+        kind = (entry.dtype, entry.width, DV, "with_options" in entry.variant)
         if family is None:
             tile, kind = blocks(tile), (entry.dtype, 16, 16, False)
         kinds.setdefault(kind, {}).setdefault(entry.pass_, set()).add(tile)

@@ -31,14 +31,15 @@ from llama_kernels.ops.attention.dkdv import _dkdv_kernel
 from llama_kernels.ops.attention.dq import _dq_kernel
 from llama_kernels.ops.attention.rounding import round_launch
 from llama_kernels.ops.attention.tables import Tile, tile_for
-from llama_kernels.ops.attention.tile_list import Fill, TileLists, programs_for, tile_lists, walks
+from llama_kernels.ops.attention.tile_list import Fill, TileLists, is_persistent, programs_for, tile_lists
 from llama_kernels.ops.rotation import Rotation
 
 # Programs of dk and dv for one sequence: about two for each SM of a large GPU. Where the keys give fewer programs,
 # several share the query heads of a key head.
 ENOUGH_PROGRAMS = 256
 MOST_COLUMNS = 512  # of dq in one launch
-# The fewest rows of a part of a group. Adding up the parts then takes less than a tenth of their time.
+# The fewest query rows of a part of a group. Adding up the parts then takes less than a tenth of the time of computing
+# them.
 ROWS_OF_A_PART = 16384
 
 
@@ -84,9 +85,12 @@ def _arguments(
     )  # fmt: skip
 
 
-def _flags(call: AttentionCall, do: torch.Tensor, rotation: Rotation) -> dict[str, Any]:
-    """The compile-time arguments that both kernels take."""
-    flags = {"FAR": far(call.q, call.k, call.v, do), "WALK": walks(call)}
+def _flags(
+    call: AttentionCall, do: torch.Tensor, outputs: tuple[torch.Tensor | None, ...], rotation: Rotation
+) -> dict[str, Any]:
+    """The compile-time arguments that both kernels take. outputs: as in `_arguments`."""
+    written = (x for x in outputs if x is not None)
+    flags = {"FAR": far(call.q, call.k, call.v, do, *written), "PERSISTENT": is_persistent(call)}
     return {**call.widths, **flags, "HALF": rotation.half, "INTERLEAVED": rotation.interleaved}
 
 
@@ -102,13 +106,13 @@ def _dkdv_launches(
     of_part = sizes._replace(group=sizes.group // parts)
     programs = cdiv(sizes.Sk, tile.BLOCK_N) * sizes.B * of_part.Hkv
     if list_k is not None:
-        programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, tile.BLOCK_N, walks(call))
+        programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, tile.BLOCK_N, is_persistent(call))
     if not programs:
         return []
     for pair in ((dk, None), (None, dv)) if tile.split else ((dk, dv),):
         if pair != (None, None):
             args = _arguments(call, rows, pair, ends_with, list_k, of_part)
-            options = {**_flags(call, rows.do, ends_with), "PARTS": parts, **tile.launch_options}
+            options = {**_flags(call, rows.do, pair, ends_with), "PARTS": parts, **tile.launch_options}
             launches.append(Launch(_dkdv_kernel, (programs,), args, options))
     if sums is not None:
         keys_as_rows = sizes._replace(Hq=sizes.Hkv, Sq=sizes.Sk, longest_q=sizes.longest_k)
@@ -124,15 +128,15 @@ def _dq_launches(
     """The launches that write dq: one, or one for each part of the columns of wide heads."""
     sizes = call.sizes
     tile = tile_for("dq", call.q, call.v)
-    if call.crowded or ((call.packed or rotation.half) and not tile.roomy):
-        tile = tile_for("dq", call.q, call.v, crowded=True, prefix=call.kv_prefix is not None)
-        if rotation.half and tile.crowded:
-            tile = tile.crowded
+    if call.with_options or ((call.packed or rotation.half) and not tile.spare_registers):
+        tile = tile_for("dq", call.q, call.v, with_options=True, prefix=call.kv_prefix is not None)
+        if rotation.half and tile.with_options:
+            tile = tile.with_options
     programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
     if list_q is not None:
-        programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, walks(call))
+        programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, is_persistent(call))
     args = _arguments(call, rows, (dq,), rotation, list_q, sizes)
-    D, flags = call.q.shape[-1], {**_flags(call, rows.do, rotation), **tile.launch_options}
+    D, flags = call.q.shape[-1], {**_flags(call, rows.do, (dq,), rotation), **tile.launch_options}
     step = tile.columns if tile.split else D
     return [
         Launch(_dq_kernel, (programs,), args, {**flags, "FIRST": first, "COLUMNS": width_class(min(D - first, step))})

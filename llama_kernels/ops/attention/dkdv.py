@@ -151,7 +151,7 @@ def _dkdv_kernel(
     kv_start_strides, kv_end_strides, kv_prefix_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WALK: tl.constexpr, PARTS: tl.constexpr,
+    PERSISTENT: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dv = sum(P^T @ do) and dk = sum(dS^T @ q) scale, for BLOCK_N keys of one key head, summed over its query heads.
@@ -160,10 +160,14 @@ def _dkdv_kernel(
     PARTS is not 1, it sums over sizes.group heads, a part of the group: dk and dv then are float32, and have PARTS
     heads for each key head. Either of dk and dv may be None. Row blocks that see none of the keys are skipped. Sums are
     float32. With HALF, k was rotated by the tables, and dk gets the inverse rotation.
+    q, do (B, Hq, Sq, D or DV), k, v, dk, dv (B, Hkv, Sk, D or DV), lse2 and delta (B, Hq, padded Sq) float32, of
+    delta.py. P = exp2(logits - lse2), and dS = P * (do @ v^T - delta).
     Bytes: k, v, dk, dv once; q, do, lse2, delta of the group once for each key tile, from L2. FLOPs: 4 (D + DV) for
     each visible pair.
     """
-    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq // sizes.group, BLOCK_N, WALK), disable_licm=True):
+    for turn in tl.range(
+        0, tiles_of_program(list_ptr, sizes.Hq // sizes.group, BLOCK_N, PERSISTENT), disable_licm=True
+    ):
         n, h_kv, b, k_start, Sk = key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N)
         q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         if n < Sk:

@@ -72,17 +72,19 @@ def _dq_kernel(
     kv_start_strides, kv_end_strides, kv_prefix_strides, cos_strides, sin_strides, position_strides,
     sizes, scoring, window, positions,
     D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WALK: tl.constexpr, FIRST: tl.constexpr,
+    PERSISTENT: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dq = dS @ k scale, for BLOCK_M rows of one head, over the same key blocks as in the forward.
 
+    q, dq (B, Hq, Sq, D), do (B, Hq, Sq, DV), k, v (B, Hkv, Sk, D or DV), lse2 and delta (B, Hq, padded Sq) float32, of
+    delta.py. dS = P * (do @ v^T - delta), and P = exp2(logits - lse2).
     Of dq, COLUMNS from column FIRST on: all of them, unless the heads are so wide that a program cannot hold them.
     Sums are float32. With HALF, q was rotated by the tables, and dq gets the inverse rotation.
     Bytes: q, do, dq once; k, v once for each row tile, from L2. FLOPs: 2 (2 D + DV) for each visible pair.
     """
-    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, WALK), disable_licm=True):
+    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, PERSISTENT), disable_licm=True):
         m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
         q_start, Sq, k_start, Sk = sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes)
         if m < Sq:

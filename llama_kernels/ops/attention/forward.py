@@ -14,7 +14,7 @@ from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.key_split import KeySplit, forward_tile
 from llama_kernels.ops.attention.masks import Mask, key_blocks, within
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend
-from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for, tile_lists, walks
+from llama_kernels.ops.attention.tile_list import Fill, TileLists, is_persistent, list_tiles, programs_for, tile_lists
 from llama_kernels.ops.attention.tiles import (
     Keys,
     load_bound,
@@ -35,7 +35,7 @@ def _forward_kernel(
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, list_ptr,
     q_strides, k_strides, v_strides, o_strides, lse_strides, kv_start_strides, kv_end_strides, kv_prefix_strides,
     sizes, scoring, window, split,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, WALK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q @ k^T scale + mask) @ v and lse = log(sum(exp(q @ k^T scale + mask))), BLOCK_M rows of one head.
@@ -47,7 +47,7 @@ def _forward_kernel(
     h * split.chunks + c for a head, and lse is in base 2.
     Bytes: q and o once; k and v once for each row tile, from L2. FLOPs: 2 (D + DV) for each visible pair.
     """
-    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, WALK), disable_licm=True):
+    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, PERSISTENT), disable_licm=True):
         m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
         of_o = h
         if split is not None:
@@ -130,7 +130,7 @@ def _launch(
         *map(strides_of, (q, k, v, o)), lse_strides(lse), *call.bound_strides,
         sizes.as_arguments(), call.scoring, call.window, split,
     )  # fmt: skip
-    options = {**call.widths, "FAR": far(q, k, v, o), "WALK": walks(call), **tile.launch_options}
+    options = {**call.widths, "FAR": far(q, k, v, o), "PERSISTENT": is_persistent(call), **tile.launch_options}
     return Launch(_forward_kernel, (programs,), args, options)
 
 
@@ -139,7 +139,7 @@ def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: Ti
     sizes, BLOCK_M = call.sizes, forward_tile(call).BLOCK_M
     launches, list_q, programs = [], None, cdiv(sizes.Sq, BLOCK_M) * sizes.B * sizes.Hq
     if call.cu_seqlens_q is not None and lists is not None:
-        list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, walks(call))
+        list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, is_persistent(call))
         launches.append(list_tiles(lists, call.cu_seqlens_q, None, sizes, Fill(o, lse)))
     return [*launches, _launch(call, o, lse, list_q, programs)] if programs else []
 

@@ -14,7 +14,9 @@ from llama_kernels.core.tensors import cdiv
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile, tile_for
 
-LEAST_KEYS = 2048  # of a chunk, so that its result takes at most a fifth of the time of a large batch
+# The fewest keys of a chunk. Where a large batch fills the GPU without a split, the split then makes it at most a fifth
+# slower, by writing and reading the result of each chunk.
+LEAST_KEYS = 2048
 # The overhead of a chunk, as a number of keys that take as long: its program starts and ends, and its float32 result is
 # written and read.
 _KEYS_OF_A_CHUNK = 256
@@ -35,7 +37,7 @@ class KeySplit(NamedTuple):
 
 def forward_tile(call: AttentionCall) -> Tile:
     """The tile of the forward kernel, split or not."""
-    return tile_for("forward", call.q, call.v, call.crowded, call.kv_prefix is not None)
+    return tile_for("forward", call.q, call.v, call.with_options, call.kv_prefix is not None)
 
 
 def split_of(call: AttentionCall) -> KeySplit | None:

@@ -16,7 +16,8 @@ from llama_kernels.ops.attention.cpu import plain_backward, plain_forward
 from llama_kernels.ops.attention.flops import count_flops
 from llama_kernels.ops.attention.forward import launch_forward
 
-# The fields of AttentionCall after v. Dense calls have no cu_seqlens; there longest_q is Sq and longest_k is Sk.
+# The fields of AttentionCall after v, but for out_dtype and kv_prefix, which have defaults. Dense calls have no
+# cu_seqlens; there longest_q is Sq and longest_k is Sk.
 _OPTIONS = (
     "Tensor? sinks, Tensor? kv_start, Tensor? kv_end, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt longest_q, SymInt longest_k, float scale, float? softcap, SymInt? left, SymInt? right"

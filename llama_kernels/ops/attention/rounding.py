@@ -34,8 +34,10 @@ def _round_sum_kernel(
     D: tl.constexpr, FAR: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """grad = sum * scale, rounded once, for BLOCK_M rows of one head. Bytes: the float32 sum in, grad out.
+    """grad = sum * scale, rounded once, for BLOCK_M rows of one head.
 
+    sum (B, Hq * PARTS, Sq, D) float32, grad (B, Hq, Sq, D); packed: (T, H, D). Bytes: sum in, grad out, once each.
+    FLOPs: PARTS for each element, and 3 more with the rotation.
     Head h of grad is the sum of heads h * PARTS to h * PARTS + PARTS - 1 of `sum`, in this order. With HALF, q and k
     were rotated by the tables, and grad gets the inverse rotation.
     """
@@ -74,5 +76,5 @@ def round_launch(
     }  # fmt: skip
     programs = cdiv(sizes.Sq, BLOCK_M) * sizes.B * sizes.Hq
     if list_q is not None:
-        programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, walk=True)
+        programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, persistent=True)
     return Launch(_round_sum_kernel, (programs,), args, options)

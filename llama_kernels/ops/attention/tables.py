@@ -20,6 +20,8 @@ from llama_kernels.core.language import TRITON_VERSION
 
 @dataclass(frozen=True)
 class Tile:
+    """The tile of a pass, how it is launched, and the tiles that take its place where a call needs more registers."""
+
     BLOCK_M: int  # query rows
     BLOCK_N: int  # keys
     num_warps: int
@@ -27,10 +29,10 @@ class Tile:
     split: bool = False  # dk and dv, or the columns of dq, in several launches, since one program cannot hold them
     columns: int = 512  # of dq, in one of the launches of a split
     # Of dq: there are registers left for a packed batch and for an inverse rotation, which otherwise count as options.
-    roomy: bool = False
-    # Instead, with options that take registers; the launcher says which. A crowded tile may have one of its own, for dq
+    spare_registers: bool = False
+    # Instead, with options that take registers; the launcher says which. Such a tile may have one of its own, for dq
     # with an inverse rotation, which takes more.
-    crowded: Tile | None = None
+    with_options: Tile | None = None
     with_prefix: Tile | None = None  # instead, with kv_prefix, whose two loops more take registers
     # Instead, from Triton `since` on, whose code for this tile spills or waits. It may have a newer one too.
     newer: Tile | None = None
@@ -46,14 +48,14 @@ class Tile:
 
 # For the forward on sm_90, at width 256. From Triton 3.7 on, two stages of 32 keys spill 8 bytes or more with a prefix.
 # Under Triton 3.9, 64 keys spill 8 bytes.
-_WIDEST_FORWARD = Tile(128, 64, 8, 2, crowded=Tile(128, 32, 8, 2))
+_WIDEST_FORWARD = Tile(128, 64, 8, 2, with_options=Tile(128, 32, 8, 2))
 _WIDEST_FORWARD_3_7 = replace(
     _WIDEST_FORWARD,
     with_prefix=Tile(128, 32, 8, 3),
     newer=replace(
         _WIDEST_FORWARD,
         with_prefix=Tile(128, 16, 8, 3),
-        newer=Tile(128, 32, 8, 3, crowded=Tile(128, 32, 8, 2), with_prefix=Tile(128, 16, 8, 3)),
+        newer=Tile(128, 32, 8, 3, with_options=Tile(128, 32, 8, 2), with_prefix=Tile(128, 16, 8, 3)),
     ),
     since=(3, 8),
 )
@@ -62,11 +64,11 @@ _WIDEST_FORWARD_3_7 = replace(
 _FEW_ROWS = Tile(32, 128, 8, 2)
 
 # For dq on sm_90, at widths 128 and 256.
-_DQ = Tile(128, 64, 8, 3, roomy=True, crowded=Tile(128, 64, 8, 2))
+_DQ = Tile(128, 64, 8, 3, spare_registers=True, with_options=Tile(128, 64, 8, 2))
 # Under Triton 3.9 a prefix spills 8 bytes with 64 keys.
 _DQ_3_9 = replace(_DQ, with_prefix=Tile(128, 32, 8, 3))
-_WIDER_DQ = Tile(128, 32, 8, 2, crowded=Tile(128, 32, 8, 1))
-_WIDER_DQ_3_8 = replace(_WIDER_DQ, crowded=Tile(128, 16, 8, 2), with_prefix=Tile(32, 32, 4, 2), newer=_WIDER_DQ)
+_WIDER_DQ = Tile(128, 32, 8, 2, with_options=Tile(128, 32, 8, 1))
+_WIDER_DQ_3_8 = replace(_WIDER_DQ, with_options=Tile(128, 16, 8, 2), with_prefix=Tile(32, 32, 4, 2), newer=_WIDER_DQ)
 
 # In dq on sm_80, at width 128, with options that take registers.
 _AMPERE_DQ = Tile(64, 64, 8, 2)
@@ -77,15 +79,15 @@ _HALF = {
     # The tiles of Hopper are the fastest of 5 to 12 that an H100 timed in each pass (docs/lab/2026-11-27-first_gpu.md),
     # but for dk and dv at width 256, where 64 x 128 with one stage was 5% faster.
     ("sm_90", "forward"): (
-        Tile(128, 64, 4, 3, crowded=Tile(128, 64, 8, 2)),
-        Tile(128, 64, 8, 3, crowded=Tile(128, 64, 8, 2)),
+        Tile(128, 64, 4, 3, with_options=Tile(128, 64, 8, 2)),
+        Tile(128, 64, 8, 3, with_options=Tile(128, 64, 8, 2)),
         replace(_WIDEST_FORWARD, newer=_WIDEST_FORWARD_3_7, since=(3, 7)),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on. Triton 3.8 alone spills 56 to
     # 168 bytes with options that take registers, at widths 128 and 256.
     ("sm_90", "dq"): (
-        Tile(64, 64, 4, 3, roomy=True, crowded=Tile(128, 64, 8, 2)),
-        replace(_DQ, newer=replace(_DQ, crowded=Tile(128, 64, 8, 1), newer=_DQ_3_9), since=(3, 8)),
+        Tile(64, 64, 4, 3, spare_registers=True, with_options=Tile(128, 64, 8, 2)),
+        replace(_DQ, newer=replace(_DQ, with_options=Tile(128, 64, 8, 1), newer=_DQ_3_9), since=(3, 8)),
         Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8, since=(3, 8)),
     ),
     # dk and dv are the larger accumulators. At width 128 a program keeps 128 keys and streams the rows in blocks of 64:
@@ -93,7 +95,7 @@ _HALF = {
     # 104 bytes.
     ("sm_90", "dkdv"): (
         Tile(64, 64, 4, 3),
-        Tile(64, 128, 8, 3, crowded=_FEW_ROWS),
+        Tile(64, 128, 8, 3, with_options=_FEW_ROWS),
         Tile(32, 128, 8, 2, split=True),
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
@@ -106,48 +108,48 @@ _HALF = {
             64,
             4,
             3,
-            crowded=Tile(128, 64, 8, 2),
-            newer=Tile(128, 64, 8, 3, crowded=Tile(128, 64, 8, 2)),
+            with_options=Tile(128, 64, 8, 2),
+            newer=Tile(128, 64, 8, 3, with_options=Tile(128, 64, 8, 2)),
             since=(3, 8),
         ),
-        Tile(128, 64, 8, 3, crowded=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
+        Tile(128, 64, 8, 3, with_options=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
         Tile(32, 32, 4, 3),
     ),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 2),
-        Tile(64, 128, 8, 2, with_prefix=_AMPERE_DQ, newer=Tile(64, 128, 8, 2, crowded=_AMPERE_DQ)),
-        Tile(64, 64, 8, 2, crowded=Tile(64, 64, 8, 1)),
+        Tile(64, 128, 8, 2, with_prefix=_AMPERE_DQ, newer=Tile(64, 128, 8, 2, with_options=_AMPERE_DQ)),
+        Tile(64, 64, 8, 2, with_options=Tile(64, 64, 8, 1)),
     ),
     # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
     ("sm_80", "dkdv"): (
         Tile(32, 128, 8, 3),
         Tile(64, 64, 8, 3),
-        Tile(32, 64, 4, 2, split=True, crowded=Tile(32, 64, 4, 1, split=True)),
+        Tile(32, 64, 4, 2, split=True, with_options=Tile(32, 64, 4, 1, split=True)),
     ),
     # Consumer GPUs: as Ampere, with 99 KiB of shared memory for each thread block.
     ("sm_86", "forward"): (
         Tile(128, 64, 8, 1),
         Tile(64, 32, 4, 3),
-        Tile(32, 32, 4, 3, newer=Tile(32, 32, 4, 3, crowded=Tile(32, 32, 4, 2))),
+        Tile(32, 32, 4, 3, newer=Tile(32, 32, 4, 3, with_options=Tile(32, 32, 4, 2))),
     ),
     ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 1, split=True)),
     # Blackwell: one stage or four, since with two or three tl.dot has a race in Triton 3.6 and 3.7 (triton#10590).
     ("sm_100", "forward"): (
-        Tile(128, 64, 8, 4, crowded=Tile(128, 128, 8, 1)),
+        Tile(128, 64, 8, 4, with_options=Tile(128, 128, 8, 1)),
         Tile(128, 64, 8, 4),
-        Tile(128, 32, 8, 4, crowded=Tile(128, 32, 8, 1)),
+        Tile(128, 32, 8, 4, with_options=Tile(128, 32, 8, 1)),
     ),
     ("sm_100", "dq"): (
-        Tile(64, 64, 4, 4, crowded=Tile(128, 64, 8, 4)),
+        Tile(64, 64, 4, 4, with_options=Tile(128, 64, 8, 4)),
         Tile(128, 64, 8, 4),
         Tile(
             64,
             64,
             4,
             1,
-            crowded=Tile(64, 32, 4, 1, crowded=Tile(64, 32, 8, 1)),
-            newer=Tile(64, 64, 8, 1, crowded=Tile(64, 32, 8, 1)),
+            with_options=Tile(64, 32, 4, 1, with_options=Tile(64, 32, 8, 1)),
+            newer=Tile(64, 64, 8, 1, with_options=Tile(64, 32, 8, 1)),
         ),
     ),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
@@ -156,7 +158,7 @@ _HALF = {
     ("gfx942", "dq"): (
         Tile(64, 64, 4, 1),
         Tile(64, 64, 4, 1),
-        Tile(64, 64, 4, 1, crowded=Tile(64, 32, 4, 1), newer=Tile(64, 32, 4, 1, crowded=Tile(32, 32, 4, 1))),
+        Tile(64, 64, 4, 1, with_options=Tile(64, 32, 4, 1), newer=Tile(64, 32, 4, 1, with_options=Tile(32, 32, 4, 1))),
     ),
     ("gfx942", "dkdv"): (
         Tile(32, 128, 8, 1),
@@ -185,13 +187,13 @@ _FLOAT32 = {
     ),
     ("sm_90", "dq"): (
         Tile(64, 32, 8, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 64, 16, 1, with_prefix=Tile(64, 32, 16, 1))),
+        Tile(64, 64, 16, 1, newer=Tile(64, 64, 16, 1, with_prefix=Tile(64, 32, 16, 1)), since=(3, 8)),
         Tile(16, 32, 8, 1),
     ),
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (
         Tile(32, 32, 4, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1, crowded=Tile(32, 64, 16, 1))),
+        Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1, with_options=Tile(32, 64, 16, 1))),
         Tile(64, 16, 8, 1),
     ),
     ("sm_80", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1)), Tile(64, 16, 8, 1)),
@@ -245,7 +247,7 @@ _WIDE_HALF = {
     ("sm_90", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
     # Triton 3.8 alone waits for each product where options take registers.
     ("sm_90", "dkdv"): (
-        replace(_WIDE_DKDV, newer=replace(_WIDE_DKDV, crowded=_FEWER_KEYS, newer=_WIDE_DKDV), since=(3, 8)),
+        replace(_WIDE_DKDV, newer=replace(_WIDE_DKDV, with_options=_FEWER_KEYS, newer=_WIDE_DKDV), since=(3, 8)),
         Tile(16, 16, 8, 1, split=True),
     ),
     ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
@@ -253,7 +255,7 @@ _WIDE_HALF = {
     # With all options at once dq of 512 columns spills 8 bytes on sm_80.
     ("sm_80", "dq"): (
         Tile(32, 32, 8, 1),
-        Tile(16, 16, 8, 1, split=True, crowded=Tile(32, 16, 8, 1, split=True, columns=256)),
+        Tile(16, 16, 8, 1, split=True, with_options=Tile(32, 16, 8, 1, split=True, columns=256)),
     ),
     ("sm_80", "dkdv"): (Tile(32, 32, 8, 1, split=True), Tile(16, 16, 8, 1, split=True)),
     ("sm_80", "decode"): (Tile(32, 16, 8, 2), Tile(32, 32, 8, 1)),
@@ -322,10 +324,10 @@ def tile(family: str, pass_: str, width: int, dtype: torch.dtype, triton: tuple[
     return found
 
 
-def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, crowded: bool = False, prefix: bool = False) -> Tile:
-    """The tile of `pass_` for heads of the widths of q and v, on their device. crowded, prefix: see `Tile`."""
+def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, with_options: bool = False, prefix: bool = False) -> Tile:
+    """The tile of `pass_` for heads of the widths of q and v, on their device. with_options, prefix: see `Tile`."""
     D, DV = q.shape[-1], v.shape[-1]
     found = tile(arch_of(q.device), pass_, max(D, DV), q.dtype)
     if prefix and found.with_prefix:
         return found.with_prefix
-    return found.crowded if crowded and found.crowded else found
+    return found.with_options if with_options and found.with_options else found

@@ -190,28 +190,28 @@ def list_tiles(
     return Launch(_tile_list_kernel, (programs,), args, options)
 
 
-def walks(call: AttentionCall) -> bool:
+def is_persistent(call: AttentionCall) -> bool:
     """Whether programs of the forward, dq and dkdv kernels may compute several tiles, one after another.
 
     The loop over tiles takes registers. With options that take registers, and with wide heads, there are none.
     """
     widest = max(call.q.shape[-1], call.v.shape[-1])
-    return call.packed and not call.crowded and widest <= 128 and call.q.dtype != torch.float32
+    return call.packed and not call.with_options and widest <= 128 and call.q.dtype != torch.float32
 
 
-def programs_for(tokens: int, sequences: int, heads: int, rows: int, walk: bool) -> int:
+def programs_for(tokens: int, sequences: int, heads: int, rows: int, persistent: bool) -> int:
     """The number of programs of a kernel that takes tiles from a list. A tile is `rows` of one head of a block.
 
-    There is a program for each tile that there may be. If walk, programs can take several tiles, and there are fewer
-    of them where that is more than FEW_PROGRAMS and more than a tenth above what full blocks need. The number depends
-    on shapes alone, and no result depends on it.
+    There is a program for each tile that there may be. If persistent, programs can take several tiles, and there are
+    fewer of them where that is more than FEW_PROGRAMS and more than a tenth above what full blocks need. The number
+    depends on shapes alone, and no result depends on it.
     """
     if not tokens or not heads:
         return 0
     of_a_block, blocks = heads * (BLOCK.value // rows), tokens // BLOCK.value
     enough = max(blocks + cdiv(blocks, 10), cdiv(FEW_PROGRAMS, of_a_block))
     capacity = _capacity(tokens, sequences)
-    return (min(capacity, enough) if walk else capacity) * of_a_block
+    return (min(capacity, enough) if persistent else capacity) * of_a_block
 
 
 def _capacity(tokens: int, sequences: int) -> int:

@@ -37,17 +37,17 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def tiles_of_program(list_ptr, heads, ROWS: tl.constexpr, WALK: tl.constexpr):
+def tiles_of_program(list_ptr, heads, ROWS: tl.constexpr, PERSISTENT: tl.constexpr):
     """How many tiles this program computes. A tile is ROWS query rows or keys of one head.
 
     One, if the batch is dense (list_ptr is None). In a packed batch, program p of P computes tile p, if there is one;
-    with WALK also tiles p + P, p + 2 P and so on.
+    with PERSISTENT also tiles p + P, p + 2 P and so on.
     """
     count = 1
     if list_ptr is not None:
         pid, P = tl.program_id(0), tl.num_programs(0)
         tiles = tl.load(list_ptr) * (heads * (BLOCK // ROWS))
-        if WALK:
+        if PERSISTENT:
             count = (tiles + P - 1 - pid) // P
         else:
             count = (pid < tiles).to(tl.int32)
@@ -159,10 +159,11 @@ def columns_of(x, first: tl.constexpr):
 
 @triton.jit
 def zero_of_step(m):
-    """0, of which the compiler does not know that it is the same in every step m of a loop. None but for Hopper.
+    """0, from inline PTX that depends on the step m of a loop, so that the compiler cannot know the value.
 
     Row numbers to which it is added are multiplied by their stride in each step. Otherwise the compiler multiplies them
-    before the loop, and keeps the products in registers. From Triton 3.7 on these are too many for dk and dv.
+    before the loop, and keeps the products in registers. From Triton 3.7 on these are too many for dk and dv on Hopper.
+    None on other GPUs, and under older releases.
     """
     zero = None
     if _OWN_ADDRESSES and tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0):

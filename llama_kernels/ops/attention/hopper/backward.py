@@ -228,7 +228,8 @@ def _consume(buffers, bars, place, walk, scoring, window, C: gl.constexpr, SHARE
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dk = gl.zeros([64, D], gl.float32, A)
     dv = gl.zeros([64, D], gl.float32, A)
-    mask = Mask(place.Sk - place.Sq, window.left, window.right, None, place.Sk, None)
+    # Sk is given as kv_end, which hides the same keys. So the machine code is that which an H100 ran.
+    mask = Mask(place.Sk - place.Sq, window.left, window.right, kv_start=None, kv_end=place.Sk, Sk=None)
     j = place.n + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
     k, v = tile(buffers.k, C), tile(buffers.v, C)  # [64, D]
     keys = Keys(k, v, j, buffers, bars, place, walk, mask, scoring)
@@ -277,8 +278,9 @@ def _hopper_backward_kernel(
             gl.allocate_shared_memory(k_desc.dtype, [2, 64, 64], DS), ring(dq_desc, 2),
         )  # fmt: skip
         bars = Barriers(
-            barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2),
-            barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 1), barriers(2, 1),
+            kv_filled=barriers(1, 1), q_filled=barriers(STAGES, 1), do_filled=barriers(STAGES, 1),
+            freed=barriers(STAGES, 2), ds_filled=barriers(1, 2), ds_freed=barriers(1, 2),
+            dq_filled=barriers(2, 1), dq_freed=barriers(2, 1), dkdv_filled=barriers(2, 1),
         )  # fmt: skip
         fence_async_shared()  # so that the copy engine sees the initialised barriers
         gl.warp_specialize(
@@ -329,7 +331,7 @@ def _launches(
     options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
     programs = cdiv(sizes.Sk, 128) * sizes.B * sizes.Hkv
     if lists is not None:
-        programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, 128, walk=False)
+        programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, 128, persistent=False)
     launches = [
         Launch(_hopper_backward_kernel, (programs,), args, options),
         round_launch(dq_sum, dq, call.cu_seqlens_q, list_q, sizes, call.scale, rotation),

@@ -14,10 +14,11 @@ import torch
 from llama_kernels.ops.attention.hopper.gluon import TensorDescriptor, gl, jit
 
 # Dense tensors are (B, H, S, D), and a sequence ends with the tensor. In a packed tensor sequences end inside it. Its
-# descriptor therefore is (_ENDLESS, _ENDLESS, H, _ROWS, D), where the strides of the first two dimensions are -1 and 1
-# token, the former in units of 2^30 and modulo 2^64. Row r of the `length` tokens from `start` on has the coordinates
-# (2^30, start + length, h, 2^30 - length + r): its address is that of token start + r, and r >= length is out of
-# bounds. (The idea is that of triton.tools.ragged_tma.)
+# descriptor therefore has five dimensions, (_ENDLESS, _ENDLESS, H, _ROWS, D). With `token` the stride of a token, the
+# strides of the first two are 2^34 - token and token. Row r of the `length` tokens from `start` on has the coordinates
+# (2^30, start + length, h, 2^30 - length + r). Coordinate 2^30 of the first dimension adds 2^64 - 2^30 token to the
+# address, and 2^64 is 0. So the address is that of token start + r, and r >= length is out of bounds of the fourth
+# dimension. (The idea is that of triton.tools.ragged_tma.)
 _ROWS: gl.constexpr = gl.constexpr(2**30)
 _ENDLESS = 0x7FFF0000
 

@@ -251,8 +251,8 @@ def _hopper_forward_kernel(
         lse = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         buffers = Buffers(ring(q_desc, 2), ring(k_desc, STAGES), ring(v_desc, STAGES), lse)
         bars = Barriers(
-            barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2),
-            barriers(2, 1), barriers(2, 1),
+            q_filled=barriers(2, 1), k_filled=barriers(STAGES, 1), k_freed=barriers(STAGES, 2),
+            v_filled=barriers(STAGES, 1), v_freed=barriers(STAGES, 2), turn=barriers(2, 1), o_filled=barriers(2, 1),
         )  # fmt: skip
         lse_ptr += offset(lse_strides, b, h, q_start)
         if sinks_ptr is not None:
@@ -280,7 +280,7 @@ def _launches(
     sizes = call.sizes
     launches, list_q, programs = [], None, cdiv(sizes.Sq, 128) * sizes.B * sizes.Hq
     if call.cu_seqlens_q is not None and lists is not None:
-        list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, 128, walk=False)
+        list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, 128, persistent=False)
         launches.append(list_tiles(lists, call.cu_seqlens_q, None, sizes, Fill(o, lse)))
     args = (
         describe(call.q, 64, tile.width), describe(call.k, tile.BLOCK_N, tile.width),
