@@ -10,6 +10,7 @@ import torch
 from bench.codegen import cases, compiling, hopper, ones, reading, record, sass, traffic
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import decode, delta, tables
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import tiles
 from tests.support.environment import COMPILES
@@ -171,6 +172,14 @@ def test_options_that_need_registers_get_a_tile_of_their_own(monkeypatch):
     row = tables.tile_for("forward", q, q)
     assert row.with_options and tables.tile_for("forward", q, q, True) == row.with_options
     assert tables.tile_for("decode", q, q, True) == tables.tile_for("decode", q, q)
+
+
+def test_a_window_that_hides_no_key_is_no_option():
+    q = torch.empty(1, 1, 64, 16, device="meta")
+    plain = AttentionCall(q, q, q, *[None] * 5, 64, 64, 0.25, None, left=None, right=0)
+    assert not plain.with_options and not plain._replace(left=63).with_options and plain._replace(left=62).with_options
+    bounds = torch.empty(2, dtype=torch.int32, device="meta")  # in a packed batch, other sequences may be longer
+    assert plain._replace(cu_seqlens_q=bounds, left=63).with_options
 
 
 def test_a_tile_may_depend_on_the_triton_version():

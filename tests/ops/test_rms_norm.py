@@ -143,6 +143,16 @@ def test_empty_inputs_give_empty_outputs(shape, device):
     assert torch.equal(dw, torch.zeros_like(w))
 
 
+def test_more_rows_than_32_bits_number_are_refused():
+    x, rstd = torch.empty(2**31, 16, device="meta"), torch.empty(2**31, 1, device="meta")
+    forward = rms_norm._Forward(x, None, None, 1e-6, 0.0)
+    with pytest.raises(ValueError, match="x is a tensor of 2147483648 rows; wanted fewer than 2\\^31"):
+        rms_norm._launch_forward.__wrapped__(forward, x, None, rstd)
+    tangent = rms_norm._Tangent(x, x, None, None, rstd, 1e-6, 0.0, x.dtype)
+    with pytest.raises(ValueError, match="2147483648 rows"):
+        rms_norm._launch_tangent.__wrapped__(tangent, x)
+
+
 @pytest.mark.corpus(30)
 def test_rows_of_zeros_stay_zeros(device):
     x = torch.zeros(4, 96, device=device, requires_grad=True)
