@@ -16,6 +16,7 @@ from llama_kernels.core.checks import message
 from llama_kernels.distributed.layout import Layout, rank_in
 
 _OP = "context_parallel"
+_KINDS = {"full_attention", "sliding_attention"}  # of layers that `cp_attention` computes
 _IGNORED = -100  # a label without a loss, as in Transformers and F.cross_entropy
 
 
@@ -52,7 +53,8 @@ def context_parallel(
         mesh, layout, method: as in `cp_attention`.
 
     Raises:
-        TypeError, ValueError: the mesh and the layout do not fit; in a forward, also if it has an attention_mask, a
+        TypeError, ValueError: the mesh and the layout do not fit, or the model has layers other than full and sliding
+            attention, such as the chunked attention of Llama 4; in a forward, also if it has an attention_mask, a
             cache, a loss of router logits, or another number of tokens than the layout, or if a hook drops the mask of
             a layer.
     """
@@ -60,6 +62,7 @@ def context_parallel(
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != "llama_kernels":
         fix = "Call llama_kernels.integrations.transformers.patch first."
         raise ValueError(message(_OP, "model", "not patched", "a model whose attention is that of this package", fix))
+    _refuse_other_layers(model)
 
     def shard_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
         return (), _sharded(module, args, kwargs, layout, rank)
@@ -82,6 +85,17 @@ def context_parallel(
         context_parallels.pop()
         for hook in hooks:
             hook.remove()
+
+
+def _refuse_other_layers(model: nn.Module) -> None:
+    """Raise if the model has a layer that would combine the tokens of this process only, or see too many keys."""
+    from llama_kernels.integrations.transformers.places import attention_modules
+
+    configs = [module.config for module in attention_modules(model).values()]
+    kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()} - _KINDS
+    if kinds:
+        got = f"a {type(model).__name__} with layers of {', '.join(sorted(kinds))}"
+        raise ValueError(message(_OP, "model", got, f"layers of {' and '.join(sorted(_KINDS))} only"))
 
 
 def _sharded(

@@ -78,6 +78,14 @@ def test_bad_arguments_are_named(model, mesh):
             model(ids[:, 1:])
 
 
+def test_a_model_with_chunked_attention_is_refused(mesh):
+    """Llama 4: its chunked layers would see the whole sequence."""
+    model = patch(stock("llama4_text").cpu())
+    match = r"context_parallel: model is a Llama4ForCausalLM with layers of chunked_attention; wanted layers of full_"
+    with pytest.raises(ValueError, match=match), context_parallel(model, mesh, layout=Layout(32, 1)):
+        pass
+
+
 def test_a_backward_of_checkpointed_layers_outside_is_an_error(model, mesh):
     model.train()
     model.gradient_checkpointing_enable()
