@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ from llama_kernels.distributed.layout import Layout, rank_in
 
 _OP = "context_parallel"
 _KINDS = {"full_attention", "sliding_attention"}  # of layers that `cp_attention` computes
+_OF_SEQUENCES = {  # arguments of modules that combine tokens
+    "attention_mask", "cache", "cache_params", "past_key_value", "past_key_values", "cu_seq_lens_q", "seq_idx",
+}  # fmt: skip
+_NO_CP = "Train this model without context parallelism."
 _IGNORED = -100  # a label without a loss, as in Transformers and F.cross_entropy
 
 
@@ -53,10 +58,10 @@ def context_parallel(
         mesh, layout, method: as in `cp_attention`.
 
     Raises:
-        TypeError, ValueError: the mesh and the layout do not fit, or the model has layers other than full and sliding
-            attention, such as the chunked attention of Llama 4; in a forward, also if it has an attention_mask, a
-            cache, a loss of router logits, or another number of tokens than the layout, or if a hook drops the mask of
-            a layer.
+        TypeError, ValueError: the mesh and the layout do not fit, or the model has layers that combine tokens otherwise
+            than by our attention, full or in a sliding window: attention in chunks, recurrent layers, convolutions; in
+            a forward, also if it has an attention_mask, a cache, a loss of router logits, or another number of tokens
+            than the layout, or if a hook drops the mask of a layer.
     """
     rank = rank_in(_OP, mesh, layout)
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != "llama_kernels":
@@ -91,11 +96,30 @@ def _refuse_other_layers(model: nn.Module) -> None:
     """Raise if the model has a layer that would combine the tokens of this process only, or see too many keys."""
     from llama_kernels.integrations.transformers.places import attention_modules
 
-    configs = [module.config for module in attention_modules(model).values()]
-    kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()} - _KINDS
-    if kinds:
+    attentions = attention_modules(model)
+    _refuse_listed_kinds(model, attentions.values())
+    around = {".".join(path[:n]) for path in (name.split(".") for name in attentions) for n in range(len(path))}
+    for name, module in model.named_modules():
+        if name not in attentions and name not in around and _combines_tokens(type(module)):
+            got = f"a {type(model).__name__} with a {type(module).__name__}, which combines tokens"
+            raise ValueError(message(_OP, "model", got, "layers that combine tokens by our attention only", _NO_CP))
+
+
+def _refuse_listed_kinds(model: nn.Module, attentions: Iterable[nn.Module]) -> None:
+    """Raise if a config of these modules lists a kind of layer that `cp_attention` does not compute."""
+    listed: list[Any] = [getattr(module.config, "layer_types", None) or () for module in attentions]
+    if kinds := {kind for layer_types in listed for kind in layer_types} - _KINDS:
         got = f"a {type(model).__name__} with layers of {', '.join(sorted(kinds))}"
-        raise ValueError(message(_OP, "model", got, f"layers of {' and '.join(sorted(_KINDS))} only"))
+        raise ValueError(message(_OP, "model", got, f"layers of {' and '.join(sorted(_KINDS))} only", _NO_CP))
+
+
+@functools.cache
+def _combines_tokens(cls: type[nn.Module]) -> bool:
+    """Whether modules of this class may combine tokens: its forward takes a mask or a cache, as those of attention and
+    of recurrent layers do, or it is a convolution over a sequence or a recurrent network of PyTorch."""
+    return issubclass(cls, (nn.Conv1d, nn.RNNBase)) or not _OF_SEQUENCES.isdisjoint(
+        inspect.signature(cls.forward).parameters
+    )
 
 
 def _sharded(

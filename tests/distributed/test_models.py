@@ -14,8 +14,9 @@ if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from torch.distributed.device_mesh import DeviceMesh
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llama_kernels.distributed import Layout, context_parallel
+from llama_kernels.distributed import Layout, context_parallel, models
 from llama_kernels.integrations.transformers import patch
 from tests.distributed import hf_models
 from tests.distributed.comparison import check
@@ -82,6 +83,42 @@ def test_a_model_with_chunked_attention_is_refused(mesh):
     """Llama 4: its chunked layers would see the whole sequence."""
     model = patch(stock("llama4_text").cpu())
     match = r"context_parallel: model is a Llama4ForCausalLM with layers of chunked_attention; wanted layers of full_"
+    with pytest.raises(ValueError, match=match), context_parallel(model, mesh, layout=Layout(32, 1)):
+        pass
+
+
+# Each has a layer that combines tokens without attention: a recurrence, linear attention or a convolution.
+OTHER_LAYERS = {
+    "bamba": "BambaMixer", "falcon_h1": "FalconH1Mixer", "granitemoehybrid": "GraniteMoeHybridMambaLayer",
+    "lfm2": "Lfm2ShortConv", "minimax": "MiniMaxLightningAttention", "nemotron_h": "NemotronHMamba2Mixer",
+    "olmo_hybrid": "OlmoHybridGatedDeltaNet", "qwen3_next": "Qwen3NextGatedDeltaNet",
+    "recurrent_gemma": "RecurrentGemmaRecurrentBlock", "zamba2": "Zamba2MambaMixer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHER_LAYERS)
+def test_a_model_with_recurrent_or_convolutional_layers_is_refused(family, mesh, monkeypatch):
+    """By its config, and by its modules where the config does not say it."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {family}")
+    model, layout = patch(stock(family).cpu()), Layout(32, 1)
+    with pytest.raises(ValueError, match="context_parallel: model is a"), context_parallel(model, mesh, layout=layout):
+        pass
+    monkeypatch.setattr(models, "_refuse_listed_kinds", lambda *_: None)
+    for module in model.modules():  # only this one is left to be found
+        if type(module).__name__ == OTHER_LAYERS[family]:
+            break
+    else:
+        pytest.fail(f"no {OTHER_LAYERS[family]}")
+    assert models._combines_tokens(type(module))
+    with pytest.raises(ValueError, match="which combines tokens"), context_parallel(model, mesh, layout=layout):
+        pass
+
+
+@pytest.mark.parametrize("added", [torch.nn.Conv1d(64, 64, 3), torch.nn.GRU(64, 64)], ids=["convolution", "GRU"])
+def test_a_model_to_which_a_layer_over_tokens_was_added_is_refused(added, model, mesh):
+    model.model.layers[0].mlp.extra = added
+    match = rf"with a {type(added).__name__}, which combines tokens"
     with pytest.raises(ValueError, match=match), context_parallel(model, mesh, layout=Layout(32, 1)):
         pass
 
