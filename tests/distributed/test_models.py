@@ -123,6 +123,13 @@ def test_a_model_to_which_a_layer_over_tokens_was_added_is_refused(added, model,
         pass
 
 
+def test_a_window_that_a_layer_does_not_pass_on_is_refused(mesh):
+    """Only the mask of Phi MoE says its window."""
+    model, ids = patch(stock("phimoe").cpu()), torch.zeros(1, 32, dtype=torch.int64)
+    with context_parallel(model, mesh, layout=Layout(32, 1)), pytest.raises(ValueError, match="a sliding window of 7"):
+        model(ids)
+
+
 def test_a_backward_of_checkpointed_layers_outside_is_an_error(model, mesh):
     model.train()
     model.gradient_checkpointing_enable()

@@ -13,7 +13,9 @@ pytest.importorskip("transformers", minversion="4.57")
 
 import transformers
 from transformers import StaticCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llama_kernels.integrations.transformers import patch
 from tests.integrations.comparison import Results, compare_with_stock, gradients, logits_of, padding_mask
 from tests.integrations.small import CACHE, VERSION, Calls, families, not_interpreted, patched, small, tokens
 from tests.support.environment import DEVICE
@@ -85,6 +87,24 @@ def test_a_document_of_one_token_is_separate_only_without_a_cache(use_cache):
 def test_documents_given_by_cu_seq_lens_are_separate(family, change):
     model = small(family)
     compare_with_stock(changed(model, change), model, one_by_one, packed(use_cache=False, **cu_seq_lens()))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "layer"),
+    [
+        ("llama4_text", {"attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        ("phimoe", {"sliding_window": 7}, "a sliding window of 7 that it does not pass on"),
+    ],
+)
+def test_cu_seq_lens_are_refused_where_only_the_mask_says_which_keys_are_visible(family, changes, layer):
+    """cu_seq_lens_q would replace the mask, and with it the chunks of Llama 4 and the window of Phi MoE."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {family}")
+    model = patch(small(family, num_local_experts=2, num_experts_per_tok=1, **changes))
+    call = {"position_ids": POSITIONS, "use_cache": False}
+    with pytest.raises(ValueError, match=rf"cu_seq_lens_q is given to a layer with {layer}; .*position_ids"):
+        model(IDS, **call, **cu_seq_lens())
+    model(IDS, **call)
 
 
 @families

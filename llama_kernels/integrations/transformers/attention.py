@@ -48,6 +48,8 @@ from llama_kernels.reference.attention import AttentionOptions
 
 NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # marks modules whose masks already separate packed documents
+# Kinds of layers whose arguments say which keys are visible; "hybrid" has full attention, and a recurrence beside it.
+_BY_ARGUMENTS = ("full_attention", "sliding_attention", "attention", "hybrid")
 context_parallels: list[Any] = []  # the Contexts of llama_kernels.distributed.context_parallel, the innermost last
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,8 @@ def attention_forward(
 
     Raises:
         TypeError: the caller's own mask holds integers.
-        ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask or
+        ValueError: cu_seq_lens_q is given and only stock attention supports the call, or only the mask says which keys
+            the layer sees, as in chunked attention; the module changes its mask or
             passes arguments that are not those above, or the call is inside PyTorch's context_parallel.
     """
     _refuse_context_parallel()
@@ -102,7 +105,8 @@ def attention_forward(
     Sq, Sk = query.shape[2], key.shape[2]
     reason = _why_stock(query, key, value, attention_mask, dropout, others)
     if (doc_start := documents_of(attention_mask)) is not None:
-        _refuse_in_context_parallel(reason or (None if causal else "is_causal=False"))
+        reason = reason or (None if causal else "is_causal=False") or _only_in_mask(module, sliding_window)
+        _refuse_in_context_parallel(reason)
         left = -1 if sliding_window is None else sliding_window - 1
         return _context_parallel(query, key, value, doc_start, left, options), None
     if attention_mask is None and causal and context_parallels:
@@ -112,6 +116,7 @@ def attention_forward(
         wanted = "None, since stock attention does not read it"
         raise ValueError(message("attention_forward", "cu_seq_lens_q", f"given beside {reason}", wanted))
     if cu_seq_lens_q is not None:
+        _refuse_bounds(_only_in_mask(module, sliding_window))
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
         options |= {"is_causal": causal, "window_size": (-1 if sliding_window is None else sliding_window - 1, -1)}
         return _packed(query, key, value, bounds, longest, options), None
@@ -320,8 +325,31 @@ def _warn_of_stock(reason: str) -> None:
 def _refuse_in_context_parallel(reason: str | None) -> None:
     """Raise if a layer inside context_parallel would run stock attention, for this reason."""
     if reason is not None:
-        wanted = "a call that the kernels support: stock attention would see a part of the keys only"
+        wanted = "causal attention that the kernels support, full or in a window that the layer passes on"
         raise ValueError(message("context_parallel", "model", f"an attention layer with {reason}", wanted))
+
+
+def _refuse_bounds(mask: str | None) -> None:
+    """Raise if cu_seq_lens_q would replace a mask that says this, which the other arguments do not say."""
+    if mask is not None:
+        got, wanted = f"given to a layer with {mask}", "None, since it replaces the mask of the layer"
+        fix = "Leave it out: position_ids, with use_cache=False, also keep documents apart."
+        raise ValueError(message("attention_forward", "cu_seq_lens_q", got, wanted, fix))
+
+
+def _only_in_mask(module: nn.Module, sliding_window: int | None) -> str | None:
+    """What only the mask of this layer says about the keys that are visible, or None: its other arguments say all."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    if isinstance(layer, int) and layer < len(kinds):
+        kinds = (kinds[layer],)
+    for kind in kinds:
+        if kind not in _BY_ARGUMENTS:
+            return str(kind)
+    window = getattr(config, "sliding_window", None)
+    if window and not sliding_window and (not kinds or "sliding_attention" in kinds):
+        return f"a sliding window of {window} that it does not pass on"
+    return None
 
 
 def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> None:
