@@ -100,6 +100,8 @@ def attention_forward(
     _refuse_integers(attention_mask)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    left = sliding_window - 1 if sliding_window else -1
+    window = Window(left, 0 if causal else left)
     if has_prefix(attention_mask):
         _refuse_local_attention(module, sliding_window)
     Sq, Sk = query.shape[2], key.shape[2]
@@ -107,8 +109,7 @@ def attention_forward(
     if (doc_start := documents_of(attention_mask)) is not None:
         reason = reason or (None if causal else "is_causal=False") or _only_in_mask(module, sliding_window)
         _refuse_in_context_parallel(reason)
-        left = -1 if sliding_window is None else sliding_window - 1
-        return _context_parallel(query, key, value, doc_start, left, options), None
+        return _context_parallel(query, key, value, doc_start, window, options), None
     if attention_mask is None and causal and context_parallels:
         fix = "If accelerate drops it, leave cp_size out of its ParallelismConfig."
         raise ValueError(message("context_parallel", "attention_mask", "missing in a layer", "that of the model", fix))
@@ -118,7 +119,7 @@ def attention_forward(
     if cu_seq_lens_q is not None:
         _refuse_bounds(_only_in_mask(module, sliding_window))
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
-        options |= {"is_causal": causal, "window_size": (-1 if sliding_window is None else sliding_window - 1, -1)}
+        options |= {"is_causal": False, "window_size": tuple(window)}
         return _packed(query, key, value, bounds, longest, options), None
     if reason is None and attention_mask is None and causal and 1 < Sq != Sk:
         reason = "unequal numbers of queries and keys without a mask"
@@ -129,7 +130,7 @@ def attention_forward(
     query, key = query.to(value.dtype), key.to(value.dtype)
     ranges: Window | KeyRanges
     if attention_mask is None:
-        ranges = Window(sliding_window - 1 if causal and sliding_window else -1, 0 if causal else -1)
+        ranges = window
     else:
         ranges = unpack(attention_mask, Sq, Sk)
     if isinstance(ranges, Window):
@@ -138,7 +139,7 @@ def attention_forward(
             starts = document_starts(position_ids, Sq)
         if starts is not None:
             starts = starts.int().expand(query.shape[0], -1)
-        options |= {"is_causal": False, "window_size": (ranges.left, ranges.right), "kv_start": starts}
+        options |= {"is_causal": False, "window_size": tuple(ranges), "kv_start": starts}
         out = attention(query, key, value, **options)
     else:
         out = _of_ranges(query, key, value, ranges, options)
@@ -149,7 +150,7 @@ def attention_forward(
 
 
 def _context_parallel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, left: int,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, window: Window,
     options: AttentionOptions,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention to the keys of all processes, inside `llama_kernels.distributed.context_parallel`."""
@@ -164,7 +165,7 @@ def _context_parallel(
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = cp_attention(
         query, key, value, mesh=context.mesh, layout=context.layout, method=context.method,
-        doc_start=doc_start.contiguous(), window_size=(left, -1), scale=options["scale"], softcap=options["softcap"],
+        doc_start=doc_start.contiguous(), window_size=tuple(window), scale=options["scale"], softcap=options["softcap"],
         sinks=options["sinks"],
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
