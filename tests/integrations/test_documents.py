@@ -135,6 +135,25 @@ def test_documents_from_the_flattening_collator_are_separate(change):
     assert ours(**batch).loss.isfinite()
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_an_exception_in_a_forward_leaves_no_documents_for_the_next_call(cache):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    model, ids = patch(small()), tokens(1, sum(LENGTHS))
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": cache, "output_logits": True}
+
+    def generate() -> torch.Tensor:
+        return torch.cat(model.generate(ids, **options, return_dict_in_generate=True).logits)
+
+    expected = generate()
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(ids, position_ids=POSITIONS)
+    hook.remove()
+    assert torch.equal(generate(), expected)
+
+
 def test_rows_of_a_batch_have_different_documents():
     ids = tokens(2, 12)
     positions = torch.tensor([[*range(5), *range(7)], [*range(10), *range(2)]], device=DEVICE)

@@ -107,6 +107,7 @@ def unpatch(model: Model) -> Model:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key in [key for key, hook in module._forward_hooks.items() if hook is forget_position_ids]:
             del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
     _restore_configs(model)
     return model
 
@@ -182,4 +183,4 @@ def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and id(module.config) in ours:
             module.register_forward_pre_hook(note_position_ids, with_kwargs=True)
-            module.register_forward_hook(forget_position_ids)
+            module.register_forward_hook(forget_position_ids, always_call=True)  # after an exception too
