@@ -100,8 +100,9 @@ def _refuse_other_layers(model: nn.Module) -> None:
     _refuse_listed_kinds(model, attentions.values())
     around = {".".join(path[:n]) for path in (name.split(".") for name in attentions) for n in range(len(path))}
     for name, module in model.named_modules():
-        if name not in attentions and name not in around and _combines_tokens(type(module)):
-            got = f"a {type(model).__name__} with a {type(module).__name__}, which combines tokens"
+        cls: Any = type(module)
+        if name not in attentions and name not in around and _combines_tokens(cls):
+            got = f"a {type(model).__name__} with a {cls.__name__}, which combines tokens"
             raise ValueError(message(_OP, "model", got, "layers that combine tokens by our attention only", _NO_CP))
 
 

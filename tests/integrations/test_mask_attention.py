@@ -93,6 +93,31 @@ def test_without_a_mask_the_arguments_say_which_keys_are_visible(is_causal, slid
     check(attend(None, qkv, is_causal=is_causal, sliding_window=sliding_window), qkv, see.expand(B, S, S))
 
 
+@pytest.mark.parametrize("way", ["kernel", "SDPA", "eager"])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_without_a_mask_the_last_query_is_aligned_with_the_last_key(queries, is_causal, sliding_window, way):
+    """As with a cache. float64 runs stock attention: SDPA, or the eager function of a model where there are sinks."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    q, k, v = (x.double() if way != "kernel" else x for x in random_qkv(queries))
+    module = gpt_oss.GptOssAttention.__new__(gpt_oss.GptOssAttention)
+    torch.nn.Module.__init__(module)
+    module.num_key_value_groups = 2
+    options = {"scaling": SCALE, "is_causal": is_causal, "sliding_window": sliding_window}
+    if way == "eager":
+        module.sinks = options["s_aux"] = torch.full(
+            (4,), -1e4, dtype=q.dtype, device=DEVICE
+        )  # sinks that take nothing
+    out = attention_forward(module, q, k, v, None, **options)[0].transpose(1, 2)
+    see = in_window(S, is_causal, sliding_window, queries)
+    if way == "kernel":
+        check(out, [q, k, v], see.expand(B, queries, S))
+    keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+    expected = torch.softmax((q @ keys.mT * SCALE).masked_fill(~see, -torch.inf), -1) @ values
+    torch.testing.assert_close(out, expected)
+
+
 def test_cu_seq_lens_give_an_encoder_with_windows_the_results_of_its_mask():
     """ModernBERT: windows have keys on both sides."""
     modernbert = pytest.importorskip("transformers.models.modernbert.modeling_modernbert")

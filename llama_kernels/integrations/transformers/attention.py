@@ -80,7 +80,8 @@ def attention_forward(
         key, value: (B, Hkv, Sk, D).
         attention_mask: the result of `key_ranges`, or the caller's own mask (B, H or 1, Sq, Sk). If it is None,
             is_causal (default: that of the module), sliding_window and the documents in position_ids decide which keys
-            are visible. Wrappers may drop the mask, as DeepSpeed's sequence parallelism does.
+            are visible; the last query is aligned with the last key, as a cache needs it. Wrappers may drop the mask,
+            as DeepSpeed's sequence parallelism does.
         scaling, softcap, s_aux: the scale, softcap and sinks of `attention`.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: bounds of packed sequences, and the length of the
             longest. If given, attention_mask is ignored.
@@ -119,11 +120,11 @@ def attention_forward(
     if cu_seq_lens_q is not None:
         _refuse_bounds(_only_in_mask(module, sliding_window))
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
-        options |= {"is_causal": False, "window_size": tuple(window)}
+        options |= {"is_causal": False, "window_size": window}
         return _packed(query, key, value, bounds, longest, options), None
-    if reason is None and attention_mask is None and causal and 1 < Sq != Sk:
-        reason = "unequal numbers of queries and keys without a mask"
     if reason is not None:
+        if attention_mask is None and (window.left >= 0 or (causal and 1 < Sq != Sk)):
+            attention_mask = written_out(pack_window(window, query.device), Sq, Sk)
         given = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **others}
         return _stock(reason, module, query, key, value, attention_mask, is_causal=causal, **given)
 
@@ -139,7 +140,7 @@ def attention_forward(
             starts = document_starts(position_ids, Sq)
         if starts is not None:
             starts = starts.int().expand(query.shape[0], -1)
-        options |= {"is_causal": False, "window_size": tuple(ranges), "kv_start": starts}
+        options |= {"is_causal": False, "window_size": ranges, "kv_start": starts}
         out = attention(query, key, value, **options)
     else:
         out = _of_ranges(query, key, value, ranges, options)
@@ -165,7 +166,7 @@ def _context_parallel(
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = cp_attention(
         query, key, value, mesh=context.mesh, layout=context.layout, method=context.method,
-        doc_start=doc_start.contiguous(), window_size=tuple(window), scale=options["scale"], softcap=options["softcap"],
+        doc_start=doc_start.contiguous(), window_size=window, scale=options["scale"], softcap=options["softcap"],
         sinks=options["sinks"],
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
