@@ -22,6 +22,7 @@ from tests.distributed import hf_models
 from tests.distributed.comparison import check
 from tests.distributed.processes import run
 from tests.integrations.families import stock
+from tests.integrations.small import tokens
 from tests.support.environment import INTERPRETED
 
 pytestmark = [
@@ -128,6 +129,48 @@ def test_a_window_that_a_layer_does_not_pass_on_is_refused(mesh):
     model, ids = patch(stock("phimoe").cpu()), torch.zeros(1, 32, dtype=torch.int64)
     with context_parallel(model, mesh, layout=Layout(32, 1)), pytest.raises(ValueError, match="a sliding window of 7"):
         model(ids)
+
+
+def loss_and_logits(call: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    out = call(input_ids=ids, labels=ids)
+    return [out.loss, out.logits]
+
+
+def test_a_model_whose_attention_is_named_by_its_text_config_only_takes_text(mesh):
+    whole = patch(stock("gemma3").cpu())
+    assert whole.config._attn_implementation != "llama_kernels"
+    ids = tokens(2, 32).cpu()
+    expected = loss_and_logits(whole, ids)
+    with context_parallel(whole, mesh, layout=Layout(32, 1)):
+        torch.testing.assert_close(loss_and_logits(whole, ids), expected)
+        for name in ("token_type_ids", "pixel_values"):
+            with pytest.raises(ValueError, match=f"{name} is given; wanted None: text only"):
+                whole(ids, **{name: torch.zeros(2, 32)})
+
+
+def test_a_model_in_distributed_data_parallel_is_taken(model, mesh):
+    ids = tokens(2, 32).cpu()
+    expected, wrapper = loss_and_logits(model, ids), torch.nn.parallel.DistributedDataParallel(model)
+    with context_parallel(wrapper, mesh, layout=Layout(32, 1)):
+        torch.testing.assert_close(loss_and_logits(wrapper, ids), expected)
+        with pytest.raises(ValueError, match=r"input_ids is of shape \(2, 31\)"):
+            wrapper(ids[:, 1:])
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 32), (32,), (2, 31)])
+def test_position_ids_of_another_shape_are_named(shape, model, mesh):
+    positions = torch.zeros(shape, dtype=torch.int64)
+    with (
+        context_parallel(model, mesh, layout=Layout(32, 1)),
+        pytest.raises(ValueError, match="position_ids is of shape"),
+    ):
+        model(tokens(2, 32).cpu(), position_ids=positions)
+
+
+def test_a_model_that_runs_stock_attention_since_patch_is_not_patched(model, mesh):
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="not patched"), context_parallel(model, mesh, layout=Layout(32, 1)):
+        pass
 
 
 def test_a_backward_of_checkpointed_layers_outside_is_an_error(model, mesh):
