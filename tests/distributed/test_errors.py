@@ -15,6 +15,7 @@ if not dist.is_available():
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import llama_kernels
 from llama_kernels.distributed import Layout, attention, cp_attention, layout, shard, transport, unshard
 
 pytestmark = [
@@ -68,6 +69,33 @@ def call(mesh: DeviceMesh, heads: tuple[int, int] = (4, 2), tokens: int = 8, **o
 def test_cp_attention_names_the_bad_argument(mesh, options, error, text):
     with pytest.raises(error, match=text):
         call(**{"mesh": mesh, **options})
+
+
+POSITIONS = [0, 1, 2, 3, 28, 29, 30, 31]  # of rank 0
+
+
+@pytest.mark.parametrize(
+    "starts, text",
+    [
+        ([0, 1, 2, 0, 1, 2, 3, 4], "inside an earlier document"),  # position_ids instead of doc_start
+        ([0, 0, 0, 0, 2, 2, 2, 2], "inside an earlier document"),
+        ([0, 0, 2, 4, 4, 4, 4, 4], "outside of 0 to its token's position"),
+        ([-1, 0, 0, 0, 0, 0, 0, 0], "outside of 0 to its token's position"),
+        ([0, 0, 0, 0, 29, 29, 30, 30], "outside of 0 to its token's position"),
+    ],
+    ids=str,
+)
+def test_checked_looks_at_the_values_of_doc_start(mesh, starts, text):
+    doc_start = torch.tensor([POSITIONS, starts], dtype=torch.int32)
+    q = torch.randn(2, 2, 8, 16)
+    with llama_kernels.checked(), pytest.raises(ValueError, match=f"doc_start is {text}.*position minus position_ids"):
+        cp_attention(q, q, q, mesh=mesh, layout=Layout(32, 4), doc_start=doc_start)
+
+
+@pytest.mark.parametrize("starts", [[0] * 8, POSITIONS, [0, 0, 2, 2, 2, 29, 29, 31], [0, 0, 2, 3, 17, 17, 17, 17]])
+def test_checked_accepts_the_starts_of_documents(mesh, starts):
+    with llama_kernels.checked(), pytest.raises(AssertionError, match="sent"):
+        call(mesh, doc_start=torch.tensor([starts], dtype=torch.int32))
 
 
 def test_sending_would_show(mesh):
