@@ -402,9 +402,15 @@ def why_other_attention(forward: Any) -> str | None:
     A packed mask has no element for each query and key. Arguments that are not known, such as the sinks of each query
     in Inkling 2, would be ignored.
     """
+    return _why_other_attention(forward, tuple(eager_functions(forward)))
+
+
+@functools.lru_cache(maxsize=1024)  # every layer of a model with our attention by name asks in every call
+def _why_other_attention(forward: Any, eager: tuple[Any, ...]) -> str | None:
+    """`why_other_attention`. eager: the eager attention functions that the forward names."""
     if not passes_mask_on(forward):
         return "its forward computes with attention_mask"
-    if unknown := [name for eager in eager_functions(forward) for name in _unknown_arguments(eager)]:
+    if unknown := [name for function in eager for name in _unknown_arguments(function)]:
         return f"its attention function takes {', '.join(unknown)}"
     return None
 
