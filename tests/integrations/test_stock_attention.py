@@ -166,6 +166,13 @@ def test_a_4d_mask_of_integers_is_refused(dtype):
         patch(small())(tokens(), attention_mask=mask, use_cache=False)
 
 
+def test_a_mask_of_integers_for_the_keys_alone_is_refused():
+    """(B, 1, 1, S) int32, which is also the form of the masks inside context_parallel."""
+    mask = padding_mask(tokens(), "left")[:, None, None]
+    with pytest.raises((TypeError, ValueError), match=r"if the mask is yours, pass attention_mask\.bool\(\)"):
+        patch(small())(tokens(), attention_mask=mask.int(), use_cache=False)
+
+
 def test_patch_leaves_attention_with_arguments_of_its_own_stock():
     stock = inkling()
     ours = patched(stock)

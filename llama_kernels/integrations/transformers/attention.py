@@ -158,10 +158,12 @@ def _context_parallel(
     from llama_kernels.distributed.attention import cp_attention
 
     if not context_parallels:
-        fix = "Run the backward inside context_parallel too, since it computes checkpointed layers again."
-        raise ValueError(
-            message("attention_forward", "attention_mask", "of a context_parallel that ended", "None", fix)
+        fix = (
+            "Run the backward inside context_parallel too, since it computes checkpointed layers again; or, if the mask "
+            "is yours, pass attention_mask.bool()."
         )
+        got = "that of a context_parallel, or integers, outside of context_parallel"
+        raise ValueError(message("attention_forward", "attention_mask", got, "a mask of this call", fix))
     context = context_parallels[-1]
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = cp_attention(
