@@ -256,4 +256,4 @@ def _check_heads(call: AttentionCall, ranks: int) -> None:
     Hq, Hkv = call.q.shape[1], call.k.shape[1]
     if Hq % ranks or (Hkv % ranks and ranks % Hkv):
         wanted = f"numbers of heads that {ranks} ranks divide, or Hkv that divides {ranks}"
-        raise ValueError(message(_OP, "q, k", f"of {Hq} and {Hkv} heads", wanted, 'Use method="ring".'))
+        raise ValueError(message(_OP, "q", f"a tensor of {Hq} heads, and k of {Hkv}", wanted, 'Use method="ring".'))

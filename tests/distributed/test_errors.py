@@ -57,8 +57,16 @@ def call(mesh: DeviceMesh, heads: tuple[int, int] = (4, 2), tokens: int = 8, **o
         ({"method": ("ring", "ring")}, ValueError, r"method is \('ring', 'ring'\)"),
         ({"method": ("ulysses", "ring")}, ValueError, "mesh is of 1 dimensions; wanted 2"),
         ({"tokens": 7}, ValueError, "q is of shape .*; wanted 8 tokens"),
-        ({"heads": (6, 2), "method": "ulysses"}, ValueError, "q, k is of 6 and 2 heads"),
-        ({"heads": (12, 3), "method": "ulysses"}, ValueError, "q, k is of 12 and 3 heads"),
+        (
+            {"heads": (6, 2), "method": "ulysses"},
+            ValueError,
+            "q is a tensor of 6 heads, and k of 2; wanted numbers of heads",
+        ),
+        (
+            {"heads": (12, 3), "method": "ulysses"},
+            ValueError,
+            "q is a tensor of 12 heads, and k of 3; wanted numbers of heads",
+        ),
         ({"doc_start": torch.zeros(1, 8)}, TypeError, "doc_start is torch.float32; wanted torch.int32"),
         ({"doc_start": torch.zeros(1, 32, dtype=torch.int32)}, ValueError, r"doc_start is of shape \(1, 32\)"),
         ({"sinks": torch.zeros(3)}, ValueError, "cp_attention: sinks is of shape"),

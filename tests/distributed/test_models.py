@@ -179,8 +179,15 @@ def test_a_backward_of_checkpointed_layers_outside_is_an_error(model, mesh):
     ids = torch.zeros(1, 8, dtype=torch.int64)
     with context_parallel(model, mesh, layout=Layout(8, 1)):
         loss = model(ids, labels=ids).loss
-    with pytest.raises(ValueError, match="Run the backward inside context_parallel"):
+    with pytest.raises(ValueError, match=r"attention_mask is that of a context_parallel.*Run the backward"):
         loss.backward()
+
+
+def test_attention_that_is_not_causal_is_refused(model, mesh):
+    model.model.layers[0].self_attn.is_causal = False
+    match = r"model is a model with this in an attention layer: is_causal=False; wanted causal attention"
+    with context_parallel(model, mesh, layout=Layout(32, 1)), pytest.raises(ValueError, match=match):
+        model(tokens(1, 32).cpu())
 
 
 def test_a_mask_that_a_hook_drops_is_an_error(model, mesh):

@@ -91,10 +91,15 @@ def test_a_slice_to_the_last_queries_keeps_their_ranges():
         assert torch.equal(getattr(part, name), getattr(whole, name)[:, -3:])
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_layers_with_a_sliding_window_are_refused(family):
-    with pytest.raises(ValueError, match=r"share_prompts: model .*attend to all earlier tokens"):
-        patched(small(family))(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mistral", {}), ("gemma3_text", {}), ("phimoe", {"sliding_window": 7, "num_local_experts": 2})],
+)
+def test_layers_with_a_sliding_window_are_refused(family, changes):
+    """Those of Phi MoE do not pass their window on."""
+    match = r"share_prompts: model is a model with layers of sliding.attention.*attend to all earlier tokens"
+    with pytest.raises(ValueError, match=match):
+        patched(small(family, **changes))(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
 
 
 def test_layers_with_a_sliding_window_are_refused_where_stock_attention_runs():

@@ -159,8 +159,8 @@ def _context_parallel(
 
     if not context_parallels:
         fix = (
-            "Run the backward inside context_parallel too, since it computes checkpointed layers again; or, if the mask "
-            "is yours, pass attention_mask.bool()."
+            "Run the backward inside context_parallel too, since it computes checkpointed layers again; or, if the "
+            "mask is yours, pass attention_mask.bool()."
         )
         got = "that of a context_parallel, or integers, outside of context_parallel"
         raise ValueError(message("attention_forward", "attention_mask", got, "a mask of this call", fix))
@@ -330,7 +330,9 @@ def _refuse_in_context_parallel(reason: str | None) -> None:
     """Raise if a layer inside context_parallel would run stock attention, for this reason."""
     if reason is not None:
         wanted = "causal attention that the kernels support, full or in a window that the layer passes on"
-        raise ValueError(message("context_parallel", "model", f"an attention layer with {reason}", wanted))
+        raise ValueError(
+            message("context_parallel", "model", f"a model with this in an attention layer: {reason}", wanted)
+        )
 
 
 def _refuse_bounds(mask: str | None) -> None:
@@ -361,9 +363,10 @@ def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> No
     if context_parallels:
         raise ValueError(message("share_prompts", "model", "inside context_parallel", "one process with all tokens"))
     kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ()) - {"full_attention"}
-    if sliding_window is not None or kinds:
-        layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"
-        got = f"with layers of {layers}"
+    local = f"sliding_window={sliding_window}" if sliding_window else _only_in_mask(module, sliding_window)
+    if kinds or local:
+        layers = ", ".join(sorted(kinds)) or f"sliding attention: {local}"
+        got = f"a model with layers of {layers}"
         fix = "Repeat the prompt for each completion with this model."
         raise ValueError(message("share_prompts", "model", got, "layers that attend to all earlier tokens", fix))
 
