@@ -113,10 +113,15 @@ def test_context_parallel_is_refused(monkeypatch):
         patched(small())(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4, 5, 6, 7, 9, 12, 14, 16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_stock_models_raise(attention):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stock_models_raise(attention, heads, rows):
+    """Eager attention would add a mask with an element for each of its heads to the scores."""
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
+    model = small(attention=attention, num_hidden_layers=1, **sizes)
     with pytest.raises((RuntimeError, ValueError)):
-        small(attention=attention)(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
+        model(**share_prompts(PROMPTS[:rows], COMPLETIONS[:rows], device=DEVICE).inputs)
 
 
 @pytest.mark.parametrize(
