@@ -35,7 +35,10 @@ class RMSNorm(nn.Module):
 
 
 class ApplyRotaryPosEmb(nn.Module):
-    """For Transformers' function "rotary_pos_emb", as Llama's: it rotates q and k."""
+    """For Transformers' function "rotary_pos_emb", as Llama's: it rotates q and k by pairs of elements D/2 apart.
+
+    Not for openai_privacy_filter, whose function of this name rotates pairs of neighbours. The arguments do not tell.
+    """
 
     can_torch_compile = True
     has_backward = True

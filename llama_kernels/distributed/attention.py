@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from llama_kernels.core.autograd import refuse_double_backward
-from llama_kernels.core.checks import check_tensors, message, shape_of
+from llama_kernels.core.checks import check_tensors, message, shape_of, values_to_check
 from llama_kernels.core.dtensors import is_dtensor
 from llama_kernels.distributed import blocks
 from llama_kernels.distributed.all_gather import Gathered
@@ -94,7 +94,8 @@ def cp_attention(
 
     Raises:
         TypeError, ValueError: as `attention`; also if mesh, layout, doc_start or method do not fit. It is raised
-            before any communication.
+            before any communication. Inside `llama_kernels.checked`, ValueError also if the values of doc_start cannot
+            be those of this process's tokens; the other processes may then wait for it.
     """
     rank = rank_in(_OP, mesh, layout)
     methods = _check_method(method, mesh)
@@ -104,6 +105,8 @@ def cp_attention(
         kv_start=None, kv_end=None, deterministic=None,
     )  # fmt: skip
     _check_tokens(call, layout, doc_start)
+    if doc_start is not None and (starts := values_to_check(doc_start)) is not None:
+        _check_starts(starts, layout.positions(rank, starts.device))
     if "ulysses" in methods:
         _check_heads(call, mesh.shape[methods.index("ulysses")])
 
@@ -237,8 +240,20 @@ def _check_tokens(call: AttentionCall, layout: Layout, doc_start: torch.Tensor |
         raise ValueError(message(_OP, "doc_start", got, f"{rows} on {call.q.device}"))
 
 
+def _check_starts(starts: torch.Tensor, positions: torch.Tensor) -> None:
+    """Inside `checked`: raise unless `starts` can be those of the documents of the tokens at `positions`."""
+    fix = "With Hugging Face, pass position minus position_ids, both of this process's tokens."
+    if ((starts < 0) | (starts > positions)).any():
+        wanted = "the global position of the first token of its document"
+        raise ValueError(message(_OP, "doc_start", "outside of 0 to its token's position", wanted, fix))
+    same, later = starts.diff() == 0, starts[..., 1:] > positions[:-1]
+    if not (same | later).all():
+        got = "inside an earlier document, at a token that does not belong to it"
+        raise ValueError(message(_OP, "doc_start", got, "documents one after another", fix))
+
+
 def _check_heads(call: AttentionCall, ranks: int) -> None:
     Hq, Hkv = call.q.shape[1], call.k.shape[1]
     if Hq % ranks or (Hkv % ranks and ranks % Hkv):
         wanted = f"numbers of heads that {ranks} ranks divide, or Hkv that divides {ranks}"
-        raise ValueError(message(_OP, "q, k", f"of {Hq} and {Hkv} heads", wanted, 'Use method="ring".'))
+        raise ValueError(message(_OP, "q", f"a tensor of {Hq} heads, and k of {Hkv}", wanted, 'Use method="ring".'))

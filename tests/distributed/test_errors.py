@@ -15,6 +15,7 @@ if not dist.is_available():
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import llama_kernels
 from llama_kernels.distributed import Layout, attention, cp_attention, layout, shard, transport, unshard
 
 pytestmark = [
@@ -56,8 +57,16 @@ def call(mesh: DeviceMesh, heads: tuple[int, int] = (4, 2), tokens: int = 8, **o
         ({"method": ("ring", "ring")}, ValueError, r"method is \('ring', 'ring'\)"),
         ({"method": ("ulysses", "ring")}, ValueError, "mesh is of 1 dimensions; wanted 2"),
         ({"tokens": 7}, ValueError, "q is of shape .*; wanted 8 tokens"),
-        ({"heads": (6, 2), "method": "ulysses"}, ValueError, "q, k is of 6 and 2 heads"),
-        ({"heads": (12, 3), "method": "ulysses"}, ValueError, "q, k is of 12 and 3 heads"),
+        (
+            {"heads": (6, 2), "method": "ulysses"},
+            ValueError,
+            "q is a tensor of 6 heads, and k of 2; wanted numbers of heads",
+        ),
+        (
+            {"heads": (12, 3), "method": "ulysses"},
+            ValueError,
+            "q is a tensor of 12 heads, and k of 3; wanted numbers of heads",
+        ),
         ({"doc_start": torch.zeros(1, 8)}, TypeError, "doc_start is torch.float32; wanted torch.int32"),
         ({"doc_start": torch.zeros(1, 32, dtype=torch.int32)}, ValueError, r"doc_start is of shape \(1, 32\)"),
         ({"sinks": torch.zeros(3)}, ValueError, "cp_attention: sinks is of shape"),
@@ -68,6 +77,33 @@ def call(mesh: DeviceMesh, heads: tuple[int, int] = (4, 2), tokens: int = 8, **o
 def test_cp_attention_names_the_bad_argument(mesh, options, error, text):
     with pytest.raises(error, match=text):
         call(**{"mesh": mesh, **options})
+
+
+POSITIONS = [0, 1, 2, 3, 28, 29, 30, 31]  # of rank 0
+
+
+@pytest.mark.parametrize(
+    "starts, text",
+    [
+        ([0, 1, 2, 0, 1, 2, 3, 4], "inside an earlier document"),  # position_ids instead of doc_start
+        ([0, 0, 0, 0, 2, 2, 2, 2], "inside an earlier document"),
+        ([0, 0, 2, 4, 4, 4, 4, 4], "outside of 0 to its token's position"),
+        ([-1, 0, 0, 0, 0, 0, 0, 0], "outside of 0 to its token's position"),
+        ([0, 0, 0, 0, 29, 29, 30, 30], "outside of 0 to its token's position"),
+    ],
+    ids=str,
+)
+def test_checked_looks_at_the_values_of_doc_start(mesh, starts, text):
+    doc_start = torch.tensor([POSITIONS, starts], dtype=torch.int32)
+    q = torch.randn(2, 2, 8, 16)
+    with llama_kernels.checked(), pytest.raises(ValueError, match=f"doc_start is {text}.*position minus position_ids"):
+        cp_attention(q, q, q, mesh=mesh, layout=Layout(32, 4), doc_start=doc_start)
+
+
+@pytest.mark.parametrize("starts", [[0] * 8, POSITIONS, [0, 0, 2, 2, 2, 29, 29, 31], [0, 0, 2, 3, 17, 17, 17, 17]])
+def test_checked_accepts_the_starts_of_documents(mesh, starts):
+    with llama_kernels.checked(), pytest.raises(AssertionError, match="sent"):
+        call(mesh, doc_start=torch.tensor([starts], dtype=torch.int32))
 
 
 def test_sending_would_show(mesh):

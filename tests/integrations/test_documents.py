@@ -13,7 +13,9 @@ pytest.importorskip("transformers", minversion="4.57")
 
 import transformers
 from transformers import StaticCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llama_kernels.integrations.transformers import patch
 from tests.integrations.comparison import Results, compare_with_stock, gradients, logits_of, padding_mask
 from tests.integrations.small import CACHE, VERSION, Calls, families, not_interpreted, patched, small, tokens
 from tests.support.environment import DEVICE
@@ -87,6 +89,24 @@ def test_documents_given_by_cu_seq_lens_are_separate(family, change):
     compare_with_stock(changed(model, change), model, one_by_one, packed(use_cache=False, **cu_seq_lens()))
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "layer"),
+    [
+        ("llama4_text", {"attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        ("phimoe", {"sliding_window": 7}, "a sliding window of 7 that it does not pass on"),
+    ],
+)
+def test_cu_seq_lens_are_refused_where_only_the_mask_says_which_keys_are_visible(family, changes, layer):
+    """cu_seq_lens_q would replace the mask, and with it the chunks of Llama 4 and the window of Phi MoE."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {family}")
+    model = patch(small(family, num_local_experts=2, num_experts_per_tok=1, **changes))
+    call = {"position_ids": POSITIONS, "use_cache": False}
+    with pytest.raises(ValueError, match=rf"cu_seq_lens_q is given to a layer with {layer}; .*position_ids"):
+        model(IDS, **call, **cu_seq_lens())
+    model(IDS, **call)
+
+
 @families
 def test_documents_are_separate_in_a_prefill_of_a_static_cache(family):
     model = small(family)
@@ -113,6 +133,25 @@ def test_documents_from_the_flattening_collator_are_separate(change):
     ours = changed(model, change)
     compare_with_stock(ours, model, one_by_one, lambda model: with_gradients(model, model(**batch).logits))
     assert ours(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_an_exception_in_a_forward_leaves_no_documents_for_the_next_call(cache):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    model, ids = patch(small()), tokens(1, sum(LENGTHS))
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": cache, "output_logits": True}
+
+    def generate() -> torch.Tensor:
+        return torch.cat(model.generate(ids, **options, return_dict_in_generate=True).logits)
+
+    expected = generate()
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(ids, position_ids=POSITIONS)
+    hook.remove()
+    assert torch.equal(generate(), expected)
 
 
 def test_rows_of_a_batch_have_different_documents():

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +89,31 @@ def test_the_rotary_layer_computes_what_stock_does(model, unsqueeze_dim):
     angles = angles if model == "gpt_oss" else torch.cat((angles, angles), -1)
     call = (q, k, angles.cos(), angles.sin(), unsqueeze_dim)
     torch.testing.assert_close(layers.ApplyRotaryPosEmb()(*call), module.apply_rotary_pos_emb(*call))
+
+
+# Their function rotates neighbouring elements, but has the name and the arguments of the others.
+OTHER_ROTATION = {"openai_privacy_filter"}
+
+
+def test_the_rotary_layer_computes_what_stock_does_in_every_model_that_names_it():
+    """kernelize replaces functions by their name. The docs list the models in which ours must not replace them."""
+    name = re.compile(r'@use_kernel_forward_from_hub\("rotary_pos_emb"\)\ndef (\w+)')
+    layer, differ, compared = layers.ApplyRotaryPosEmb(), set(), 0
+    q, k = (torch.randn(2, heads, 5, 16) for heads in (4, 2))
+    angles = torch.randn(2, 5, 8)
+    calls = [(q, k, x.cos(), x.sin()) for x in (angles, torch.cat((angles, angles), -1))]
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        for function in name.findall(path.read_text()):
+            stock = getattr(importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}"), function)
+            for call in calls:
+                try:
+                    expected = stock(*call)
+                except RuntimeError:  # its tables have the other width
+                    continue
+                compared += 1
+                if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(layer(*call), expected, strict=True)):
+                    differ.add(path.parent.name)
+    assert compared >= 20
+    assert differ == {model for model in OTHER_ROTATION if importlib.util.find_spec(f"transformers.models.{model}")}
+    documented = (ROOT / "docs/transformers.md").read_text()
+    assert all(f"`{model}`" in documented for model in OTHER_ROTATION)

@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("transformers", minversion="4.57")
 
+from llama_kernels.integrations.transformers import patch
 from llama_kernels.integrations.transformers.attention import attention_forward
 from llama_kernels.integrations.transformers.masks import key_ranges
 from tests.integrations.mask_cases import BLOCKS, STATES, B, Masks, S, no_waiting, padding  # noqa: F401  a fixture
-from tests.integrations.small import WithoutWaiting, not_interpreted
+from tests.integrations.small import WithoutWaiting, not_interpreted, randomized, tokens
 from tests.support.environment import DEVICE
 from tests.support.ideal import drawn, ideal_attention
 from tests.support.judge import judge
@@ -64,13 +65,74 @@ def test_a_mask_of_one_key_applies_to_all_keys(training):
     check(out, qkv, shown.bool()[:, None].expand(2, 1, 7))
 
 
-def test_cu_seq_lens_separate_documents():
+@pytest.mark.parametrize("sliding_window", [None, 3])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_cu_seq_lens_separate_documents(is_causal, sliding_window):
     cu = torch.tensor([0, 5, 12, 24], dtype=torch.int32, device=DEVICE)
     bounds = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 12, "max_length_k": 12}
     qkv = random_qkv(24, 24, 1)
     document = torch.bucketize(torch.arange(24, device=DEVICE), cu, right=True)
-    see = (document[:, None] == document).tril()
-    check(attend(None, qkv, **bounds), qkv, see[None])
+    see = (document[:, None] == document) & in_window(24, is_causal, sliding_window)
+    options = {"is_causal": is_causal, "sliding_window": sliding_window}
+    check(attend(None, qkv, **bounds, **options), qkv, see[None])
+
+
+def in_window(keys: int, is_causal: bool, sliding_window: int | None, queries: int = 0) -> torch.Tensor:
+    """The keys that each query sees. Without causality, a window has keys on both sides."""
+    at = torch.arange(keys, device=DEVICE)
+    before = at[keys - (queries or keys) :, None] - at
+    see = before >= 0 if is_causal else torch.ones_like(before, dtype=torch.bool)
+    return see if sliding_window is None else see & (before.abs() < sliding_window)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 3])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_without_a_mask_the_arguments_say_which_keys_are_visible(is_causal, sliding_window):
+    qkv = random_qkv()
+    see = in_window(S, is_causal, sliding_window)
+    check(attend(None, qkv, is_causal=is_causal, sliding_window=sliding_window), qkv, see.expand(B, S, S))
+
+
+@pytest.mark.parametrize("way", ["kernel", "SDPA", "eager"])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_without_a_mask_the_last_query_is_aligned_with_the_last_key(queries, is_causal, sliding_window, way):
+    """As with a cache. float64 runs stock attention: SDPA, or the eager function of a model where there are sinks."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    q, k, v = (x.double() if way != "kernel" else x for x in random_qkv(queries))
+    module = gpt_oss.GptOssAttention.__new__(gpt_oss.GptOssAttention)
+    torch.nn.Module.__init__(module)
+    module.num_key_value_groups = 2
+    options = {"scaling": SCALE, "is_causal": is_causal, "sliding_window": sliding_window}
+    if way == "eager":
+        module.sinks = options["s_aux"] = torch.full(
+            (4,), -1e4, dtype=q.dtype, device=DEVICE
+        )  # sinks that take nothing
+    out = attention_forward(module, q, k, v, None, **options)[0].transpose(1, 2)
+    see = in_window(S, is_causal, sliding_window, queries)
+    if way == "kernel":
+        check(out, [q, k, v], see.expand(B, queries, S))
+    keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+    expected = torch.softmax((q @ keys.mT * SCALE).masked_fill(~see, -torch.inf), -1) @ values
+    torch.testing.assert_close(out, expected)
+
+
+def test_cu_seq_lens_give_an_encoder_with_windows_the_results_of_its_mask():
+    """ModernBERT: windows have keys on both sides."""
+    modernbert = pytest.importorskip("transformers.models.modernbert.modeling_modernbert")
+    config = modernbert.ModernBertConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        local_attention=8, global_attn_every_n_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    model = randomized(modernbert.ModernBertModel._from_config(config, attn_implementation="sdpa"))
+    cu = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)
+    call = {"input_ids": tokens(1, 40), "position_ids": torch.arange(40, device=DEVICE)[None]}
+    bounds = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 40, "max_length_k": 40}
+    with torch.no_grad():
+        expected = model(**call).last_hidden_state
+        torch.testing.assert_close(patch(model)(**call, **bounds).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_block_in_two_pieces_gives_nan():

@@ -81,6 +81,42 @@ def test_patching_a_patched_model_changes_nothing():
     assert not any(isinstance(module, Patched) for module in model.modules())
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("first", ["attention", "rms_norm", "rope", "fuse"])
+def test_patching_a_part_and_then_all_is_an_error(family, first):
+    model = patch(small(family), **{first: False})
+    before = snapshot(model, modeling_llama)
+    assert patch(model, **{first: False}) is model
+    match = r"patch: model is a \w+ that is patched, and of which this is stock:(.|\n)*Call unpatch first\."
+    for strict in (False, True):
+        with pytest.raises(ValueError, match=match):
+            patch(model, strict=strict)
+    assert snapshot(model, modeling_llama) == before
+    assert patch(unpatch(model), strict=True)
+
+
+def test_patching_a_module_of_which_a_part_is_patched_is_an_error():
+    both = nn.ModuleList([patch(small()), small()])
+    with pytest.raises(ValueError, match=r"LlamaRMSNorm +5 +stock(.|\n)*Call unpatch first"):
+        patch(both)
+    assert not stock_rows(patch(unpatch(both), strict=True))
+
+
+def test_patching_a_patched_model_whose_attention_was_changed_since_is_an_error():
+    model = patch(small())
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"attention +LlamaAttention +2 +stock +patch has not replaced it"):
+        patch(model)
+    assert patch(model, attention=False) is model
+
+
+def test_strict_raises_for_a_patched_model_of_which_a_part_stays_stock():
+    model = patch(with_class(small(), "model.norm", OwnRMSNorm))
+    assert patch(model) is model
+    with pytest.raises(ValueError, match="OwnRMSNorm"):
+        patch(model, strict=True)
+
+
 def test_patch_keeps_parameters_and_hooks():
     model = small()
     seen: list[Any] = []

@@ -91,10 +91,15 @@ def test_a_slice_to_the_last_queries_keeps_their_ranges():
         assert torch.equal(getattr(part, name), getattr(whole, name)[:, -3:])
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_layers_with_a_sliding_window_are_refused(family):
-    with pytest.raises(ValueError, match=r"share_prompts: model .*attend to all earlier tokens"):
-        patched(small(family))(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mistral", {}), ("gemma3_text", {}), ("phimoe", {"sliding_window": 7, "num_local_experts": 2})],
+)
+def test_layers_with_a_sliding_window_are_refused(family, changes):
+    """Those of Phi MoE do not pass their window on."""
+    match = r"share_prompts: model is a model with layers of sliding.attention.*attend to all earlier tokens"
+    with pytest.raises(ValueError, match=match):
+        patched(small(family, **changes))(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
 
 
 def test_layers_with_a_sliding_window_are_refused_where_stock_attention_runs():
@@ -108,10 +113,15 @@ def test_context_parallel_is_refused(monkeypatch):
         patched(small())(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4, 5, 6, 7, 9, 12, 14, 16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_stock_models_raise(attention):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stock_models_raise(attention, heads, rows):
+    """Eager attention would add a mask with an element for each of its heads to the scores."""
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
+    model = small(attention=attention, num_hidden_layers=1, **sizes)
     with pytest.raises((RuntimeError, ValueError)):
-        small(attention=attention)(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
+        model(**share_prompts(PROMPTS[:rows], COMPLETIONS[:rows], device=DEVICE).inputs)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("transformers", minversion="4.57")
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llama_kernels.integrations.transformers import attention, patch, report
+from llama_kernels.integrations.transformers import attention, patch, report, source
 from tests.integrations.comparison import (
     DoubleSoftmax,
     Results,
@@ -165,6 +166,13 @@ def test_a_4d_mask_of_integers_is_refused(dtype):
         patch(small())(tokens(), attention_mask=mask, use_cache=False)
 
 
+def test_a_mask_of_integers_for_the_keys_alone_is_refused():
+    """(B, 1, 1, S) int32, which is also the form of the masks inside context_parallel."""
+    mask = padding_mask(tokens(), "left")[:, None, None]
+    with pytest.raises((TypeError, ValueError), match=r"if the mask is yours, pass attention_mask\.bool\(\)"):
+        patch(small())(tokens(), attention_mask=mask.int(), use_cache=False)
+
+
 def test_patch_leaves_attention_with_arguments_of_its_own_stock():
     stock = inkling()
     ours = patched(stock)
@@ -180,6 +188,30 @@ def test_our_attention_by_name_raises_in_a_module_whose_attention_has_arguments_
     model.set_attn_implementation("llama_kernels")
     with pytest.raises(ValueError, match=r"module is a Inkling2SlidingAttention: its attention function takes sinks"):
         model(tokens(), use_cache=False)
+
+
+def test_our_attention_by_name_reads_no_source_or_signature_after_the_first_call(monkeypatch):
+    """That took 50 us a layer."""
+    model = small()
+    model.set_attn_implementation("llama_kernels")
+    expected = model(tokens()).logits
+
+    def read(*_: Any) -> None:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(attention, "_unknown_arguments", read)
+        patches.setattr(attention, "passes_mask_on", read)
+        patches.setattr(source, "_codes", read)
+        assert torch.equal(model(tokens()).logits, expected)
+
+    def eager_attention_forward(module, query, key, value, attention_mask, own=None, **kwargs):
+        raise NotImplementedError
+
+    modeling = sys.modules[type(model).__module__]
+    monkeypatch.setattr(modeling, "eager_attention_forward", eager_attention_forward)
+    with pytest.raises(ValueError, match="its attention function takes own"):
+        model(tokens())
 
 
 def test_forward_mode_derivatives_raise():

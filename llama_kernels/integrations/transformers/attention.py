@@ -48,6 +48,8 @@ from llama_kernels.reference.attention import AttentionOptions
 
 NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
 FOLLOWS_MASK = "_llama_kernels_follows_mask"  # marks modules whose masks already separate packed documents
+# Kinds of layers whose arguments say which keys are visible; "hybrid" has full attention, and a recurrence beside it.
+_BY_ARGUMENTS = ("full_attention", "sliding_attention", "attention", "hybrid")
 context_parallels: list[Any] = []  # the Contexts of llama_kernels.distributed.context_parallel, the innermost last
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,8 @@ def attention_forward(
         key, value: (B, Hkv, Sk, D).
         attention_mask: the result of `key_ranges`, or the caller's own mask (B, H or 1, Sq, Sk). If it is None,
             is_causal (default: that of the module), sliding_window and the documents in position_ids decide which keys
-            are visible. Wrappers may drop the mask, as DeepSpeed's sequence parallelism does.
+            are visible; the last query is aligned with the last key, as a cache needs it. Wrappers may drop the mask,
+            as DeepSpeed's sequence parallelism does.
         scaling, softcap, s_aux: the scale, softcap and sinks of `attention`.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: bounds of packed sequences, and the length of the
             longest. If given, attention_mask is ignored.
@@ -89,7 +92,8 @@ def attention_forward(
 
     Raises:
         TypeError: the caller's own mask holds integers.
-        ValueError: cu_seq_lens_q is given and only stock attention supports the call, the module changes its mask or
+        ValueError: cu_seq_lens_q is given and only stock attention supports the call, or only the mask says which keys
+            the layer sees, as in chunked attention; the module changes its mask or
             passes arguments that are not those above, or the call is inside PyTorch's context_parallel.
     """
     _refuse_context_parallel()
@@ -97,14 +101,16 @@ def attention_forward(
     _refuse_integers(attention_mask)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    left = sliding_window - 1 if sliding_window else -1
+    window = Window(left, 0 if causal else left)
     if has_prefix(attention_mask):
         _refuse_local_attention(module, sliding_window)
     Sq, Sk = query.shape[2], key.shape[2]
     reason = _why_stock(query, key, value, attention_mask, dropout, others)
     if (doc_start := documents_of(attention_mask)) is not None:
-        _refuse_in_context_parallel(reason or (None if causal else "is_causal=False"))
-        left = -1 if sliding_window is None else sliding_window - 1
-        return _context_parallel(query, key, value, doc_start, left, options), None
+        reason = reason or (None if causal else "is_causal=False") or _only_in_mask(module, sliding_window)
+        _refuse_in_context_parallel(reason)
+        return _context_parallel(query, key, value, doc_start, window, options), None
     if attention_mask is None and causal and context_parallels:
         fix = "If accelerate drops it, leave cp_size out of its ParallelismConfig."
         raise ValueError(message("context_parallel", "attention_mask", "missing in a layer", "that of the model", fix))
@@ -112,19 +118,20 @@ def attention_forward(
         wanted = "None, since stock attention does not read it"
         raise ValueError(message("attention_forward", "cu_seq_lens_q", f"given beside {reason}", wanted))
     if cu_seq_lens_q is not None:
+        _refuse_bounds(_only_in_mask(module, sliding_window))
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
-        options |= {"is_causal": causal, "window_size": (-1 if sliding_window is None else sliding_window - 1, -1)}
+        options |= {"is_causal": False, "window_size": window}
         return _packed(query, key, value, bounds, longest, options), None
-    if reason is None and attention_mask is None and causal and 1 < Sq != Sk:
-        reason = "unequal numbers of queries and keys without a mask"
     if reason is not None:
+        if attention_mask is None and (window.left >= 0 or (causal and 1 < Sq != Sk)):
+            attention_mask = written_out(pack_window(window, query.device), Sq, Sk)
         given = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **others}
         return _stock(reason, module, query, key, value, attention_mask, is_causal=causal, **given)
 
     query, key = query.to(value.dtype), key.to(value.dtype)
     ranges: Window | KeyRanges
     if attention_mask is None:
-        ranges = Window(sliding_window - 1 if causal and sliding_window else -1, 0 if causal else -1)
+        ranges = window
     else:
         ranges = unpack(attention_mask, Sq, Sk)
     if isinstance(ranges, Window):
@@ -133,7 +140,7 @@ def attention_forward(
             starts = document_starts(position_ids, Sq)
         if starts is not None:
             starts = starts.int().expand(query.shape[0], -1)
-        options |= {"is_causal": False, "window_size": (ranges.left, ranges.right), "kv_start": starts}
+        options |= {"is_causal": False, "window_size": ranges, "kv_start": starts}
         out = attention(query, key, value, **options)
     else:
         out = _of_ranges(query, key, value, ranges, options)
@@ -144,22 +151,24 @@ def attention_forward(
 
 
 def _context_parallel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, left: int,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, window: Window,
     options: AttentionOptions,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention to the keys of all processes, inside `llama_kernels.distributed.context_parallel`."""
     from llama_kernels.distributed.attention import cp_attention
 
     if not context_parallels:
-        fix = "Run the backward inside context_parallel too, since it computes checkpointed layers again."
-        raise ValueError(
-            message("attention_forward", "attention_mask", "of a context_parallel that ended", "None", fix)
+        fix = (
+            "Run the backward inside context_parallel too, since it computes checkpointed layers again; or, if the "
+            "mask is yours, pass attention_mask.bool()."
         )
+        got = "that of a context_parallel, or integers, outside of context_parallel"
+        raise ValueError(message("attention_forward", "attention_mask", got, "a mask of this call", fix))
     context = context_parallels[-1]
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = cp_attention(
         query, key, value, mesh=context.mesh, layout=context.layout, method=context.method,
-        doc_start=doc_start.contiguous(), window_size=(left, -1), scale=options["scale"], softcap=options["softcap"],
+        doc_start=doc_start.contiguous(), window_size=window, scale=options["scale"], softcap=options["softcap"],
         sinks=options["sinks"],
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
@@ -320,8 +329,33 @@ def _warn_of_stock(reason: str) -> None:
 def _refuse_in_context_parallel(reason: str | None) -> None:
     """Raise if a layer inside context_parallel would run stock attention, for this reason."""
     if reason is not None:
-        wanted = "a call that the kernels support: stock attention would see a part of the keys only"
-        raise ValueError(message("context_parallel", "model", f"an attention layer with {reason}", wanted))
+        wanted = "causal attention that the kernels support, full or in a window that the layer passes on"
+        raise ValueError(
+            message("context_parallel", "model", f"a model with this in an attention layer: {reason}", wanted)
+        )
+
+
+def _refuse_bounds(mask: str | None) -> None:
+    """Raise if cu_seq_lens_q would replace a mask that says this, which the other arguments do not say."""
+    if mask is not None:
+        got, wanted = f"given to a layer with {mask}", "None, since it replaces the mask of the layer"
+        fix = "Leave it out: position_ids, with use_cache=False, also keep documents apart."
+        raise ValueError(message("attention_forward", "cu_seq_lens_q", got, wanted, fix))
+
+
+def _only_in_mask(module: nn.Module, sliding_window: int | None) -> str | None:
+    """What only the mask of this layer says about the keys that are visible, or None: its other arguments say all."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    if isinstance(layer, int) and layer < len(kinds):
+        kinds = (kinds[layer],)
+    for kind in kinds:
+        if kind not in _BY_ARGUMENTS:
+            return str(kind)
+    window = getattr(config, "sliding_window", None)
+    if window and not sliding_window and (not kinds or "sliding_attention" in kinds):
+        return f"a sliding window of {window} that it does not pass on"
+    return None
 
 
 def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> None:
@@ -329,9 +363,10 @@ def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> No
     if context_parallels:
         raise ValueError(message("share_prompts", "model", "inside context_parallel", "one process with all tokens"))
     kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ()) - {"full_attention"}
-    if sliding_window is not None or kinds:
-        layers = ", ".join(sorted(kinds)) or f"sliding_window={sliding_window}"
-        got = f"with layers of {layers}"
+    local = f"sliding_window={sliding_window}" if sliding_window else _only_in_mask(module, sliding_window)
+    if kinds or local:
+        layers = ", ".join(sorted(kinds)) or f"sliding attention: {local}"
+        got = f"a model with layers of {layers}"
         fix = "Repeat the prompt for each completion with this model."
         raise ValueError(message("share_prompts", "model", got, "layers that attend to all earlier tokens", fix))
 
@@ -372,9 +407,15 @@ def why_other_attention(forward: Any) -> str | None:
     A packed mask has no element for each query and key. Arguments that are not known, such as the sinks of each query
     in Inkling 2, would be ignored.
     """
+    return _why_other_attention(forward, tuple(eager_functions(forward)))
+
+
+@functools.lru_cache(maxsize=1024)  # every layer of a model with our attention by name asks in every call
+def _why_other_attention(forward: Any, eager: tuple[Any, ...]) -> str | None:
+    """`why_other_attention`. eager: the eager attention functions that the forward names."""
     if not passes_mask_on(forward):
         return "its forward computes with attention_mask"
-    if unknown := [name for eager in eager_functions(forward) for name in _unknown_arguments(eager)]:
+    if unknown := [name for function in eager for name in _unknown_arguments(function)]:
         return f"its attention function takes {', '.join(unknown)}"
     return None
 

@@ -29,6 +29,9 @@ from llama_kernels.integrations.transformers.intervals import (
 _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
 # In inference with at most this many queries, as in decoding, the kernel skips hidden keys. Otherwise keys are sorted.
 FEW_QUERIES = 8
+# Fields of a mask with a prefix, which may reach a model that is not patched. Its eager attention adds the mask to the
+# scores (B, H, Sq, Sk). That raises where H is another number than this, and no model of Transformers has 23 heads.
+_FIELDS_OF_PREFIX = 23
 
 
 class KeyRanges(NamedTuple):
@@ -57,11 +60,11 @@ class KeyRanges(NamedTuple):
 def pack(ranges: KeyRanges) -> torch.Tensor:
     """The fields that are not None, each padded to one length: (B, fields, 1, max(Sq, Sk)) int32.
 
-    `unpack` tells by their number which fields they are. So the prefix is there four times, which makes six.
+    `unpack` tells by their number which fields they are. The prefix is repeated until there are _FIELDS_OF_PREFIX.
     """
     queries: list[torch.Tensor] = [ranges.start, ranges.end]
     if ranges.prefix is not None:
-        queries += [ranges.prefix] * 4
+        queries += [ranges.prefix] * (_FIELDS_OF_PREFIX - len(queries))
     keys = [line for line in ranges[2:6] if line is not None]
     length = max(line.shape[-1] for line in (*queries, *keys))
     lines = [F.pad(line, (length - line.shape[-1], 0)) for line in queries]
@@ -99,7 +102,7 @@ def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
 
 def has_prefix(mask: torch.Tensor | None) -> bool:
     """Whether `mask` is that of completions which share a prompt."""
-    return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == 6 and mask.shape[2] == 1
+    return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == _FIELDS_OF_PREFIX and mask.shape[2] == 1
 
 
 def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from llama_kernels.integrations.transformers.classes import KINDS, class_of
 from llama_kernels.integrations.transformers.masks import forget_position_ids, note_position_ids
 from llama_kernels.integrations.transformers.modules import Patched, parts_of
 from llama_kernels.integrations.transformers.places import NEEDS, Place, places_in
-from llama_kernels.integrations.transformers.report import Report, report, rows_of
+from llama_kernels.integrations.transformers.report import NOT_REPLACED, Report, report, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ def patch(
     The model's classes keep their own forwards. Inside them, `patch` replaces the attention function, RMSNorm modules
     and `apply_rotary_pos_emb`, each only where its code is known to compute the same. Everything else stays stock, and
     a warning names it. Parameters, state_dict, hooks, and the classes and configs of other models do not change. Call
-    `patch` before `fully_shard` and before `torch.compile`. Patching a patched model has no effect.
+    `patch` before `fully_shard` and before `torch.compile`. Patching a patched model has no effect if all that is
+    requested was replaced before.
 
     Args:
         model: a Transformers model with any head, multimodal or wrapped (by PEFT, for example), on any device,
@@ -54,13 +55,15 @@ def patch(
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: no operation can be replaced, or, with strict, not all of them.
+        ValueError: no operation can be replaced, or, with strict, not all of them; or `model` is patched in part,
+            and an operation that is requested and can be replaced is stock.
     """
     _check_model("patch", model)
-    if _is_patched(model):
-        return model
     wanted = {kind for kind, on in zip(KINDS, (attention, rms_norm, rope, fuse, fuse), strict=True) if on}
     places = [place for place in places_in(model, wanted) if place.kind in wanted]
+    if _is_patched(model):
+        _check_patched(model, places, strict)
+        return model
     stock = Report(rows_of(place for place in places if not place.ours))
     if not any(place.ours for place in places):
         got = f"a {type(model).__name__}, in which nothing can be replaced" + (f":\n{stock}" if stock.rows else "")
@@ -107,6 +110,7 @@ def unpatch(model: Model) -> Model:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key in [key for key, hook in module._forward_hooks.items() if hook is forget_position_ids]:
             del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
     _restore_configs(model)
     return model
 
@@ -121,6 +125,22 @@ def _check_model(function: str, model: Any) -> None:
 
 def _is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, Patched) or _STOCK_CONFIG in module.__dict__ for module in model.modules())
+
+
+def _check_patched(model: nn.Module, places: list[Place], strict: bool) -> None:
+    """Raise unless what `patch` has replaced in this model is what is requested now, with strict at all `places`."""
+    stock = [place for place in places if not _is_replaced(place) and (place.ours or strict)]
+    if stock:
+        rows = rows_of(place._replace(ours=False, why=NOT_REPLACED if place.ours else place.why) for place in stock)
+        got = f"a {type(model).__name__} that is patched, and of which this is stock:\n{Report(rows)}\n"
+        raise ValueError(message("patch", "model", got, "a model that is not patched", "Call unpatch first."))
+
+
+def _is_replaced(place: Place) -> bool:
+    module: Any = place.module
+    if place.kind == "attention":
+        return FOLLOWS_MASK in vars(module) and module.config._attn_implementation == NAME
+    return isinstance(module, Patched) and place.kind in parts_of(module)[0]
 
 
 def _apply(model: nn.Module, places: list[Place]) -> None:
@@ -182,4 +202,4 @@ def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and id(module.config) in ours:
             module.register_forward_pre_hook(note_position_ids, with_kwargs=True)
-            module.register_forward_hook(forget_position_ids)
+            module.register_forward_hook(forget_position_ids, always_call=True)  # after an exception too

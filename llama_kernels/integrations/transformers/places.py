@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from llama_kernels.integrations.transformers import source
+from llama_kernels.integrations.transformers.attention import NAME
 from llama_kernels.integrations.transformers.classes import KINDS, found_in
 from llama_kernels.integrations.transformers.fusions import ADD_NORM, QK_NORM_ROPE
 from llama_kernels.integrations.transformers.modules import Patched
@@ -63,6 +64,16 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
 def found_of(module: nn.Module) -> dict[str, Any]:
     """What `found_in` says of the module's stock class: for a patched module, what it said when the class was made."""
     return module._found if isinstance(module, Patched) else found_in(type(module))
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose config names our attention and which call it, by their names in `model`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
+        and "attention" in found_of(module)
+    }
 
 
 def own_forward(module: nn.Module) -> str | None:

@@ -26,6 +26,7 @@ from llama_kernels.integrations.transformers.modules import PLAIN_TYPES, Patched
 from llama_kernels.integrations.transformers.places import Place, found_of, places_in
 from llama_kernels.integrations.transformers.rotaries import is_kernelized
 
+NOT_REPLACED = "patch has not replaced it"
 _INTERFACE = "through AttentionInterface"
 _DROPOUT = re.compile(r"dropout=(?:0\.0 if not self\.training else self\.([\w.]+)|self\.([\w.]+) if self\.training)")
 
@@ -100,7 +101,7 @@ def _as_it_runs(place: Place, sharded: bool) -> Place:
         replaced = isinstance(module, Patched) and kind in parts_of(module)[0]
         why = _why_stock_operation(module, kind, sharded) if replaced else None
     if not replaced:
-        return place._replace(ours=False, why="patch has not replaced it" if place.ours else place.why)
+        return place._replace(ours=False, why=NOT_REPLACED if place.ours else place.why)
     return place._replace(ours=why is None, why=why or (_INTERFACE if kind == "attention" else "known code"))
 
 

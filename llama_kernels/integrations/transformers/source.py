@@ -85,11 +85,9 @@ def name_of(function: Any) -> str:
     return f"a {type(function).__qualname__} of {type(function).__module__}"
 
 
-def global_names(function: Any) -> set[str]:
+def global_names(function: Any) -> frozenset[str]:
     """The global names and attributes that a plain function, and the functions defined in it, look up."""
-    if not isinstance(function, Function):
-        return set()
-    return {name for code in _codes(function.__code__) for name in code.co_names}
+    return _names_in_code(_Identity(function.__code__)) if isinstance(function, Function) else frozenset()
 
 
 def with_globals(function: Function, names: dict[str, Any], text: str | None = None) -> Function | None:
@@ -231,6 +229,11 @@ def _text_of_code(key: _Identity) -> str:
         return normalised(inspect.getsource(key.code))
     except (OSError, TypeError, SyntaxError, ValueError, IndexError):
         return ""
+
+
+@functools.cache
+def _names_in_code(key: _Identity) -> frozenset[str]:
+    return frozenset(name for code in _codes(key.code) for name in code.co_names)
 
 
 @functools.cache
