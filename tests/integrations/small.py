@@ -78,6 +78,12 @@ def stock_rows(model: Any) -> dict[tuple[str, str], str]:
     return {(row.kind, row.cls): row.why for row in report(model).rows if not row.ours}
 
 
+def needs_our_attention(model: Any) -> None:
+    """Skip a test where this release of Transformers does not call AttentionInterface in the model."""
+    if not any(row.kind == "attention" for row in report(model).rows):
+        pytest.skip(f"{type(model).__name__} of Transformers {transformers.__version__} has attention of its own")
+
+
 def ops_of(model: Any) -> set[str]:
     """The names of our operators that a forward calls."""
     with Calls() as calls, torch.no_grad():

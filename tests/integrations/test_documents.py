@@ -17,7 +17,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llama_kernels.integrations.transformers import patch
 from tests.integrations.comparison import Results, compare_with_stock, gradients, logits_of, padding_mask
-from tests.integrations.small import CACHE, VERSION, Calls, families, not_interpreted, patched, small, tokens
+from tests.integrations.small import (
+    CACHE,
+    VERSION,
+    Calls,
+    families,
+    needs_our_attention,
+    not_interpreted,
+    patched,
+    small,
+    tokens,
+)
 from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
@@ -100,7 +110,9 @@ def test_cu_seq_lens_are_refused_where_only_the_mask_says_which_keys_are_visible
     """cu_seq_lens_q would replace the mask, and with it the chunks of Llama 4 and the window of Phi MoE."""
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this Transformers has no {family}")
-    model = patch(small(family, num_local_experts=2, num_experts_per_tok=1, **changes))
+    model = small(family, num_local_experts=2, num_experts_per_tok=1, **changes)
+    needs_our_attention(model)
+    patch(model)
     call = {"position_ids": POSITIONS, "use_cache": False}
     with pytest.raises(ValueError, match=rf"cu_seq_lens_q is given to a layer with {layer}; .*position_ids"):
         model(IDS, **call, **cu_seq_lens())

@@ -13,7 +13,7 @@ from llama_kernels.integrations.transformers import patch
 from llama_kernels.integrations.transformers.attention import attention_forward
 from llama_kernels.integrations.transformers.masks import key_ranges
 from tests.integrations.mask_cases import BLOCKS, STATES, B, Masks, S, no_waiting, padding  # noqa: F401  a fixture
-from tests.integrations.small import WithoutWaiting, not_interpreted, randomized, tokens
+from tests.integrations.small import WithoutWaiting, needs_our_attention, not_interpreted, randomized, tokens
 from tests.support.environment import DEVICE
 from tests.support.ideal import drawn, ideal_attention
 from tests.support.judge import judge
@@ -127,6 +127,7 @@ def test_cu_seq_lens_give_an_encoder_with_windows_the_results_of_its_mask():
         cls_token_id=1, sep_token_id=2,
     )  # fmt: skip
     model = randomized(modernbert.ModernBertModel._from_config(config, attn_implementation="sdpa"))
+    needs_our_attention(model)
     cu = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)
     call = {"input_ids": tokens(1, 40), "position_ids": torch.arange(40, device=DEVICE)[None]}
     bounds = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 40, "max_length_k": 40}

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", minversion="4.57")
 from llama_kernels.integrations.transformers import SharedPromptCollator, attention, share_prompts
 from llama_kernels.integrations.transformers.masks import unpack, written_out
 from tests.integrations.comparison import Results, compare_with_stock, gradients
-from tests.integrations.small import not_interpreted, patched, small
+from tests.integrations.small import needs_our_attention, not_interpreted, patched, small
 from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
@@ -98,8 +98,10 @@ def test_a_slice_to_the_last_queries_keeps_their_ranges():
 def test_layers_with_a_sliding_window_are_refused(family, changes):
     """Those of Phi MoE do not pass their window on."""
     match = r"share_prompts: model is a model with layers of sliding.attention.*attend to all earlier tokens"
+    model = small(family, **changes)
+    needs_our_attention(model)
     with pytest.raises(ValueError, match=match):
-        patched(small(family, **changes))(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
+        patched(model)(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
 
 
 def test_layers_with_a_sliding_window_are_refused_where_stock_attention_runs():
