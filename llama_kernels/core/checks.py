@@ -28,7 +28,7 @@ _checked: ContextVar[bool] = ContextVar("llama_kernels.checked", default=False)
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """A context manager for debugging: calls inside also check the values of position_ids and cu_seqlens.
+    """A context manager for debugging: calls inside also check the values of position_ids, cu_seqlens and doc_start.
 
     A value out of range raises a ValueError. Without `checked` the kernels clamp such values: nothing is read or
     written out of bounds, but the results are wrong. Each check waits for the GPU. Calls that torch.compile traces are
