@@ -33,7 +33,8 @@ def _register_rules() -> None:
 _register_rules_while_tracing: Callable[[], None] = torch.compiler.assume_constant_result(_register_rules)
 
 
-_GRADIENTS = frozenset(("dy", "ds", "do", "dlse", "dq", "dk", "dv"))  # of results, among the parameters of the ops
+# The gradients of results, among the parameters of the ops.
+_GRADIENTS = frozenset(("dy", "ds", "do", "dlse", "dq", "dk", "dv", "dq_out", "dk_out"))
 
 
 def distribute_gradients(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ import torch
 _ROLES = {
     **dict.fromkeys(("x", "residual", "dy", "ds", "rstd"), "rows"),
     **dict.fromkeys(("weight", "q_weight", "k_weight"), "weight"),
-    **dict.fromkeys(("q", "k", "v", "dq", "dk", "dv", "do", "out"), "heads"),
+    **dict.fromkeys(("q", "k", "v", "dq", "dk", "dv", "dq_out", "dk_out", "do", "out"), "heads"),
     **dict.fromkeys(("lse", "dlse"), "lse"),
     **dict.fromkeys(("kv_start", "kv_end", "kv_prefix"), "bound"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "whole"),

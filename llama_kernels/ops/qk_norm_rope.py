@@ -194,7 +194,7 @@ def _forward_heads(
 @triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "axes_count"])
 def _qk_norm_rope_forward_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, axes_ptr,
-    tq_ptr, tk_ptr, dq_weight_ptr, dk_weight_ptr,
+    tq_ptr, tk_ptr, tq_weight_ptr, tk_weight_ptr,
     q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides, position_strides, axes_strides,
     tq_strides, tk_strides,
     S, Hq, Hkv, positions, axes_count, eps, offset,
@@ -205,7 +205,7 @@ def _qk_norm_rope_forward_kernel(
 
     A program computes all heads of BLOCK_T tokens of one sequence, in float32, and rounds once. q, k: (B, H, S, D);
     weights: (D,) or None; k may be None. `Tables` and `load_angles` describe the tables.
-    Given tq and tk, the tangents of q and k, the results are the tangents of y instead. dq_weight and dk_weight, the
+    Given tq and tk, the tangents of q and k, the results are the tangents of y instead. tq_weight and tk_weight, the
     tangents of the weights, may be None.
     Bytes: q and k in and out, tq and tk in, and each table row once for all heads. FLOPs: 7 an element; 15 of tangents.
     """
@@ -219,13 +219,13 @@ def _qk_norm_rope_forward_kernel(
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
     _forward_heads(
-        HeadTensor(q_ptr, q_strides), HeadTensor(tq_ptr, tq_strides), q_weight_ptr, dq_weight_ptr,
+        HeadTensor(q_ptr, q_strides), HeadTensor(tq_ptr, tq_strides), q_weight_ptr, tq_weight_ptr,
         HeadTensor(q_out_ptr, q_out_strides), b, s, live, angles, Hq, eps, offset,
         D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
     )  # fmt: skip
     if k_ptr is not None:
         _forward_heads(
-            HeadTensor(k_ptr, k_strides), HeadTensor(tk_ptr, tk_strides), k_weight_ptr, dk_weight_ptr,
+            HeadTensor(k_ptr, k_strides), HeadTensor(tk_ptr, tk_strides), k_weight_ptr, tk_weight_ptr,
             HeadTensor(k_out_ptr, k_out_strides), b, s, live, angles, Hkv, eps, offset,
             D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
@@ -285,9 +285,9 @@ def _backward_heads(
 
 @triton.jit(do_not_specialize=["B", "S", "Hq", "Hkv", "positions", "axes_count", "q_programs"])
 def _qk_norm_rope_backward_kernel(
-    dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, dq_out_ptr, dk_out_ptr, dq_weight_ptr, dk_weight_ptr,
+    dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dk_ptr, q_partials_ptr, k_partials_ptr,
     cos_ptr, sin_ptr, position_ids_ptr, axes_ptr,
-    dq_strides, dk_strides, q_strides, k_strides, dq_out_strides, dk_out_strides,
+    dq_out_strides, dk_out_strides, q_strides, k_strides, dq_strides, dk_strides,
     cos_strides, sin_strides, position_strides, axes_strides,
     B, S, Hq, Hkv, positions, axes_count, q_programs, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -295,6 +295,8 @@ def _qk_norm_rope_backward_kernel(
 ):  # fmt: skip
     """dx = rstd * (g - xhat * mean(g * xhat)), xhat = x * rstd, g = u * (offset + weight), and
     dweight = sum(u * xhat) over tokens and heads, where u is dy times the transpose of the rotation.
+
+    For q, x is q, dy is dq_out, the gradient of the result, and dx is dq; for k likewise. All are (B, H, S, D).
 
     The first q_programs programs compute the tiles of q, the others those of k, in float32. A program sums its part of
     dweight in registers and stores it to its own row of (programs, D) float32; `sum_partials` adds up the rows. rstd is
@@ -308,15 +310,15 @@ def _qk_norm_rope_backward_kernel(
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     if pid < q_programs:
         _backward_heads(
-            HeadTensor(dq_ptr, dq_strides), HeadTensor(q_ptr, q_strides), q_weight_ptr,
-            HeadTensor(dq_out_ptr, dq_out_strides), dq_weight_ptr, tables, axes,
+            HeadTensor(dq_out_ptr, dq_out_strides), HeadTensor(q_ptr, q_strides), q_weight_ptr,
+            HeadTensor(dq_ptr, dq_strides), q_partials_ptr, tables, axes,
             pid, q_programs, B, S, Hq, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif k_ptr is not None:
         _backward_heads(
-            HeadTensor(dk_ptr, dk_strides), HeadTensor(k_ptr, k_strides), k_weight_ptr,
-            HeadTensor(dk_out_ptr, dk_out_strides), dk_weight_ptr, tables, axes,
+            HeadTensor(dk_out_ptr, dk_out_strides), HeadTensor(k_ptr, k_strides), k_weight_ptr,
+            HeadTensor(dk_ptr, dk_strides), k_partials_ptr, tables, axes,
             pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, eps, offset,
             D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
         )  # fmt: skip
@@ -353,8 +355,8 @@ class _Tangents(NamedTuple):
 class _Backward(NamedTuple):
     """The parameters of the op `qk_norm_rope_backward`."""
 
-    dq: torch.Tensor
-    dk: torch.Tensor | None
+    dq_out: torch.Tensor  # the gradients of the results
+    dk_out: torch.Tensor | None
     q: torch.Tensor
     k: torch.Tensor | None
     q_weight: torch.Tensor | None
@@ -431,7 +433,7 @@ def _launch_backward(
     """
     require_contiguous(call.q_weight, call.k_weight)
     tables, table_strides = angle_arguments(call)
-    heads = (call.dq, call.dk, call.q, call.k, grads.q, None if call.k is None else grads.k)
+    heads = (call.dq_out, call.dk_out, call.q, call.k, grads.q, None if call.k is None else grads.k)
     args = (
         *heads[:4], call.q_weight, call.k_weight, *heads[4:], q_partials, k_partials, *tables,
         *map(optional_strides_of, heads), *table_strides,
@@ -521,7 +523,7 @@ def _backward(call):
 
 def _backward_reference(call):
     grads = _backward_fake(call)
-    sides = ((call.dq, call.q, call.q_weight), (call.dk, call.k, call.k_weight))
+    sides = ((call.dq_out, call.q, call.q_weight), (call.dk_out, call.k, call.k_weight))
     for (dy, x, weight), dx, dw in zip(sides, grads[:2], grads[2:], strict=True):
         if x is None:
             continue
@@ -547,7 +549,7 @@ _qk_norm_rope = register(
 )
 # -> the tangents of q and k (empty without k)
 _qk_norm_rope_tangent = register(
-    "qk_norm_rope_tangent(Tensor tq, Tensor? tk, Tensor? dq_weight, Tensor? dk_weight, Tensor q, Tensor? k, "
+    "qk_norm_rope_tangent(Tensor tq, Tensor? tk, Tensor? tq_weight, Tensor? tk_weight, Tensor q, Tensor? k, "
     "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? position_ids, float eps, float offset, "
     "bool interleaved, Tensor? axes=None) -> (Tensor, Tensor)",
     kernel=_tangent,
@@ -557,8 +559,8 @@ _qk_norm_rope_tangent = register(
 # -> dq, dk, dq_weight, dk_weight; empty where there is none, or none is needed. need_dw is an int in the schema since
 # DTensor remembers results by tensors, and by other arguments from the first int on only.
 _qk_norm_rope_backward = register(
-    "qk_norm_rope_backward(Tensor dq, Tensor? dk, Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, "
-    "Tensor sin, Tensor? position_ids, float eps, float offset, bool interleaved, int need_dw, "
+    "qk_norm_rope_backward(Tensor dq_out, Tensor? dk_out, Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor cos, Tensor sin, Tensor? position_ids, float eps, float offset, bool interleaved, int need_dw, "
     "Tensor? axes=None) -> (Tensor, Tensor, Tensor, Tensor)",
     call=_Backward,
     kernel=_backward,
@@ -588,14 +590,15 @@ class _QKNormRope(Differentiable):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dq, dk=None):
+    def backward(ctx, dq_out, dk_out=None):
         needed = ctx.needs_input_grad[1:5]
         *tensors, axes = ctx.saved_tensors
-        dys = [_gradient_of(x, dx) for x, dx in zip(tensors, (dq, dk), strict=False)]
+        dys = [_gradient_of(x, dx) for x, dx in zip(tensors, (dq_out, dk_out), strict=False)]
         grads = _qk_norm_rope_backward(*dys, *tensors, *ctx.options, any(needed[2:]), axes)
         grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
         inputs, angles = tensors[:4], (*tensors[4:], axes)
-        return None, *with_derivatives_of(_Plain(*ctx.options).gradients, grads, (*dys, *inputs), angles), *[None] * 7
+        grads = with_derivatives_of(_Plain(*ctx.options).gradients, grads, (*dys, *inputs), angles)
+        return None, *grads, *[None] * (len(_Forward._fields) - len(inputs))
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -627,10 +630,10 @@ class _Plain(NamedTuple):
     offset: float
     interleaved: bool
 
-    def gradients(self, angles: Any, dq: Any, dk: Any, *inputs: torch.Tensor | None) -> Any:
+    def gradients(self, angles: Any, dq_out: Any, dk_out: Any, *inputs: torch.Tensor | None) -> Any:
         """Of the inputs; None for one that is None."""
         _, pullback = results_and_pullback(self._of(inputs, angles), *(x for x in inputs if x is not None))
-        grads = iter(pullback(tuple(dy.float() for dy in (dq, dk) if dy is not None)))
+        grads = iter(pullback(tuple(dy.float() for dy in (dq_out, dk_out) if dy is not None)))
         return tuple(None if x is None else next(grads) for x in inputs)
 
     def tangents(self, angles: Any, *given: torch.Tensor | None) -> Any:

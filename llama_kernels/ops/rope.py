@@ -341,7 +341,7 @@ class _Rope(Differentiable):
     def backward(ctx, dq, dk=None):
         need_q, need_k = ctx.needs_input_grad[1:3]
         grads = (dq if need_q else None, dk if need_k else None)
-        return None, *_rotate_given(ctx.op, grads, _Angles.saved(ctx, backward=True)), *[None] * 6
+        return None, *_rotate_given(ctx.op, grads, _Angles.saved(ctx, backward=True)), *[None] * len(_Angles._fields)
 
     @staticmethod
     def jvp(ctx, dq, dk):
@@ -367,7 +367,7 @@ class _RotatedInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        return *_rotate_given("rope", (dx,), _Angles.saved(ctx, backward=True)), *[None] * 6
+        return *_rotate_given("rope", (dx,), _Angles.saved(ctx, backward=True)), *[None] * len(_Angles._fields)
 
 
 def _declare_rotated(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
@@ -405,7 +405,7 @@ class _RopeQKV(Differentiable):
     @staticmethod
     def backward(ctx, *grads):
         if all(dx is None for dx in grads):
-            return (None,) * 10
+            return (None,) * (4 + len(_Angles._fields))
         grads = _zeros_where_unused(grads, *ctx.heads)
         angles = _Angles.saved(ctx, backward=True)
         if needs_grad(*grads) and not torch.compiler.is_compiling():  # the gradient may be differentiated again
@@ -416,7 +416,7 @@ class _RopeQKV(Differentiable):
             cos, sin, position_ids, interleaved, _, axes = angles
             grads = map(last_dim_contiguous, grads)
             dqkv = _rope_qkv_backward(*grads, cos, sin, position_ids, interleaved, axes)
-        return None, dqkv, *[None] * 8
+        return None, dqkv, *[None] * (2 + len(_Angles._fields))  # op, qkv, two numbers of heads, angles
 
     @staticmethod
     def jvp(ctx, dqkv):

@@ -92,6 +92,9 @@ count_flops("rope_attention_backward", products_of_D=3, products_of_Dv=2)  # as 
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
+_BEFORE_Q = ("op", "deterministic", "cos", "sin", "position_ids", "interleaved", "axes")  # arguments of the Function
+
+
 class _RopeAttention(Differentiable):
     """The fields of Rotation, axes and an AttentionCall -> (out, lse, q and k after the rotation).
 
@@ -116,7 +119,7 @@ class _RopeAttention(Differentiable):
     @staticmethod
     def backward(ctx, do, dlse, *_):
         q, k, v, out, lse, sinks, axes, kv_prefix, *others = ctx.saved_tensors
-        needed = ctx.needs_input_grad[7:11]  # of q, k, v and sinks
+        needed = ctx.needs_input_grad[len(_BEFORE_Q) :][:4]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
         grads = _rope_attention_backward(
             do, dlse, q, k, v, out, lse, sinks, *others, ctx.interleaved, *ctx.numbers, *needed, ctx.deterministic,
@@ -124,7 +127,7 @@ class _RopeAttention(Differentiable):
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
-        return *[None] * 7, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
+        return *[None] * len(_BEFORE_Q), *grads, *[None] * (len(AttentionCall._fields) - len(grads))
 
 
 # --- public function -------------------------------------------------------------------------------------------------
