@@ -232,7 +232,11 @@ def test_hopper_kernels_are_on_by_default_where_they_were_measured(release, on_h
         on = {D for D in (64, 128, 256) if chosen(*tensors(D)).tile}
         assert on == ({128, 256} if release == (3, 6) else set())
         assert tile_of_backward(Wanted(True, True, True, False, False)) is None
-        assert "opt-in" in dispatch.for_heads("forward", "sm_90", 64).reason
+        assert dispatch.for_heads("forward", "sm_90", 64).reason.startswith(
+            "no GPU showed the Gluon kernel to be faster"
+        )
+        if release != (3, 6):
+            assert "measured with Triton 3.6 alone" in dispatch.for_heads("forward", "sm_90", 128).reason
         with lk.hopper_attention():
             assert chosen(*tensors(64)).tile.width == 64
             assert tile_of_backward(Wanted(True, True, True, False, False)).width == 128
