@@ -1,6 +1,7 @@
 """RoPE's angles: frequencies, with the rescaling rules of Hugging Face configs, and tables of cos and sin.
 
-Formulas and order of operations are those of transformers.modeling_rope_utils. Results are equal bit for bit.
+Formulas and order of operations are those of transformers.modeling_rope_utils. Results are equal bit for bit, except
+those of dynamic with a tensor for seq_len: Transformers computes the new base in float32, this module in float64.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def rope_frequencies(
     scaling["original_max_position_embeddings"] = original_length(scaling, max_position_embeddings)
     base = scaling.get("rope_theta") or base
     R = int(head_dim * (scaling.get("partial_rotary_factor") or 1.0))
-    if R < 2 or R % 2:
-        raise ValueError(message("rope_frequencies", "head_dim", f"{head_dim}, of which {R} rotate", "an even number"))
+    if R < 2 or R % 2 or head_dim < R:
+        wanted = f"an even number, at most {head_dim}"
+        raise ValueError(message("rope_frequencies", "head_dim", f"{head_dim}, of which {R} rotate", wanted))
     device = torch.get_default_device() if device is None else torch.device(device)
     # Powers on a CPU, so that the frequencies have the same bits on every device. A `seq_len` on a GPU stays there,
     # since the host would have to wait for it.
@@ -137,6 +139,8 @@ def rope_tables(
     tables use `rope_frequencies(..., dtype=torch.float64)`.
     """
     if not isinstance(positions, torch.Tensor):
+        if isinstance(positions, bool) or not hasattr(positions, "__index__"):
+            raise TypeError(message("rope_tables", "positions", repr(positions), "an int, or a tensor of positions"))
         if positions < 0:
             raise ValueError(
                 message("rope_tables", "positions", positions, "a number of positions, or a tensor of them")

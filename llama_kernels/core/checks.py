@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
+from llama_kernels.core.autograd import is_differentiated
 from llama_kernels.core.device import KERNEL_DEVICES
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -79,8 +80,11 @@ def check_number(op: str, name: str, value: Any, least: float, wanted: str) -> N
 
     Raises:
         TypeError: it is not a number.
-        ValueError: it is out of this range, or NaN.
+        ValueError: it is out of this range, or NaN, or a tensor that requires grad.
     """
+    if isinstance(value, torch.Tensor) and torch.is_grad_enabled() and is_differentiated(value):
+        fix = _fix_by_reference(op, f"differentiates {name} too.") or f"Pass float({name})."
+        raise ValueError(message(op, name, "a tensor that requires grad", "a constant", fix))
     try:
         fits = least <= value <= LARGEST
     except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements

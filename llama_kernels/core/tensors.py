@@ -84,7 +84,8 @@ def require_contiguous(*tensors: torch.Tensor | None) -> None:
     Public functions pass such tensors. Exported graphs and calls of torch.ops.llama_kernels may pass others.
     """
     for x in tensors:
-        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
+        # `contiguous` keeps the strides of an empty tensor, of which nothing is read.
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
             got = f"a tensor of shape {tuple(x.shape)} and strides {x.stride()}"
             raise NotContiguous(f"llama_kernels: the kernels need a contiguous last dimension; got {got}.")
 

@@ -143,6 +143,14 @@ def test_empty_inputs_give_empty_outputs(shape, device):
     assert torch.equal(dw, torch.zeros_like(w))
 
 
+def test_empty_inputs_with_a_strided_last_dimension(device):
+    """`contiguous` keeps the strides of a tensor without elements."""
+    x, weight = torch.randn(0, 16, device=device)[..., ::2], torch.randn(8, device=device)
+    assert lk.rms_norm(x, weight).shape == (0, 8)
+    k = torch.randn(1, 2, 0, 16, device=device)[..., ::2]
+    assert not lk.attention(torch.randn(1, 4, 5, 8, device=device), k, k).any()
+
+
 def test_more_rows_than_32_bits_number_are_refused():
     x, rstd = torch.empty(2**31, 16, device="meta"), torch.empty(2**31, 1, device="meta")
     forward = rms_norm._Forward(x, None, None, 1e-6, 0.0)

@@ -123,3 +123,14 @@ def test_a_base_of_zero_and_a_negative_number_of_positions_are_named():
         lk.rope_frequencies(64, base=0.0)
     with pytest.raises(ValueError, match="rope_tables: positions is -1; wanted a number of positions"):
         lk.rope_tables(lk.rope_frequencies(64)[0], -1)
+
+
+@pytest.mark.parametrize("positions", [None, "a", 2.5, True])
+def test_numbers_of_positions_are_integers(positions):
+    with pytest.raises(TypeError, match=r"rope_tables: positions is .*; wanted an int, or a tensor of positions"):
+        lk.rope_tables(torch.ones(4), positions)
+
+
+def test_no_more_elements_rotate_than_a_head_has():
+    with pytest.raises(ValueError, match=r"head_dim is 8, of which 12 rotate; wanted an even number, at most 8"):
+        lk.rope_frequencies(8, scaling={"partial_rotary_factor": 1.5})

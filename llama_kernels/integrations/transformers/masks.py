@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from llama_kernels.integrations.transformers.intervals import (
     MaskFunction,
@@ -27,6 +27,10 @@ from llama_kernels.integrations.transformers.intervals import (
 
 # Models whose blocks of mutually visible tokens need not be contiguous: all images of a sequence are one block.
 _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
+# Models with attention beside AttentionInterface that adds the mask of the same config to its scores.
+ADDED_MASKS = ("bigbird_pegasus", "informer")
+# Models whose pooling head, of one query, makes a mask from the same config, and gives it to nn.MultiheadAttention.
+_POOLING_HEADS = ("siglip2_vision_model",)
 # In inference with at most this many queries, as in decoding, the kernel skips hidden keys. Otherwise keys are sorted.
 FEW_QUERIES = 8
 # Fields of a mask with a prefix, which may reach a model that is not patched. Its eager attention adds the mask to the
@@ -190,8 +194,22 @@ def key_ranges(
     mask_function(b, h, i, j) says whether query i sees key j, attention_mask (B, keys) whether a key is a token.
 
     Returns:
-        The int32 result of `pack` or `pack_window`, or an ordinary mask, (B, 1, Sq, Sk) bool.
+        The int32 result of `pack` or `pack_window`, or an ordinary mask, (B, 1, Sq, Sk) bool; of floats in models of
+        ADDED_MASKS.
     """
+    kind = getattr(config, "model_type", None)
+    stock_call: dict[str, Any] = {
+        "batch_size": batch_size, "kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function,
+        "attention_mask": attention_mask,
+    }  # fmt: skip
+    if cache_position is not None:
+        stock_call |= {"cache_position": cache_position}
+    else:
+        stock_call |= {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
+    if kind in ADDED_MASKS:
+        return eager_mask(**stock_call, allow_is_bidirectional_skip=False, **others)
+    if kind in _POOLING_HEADS and q_length == 1 < kv_length:
+        return sdpa_mask(**stock_call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     if cache_position is not None:  # Transformers 4
         device, q_length = cache_position.device, cache_position.shape[0]
         # As many keys as queries make a prefill, whose offset is 0. Otherwise the offset is in device memory.
@@ -213,19 +231,13 @@ def key_ranges(
     own = torch.arange(q_length, device=device) + q_offset
     rows = Rows(own, own[None], kv_offset + kv_length, None if attention_mask is None else attention_mask.bool())
     interval = None
-    if not combined and getattr(config, "model_type", None) not in _SCATTERED_BLOCKS:
+    if not combined and kind not in _SCATTERED_BLOCKS:
         if torch.compiler.is_compiling():
             interval = traced_interval(mask_function, rows, batch_size, use_vmap, local_size)
         else:
             interval = interval_of(mask_function, rows, use_vmap)
     if interval is None:
-        call: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
-        if cache_position is not None:
-            call = {"cache_position": cache_position}
-        return sdpa_mask(
-            batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
-            attention_mask=attention_mask, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **call,
-        )  # fmt: skip
+        return sdpa_mask(**stock_call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     start = torch.zeros_like(own)[None] if interval.start is None else interval.start
     end = torch.full_like(own, rows.keys)[None] if interval.end is None else interval.end
     if documents is not None:  # the first document of this call continues one in the cache

@@ -11,6 +11,7 @@ from llama_kernels.integrations.transformers import source
 from llama_kernels.integrations.transformers.attention import NAME
 from llama_kernels.integrations.transformers.classes import KINDS, found_in
 from llama_kernels.integrations.transformers.fusions import ADD_NORM, QK_NORM_ROPE
+from llama_kernels.integrations.transformers.masks import ADDED_MASKS
 from llama_kernels.integrations.transformers.modules import Patched
 
 NEEDS = {ADD_NORM: ("rms_norm",), QK_NORM_ROPE: ("rms_norm", "rope")}  # the kinds that each fusion combines
@@ -47,7 +48,9 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                 continue  # its norms are not RMSNorm
             ours = bool(value)
             if kind == "attention":
-                if ours and not hasattr(module, "config"):
+                if ours and getattr(getattr(module, "config", None), "model_type", None) in ADDED_MASKS:
+                    ours, why = False, "other attention of the model adds the mask to its scores"
+                elif ours and not hasattr(module, "config"):
                     ours, why = False, "it has no config that names its attention function"
                 elif ours and not by_config[id(module.config)]:
                     ours, why = False, "another attention module of its config stays stock"

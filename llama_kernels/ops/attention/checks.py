@@ -154,7 +154,7 @@ def _check_numbers(
     for side in window_size:
         if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
             raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
-    if softcap is not None and softcap != 0:
+    if softcap is not None and (isinstance(softcap, torch.Tensor) or softcap != 0):
         check_number(op, "softcap", softcap, SMALLEST, "a positive finite number, or 0 or None for none")
     if scale is not None:
         check_number(op, "scale", scale, -LARGEST, "a finite number, or None")
