@@ -264,3 +264,9 @@ def test_gradients_of_a_block_of_keys(layout, dtype, device):
             judge(f"{layout} {name}", K, r, [draw.to(dtype) for draw in draws])
         total = total + R[0]
     torch.testing.assert_close(total, unrotated(whole_dq))  # the shares sum to the whole gradient
+
+
+def test_no_keys_with_a_strided_last_dimension(device):
+    """`contiguous` keeps the strides of a tensor without elements."""
+    q, k = torch.randn(1, 4, 5, 8, device=device), torch.randn(1, 2, 0, 16, device=device)[..., ::2]
+    assert not lk.attention(q, k, k).any()
