@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("transformers", minversion="4.57")
 
-from llama_kernels.integrations.transformers import patch
 from llama_kernels.integrations.transformers.attention import attention_forward
 from llama_kernels.integrations.transformers.masks import key_ranges
+from tests.integrations.comparison import Results, compare_with_stock
 from tests.integrations.mask_cases import BLOCKS, STATES, B, Masks, S, no_waiting, padding  # noqa: F401  a fixture
-from tests.integrations.small import WithoutWaiting, needs_our_attention, not_interpreted, randomized, tokens
+from tests.integrations.small import WithoutWaiting, needs_our_attention, not_interpreted, patched, randomized, tokens
 from tests.support.environment import DEVICE
 from tests.support.ideal import drawn, ideal_attention
 from tests.support.judge import judge
@@ -131,9 +131,12 @@ def test_cu_seq_lens_give_an_encoder_with_windows_the_results_of_its_mask():
     cu = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)
     call = {"input_ids": tokens(1, 40), "position_ids": torch.arange(40, device=DEVICE)[None]}
     bounds = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 40, "max_length_k": 40}
-    with torch.no_grad():
-        expected = model(**call).last_hidden_state
-        torch.testing.assert_close(patch(model)(**call, **bounds).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def run(model: Any, **more: Any) -> Results:
+        return {"logits": model(**call, **more).last_hidden_state}
+
+    compare_with_stock(patched(model), model, run, lambda ours: run(ours, **bounds))
 
 
 def test_a_block_in_two_pieces_gives_nan():

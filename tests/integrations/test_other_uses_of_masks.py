@@ -13,6 +13,7 @@ pytest.importorskip("transformers", minversion="4.57")
 import transformers
 
 from llama_kernels.integrations.transformers import patch
+from tests.integrations.comparison import Results, compare_with_stock
 from tests.integrations.small import randomized
 from tests.support.environment import DEVICE
 
@@ -41,10 +42,15 @@ def by_name(model: Any) -> Any:
     return named
 
 
-def compare(model: Any, ours: Any, inputs: dict[str, torch.Tensor]) -> None:
-    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
-    with torch.no_grad():
-        torch.testing.assert_close(ours(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-4)
+def compare(stock: Any, ours: Any, inputs: dict[str, torch.Tensor], result: str) -> None:
+    """Compare one result of the two models, where `inputs` have the dtype of the model."""
+
+    @torch.no_grad()
+    def run(model: Any) -> Results:
+        given = {name: x.to(DEVICE, model.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
+        return {"logits": model(**given)[result]}
+
+    compare_with_stock(ours, stock, run)
 
 
 @pytest.mark.parametrize("heads", [4, 8])
@@ -52,7 +58,7 @@ def compare(model: Any, ours: Any, inputs: dict[str, torch.Tensor]) -> None:
 def test_attention_of_a_class_of_its_own_adds_the_mask(attention_type, heads):
     """With 4 heads a mask of ranges has the shape of the scores' heads, and was added to them."""
     model = randomized(pegasus(attention_type, heads))
-    compare(model, by_name(model), with_padding())
+    compare(model, by_name(model), with_padding(), "last_hidden_state")
     with pytest.raises(ValueError, match="adds the mask to its scores"):
         patch(copy.deepcopy(model), rms_norm=False, rope=False)
 
@@ -91,7 +97,4 @@ def test_a_pooling_head_gives_its_mask_to_multi_head_attention(way, shown):
         "pixel_values": torch.randn(2, 16, 768), "pixel_attention_mask": mask,
         "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
     }  # fmt: skip
-    ours = way(model)
-    with torch.no_grad():
-        given = {name: x.to(DEVICE) for name, x in inputs.items()}
-        torch.testing.assert_close(ours(**given).pooler_output, model(**given).pooler_output, rtol=1e-4, atol=1e-4)
+    compare(model, way(model), inputs, "pooler_output")
