@@ -7,7 +7,7 @@ python -m bench compare A.json B.json what became slower from A to B; exits with
 python -m bench report FILES          draws the pictures and the page again from records
 python -m bench providers             which providers can be measured here, and why the others cannot
 python -m bench estimate              estimates speed without a GPU, beside published speeds
-python -m bench calibrate PEERS       how far these estimates are off, for the peers' kernels in a folder
+python -m bench calibrate [PEERS]     how far these estimates are off: for our kernels, and the peers' in a folder
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def parser() -> argparse.ArgumentParser:
         help="only context-parallel attention on 2 to 512 GPUs: what the network costs, and a picture")  # fmt: skip
     add("--peers", type=Path, metavar="PEERS", help="with --layer: a folder with Liger, whose parts are shown too")
 
-    add = command("calibrate", calibrate_models, "how far estimates are off, for peers' kernels in a folder")
-    add("peers", type=Path, metavar="PEERS", help="a folder with the code of peers; see docs/performance.md")
+    add = command("calibrate", calibrate_models, "how far estimates are off, where the speed is known")
+    add("peers", type=Path, nargs="?", metavar="PEERS", help="a folder with the code of peers, to compare these too")
     add("--only", default="", metavar="OP", help='figures of an op, as "rms_norm" or "attention forward"')
     add("--record", action="store_true", help="keep the errors, which `estimate` prints, in bench/estimate/errors.json")
 

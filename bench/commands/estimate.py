@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bench.estimate import layer, layer_picture, published
+from bench.estimate import errors, layer, layer_picture, published
 from bench.estimate.constants import SM_FAMILIES, Gpu, gpus
 from bench.estimate.lines import ROWS, Line, lines
 from bench.estimate.published import Figure
@@ -23,7 +23,7 @@ from bench.reporting.terminal import console
 
 def estimate_speed(args: argparse.Namespace) -> int:
     console.print("Estimates by models of the machine code, not measurements. ±: the mean error of the same model for "
-                  "peers' kernels whose speed is published; 30% where none can be compared.")  # fmt: skip
+                  "kernels whose speed is known, peers' and ours; 30% where none can be compared.")  # fmt: skip
     try:
         before = json.loads(args.before.read_text()) if args.before else {}
     except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ def _time(e: Estimate, before: dict[str, Any] | None) -> str:
 
 def _limit(e: Estimate) -> str:
     idle = f"; empty programs take {e.empty / e.seconds:.0%}" if e.empty > 0.01 * e.seconds else ""
-    known = "" if e.error < published.UNKNOWN else "; not calibrated"
+    known = "" if e.error < errors.UNKNOWN else "; not calibrated"
     return f"bound by {LIMITS[e.limit]}{idle}{known}"
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from bench.estimate import tiles as tiling
 from bench.estimate.constants import Gpu, attention
+from bench.estimate.errors import error_of
 from bench.estimate.kernels import Kernel
-from bench.estimate.published import error_of
 from bench.estimate.result import Estimate, together
 from bench.estimate.sm.code import loops
 from bench.estimate.sm.machine import Result, run
@@ -62,7 +62,7 @@ def kernel_estimate(
     }
     limit = max(limits, key=limits.__getitem__)
     idle = (busy - alone) / clock if limits[limit] == busy / clock else 0.0
-    return Estimate(limits[limit], limit, error_of(kind, gpu.family), empty=idle)
+    return Estimate(limits[limit], limit, error_of(kind, gpu.family), empty=idle, kind=kind)
 
 
 def kernel_programs(tiles: Sequence[Tile]) -> int:

@@ -1,4 +1,7 @@
-"""Peers' kernels, compiled and put through the models, beside their published speeds: how far the models are off."""
+"""Peers' kernels, compiled and put through the models, beside their published speeds: how far the models are off.
+
+measured.py does the same for ours, beside what a GPU measured.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from bench.estimate import attention, memory, ours, published
 from bench.estimate.constants import Gpu, gpus
 from bench.estimate.constants import attention as attention_constants
 from bench.estimate.constants import memory as memory_constants
+from bench.estimate.errors import PEERS, Error, Key
 from bench.estimate.kernels import Kernel
 from bench.estimate.peers import attention as attention_peers
 from bench.estimate.peers import rows as row_peers
 from bench.estimate.peers.loading import Missing
-from bench.estimate.published import Error, Figure
+from bench.estimate.published import Figure
 from bench.estimate.result import Estimate
 from bench.estimate.tiles import Shape
 from bench.works.norms import RMSNorm
@@ -36,17 +40,18 @@ _KERNELS: dict[str, Callable[..., list[Kernel]]] = {
 
 
 class Point(NamedTuple):
-    """One published speed, and what the model says of it."""
+    """One known speed, and what the model says of it."""
 
     figure: Figure
     kind: str  # of estimate; errors are kept for each
     family: str
     estimate: Estimate
-    published: float  # seconds
+    known: float  # seconds, published or measured
+    whose: str = PEERS  # kernels, as in errors.json
 
     @property
     def error(self) -> float:
-        return self.estimate.seconds / self.published - 1
+        return self.estimate.seconds / self.known - 1
 
 
 def points(peers: Path, say: Callable[[str], None], only: str = "") -> Iterator[Point]:
@@ -85,11 +90,10 @@ def unpublished(peers: Path, say: Callable[[str], None]) -> Iterator[tuple[str, 
             yield who, f"{work.op} forward, {gpu.name}", theirs, ours.work_estimate(gpu, work, "forward")
 
 
-def errors(found: Iterable[Point]) -> dict[tuple[str, str], Error]:
-    """By kind and family."""
-    by: dict[tuple[str, str], list[float]] = {}
+def errors(found: Iterable[Point]) -> dict[Key, Error]:
+    by: dict[Key, list[float]] = {}
     for point in found:
-        by.setdefault((point.kind, point.family), []).append(point.error)
+        by.setdefault(Key(point.kind, point.family, point.whose), []).append(point.error)
     return {key: Error(statistics.mean(map(abs, e)), max(e, key=abs), len(e)) for key, e in by.items()}
 
 

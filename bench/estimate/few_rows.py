@@ -1,6 +1,7 @@
-"""Estimates of forwards of few rows and many keys: decoding, and a chunk of a prompt. They are not calibrated.
+"""Estimates of forwards of few rows and many keys: decoding, and a chunk of a prompt.
 
 Of decoding, the model of memory-bound kernels; of a chunk, that of attention, and for what adds up its parts the other.
+No known speed of a chunk can be compared.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from bench.estimate.kernels import Kernel, compiled
 from bench.estimate.result import Estimate, together
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import tables
+
+_DECODING, _CHUNKS_OF_PROMPT = "decoding", "chunks of a prompt"  # kinds of estimates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +49,12 @@ def few_rows_estimate(gpu: Gpu, few: Few, split: bool = True) -> Estimate:
     one = dataclasses.replace(few, B=1)
     first, *rest = _kernels(gpu, one, split or few.Sq == 1)
     first = dataclasses.replace(first, grid=(first.launched * few.B,))
-    make = _decode if first.name == "decode_kernel" else _forward
+    make, kind = (_decode, _DECODING) if first.name == "decode_kernel" else (_forward, _CHUNKS_OF_PROMPT)
     parts = {first.name.removesuffix("_kernel"): make(gpu, first, few)}
     for combine in rest:
         combine = dataclasses.replace(combine, grid=(combine.launched * few.B,))
         written = 0.0 if (bytes_ := _bytes_of_parts(first, few)) < 0.5 * gpu.l2 else 2 * bytes_
-        made = memory.estimate(gpu, combine, written, memory.Walk(waits=2.0), "few rows")
+        made = memory.estimate(gpu, combine, written, memory.Walk(waits=2.0), kind)
         parts["combine"] = made.later(attention_constants().launch)
     return together(parts)
 
@@ -69,7 +72,7 @@ def _decode(gpu: Gpu, kernel: Kernel, few: Few) -> Estimate:
     steps = few.Sk / _chunks(kernel, few) / kernel.constants["BLOCK_N"]
     stages = tables.tile(gpu.family, "decode", few.D, torch.bfloat16).num_stages
     walk = memory.Walk(trips=steps, steps=steps, ahead=stages - 1)
-    return memory.estimate(gpu, kernel, few.bytes, walk, "few rows")
+    return memory.estimate(gpu, kernel, few.bytes, walk, _DECODING)
 
 
 def _forward(gpu: Gpu, kernel: Kernel, few: Few) -> Estimate:
@@ -81,7 +84,7 @@ def _forward(gpu: Gpu, kernel: Kernel, few: Few) -> Estimate:
         for tile in tiling.of_seen_keys(few.Sq, few.Sk, None, M, N, few.B * few.Hq, first, keys)
     ]
     read = tiling.steps(tiles) * N * few.D * 2 * 2
-    return attention.kernel_estimate(gpu, kernel, tiles, few.flops, read, "few rows")
+    return attention.kernel_estimate(gpu, kernel, tiles, few.flops, read, _CHUNKS_OF_PROMPT)
 
 
 @functools.lru_cache(maxsize=64)

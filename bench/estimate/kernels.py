@@ -2,7 +2,8 @@
 
 `compiled(family, call)` runs `call` under the driver of the compile gate: each launch is specialised and compiled just
 as on a GPU of that family, and dropped. It takes our launchers and anybody else's (call the JITFunction, not its
-autotuner).
+autotuner). Attention takes the portable kernels unless the caller asks for the Hopper kernels, whichever of them the
+installed release of Triton uses by default.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,9 +24,11 @@ from bench.codegen import sass
 from bench.codegen.compiling import StandInDriver
 from bench.estimate.constants import Gpu, gpu_of
 from bench.estimate.sm.code import Code, parsed
+from llama_kernels import hopper_attention
 from llama_kernels.core import device, launch_cache
 from llama_kernels.ops import qk_norm_rope, rms_norm
 from llama_kernels.ops.attention import dispatch, tables
+from llama_kernels.ops.attention.hopper import switch
 
 _SHARED_KIB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of an SM; a program has 1 KiB more than it asks for
 _WARPS, _PROGRAMS = 64, 32  # that fit on an SM at most
@@ -70,8 +74,8 @@ class Kernel:
         return known["BLOCK_M"], known["BLOCK_N"]
 
 
-def compiled(family: str, call: Callable[[], Any], gpu: Gpu | None = None) -> list[Kernel]:
-    """The kernels that `call` launches, in order."""
+def compiled(family: str, call: Callable[[], Any], gpu: Gpu | None = None, hopper: bool = False) -> list[Kernel]:
+    """The kernels that `call` launches, in order. hopper: attention takes the Hopper kernels, where they compute it."""
     found: list[Kernel] = []
     run = JITFunction.run
 
@@ -80,7 +84,7 @@ def compiled(family: str, call: Callable[[], Any], gpu: Gpu | None = None) -> li
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         found.append(_kernel(self.__name__.strip("_"), family, grid(given) if callable(grid) else grid, made))
 
-    with _on(gpu or gpu_of(family)), mock.patch.object(JITFunction, "run", compile_only):
+    with _on(gpu or gpu_of(family)), _attention_kernels(hopper), mock.patch.object(JITFunction, "run", compile_only):
         call()
     return found
 
@@ -97,6 +101,19 @@ def _on(gpu: Gpu) -> Iterator[None]:
         launch_cache.forget()
         yield
         launch_cache.forget()
+
+
+@contextmanager
+def _attention_kernels(hopper: bool) -> Iterator[None]:
+    """Attention takes all Hopper kernels, or none."""
+    with ExitStack() as stack:
+        if hopper:
+            stack.enter_context(hopper_attention())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile
+        else:
+            stack.enter_context(mock.patch.object(switch, "may_run", lambda pass_: False))
+        yield
 
 
 def _kernel(name: str, family: str, grid: tuple[int, ...], made: Any) -> Kernel:

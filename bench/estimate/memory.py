@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 
 from bench.estimate.constants import Gpu, memory
+from bench.estimate.errors import error_of
 from bench.estimate.kernels import Kernel
-from bench.estimate.published import error_of
 from bench.estimate.result import Estimate
 from bench.estimate.sm.code import Code
 
@@ -71,7 +71,7 @@ def estimate(gpu: Gpu, kernel: Kernel, dram_bytes: float, walk: Walk | None = No
     limit = max(limits, key=limits.__getitem__)
     top = limits[limit]
     seconds = top * sum((t / top) ** c.softness for t in limits.values()) ** (1 / c.softness)
-    return Estimate(seconds, limit, error_of(kind, gpu.family))
+    return Estimate(seconds, limit, error_of(kind, gpu.family), kind=kind)
 
 
 def _spills(gpu: Gpu, kernel: Kernel, facts: _Facts, resident: float) -> tuple[float, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,14 +15,13 @@ from bench.estimate import ROW_OPS, attention, memory
 from bench.estimate.constants import Gpu
 from bench.estimate.constants import attention as attention_constants
 from bench.estimate.constants import memory as memory_constants
+from bench.estimate.errors import error_of
 from bench.estimate.kernels import Kernel, compiled
-from bench.estimate.published import error_of
-from bench.estimate.result import Estimate, together
+from bench.estimate.result import Estimate, new_name, together
 from bench.estimate.tiles import Shape
 from bench.works.norms import AddRMSNorm, RMSNorm
 from bench.works.rotations import QKNormRope, Rope, RopeQKV
 from bench.works.work import Work
-from llama_kernels import hopper_attention
 from llama_kernels.core.registry import KERNELS
 
 _BF16 = torch.bfloat16
@@ -52,7 +50,7 @@ def work_estimate(gpu: Gpu, work: Work, direction: str) -> Estimate:
         bytes_, written = _bytes(kernel, work, direction, kernels[max(i - 1, 0)].grid[-1])
         walk = _walk(kernel, bytes_, written)
         again = _read_again(gpu, kernel, work)
-        name = kernel.name.removesuffix("_kernel") + "'" * sum(kernel.name[:-7] in part for part in parts)
+        name = new_name(parts, kernel.name.removesuffix("_kernel"))
         # No peer's loop over rows that loads ahead has a published speed.
         kind = "rows that are loaded ahead" if "backward" in kernel.name else "rows"
         parts[name] = _with_launch(memory.estimate(gpu, kernel, bytes_ + again, walk, kind), bool(parts))
@@ -137,16 +135,16 @@ def attention_estimate(gpu: Gpu, shape: Shape, direction: str, hopper: bool = Fa
             made = attention.dkdv(gpu, kernel, shape)
         else:
             made = _around(gpu, name, shape, hopper)
-        parts[name] = _with_launch(made, bool(parts))
+        parts[new_name(parts, name)] = _with_launch(made, bool(parts))
     return together(parts)
 
 
 def _around(gpu: Gpu, name: str, shape: Shape, hopper: bool) -> Estimate:
-    """delta reads out and do; with the Hopper backward, which adds dq up, zeros are written before. round_dq reads that
-    sum and writes dq."""
+    """delta reads out and do; with the Hopper backward, which adds dq up, zeros are written before. round_sum reads
+    that sum and writes dq."""
     elements = shape.B * shape.Hq * shape.S * shape.D
     a_byte = 1 / (gpu.copy * 1e9)
-    bytes_ = {"delta": (4 + 4 * hopper) * elements, "round_dq": 6 * elements}[name]
+    bytes_ = {"delta": (4 + 4 * hopper) * elements, "round_sum": 6 * elements}[name]
     return Estimate(bytes_ * a_byte, "dram", error_of("rows", gpu.family))
 
 
@@ -159,9 +157,8 @@ def attention_kernels(
     q, k, v = (torch.empty(B, S, H, D, dtype=_BF16).transpose(1, 2) for H in (Hkv * group, Hkv, Hkv))
     rest = (None, None, None, None, None, S, S, D**-0.5, None, None, 0 if causal else None)
     lse = torch.empty(B, Hkv * group, S)
-    with hopper_attention(hopper), warnings.catch_warnings():
-        warnings.filterwarnings("error", "llama_kernels: ")  # a kernel that does not compile
-        if direction == "forward":
-            return compiled(family, lambda: KERNELS["attention_forward"](q, k, v, *rest))
-        gradients = (True, True, True, False, None)
-        return compiled(family, lambda: KERNELS["attention_backward"](q, None, q, k, v, q, lse, *rest, *gradients))
+    gradients = (True, True, True, False, None)
+    if direction == "forward":
+        return compiled(family, lambda: KERNELS["attention_forward"](q, k, v, *rest), hopper=hopper)
+    backward = KERNELS["attention_backward"]
+    return compiled(family, lambda: backward(q, None, q, k, v, q, lse, *rest, *gradients), hopper=hopper)

@@ -14,9 +14,9 @@ from bench.estimate import attention
 from bench.estimate import tiles as tiling
 from bench.estimate.constants import Gpu
 from bench.estimate.constants import attention as attention_constants
+from bench.estimate.errors import UNKNOWN, error_of
 from bench.estimate.kernels import Kernel, compiled
-from bench.estimate.published import UNKNOWN, error_of
-from bench.estimate.result import Estimate, together
+from bench.estimate.result import Estimate, new_name, together
 from bench.estimate.tiles import Shape, Tile
 from bench.works.attention import AttentionVarlen
 from llama_kernels.core.registry import KERNELS
@@ -37,7 +37,7 @@ def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate
             bytes_ = 4 * elements if name == "delta" else 0
             made = Estimate(bytes_ / (gpu.copy * 1e9), "dram", error_of("rows", gpu.family))
         seconds = made.seconds + attention_constants().launch * bool(parts)
-        parts[name] = dataclasses.replace(made, seconds=seconds, error=UNKNOWN)
+        parts[new_name(parts, name)] = dataclasses.replace(made, seconds=seconds, error=UNKNOWN)
     return together(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 # What a reader sees for a pipe or part of a model.
 LIMITS = {
@@ -24,13 +25,14 @@ LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of a call. error: the mean error of this kind of estimate where the truth is published, as a share."""
+    """Of a call. error: the mean error of this kind of estimate where the truth is known, as a share."""
 
     seconds: float
     limit: str  # a key of LIMITS
     error: float
     parts: tuple[tuple[str, float], ...] = ()  # launches with their seconds, in order
     empty: float = 0.0  # of the seconds, what programs without work take
+    kind: str = ""  # of estimate, as in errors.json
 
     @property
     def low(self) -> float:
@@ -49,9 +51,14 @@ class Estimate:
         return f"{ms:.3g} ms ±{self.error:.0%}, bound by {LIMITS[self.limit]}"
 
 
+def new_name(parts: Collection[str], name: str) -> str:
+    """`name`, with a prime for each launch of that kernel before it. dk and dv of wide heads, for one, are two."""
+    return name + "'" * sum(part.rstrip("'") == name for part in parts)
+
+
 def together(estimates: dict[str, Estimate]) -> Estimate:
-    """One call after another. The limit and the error are those of the largest."""
+    """One call after another. The limit, the error and the kind are those of the largest."""
     largest = max(estimates.values(), key=lambda e: e.seconds)
     parts = tuple((name, e.seconds) for name, e in estimates.items())
     seconds, empty = (sum(getattr(e, name) for e in estimates.values()) for name in ("seconds", "empty"))
-    return Estimate(seconds, largest.limit, largest.error, parts, empty)
+    return Estimate(seconds, largest.limit, largest.error, parts, empty, largest.kind)

@@ -11,7 +11,7 @@ from bench.estimate import tiles as tiling
 from bench.estimate.constants import Gpu
 from bench.estimate.constants import attention as attention_constants
 from bench.estimate.kernels import Kernel, compiled
-from bench.estimate.result import Estimate, together
+from bench.estimate.result import Estimate, new_name, together
 from bench.estimate.tiles import Shape
 from bench.works.attention import pairs
 from llama_kernels.core.registry import KERNELS
@@ -35,7 +35,7 @@ def window_estimate(gpu: Gpu, shape: Shape, left: int, direction: str) -> Estima
         else:  # delta reads out and do
             bytes_ = 4.0 * shape.B * shape.Hq * shape.S * shape.D
             made = Estimate(bytes_ / (gpu.copy * 1e9), "dram", 0.0)
-        parts[name] = made if not parts else made.later(attention_constants().launch)
+        parts[new_name(parts, name)] = made if not parts else made.later(attention_constants().launch)
     return together(parts)
 
 

@@ -9,24 +9,28 @@ import json
 import pytest
 import torch
 
-from bench.commands import arguments, calibrate, estimate
+from bench.commands import arguments, estimate
 from bench.estimate import (
     constants,
+    errors,
     few_rows,
     kernels,
     layer,
     layer_picture,
     layer_times,
     lines,
+    measured,
     ours,
     published,
     windows,
 )
+from bench.estimate.calibrate import Point
 from bench.estimate.few_rows import Few
 from bench.estimate.published import Figure
 from bench.estimate.result import Estimate
 from bench.estimate.tiles import Shape
 from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention.hopper.tables import HopperTile
 from tests.support.environment import compiles
 
 pytestmark = pytest.mark.once
@@ -67,7 +71,8 @@ def peers(tmp_path, monkeypatch):
     ]
     attention = {"B": 1, "S": 64, "Hq": 1, "D": 64, "causal": True}
     monkeypatch.setattr(published, "figures", lambda: iter([shown[0], shown[1]._replace(sizes=attention), shown[2]]))
-    monkeypatch.setattr(published, "ERRORS", tmp_path / "errors.json")
+    monkeypatch.setattr(errors, "FILE", tmp_path / "errors.json")
+    monkeypatch.setattr(measured, "points", lambda say, only: iter(()))
     return tmp_path / "peers"
 
 
@@ -77,8 +82,9 @@ def test_a_peer_in_a_folder_is_compiled_and_compared(peers, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "Liger, rms_norm forward, H100, M=8192 N=4096: estimated 5" in said and "published 51 us, error" in said
     assert "left out: flash_attention_3_forward: no flash_attn_3/_C.so below" in said
-    (row,) = json.loads(published.ERRORS.read_text())
-    assert (row["kind"], row["family"], row["points"]) == ("rows", "sm_90", 1) and 0 < row["mean"] < 0.1
+    (row,) = json.loads(errors.FILE.read_text())
+    assert [row[name] for name in ("kind", "family", "whose", "points")] == ["rows", "sm_90", "peers", 1]
+    assert 0 < row["mean"] < 0.1
 
 
 def test_a_folder_without_peers_is_refused(tmp_path, capsys):
@@ -166,13 +172,46 @@ def test_programs_that_fit_on_an_sm_are_counted():
 
 def test_errors_that_are_recorded_keep_those_of_other_kinds(monkeypatch, tmp_path):
     file = tmp_path / "errors.json"
-    file.write_text('[{"kind": "rows", "family": "sm_80", "mean": 0.5, "worst": 0.5, "points": 1}]')
-    monkeypatch.setattr(published, "ERRORS", file)
-    point = calibrate.Point(next(published.figures()), "rows", "sm_90", Estimate(1.1, "dram", 0.1), 1.0)
-    calibrate._record([point])
-    means = {key: round(e.mean, 2) for key, e in published.errors().items()}
-    assert means == {("rows", "sm_80"): 0.5, ("rows", "sm_90"): 0.1}
-    monkeypatch.undo()
+    file.write_text('[{"kind": "rows", "family": "sm_90", "whose": "peers", "mean": 0.5, "worst": 0.5, "points": 1}]')
+    monkeypatch.setattr(errors, "FILE", file)
+    ours_of_rows = Point(next(published.figures()), "rows", "sm_90", Estimate(1.1, "dram", 0.1), 1.0, errors.OURS)
+    monkeypatch.setattr(measured, "points", lambda say, only: iter([ours_of_rows]))
+    assert arguments.main(["calibrate", "--record"]) == 0
+    means = {key: round(e.mean, 2) for key, e in errors.errors().items()}
+    assert means == {("rows", "sm_90", "peers"): 0.5, ("rows", "sm_90", "ours"): 0.1}
+    assert errors.error_of("rows", "sm_90") == pytest.approx(0.3)
+
+
+@compiles
+def test_our_kernels_that_a_gpu_timed_are_compared(monkeypatch, capsys):
+    monkeypatch.setattr(measured, "_require_triton", lambda release: None)
+    for only in ("rms_norm forward", "attention hopper backward", "attention dkdv", "decode"):
+        found = list(measured.points(print, only))
+        assert found and all(p.whose == errors.OURS and 0.5 < p.estimate.seconds / p.known < 1.6 for p in found), only
+    assert not capsys.readouterr().out
+
+
+def test_times_of_another_release_of_triton_are_left_out_with_the_reason(monkeypatch, capsys):
+    monkeypatch.setattr(measured, "TRITON_VERSION", (3, 99))
+    assert arguments.main(["calibrate", "--only", "attention dq"]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out: measured with Triton 3.6; installed is 3.99" in said and "nothing to compare" in said
+
+
+@compiles
+def test_estimates_of_portable_kernels_are_so_where_a_hopper_kernel_is_the_default(monkeypatch):
+    monkeypatch.setattr(HopperTile, "measured", True)
+    ours.attention_kernels.cache_clear()
+    names = {on: [k.name for k in ours.attention_kernels("sm_90", 128, 4, True, "forward", on)] for on in (False, True)}
+    ours.attention_kernels.cache_clear()
+    assert names == {False: ["forward_kernel"], True: ["hopper_forward_kernel"]}
+
+
+@compiles
+def test_each_launch_of_a_kernel_counts():
+    made = ours.attention_estimate(H100, Shape(1, 2048, 16, 8, 256), "backward")
+    assert sorted(name for name, _ in made.parts) == ["delta", "dkdv", "dkdv'", "dq"]
+    assert made.seconds == pytest.approx(sum(seconds for _, seconds in made.parts))
 
 
 @compiles
@@ -188,7 +227,8 @@ def test_a_chunk_of_a_prompt_gains_by_its_split_at_batch_1_and_loses_little_at_b
 @compiles
 def test_decoding_of_many_keys_is_bound_by_dram_and_of_few_by_latency():
     long, short = (few_rows.few_rows_estimate(H100, Few(B, 1, Sk, 32, 8, 128)) for B, Sk in ((8, 32768), (1, 1024)))
-    assert (long.limit, short.limit) == ("dram", "latency") and long.error == short.error == published.UNKNOWN
+    assert (long.limit, short.limit) == ("dram", "latency")
+    assert long.error == short.error == errors.error_of("decoding", "sm_90")
     assert 0.8 < Few(8, 1, 32768, 32, 8, 128).bytes / (H100.copy * 1e9) / long.seconds < 1
 
 

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from bench.estimate import attention, constants, memory, packed, published, tiles
+from bench.estimate import attention, constants, errors, memory, packed, published, tiles
 from bench.estimate.kernels import Kernel
 from bench.estimate.result import LIMITS, Estimate, together
 from bench.estimate.sm.code import NONE, Code, Instruction
@@ -194,9 +194,12 @@ def test_no_published_rate_exceeds_its_gpu():
 
 
 def test_an_estimate_states_the_error_of_its_kind():
-    assert published.error_of("no such kind", "sm_90") == published.UNKNOWN
-    known = published.errors()
+    assert errors.error_of("no such kind", "sm_90") == errors.UNKNOWN
+    known = errors.errors()
     assert known and all(0 < e.mean <= abs(e.worst) and e.points for e in known.values())
-    for (kind, family), e in known.items():
-        assert published.error_of(kind, family) >= max(e.mean, 0.1 if e.points < 10 else 0.0)
+    for kind, family in {key[:2] for key in known}:
+        both = [e for key, e in known.items() if key[:2] == (kind, family)]  # of peers' kernels and of ours
+        assert min(e.mean for e in both) <= errors.error_of(kind, family)
+        assert errors.error_of(kind, family) <= max(*(e.mean for e in both), 0.1)
+        assert errors.error_of(kind, family) >= (0.1 if sum(e.points for e in both) < 10 else 0.04)
     assert set(LIMITS) >= {"dram", "tensor", "mufu", "issue", "latency", "empty"}
