@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 from llama_kernels.core.autograd import is_differentiated
 from llama_kernels.core.device import KERNEL_DEVICES
 
+_STRIDED = torch.strided
 _FLOAT32 = torch.finfo(torch.float32)
 LARGEST, SMALLEST = _FLOAT32.max, _FLOAT32.tiny  # positive numbers of float32. A GPU takes smaller ones for 0
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -118,18 +119,28 @@ def shape_of(x: torch.Tensor) -> str:
     return f"of shape {tuple(x.shape)}"
 
 
+def refuse_layout(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise the TypeError for a tensor that is not dense: nested, sparse or of MKL-DNN."""
+    if x.is_nested:
+        fix = f"Pass {name}.values(), its tokens one after another."
+        if op == "attention":
+            fix = f"llama_kernels.attention_varlen takes {name}.values() and {name}.offsets().int()."
+        raise TypeError(message(op, name, "a nested tensor", "a dense one", fix))
+    raise TypeError(message(op, name, f"of layout {x.layout}", "a dense tensor", f"Pass {name}.to_dense()."))
+
+
 def check_tensors(
     op: str,
     dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES,
     optional: Container[str] = (),
     **tensors: torch.Tensor | None,
 ) -> None:
-    """Raise unless each argument is a tensor of one of `dtypes`, on the device of the first.
+    """Raise unless each argument is a dense tensor of one of `dtypes`, on the device of the first.
 
     dtypes: None for any floating dtype. optional: names of the arguments that may be None.
 
     Raises:
-        TypeError: an argument is not a tensor, or has another dtype.
+        TypeError: an argument is not a tensor, is sparse or nested, or has another dtype.
         ValueError: a tensor is on another device than the first, or on a device without kernels.
     """
     device = None
@@ -138,6 +149,8 @@ def check_tensors(
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(message(op, name, "None" if x is None else f"a {type(x).__name__}", "a torch.Tensor"))
+        if x.layout is not _STRIDED or x.is_nested:
+            refuse_layout(op, name, x)
         if dtypes is None:
             if not x.dtype.is_floating_point:
                 raise TypeError(message(op, name, x.dtype, "a floating-point tensor"))
@@ -151,5 +164,7 @@ def check_tensors(
             if device.type not in KERNEL_DEVICES and device.type != "meta":
                 raise ValueError(message(op, name, f"on {device}", DEVICES_TAKEN, fix_for_device(op)))
         elif x.device != device:
+            if device.type == "meta":  # the tensor without data is the wrong one
+                raise ValueError(message(op, first, "on meta", f"the device of {name}, {x.device}"))
             wanted, fix = f"the device of {first}, {device}", f"Pass {name}.to({first}.device)."
             raise ValueError(message(op, name, f"on {x.device}", wanted, fix))

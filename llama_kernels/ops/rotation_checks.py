@@ -6,11 +6,15 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from llama_kernels.core.autograd import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
-from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_to_check
+from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, refuse_layout, shape_of, values_to_check
 from llama_kernels.core.tensors import sizes_of
 from llama_kernels.ops.rotation import full_width
 
 TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
+# Of position_ids, axes and cache_position.
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor) -> None:
@@ -108,7 +112,9 @@ def check_integers(op: str, name: str, x: torch.Tensor, of: str, other: torch.Te
     """Check that x, the argument `name`, is a tensor of integers on the device of `other`, the argument `of`."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(message(op, name, f"a {type(x).__name__}", "a torch.Tensor"))
-    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+    if x.layout is not torch.strided or x.is_nested:
+        refuse_layout(op, name, x)
+    if x.dtype not in _INTEGERS:
         raise TypeError(message(op, name, x.dtype, "a tensor of integers"))
     if x.device != other.device:
         wanted, fix = f"the device of {of}, {other.device}", f"Pass {name}.to({of}.device)."

@@ -115,9 +115,6 @@ def _is_cast(dtype: torch.dtype) -> bool:
 def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
     """Check the dtypes, devices and shapes of q, k and v."""
     check_tensors(op, q=q, k=k, v=v)
-    if q.is_nested:
-        fix = "llama_kernels.attention_varlen takes q.values() and q.offsets().int()."
-        raise TypeError(message(op, "q", "a nested tensor", "a dense one", fix))
     if not q.dtype == k.dtype == v.dtype:
         name, x = ("v", v) if k.dtype == q.dtype else ("k", k)
         fix = "Cast q, k and v to one dtype, or call under torch.autocast, which does it."
