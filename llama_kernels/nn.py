@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from llama_kernels.core.checks import message
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
-from llama_kernels.rotary import angles_of, original_length, rope_frequencies
+from llama_kernels.rotary import angles_of, original_length, rope_frequencies, rope_type_of
 
 
 class RMSNorm(nn.Module):
@@ -102,8 +103,7 @@ class RotaryEmbedding(nn.Module):
             "head_dim": head_dim, "base": base, "scaling": scaling, "max_position_embeddings": max_position_embeddings,
             "dtype": frequency_dtype,
         }  # fmt: skip
-        scaling = scaling or {}
-        self._kind = scaling.get("rope_type", scaling.get("type", "default"))
+        self._kind = rope_type_of(scaling)
         self._compute(device)
 
     def _compute(self, device: torch.device | str | None) -> None:
@@ -111,7 +111,7 @@ class RotaryEmbedding(nn.Module):
         long_inv_freq = None
         if self._kind == "longrope":
             scaling, longest = self._rule["scaling"], self._rule["max_position_embeddings"]
-            self._original_length = original_length(scaling, longest) or 0  # None is refused above
+            self._original_length = math.floor(original_length(scaling, longest) or 0)  # None is refused above
             long_inv_freq, _ = self._frequencies(seq_len=self._original_length + 1, device=device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
