@@ -13,7 +13,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from llama_kernels.core.checks import LARGEST, SMALLEST, message
+from llama_kernels.core.checks import (
+    LARGEST,
+    SMALLEST,
+    check_dense,
+    check_device,
+    check_flag,
+    check_number,
+    is_integer,
+    message,
+)
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -58,8 +67,9 @@ def rope_frequencies(
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(message("rope_frequencies", "dtype", dtype, "torch.float32 or torch.float64"))
-    if isinstance(head_dim, bool) or not hasattr(head_dim, "__index__"):
+    if not is_integer(head_dim):
         raise TypeError(message("rope_frequencies", "head_dim", repr(head_dim), "an int"))
+    check_device("rope_frequencies", device)
     kind = rope_type_of(scaling)
     scaling, base = _checked_scaling(scaling or {}), _positive("base", base)
     _check_seq_len(seq_len)
@@ -174,7 +184,7 @@ def _check_seq_len(seq_len: Any) -> None:
         if seq_len.numel() != 1 or seq_len.is_complex():
             _refuse("seq_len", f"{seq_len.dtype} of shape {tuple(seq_len.shape)}", "a scalar tensor, or an int")
     elif seq_len is not None:
-        if isinstance(seq_len, bool) or not hasattr(seq_len, "__index__"):
+        if not is_integer(seq_len):
             raise TypeError(message("rope_frequencies", "seq_len", repr(seq_len), "an int, a scalar tensor, or None"))
         if seq_len < 0:
             _refuse("seq_len", seq_len, "a number of tokens")
@@ -199,16 +209,37 @@ def rope_tables(
 
     Angles are computed in float64, so the error at a distant position comes from the frequencies alone. For exact
     tables use `rope_frequencies(..., dtype=torch.float64)`.
+
+    Raises:
+        TypeError: inv_freq or positions is of another type.
+        ValueError: inv_freq is not (R/2,), positions is negative or on another device, or attention_factor is no
+            positive number.
     """
-    if not isinstance(positions, torch.Tensor):
-        if isinstance(positions, bool) or not hasattr(positions, "__index__"):
-            raise TypeError(message("rope_tables", "positions", repr(positions), "an int, or a tensor of positions"))
+    op = "rope_tables"
+    check_dense(op, "inv_freq", inv_freq)
+    if not inv_freq.is_floating_point() or inv_freq.ndim != 1:
+        got = f"{inv_freq.dtype} of shape {tuple(inv_freq.shape)}"
+        raise ValueError(message(op, "inv_freq", got, "(R/2,), floating-point, as rope_frequencies returns it"))
+    check_number(op, "attention_factor", attention_factor, SMALLEST, "a positive finite number")
+    if isinstance(positions, torch.Tensor):
+        check_positions(op, "positions", positions)
+        if positions.device != inv_freq.device:
+            wanted, fix = f"the device of inv_freq, {inv_freq.device}", "Pass positions.to(inv_freq.device)."
+            raise ValueError(message(op, "positions", f"on {positions.device}", wanted, fix))
+    else:
+        if not is_integer(positions):
+            raise TypeError(message(op, "positions", repr(positions), "an int, or a tensor of positions"))
         if positions < 0:
-            raise ValueError(
-                message("rope_tables", "positions", positions, "a number of positions, or a tensor of them")
-            )
+            raise ValueError(message(op, "positions", positions, "a number of positions, or a tensor of them"))
         positions = torch.arange(positions, device=inv_freq.device)
     return angles_of(positions, inv_freq.double(), attention_factor)
+
+
+def check_positions(op: str, name: str, x: Any) -> None:
+    """Raise a TypeError unless `x` is a dense tensor of numbers; they may be fractions."""
+    check_dense(op, name, x)
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(message(op, name, x.dtype, "a tensor of positions"))
 
 
 def rope_axes(
@@ -226,8 +257,13 @@ def rope_axes(
     Other layouts need no function: any tensor of integers will do.
 
     Raises:
+        TypeError: sections is not a list or tuple, or alternating is neither True nor False.
         ValueError: sections is empty, or one of them is negative or not an integer.
     """
+    check_flag("rope_axes", "alternating", alternating)
+    check_device("rope_axes", device)
+    if not isinstance(sections, Sequence) or isinstance(sections, str):
+        raise TypeError(message("rope_axes", "sections", repr(sections), "one number of columns for each axis"))
     if not sections or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sections):
         raise ValueError(message("rope_axes", "sections", repr(sections), "one number of columns for each axis"))
     if not alternating:

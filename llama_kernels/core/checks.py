@@ -90,6 +90,8 @@ def check_number(op: str, name: str, value: Any, least: float, wanted: str) -> N
         fits = least <= value <= LARGEST
     except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
         raise TypeError(message(op, name, repr(value), wanted)) from None
+    if value is True or value is False:
+        raise TypeError(message(op, name, value, wanted))
     if not fits:
         raise ValueError(message(op, name, value, wanted))
 
@@ -98,6 +100,28 @@ def check_flag(op: str, name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is True or False."""
     if value is not True and value is not False:
         raise TypeError(message(op, name, repr(value), "True or False"))
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer of Python, of NumPy or of torch.compile."""
+    return hasattr(value, "__index__") and not isinstance(value, (bool, torch.Tensor))
+
+
+def check_count(op: str, name: str, value: Any, wanted: str, least: int = 1) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
+    if not is_integer(value):
+        raise TypeError(message(op, name, repr(value), wanted))
+    if value < least:
+        raise ValueError(message(op, name, value, wanted))
+
+
+def check_device(op: str, device: Any) -> None:
+    """Raise a TypeError or a ValueError unless `device` is None or torch.device takes it."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except (TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(message(op, "device", repr(device), "a device of PyTorch, or None")) from error
 
 
 DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
@@ -119,14 +143,21 @@ def shape_of(x: torch.Tensor) -> str:
     return f"of shape {tuple(x.shape)}"
 
 
-def refuse_layout(op: str, name: str, x: torch.Tensor) -> None:
-    """Raise the TypeError for a tensor that is not dense: nested, sparse or of MKL-DNN."""
+def check_dense(op: str, name: str, x: Any) -> None:
+    """Raise a TypeError unless `x` is a dense tensor: not nested, sparse or of MKL-DNN."""
+    if not isinstance(x, torch.Tensor) or x.layout is not _STRIDED or x.is_nested:
+        raise _not_dense(op, name, x)
+
+
+def _not_dense(op: str, name: str, x: Any) -> TypeError:
+    if not isinstance(x, torch.Tensor):
+        return TypeError(message(op, name, "None" if x is None else f"a {type(x).__name__}", "a torch.Tensor"))
     if x.is_nested:
         fix = f"Pass {name}.values(), its tokens one after another."
         if op == "attention":
             fix = f"llama_kernels.attention_varlen takes {name}.values() and {name}.offsets().int()."
-        raise TypeError(message(op, name, "a nested tensor", "a dense one", fix))
-    raise TypeError(message(op, name, f"of layout {x.layout}", "a dense tensor", f"Pass {name}.to_dense()."))
+        return TypeError(message(op, name, "a nested tensor", "a dense one", fix))
+    return TypeError(message(op, name, f"of layout {x.layout}", "a dense tensor", f"Pass {name}.to_dense()."))
 
 
 def check_tensors(
@@ -147,10 +178,8 @@ def check_tensors(
     for name, x in tensors.items():
         if x is None and name in optional:
             continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(message(op, name, "None" if x is None else f"a {type(x).__name__}", "a torch.Tensor"))
-        if x.layout is not _STRIDED or x.is_nested:
-            refuse_layout(op, name, x)
+        if not isinstance(x, torch.Tensor) or x.layout is not _STRIDED or x.is_nested:
+            raise _not_dense(op, name, x)
         if dtypes is None:
             if not x.dtype.is_floating_point:
                 raise TypeError(message(op, name, x.dtype, "a floating-point tensor"))

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from llama_kernels.core.autograd import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
-from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, refuse_layout, shape_of, values_to_check
+from llama_kernels.core.checks import KERNEL_DTYPES, check_dense, check_tensors, message, shape_of, values_to_check
 from llama_kernels.core.tensors import sizes_of
 from llama_kernels.ops.rotation import full_width
 
@@ -101,6 +101,7 @@ def _check_axes(op: str, axes: torch.Tensor, cos: torch.Tensor, position_ids: to
     if position_ids is None:
         fix = "Pass the positions of each axis, (A, B, S), or leave axes out."
         raise ValueError(message(op, "position_ids", "None beside axes", "several positions per token", fix))
+    check_integers(op, "position_ids", position_ids, "cos", cos)
     if position_ids.ndim and (values := values_to_check(axes)) is not None and values.numel():
         first, last = (int(axis) for axis in values.aminmax())
         if first < 0 or last >= position_ids.shape[0]:
@@ -110,10 +111,7 @@ def _check_axes(op: str, axes: torch.Tensor, cos: torch.Tensor, position_ids: to
 
 def check_integers(op: str, name: str, x: torch.Tensor, of: str, other: torch.Tensor) -> None:
     """Check that x, the argument `name`, is a tensor of integers on the device of `other`, the argument `of`."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(message(op, name, f"a {type(x).__name__}", "a torch.Tensor"))
-    if x.layout is not torch.strided or x.is_nested:
-        refuse_layout(op, name, x)
+    check_dense(op, name, x)
     if x.dtype not in _INTEGERS:
         raise TypeError(message(op, name, x.dtype, "a tensor of integers"))
     if x.device != other.device:

@@ -151,11 +151,11 @@ def _check_numbers(
     for side in window_size:
         if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
             raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
-    if softcap is not None and (isinstance(softcap, torch.Tensor) or softcap != 0):
+    if softcap is not None and (isinstance(softcap, (torch.Tensor, bool)) or softcap != 0):
         check_number(op, "softcap", softcap, SMALLEST, "a positive finite number, or 0 or None for none")
     if scale is not None:
         check_number(op, "scale", scale, -LARGEST, "a finite number, or None")
-    if deterministic not in (None, True, False):
+    if deterministic is not None and deterministic is not True and deterministic is not False:
         raise TypeError(message(op, "deterministic", repr(deterministic), "True, False or None"))
 
 
@@ -191,7 +191,7 @@ def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) 
             raise ValueError(message(op, name, f"on {cu_seqlens.device}", wanted, fix))
     for name in ("max_seqlen_q", "max_seqlen_k"):
         longest = getattr(packing, name)
-        if not isinstance(longest, (int, torch.SymInt)):
+        if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
             wanted, fix = "an int", "int() of a tensor waits for the GPU, so compute the length on the CPU."
             raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted, fix))
         # A size that has no value while torch.compile traces is not negative.
