@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from llama_kernels.core.checks import check_dense, message, shape_of
 from llama_kernels.ops.rms_norm import rms_norm
 from llama_kernels.ops.rope import rope
 
@@ -49,9 +50,19 @@ class ApplyRotaryPosEmb(nn.Module):
         """Rotate q (B, Hq, S, D) and k (B, Hkv, S, D) by cos and sin (B, S, D), or, as in GPT-OSS, (B, S, D/2).
 
         With unsqueeze_dim=2, q and k are (B, S, H, D).
+
+        Raises:
+            TypeError, ValueError: as `llama_kernels.rope`; also if unsqueeze_dim is neither 1 nor 2.
         """
+        op = "layers.ApplyRotaryPosEmb"
+        for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+            check_dense(op, name, x)
+            if x.ndim < 3:
+                raise ValueError(message(op, name, shape_of(x), "heads (B, H, S, D), or one row of angles per token"))
+        if not isinstance(unsqueeze_dim, int) or unsqueeze_dim not in (1, 2):
+            raise ValueError(message(op, "unsqueeze_dim", repr(unsqueeze_dim), "1 or 2"))
+        half = q.shape[-1] // 2
         if unsqueeze_dim == 2:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
-        half = q.shape[-1] // 2
         q, k = rope(q, k, cos[..., :half], sin[..., :half])
         return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 2 else (q, k)

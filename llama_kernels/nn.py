@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
 
-from llama_kernels.core.checks import message
+from llama_kernels.core.checks import check_count, check_dense, check_device, check_eps, check_offset, message
 from llama_kernels.ops.rms_norm import add_rms_norm, rms_norm
-from llama_kernels.rotary import angles_of, original_length, rope_frequencies
+from llama_kernels.rotary import angles_of, check_positions, original_length, rope_frequencies, rope_type_of
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +22,9 @@ class RMSNorm(nn.Module):
         eps: added to the mean of the squares. None: the epsilon of float32.
         offset: added to the weight. The weight starts at 1 - offset. Gemma has offset 1.0.
         device, dtype: of the weight.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or out of its range.
     """
 
     def __init__(
@@ -33,6 +37,13 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        op = "nn.RMSNorm"
+        check_count(op, "hidden_size", hidden_size, "an int of at least 1")
+        check_eps(op, eps)
+        check_offset(op, offset)
+        check_device(op, device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(message(op, "dtype", repr(dtype), "a floating-point torch.dtype, or None"))
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.eps = eps
         self.offset = offset
@@ -40,7 +51,7 @@ class RMSNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 - offset, as of a new module. For modules that were built on the meta device."""
-        nn.init.constant_(self.weight, 1.0 - self.offset)
+        nn.init.constant_(self.weight, 1.0 - float(self.offset))
 
     @overload
     def forward(self, x: torch.Tensor, *, residual: None = None) -> torch.Tensor: ...
@@ -102,8 +113,7 @@ class RotaryEmbedding(nn.Module):
             "head_dim": head_dim, "base": base, "scaling": scaling, "max_position_embeddings": max_position_embeddings,
             "dtype": frequency_dtype,
         }  # fmt: skip
-        scaling = scaling or {}
-        self._kind = scaling.get("rope_type", scaling.get("type", "default"))
+        self._kind = rope_type_of(scaling)
         self._compute(device)
 
     def _compute(self, device: torch.device | str | None) -> None:
@@ -111,7 +121,7 @@ class RotaryEmbedding(nn.Module):
         long_inv_freq = None
         if self._kind == "longrope":
             scaling, longest = self._rule["scaling"], self._rule["max_position_embeddings"]
-            self._original_length = original_length(scaling, longest) or 0  # None is refused above
+            self._original_length = math.floor(original_length(scaling, longest) or 0)  # None is refused above
             long_inv_freq, _ = self._frequencies(seq_len=self._original_length + 1, device=device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
@@ -129,6 +139,8 @@ class RotaryEmbedding(nn.Module):
 
         `x` has no other effect.
         """
+        check_dense("nn.RotaryEmbedding", "x", x)
+        check_positions("nn.RotaryEmbedding", "position_ids", position_ids)
         if self.inv_freq.is_meta and not x.is_meta:
             self._compute(x.device)
         position_ids = position_ids.to(x.device)

@@ -9,11 +9,20 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from llama_kernels.core.checks import message
+from llama_kernels.core.checks import (
+    LARGEST,
+    SMALLEST,
+    check_dense,
+    check_device,
+    check_flag,
+    check_number,
+    is_integer,
+    message,
+)
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -50,32 +59,35 @@ def rope_frequencies(
         longrope.
 
     Raises:
-        ValueError: rope_type is unknown, or missing beside keys of a rescaling; a key that it needs is missing, or no
-            positive number; `scaling` has a dict for each kind of layer; longrope has other than R/2 factors; R is odd
-            or zero.
-        TypeError: dtype is neither float32 nor float64.
+        ValueError: rope_type is unknown, or missing beside keys of a rescaling; a key that it needs is missing; a
+            number is not finite, or not positive where it must be; `scaling` has a dict for each kind of layer;
+            longrope has other than R/2 factors; R is odd or zero; the numbers have no frequencies, as with yarn of a
+            base of 1.
+        TypeError: head_dim, seq_len or `scaling` is of another type, or dtype is neither float32 nor float64.
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(message("rope_frequencies", "dtype", dtype, "torch.float32 or torch.float64"))
-    scaling = dict(scaling or {})
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ValueError(message("rope_frequencies", "scaling['rope_type']", repr(kind), f"one of {ROPE_TYPES}"))
-    _check_scaling({"base": base, **scaling})
+    if not is_integer(head_dim):
+        raise TypeError(message("rope_frequencies", "head_dim", repr(head_dim), "an int"))
+    check_device("rope_frequencies", device)
+    kind = rope_type_of(scaling)
+    scaling, base = _checked_scaling(scaling or {}), _positive("base", base)
+    _check_seq_len(seq_len)
 
     def need(key: str) -> Any:
         if scaling.get(key) is None:
-            raise ValueError(message("rope_frequencies", f"scaling[{key!r}]", "missing", f"a value, for {kind!r}"))
+            _refuse(f"scaling[{key!r}]", "missing", f"a value, for {kind!r}")
         return scaling[key]
 
     if max_position_embeddings is not None:
-        scaling["max_position_embeddings"] = max_position_embeddings
-    scaling["original_max_position_embeddings"] = original_length(scaling, max_position_embeddings)
+        scaling["max_position_embeddings"] = _positive("max_position_embeddings", max_position_embeddings)
+    scaling["original_max_position_embeddings"] = original_length(scaling, None)
     base = scaling.get("rope_theta") or base
     R = int(head_dim * (scaling.get("partial_rotary_factor") or 1.0))
     if R < 2 or R % 2 or head_dim < R:
-        wanted = f"an even number, at most {head_dim}"
-        raise ValueError(message("rope_frequencies", "head_dim", f"{head_dim}, of which {R} rotate", wanted))
+        _refuse("head_dim", f"{head_dim}, of which {R} rotate", f"an even number, at most {head_dim}")
+    if kind == "dynamic" and R == 2:
+        _refuse("head_dim", f"{head_dim}, of which 2 rotate", "at least 4 that rotate, for 'dynamic'")
     device = torch.get_default_device() if device is None else torch.device(device)
     # Powers on a CPU, so that the frequencies have the same bits on every device. A `seq_len` on a GPU stays there,
     # since the host would have to wait for it.
@@ -97,28 +109,88 @@ def rope_frequencies(
     return inv_freq.to(device), attention_factor
 
 
-# Numbers that each rule divides by, takes the logarithm of, or takes a power of.
-_POSITIVE = ("base", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "max_position_embeddings",
-             "original_max_position_embeddings")  # fmt: skip
+# Settings of `scaling` that are numbers. None stands for a missing one.
+_POSITIVE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "max_position_embeddings",
+             "original_max_position_embeddings", "partial_rotary_factor", "attention_factor")  # fmt: skip
+_NOT_NEGATIVE = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # 0 is the default, as in Transformers
+_FOR_EACH_PAIR = ("short_factor", "long_factor")
 _OF_RESCALING = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast")
 
 
-def _check_scaling(given: Mapping[str, Any]) -> None:
-    """given: `scaling`, and base."""
+def _is_number(x: Any, least: float) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and least <= float(x) <= LARGEST
+
+
+def _refuse(name: str, got: Any, wanted: str, fix: str = "") -> NoReturn:
+    raise ValueError(message("rope_frequencies", name, got, wanted, fix))
+
+
+def rope_type_of(scaling: Mapping[str, Any] | None) -> str:
+    """The kind of scaling, one of ROPE_TYPES."""
+    if scaling is None:
+        return "default"
+    if not isinstance(scaling, Mapping):
+        raise TypeError(message("rope_frequencies", "scaling", repr(scaling), "a dict, or None"))
+    kind: str = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        _refuse("scaling['rope_type']", repr(kind), f"one of {ROPE_TYPES}")
+    return kind
+
+
+def _checked_scaling(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """`scaling` with its numbers as Python's."""
+    given = dict(scaling)
     for key, value in given.items():
-        name = key if key == "base" else f"scaling[{key!r}]"
+        name = f"scaling[{key!r}]"
         if isinstance(value, Mapping):
             fix = f"Pass {name}, and make frequencies for each kind of layer."
-            raise ValueError(message("rope_frequencies", name, "a dict", "the settings of one kind of layer", fix))
-        if key in _POSITIVE and value is not None and not (isinstance(value, numbers.Real) and float(value) > 0):
-            raise ValueError(message("rope_frequencies", name, repr(value), "a positive number"))
+            _refuse(name, "a dict", "the settings of one kind of layer", fix)
+        if value is None:
+            continue
+        if key in _POSITIVE:
+            given[key] = _positive(name, value)
+        elif key in _NOT_NEGATIVE:
+            if not _is_number(value, 0):
+                _refuse(name, repr(value), "a number that is not negative, and finite")
+            given[key] = float(value)
+        elif key in _FOR_EACH_PAIR:
+            given[key] = _factors(name, value)
+        elif key == "truncate" and not isinstance(value, bool):
+            _refuse(name, repr(value), "True or False")
     rescaling = [key for key in _OF_RESCALING if given.get(key) is not None]
     if rescaling and "rope_type" not in given and "type" not in given:
-        got, wanted = f"missing beside {rescaling[0]!r}", f"one of {ROPE_TYPES}"
-        raise ValueError(message("rope_frequencies", "scaling['rope_type']", got, wanted))
+        _refuse("scaling['rope_type']", f"missing beside {rescaling[0]!r}", f"one of {ROPE_TYPES}")
+    return given
 
 
-def original_length(scaling: Mapping[str, Any], max_position_embeddings: int | None) -> int | None:
+def _positive(name: str, value: Any) -> float:
+    if not _is_number(value, SMALLEST):
+        _refuse(name, repr(value), "a positive number, and finite in float32")
+    return float(value)
+
+
+def _factors(name: str, value: Any) -> list[float]:
+    try:
+        factors = [float(x) for x in value]
+    except (TypeError, ValueError):
+        _refuse(name, repr(value), "a list of numbers, one for each pair")
+    for i, factor in enumerate(factors):
+        _positive(f"{name}[{i}]", factor)
+    return factors
+
+
+def _check_seq_len(seq_len: Any) -> None:
+    if isinstance(seq_len, torch.Tensor):
+        if seq_len.numel() != 1 or seq_len.is_complex():
+            _refuse("seq_len", f"{seq_len.dtype} of shape {tuple(seq_len.shape)}", "a scalar tensor, or an int")
+    elif seq_len is not None:
+        if not is_integer(seq_len):
+            raise TypeError(message("rope_frequencies", "seq_len", repr(seq_len), "an int, a scalar tensor, or None"))
+        if seq_len < 0:
+            _refuse("seq_len", seq_len, "a number of tokens")
+
+
+def original_length(scaling: Mapping[str, Any], max_position_embeddings: float | None) -> float | None:
     """The maximum length in training before the context was extended, or None where neither argument has it."""
     longest = scaling.get("max_position_embeddings") if max_position_embeddings is None else max_position_embeddings
     original = scaling.get("original_max_position_embeddings")
@@ -137,16 +209,37 @@ def rope_tables(
 
     Angles are computed in float64, so the error at a distant position comes from the frequencies alone. For exact
     tables use `rope_frequencies(..., dtype=torch.float64)`.
+
+    Raises:
+        TypeError: inv_freq or positions is of another type.
+        ValueError: inv_freq is not (R/2,), positions is negative or on another device, or attention_factor is no
+            positive number.
     """
-    if not isinstance(positions, torch.Tensor):
-        if isinstance(positions, bool) or not hasattr(positions, "__index__"):
-            raise TypeError(message("rope_tables", "positions", repr(positions), "an int, or a tensor of positions"))
+    op = "rope_tables"
+    check_dense(op, "inv_freq", inv_freq)
+    if not inv_freq.is_floating_point() or inv_freq.ndim != 1:
+        got = f"{inv_freq.dtype} of shape {tuple(inv_freq.shape)}"
+        raise ValueError(message(op, "inv_freq", got, "(R/2,), floating-point, as rope_frequencies returns it"))
+    check_number(op, "attention_factor", attention_factor, SMALLEST, "a positive finite number")
+    if isinstance(positions, torch.Tensor):
+        check_positions(op, "positions", positions)
+        if positions.device != inv_freq.device:
+            wanted, fix = f"the device of inv_freq, {inv_freq.device}", "Pass positions.to(inv_freq.device)."
+            raise ValueError(message(op, "positions", f"on {positions.device}", wanted, fix))
+    else:
+        if not is_integer(positions):
+            raise TypeError(message(op, "positions", repr(positions), "an int, or a tensor of positions"))
         if positions < 0:
-            raise ValueError(
-                message("rope_tables", "positions", positions, "a number of positions, or a tensor of them")
-            )
+            raise ValueError(message(op, "positions", positions, "a number of positions, or a tensor of them"))
         positions = torch.arange(positions, device=inv_freq.device)
     return angles_of(positions, inv_freq.double(), attention_factor)
+
+
+def check_positions(op: str, name: str, x: Any) -> None:
+    """Raise a TypeError unless `x` is a dense tensor of numbers; they may be fractions."""
+    check_dense(op, name, x)
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(message(op, name, x.dtype, "a tensor of positions"))
 
 
 def rope_axes(
@@ -164,8 +257,13 @@ def rope_axes(
     Other layouts need no function: any tensor of integers will do.
 
     Raises:
+        TypeError: sections is not a list or tuple, or alternating is neither True nor False.
         ValueError: sections is empty, or one of them is negative or not an integer.
     """
+    check_flag("rope_axes", "alternating", alternating)
+    check_device("rope_axes", device)
+    if not isinstance(sections, Sequence) or isinstance(sections, str):
+        raise TypeError(message("rope_axes", "sections", repr(sections), "one number of columns for each axis"))
     if not sections or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sections):
         raise ValueError(message("rope_axes", "sections", repr(sections), "one number of columns for each axis"))
     if not alternating:
@@ -192,18 +290,20 @@ def _dynamic(
     seq_len: int | torch.Tensor | None,
     longest_trained: Callable[[], int],
 ) -> torch.Tensor:
-    stretch: float | torch.Tensor = 1.0
+    growth: float | torch.Tensor = factor  # factor · seq_len / max_position_embeddings, in Transformers' order
     if isinstance(seq_len, torch.Tensor):
-        stretch = seq_len.double().clamp(min=longest_trained()) / longest_trained()
+        growth = factor * seq_len.double().clamp(min=longest_trained()) / longest_trained()
     elif seq_len is not None:
-        stretch = max(seq_len, longest_trained()) / longest_trained()
-    stretched = base * (factor * stretch - (factor - 1)) ** (R / (R - 2))
+        growth = factor * max(seq_len, longest_trained()) / longest_trained()
+    stretched = base * (growth - (factor - 1)) ** (R / (R - 2))
     return (1.0 / stretched**exponents).to(exponents.dtype)
 
 
 def _yarn(
     base: float, exponents: torch.Tensor, R: int, scaling: Mapping[str, Any], need: Callable[[str], Any]
 ) -> tuple[torch.Tensor, float]:
+    if base <= 1:
+        _refuse("base" if scaling.get("rope_theta") is None else "scaling['rope_theta']", base, "above 1, for 'yarn'")
     original = need("original_max_position_embeddings")
     factor = scaling.get("factor") or need("max_position_embeddings") / original
 
@@ -219,7 +319,10 @@ def _yarn(
         """The dimension whose pair makes this many full rotations over the original length."""
         return R * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = dim_of(scaling.get("beta_fast") or 32), dim_of(scaling.get("beta_slow") or 1)
+    fast_rotations, slow_rotations = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+    if fast_rotations < slow_rotations:
+        _refuse("scaling['beta_fast']", fast_rotations, f"at least scaling['beta_slow'], {slow_rotations}")
+    low, high = dim_of(fast_rotations), dim_of(slow_rotations)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, R - 1)
@@ -240,12 +343,15 @@ def _longrope(
     original = need("original_max_position_embeddings")
     factor = scaling.get("factor") or need("max_position_embeddings") / original
     attention_factor = scaling.get("attention_factor")
+    if attention_factor is None and factor > 1 and original <= 1:
+        wanted = "above 1, where scaling['attention_factor'] is missing"
+        _refuse("scaling['original_max_position_embeddings']", original, wanted)
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     for key in ("short_factor", "long_factor"):
         if len(need(key)) != len(exponents):
             got, wanted = f"{len(need(key))} factors", f"{len(exponents)}, one for each pair"
-            raise ValueError(message("rope_frequencies", f"scaling[{key!r}]", got, wanted))
+            _refuse(f"scaling[{key!r}]", got, wanted)
     short, long = (
         1.0 / (torch.tensor(need(key), dtype=exponents.dtype, device=exponents.device) * base**exponents)
         for key in ("short_factor", "long_factor")
@@ -257,6 +363,8 @@ def _longrope(
 
 def _llama3(inv_freq: torch.Tensor, need: Callable[[str], Any]) -> torch.Tensor:
     factor, low, high = need("factor"), need("low_freq_factor"), need("high_freq_factor")
+    if high <= low:
+        _refuse("scaling['high_freq_factor']", high, f"above scaling['low_freq_factor'], {low}")
     original = need("original_max_position_embeddings")
     wavelength = 2 * math.pi / inv_freq
     slowed = torch.where(wavelength > original / low, inv_freq / factor, inv_freq)

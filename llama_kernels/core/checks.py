@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 from llama_kernels.core.autograd import is_differentiated
 from llama_kernels.core.device import KERNEL_DEVICES
 
+_STRIDED = torch.strided
 _FLOAT32 = torch.finfo(torch.float32)
 LARGEST, SMALLEST = _FLOAT32.max, _FLOAT32.tiny  # positive numbers of float32. A GPU takes smaller ones for 0
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,6 +90,8 @@ def check_number(op: str, name: str, value: Any, least: float, wanted: str) -> N
         fits = least <= value <= LARGEST
     except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
         raise TypeError(message(op, name, repr(value), wanted)) from None
+    if value is True or value is False:
+        raise TypeError(message(op, name, value, wanted))
     if not fits:
         raise ValueError(message(op, name, value, wanted))
 
@@ -97,6 +100,28 @@ def check_flag(op: str, name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is True or False."""
     if value is not True and value is not False:
         raise TypeError(message(op, name, repr(value), "True or False"))
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer of Python, of NumPy or of torch.compile."""
+    return hasattr(value, "__index__") and not isinstance(value, (bool, torch.Tensor))
+
+
+def check_count(op: str, name: str, value: Any, wanted: str, least: int = 1) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
+    if not is_integer(value):
+        raise TypeError(message(op, name, repr(value), wanted))
+    if value < least:
+        raise ValueError(message(op, name, value, wanted))
+
+
+def check_device(op: str, device: Any) -> None:
+    """Raise a TypeError or a ValueError unless `device` is None or torch.device takes it."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except (TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(message(op, "device", repr(device), "a device of PyTorch, or None")) from error
 
 
 DEVICES_TAKEN = "a CUDA, HIP or CPU tensor"
@@ -118,26 +143,43 @@ def shape_of(x: torch.Tensor) -> str:
     return f"of shape {tuple(x.shape)}"
 
 
+def check_dense(op: str, name: str, x: Any) -> None:
+    """Raise a TypeError unless `x` is a dense tensor: not nested, sparse or of MKL-DNN."""
+    if not isinstance(x, torch.Tensor) or x.layout is not _STRIDED or x.is_nested:
+        raise _not_dense(op, name, x)
+
+
+def _not_dense(op: str, name: str, x: Any) -> TypeError:
+    if not isinstance(x, torch.Tensor):
+        return TypeError(message(op, name, "None" if x is None else f"a {type(x).__name__}", "a torch.Tensor"))
+    if x.is_nested:
+        fix = f"Pass {name}.values(), its tokens one after another."
+        if op == "attention":
+            fix = f"llama_kernels.attention_varlen takes {name}.values() and {name}.offsets().int()."
+        return TypeError(message(op, name, "a nested tensor", "a dense one", fix))
+    return TypeError(message(op, name, f"of layout {x.layout}", "a dense tensor", f"Pass {name}.to_dense()."))
+
+
 def check_tensors(
     op: str,
     dtypes: Sequence[torch.dtype] | None = KERNEL_DTYPES,
     optional: Container[str] = (),
     **tensors: torch.Tensor | None,
 ) -> None:
-    """Raise unless each argument is a tensor of one of `dtypes`, on the device of the first.
+    """Raise unless each argument is a dense tensor of one of `dtypes`, on the device of the first.
 
     dtypes: None for any floating dtype. optional: names of the arguments that may be None.
 
     Raises:
-        TypeError: an argument is not a tensor, or has another dtype.
+        TypeError: an argument is not a tensor, is sparse or nested, or has another dtype.
         ValueError: a tensor is on another device than the first, or on a device without kernels.
     """
     device = None
     for name, x in tensors.items():
         if x is None and name in optional:
             continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(message(op, name, "None" if x is None else f"a {type(x).__name__}", "a torch.Tensor"))
+        if not isinstance(x, torch.Tensor) or x.layout is not _STRIDED or x.is_nested:
+            raise _not_dense(op, name, x)
         if dtypes is None:
             if not x.dtype.is_floating_point:
                 raise TypeError(message(op, name, x.dtype, "a floating-point tensor"))
@@ -151,5 +193,7 @@ def check_tensors(
             if device.type not in KERNEL_DEVICES and device.type != "meta":
                 raise ValueError(message(op, name, f"on {device}", DEVICES_TAKEN, fix_for_device(op)))
         elif x.device != device:
+            if device.type == "meta":  # the tensor without data is the wrong one
+                raise ValueError(message(op, first, "on meta", f"the device of {name}, {x.device}"))
             wanted, fix = f"the device of {first}, {device}", f"Pass {name}.to({first}.device)."
             raise ValueError(message(op, name, f"on {x.device}", wanted, fix))

@@ -24,7 +24,7 @@ import torch
 from torch.autograd import forward_ad
 
 from llama_kernels.core.autograd import functorch_is_active, refuse_forward_mode
-from llama_kernels.core.checks import DEVICES_TAKEN, fix_for_device, message
+from llama_kernels.core.checks import DEVICES_TAKEN, check_dense, fix_for_device, message
 from llama_kernels.core.device import KERNEL_DEVICES
 from llama_kernels.core.dtensors import distribute_gradients, is_dtensor, register_rules_for, repeat_on_dtensors
 from llama_kernels.core.language import INTERPRETED
@@ -284,7 +284,7 @@ def _example_by_example(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 def _refuse_device_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """The implementation of `op` for tensors on a device, or of a layout, that has no kernel. It raises a ValueError.
+    """The implementation of `op` for tensors on a device, or of a layout, that has no kernel. It raises an error.
 
     Public functions check their arguments before. This is for calls of torch.ops.llama_kernels and exported graphs.
     """
@@ -295,8 +295,7 @@ def _refuse_device_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
         for parameter, x in zip(parameters, args, strict=False):  # without arguments that have their default values
             if not isinstance(x, torch.Tensor):
                 continue
-            if x.layout != torch.strided:
-                raise ValueError(message(name, parameter, f"of layout {x.layout}", "torch.strided, a dense tensor"))
+            check_dense(name, parameter, x)
             if x.device.type not in KERNEL_DEVICES:
                 raise ValueError(message(name, parameter, f"on {x.device}", DEVICES_TAKEN, fix_for_device(public)))
         raise RuntimeError(f"llama_kernels.{name}: there is no kernel for these tensors.")

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from llama_kernels.core.autograd import refuse_double_backward
-from llama_kernels.core.checks import check_tensors, message, shape_of, values_to_check
+from llama_kernels.core.checks import check_flag, check_tensors, message, shape_of, values_to_check
 from llama_kernels.core.dtensors import is_dtensor
 from llama_kernels.distributed import blocks
 from llama_kernels.distributed.all_gather import Gathered
@@ -97,6 +97,7 @@ def cp_attention(
             before any communication. Inside `llama_kernels.checked`, ValueError also if the values of doc_start cannot
             be those of this process's tokens; the other processes may then wait for it.
     """
+    check_flag(_OP, "return_lse", return_lse)
     rank = rank_in(_OP, mesh, layout)
     methods = _check_method(method, mesh)
     _refuse_dtensors(q=q, k=k, v=v, doc_start=doc_start, sinks=sinks)
@@ -207,8 +208,8 @@ def _exchange(dim: int, layout: Layout, mesh: DeviceMesh) -> tuple[Exchange, Par
 
 
 def _check_method(method: str | tuple[str, str], mesh: DeviceMesh) -> tuple[str, ...]:
-    methods = (method,) if isinstance(method, str) else tuple(method)
-    pair = len(methods) == 2 and set(methods) == {"ulysses", "ring"}
+    methods: tuple[Any, ...] = tuple(method) if isinstance(method, (tuple, list)) else (method,)
+    pair = methods in (("ulysses", "ring"), ("ring", "ulysses"))
     if not pair and (len(methods) != 1 or methods[0] not in _METHODS):
         wanted = '"ring", "all_gather", "ulysses", or a pair of "ulysses" and "ring"'
         raise ValueError(message(_OP, "method", repr(method), wanted))

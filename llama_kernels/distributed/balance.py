@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llama_kernels.core.checks import check_tensors, message, shape_of
+from llama_kernels.core.checks import check_count, check_tensors, message, shape_of
 from llama_kernels.distributed.layout import Layout
 
 _OP = "balanced_layout"
@@ -27,13 +27,12 @@ def balanced_layout(doc_start: torch.Tensor, ranks: int, *, chunk: int = 128) ->
             keys are loaded together. tokens is a multiple of ranks * chunk.
 
     Raises:
-        TypeError: doc_start is not int32.
+        TypeError: doc_start is not int32, or ranks or chunk is not an int.
         ValueError: doc_start is not (B, tokens), or names a token after its own; the sequence cannot be cut so.
     """
     check_tensors(_OP, (torch.int32,), doc_start=doc_start)
     for name, count in (("ranks", ranks), ("chunk", chunk)):
-        if count < 1:
-            raise ValueError(message(_OP, name, count, "a number of at least 1"))
+        check_count(_OP, name, count, "a number of at least 1")
     if doc_start.ndim != 2:
         raise ValueError(message(_OP, "doc_start", shape_of(doc_start), "(B, tokens)"))
     tokens, unit = doc_start.shape[1], ranks * chunk

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from llama_kernels.core.checks import message
+from llama_kernels.core.checks import check_count, check_dense, is_integer, message, shape_of
 from llama_kernels.distributed.transport import all_gather
 
 
@@ -69,12 +69,12 @@ class Layout(Parts):
     """
 
     def __init__(self, tokens: int, ranks: int, kind: str | Sequence[Sequence[int] | torch.Tensor] = "zigzag") -> None:
-        if ranks < 1:
-            raise ValueError(message("Layout", "ranks", ranks, "a number of processes, at least 1"))
+        check_count("Layout", "ranks", ranks, "a number of processes, at least 1")
+        check_count("Layout", "tokens", tokens, "a number of tokens", least=0)
         if isinstance(kind, str):
             lists = _by_chunks(tokens, ranks, kind)
         else:
-            lists = [torch.as_tensor(positions, dtype=torch.int64, device="cpu") for positions in kind]
+            lists = _as_lists(kind)
             _check_lists(tokens, ranks, lists)
         self.tokens, self.ranks, self.kind = tokens, ranks, kind if isinstance(kind, str) else "lists"
         super().__init__(lists)
@@ -95,7 +95,7 @@ def _by_chunks(tokens: int, ranks: int, kind: str) -> list[torch.Tensor]:
             message("Layout", "kind", repr(kind), '"zigzag", "contiguous" or one list of positions per rank')
         )
     chunks = ranks * (2 if kind == "zigzag" else 1)
-    if tokens < 0 or tokens % chunks:
+    if tokens % chunks:
         fix = f"Pad the sequence to {-(-tokens // chunks) * chunks} tokens."
         raise ValueError(message("Layout", "tokens", tokens, f"a multiple of {chunks}, for {ranks} ranks", fix))
     cut = torch.arange(tokens).chunk(chunks) if tokens else [torch.arange(0)] * chunks
@@ -104,9 +104,17 @@ def _by_chunks(tokens: int, ranks: int, kind: str) -> list[torch.Tensor]:
     return [torch.cat((cut[r], cut[chunks - 1 - r])) for r in range(ranks)]
 
 
+def _as_lists(kind: Sequence[Sequence[int] | torch.Tensor]) -> list[torch.Tensor]:
+    wanted = '"zigzag", "contiguous" or one list of positions per rank'
+    try:
+        return [torch.as_tensor(positions, dtype=torch.int64, device="cpu") for positions in kind]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(message("Layout", "kind", repr(kind), wanted)) from error
+
+
 def _check_lists(tokens: int, ranks: int, lists: Sequence[torch.Tensor]) -> None:
     if len(lists) != ranks or any(positions.ndim != 1 or len(positions) * ranks != tokens for positions in lists):
-        got = f"lists of {[len(positions) for positions in lists]} positions"
+        got = f"lists of {[positions.numel() for positions in lists]} positions"
         raise ValueError(message("Layout", "kind", got, f"{ranks} lists of {tokens} / {ranks} positions each"))
     for rank, positions in enumerate(lists):
         if not (positions.diff() > 0).all():
@@ -175,9 +183,15 @@ def rank_in(op: str, mesh: DeviceMesh, layout: Layout) -> int:
 
 
 def _check_dims(op: str, tensors: Sequence[torch.Tensor], dims: Sequence[int], tokens: int) -> None:
+    for name, given in (("tensors", tensors), ("dims", dims)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(message(op, name, f"a {type(given).__name__}", "a list or tuple, with one for each tensor"))
     if len(tensors) != len(dims):
         raise ValueError(message(op, "dims", f"{len(dims)} dimensions", f"one for each of {len(tensors)} tensors"))
     for i, (x, dim) in enumerate(zip(tensors, dims, strict=True)):
+        check_dense(op, f"tensors[{i}]", x)
+        if not is_integer(dim) or not -x.ndim <= dim < x.ndim:
+            raise ValueError(message(op, f"dims[{i}]", repr(dim), f"a dimension of a tensor {shape_of(x)}"))
         if x.shape[dim] != tokens:
             got = f"of shape {tuple(x.shape)}, {x.shape[dim]} tokens in dimension {dim}"
             raise ValueError(message(op, f"tensors[{i}]", got, f"{tokens} tokens"))

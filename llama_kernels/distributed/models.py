@@ -66,6 +66,8 @@ def context_parallel(
             are not (B, tokens), or another number of tokens than the layout, or if a hook drops the mask of a layer.
     """
     rank = rank_in(_OP, mesh, layout)
+    if not isinstance(model, nn.Module):
+        raise TypeError(message(_OP, "model", f"a {type(model).__name__}", "a torch.nn.Module"))
     _refuse_other_layers(model)
     # DistributedDataParallel passes its arguments on to a model, and has no config.
     inner = next(module for module in model.modules() if hasattr(module, "config"))

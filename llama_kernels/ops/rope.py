@@ -464,7 +464,8 @@ def rope(
             position. Values outside 0 to A - 1 are clamped, as position_ids are.
         interleaved: whether pairs are (2i, 2i + 1), as in Meta's original weights, or (i, i + R/2), as in Hugging
             Face's.
-        inplace: write into q and k and return them. Neither may be a leaf that requires grad, or expanded.
+        inplace: write into q and k and return them. Neither may be a leaf that requires grad, or expanded. They may be
+            views of one tensor, such as a projection, if no element is in both.
 
     Returns:
         q and k rotated, of the same shape, dtype and memory order; k is None where it was None.
@@ -572,7 +573,7 @@ def rope_into_cache(
     Args:
         q, k, v: the new tokens, (B, Hq, S, D), (B, Hkv, S, D) and (B, Hkv, S, Dv), bfloat16, float16 or float32.
         k_cache, v_cache: (B, Hkv, L, D) and (B, Hkv, L, Dv), in the dtype of k and v, with any strides and a contiguous
-            last dimension. They are written in place.
+            last dimension. They are written in place, and may be views of one tensor if no element is in both.
         cache_position: where in the caches each token goes, (S,), (1, S) or (B, S), any integer dtype. A token whose
             position is outside the cache is dropped; `llama_kernels.checked` makes it an error. If two tokens have the
             same position, either may stay.

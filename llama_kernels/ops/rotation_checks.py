@@ -6,11 +6,16 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from llama_kernels.core.autograd import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
-from llama_kernels.core.checks import KERNEL_DTYPES, check_tensors, message, shape_of, values_to_check
+from llama_kernels.core.checks import KERNEL_DTYPES, check_dense, check_tensors, message, shape_of, values_to_check
+from llama_kernels.core.overlap import share_memory, shares_with_itself
 from llama_kernels.core.tensors import sizes_of
 from llama_kernels.ops.rotation import full_width
 
 TABLE_DTYPES = (*KERNEL_DTYPES, torch.float64)
+# Of position_ids, axes and cache_position.
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor) -> None:
@@ -97,6 +102,7 @@ def _check_axes(op: str, axes: torch.Tensor, cos: torch.Tensor, position_ids: to
     if position_ids is None:
         fix = "Pass the positions of each axis, (A, B, S), or leave axes out."
         raise ValueError(message(op, "position_ids", "None beside axes", "several positions per token", fix))
+    check_integers(op, "position_ids", position_ids, "cos", cos)
     if position_ids.ndim and (values := values_to_check(axes)) is not None and values.numel():
         first, last = (int(axis) for axis in values.aminmax())
         if first < 0 or last >= position_ids.shape[0]:
@@ -106,9 +112,8 @@ def _check_axes(op: str, axes: torch.Tensor, cos: torch.Tensor, position_ids: to
 
 def check_integers(op: str, name: str, x: torch.Tensor, of: str, other: torch.Tensor) -> None:
     """Check that x, the argument `name`, is a tensor of integers on the device of `other`, the argument `of`."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(message(op, name, f"a {type(x).__name__}", "a torch.Tensor"))
-    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+    check_dense(op, name, x)
+    if x.dtype not in _INTEGERS:
         raise TypeError(message(op, name, x.dtype, "a tensor of integers"))
     if x.device != other.device:
         wanted, fix = f"the device of {of}, {other.device}", f"Pass {name}.to({of}.device)."
@@ -156,24 +161,30 @@ def check_writable(op: str, **heads: torch.Tensor | None) -> None:
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             fix = "Rotate a view or the result of an op, or leave inplace off."
             raise ValueError(message(op, name, "a leaf that requires grad", "no leaf where inplace=True", fix))
-        if x.stride(-1) != 1 or _is_expanded(x):
-            wanted = "a tensor without expanded dimensions and with a contiguous last one, where inplace=True"
+        if x.stride(-1) != 1 or _overlaps_itself(x):
+            wanted = "a contiguous last dimension and no two elements in the same memory, where inplace=True"
             raise ValueError(message(op, name, f"of strides {x.stride()}", wanted, "Leave inplace off."))
 
 
-def _is_expanded(x: torch.Tensor) -> bool:
+def _overlaps_itself(x: torch.Tensor) -> bool:
+    """Whether two elements of x are in the same memory, as those of an expanded tensor."""
+    if not torch.compiler.is_compiling():
+        try:
+            return shares_with_itself(x.shape, x.stride())
+        except TypeError:  # sizes that are symbols, while tracing, have no hash
+            pass
     return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def _check_apart(op: str, **written: torch.Tensor | None) -> None:
-    """Two tensors that are written do not begin at the same element."""
+    """Two tensors that are written share no element. While PyTorch traces, it is known only that they are not one."""
     (name, x), (other, y) = written.items()
     if x is None or y is None:
         return
-    same = x is y
-    if not (same or torch.compiler.is_compiling() or transforms_are_active() or is_fake(x) or x.is_meta):
-        same = x.numel() > 0 and y.numel() > 0 and x.data_ptr() == y.data_ptr() != 0  # 0: a DTensor
-    if same:
+    shared = x is y
+    if not (shared or torch.compiler.is_compiling() or transforms_are_active() or is_fake(x) or x.is_meta):
+        shared = x.data_ptr() != 0 and y.data_ptr() != 0 and share_memory(x, y)  # 0: a DTensor, or no element
+    if shared:
         wanted, fix = f"other memory than {name}: both are written", f"Pass {other}.clone()."
         raise ValueError(message(op, other, f"in the memory of {name}", wanted, fix))
 
@@ -198,8 +209,8 @@ def check_caches(
             raise ValueError(message(op, name, shape_of(cache), f"({B}, {H}, L, {D}), both caches of one length L"))
         if cache.dtype != x.dtype:
             raise TypeError(message(op, name, cache.dtype, f"the dtype of {name[0]}, {x.dtype}"))
-        if (cache.stride(-1) != 1 and D > 1) or _is_expanded(cache):
-            wanted = "a contiguous last dimension and no expanded ones: it is written in place"
+        if (cache.stride(-1) != 1 and D > 1) or _overlaps_itself(cache):
+            wanted = "a contiguous last dimension and no two elements in the same memory: it is written in place"
             raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
     _check_apart(op, k_cache=k_cache, v_cache=v_cache)
     if transforms_are_active():

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama_kernels as lk
-from tests.support.bad_inputs import TYPE_ERRORS, VALUE_ERRORS, F, ints
+from tests.support.bad_inputs import TYPE_ERRORS, UNSUPPORTED, VALUE_ERRORS, F, all_arguments, ints
 from tests.support.ops import OPS, sample
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +76,24 @@ def test_nested_tensors_are_refused_with_what_takes_their_parts():
         lk.attention(*(nested.transpose(1, 2),) * 3)
     bounds = nested.offsets().int()
     assert lk.attention_varlen(*(nested.values(),) * 3, bounds, bounds, 5, 5).shape == (8, 4, 8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch, that it may change these kinds of tensors
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+@pytest.mark.parametrize("op", OPS)
+def test_every_tensor_argument_refuses_unsupported_tensors(op, kind):
+    make, got = UNSUPPORTED[kind]
+    args = all_arguments(op)
+    getattr(lk, op)(**args)
+    for argument, x in args.items():
+        if isinstance(x, torch.Tensor):
+            refused(op, argument, TypeError, got, **{**args, argument: make(x.dtype)})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tensor_without_data_beside_others_is_named(op):
+    first = OPS[op].tensors[0]
+    refused(op, first, ValueError, "on meta", **{first: sample(op)[first].to("meta")})
 
 
 SECOND = [(op, name) for op, name in MAIN if name != OPS[op].tensors[0]] + TABLES

@@ -16,7 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import llama_kernels
-from llama_kernels.distributed import Layout, attention, cp_attention, layout, shard, transport, unshard
+from llama_kernels.distributed import (
+    Layout,
+    attention,
+    balanced_layout,
+    context_parallel,
+    cp_attention,
+    layout,
+    shard,
+    transport,
+    unshard,
+)
 
 pytestmark = [
     pytest.mark.once,
@@ -136,6 +146,30 @@ def test_shard_and_unshard_check_tokens(mesh):
         unshard(mesh, [torch.zeros(2, 16)], [1], layout=Layout(32, 4))
     with pytest.raises(ValueError, match="dims is 1 dimensions; wanted one for each of 2 tensors"):
         shard(mesh, [torch.zeros(2, 32)] * 2, [1], layout=Layout(32, 4))
+
+
+WRONG = ("x", float("nan"), [1.0], object())
+
+
+@pytest.mark.parametrize("value", WRONG, ids=["a string", "NaN", "a list", "an object"])
+def test_every_argument_of_a_wrong_type_is_named(mesh, value):
+    q = torch.randn(1, 4, 8, 8)
+    heads = {"q": q, "k": q, "v": q, "doc_start": torch.zeros(1, 8, dtype=torch.int32), "sinks": torch.zeros(4)}
+    options = {"is_causal": True, "window_size": (-1, -1), "scale": None, "softcap": None, "return_lse": False}
+    shares = {"mesh": mesh, "layout": Layout(32, 4)}
+    tokens = {"tensors": [torch.arange(32)], "dims": [0], **shares}
+    doc_start = torch.zeros(1, 8, dtype=torch.int32)
+    for call, args in (
+        (cp_attention, {**heads, **options, **shares, "method": "ring"}),
+        (shard, tokens),
+        (unshard, {**tokens, "tensors": [torch.arange(8)]}),
+        (balanced_layout, {"doc_start": doc_start, "ranks": 2, "chunk": 2}),
+        (Layout, {"tokens": 8, "ranks": 2, "kind": "zigzag"}),
+        (lambda **given: context_parallel(**given).__enter__(), {"model": torch.nn.Linear(2, 2), **shares}),
+    ):
+        for name in args:
+            with pytest.raises((TypeError, ValueError), match=rf"^llama_kernels\.\w+: {name}\b"):
+                call(**{**args, name: value})
 
 
 def test_shard_gives_the_tokens_of_the_layout(mesh):

@@ -16,7 +16,15 @@ from transformers import StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llama_kernels.integrations.transformers import patch
-from tests.integrations.comparison import Results, compare_with_stock, gradients, logits_of, padding_mask
+from llama_kernels.integrations.transformers.attention import attention_forward
+from tests.integrations.comparison import (
+    DoubleSoftmax,
+    Results,
+    compare_with_stock,
+    gradients,
+    logits_of,
+    padding_mask,
+)
 from tests.integrations.small import (
     CACHE,
     VERSION,
@@ -24,6 +32,7 @@ from tests.integrations.small import (
     families,
     needs_our_attention,
     not_interpreted,
+    ops_of,
     patched,
     small,
     tokens,
@@ -73,6 +82,32 @@ def changed(model: Any, change: str) -> Any:
 def test_documents_that_start_at_position_zero_are_separate(family, use_cache, change):
     model = small(family)
     compare_with_stock(changed(model, change), model, one_by_one, packed(use_cache=use_cache))
+
+
+@changes
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("reason", ["dropout", "float64", "wide heads"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_documents_are_separate_where_stock_attention_runs(family, reason, use_cache, change):
+    """As where a kernel does: a model must not see other documents in training, with dropout, alone."""
+    sizes = {"dropout": {"attention_dropout": 1e-30}, "wide heads": {"head_dim": 640}}.get(reason, {})
+    model = small(family, **sizes)  # this dropout drops nothing, and scales by 1
+    model = model.double() if reason == "float64" else model.train()
+    ours = changed(model, change)
+    with DoubleSoftmax():
+        compare_with_stock(ours, model, one_by_one, packed(use_cache=use_cache))
+    assert "attention_forward" not in ops_of(ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_documents_are_separate_where_a_wrapper_drops_the_mask(dtype):
+    module = small().model.layers[0].self_attn
+    q, k, v = (torch.randn(1, 4, 24, 16, device=DEVICE, dtype=dtype) for _ in range(3))
+    out, _ = attention_forward(module, q, k[:, ::2], v[:, ::2], None, position_ids=POSITIONS)
+    k, v = (x[:, ::2].repeat_interleave(2, 1) for x in (k, v))
+    pieces = zip(*(x.split(LENGTHS, 2) for x in (q, k, v)), strict=True)
+    expected = torch.cat([F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces], 2)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

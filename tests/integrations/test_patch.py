@@ -278,6 +278,9 @@ def test_errors_name_the_function_and_the_argument():
     for function in (patch, unpatch, report):
         with pytest.raises(TypeError, match=rf"{function.__name__}: model is a str"):
             function("llama")
+    for name in ("attention", "rms_norm", "rope", "fuse", "strict"):
+        with pytest.raises(TypeError, match=rf"patch: {name} is 'no'; wanted True or False"):
+            patch(small(), **{name: "no"})
     with pytest.raises(ValueError, match=r"patch: model is a Linear, in which nothing can be replaced"):
         patch(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"patch: model is a LlamaForCausalLM, in which nothing can be replaced"):

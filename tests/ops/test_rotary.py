@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import math
+import re
 from typing import Any
 
 import pytest
@@ -116,6 +117,91 @@ def test_settings_that_would_be_ignored_or_give_no_frequencies_are_named(scaling
         lk.rope_frequencies(64, scaling=scaling)
     with pytest.raises(ValueError, match=f"llama_kernels.rope_frequencies: {said}"):
         lk.nn.RotaryEmbedding(64, scaling=scaling)
+
+
+NUMBERS = [("base", None), *((key, SCALINGS[kind]) for kind, key in (
+    ("default", "rope_theta"), ("default", "partial_rotary_factor"), ("linear", "factor"),
+    ("llama3", "low_freq_factor"), ("llama3", "high_freq_factor"), ("dynamic", "max_position_embeddings"),
+    ("yarn", "original_max_position_embeddings"), ("yarn", "attention_factor"), ("yarn", "beta_fast"),
+    ("yarn", "beta_slow"), ("yarn", "mscale"), ("yarn", "mscale_all_dim"), ("longrope", "attention_factor"),
+))]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1, "x", True, [1.0], 1e39], ids=repr)
+@pytest.mark.parametrize("key, scaling", NUMBERS, ids=[key for key, _ in NUMBERS])
+def test_every_number_must_be_one_and_finite(key, scaling, value):
+    with pytest.raises(ValueError, match=rf"rope_frequencies: (base|scaling\['{key}'\]) is {re.escape(repr(value))}; "):
+        if scaling is None:
+            lk.rope_frequencies(64, base=value)
+        else:
+            lk.rope_frequencies(64, scaling={**scaling, key: value})
+
+
+@pytest.mark.parametrize("scaling, said", [
+    ({**SCALINGS["yarn"], "rope_theta": 1}, r"scaling\['rope_theta'\] is 1.0; wanted above 1, for 'yarn'"),
+    ({**SCALINGS["yarn"], "beta_fast": 0.5}, r"scaling\['beta_fast'\] is 0.5; wanted at least"),
+    ({**SCALINGS["yarn"], "truncate": "no"}, r"scaling\['truncate'\] is 'no'; wanted True or False"),
+    ({**SCALINGS["llama3"], "high_freq_factor": 1.0}, r"scaling\['high_freq_factor'\] is 1.0; wanted above"),
+    ({**SCALINGS["longrope"], "original_max_position_embeddings": 1},
+     r"scaling\['original_max_position_embeddings'\] is 1.0; wanted above 1, where scaling\['attention_factor'\]"),
+    ({**SCALINGS["longrope"], "long_factor": 5}, r"scaling\['long_factor'\] is 5; wanted a list of numbers"),
+    ({**SCALINGS["longrope"], "long_factor": "x"}, r"scaling\['long_factor'\] is 'x'; wanted a list of numbers"),
+    ({**SCALINGS["longrope"], "short_factor": [1.0] * 31 + [0]}, r"scaling\['short_factor'\]\[31\] is 0.0; wanted"),
+    ({"partial_rotary_factor": 0}, r"scaling\['partial_rotary_factor'\] is 0; wanted a positive number"),
+])  # fmt: skip
+def test_settings_without_frequencies_are_named(scaling, said):
+    with pytest.raises(ValueError, match=f"llama_kernels.rope_frequencies: {said}"):
+        lk.rope_frequencies(64, scaling=scaling)
+
+
+def test_settings_that_are_0_or_none_are_those_of_transformers():
+    yarn = SCALINGS["yarn"]
+    for scaling in ({**yarn, "beta_fast": 0, "beta_slow": None}, {**yarn, "mscale": 0.0, "truncate": None}):
+        expected, factor = theirs(scaling, None)
+        inv_freq, attention_factor = lk.rope_frequencies(64, scaling=scaling, max_position_embeddings=8192)
+        assert torch.equal(inv_freq, expected) and attention_factor == factor
+
+
+@pytest.mark.parametrize("R", [4, 6, 64])
+def test_dynamic_frequencies_of_any_length_equal_those_of_transformers(R):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for seq_len in (8193, 10007, 12345, 999_999):
+        expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](config(SCALINGS["dynamic"], R), torch.device("cpu"), seq_len)
+        rule = {"scaling": SCALINGS["dynamic"], "seq_len": seq_len, "max_position_embeddings": 8192}
+        assert torch.equal(lk.rope_frequencies(R, **rule)[0], expected)
+
+
+def test_dynamic_needs_two_pairs():
+    with pytest.raises(ValueError, match="head_dim is 2, of which 2 rotate; wanted at least 4 that rotate, for 'dynam"):
+        lk.rope_frequencies(2, scaling=SCALINGS["dynamic"], max_position_embeddings=8)
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"head_dim": 64.0}, "head_dim is 64.0; wanted an int"),
+    ({"head_dim": "64"}, "head_dim is '64'; wanted an int"),
+    ({"scaling": "linear"}, "scaling is 'linear'; wanted a dict, or None"),
+    ({"scaling": ""}, "scaling is ''; wanted a dict, or None"),
+    ({"seq_len": 2.5}, "seq_len is 2.5; wanted an int, a scalar tensor, or None"),
+    ({"seq_len": "x"}, "seq_len is 'x'; wanted an int"),
+])  # fmt: skip
+def test_arguments_of_other_types_are_named(changed, said):
+    with pytest.raises(TypeError, match=f"^llama_kernels.rope_frequencies: {said}"):
+        lk.rope_frequencies(**{"head_dim": 64, **changed})
+    if "scaling" in changed:
+        with pytest.raises(TypeError, match=said):
+            lk.nn.RotaryEmbedding(64, **changed)
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"seq_len": -1}, "seq_len is -1; wanted a number of tokens"),
+    ({"seq_len": torch.arange(3)}, r"seq_len is torch.int64 of shape \(3,\); wanted a scalar tensor, or an int"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings is 0; wanted a positive number"),
+    ({"max_position_embeddings": "x"}, "max_position_embeddings is 'x'; wanted a positive number"),
+])  # fmt: skip
+def test_lengths_that_are_none_are_named(changed, said):
+    with pytest.raises(ValueError, match=f"^llama_kernels.rope_frequencies: {said}"):
+        lk.rope_frequencies(64, **changed)
 
 
 def test_a_base_of_zero_and_a_negative_number_of_positions_are_named():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+import llama_kernels as lk
+from tests.support.ops import OPS, Arguments, Make, Shape, sample
 
 F, I = torch.randn, torch.zeros
 
@@ -61,6 +66,7 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope", "k", "of strides", {"k": F(2, 1, 6, 8).expand(2, 2, 6, 8), "inplace": True}),
     ("rope", "q", "of strides", {"q": F(2, 4, 8, 6).mT, "inplace": True}),
     ("rope", "k", "in the memory of q", {"q": _ONE, "k": _ONE, "inplace": True}),
+    ("rope", "q", "of strides", {"q": F(400).as_strided((2, 4, 6, 8), (192, 48, 4, 1)), "inplace": True}),
     ("rope_qkv", "qkv", r"of shape \(2, 6, 60\)", {"qkv": F(2, 6, 60)}),
     ("rope_qkv", "qkv", r"of shape \(64,\)", {"qkv": F(64)}),
     ("rope_qkv", "q_heads", "0", {"q_heads": 0}),
@@ -77,6 +83,7 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("rope_into_cache", "v_cache", "of strides", {"v_cache": F(2, 2, 8, 6).mT}),
     ("rope_into_cache", "k_cache", "of strides", {"k_cache": F(1, 2, 6, 8).expand(2, 2, 6, 8)}),
     ("rope_into_cache", "v_cache", "in the memory of k_cache", {"k_cache": _ONE, "v_cache": _ONE}),
+    ("rope_into_cache", "k_cache", "of strides", {"k_cache": F(400).as_strided((2, 2, 6, 8), (96, 48, 4, 1))}),
     ("rope_into_cache", "k", "a tensor that requires grad", {"k": F(2, 2, 1, 8).requires_grad_()}),
     ("rope_into_cache", "k_cache", "a tensor that requires grad", {"k_cache": F(2, 2, 6, 8).requires_grad_()}),
     ("rope_into_cache", "cache_position", r"of shape \(2,\)", {"cache_position": ints(2, 3)}),
@@ -191,3 +198,38 @@ TYPE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention_varlen", "cu_seqlens_k", "None", {"cu_seqlens_k": None}),
     ("attention_varlen", "max_seqlen_k", "a Tensor", {"max_seqlen_k": torch.tensor(4)}),
 ]
+
+# --- tensors that no argument takes ----------------------------------------------------------------------------------
+
+_SQUARE = torch.ones(2, 2)
+
+
+def _nested(dtype: torch.dtype, layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(n, 2, dtype=dtype) for n in (2, 3)], layout=layout)
+
+
+# By name: how it is made in a dtype, and what the error says it is.
+UNSUPPORTED: dict[str, tuple[Callable[[torch.dtype], torch.Tensor], str]] = {
+    "sparse COO": (lambda dtype: _SQUARE.to(dtype).to_sparse(), "of layout torch.sparse_coo"),
+    "sparse CSR": (lambda dtype: _SQUARE.to(dtype).to_sparse_csr(), "of layout torch.sparse_csr"),
+    "nested, strided": (lambda dtype: _nested(dtype, torch.strided), "a nested tensor"),
+    "nested, jagged": (lambda dtype: _nested(dtype, torch.jagged), "a nested tensor"),
+    "complex": (lambda dtype: _SQUARE.to(torch.complex64), "torch.complex64"),
+}
+if torch.backends.mkldnn.is_available():
+    UNSUPPORTED["MKL-DNN"] = lambda dtype: _SQUARE.to_mkldnn(), "of layout torch._mkldnn"
+if hasattr(torch, "quantize_per_tensor"):  # PyTorch is to remove it
+    UNSUPPORTED["quantised"] = lambda dtype: torch.quantize_per_tensor(_SQUARE, 0.1, 0, torch.quint8), "torch.quint8"
+
+
+def all_arguments(op: str) -> Arguments:
+    """Arguments of a call of op `op`, with every option that is a tensor."""
+    given = {**sample(op), **OPS[op].options(Shape(), Make())}
+    rows = (6,) if op == "attention_varlen" else (2, 6)
+    tokens = (2, 1) if op == "rope_into_cache" else (2, 6)
+    for name in inspect.signature(getattr(lk, op)).parameters:
+        if name.startswith("kv_") and name != "kv_heads":
+            given[name] = I(*rows, dtype=int32)
+        if name == "axes":
+            given |= {"axes": I(4, dtype=int32), "position_ids": I(3, *tokens, dtype=int32)}
+    return given

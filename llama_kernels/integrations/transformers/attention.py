@@ -123,6 +123,7 @@ def attention_forward(
         options |= {"is_causal": False, "window_size": window}
         return _packed(query, key, value, bounds, longest, options), None
     if reason is not None:
+        attention_mask = _with_documents(module, attention_mask, position_ids, window, Sq, Sk)
         if attention_mask is None and (window.left >= 0 or (causal and 1 < Sq != Sk)):
             attention_mask = written_out(pack_window(window, query.device), Sq, Sk)
         given = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **others}
@@ -135,9 +136,7 @@ def attention_forward(
     else:
         ranges = unpack(attention_mask, Sq, Sk)
     if isinstance(ranges, Window):
-        starts = None
-        if ranges.right == 0 and Sq == Sk and (attention_mask is None or not hasattr(module, FOLLOWS_MASK)):
-            starts = document_starts(position_ids, Sq)
+        starts = _document_starts(module, attention_mask, position_ids, ranges, Sq, Sk)
         if starts is not None:
             starts = starts.int().expand(query.shape[0], -1)
         options |= {"is_causal": False, "window_size": ranges, "kv_start": starts}
@@ -145,6 +144,35 @@ def attention_forward(
     else:
         out = _of_ranges(query, key, value, ranges, options)
     return out.transpose(1, 2).contiguous(), None
+
+
+# --- documents that position_ids alone separate ----------------------------------------------------------------------
+
+
+def _document_starts(
+    module: nn.Module, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, window: Window, Sq: int,
+    Sk: int,
+) -> torch.Tensor | None:  # fmt: skip
+    """The first key of each query's document, (1 or B, Sq), in causal attention whose mask does not separate them."""
+    if window.right != 0 or Sq != Sk or (attention_mask is not None and hasattr(module, FOLLOWS_MASK)):
+        return None
+    return document_starts(position_ids, Sq)
+
+
+def _with_documents(
+    module: nn.Module, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, window: Window, Sq: int,
+    Sk: int,
+) -> torch.Tensor | None:  # fmt: skip
+    """The mask of stock attention. It hides other documents, as the kernels do with `_document_starts`."""
+    mask = attention_mask
+    if mask is None:
+        mask = pack_window(window, None if position_ids is None else position_ids.device)
+    if mask.dtype != torch.int32 or not isinstance(ranges := unpack(mask, Sq, Sk), Window):
+        return attention_mask
+    starts = _document_starts(module, attention_mask, position_ids, ranges, Sq, Sk)
+    if starts is None:
+        return attention_mask
+    return written_out(mask, Sq, Sk) & (torch.arange(Sk, device=mask.device) >= starts[..., None])[:, None]
 
 
 # --- calls of the kernels --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llama_kernels.core.checks import message
+from llama_kernels.core.checks import check_flag, message
 from llama_kernels.integrations.transformers.attention import FOLLOWS_MASK, NAME
 from llama_kernels.integrations.transformers.classes import KINDS, class_of
 from llama_kernels.integrations.transformers.masks import forget_position_ids, note_position_ids
@@ -54,11 +54,14 @@ def patch(
         `model`.
 
     Raises:
-        TypeError: `model` is not a torch.nn.Module.
+        TypeError: `model` is not a torch.nn.Module, or a flag is neither True nor False.
         ValueError: no operation can be replaced, or, with strict, not all of them; or `model` is patched in part,
             and an operation that is requested and can be replaced is stock.
     """
     _check_model("patch", model)
+    flags = {"attention": attention, "rms_norm": rms_norm, "rope": rope, "fuse": fuse, "strict": strict}
+    for name, flag in flags.items():
+        check_flag("patch", name, flag)
     wanted = {kind for kind, on in zip(KINDS, (attention, rms_norm, rope, fuse, fuse), strict=True) if on}
     places = [place for place in places_in(model, wanted) if place.kind in wanted]
     if _is_patched(model):

@@ -115,9 +115,6 @@ def _is_cast(dtype: torch.dtype) -> bool:
 def _check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
     """Check the dtypes, devices and shapes of q, k and v."""
     check_tensors(op, q=q, k=k, v=v)
-    if q.is_nested:
-        fix = "llama_kernels.attention_varlen takes q.values() and q.offsets().int()."
-        raise TypeError(message(op, "q", "a nested tensor", "a dense one", fix))
     if not q.dtype == k.dtype == v.dtype:
         name, x = ("v", v) if k.dtype == q.dtype else ("k", k)
         fix = "Cast q, k and v to one dtype, or call under torch.autocast, which does it."
@@ -154,11 +151,11 @@ def _check_numbers(
     for side in window_size:
         if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
             raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
-    if softcap is not None and (isinstance(softcap, torch.Tensor) or softcap != 0):
+    if softcap is not None and (isinstance(softcap, (torch.Tensor, bool)) or softcap != 0):
         check_number(op, "softcap", softcap, SMALLEST, "a positive finite number, or 0 or None for none")
     if scale is not None:
         check_number(op, "scale", scale, -LARGEST, "a finite number, or None")
-    if deterministic not in (None, True, False):
+    if deterministic is not None and deterministic is not True and deterministic is not False:
         raise TypeError(message(op, "deterministic", repr(deterministic), "True, False or None"))
 
 
@@ -194,7 +191,7 @@ def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) 
             raise ValueError(message(op, name, f"on {cu_seqlens.device}", wanted, fix))
     for name in ("max_seqlen_q", "max_seqlen_k"):
         longest = getattr(packing, name)
-        if not isinstance(longest, (int, torch.SymInt)):
+        if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
             wanted, fix = "an int", "int() of a tensor waits for the GPU, so compute the length on the CPU."
             raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted, fix))
         # A size that has no value while torch.compile traces is not negative.

@@ -31,7 +31,7 @@ def merge_attention(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) 
     """
     op = "merge_attention"
     for name, parts in (("outs", outs), ("lses", lses)):
-        if not isinstance(parts, Sequence):
+        if not isinstance(parts, Sequence) or isinstance(parts, str):
             raise TypeError(
                 message(op, name, f"a {type(parts).__name__}", "a list or tuple with a tensor for each part")
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llama_kernels.core.checks import check_flag
 from llama_kernels.core.tensors import NotContiguous
 from llama_kernels.ops.attention.hopper.tables import TILES
 
@@ -32,6 +33,7 @@ class hopper_attention:
     enabled = False
 
     def __init__(self, enabled: bool = True) -> None:
+        check_flag("hopper_attention", "enabled", enabled)
         self._before = hopper_attention.enabled
         hopper_attention.enabled = enabled
 
