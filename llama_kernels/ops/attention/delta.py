@@ -19,7 +19,7 @@ from llama_kernels.ops.attention.call import (
 )
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
 from llama_kernels.ops.attention.tiles import (
-    BLOCK,
+    PACKED_BLOCK,
     length,
     load_tile,
     matrix,
@@ -32,7 +32,7 @@ from llama_kernels.ops.attention.tiles import (
 
 # Rows of lse2 and delta are padded to a multiple of this, which every BLOCK_M divides. In a packed batch each sequence
 # starts at a multiple of it, so that a tile of one sequence never loads the rows of the next.
-PADDING: tl.constexpr = BLOCK
+PADDING: tl.constexpr = PACKED_BLOCK
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def _delta_kernel(
     each row.
     """
     dsinks = 0.0
-    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
-        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
+    for nth in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
+        m, h, b = query_tile(list_ptr, nth, sizes, BLOCK_M)
         start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         i = m + tl.arange(0, BLOCK_M)
         o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]

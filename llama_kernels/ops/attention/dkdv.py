@@ -24,7 +24,7 @@ from llama_kernels.ops.attention.tiles import (
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
-class Rows(NamedTuple):
+class QueryPointers(NamedTuple):
     """What dk and dv read of the query rows of a sequence: pointers, strides of batch, head and token, and where."""
 
     q_ptr: tl.tensor
@@ -132,7 +132,7 @@ def _add_dkdv(
                 kv_start = load_bound(bounds.start_ptr, bounds.start_strides, b, start, i[None, :], Sq)  # [1, BLOCK_M]
                 kv_end = load_bound(bounds.end_ptr, bounds.end_strides, b, start, i[None, :], Sq)
                 prefix = load_bound(bounds.prefix_ptr, bounds.prefix_strides, b, start, i[None, :], Sq)
-                own = Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None, None, prefix)
+                own = Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, prefix=prefix)
                 see = visible(own, i[None, :], j)
             p, ds = probs_and_score_grads(qk, dp, lse2[None, :], see, scoring)
             if NEED_DV:
@@ -165,24 +165,22 @@ def _dkdv_kernel(
     Bytes: k, v, dk, dv once; q, do, lse2, delta of the group once for each key tile, from L2. FLOPs: 4 (D + DV) for
     each visible pair.
     """
-    for turn in tl.range(
-        0, tiles_of_program(list_ptr, sizes.Hq // sizes.group, BLOCK_N, PERSISTENT), disable_licm=True
-    ):
-        n, h_kv, b, k_start, Sk = key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N)
+    for nth in tl.range(0, tiles_of_program(list_ptr, sizes.Hq // sizes.group, BLOCK_N, PERSISTENT), disable_licm=True):
+        n, h_kv, b, k_start, Sk = key_tile(list_ptr, nth, sizes, cu_seqlens_k_ptr, BLOCK_N)
         q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         if n < Sk:
             j = n + tl.arange(0, BLOCK_N)[:, None]
             last = tl.minimum(n + BLOCK_N, Sk) - 1
-            mask = Mask(Sk - Sq, window.left, window.right, None, None, None)
+            mask = Mask(Sk - Sq, window.left, window.right)
             bounds = Bounds(
                 kv_start_ptr, kv_end_ptr, kv_prefix_ptr, kv_start_strides, kv_end_strides, kv_prefix_strides
             )  # fmt: skip
-            first_row, row_end, lowest, past = 0, Sq, None, Sk
+            first_row, row_end, floor, past = 0, Sq, None, Sk
             if kv_start_ptr is not None or kv_end_ptr is not None:
-                first_row, row_end, lowest, past = _rows_by_bounds(bounds, b, q_start, Sq, n, last, Sk, CHUNK=1024)
+                first_row, row_end, floor, past = _rows_by_bounds(bounds, b, q_start, Sq, n, last, Sk, CHUNK=1024)
             if window.left is not None:  # row 0 sees the first keys
                 own = Sk - Sq - window.left
-                lowest = own if lowest is None else tl.maximum(lowest, own)
+                floor = own if floor is None else tl.maximum(floor, own)
             begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
             prefix = None
             if kv_prefix_ptr is not None:
@@ -193,12 +191,12 @@ def _dkdv_kernel(
             K = matrix(k_ptr, k_strides, b, h_kv // PARTS, k_start)
             V = matrix(v_ptr, v_strides, b, h_kv // PARTS, k_start)
             # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
-            k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest, prefix)  # [BLOCK_N, BLOCK_D]
-            v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest, prefix)  # [BLOCK_N, BLOCK_DV]
+            k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
+            v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
             padded = padded_start(cu_seqlens_q_ptr, b, q_start)
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-            rows = Rows(
+            rows = QueryPointers(
                 q_ptr, do_ptr, lse2_ptr, delta_ptr, q_strides, do_strides, delta_strides, b, q_start, padded, Sq
             )  # fmt: skip
             heads = (h_kv * sizes.group, h_kv * sizes.group + sizes.group)
