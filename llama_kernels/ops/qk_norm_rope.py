@@ -575,7 +575,7 @@ _qk_norm_rope_backward = register(
 class _QKNormRope(Differentiable):
     """A `_Forward` -> q and k normed and rotated, or q alone. Saves q, k, the weights and the tables."""
 
-    DUAL = 4  # q, k and the weights
+    TANGENT_INPUTS = 4  # q, k and the weights
 
     @staticmethod
     def forward(op, q, k, *rest):

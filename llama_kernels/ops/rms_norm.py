@@ -650,8 +650,8 @@ _rms_norm_tangent = register(
 class _RMSNorm(Differentiable):
     """A `_Forward` -> y, or (y, residual_out). Saves s, which is x or residual_out, the weight and rstd."""
 
-    KEPT = 1
-    DUAL = 3  # x, residual and weight
+    HIDDEN_RESULTS = 1
+    TANGENT_INPUTS = 3  # x, residual and weight
 
     @staticmethod
     def forward(op, x, residual, weight, eps, offset):
@@ -677,7 +677,7 @@ class _RMSNorm(Differentiable):
 class _RMSNormOp(Differentiable):
     """A `_Forward` -> (y, residual_out, rstd), each with a gradient, for calls of the registered op from elsewhere."""
 
-    DUAL = 3
+    TANGENT_INPUTS = 3
 
     @staticmethod
     def forward(op, *call):

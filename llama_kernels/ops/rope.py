@@ -324,7 +324,7 @@ def _rotate_given(op: str, heads: Any, angles: _Angles) -> list[Any]:
 class _Rope(Differentiable):
     """A `_Call` -> the rotated q and k, or q alone. Saves the tables only: the backward rotates the gradients."""
 
-    DUAL = 2  # q and k
+    TANGENT_INPUTS = 2  # q and k
 
     @staticmethod
     def forward(op, q, k, *angles):
@@ -389,7 +389,7 @@ def _zeros_where_unused(grads: Any, q_heads: int, kv_heads: int) -> list[torch.T
 class _RopeQKV(Differentiable):
     """qkv -> q and k rotated, and v as a view. The backward is one launch, which writes the gradient of qkv."""
 
-    DUAL = 1  # qkv
+    TANGENT_INPUTS = 1  # qkv
 
     @staticmethod
     def forward(op, qkv, q_heads, kv_heads, *angles):

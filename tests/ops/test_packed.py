@@ -131,9 +131,9 @@ def test_programs_that_take_several_tiles(case, device, monkeypatch):
         monkeypatch.setattr(module, "programs_for", lambda tokens, sequences, heads, rows, persistent: heads)
     for module in (forward, backward):
         monkeypatch.setattr(module, "is_persistent", lambda call: True)
-    lk.core.launch_cache.forget()
+    lk.core.launch_cache.clear()
     attention.check(case, torch.float16, device)
-    lk.core.launch_cache.forget()
+    lk.core.launch_cache.clear()
 
 
 @pytest.mark.parametrize(

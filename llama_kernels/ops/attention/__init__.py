@@ -27,7 +27,7 @@ import torch
 
 from llama_kernels.core.checks import check_flag
 from llama_kernels.ops.attention.checks import Packing, checked_call
-from llama_kernels.ops.attention.op import attend
+from llama_kernels.ops.attention.op import run_call
 from llama_kernels.reference.attention import AttentionOptions
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def attention(
         "attention", q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
         kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,
     )  # fmt: skip
-    out, lse = attend("attention", call, deterministic)
+    out, lse = run_call("attention", call, deterministic)
     return (out, lse) if return_lse else out
 
 
@@ -190,5 +190,5 @@ def attention_varlen(
         op, q, k, v, packing, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
         kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,
     )  # fmt: skip
-    out, lse = attend(op, call, deterministic)
+    out, lse = run_call(op, call, deterministic)
     return (out, lse) if return_lse else out
