@@ -146,24 +146,24 @@ def _times(x, number):
 
 
 @triton.jit
-def _tangent_of(x, t, rstd, scales, dscales, D: tl.constexpr):
-    """The tangent of x * rstd * scales, where x has the tangent t and scales have the tangent dscales."""
+def _tangent_of(x, tx, rstd, scales, tscales, D: tl.constexpr):
+    """The tangent of x * rstd * scales, where x has the tangent tx and scales have the tangent tscales."""
     xhat = _times(x, rstd)
-    mean = _inner_products(t, xhat) / D
-    dy = Vectors(t.x0 - xhat.x0 * mean, t.x1 - xhat.x1 * mean, t.rest - xhat.rest * mean)
-    dy = _scaled(_times(dy, rstd), scales)
-    return Vectors(dy.x0 + xhat.x0 * dscales.x0, dy.x1 + xhat.x1 * dscales.x1, dy.rest + xhat.rest * dscales.rest)
+    mean = _inner_products(tx, xhat) / D
+    ty = Vectors(tx.x0 - xhat.x0 * mean, tx.x1 - xhat.x1 * mean, tx.rest - xhat.rest * mean)
+    ty = _scaled(_times(ty, rstd), scales)
+    return Vectors(ty.x0 + xhat.x0 * tscales.x0, ty.x1 + xhat.x1 * tscales.x1, ty.rest + xhat.rest * tscales.rest)
 
 
 @triton.jit
 def _forward_heads(
-    x, t, weight_ptr, dweight_ptr, y, b, s, live, angles, H, eps, offset,
+    x, tx, weight_ptr, tweight_ptr, y, b, s, live, angles, H, eps, offset,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate every head of the tokens (b, s) of x, and store it in y. x, t, y: `HeadTensor`.
+    """Normalise and rotate every head of the tokens (b, s) of x, and store it in y. x, tx, y: `HeadTensor`.
 
-    With t, the tangent of x, store the tangent of that result instead. Without, t.ptr is None.
+    With tx, the tangent of x, store the tangent of that result instead. Without, tx.ptr is None.
     """
     if D == 2 * HALF:
         scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
@@ -177,16 +177,16 @@ def _forward_heads(
         rstd = inverse_root(_inner_products(vectors, vectors) / D + eps)
         if D > 2 * HALF:  # registers do not hold the weights of both parts from head to head
             scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-        if t.ptr is None:
+        if tx.ptr is None:
             normed = _scaled(_times(vectors, rstd), scales)
         else:
-            t_ptrs = token_ptrs(t, b, s) + h.to(tl.int64)[None, :] * t.strides[1]
-            tangents = _load_vectors(t_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+            tx_ptrs = token_ptrs(tx, b, s) + h.to(tl.int64)[None, :] * tx.strides[1]
+            tx_vectors = _load_vectors(tx_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
             zero = tl.zeros([1, 1, 1], tl.float32)
-            dscales = Vectors(zero, zero, zero)
-            if dweight_ptr is not None:
-                dscales = _load_scales(dweight_ptr, 0.0, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-            normed = _tangent_of(vectors, tangents, rstd, scales, dscales, D)
+            tscales = Vectors(zero, zero, zero)
+            if tweight_ptr is not None:
+                tscales = _load_scales(tweight_ptr, 0.0, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
+            normed = _tangent_of(vectors, tx_vectors, rstd, scales, tscales, D)
         y0, y1 = rotate(normed.x0, normed.x1, angles)
         _store_vectors(y_ptrs, present, Vectors(y0, y1, normed.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
 
@@ -249,10 +249,10 @@ def _backward_heads(
         rest = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
     dw = Vectors(zeros, zeros, rest)
     groups, blocks = tl.cdiv(H, BLOCK_H), tl.cdiv(S, BLOCK_T)
-    for tile in tl.range(first, B * blocks * groups, programs, num_stages=_STAGES):
-        h = tile % groups * BLOCK_H + tl.arange(0, BLOCK_H)
-        b = tl.cast(tile // groups // blocks, tl.int64)
-        s = tile // groups % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    for tile_index in tl.range(first, B * blocks * groups, programs, num_stages=_STAGES):
+        h = tile_index % groups * BLOCK_H + tl.arange(0, BLOCK_H)
+        b = tl.cast(tile_index // groups // blocks, tl.int64)
+        s = tile_index // groups % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         live = s < S
         present = live[:, None] & (h < H)[None, :]
         angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
@@ -485,15 +485,15 @@ def _tangent_reference(*args):
         (call.q, call.q_weight, tangents.q, tangents.q_weight),
         (call.k, call.k_weight, tangents.k, tangents.k_weight),
     )
-    for out, (x, weight, t, dweight) in zip(outs, sides, strict=True):
+    for out, (x, weight, tx, tweight) in zip(outs, sides, strict=True):
         if x is None:
             continue
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + call.eps)
-        xhat, t = x.float() * rstd, t.float()
-        dy = rstd * (t - xhat * (t * xhat).mean(-1, keepdim=True))
-        dy = dy if weight is None else dy * (call.offset + weight.float())
-        dy = dy if dweight is None else dy + xhat * dweight.float()
-        out.copy_(reference.rope(dy, None, **rotation_of(call)._asdict(), axes=call.axes)[0])
+        xhat, tx = x.float() * rstd, tx.float()
+        ty = rstd * (tx - xhat * (tx * xhat).mean(-1, keepdim=True))
+        ty = ty if weight is None else ty * (call.offset + weight.float())
+        ty = ty if tweight is None else ty + xhat * tweight.float()
+        out.copy_(reference.rope(ty, None, **rotation_of(call)._asdict(), axes=call.axes)[0])
     return outs
 
 

@@ -344,8 +344,8 @@ class _Rope(Differentiable):
         return None, *_rotate_given(ctx.op, grads, _Angles.saved(ctx, backward=True)), *[None] * len(_Angles._fields)
 
     @staticmethod
-    def jvp(ctx, dq, dk):
-        rotated = _rotate_given(ctx.op, (dq, dk), _Angles.saved(ctx, backward=False))
+    def jvp(ctx, tq, tk):
+        rotated = _rotate_given(ctx.op, (tq, tk), _Angles.saved(ctx, backward=False))
         return [x for x in rotated if x is not None]
 
 
@@ -419,9 +419,9 @@ class _RopeQKV(Differentiable):
         return None, dqkv, *[None] * (2 + len(_Angles._fields))  # op, qkv, two numbers of heads, angles
 
     @staticmethod
-    def jvp(ctx, dqkv):
-        dq, dk, dv = _parts(dqkv, *ctx.heads)
-        return *_rotate_given(ctx.op, (dq, dk), _Angles.saved(ctx, backward=False)), dv
+    def jvp(ctx, tqkv):
+        tq, tk, tv = _parts(tqkv, *ctx.heads)
+        return *_rotate_given(ctx.op, (tq, tk), _Angles.saved(ctx, backward=False)), tv
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
