@@ -72,7 +72,7 @@ def key_mask_forgotten(mask, i, j):
 def key_mask_of_the_block(mask, i, j):
     """All keys of a block are hidden or visible as its first key is."""
     see = visible(Mask(mask.shift, mask.left, mask.right, mask.kv_start, mask.kv_end, mask.Sk), i, j)
-    return see & tl.load(mask.keys + j - tl.arange(0, j.shape[1])[None, :])
+    return see & tl.load(mask.key_mask + j - tl.arange(0, j.shape[1])[None, :])
 
 
 @triton.jit
@@ -115,9 +115,7 @@ def prefix_one_too_long(mask, i, j):
 
 
 @triton.jit
-def rows_of_the_prefix_skipped(
-    bounds, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def rows_of_the_prefix_skipped(queries, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
     return begin, end, Sk
 
 

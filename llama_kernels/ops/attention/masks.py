@@ -16,7 +16,7 @@ class Mask(NamedTuple):
     kv_start: tl.tensor = None  # the first key that each row sees, in the shape of i
     kv_end: tl.tensor = None  # one past the last key that each row sees, in the shape of i
     Sk: tl.tensor = None  # number of keys; None where it does not matter what keys past the end give
-    keys: tl.tensor = None  # pointer to one bool for each key, False for a key that no query sees; needs Sk
+    key_mask: tl.tensor = None  # pointer to one bool for each key, False for a key that no query sees; needs Sk
     prefix: tl.tensor = None  # how many first keys each row also sees, in the shape of i; at most the number of keys
 
 
@@ -69,8 +69,8 @@ def visible(mask, i, j):
         own = i + (mask.shift + mask.right + 1)
         end = own if end is None else tl.minimum(end, own)
     see = None
-    if mask.keys is not None:
-        see = tl.load(mask.keys + j, mask=j < mask.Sk, other=False)
+    if mask.key_mask is not None:
+        see = tl.load(mask.key_mask + j, mask=j < mask.Sk, other=False)
     elif mask.Sk is not None:
         end = mask.Sk if end is None else tl.minimum(end, mask.Sk)
     if end is not None:
