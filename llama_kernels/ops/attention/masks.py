@@ -131,7 +131,7 @@ def over_key_blocks(ADD: tl.constexpr, result, rows, keys, scoring, SHAPE: tl.co
     """`result` after all blocks of `keys`, a `Keys` of tiles.py. Blocks at the edges of the mask are MASKED.
 
     ADD(result, rows, keys, begin, end, scoring, SHAPE, MASKED) is the result after the blocks in [begin, end). rows:
-    what it needs of the tile's query rows. SHAPE: a `KeyShape` of tiles.py.
+    what it needs of the tile's query rows. SHAPE: its sizes at compile time.
     """
     blocks = keys.blocks
     if keys.mask.prefix is not None:
