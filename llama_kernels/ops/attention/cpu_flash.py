@@ -40,7 +40,7 @@ def flash_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _without_sinks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = _qkv_of_kernel(call)
+    q, k, v = _float32_qkv(call)
     is_causal = _is_causal(call)
     if is_causal is not None:
         return _FORWARD(q, k, v, 0.0, is_causal, scale=call.scale)
@@ -55,7 +55,7 @@ def _without_sinks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv in float32, of results without dlse."""
-    q, k, v = _qkv_of_kernel(call)
+    q, k, v = _float32_qkv(call)
     do, out, lse = _rows_apart(results.do.float()), _rows_apart(results.out.float()), results.lse.contiguous()
     is_causal = _is_causal(call)
     if is_causal is not None:
@@ -84,7 +84,7 @@ def _is_causal(call: AttentionCall) -> bool | None:
     return True if window.right == 0 and call.q.shape[2] == call.k.shape[2] else None
 
 
-def _qkv_of_kernel(call: AttentionCall) -> tuple[torch.Tensor, ...]:
+def _float32_qkv(call: AttentionCall) -> tuple[torch.Tensor, ...]:
     """q, k and v as the kernel takes them."""
     q, k, v = (_rows_apart(x.float()) for x in (call.q, call.k, call.v))
     if call.sizes.group > 1 and not _TAKES_GROUPS:
