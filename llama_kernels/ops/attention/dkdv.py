@@ -46,9 +46,9 @@ class QueryPointers(NamedTuple):
     do_strides: tl.tuple
     delta_strides: tl.tuple  # also of lse2
     bounds: Bounds
+    cu_seqlens_ptr: tl.tensor
     b: tl.tensor
     start: tl.tensor
-    padded_start: tl.tensor  # in lse2 and delta
     Sq: tl.tensor
 
 
@@ -123,12 +123,13 @@ def _add_dkdv(dk, dv, k, v, j, mask, queries, heads, begin, end, scoring, SHAPE:
     and a pipeline to fill in each loop of each head. To save registers, nothing is hoisted out of the loops.
     """
     bounds, b, start, Sq = queries.bounds, queries.b, queries.start, queries.Sq
+    first_padded = padded_start(queries.cu_seqlens_ptr, b, start)
     BOUNDED: tl.constexpr = bounds.start_ptr is not None or bounds.end_ptr is not None
     MASKED: tl.constexpr = mask.left is not None or mask.right is not None or BOUNDED
     for h in tl.range(heads[0], heads[1], disable_licm=True):
         Q = matrix(queries.q_ptr, queries.q_strides, b, h, start)
         DO = matrix(queries.do_ptr, queries.do_strides, b, h, start)
-        padded = offset(queries.delta_strides, b, h, queries.padded_start)
+        padded = offset(queries.delta_strides, b, h, first_padded)
         for m in tl.range(begin, end, SHAPE.BLOCK_M, disable_licm=True):
             i = m + tl.arange(0, SHAPE.BLOCK_M)
             zero = zero_of_step(m)
@@ -189,7 +190,7 @@ def _dkdv_kernel(
             )  # fmt: skip
             queries = QueryPointers(
                 q_ptr, do_ptr, lse2_ptr, delta_ptr, q_strides, do_strides, delta_strides,
-                bounds, b, q_start, padded_start(cu_seqlens_q_ptr, b, q_start), Sq,
+                bounds, cu_seqlens_q_ptr, b, q_start, Sq,
             )  # fmt: skip
             first_row, row_end, floor, limit = 0, Sq, None, Sk
             if kv_start_ptr is not None or kv_end_ptr is not None:
