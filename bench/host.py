@@ -113,7 +113,7 @@ def measure() -> list[dict[str, Any]]:
                 rows.append(row)
     finally:
         driver._active = before
-        launch_cache.forget()  # its bound launches belong to the stand-in driver
+        launch_cache.clear()  # its bound launches belong to the stand-in driver
     return rows
 
 

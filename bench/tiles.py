@@ -80,10 +80,10 @@ def taking(candidate: Candidate) -> Iterator[None]:
     def tile(family: str, pass_: str, *others: Any) -> Tile:
         return candidate.tile if pass_ == candidate.pass_ else usual(family, pass_, *others)
 
-    launch_cache.forget()
+    launch_cache.clear()
     with mock.patch.object(tables, "tile", tile), mock.patch.object(switch, "may_run", lambda pass_: False):
         yield
-    launch_cache.forget()
+    launch_cache.clear()
 
 
 # --- the calls -------------------------------------------------------------------------------------------------------

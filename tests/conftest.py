@@ -103,7 +103,7 @@ def _reproducible_and_poisoned(request: pytest.FixtureRequest):
     tests marked `deterministic` ask for them.
     """
     torch.manual_seed(0)
-    launch_cache.forget()
+    launch_cache.clear()
     wanted = not request.config.getoption("hopper") or request.node.get_closest_marker("deterministic") is not None
     torch.use_deterministic_algorithms(wanted, warn_only=True)  # some of the reference's operations have none
     yield

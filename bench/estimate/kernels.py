@@ -98,9 +98,9 @@ def _on(gpu: Gpu) -> Iterator[None]:
         for module in (rms_norm, qk_norm_rope):
             stack.enter_context(mock.patch.object(module, "processors_of", lambda _: gpu.sms))
         driver.set_active(StandInDriver(gpu.family))
-        launch_cache.forget()
+        launch_cache.clear()
         yield
-        launch_cache.forget()
+        launch_cache.clear()
 
 
 @contextmanager

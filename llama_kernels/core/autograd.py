@@ -66,24 +66,26 @@ class Differentiable(torch.autograd.Function):
     Outside of transforms, `call` runs the same code in the older form `forward(ctx, *args)`, which costs the host half
     the time.
 
-    With `jvp`, the op has forward mode. It maps the tangents of the first DUAL inputs after `op` to the tangents of
-    what `call` returns. The tangent of a tensor that has none is zeros; that of an input that is None is None. A
-    tangent of any other input raises an error. Without `jvp`, every tangent does.
+    With `jvp`, the op has forward mode. It maps the tangents of the first TANGENT_INPUTS inputs after `op` to the
+    tangents of what `call` returns. The tangent of a tensor that has none is zeros; that of an input that is None is
+    None. A tangent of any other input raises an error. Without `jvp`, every tangent does.
 
     Gradients and tangents that may be differentiated again must come from `call` or from `with_derivatives_of`.
 
     Attributes:
-        KEPT: how many of the last results of `forward` are for the backward alone. `call` does not return them.
-        DUAL: how many of the first inputs after `op` may have a tangent.
+        HIDDEN_RESULTS: how many of the last results of `forward` are for the backward alone: `call` does not return
+            them.
+        TANGENT_INPUTS: how many of the first inputs after `op` may have a tangent.
     """
 
     generate_vmap_rule = True
-    KEPT = 0
-    DUAL = 0
+    HIDDEN_RESULTS = 0
+    TANGENT_INPUTS = 0
     call: Callable[..., tuple[torch.Tensor, ...]]
 
     def __init_subclass__(cls) -> None:
-        compute, setup_context, backward, returned = cls.forward, cls.setup_context, cls.backward, -cls.KEPT or None
+        compute, setup_context, backward = cls.forward, cls.setup_context, cls.backward
+        returned = -cls.HIDDEN_RESULTS or None
         jvp: Any = cls.__dict__.get("jvp")
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -92,7 +94,7 @@ class Differentiable(torch.autograd.Function):
             return results[:returned]
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        older_form: Any = type(cls.__name__, (torch.autograd.Function,), methods)
+        form_with_ctx: Any = type(cls.__name__, (torch.autograd.Function,), methods)
         # A torch.compile around the transform sees only frames of Python here, and would trace the launchers.
         of_transforms: Any = cls
         of_transforms.forward = staticmethod(torch._disable_dynamo(compute))
@@ -101,12 +103,12 @@ class Differentiable(torch.autograd.Function):
 
             def setup_both(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
                 setup_context(ctx, inputs, results)
-                ctx.zeros_of_inputs = [_zeros_of(x) for x in inputs[1 : 1 + cls.DUAL]]
-                ctx.zeros_of_kept = [_zeros_of(x) for x in results[len(results) - cls.KEPT :]]
+                ctx.zeros_of_inputs = [_zeros_of(x) for x in inputs[1 : 1 + cls.TANGENT_INPUTS]]
+                ctx.zeros_of_hidden = [_zeros_of(x) for x in results[len(results) - cls.HIDDEN_RESULTS :]]
 
             def tangents_of(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
                 given = (zeros() if t is None else t for t, zeros in zip(tangents, ctx.zeros_of_inputs, strict=False))
-                return *jvp(ctx, *given), *(zeros() for zeros in ctx.zeros_of_kept)
+                return *jvp(ctx, *given), *(zeros() for zeros in ctx.zeros_of_hidden)
 
             of_transforms.setup_context = staticmethod(setup_both)
             of_transforms.jvp = staticmethod(torch._disable_dynamo(tangents_of))
@@ -118,13 +120,13 @@ class Differentiable(torch.autograd.Function):
                 if jvp is None:
                     refuse_forward_mode(op, *args)
                 else:
-                    refuse_forward_mode(op, *args[cls.DUAL :], of=" of cos and sin")
+                    refuse_forward_mode(op, *args[cls.TANGENT_INPUTS :], of=" of cos and sin")
                 return cls.apply(op, *args)[:returned]
             if torch.compiler.is_dynamo_compiling():
                 if torch.compiler.is_exporting():  # the graph would call forward without gradients, and lose backward
                     return compute(op, *args)[:returned]
                 args = _distinct(args)
-            return older_form.apply(op, *args)
+            return form_with_ctx.apply(op, *args)
 
         cls.call = staticmethod(call)
 

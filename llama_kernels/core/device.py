@@ -15,11 +15,11 @@ from llama_kernels.core.language import HAS_TRITON, INTERPRETED
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch inside this: Triton launches on the current device, which need not be the one that holds `x`."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return _HERE  # nearly always, and every launch asks
+        return _NO_SWITCH  # nearly always, and every launch asks
     return torch.cuda.device(x.device)
 
 
-_HERE = contextlib.nullcontext()
+_NO_SWITCH = contextlib.nullcontext()
 
 # KiB of shared memory that one program may use, by GPU family.
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_kernels.core.versions import check, interpreter_fault, number
+from llama_kernels.core.versions import check_version, interpreter_fault, major_minor
 
 try:
     import triton
@@ -31,7 +31,7 @@ except ImportError as error:
     triton = _Placeholder()
     HAS_TRITON = INTERPRETED = False
 else:
-    check("triton", triton.__version__)
+    check_version("triton", triton.__version__)
     import triton.language as tl
 
     HAS_TRITON = True
@@ -59,7 +59,7 @@ def why_not_interpreted() -> str | None:
 
 
 # Such as (3, 6). Releases compile differently: a tile that fits the registers with one may spill with the next.
-TRITON_VERSION = number(triton.__version__) if HAS_TRITON else (0, 0)
+TRITON_VERSION = major_minor(triton.__version__) if HAS_TRITON else (0, 0)
 
 # The interpreter stores bfloat16 as 16-bit integers. Its loads and casts to float32 are right; its arithmetic, its dot
 # and its rounding are not. Only the two functions below depend on it.

@@ -68,9 +68,9 @@ def cached_launch(launcher: Callable[_P, list[Launch]]) -> Callable[_P, None]:
 
     @functools.wraps(launcher)
     def launch(*given: Any) -> None:
-        args, kinds = _leaves(given)
+        args, signature = _leaves(given)
         with on_device_of(args[0]):
-            key = _cache_key(args, kinds) if _CACHES else None
+            key = _cache_key(args, signature) if _CACHES else None
             if key is not None and (found := cache.get(key)):
                 for run, filled, tensor_slots, descriptor_slots in found:
                     filled = filled.copy()
@@ -97,7 +97,7 @@ def cached_launch(launcher: Callable[_P, list[Launch]]) -> Callable[_P, None]:
     return cast("Callable[_P, None]", launch)
 
 
-def forget() -> None:
+def clear() -> None:
     """Empty the launch caches, so that Triton binds every launch anew.
 
     Call it after a change of Triton's driver, or of a knob that Triton compiles by, such as
@@ -107,42 +107,43 @@ def forget() -> None:
         cache.clear()
 
 
-class _Kinds(NamedTuple):
-    """What follows from the types of arguments: how to expand named tuples, or else what the cache key is made of."""
+class _Signature(NamedTuple):
+    """The types of arguments, and what follows: how to expand named tuples, or else what the cache key is made of."""
 
     number: int  # stands for the types, and for those of the arguments that these were expanded from
     expand: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None  # None: there are no named tuples
-    inner: dict[tuple[type, ...], _Kinds]  # those of the expanded arguments, by their types
+    expanded: dict[tuple[type, ...], _Signature]  # those of the expanded arguments, by their types
     tensors_of: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     others_of: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # neither tensors nor floats
     float_bytes_of: Callable[[tuple[Any, ...]], bytes]
 
 
-_kinds_of_types: dict[tuple[type, ...], _Kinds] = {}
+_signatures: dict[tuple[type, ...], _Signature] = {}
 _numbers = itertools.count()
 
 
-def _leaves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], _Kinds]:
-    """The leaves of `args`, and their kinds."""
+def _leaves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], _Signature]:
+    """The leaves of `args`, and their signature."""
     types = tuple(map(type, args))
-    kinds = _kinds_of_types.get(types) or _kinds(types, _kinds_of_types)
-    while kinds.expand:
-        args = kinds.expand(args)
+    signature = _signatures.get(types) or _signature_of(types, _signatures)
+    while signature.expand:
+        args = signature.expand(args)
         types = tuple(map(type, args))
-        kinds = kinds.inner.get(types) or _kinds(types, kinds.inner)
-    return args, kinds
+        signature = signature.expanded.get(types) or _signature_of(types, signature.expanded)
+    return args, signature
 
 
-def _kinds(types: tuple[type, ...], known: dict[tuple[type, ...], _Kinds]) -> _Kinds:
-    """The kinds of arguments of these types, which are added to `known`."""
+def _signature_of(types: tuple[type, ...], known: dict[tuple[type, ...], _Signature]) -> _Signature:
+    """The signature of arguments of these types, which is added to `known`."""
     named_tuples = [i for i, t in enumerate(types) if hasattr(t, "_fields")]
     tensors = [i for i, t in enumerate(types) if issubclass(t, torch.Tensor)]
     floats = [i for i, t in enumerate(types) if issubclass(t, float)]
     others = [i for i in range(len(types)) if i not in tensors and i not in floats]
     pack, floats_of = struct.Struct(f"{len(floats)}d").pack, _items(floats)
     float_bytes_of = lambda args: pack(*floats_of(args))  # noqa: E731
-    kinds = _Kinds(next(_numbers), _expanding(named_tuples), {}, _items(tensors), _items(others), float_bytes_of)
-    return known.setdefault(types, kinds)
+    expand = _expanding(named_tuples)
+    signature = _Signature(next(_numbers), expand, {}, _items(tensors), _items(others), float_bytes_of)
+    return known.setdefault(types, signature)
 
 
 def _expanding(named_tuples: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
@@ -167,14 +168,14 @@ def _expanding(named_tuples: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple
     return expand
 
 
-def _cache_key(args: tuple[Any, ...], kinds: _Kinds) -> tuple[Any, ...]:
+def _cache_key(args: tuple[Any, ...], signature: _Signature) -> tuple[Any, ...]:
     """The cache key of a call. Calls with one key launch the same machine code with the same numbers, and with their
     tensors in the same places.
 
     Types are in the key, since 1, 1.0 and True are equal and are bound differently. Floats are in it as bytes, since
     0.0 and -0.0 are equal.
     """
-    number, _, _, tensors_of, others_of, float_bytes_of = kinds
+    number, _, _, tensors_of, others_of, float_bytes_of = signature
     tensors = tensors_of(args)
     key = [number, others_of(args), float_bytes_of(args), args[0].get_device()]
     for x in tensors:

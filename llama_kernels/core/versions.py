@@ -16,7 +16,7 @@ NEWEST_TESTED = {"torch": (2, 13), "triton": (3, 9), "transformers": (5, 24)}
 _TITLES = {"triton": "Triton"}
 
 
-def number(version: str) -> tuple[int, int] | None:
+def major_minor(version: str) -> tuple[int, int] | None:
     """(2, 13) for "2.13.0+cu130". None if the text does not begin with a version."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else None
@@ -24,7 +24,7 @@ def number(version: str) -> tuple[int, int] | None:
 
 def too_old(name: str, version: str) -> str | None:
     """The error for a `version` of package `name` that is older than the package works with, or None."""
-    found, oldest = number(version), OLDEST[name]
+    found, oldest = major_minor(version), OLDEST[name]
     if found is None or found >= oldest:
         return None
     title, wanted = _TITLES.get(name, name), ".".join(map(str, oldest))
@@ -36,14 +36,14 @@ def too_old(name: str, version: str) -> str | None:
 
 def untested(name: str, version: str) -> str | None:
     """The warning for a `version` of package `name` that is newer than the tested ones, or None."""
-    found, newest = number(version), NEWEST_TESTED[name]
+    found, newest = major_minor(version), NEWEST_TESTED[name]
     if found is None or found <= newest:
         return None
     tested = ".".join(map(str, newest))
     return f"llama_kernels was tested with {name} up to {tested}; this is {version}. Run `make test` to check."
 
 
-def check(name: str, version: str) -> None:
+def check_version(name: str, version: str) -> None:
     """Raise an ImportError if `version` of package `name` is too old, and warn if it is newer than the tested ones."""
     if error := too_old(name, version):
         raise ImportError(error)
@@ -59,7 +59,7 @@ def interpreter_fault(triton: str, numpy: str | None) -> str | None:
     if numpy is None:
         fix = "Install it: pip install numpy, or with Triton 3.6 pip install 'numpy<2.4'"
         return f"Triton's interpreter needs numpy, which is not installed. {fix}"
-    versions = number(triton), number(numpy)
+    versions = major_minor(triton), major_minor(numpy)
     if versions[0] and versions[1] and versions[0] < (3, 7) and versions[1] >= (2, 4):
         return (
             f"the interpreter of Triton {triton} does not work with numpy {numpy}; wanted numpy below 2.4, or Triton "
@@ -68,4 +68,4 @@ def interpreter_fault(triton: str, numpy: str | None) -> str | None:
     return None
 
 
-check("torch", torch.__version__)
+check_version("torch", torch.__version__)

@@ -75,40 +75,44 @@ class Vectors(NamedTuple):
     rest: tl.tensor  # [BLOCK_T, BLOCK_H, BLOCK_D], or one zero for each vector where there are none
 
 
+class VectorShape(NamedTuple):
+    """The shapes of `Vectors` at compile time: D elements, of which HALF pairs are rotated."""
+
+    D: tl.constexpr
+    HALF: tl.constexpr
+    INTERLEAVED: tl.constexpr
+    BLOCK_T: tl.constexpr
+    BLOCK_H: tl.constexpr
+    BLOCK_R: tl.constexpr
+    BLOCK_D: tl.constexpr
+
+
 @triton.jit
-def _load_vectors(
-    ptrs, present, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _load_vectors(ptrs, present, SHAPE: tl.constexpr):
     """The vectors at ptrs [BLOCK_T, BLOCK_H], as float32; zeros where not present."""
-    x0, x1 = load_pairs(ptrs, present, HALF, INTERLEAVED, BLOCK_R)
+    x0, x1 = load_pairs(ptrs, present, SHAPE.HALF, SHAPE.INTERLEAVED, SHAPE.BLOCK_R)
     rest = tl.zeros([present.shape[0], present.shape[1], 1], tl.float32)
-    if D > 2 * HALF:
-        d = 2 * HALF + tl.arange(0, BLOCK_D)
-        mask = present[:, :, None] & (d < D)[None, None, :]
+    if SHAPE.D > 2 * SHAPE.HALF:
+        d = 2 * SHAPE.HALF + tl.arange(0, SHAPE.BLOCK_D)
+        mask = present[:, :, None] & (d < SHAPE.D)[None, None, :]
         rest = tl.load(ptrs[:, :, None] + d[None, None, :], mask=mask, other=0.0).to(tl.float32)
     return Vectors(x0, x1, rest)
 
 
 @triton.jit
-def _store_vectors(
-    ptrs, present, x, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _store_vectors(ptrs, present, x, SHAPE: tl.constexpr):
     """Store x, rounded once."""
     dtype: tl.constexpr = ptrs.dtype.element_ty
-    store_pairs(ptrs, present, cast(x.x0, dtype), cast(x.x1, dtype), HALF, INTERLEAVED, BLOCK_R)
-    if D > 2 * HALF:
-        d = 2 * HALF + tl.arange(0, BLOCK_D)
-        mask = present[:, :, None] & (d < D)[None, None, :]
+    x0, x1 = cast(x.x0, dtype), cast(x.x1, dtype)
+    store_pairs(ptrs, present, x0, x1, SHAPE.HALF, SHAPE.INTERLEAVED, SHAPE.BLOCK_R)
+    if SHAPE.D > 2 * SHAPE.HALF:
+        d = 2 * SHAPE.HALF + tl.arange(0, SHAPE.BLOCK_D)
+        mask = present[:, :, None] & (d < SHAPE.D)[None, None, :]
         tl.store(ptrs[:, :, None] + d[None, None, :], cast(x.rest, dtype), mask=mask)
 
 
 @triton.jit
-def _load_scales(
-    weight_ptr, offset, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _load_scales(weight_ptr, offset, SHAPE: tl.constexpr):
     """offset + weight for each vector of a tile; 1 where there is no weight.
 
     The weight is loaded once for each vector. Loaded as one vector, with one element a thread, it would give the whole
@@ -117,10 +121,8 @@ def _load_scales(
     one = tl.full([1, 1, 1], 1.0, tl.float32)
     scales = Vectors(one, one, one)
     if weight_ptr is not None:
-        ptrs = weight_ptr + tl.zeros([BLOCK_T, BLOCK_H], tl.int32)
-        w = _load_vectors(
-            ptrs, tl.full([BLOCK_T, BLOCK_H], True, tl.int1), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D
-        )  # fmt: skip
+        ptrs = weight_ptr + tl.zeros([SHAPE.BLOCK_T, SHAPE.BLOCK_H], tl.int32)
+        w = _load_vectors(ptrs, tl.full([SHAPE.BLOCK_T, SHAPE.BLOCK_H], True, tl.int1), SHAPE)
         scales = Vectors(offset + w.x0, offset + w.x1, offset + w.rest)
     return scales
 
@@ -146,49 +148,47 @@ def _times(x, number):
 
 
 @triton.jit
-def _tangent_of(x, t, rstd, scales, dscales, D: tl.constexpr):
-    """The tangent of x * rstd * scales, where x has the tangent t and scales have the tangent dscales."""
+def _tangent_of(x, tx, rstd, scales, tscales, D: tl.constexpr):
+    """The tangent of x * rstd * scales, where x has the tangent tx and scales have the tangent tscales."""
     xhat = _times(x, rstd)
-    mean = _inner_products(t, xhat) / D
-    dy = Vectors(t.x0 - xhat.x0 * mean, t.x1 - xhat.x1 * mean, t.rest - xhat.rest * mean)
-    dy = _scaled(_times(dy, rstd), scales)
-    return Vectors(dy.x0 + xhat.x0 * dscales.x0, dy.x1 + xhat.x1 * dscales.x1, dy.rest + xhat.rest * dscales.rest)
+    mean = _inner_products(tx, xhat) / D
+    ty = Vectors(tx.x0 - xhat.x0 * mean, tx.x1 - xhat.x1 * mean, tx.rest - xhat.rest * mean)
+    ty = _scaled(_times(ty, rstd), scales)
+    return Vectors(ty.x0 + xhat.x0 * tscales.x0, ty.x1 + xhat.x1 * tscales.x1, ty.rest + xhat.rest * tscales.rest)
 
 
 @triton.jit
 def _forward_heads(
-    x, t, weight_ptr, dweight_ptr, y, b, s, live, angles, H, eps, offset,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, tx, weight_ptr, tweight_ptr, y, b, s, live, angles, H, eps, offset, SHAPE: tl.constexpr
 ):  # fmt: skip
-    """Normalise and rotate every head of the tokens (b, s) of x, and store it in y. x, t, y: `HeadTensor`.
+    """Normalise and rotate every head of the tokens (b, s) of x, and store it in y. x, tx, y: `HeadTensor`.
 
-    With t, the tangent of x, store the tangent of that result instead. Without, t.ptr is None.
+    With tx, the tangent of x, store the tangent of that result instead. Without, tx.ptr is None.
     """
-    if D == 2 * HALF:
-        scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
+    if SHAPE.D == 2 * SHAPE.HALF:
+        scales = _load_scales(weight_ptr, offset, SHAPE)
     x_tokens, y_tokens = token_ptrs(x, b, s), token_ptrs(y, b, s)  # [BLOCK_T, 1]
-    for h0 in range(0, H, BLOCK_H):
-        h = h0 + tl.arange(0, BLOCK_H)
+    for h0 in range(0, H, SHAPE.BLOCK_H):
+        h = h0 + tl.arange(0, SHAPE.BLOCK_H)
         present = live[:, None] & (h < H)[None, :]
         x_ptrs = x_tokens + h.to(tl.int64)[None, :] * x.strides[1]  # [BLOCK_T, BLOCK_H]
         y_ptrs = y_tokens + h.to(tl.int64)[None, :] * y.strides[1]
-        vectors = _load_vectors(x_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
-        rstd = inverse_root(_inner_products(vectors, vectors) / D + eps)
-        if D > 2 * HALF:  # registers do not hold the weights of both parts from head to head
-            scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-        if t.ptr is None:
+        vectors = _load_vectors(x_ptrs, present, SHAPE)
+        rstd = inverse_root(_inner_products(vectors, vectors) / SHAPE.D + eps)
+        if SHAPE.D > 2 * SHAPE.HALF:  # registers do not hold the weights of both parts from head to head
+            scales = _load_scales(weight_ptr, offset, SHAPE)
+        if tx.ptr is None:
             normed = _scaled(_times(vectors, rstd), scales)
         else:
-            t_ptrs = token_ptrs(t, b, s) + h.to(tl.int64)[None, :] * t.strides[1]
-            tangents = _load_vectors(t_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+            tx_ptrs = token_ptrs(tx, b, s) + h.to(tl.int64)[None, :] * tx.strides[1]
+            tx_vectors = _load_vectors(tx_ptrs, present, SHAPE)
             zero = tl.zeros([1, 1, 1], tl.float32)
-            dscales = Vectors(zero, zero, zero)
-            if dweight_ptr is not None:
-                dscales = _load_scales(dweight_ptr, 0.0, D, HALF, INTERLEAVED, live.shape[0], BLOCK_H, BLOCK_R, BLOCK_D)
-            normed = _tangent_of(vectors, tangents, rstd, scales, dscales, D)
+            tscales = Vectors(zero, zero, zero)
+            if tweight_ptr is not None:
+                tscales = _load_scales(tweight_ptr, 0.0, SHAPE)
+            normed = _tangent_of(vectors, tx_vectors, rstd, scales, tscales, SHAPE.D)
         y0, y1 = rotate(normed.x0, normed.x1, angles)
-        _store_vectors(y_ptrs, present, Vectors(y0, y1, normed.rest), D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+        _store_vectors(y_ptrs, present, Vectors(y0, y1, normed.rest), SHAPE)
 
 
 @triton.jit(do_not_specialize=["S", "Hq", "Hkv", "positions", "axes_count"])
@@ -218,69 +218,68 @@ def _qk_norm_rope_forward_kernel(
     if axes_ptr is not None:
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
     angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, False, BLOCK_R)
+    SHAPE: tl.constexpr = VectorShape(D, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D)
     _forward_heads(
         HeadTensor(q_ptr, q_strides), HeadTensor(tq_ptr, tq_strides), q_weight_ptr, tq_weight_ptr,
-        HeadTensor(q_out_ptr, q_out_strides), b, s, live, angles, Hq, eps, offset,
-        D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
+        HeadTensor(q_out_ptr, q_out_strides), b, s, live, angles, Hq, eps, offset, SHAPE,
     )  # fmt: skip
     if k_ptr is not None:
         _forward_heads(
             HeadTensor(k_ptr, k_strides), HeadTensor(tk_ptr, tk_strides), k_weight_ptr, tk_weight_ptr,
-            HeadTensor(k_out_ptr, k_out_strides), b, s, live, angles, Hkv, eps, offset,
-            D, HALF, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
+            HeadTensor(k_out_ptr, k_out_strides), b, s, live, angles, Hkv, eps, offset, SHAPE,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_heads(
     dy_heads, x_heads, weight_ptr, dx_heads, dw_ptr, tables, axes,
-    first, programs, B, S, H, eps, offset,
-    D: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    first, programs, B, S, H, eps, offset, FULL: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """dx of every `programs`-th tile of BLOCK_T tokens by BLOCK_H heads, from tile `first` on. *_heads: `HeadTensor`.
 
     The sum of these tiles for dweight goes to row `first` of dw (programs, D).
     """
-    scales = _load_scales(weight_ptr, offset, D, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D)
-    zeros = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_R], tl.float32)
+    BLOCK_T: tl.constexpr = SHAPE.BLOCK_T
+    BLOCK_H: tl.constexpr = SHAPE.BLOCK_H
+    scales = _load_scales(weight_ptr, offset, SHAPE)
+    zeros = tl.zeros([BLOCK_T, BLOCK_H, SHAPE.BLOCK_R], tl.float32)
     rest = tl.zeros([BLOCK_T, BLOCK_H, 1], tl.float32)
-    if D > 2 * HALF:
-        rest = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
+    if SHAPE.D > 2 * SHAPE.HALF:
+        rest = tl.zeros([BLOCK_T, BLOCK_H, SHAPE.BLOCK_D], tl.float32)
     dw = Vectors(zeros, zeros, rest)
     groups, blocks = tl.cdiv(H, BLOCK_H), tl.cdiv(S, BLOCK_T)
-    for tile in tl.range(first, B * blocks * groups, programs, num_stages=_STAGES):
-        h = tile % groups * BLOCK_H + tl.arange(0, BLOCK_H)
-        b = tl.cast(tile // groups // blocks, tl.int64)
-        s = tile // groups % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    for tile_index in tl.range(first, B * blocks * groups, programs, num_stages=_STAGES):
+        h = tile_index % groups * BLOCK_H + tl.arange(0, BLOCK_H)
+        b = tl.cast(tile_index // groups // blocks, tl.int64)
+        s = tile_index // groups % blocks * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         live = s < S
         present = live[:, None] & (h < H)[None, :]
-        angles = load_angles(tables, axes, b, s, live, HALF, FULL, INTERLEAVED, True, BLOCK_R)
+        angles = load_angles(tables, axes, b, s, live, SHAPE.HALF, FULL, SHAPE.INTERLEAVED, True, SHAPE.BLOCK_R)
         heads = h.to(tl.int64)[None, :]
         x_ptrs = token_ptrs(x_heads, b, s) + heads * x_heads.strides[1]
         dy_ptrs = token_ptrs(dy_heads, b, s) + heads * dy_heads.strides[1]
         dx_ptrs = token_ptrs(dx_heads, b, s) + heads * dx_heads.strides[1]
-        x = _load_vectors(x_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
-        dy = _load_vectors(dy_ptrs, present, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+        x = _load_vectors(x_ptrs, present, SHAPE)
+        dy = _load_vectors(dy_ptrs, present, SHAPE)
         g0, g1 = rotate(dy.x0, dy.x1, angles)
         g = Vectors(g0, g1, dy.rest)
-        rstd = inverse_root(_inner_products(x, x) / D + eps)
+        rstd = inverse_root(_inner_products(x, x) / SHAPE.D + eps)
         rstd = tl.where(present[:, :, None], rstd, 0.0)  # absent vectors get 0, even if eps is 0
         xhat = _times(x, rstd)
         if dw_ptr is not None:
             dw = Vectors(dw.x0 + g.x0 * xhat.x0, dw.x1 + g.x1 * xhat.x1, dw.rest + g.rest * xhat.rest)
         g = _scaled(g, scales)
-        mean = _inner_products(g, xhat) / D
+        mean = _inner_products(g, xhat) / SHAPE.D
         dx = Vectors(g.x0 - xhat.x0 * mean, g.x1 - xhat.x1 * mean, g.rest - xhat.rest * mean)
         dx = _times(dx, rstd)
-        _store_vectors(dx_ptrs, present, dx, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+        _store_vectors(dx_ptrs, present, dx, SHAPE)
     if dw_ptr is not None:
         total = Vectors(
             tl.sum(tl.sum(dw.x0, 0), 0)[None, None, :], tl.sum(tl.sum(dw.x1, 0), 0)[None, None, :],
             tl.sum(tl.sum(dw.rest, 0), 0)[None, None, :],
         )  # fmt: skip
-        row = dw_ptr + tl.cast(first, tl.int64) * D + tl.zeros([1, 1], tl.int32)
-        _store_vectors(row, tl.full([1, 1], True, tl.int1), total, D, HALF, INTERLEAVED, BLOCK_R, BLOCK_D)
+        row = dw_ptr + tl.cast(first, tl.int64) * SHAPE.D + tl.zeros([1, 1], tl.int32)
+        _store_vectors(row, tl.full([1, 1], True, tl.int1), total, SHAPE)
 
 
 @triton.jit(do_not_specialize=["B", "S", "Hq", "Hkv", "positions", "axes_count", "q_programs"])
@@ -308,19 +307,18 @@ def _qk_norm_rope_backward_kernel(
     axes = None
     if axes_ptr is not None:
         axes = Axes(axes_ptr, axes_strides[0], axes_strides[1], axes_count)
+    SHAPE: tl.constexpr = VectorShape(D, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D)
     if pid < q_programs:
         _backward_heads(
             HeadTensor(dq_out_ptr, dq_out_strides), HeadTensor(q_ptr, q_strides), q_weight_ptr,
             HeadTensor(dq_ptr, dq_strides), q_partials_ptr, tables, axes,
-            pid, q_programs, B, S, Hq, eps, offset,
-            D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
+            pid, q_programs, B, S, Hq, eps, offset, FULL, SHAPE,
         )  # fmt: skip
     elif k_ptr is not None:
         _backward_heads(
             HeadTensor(dk_out_ptr, dk_out_strides), HeadTensor(k_ptr, k_strides), k_weight_ptr,
             HeadTensor(dk_ptr, dk_strides), k_partials_ptr, tables, axes,
-            pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, eps, offset,
-            D, HALF, FULL, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_R, BLOCK_D,
+            pid - q_programs, tl.num_programs(0) - q_programs, B, S, Hkv, eps, offset, FULL, SHAPE,
         )  # fmt: skip
 
 
@@ -485,15 +483,15 @@ def _tangent_reference(*args):
         (call.q, call.q_weight, tangents.q, tangents.q_weight),
         (call.k, call.k_weight, tangents.k, tangents.k_weight),
     )
-    for out, (x, weight, t, dweight) in zip(outs, sides, strict=True):
+    for out, (x, weight, tx, tweight) in zip(outs, sides, strict=True):
         if x is None:
             continue
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + call.eps)
-        xhat, t = x.float() * rstd, t.float()
-        dy = rstd * (t - xhat * (t * xhat).mean(-1, keepdim=True))
-        dy = dy if weight is None else dy * (call.offset + weight.float())
-        dy = dy if dweight is None else dy + xhat * dweight.float()
-        out.copy_(reference.rope(dy, None, **rotation_of(call)._asdict(), axes=call.axes)[0])
+        xhat, tx = x.float() * rstd, tx.float()
+        ty = rstd * (tx - xhat * (tx * xhat).mean(-1, keepdim=True))
+        ty = ty if weight is None else ty * (call.offset + weight.float())
+        ty = ty if tweight is None else ty + xhat * tweight.float()
+        out.copy_(reference.rope(ty, None, **rotation_of(call)._asdict(), axes=call.axes)[0])
     return outs
 
 
@@ -575,7 +573,7 @@ _qk_norm_rope_backward = register(
 class _QKNormRope(Differentiable):
     """A `_Forward` -> q and k normed and rotated, or q alone. Saves q, k, the weights and the tables."""
 
-    DUAL = 4  # q, k and the weights
+    TANGENT_INPUTS = 4  # q, k and the weights
 
     @staticmethod
     def forward(op, q, k, *rest):

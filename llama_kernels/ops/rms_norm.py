@@ -9,6 +9,8 @@ and in the backward, with g = dy * (offset + weight):
     dx = rstd * (g - xhat * mean(g * xhat)) + ds    ds: the gradient of residual_out, which is s
     dweight = sum of dy * xhat over rows
 
+In forward mode the tangents of x, weight and y are tx, tweight and ty.
+
 A row is one vector over the last dimension. Every tensor is passed with the strides of up to three row dimensions, so
 rows need not be contiguous: a norm of each head reads a packed projection in place.
 
@@ -328,63 +330,63 @@ def _rms_norm_weight_grad_kernel(
 
 
 @triton.jit
-def _tangent_of(t, xhat, rstd, mean, weight_ptr, dweight_ptr, cols, eps, offset, N: tl.constexpr):
-    """The tangent of y in the columns `cols`, where x has the tangent t. mean: of t * xhat over the row."""
+def _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset, N: tl.constexpr):
+    """The tangent of y in the columns `cols`, where x has the tangent tx. mean: of tx * xhat over the row."""
     if N == 1:
-        dy = t * rstd * (eps * rstd * rstd)  # as in `_store_dx`
+        ty = tx * rstd * (eps * rstd * rstd)  # as in `_store_dx`
     else:
-        dy = rstd * (t - xhat * mean)
-    dy *= _load_scale(weight_ptr, cols, offset, N)
-    if dweight_ptr is not None:
-        dy += xhat * _load_scale(dweight_ptr, cols, 0.0, N)
-    return dy
+        ty = rstd * (tx - xhat * mean)
+    ty *= _load_scale(weight_ptr, cols, offset, N)
+    if tweight_ptr is not None:
+        ty += xhat * _load_scale(tweight_ptr, cols, 0.0, N)
+    return ty
 
 
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_tangent_kernel(
-    t_ptr, x_ptr, weight_ptr, dweight_ptr, rstd_ptr, dy_ptr,
-    t_strides, x_strides, rstd_strides, dy_strides, row_sizes,
+    tx_ptr, x_ptr, weight_ptr, tweight_ptr, rstd_ptr, ty_ptr,
+    tx_strides, x_strides, rstd_strides, ty_strides, row_sizes,
     M, eps, offset,
     N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dy = rstd * (t - xhat * mean(t * xhat)) * (offset + weight) + xhat * dweight, xhat = x * rstd: the tangent of y,
-    where x has the tangent t and the weight has the tangent dweight.
+    """ty = rstd * (tx - xhat * mean(tx * xhat)) * (offset + weight) + xhat * tweight, where xhat = x * rstd.
 
-    A program computes BLOCK_R rows, in float32. t, x, dy: (M, N); weight, dweight: (N,) or None; rstd: (M,) float32.
-    Bytes: t and x in, dy out, once each. Of rows longer than BLOCK_N all but the last step of t and x is read twice.
+    ty is the tangent of y, where x has the tangent tx and the weight has the tangent tweight.
+    A program computes BLOCK_R rows, in float32. tx, x, ty: (M, N); weight, tweight: (N,) or None; rstd: (M,) float32.
+    Bytes: tx and x in, ty out, once each. Of rows longer than BLOCK_N all but the last step of tx and x is read twice.
     FLOPs: 8 M N.
     """
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = rows < M
-    t_rows = t_ptr + _row_starts(rows, row_sizes, t_strides)
+    tx_rows = tx_ptr + _row_starts(rows, row_sizes, tx_strides)
     x_rows = x_ptr + _row_starts(rows, row_sizes, x_strides)
-    dy_rows = dy_ptr + _row_starts(rows, row_sizes, dy_strides)
-    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    ty_rows = ty_ptr + _row_starts(rows, row_sizes, ty_strides)
+    dtype: tl.constexpr = ty_ptr.dtype.element_ty
     rstd = tl.load(rstd_ptr + _row_starts(rows, row_sizes, rstd_strides), mask=live, other=0.0)[:, None]
 
-    t = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    tx = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     xhat = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     mean = tl.zeros([BLOCK_R], tl.float32)
     for n in range(0, N, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
-        t = _load(t_rows, cols, mask)  # [BLOCK_R, BLOCK_N]
+        tx = _load(tx_rows, cols, mask)  # [BLOCK_R, BLOCK_N]
         xhat = _load(x_rows, cols, mask) * rstd
-        mean += tl.sum(t * xhat, 1)
+        mean += tl.sum(tx * xhat, 1)
     mean = mean[:, None] / N
 
     last = (N - 1) // BLOCK_N * BLOCK_N
     cols = last + tl.arange(0, BLOCK_N)
-    dy = _tangent_of(t, xhat, rstd, mean, weight_ptr, dweight_ptr, cols, eps, offset, N)
-    tl.store(dy_rows[:, None] + cols[None, :], cast(dy, dtype), mask=live[:, None] & (cols < N)[None, :])
+    ty = _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset, N)
+    tl.store(ty_rows[:, None] + cols[None, :], cast(ty, dtype), mask=live[:, None] & (cols < N)[None, :])
     # The last step is in registers; of the others, the later ones are likelier to be in L2.
     for step in range(1, tl.cdiv(N, BLOCK_N)):
         cols = last - step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
-        t = _load(t_rows, cols, mask)
+        tx = _load(tx_rows, cols, mask)
         xhat = _load(x_rows, cols, mask) * rstd
-        dy = _tangent_of(t, xhat, rstd, mean, weight_ptr, dweight_ptr, cols, eps, offset, N)
-        tl.store(dy_rows[:, None] + cols[None, :], cast(dy, dtype), mask=mask)
+        ty = _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset, N)
+        tl.store(ty_rows[:, None] + cols[None, :], cast(ty, dtype), mask=mask)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -418,10 +420,10 @@ class _Backward(NamedTuple):
 class _Tangent(NamedTuple):
     """The parameters of the op `rms_norm_tangent`."""
 
-    t: torch.Tensor  # the tangent of x
+    tx: torch.Tensor  # the tangent of x
     x: torch.Tensor  # what was normalised: s where there was a residual
     weight: torch.Tensor | None
-    dweight: torch.Tensor | None  # the tangent of the weight
+    tweight: torch.Tensor | None  # the tangent of the weight
     rstd: torch.Tensor
     eps: float
     offset: float
@@ -507,19 +509,19 @@ def _launch_backward(
 
 
 @cached_launch
-def _launch_tangent(call: _Tangent, dy: torch.Tensor) -> list[Launch]:
-    """The launch that fills dy, the tangent of y."""
-    rows = rows_of(call.x, call.t, call.rstd, dy)
+def _launch_tangent(call: _Tangent, ty: torch.Tensor) -> list[Launch]:
+    """The launch that fills ty, the tangent of y."""
+    rows = rows_of(call.x, call.tx, call.rstd, ty)
     if not rows.count or not call.x.shape[-1]:
         return []
     _check_row_count(rows.count)
-    require_contiguous(call.weight, call.dweight)
+    require_contiguous(call.weight, call.tweight)
     N = call.x.shape[-1]
-    tile = row_tile("backward", N, _widest(call.t, call.x, call.weight))  # like the backward, it holds two rows
-    x, t, rstd, out = rows.tensors
-    x_strides, t_strides, rstd_strides, dy_strides = rows.strides
+    tile = row_tile("backward", N, _widest(call.tx, call.x, call.weight))  # like the backward, it holds two rows
+    x, tx, rstd, out = rows.tensors
+    x_strides, tx_strides, rstd_strides, ty_strides = rows.strides
     args = (
-        t, x, call.weight, call.dweight, rstd, out, t_strides, x_strides, rstd_strides, dy_strides, rows.sizes,
+        tx, x, call.weight, call.tweight, rstd, out, tx_strides, x_strides, rstd_strides, ty_strides, rows.sizes,
         rows.count, call.eps, call.offset,
     )  # fmt: skip
     return [Launch(_rms_norm_tangent_kernel, (cdiv(rows.count, tile.BLOCK_R),), args, tile.options(N, x.device))]
@@ -598,20 +600,20 @@ def _tangent_fake(call):
 
 
 def _tangent(call):
-    dy = _tangent_fake(call)
-    _launch_tangent(call, dy)
-    return dy
+    ty = _tangent_fake(call)
+    _launch_tangent(call, ty)
+    return ty
 
 
 def _tangent_reference(call):
-    xhat, t = call.x.float() * call.rstd, call.t.float()
+    xhat, tx = call.x.float() * call.rstd, call.tx.float()
     if call.x.shape[-1] == 1:
-        dy = t * call.rstd * (call.eps * call.rstd.square())  # as in `_store_dx`
+        ty = tx * call.rstd * (call.eps * call.rstd.square())  # as in `_store_dx`
     else:
-        dy = call.rstd * (t - xhat * (t * xhat).mean(-1, keepdim=True))
-    dy = dy if call.weight is None else dy * (call.offset + call.weight.float())
-    dy = dy if call.dweight is None else dy + xhat * call.dweight.float()
-    return _tangent_fake(call).copy_(dy)
+        ty = call.rstd * (tx - xhat * (tx * xhat).mean(-1, keepdim=True))
+    ty = ty if call.weight is None else ty * (call.offset + call.weight.float())
+    ty = ty if call.tweight is None else ty + xhat * call.tweight.float()
+    return _tangent_fake(call).copy_(ty)
 
 
 # -> y, residual_out (empty without a residual), rstd (..., 1) float32
@@ -633,9 +635,9 @@ _rms_norm_backward = register(
 )
 
 
-# -> the tangent of y, where x has the tangent t and the weight the tangent dweight
+# -> the tangent of y, where x has the tangent tx and the weight the tangent tweight
 _rms_norm_tangent = register(
-    "rms_norm_tangent(Tensor t, Tensor x, Tensor? weight, Tensor? dweight, Tensor rstd, float eps, float offset, "
+    "rms_norm_tangent(Tensor tx, Tensor x, Tensor? weight, Tensor? tweight, Tensor rstd, float eps, float offset, "
     "ScalarType dtype) -> Tensor",
     call=_Tangent,
     kernel=_tangent,
@@ -650,8 +652,8 @@ _rms_norm_tangent = register(
 class _RMSNorm(Differentiable):
     """A `_Forward` -> y, or (y, residual_out). Saves s, which is x or residual_out, the weight and rstd."""
 
-    KEPT = 1
-    DUAL = 3  # x, residual and weight
+    HIDDEN_RESULTS = 1
+    TANGENT_INPUTS = 3  # x, residual and weight
 
     @staticmethod
     def forward(op, x, residual, weight, eps, offset):
@@ -670,14 +672,14 @@ class _RMSNorm(Differentiable):
         return _gradients(ctx, ctx.saved_tensors, dy, ds)
 
     @staticmethod
-    def jvp(ctx, dx, dresidual, dweight):
-        return _tangents(ctx, ctx.saved_tensors, dx, dresidual, dweight)
+    def jvp(ctx, tx, tresidual, tweight):
+        return _tangents(ctx, ctx.saved_tensors, tx, tresidual, tweight)
 
 
 class _RMSNormOp(Differentiable):
     """A `_Forward` -> (y, residual_out, rstd), each with a gradient, for calls of the registered op from elsewhere."""
 
-    DUAL = 3
+    TANGENT_INPUTS = 3
 
     @staticmethod
     def forward(op, *call):
@@ -698,11 +700,11 @@ class _RMSNormOp(Differentiable):
         return _gradients(ctx, saved, dy, ds)
 
     @staticmethod
-    def jvp(ctx, dx, dresidual, dweight):
+    def jvp(ctx, tx, tresidual, tweight):
         saved = s, _, rstd = ctx.saved_tensors
-        dy, ds = (*_tangents(ctx, saved, dx, dresidual, dweight), None)[:2]
-        drstd = -(rstd**3) * (s.float() * (dx if ds is None else ds).float()).mean(-1, keepdim=True)
-        return dy, dx.new_empty(0) if ds is None else ds, drstd
+        ty, ts = (*_tangents(ctx, saved, tx, tresidual, tweight), None)[:2]
+        trstd = -(rstd**3) * (s.float() * (tx if ts is None else ts).float()).mean(-1, keepdim=True)
+        return ty, tx.new_empty(0) if ts is None else ts, trstd
 
 
 def _gradients(ctx, saved, dy, ds):
@@ -731,15 +733,15 @@ def _gradients(ctx, saved, dy, ds):
     return None, *grads, None, None
 
 
-def _tangents(ctx, saved, dx, dresidual, dweight):
+def _tangents(ctx, saved, tx, tresidual, tweight):
     """What the jvp of both Functions returns: the tangents of y and, with a residual, of residual_out."""
     s, weight, rstd = saved
     x_dtype, residual_dtype = ctx.grad_dtypes
-    ds = dx if residual_dtype is None else (dx + dresidual).to(residual_dtype)
-    t, dweight = last_dim_contiguous(ds), None if dweight is None else last_dim_contiguous(dweight)
-    dy = _rms_norm_tangent(t, s, weight, dweight, rstd, ctx.eps, ctx.offset, x_dtype)
-    (dy,) = with_derivatives_of(_Plain(ctx.eps, ctx.offset).tangent, (dy,), (t, dweight, s, weight))
-    return (dy,) if residual_dtype is None else (dy, ds)
+    ts = tx if residual_dtype is None else (tx + tresidual).to(residual_dtype)
+    t, tweight = last_dim_contiguous(ts), None if tweight is None else last_dim_contiguous(tweight)
+    ty = _rms_norm_tangent(t, s, weight, tweight, rstd, ctx.eps, ctx.offset, x_dtype)
+    (ty,) = with_derivatives_of(_Plain(ctx.eps, ctx.offset).tangent, (ty,), (t, tweight, s, weight))
+    return (ty,) if residual_dtype is None else (ty, ts)
 
 
 class _Plain(NamedTuple):
@@ -758,7 +760,7 @@ class _Plain(NamedTuple):
         return dx if ds is None else dx + ds.float(), dw
 
     def tangent(self, constants: Any, *given: torch.Tensor | None) -> Any:
-        """dy. given: the tangents of s and of the weight, then s and the weight."""
+        """That of y. given: the tangents of s and of the weight, then s and the weight."""
         tangents, inputs = ([x for x in pair if x is not None] for pair in (given[:2], given[2:]))
         return pushforward(self.y, inputs, tangents)
 

@@ -324,7 +324,7 @@ def _rotate_given(op: str, heads: Any, angles: _Angles) -> list[Any]:
 class _Rope(Differentiable):
     """A `_Call` -> the rotated q and k, or q alone. Saves the tables only: the backward rotates the gradients."""
 
-    DUAL = 2  # q and k
+    TANGENT_INPUTS = 2  # q and k
 
     @staticmethod
     def forward(op, q, k, *angles):
@@ -344,8 +344,8 @@ class _Rope(Differentiable):
         return None, *_rotate_given(ctx.op, grads, _Angles.saved(ctx, backward=True)), *[None] * len(_Angles._fields)
 
     @staticmethod
-    def jvp(ctx, dq, dk):
-        rotated = _rotate_given(ctx.op, (dq, dk), _Angles.saved(ctx, backward=False))
+    def jvp(ctx, tq, tk):
+        rotated = _rotate_given(ctx.op, (tq, tk), _Angles.saved(ctx, backward=False))
         return [x for x in rotated if x is not None]
 
 
@@ -389,7 +389,7 @@ def _zeros_where_unused(grads: Any, q_heads: int, kv_heads: int) -> list[torch.T
 class _RopeQKV(Differentiable):
     """qkv -> q and k rotated, and v as a view. The backward is one launch, which writes the gradient of qkv."""
 
-    DUAL = 1  # qkv
+    TANGENT_INPUTS = 1  # qkv
 
     @staticmethod
     def forward(op, qkv, q_heads, kv_heads, *angles):
@@ -419,9 +419,9 @@ class _RopeQKV(Differentiable):
         return None, dqkv, *[None] * (2 + len(_Angles._fields))  # op, qkv, two numbers of heads, angles
 
     @staticmethod
-    def jvp(ctx, dqkv):
-        dq, dk, dv = _parts(dqkv, *ctx.heads)
-        return *_rotate_given(ctx.op, (dq, dk), _Angles.saved(ctx, backward=False)), dv
+    def jvp(ctx, tqkv):
+        tq, tk, tv = _parts(tqkv, *ctx.heads)
+        return *_rotate_given(ctx.op, (tq, tk), _Angles.saved(ctx, backward=False)), tv
 
 
 # --- public functions ------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # --- registered op ---------------------------------------------------------------------------------------------------
 
 
-def _backward_by(run: Callable[..., Any]) -> Callable[..., Any]:
+def _rope_backward_by(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` as a function of the arguments of `rope_attention_backward`, by position."""
 
     def backward(
@@ -82,9 +82,9 @@ _rope_attention_backward = register(
     "float scale, float? softcap, SymInt? left, SymInt? right, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dsinks, bool? deterministic, "
     "Tensor? kv_prefix=None, Tensor? axes=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=_backward_by(_rotating(launch_backward)),
-    reference=_backward_by(_rotating(plain_backward)),
-    fake=_backward_by(lambda call, results, wanted, *_: empty_grads(call, wanted)),
+    kernel=_rope_backward_by(_rotating(launch_backward)),
+    reference=_rope_backward_by(_rotating(plain_backward)),
+    fake=_rope_backward_by(lambda call, results, wanted, *_: empty_grads(call, wanted)),
 )
 count_flops("rope_attention_backward", products_of_D=3, products_of_Dv=2)  # as attention_backward
 

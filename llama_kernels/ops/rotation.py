@@ -223,29 +223,29 @@ def rotate(x0, x1, angles):
 
 @triton.jit
 def _inverse_rotation_of_pairs(
-    x0, x1, tables, b, s, live, HALF: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr
+    x0, x1, tables, b, s, live, HALF: tl.constexpr, BLOCK_T: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """The pairs x0, x1 [BLOCK, PAIRS] rotated by their negative angles. Pairs from HALF on stay as they are.
+    """The pairs x0, x1 [BLOCK_T, PAIRS] rotated by their negative angles. Pairs from HALF on stay as they are.
 
     It works on 32 pairs of a token at a time, since beside x there are no registers for more angles.
     """
     if PAIRS > 32:
         SOME: tl.constexpr = PAIRS // 2
-        y0, z0 = tl.split(x0.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
-        y1, z1 = tl.split(x1.reshape(BLOCK, 2, SOME).permute(0, 2, 1))
-        y0, y1 = _inverse_rotation_of_pairs(y0, y1, tables, b, s, live, HALF, BLOCK, SOME)
+        y0, z0 = tl.split(x0.reshape(BLOCK_T, 2, SOME).permute(0, 2, 1))
+        y1, z1 = tl.split(x1.reshape(BLOCK_T, 2, SOME).permute(0, 2, 1))
+        y0, y1 = _inverse_rotation_of_pairs(y0, y1, tables, b, s, live, HALF, BLOCK_T, SOME)
         if HALF > SOME:
             later = Tables(
                 tables.cos_ptr + SOME * tl.cast(tables.cos_strides[2], tl.int64),
                 tables.sin_ptr + SOME * tl.cast(tables.sin_strides[2], tl.int64), tables.position_ids_ptr,
                 tables.cos_strides, tables.sin_strides, tables.position_strides, tables.positions,
             )  # fmt: skip
-            z0, z1 = _inverse_rotation_of_pairs(z0, z1, later, b, s, live, HALF - SOME, BLOCK, SOME)
-        y0 = tl.join(y0, z0).permute(0, 2, 1).reshape(BLOCK, PAIRS)
-        y1 = tl.join(y1, z1).permute(0, 2, 1).reshape(BLOCK, PAIRS)
+            z0, z1 = _inverse_rotation_of_pairs(z0, z1, later, b, s, live, HALF - SOME, BLOCK_T, SOME)
+        y0 = tl.join(y0, z0).permute(0, 2, 1).reshape(BLOCK_T, PAIRS)
+        y1 = tl.join(y1, z1).permute(0, 2, 1).reshape(BLOCK_T, PAIRS)
     else:
         angles = load_angles(tables, None, b, s, live, HALF, False, False, True, PAIRS)
-        cos, sin = angles.cos0.reshape(BLOCK, PAIRS), angles.sin0.reshape(BLOCK, PAIRS)
+        cos, sin = angles.cos0.reshape(BLOCK_T, PAIRS), angles.sin0.reshape(BLOCK_T, PAIRS)
         if HALF < PAIRS:  # the sine is 0 there already
             cos = tl.where((tl.arange(0, PAIRS) < HALF)[None, :], cos, 1.0)
         y0, y1 = rotate(x0, x1, Angles(cos, cos, sin, sin))
@@ -254,9 +254,9 @@ def _inverse_rotation_of_pairs(
 
 @triton.jit
 def inverse_rotation(
-    x, tables, b, s, live, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    x, tables, b, s, live, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """float32 x [BLOCK, BLOCK_D], one head of the tokens s of sequence b, rotated by the tokens' negative angles.
+    """float32 x [BLOCK_T, BLOCK_D], one head of the tokens s of sequence b, rotated by the tokens' negative angles.
 
     The tables are of half width. Elements past the rotated width stay as they are.
 
@@ -267,16 +267,16 @@ def inverse_rotation(
     PAIRS: tl.constexpr = BLOCK_D // 2
     RUNS: tl.constexpr = PAIRS // HALF  # of 2 HALF elements, where pairs are not interleaved: the first is rotated
     if INTERLEAVED:
-        x0, x1 = tl.split(x.reshape(BLOCK, PAIRS, 2))
+        x0, x1 = tl.split(x.reshape(BLOCK_T, PAIRS, 2))
     else:
-        x0, x1 = tl.split(x.reshape(BLOCK, RUNS, 2, HALF).permute(0, 1, 3, 2))
-        x0, x1 = x0.reshape(BLOCK, PAIRS), x1.reshape(BLOCK, PAIRS)
-    y0, y1 = _inverse_rotation_of_pairs(x0, x1, tables, tl.cast(b, tl.int64), s, live, HALF, BLOCK, PAIRS)
+        x0, x1 = tl.split(x.reshape(BLOCK_T, RUNS, 2, HALF).permute(0, 1, 3, 2))
+        x0, x1 = x0.reshape(BLOCK_T, PAIRS), x1.reshape(BLOCK_T, PAIRS)
+    y0, y1 = _inverse_rotation_of_pairs(x0, x1, tables, tl.cast(b, tl.int64), s, live, HALF, BLOCK_T, PAIRS)
     if INTERLEAVED:
         y = tl.join(y0, y1)
     else:
-        y = tl.join(y0.reshape(BLOCK, RUNS, HALF), y1.reshape(BLOCK, RUNS, HALF)).permute(0, 1, 3, 2)
-    return y.reshape(BLOCK, BLOCK_D)
+        y = tl.join(y0.reshape(BLOCK_T, RUNS, HALF), y1.reshape(BLOCK_T, RUNS, HALF)).permute(0, 1, 3, 2)
+    return y.reshape(BLOCK_T, BLOCK_D)
 
 
 # --- arguments of launches -------------------------------------------------------------------------------------------

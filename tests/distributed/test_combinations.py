@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.0")
 if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-from llama_kernels.core.versions import number
+from llama_kernels.core.versions import major_minor
 from tests.distributed import combinations, titan
 from tests.distributed.comparison import check
 from tests.distributed.processes import run
@@ -27,7 +27,7 @@ pytestmark = [
 METHODS = ("ring", "all_gather", "ulysses")
 ORDERS = ("first", "last")  # when the model is patched
 # Until torch 2.12 a stage of an exported pipeline asks for the gradient of all that it receives, integers too.
-EXPORTS = (number(torch.__version__) or (0, 0)) >= (2, 13)
+EXPORTS = (major_minor(torch.__version__) or (0, 0)) >= (2, 13)
 
 # On 2 and on 4 processes: what is run, by name. A compiled model comes first, so that it meets the first DTensor.
 JOBS: dict[int, dict[str, Any]] = {

@@ -67,10 +67,10 @@ def split(monkeypatch):
     """Few keys are split too."""
     monkeypatch.setattr(key_split, "LEAST_KEYS", 64)
     key_split._chunks.cache_clear()
-    launch_cache.forget()
+    launch_cache.clear()
     yield
     key_split._chunks.cache_clear()
-    launch_cache.forget()
+    launch_cache.clear()
 
 
 CASES = [

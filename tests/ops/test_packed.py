@@ -13,7 +13,7 @@ from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.launch_cache import Launch
 from llama_kernels.ops.attention import backward, delta, forward, tables, tile_list
 from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs, Sizes, empty_outputs
-from llama_kernels.ops.attention.tile_list import BLOCK, Fill
+from llama_kernels.ops.attention.tile_list import PACKED_BLOCK, Fill
 from llama_kernels.ops.rotation import Rotation
 from tests.support import attention
 from tests.support.attention import cu_seqlens, packed
@@ -57,7 +57,7 @@ def test_nearly_all_programs_have_a_tile(family, D, monkeypatch):
         tiles = heads * sum(-(-length // size) for length in LENGTHS)
         assert min(tiles, programs) >= 0.9 * programs, kernel
         assert programs >= 2000 and programs % heads == 0
-    assert launches["_tile_list_kernel"].grid == (2 * sum(LENGTHS) // BLOCK.value,)
+    assert launches["_tile_list_kernel"].grid == (2 * sum(LENGTHS) // PACKED_BLOCK.value,)
 
 
 def test_few_tokens_of_many_sequences_are_spread_over_the_gpu():
@@ -81,7 +81,7 @@ def run_the_list(bounds: list[int], tokens: int, longest: int) -> tuple[list[tup
     sequences, H = len(bounds) - 1, 2
     sizes = Sizes(sequences, H, 1, tokens, tokens, longest, longest)
     out, lse = torch.full((tokens, H, 16), 9.0), torch.full((H, tokens), 9.0)
-    listed = guarded(torch.zeros(2 + 2 * (tokens // BLOCK.value + sequences), dtype=torch.int32))
+    listed = guarded(torch.zeros(2 + 2 * (tokens // PACKED_BLOCK.value + sequences), dtype=torch.int32))
     cu = torch.tensor(bounds, dtype=torch.int32)
     launch = tile_list.list_tiles(tile_list.TileLists(listed, listed), cu, None, sizes, Fill(out, lse))
     launch.kernel[launch.grid](*launch.args, **launch.options)
@@ -100,7 +100,7 @@ def test_the_list_has_every_block_once_and_long_programs_first(sequences):
     lead, tail, longest = chance.randint(0, 200), chance.randint(0, 200), 600
     bounds = list(itertools.accumulate(lengths, initial=lead))
     blocks, filled = run_the_list(bounds, bounds[-1] + tail, longest)
-    counts = [-(-min(length, longest) // BLOCK.value) for length in lengths]
+    counts = [-(-min(length, longest) // PACKED_BLOCK.value) for length in lengths]
     assert sorted(blocks) == [(b, n) for b, count in enumerate(counts) for n in range(count)]
     assert [n for _, n in blocks] == sorted((n for _, n in blocks), reverse=True)
     owned = torch.zeros(bounds[-1] + tail, dtype=torch.bool)
@@ -131,9 +131,9 @@ def test_programs_that_take_several_tiles(case, device, monkeypatch):
         monkeypatch.setattr(module, "programs_for", lambda tokens, sequences, heads, rows, persistent: heads)
     for module in (forward, backward):
         monkeypatch.setattr(module, "is_persistent", lambda call: True)
-    lk.core.launch_cache.forget()
+    lk.core.launch_cache.clear()
     attention.check(case, torch.float16, device)
-    lk.core.launch_cache.forget()
+    lk.core.launch_cache.clear()
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def test_a_group_is_divided_where_its_keys_are_few():
 def divided(monkeypatch):
     """Every group is divided as far as it goes."""
     monkeypatch.setattr(backward, "ROWS_OF_A_PART", 1)
-    launch_cache.forget()
+    launch_cache.clear()
     yield
-    launch_cache.forget()
+    launch_cache.clear()
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def key_mask_forgotten(mask, i, j):
 def key_mask_of_the_block(mask, i, j):
     """All keys of a block are hidden or visible as its first key is."""
     see = visible(Mask(mask.shift, mask.left, mask.right, mask.kv_start, mask.kv_end, mask.Sk), i, j)
-    return see & tl.load(mask.keys + j - tl.arange(0, j.shape[1])[None, :])
+    return see & tl.load(mask.key_mask + j - tl.arange(0, j.shape[1])[None, :])
 
 
 @triton.jit
@@ -115,9 +115,7 @@ def prefix_one_too_long(mask, i, j):
 
 
 @triton.jit
-def rows_of_the_prefix_skipped(
-    bounds, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def rows_of_the_prefix_skipped(queries, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
     return begin, end, Sk
 
 
@@ -194,31 +192,31 @@ def sum_over_the_rotated_dims(a, b):
 @triton.jit
 def rotated_instead_of_inverse(
     x, tables, b, s, live,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The inverse of the inverse rotation: the same angles, in the other direction."""
-    x0, x1 = tl.split(x.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
-    swapped = tl.join(x1, x0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
-    y = inverse_rotation(swapped, tables, b, s, live, HALF, INTERLEAVED, BLOCK, BLOCK_D)
-    y0, y1 = tl.split(y.reshape(BLOCK, 2, BLOCK_D // 2).permute(0, 2, 1))
-    return tl.join(y1, y0).permute(0, 2, 1).reshape(BLOCK, BLOCK_D)
+    x0, x1 = tl.split(x.reshape(BLOCK_T, 2, BLOCK_D // 2).permute(0, 2, 1))
+    swapped = tl.join(x1, x0).permute(0, 2, 1).reshape(BLOCK_T, BLOCK_D)
+    y = inverse_rotation(swapped, tables, b, s, live, HALF, INTERLEAVED, BLOCK_T, BLOCK_D)
+    y0, y1 = tl.split(y.reshape(BLOCK_T, 2, BLOCK_D // 2).permute(0, 2, 1))
+    return tl.join(y1, y0).permute(0, 2, 1).reshape(BLOCK_T, BLOCK_D)
 
 
 @triton.jit
 def inverse_rotation_by_the_next_row(
     x, tables, b, s, live,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    return inverse_rotation(x, tables, b, s + 1, live, HALF, INTERLEAVED, BLOCK, BLOCK_D)
+    return inverse_rotation(x, tables, b, s + 1, live, HALF, INTERLEAVED, BLOCK_T, BLOCK_D)
 
 
 @triton.jit
 def rounded_before_the_inverse_rotation(
     x, tables, b, s, live,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x = cast(x, tl.bfloat16).to(tl.float32)
-    return inverse_rotation(x, tables, b, s, live, HALF, INTERLEAVED, BLOCK, BLOCK_D)
+    return inverse_rotation(x, tables, b, s, live, HALF, INTERLEAVED, BLOCK_T, BLOCK_D)
 
 
 def last_partial_dropped(partials: torch.Tensor, out: torch.Tensor) -> Launch:

@@ -249,12 +249,12 @@ def tiles(tile: Tile | Mapping[str, Tile] | None) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if tile is not None:
-            launch_cache.forget()
+            launch_cache.clear()
             patch.setattr(switch, "may_run", lambda pass_: False)  # the Hopper kernels have tiles of their own
             for module in (key_split, backward, decode):
                 patch.setattr(module, "tile_for", tile_for)
         yield
-    launch_cache.forget()
+    launch_cache.clear()
 
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")

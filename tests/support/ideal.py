@@ -81,13 +81,13 @@ def _mean(x: torch.Tensor, by: Arithmetic) -> torch.Tensor:
     return by.divide(x.sum(-1, keepdim=True), torch.tensor(float(x.shape[-1]), device=x.device))
 
 
-def ideal_tangent(x, weight, t, dweight, eps, offset, dtype, by: Arithmetic = EXACT):
-    """(the tangent of y,) of RMSNorm, where x has the tangent t and the weight has dweight: rounded once, to dtype."""
+def ideal_tangent(x, weight, tx, tweight, eps, offset, dtype, by: Arithmetic = EXACT):
+    """(the tangent of y,) of RMSNorm, where x has the tangent tx and the weight has tweight: rounded once, to dtype."""
     rstd = by.inverse_root(_mean(x.float().square(), by) + eps)
-    xhat, t = x.float() * rstd, t.float()
-    dy = t * rstd * (eps * rstd.square()) if x.shape[-1] == 1 else rstd * (t - xhat * _mean(t * xhat, by))
-    dy = dy if weight is None else dy * (offset + weight.float()) + xhat * dweight.float()
-    return (dy.to(dtype),)
+    xhat, tx = x.float() * rstd, tx.float()
+    ty = tx * rstd * (eps * rstd.square()) if x.shape[-1] == 1 else rstd * (tx - xhat * _mean(tx * xhat, by))
+    ty = ty if weight is None else ty * (offset + weight.float()) + xhat * tweight.float()
+    return (ty.to(dtype),)
 
 
 def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy, by: Arithmetic = EXACT):

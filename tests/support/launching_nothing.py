@@ -41,7 +41,7 @@ def launched() -> Iterator[list[tuple[Any, ...]]]:
 
 def _forget_kernels() -> None:
     """Triton's cache too, whose kernels are launched by the driver that they were compiled for."""
-    launch_cache.forget()
+    launch_cache.clear()
     for kernel in (*kernels(), _twice_kernel):
         kernel.device_caches.clear()
 

@@ -31,7 +31,7 @@ def driver_that_announces() -> Iterator[None]:
 
     def forget() -> None:
         """What Triton compiled for another driver."""
-        launch_cache.forget()
+        launch_cache.clear()
         for module in (rms_norm, forward, delta, dkdv, dq, hopper.forward, hopper.backward, rounding):
             for kernel in vars(module).values():
                 if isinstance(kernel, triton.runtime.JITFunction):

@@ -13,10 +13,10 @@ A call goes through these files:
     hopper/           kernels for Hopper GPUs, some of them on by default
     cpu*.py           CPU tensors, in plain PyTorch
 
-The kernels share device functions: masks.py (which keys a row sees), softmax.py (scores and the online softmax) and
-tiles.py (how a tile is found, loaded and stored). tables.py has their tile sizes, tile_list.py the tiles of packed
-batches. merge.py has `merge_attention`. masked_decode.py is an op for decoding with a mask over the keys, which the
-integrations use. flops.py tells PyTorch's FlopCounterMode the FLOPs of the ops.
+The kernels share device functions: masks.py (which keys a row sees, and which blocks of them a tile visits), softmax.py
+(scores and the online softmax) and tiles.py (how a tile is found, loaded and stored). tables.py has their tile sizes,
+tile_list.py the tiles of packed batches. merge.py has `merge_attention`. masked_decode.py is an op for decoding with a
+mask over the keys, which the integrations use. flops.py tells PyTorch's FlopCounterMode the FLOPs of the ops.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from llama_kernels.core.checks import check_flag
 from llama_kernels.ops.attention.checks import Packing, checked_call
-from llama_kernels.ops.attention.op import attend
+from llama_kernels.ops.attention.op import run_call
 from llama_kernels.reference.attention import AttentionOptions
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def attention(
         "attention", q, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
         kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,
     )  # fmt: skip
-    out, lse = attend("attention", call, deterministic)
+    out, lse = run_call("attention", call, deterministic)
     return (out, lse) if return_lse else out
 
 
@@ -190,5 +190,5 @@ def attention_varlen(
         op, q, k, v, packing, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks,
         kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix, deterministic=deterministic,
     )  # fmt: skip
-    out, lse = attend(op, call, deterministic)
+    out, lse = run_call(op, call, deterministic)
     return (out, lse) if return_lse else out

@@ -174,7 +174,7 @@ def launch_backward(
     rotation: of q and k before the call; dq and dk get its inverse before they are rounded.
     """
     sizes = call.sizes
-    dq, dk, dv, dsinks = empty = empty_grads(call, wanted)
+    dq, dk, dv, no_dsinks = empty = empty_grads(call, wanted)
     if not (sizes.B and sizes.Hq and sizes.Sq):  # no program would write the gradients
         return tuple(grad.zero_() for grad in empty)
     grads = Grads(dq if wanted.dq else None, dk if wanted.dk else None, dv if wanted.dv else None)
@@ -182,8 +182,8 @@ def launch_backward(
     choice = dispatch.backward(call, results.do, wanted)
     dq_sum = None if choice.tile is None else empty_in_order_of(dq, dtype=torch.float32)
     fill = Fill(grads.dq, dk=grads.dk, dv=grads.dv)
-    lse2, delta, dsinks = launch_delta(call, results, sizes, dsinks, dq_sum, lists, fill)
+    lse2, delta, dsinks = launch_delta(call, results, sizes, wanted.dsinks, dq_sum, lists, fill)
     rows = RowInputs(results.do, lse2, delta)
     if choice.tile is None or not hopper.try_backward(call, choice.tile, rows, dq_sum, grads, rotation, lists):
         _launches(call, rows, grads, rotation, lists, _sums(call, grads))
-    return dq, dk, dv, dsinks
+    return dq, dk, dv, no_dsinks if dsinks is None else dsinks

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from llama_kernels.core.versions import number
+from llama_kernels.core.versions import major_minor
 from llama_kernels.ops.attention.call import AttentionCall, Results
 from llama_kernels.ops.attention.cpu_chunks import Chunk, chunks, empty_gradients, empty_results
 
 _FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-_TAKES_GROUPS = (number(torch.__version__) or (0, 0)) >= (2, 13)  # fewer heads of k and v than of q
+_TAKES_GROUPS = (major_minor(torch.__version__) or (0, 0)) >= (2, 13)  # fewer heads of k and v than of q
 _ROWS = 192  # of q at a time, where there is a mask; under 192 the kernel takes smaller tiles
 
 
@@ -40,7 +40,7 @@ def flash_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _without_sinks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = _float32(call)
+    q, k, v = _float32_qkv(call)
     is_causal = _is_causal(call)
     if is_causal is not None:
         return _FORWARD(q, k, v, 0.0, is_causal, scale=call.scale)
@@ -55,7 +55,7 @@ def _without_sinks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv in float32, of results without dlse."""
-    q, k, v = _float32(call)
+    q, k, v = _float32_qkv(call)
     do, out, lse = _rows_apart(results.do.float()), _rows_apart(results.out.float()), results.lse.contiguous()
     is_causal = _is_causal(call)
     if is_causal is not None:
@@ -84,7 +84,7 @@ def _is_causal(call: AttentionCall) -> bool | None:
     return True if window.right == 0 and call.q.shape[2] == call.k.shape[2] else None
 
 
-def _float32(call: AttentionCall) -> tuple[torch.Tensor, ...]:
+def _float32_qkv(call: AttentionCall) -> tuple[torch.Tensor, ...]:
     """q, k and v as the kernel takes them."""
     q, k, v = (_rows_apart(x.float()) for x in (call.q, call.k, call.v))
     if call.sizes.group > 1 and not _TAKES_GROUPS:

@@ -18,7 +18,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = empty_results(call)
     if call.sinks is not None:  # one more score in each row, which has no value
         lse.copy_(call.sinks[:, None])
-    k, v = (_float32(x) for x in (call.k, call.v))
+    k, v = (_float32_copy(x) for x in (call.k, call.v))
     for chunk in chunks(call, _ROWS):
         s = _scores(call, _rows_of(call.q, call, chunk), chunk.of_keys(k).flatten(0, 1))
         if call.softcap is not None:
@@ -42,7 +42,7 @@ def backward(
     delta: (B, Hq, Sq), the row sums of out * do, less dlse.
     """
     dq, dk, dv = empty_gradients(call)
-    k, v = (_float32(x) for x in (call.k, call.v))
+    k, v = (_float32_copy(x) for x in (call.k, call.v))
     per_row = (call.q, results.do, results.lse.unsqueeze(-1), delta.unsqueeze(-1))
     for chunk in chunks(call, _ROWS):
         q_part, do, lse, delta_part = (_rows_of(x, call, chunk) for x in per_row)
@@ -82,14 +82,14 @@ def _groups(call: AttentionCall) -> tuple[int, int]:
     return Hkv, Hq // Hkv if Hkv else 1
 
 
-def _float32(x: torch.Tensor) -> torch.Tensor:
+def _float32_copy(x: torch.Tensor) -> torch.Tensor:
     """A contiguous copy: products of strided matrices may be slower, and add up in another order."""
     return x.new_empty(x.shape, dtype=torch.float32).copy_(x)
 
 
 def _rows_of(x: torch.Tensor, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
     """Of x (B, Hq, Sq, N) a copy of the chunk's rows, (B * Hkv, G * rows, N), in float32."""
-    return _float32(x.unflatten(1, _groups(call))[..., chunk.rows, :]).flatten(2, 3).flatten(0, 1)
+    return _float32_copy(x.unflatten(1, _groups(call))[..., chunk.rows, :]).flatten(2, 3).flatten(0, 1)
 
 
 def _apart(x: torch.Tensor, call: AttentionCall) -> torch.Tensor:

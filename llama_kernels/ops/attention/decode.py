@@ -17,7 +17,7 @@ from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.masks import Mask, key_blocks
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tiles import Keys, load_bound, load_prefix, matrix
+from llama_kernels.ops.attention.tiles import Keys, KeyShape, load_bound, load_prefix, matrix
 
 TILE_ROWS = 32  # query rows of a program, of one key head
 # The most query rows per key head, and the most queries. With more, the forward kernel fills its tiles and the GPU.
@@ -76,16 +76,16 @@ def _decode_kernel(
     kv_start = load_bound(kv_start_ptr, kv_start_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
     kv_end = load_bound(kv_end_ptr, kv_end_strides, b, 0, i, sizes.Sq)  # [BLOCK_M, 1]
     prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, 0, i, sizes.Sq, sizes.Sk)  # [BLOCK_M, 1]
-    keys = None
+    key_mask = None
     if key_mask_ptr is not None:
-        keys = key_mask_ptr + tl.cast(b, tl.int64) * key_mask_stride
-    mask = Mask(sizes.Sk - sizes.Sq, window.left, window.right, kv_start, kv_end, sizes.Sk, keys, prefix)
-    seen = key_blocks(mask, 0, sizes.Sq - 1, BLOCK_N)
-    begin, end = tl.maximum(c * chunk, seen.begin), tl.minimum(c * chunk + chunk, seen.end)
+        key_mask = key_mask_ptr + tl.cast(b, tl.int64) * key_mask_stride
+    mask = Mask(sizes.Sk - sizes.Sq, window.left, window.right, kv_start, kv_end, sizes.Sk, key_mask, prefix)
+    blocks = key_blocks(mask, 0, sizes.Sq - 1, BLOCK_N)
+    begin, end = tl.maximum(c * chunk, blocks.begin), tl.minimum(c * chunk + chunk, blocks.end)
     lse2_rows = lse2_ptr + _row_offsets(lse2_strides, b, h_kv, sizes.group, sizes.Sq, r) + c
     unseen = begin >= end
     if kv_prefix_ptr is not None:
-        unseen &= c * chunk >= seen.prefix_end
+        unseen &= c * chunk >= blocks.prefix_end
     if unseen:
         tl.store(lse2_rows, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=r < rows)
         return
@@ -99,20 +99,12 @@ def _decode_kernel(
         tl.full([BLOCK_M], float("-inf"), tl.float32),
     )
     K, V = matrix(k_ptr, k_strides, b, h_kv, 0), matrix(v_ptr, v_strides, b, h_kv, 0)
-    of_chunk = Keys(K, V, mask, i, seen)
-    floor = None
-    if window.left is not None or kv_start_ptr is not None:
-        floor = seen.first
+    keys = Keys(K, V, mask, i, blocks)
+    SHAPE: tl.constexpr = KeyShape(D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV)
     if kv_prefix_ptr is not None:
-        prefix_end = tl.minimum(c * chunk + chunk, seen.prefix_end)
-        state = attend(
-            state, q, of_chunk, c * chunk, prefix_end, scoring,
-            D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
-        )  # fmt: skip
-    state = attend(
-        state, q, of_chunk, begin, end, scoring,
-        D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
-    )  # fmt: skip
+        prefix_end = tl.minimum(c * chunk + chunk, blocks.prefix_end)
+        state = attend(state, q, keys, c * chunk, prefix_end, scoring, SHAPE, MASKED=True)
+    state = attend(state, q, keys, begin, end, scoring, SHAPE, MASKED=True)
 
     mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key of this chunk
     part_rows = part_ptr + _row_offsets(part_strides, b, h_kv, sizes.group, sizes.Sq, r)[:, None] + c * DV

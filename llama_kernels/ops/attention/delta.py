@@ -19,7 +19,7 @@ from llama_kernels.ops.attention.call import (
 )
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, list_tiles, programs_for
 from llama_kernels.ops.attention.tiles import (
-    BLOCK,
+    PACKED_BLOCK,
     length,
     load_tile,
     matrix,
@@ -32,7 +32,7 @@ from llama_kernels.ops.attention.tiles import (
 
 # Rows of lse2 and delta are padded to a multiple of this, which every BLOCK_M divides. In a packed batch each sequence
 # starts at a multiple of it, so that a tile of one sequence never loads the rows of the next.
-PADDING: tl.constexpr = BLOCK
+PADDING: tl.constexpr = PACKED_BLOCK
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def _delta_kernel(
     each row.
     """
     dsinks = 0.0
-    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
-        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
+    for nth in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
+        m, h, b = query_tile(list_ptr, nth, sizes, BLOCK_M)
         start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         i = m + tl.arange(0, BLOCK_M)
         o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
@@ -141,24 +141,20 @@ def _programs(sizes: Sizes, BLOCK_M: int, packed: bool) -> int:
 
 
 def launch_delta(
-    call: AttentionCall, results: Results, sizes: Sizes, dsinks: torch.Tensor, dq_sum: torch.Tensor | None,
+    call: AttentionCall, results: Results, sizes: Sizes, need_dsinks: bool, dq_sum: torch.Tensor | None,
     lists: TileLists | None, fill: Fill,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks, or None.
 
-    dsinks has no elements where it is not wanted. dq_sum, unless it is None, is zeroed. Packed, `lists` and `fill` are
-    written first.
+    dq_sum, unless it is None, is zeroed. Packed, `lists` and `fill` are written first. There is at least one row.
     """
-    out, lse = results.out, results.lse
-    sinks, shares = None, None
+    out, lse, sinks = results.out, results.lse, call.sinks if need_dsinks else None
     rows = (cdiv(sizes.Sq, PADDING.value) + (sizes.B if call.packed else 0)) * PADDING.value
     shape = (*lse.shape[:-1], rows)
     lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
     programs = _programs(sizes, _rows_per_program(out), call.packed)
-    if not programs:
-        return lse2, delta, dsinks.zero_()
-    if dsinks.numel():
-        sinks, shares = call.sinks, lse.new_empty(programs // sizes.Hq, sizes.Hq)  # heads run fastest over the programs
+    # Heads run fastest over the programs.
+    shares = None if sinks is None else lse.new_empty(programs // sizes.Hq, sizes.Hq)
     packing = lists and _Packing(lists, call.cu_seqlens_q, call.cu_seqlens_k, fill)
     _launches(out, results.do, lse, results.dlse, sinks, lse2, delta, shares, dq_sum, packing, tuple(sizes))
-    return lse2, delta, dsinks if shares is None else shares.sum(0).to(dsinks.dtype)
+    return lse2, delta, None if sinks is None or shares is None else shares.sum(0).to(sinks.dtype)

@@ -24,22 +24,6 @@ from llama_kernels.ops.attention.tiles import (
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
-class Rows(NamedTuple):
-    """What dk and dv read of the query rows of a sequence: pointers, strides of batch, head and token, and where."""
-
-    q_ptr: tl.tensor
-    do_ptr: tl.tensor
-    lse2_ptr: tl.tensor
-    delta_ptr: tl.tensor
-    q_strides: tl.tuple
-    do_strides: tl.tuple
-    delta_strides: tl.tuple  # also of lse2
-    b: tl.tensor
-    start: tl.tensor
-    padded_start: tl.tensor  # in lse2 and delta
-    Sq: tl.tensor
-
-
 class Bounds(NamedTuple):
     """kv_start, kv_end and kv_prefix of the query rows: pointers, each of which may be None, and strides."""
 
@@ -51,46 +35,76 @@ class Bounds(NamedTuple):
     prefix_strides: tl.tuple
 
 
+class QueryPointers(NamedTuple):
+    """What dk and dv read of the query rows of a sequence: pointers, strides of batch, head and token, and where."""
+
+    q_ptr: tl.tensor
+    do_ptr: tl.tensor
+    lse2_ptr: tl.tensor
+    delta_ptr: tl.tensor
+    q_strides: tl.tuple
+    do_strides: tl.tuple
+    delta_strides: tl.tuple  # also of lse2
+    bounds: Bounds
+    cu_seqlens_ptr: tl.tensor
+    b: tl.tensor
+    start: tl.tensor
+    Sq: tl.tensor
+
+
+class DkdvShape(NamedTuple):
+    """The shapes of a block of q, [BLOCK_M, BLOCK_D], and of do, [BLOCK_M, BLOCK_DV], and what is wanted."""
+
+    D: tl.constexpr
+    DV: tl.constexpr
+    FAR: tl.constexpr
+    BLOCK_M: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
+    NEED_DK: tl.constexpr
+    NEED_DV: tl.constexpr
+
+
 @triton.jit
-def _rows_by_bounds(bounds, b, q_start, Sq, first, last, Sk, CHUNK: tl.constexpr):
+def _rows_by_bounds(queries, first, last, Sk, CHUNK: tl.constexpr):
     """By kv_start and kv_end: the rows that may see one of the keys first to last, and the keys that any row sees.
 
     Both are ranges, (begin, end). The bounds of rows need not be sorted.
     """
+    bounds, Sq = queries.bounds, queries.Sq
     begin, end = Sq, 0
-    lowest, past = Sk, 0
+    floor, limit = Sk, 0
     if bounds.start_ptr is None:
-        lowest = 0
+        floor = 0
     if bounds.end_ptr is None:
-        past = Sk
+        limit = Sk
     for chunk in range(0, Sq, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
         sees = i < Sq
         if bounds.start_ptr is not None:
-            start = load_bound(bounds.start_ptr, bounds.start_strides, b, q_start, i, Sq)
+            start = load_bound(bounds.start_ptr, bounds.start_strides, queries.b, queries.start, i, Sq)
             sees &= start <= last
-            lowest = tl.minimum(lowest, tl.min(start))
+            floor = tl.minimum(floor, tl.min(start))
         if bounds.end_ptr is not None:
-            stop = load_bound(bounds.end_ptr, bounds.end_strides, b, q_start, i, Sq)
+            stop = load_bound(bounds.end_ptr, bounds.end_strides, queries.b, queries.start, i, Sq)
             sees &= stop > first
-            past = tl.maximum(past, tl.max(stop))
+            limit = tl.maximum(limit, tl.max(stop))
         begin = tl.minimum(begin, tl.min(tl.where(sees, i, Sq)))
         end = tl.maximum(end, tl.max(tl.where(sees, i + 1, 0)))
-    return begin, end, lowest, tl.minimum(past, Sk)
+    return begin, end, floor, tl.minimum(limit, Sk)
 
 
 @triton.jit
-def _with_rows_of_prefix(
-    bounds, b, q_start, Sq, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def _with_rows_of_prefix(queries, Sk, first, begin, end, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
     """The row blocks [begin, end) and those whose kv_prefix reaches key `first`, as one range, and the largest prefix.
 
     Rows between the two are visited too; the mask hides the keys from them.
     """
+    bounds, Sq = queries.bounds, queries.Sq
     prefix_begin, prefix_end, longest = Sq, 0, 0
     for chunk in range(0, Sq, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
-        prefix = load_prefix(bounds.prefix_ptr, bounds.prefix_strides, b, q_start, i, Sq, Sk)
+        prefix = load_prefix(bounds.prefix_ptr, bounds.prefix_strides, queries.b, queries.start, i, Sq, Sk)
         sees = (i < Sq) & (prefix > first)
         longest = tl.maximum(longest, tl.max(prefix))
         prefix_begin = tl.minimum(prefix_begin, tl.min(tl.where(sees, i, Sq)))
@@ -101,29 +115,28 @@ def _with_rows_of_prefix(
 
 
 @triton.jit
-def _add_dkdv(
-    dk, dv, k, v, rows, bounds, mask, j, heads, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-):  # fmt: skip
-    """dk and dv after the row blocks in [begin, end) of a range of heads. Scores are transposed: [keys, rows].
+def _add_dkdv(dk, dv, k, v, j, mask, queries, heads, begin, end, scoring, SHAPE: tl.constexpr):
+    """dk and dv of keys j after the row blocks in [begin, end) of some heads. Scores are transposed: [keys, rows].
 
     Rows past Sq add nothing, since their lse2 is inf and so their p is 0. Keys past Sk are never stored.
     If there is a mask, every block computes it. Separate loops for the blocks at its edges would cost more: registers,
     and a pipeline to fill in each loop of each head. To save registers, nothing is hoisted out of the loops.
     """
+    bounds, b, start, Sq = queries.bounds, queries.b, queries.start, queries.Sq
+    first_padded = padded_start(queries.cu_seqlens_ptr, b, start)
     BOUNDED: tl.constexpr = bounds.start_ptr is not None or bounds.end_ptr is not None
     MASKED: tl.constexpr = mask.left is not None or mask.right is not None or BOUNDED
-    b, start, Sq = rows.b, rows.start, rows.Sq
     for h in tl.range(heads[0], heads[1], disable_licm=True):
-        Q, DO = matrix(rows.q_ptr, rows.q_strides, b, h, start), matrix(rows.do_ptr, rows.do_strides, b, h, start)
-        padded = offset(rows.delta_strides, b, h, rows.padded_start)
-        for m in tl.range(begin, end, BLOCK_M, disable_licm=True):
-            i = m + tl.arange(0, BLOCK_M)
+        Q = matrix(queries.q_ptr, queries.q_strides, b, h, start)
+        DO = matrix(queries.do_ptr, queries.do_strides, b, h, start)
+        padded = offset(queries.delta_strides, b, h, first_padded)
+        for m in tl.range(begin, end, SHAPE.BLOCK_M, disable_licm=True):
+            i = m + tl.arange(0, SHAPE.BLOCK_M)
             zero = zero_of_step(m)
-            q = load_tile(Q, m, Sq, D, FAR, BLOCK_M, BLOCK_D, zero=zero)  # [BLOCK_M, BLOCK_D]
-            do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV, zero=zero)  # [BLOCK_M, BLOCK_DV]
-            lse2, delta = tl.load(rows.lse2_ptr + padded + i), tl.load(rows.delta_ptr + padded + i)  # [BLOCK_M]
+            q = load_tile(Q, m, Sq, SHAPE.D, SHAPE.FAR, SHAPE.BLOCK_M, SHAPE.BLOCK_D, zero=zero)  # [BLOCK_M, BLOCK_D]
+            do = load_tile(DO, m, Sq, SHAPE.DV, SHAPE.FAR, SHAPE.BLOCK_M, SHAPE.BLOCK_DV, zero=zero)
+            lse2 = tl.load(queries.lse2_ptr + padded + i)  # [BLOCK_M]
+            delta = tl.load(queries.delta_ptr + padded + i)  # [BLOCK_M]
             qk = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
             # dP - delta: as the accumulator of the product, -delta needs fewer registers than subtracted afterwards.
             dp = dot(v, tl.trans(do), tl.zeros_like(qk) - delta[None, :])
@@ -132,12 +145,12 @@ def _add_dkdv(
                 kv_start = load_bound(bounds.start_ptr, bounds.start_strides, b, start, i[None, :], Sq)  # [1, BLOCK_M]
                 kv_end = load_bound(bounds.end_ptr, bounds.end_strides, b, start, i[None, :], Sq)
                 prefix = load_bound(bounds.prefix_ptr, bounds.prefix_strides, b, start, i[None, :], Sq)
-                own = Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, None, None, prefix)
+                own = Mask(mask.shift, mask.left, mask.right, kv_start, kv_end, prefix=prefix)
                 see = visible(own, i[None, :], j)
             p, ds = probs_and_score_grads(qk, dp, lse2[None, :], see, scoring)
-            if NEED_DV:
+            if SHAPE.NEED_DV:
                 dv = dot(cast(p, do.dtype), do, dv)
-            if NEED_DK:
+            if SHAPE.NEED_DK:
                 dk = dot(cast(ds, q.dtype), q, dk)
     return dk, dv
 
@@ -165,47 +178,43 @@ def _dkdv_kernel(
     Bytes: k, v, dk, dv once; q, do, lse2, delta of the group once for each key tile, from L2. FLOPs: 4 (D + DV) for
     each visible pair.
     """
-    for turn in tl.range(
-        0, tiles_of_program(list_ptr, sizes.Hq // sizes.group, BLOCK_N, PERSISTENT), disable_licm=True
-    ):
-        n, h_kv, b, k_start, Sk = key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N)
+    for nth in tl.range(0, tiles_of_program(list_ptr, sizes.Hq // sizes.group, BLOCK_N, PERSISTENT), disable_licm=True):
+        n, h_kv, b, k_start, Sk = key_tile(list_ptr, nth, sizes, cu_seqlens_k_ptr, BLOCK_N)
         q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         if n < Sk:
             j = n + tl.arange(0, BLOCK_N)[:, None]
             last = tl.minimum(n + BLOCK_N, Sk) - 1
-            mask = Mask(Sk - Sq, window.left, window.right, None, None, None)
+            mask = Mask(Sk - Sq, window.left, window.right)
             bounds = Bounds(
                 kv_start_ptr, kv_end_ptr, kv_prefix_ptr, kv_start_strides, kv_end_strides, kv_prefix_strides
             )  # fmt: skip
-            first_row, row_end, lowest, past = 0, Sq, None, Sk
+            queries = QueryPointers(
+                q_ptr, do_ptr, lse2_ptr, delta_ptr, q_strides, do_strides, delta_strides,
+                bounds, cu_seqlens_q_ptr, b, q_start, Sq,
+            )  # fmt: skip
+            first_row, row_end, floor, limit = 0, Sq, None, Sk
             if kv_start_ptr is not None or kv_end_ptr is not None:
-                first_row, row_end, lowest, past = _rows_by_bounds(bounds, b, q_start, Sq, n, last, Sk, CHUNK=1024)
+                first_row, row_end, floor, limit = _rows_by_bounds(queries, n, last, Sk, CHUNK=1024)
             if window.left is not None:  # row 0 sees the first keys
                 own = Sk - Sq - window.left
-                lowest = own if lowest is None else tl.maximum(lowest, own)
+                floor = own if floor is None else tl.maximum(floor, own)
             begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
             prefix = None
             if kv_prefix_ptr is not None:
-                begin, end, prefix = _with_rows_of_prefix(
-                    bounds, b, q_start, Sq, Sk, n, begin, end, BLOCK_M, CHUNK=1024
-                )  # fmt: skip
+                begin, end, prefix = _with_rows_of_prefix(queries, Sk, n, begin, end, BLOCK_M, CHUNK=1024)
 
             K = matrix(k_ptr, k_strides, b, h_kv // PARTS, k_start)
             V = matrix(v_ptr, v_strides, b, h_kv // PARTS, k_start)
             # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
-            k = load_tile(K, n, past, D, FAR, BLOCK_N, BLOCK_D, lowest, prefix)  # [BLOCK_N, BLOCK_D]
-            v = load_tile(V, n, past, DV, FAR, BLOCK_N, BLOCK_DV, lowest, prefix)  # [BLOCK_N, BLOCK_DV]
-            padded = padded_start(cu_seqlens_q_ptr, b, q_start)
+            k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
+            v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-            rows = Rows(
-                q_ptr, do_ptr, lse2_ptr, delta_ptr, q_strides, do_strides, delta_strides, b, q_start, padded, Sq
-            )  # fmt: skip
             heads = (h_kv * sizes.group, h_kv * sizes.group + sizes.group)
-            dk, dv = _add_dkdv(
-                dk, dv, k, v, rows, bounds, mask, j, heads, begin, end, scoring,
-                D, DV, FAR, BLOCK_M, BLOCK_D, BLOCK_DV, NEED_DK=dk_ptr is not None, NEED_DV=dv_ptr is not None,
+            SHAPE: tl.constexpr = DkdvShape(
+                D, DV, FAR, BLOCK_M, BLOCK_D, BLOCK_DV, NEED_DK=dk_ptr is not None, NEED_DV=dv_ptr is not None
             )  # fmt: skip
+            dk, dv = _add_dkdv(dk, dv, k, v, j, mask, queries, heads, begin, end, scoring, SHAPE)
             if dk_ptr is not None:
                 dk = dk * scoring.scale
                 if HALF:

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from llama_kernels.core.language import cast, dot, tl, triton
 from llama_kernels.ops.attention.delta import padded_start
-from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
+from llama_kernels.ops.attention.masks import Mask, key_blocks, over_key_blocks, visible
 from llama_kernels.ops.attention.softmax import probs_and_score_grads
 from llama_kernels.ops.attention.tiles import (
     Keys,
     columns_of,
     load_bound,
+    load_keys,
     load_prefix,
     load_tile,
     matrix,
@@ -24,7 +25,7 @@ from llama_kernels.ops.attention.tiles import (
 from llama_kernels.ops.rotation import Tables, inverse_rotation
 
 
-class Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """A tile of query rows: what dq depends on beside the keys."""
 
     q: tl.tensor  # [BLOCK_M, BLOCK_D]
@@ -33,32 +34,35 @@ class Rows(NamedTuple):
     delta: tl.tensor  # [BLOCK_M, 1] float32
 
 
-@triton.jit
-def _add_dq(
-    dq, rows, keys, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr, FIRST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
-    floor=None,
-):  # fmt: skip
-    """dq [BLOCK_M, COLUMNS] from column FIRST on, after the key blocks in [begin, end), some of `keys.blocks`.
+class DqShape(NamedTuple):
+    """A `KeyShape`, and which columns of dq a program computes: COLUMNS from column FIRST on."""
 
-    floor: keys before it, except those of a prefix, are not loaded; None: all keys of the blocks are.
-    """
-    mask, blocks = keys.mask, keys.blocks
-    limit = blocks.end if MASKED else None
-    prefix = blocks.prefix if MASKED and mask.prefix is not None else None
-    for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(keys.K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(keys.V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
+    D: tl.constexpr
+    DV: tl.constexpr
+    FAR: tl.constexpr
+    BLOCK_N: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
+    FIRST: tl.constexpr
+    COLUMNS: tl.constexpr
+
+
+@triton.jit
+def _add_dq(dq, rows, keys, begin, end, scoring, SHAPE: tl.constexpr, MASKED: tl.constexpr):
+    """dq [BLOCK_M, COLUMNS] after the key blocks in [begin, end), some of `keys.blocks`. SHAPE: a `DqShape`."""
+    for n in tl.range(begin, end, SHAPE.BLOCK_N):
+        k = load_keys(keys.K, n, keys, SHAPE.D, SHAPE.BLOCK_D, SHAPE, MASKED)  # [BLOCK_N, BLOCK_D]
+        v = load_keys(keys.V, n, keys, SHAPE.DV, SHAPE.BLOCK_DV, SHAPE, MASKED)  # [BLOCK_N, BLOCK_DV]
         qk = dot(rows.q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         dp = dot(rows.do, tl.trans(v), tl.zeros_like(qk) - rows.delta)
         see = None
         if MASKED:
-            see = visible(mask, keys.i, n + tl.arange(0, BLOCK_N)[None, :])
+            see = visible(keys.mask, keys.i, n + tl.arange(0, SHAPE.BLOCK_N)[None, :])
         _, ds = probs_and_score_grads(qk, dp, rows.lse2, see, scoring)
         columns = k
-        if COLUMNS != BLOCK_D:
-            columns = load_tile(columns_of(keys.K, FIRST), n, limit, D - FIRST, FAR, BLOCK_N, COLUMNS, floor, prefix)
+        if SHAPE.COLUMNS != SHAPE.BLOCK_D:
+            K = columns_of(keys.K, SHAPE.FIRST)
+            columns = load_keys(K, n, keys, SHAPE.D - SHAPE.FIRST, SHAPE.COLUMNS, SHAPE, MASKED)  # [BLOCK_N, COLUMNS]
         dq = dot(cast(ds, k.dtype), columns, dq)
     return dq
 
@@ -84,15 +88,15 @@ def _dq_kernel(
     Sums are float32. With HALF, q was rotated by the tables, and dq gets the inverse rotation.
     Bytes: q, do, dq once; k, v once for each row tile, from L2. FLOPs: 2 (2 D + DV) for each visible pair.
     """
-    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, PERSISTENT), disable_licm=True):
-        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
+    for nth in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, PERSISTENT), disable_licm=True):
+        m, h, b = query_tile(list_ptr, nth, sizes, BLOCK_M)
         q_start, Sq, k_start, Sk = sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes)
         if m < Sq:
             i = m + tl.arange(0, BLOCK_M)[:, None]
             kv_start = load_bound(kv_start_ptr, kv_start_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             kv_end = load_bound(kv_end_ptr, kv_end_strides, b, q_start, i, Sq)  # [BLOCK_M, 1]
             prefix = load_prefix(kv_prefix_ptr, kv_prefix_strides, b, q_start, i, Sq, Sk)  # [BLOCK_M, 1]
-            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk, None, prefix)
+            mask = Mask(Sk - Sq, window.left, window.right, kv_start, kv_end, Sk, prefix=prefix)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
             Q = matrix(q_ptr, q_strides, b, h, q_start)
@@ -100,36 +104,13 @@ def _dq_kernel(
             DO = matrix(do_ptr, do_strides, b, h, q_start)
             do = load_tile(DO, m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, q_start)) + i
-            rows = Rows(q, do, lse2=tl.load(lse2_ptr + padded), delta=tl.load(delta_ptr + padded))
+            rows = QueryRows(q, do, lse2=tl.load(lse2_ptr + padded), delta=tl.load(delta_ptr + padded))
             K = matrix(k_ptr, k_strides, b, h // sizes.group, k_start)
             V = matrix(v_ptr, v_strides, b, h // sizes.group, k_start)
             keys = Keys(K, V, mask, i, blocks)
             dq = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-            floor = None
-            if window.left is not None or kv_start_ptr is not None:
-                floor = blocks.first
-            if kv_prefix_ptr is not None:
-                dq = _add_dq(
-                    dq, rows, keys, 0, blocks.prefix_full, scoring,
-                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=False,
-                )  # fmt: skip
-                dq = _add_dq(
-                    dq, rows, keys, blocks.prefix_full, blocks.prefix_end, scoring,
-                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True, floor=floor,
-                )  # fmt: skip
-            if floor is not None:
-                dq = _add_dq(
-                    dq, rows, keys, blocks.begin, blocks.full_begin, scoring,
-                    D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True, floor=floor,
-                )  # fmt: skip
-            dq = _add_dq(
-                dq, rows, keys, blocks.full_begin, blocks.full_end, scoring,
-                D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=False,
-            )  # fmt: skip
-            dq = _add_dq(
-                dq, rows, keys, blocks.full_end, blocks.end, scoring,
-                D, DV, FAR, FIRST, BLOCK_N, BLOCK_D, BLOCK_DV, COLUMNS, MASKED=True, floor=floor,
-            )  # fmt: skip
+            SHAPE: tl.constexpr = DqShape(D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, FIRST, COLUMNS)
+            dq = over_key_blocks(_add_dq, dq, rows, keys, scoring, SHAPE)
             dq = dq * scoring.scale
             if HALF:
                 s = m + tl.arange(0, BLOCK_M)

@@ -12,11 +12,12 @@ from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, 
 from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.decode import launch_decode
 from llama_kernels.ops.attention.key_split import KeySplit, forward_tile
-from llama_kernels.ops.attention.masks import Mask, key_blocks, within
+from llama_kernels.ops.attention.masks import Mask, key_blocks, over_key_blocks, within
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, is_persistent, list_tiles, programs_for, tile_lists
 from llama_kernels.ops.attention.tiles import (
     Keys,
+    KeyShape,
     load_bound,
     load_prefix,
     load_tile,
@@ -47,13 +48,13 @@ def _forward_kernel(
     h * split.chunks + c for a head, and lse is in base 2.
     Bytes: q and o once; k and v once for each row tile, from L2. FLOPs: 2 (D + DV) for each visible pair.
     """
-    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, PERSISTENT), disable_licm=True):
-        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
-        of_o = h
+    for nth in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, PERSISTENT), disable_licm=True):
+        m, h, b = query_tile(list_ptr, nth, sizes, BLOCK_M)
+        h_of_o = h
         if split is not None:
             rows_of_all = tl.cdiv(sizes.Sq, BLOCK_M) * BLOCK_M
             c, m = m // rows_of_all, m % rows_of_all
-            of_o = h * split.chunks + c
+            h_of_o = h * split.chunks + c
         q_start, Sq, k_start, Sk = sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes)
         if m < Sq:
             i = m + tl.arange(0, BLOCK_M)[:, None]
@@ -67,7 +68,7 @@ def _forward_kernel(
                 kv_start = within(kv_start, first, count)
                 kv_end = within(kv_end, first, count)
                 prefix = within(prefix, first, count)
-            mask = Mask(shift, window.left, window.right, kv_start, kv_end, Sk, None, prefix)
+            mask = Mask(shift, window.left, window.right, kv_start, kv_end, Sk, prefix=prefix)
             blocks = key_blocks(mask, m, tl.minimum(m + BLOCK_M, Sq) - 1, BLOCK_N)
 
             Q = matrix(q_ptr, q_strides, b, h, q_start)
@@ -79,40 +80,17 @@ def _forward_kernel(
             if sinks_ptr is not None:  # one more logit, whose value is 0
                 peak, mass = tl.zeros_like(mass) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, mass + 1.0
             state = SoftmaxState(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), mass, peak)
-            floor = None
-            if window.left is not None or kv_start_ptr is not None:
-                floor = blocks.first
-            if kv_prefix_ptr is not None:
-                state = attend(
-                    state, q, keys, 0, blocks.prefix_full, scoring,
-                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False,
-                )  # fmt: skip
-                state = attend(
-                    state, q, keys, blocks.prefix_full, blocks.prefix_end, scoring,
-                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
-                )  # fmt: skip
-            if floor is not None:
-                state = attend(
-                    state, q, keys, blocks.begin, blocks.full_begin, scoring,
-                    D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
-                )  # fmt: skip
-            state = attend(
-                state, q, keys, blocks.full_begin, blocks.full_end, scoring,
-                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False,
-            )  # fmt: skip
-            state = attend(
-                state, q, keys, blocks.full_end, blocks.end, scoring,
-                D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True, floor=floor,
-            )  # fmt: skip
+            SHAPE: tl.constexpr = KeyShape(D, DV, FAR, BLOCK_N, BLOCK_D, BLOCK_DV)
+            state = over_key_blocks(attend, state, q, keys, scoring, SHAPE)
 
             mass = tl.where(state.mass == 0.0, 1.0, state.mass)  # a row that saw no key: o is 0 / 1, and lse is -inf
             o = state.acc * (1.0 / mass)[:, None]  # [BLOCK_M, BLOCK_DV]
-            store_tile(matrix(o_ptr, o_strides, b, of_o, q_start), m, Sq, o, DV, FAR, BLOCK_M, BLOCK_DV)
+            store_tile(matrix(o_ptr, o_strides, b, h_of_o, q_start), m, Sq, o, DV, FAR, BLOCK_M, BLOCK_DV)
             lse = state.peak + tl.log2(mass)  # [BLOCK_M], in base 2
             if split is None:
                 lse = lse * LN2
             rows = m + tl.arange(0, BLOCK_M)
-            tl.store(lse_ptr + offset(lse_strides, b, of_o, q_start) + rows, lse, mask=rows < Sq)
+            tl.store(lse_ptr + offset(lse_strides, b, h_of_o, q_start) + rows, lse, mask=rows < Sq)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ class Mask(NamedTuple):
     shift: tl.tensor  # Sk - Sq: the position of query i is that of key i + shift
     left: tl.tensor  # keys before its own position that a query sees
     right: tl.tensor  # keys after its own position that a query sees; 0 is causal
-    kv_start: tl.tensor  # the first key that each row sees, in the shape of i
-    kv_end: tl.tensor  # one past the last key that each row sees, in the shape of i
-    Sk: tl.tensor  # number of keys; None where it does not matter what keys past the end give
-    keys: tl.tensor = None  # pointer to one bool for each key, False for a key that no query sees; needs Sk
+    kv_start: tl.tensor = None  # the first key that each row sees, in the shape of i
+    kv_end: tl.tensor = None  # one past the last key that each row sees, in the shape of i
+    Sk: tl.tensor = None  # number of keys; None where it does not matter what keys past the end give
+    key_mask: tl.tensor = None  # pointer to one bool for each key, False for a key that no query sees; needs Sk
     prefix: tl.tensor = None  # how many first keys each row also sees, in the shape of i; at most the number of keys
 
 
@@ -26,7 +26,7 @@ class KeyBlocks(NamedTuple):
     In [full_begin, full_end) every row sees every key, so no mask is needed. Keys outside [first, end) are not loaded,
     and may be NaN.
     With a prefix, the blocks in [0, prefix_end) come before these, and begin is prefix_end or more. So a key that a row
-    sees twice, as one of its first keys and between its bounds, counts once.
+    sees twice, as one of its first keys and between its bounds, counts once. `over_key_blocks` visits them all.
     """
 
     begin: tl.tensor
@@ -69,8 +69,8 @@ def visible(mask, i, j):
         own = i + (mask.shift + mask.right + 1)
         end = own if end is None else tl.minimum(end, own)
     see = None
-    if mask.keys is not None:
-        see = tl.load(mask.keys + j, mask=j < mask.Sk, other=False)
+    if mask.key_mask is not None:
+        see = tl.load(mask.key_mask + j, mask=j < mask.Sk, other=False)
     elif mask.Sk is not None:
         end = mask.Sk if end is None else tl.minimum(end, mask.Sk)
     if end is not None:
@@ -115,6 +115,32 @@ def key_blocks(mask, first, last, BLOCK_N: tl.constexpr):
         begin, full_begin = tl.maximum(begin, prefix_end), tl.maximum(full_begin, prefix_end)
         full_end = tl.maximum(full_end, prefix_end)
     return KeyBlocks(begin, full_begin, full_end, end, lowest, prefix_full, prefix_end, prefix)
+
+
+@triton.jit
+def floor_of(mask, blocks):
+    """The first key that a row sees; None if nothing hides the first keys. blocks: the `key_blocks` of the mask."""
+    floor = None
+    if mask.left is not None or mask.kv_start is not None:
+        floor = blocks.first
+    return floor
+
+
+@triton.jit
+def over_key_blocks(ADD: tl.constexpr, result, rows, keys, scoring, SHAPE: tl.constexpr):
+    """`result` after all blocks of `keys`, a `Keys` of tiles.py. Blocks at the edges of the mask are MASKED.
+
+    ADD(result, rows, keys, begin, end, scoring, SHAPE, MASKED) is the result after the blocks in [begin, end). rows:
+    what it needs of the tile's query rows. SHAPE: its sizes at compile time.
+    """
+    blocks = keys.blocks
+    if keys.mask.prefix is not None:
+        result = ADD(result, rows, keys, 0, blocks.prefix_full, scoring, SHAPE, MASKED=False)
+        result = ADD(result, rows, keys, blocks.prefix_full, blocks.prefix_end, scoring, SHAPE, MASKED=True)
+    if floor_of(keys.mask, blocks) is not None:
+        result = ADD(result, rows, keys, blocks.begin, blocks.full_begin, scoring, SHAPE, MASKED=True)
+    result = ADD(result, rows, keys, blocks.full_begin, blocks.full_end, scoring, SHAPE, MASKED=False)
+    return ADD(result, rows, keys, blocks.full_end, blocks.end, scoring, SHAPE, MASKED=True)
 
 
 @triton.jit

@@ -100,7 +100,7 @@ register_gradient(
 )
 
 
-def attend(op: str, call: AttentionCall, deterministic: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+def run_call(op: str, call: AttentionCall, deterministic: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of `call`, through autograd where a gradient is wanted. op: the name in errors."""
     if needs_grad(call.q, call.k, call.v, call.sinks):
         out, lse = _Attention.call(op, deterministic, *call)

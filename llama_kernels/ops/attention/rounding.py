@@ -14,7 +14,7 @@ from llama_kernels.core.tensors import cdiv, strides_of
 from llama_kernels.ops.attention.call import Sizes, far, width_class
 from llama_kernels.ops.attention.tile_list import programs_for
 from llama_kernels.ops.attention.tiles import (
-    BLOCK,
+    PACKED_BLOCK,
     length,
     load_tile,
     matrix,
@@ -41,8 +41,8 @@ def _round_sum_kernel(
     Head h of grad is the sum of heads h * PARTS to h * PARTS + PARTS - 1 of `sum`, in this order. With HALF, q and k
     were rotated by the tables, and grad gets the inverse rotation.
     """
-    for turn in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
-        m, h, b = query_tile(list_ptr, turn, sizes, BLOCK_M)
+    for nth in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):
+        m, h, b = query_tile(list_ptr, nth, sizes, BLOCK_M)
         start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for part in tl.range(0, PARTS):
@@ -65,7 +65,7 @@ def round_launch(
     total: float32, with a multiple of the heads of `grad`: the parts of a head, one after another, which are added up.
     """
     D, BLOCK_D = grad.shape[-1], width_class(grad.shape[-1])
-    BLOCK_M = min(4096 // BLOCK_D, BLOCK.value)  # 32 elements per thread
+    BLOCK_M = min(4096 // BLOCK_D, PACKED_BLOCK.value)  # 32 elements per thread
     args = (
         total, grad, cu_seqlens, list_q, *by.tensors, strides_of(total), strides_of(grad), *by.strides,
         sizes.as_arguments(), scale, by.positions,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from llama_kernels.core.language import LOG2E, cast, dot, tl, triton
 from llama_kernels.ops.attention.masks import visible
-from llama_kernels.ops.attention.tiles import load_tile
+from llama_kernels.ops.attention.tiles import load_keys
 
 
 class SoftmaxState(NamedTuple):
@@ -57,25 +57,15 @@ def add_values(acc, p, shrink, v):
 
 
 @triton.jit
-def attend(
-    state, q, keys, begin, end, scoring,
-    D: tl.constexpr, DV: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, floor=None,
-):  # fmt: skip
-    """`state` after the key blocks in [begin, end), which are some of `keys.blocks`.
-
-    floor: keys before it, except those of a prefix, are not loaded; None: all keys of the blocks are.
-    """
-    mask, blocks = keys.mask, keys.blocks
-    limit = blocks.end if MASKED else None
-    prefix = blocks.prefix if MASKED and mask.prefix is not None else None
-    for n in tl.range(begin, end, BLOCK_N):
-        k = load_tile(keys.K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
+def attend(state, q, keys, begin, end, scoring, SHAPE: tl.constexpr, MASKED: tl.constexpr):
+    """`state` after the key blocks in [begin, end), which are some of `keys.blocks`. q: [BLOCK_M, BLOCK_D]."""
+    for n in tl.range(begin, end, SHAPE.BLOCK_N):
+        k = load_keys(keys.K, n, keys, SHAPE.D, SHAPE.BLOCK_D, SHAPE, MASKED)  # [BLOCK_N, BLOCK_D]
         s = logits(dot(q, tl.trans(k)), scoring)  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            s = tl.where(visible(mask, keys.i, n + tl.arange(0, BLOCK_N)[None, :]), s, float("-inf"))
+            s = tl.where(visible(keys.mask, keys.i, n + tl.arange(0, SHAPE.BLOCK_N)[None, :]), s, float("-inf"))
         p, shrink, mass, peak = online_softmax_step(state, s, scoring.unit, MASKED)
-        v = load_tile(keys.V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
+        v = load_keys(keys.V, n, keys, SHAPE.DV, SHAPE.BLOCK_DV, SHAPE, MASKED)  # [BLOCK_N, BLOCK_DV]
         state = SoftmaxState(add_values(state.acc, p, shrink, v), mass, peak)
     return state
 

@@ -1,7 +1,7 @@
 """The blocks of a packed batch as a list from which programs take their tiles, and the tokens that no sequence owns.
 
 Only the GPU knows how long the sequences are. In a grid of the longest sequence times the number of sequences, most
-programs would have no tile. So one small launch first lists the blocks of BLOCK tokens of each sequence, and the
+programs would have no tile. So one small launch first lists the blocks of PACKED_BLOCK tokens of each sequence, and the
 programs of the later launches take tiles from this list. How many programs there are follows from the number of tokens.
 """
 
@@ -15,7 +15,7 @@ from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.core.launch_cache import Launch
 from llama_kernels.core.tensors import cdiv, optional_strides_of
 from llama_kernels.ops.attention.call import AttentionCall, Sizes, far, width_class
-from llama_kernels.ops.attention.tiles import BLOCK, length, matrix, sequence, tile_ptrs
+from llama_kernels.ops.attention.tiles import PACKED_BLOCK, length, matrix, sequence, tile_ptrs
 
 _SEQUENCES: tl.constexpr = tl.constexpr(256)  # in a step over all sequences
 FEW_PROGRAMS = 2048  # up to this number, a program is launched for every tile that there may be
@@ -48,7 +48,7 @@ def _blocks_of(cu_seqlens_ptr, b, sequences, size, longest):
     known = tl.minimum(b, sequences - 1)
     _, whole = sequence(cu_seqlens_ptr, known, size, size)
     _, count = sequence(cu_seqlens_ptr, known, size, longest)
-    return tl.where(b < sequences, tl.cdiv(count, BLOCK), 0), (b < sequences) & (whole > count)
+    return tl.where(b < sequences, tl.cdiv(count, PACKED_BLOCK), 0), (b < sequences) & (whole > count)
 
 
 @triton.jit
@@ -95,12 +95,12 @@ def _unowned(cu_seqlens_ptr, t, cut, sequences, size, longest):
 
 @triton.jit
 def _fill(ptr, strides, heads, first, unowned, D: tl.constexpr, FAR: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Zeros for every head of the tokens from `first` on that are `unowned`, [BLOCK]. ptr may be None."""
+    """Zeros for every head of the tokens from `first` on that are `unowned`, [PACKED_BLOCK]. ptr may be None."""
     if ptr is not None:
         d = tl.arange(0, BLOCK_D)[None, :]
-        zeros = cast(tl.zeros([BLOCK, BLOCK_D], tl.float32), ptr.dtype.element_ty)
+        zeros = cast(tl.zeros([PACKED_BLOCK, BLOCK_D], tl.float32), ptr.dtype.element_ty)
         for h in range(heads):
-            ptrs = tile_ptrs(matrix(ptr, strides, 0, h, 0), first, FAR, BLOCK, BLOCK_D)
+            ptrs = tile_ptrs(matrix(ptr, strides, 0, h, 0), first, FAR, PACKED_BLOCK, BLOCK_D)
             tl.store(ptrs, zeros, mask=unowned[:, None] & (d < D))
 
 
@@ -114,43 +114,43 @@ def _tile_list_kernel(
 ):  # fmt: skip
     """Lists the blocks of all sequences, as `TileLists`, and fills what belongs to tokens that no sequence owns.
 
-    Program n lists block n of every sequence, and fills the tokens from n * BLOCK on; first programs for the queries,
-    then for the keys. list_k may be None, where it is list_q or not wanted. If sequences overlap so much that a list
-    cannot hold their blocks, the lists are empty, and everything is filled.
+    Program n lists block n of every sequence, and fills the tokens from n * PACKED_BLOCK on; first programs for the
+    queries, then for the keys. list_k may be None, where it is list_q or not wanted. If sequences overlap so much that
+    a list cannot hold their blocks, the lists are empty, and everything is filled.
     Bytes: cu_seqlens, from L2, and the lists; beyond that only what is filled.
     """
     pid, B = tl.program_id(0), sizes.B
     Sq, Sk = sizes.Sq, length(sizes.Sk)
     longest_q, longest_k = length(sizes.longest_q), length(sizes.longest_k)
-    for_queries = pid < tl.cdiv(Sq, BLOCK)
-    n = tl.where(for_queries, pid, pid - tl.cdiv(Sq, BLOCK))
+    for_queries = pid < tl.cdiv(Sq, PACKED_BLOCK)
+    n = tl.where(for_queries, pid, pid - tl.cdiv(Sq, PACKED_BLOCK))
     q_blocks, q_above, q_cut = _count(cu_seqlens_q_ptr, n, B, Sq, longest_q)
-    fits = q_blocks <= Sq // BLOCK + B
+    fits = q_blocks <= Sq // PACKED_BLOCK + B
     if cu_seqlens_k_ptr is not None:
         k_blocks, k_above, k_cut = _count(cu_seqlens_k_ptr, n, B, Sk, longest_k)
-        fits &= k_blocks <= Sk // BLOCK + B
-    t = n * BLOCK + tl.arange(0, BLOCK)
+        fits &= k_blocks <= Sk // PACKED_BLOCK + B
+    t = n * PACKED_BLOCK + tl.arange(0, PACKED_BLOCK)
     if for_queries:
         if n == 0:
             tl.store(list_q_ptr, tl.where(fits, q_blocks, 0))
-        _list_blocks(list_q_ptr, cu_seqlens_q_ptr, n, q_above, Sq // BLOCK + B, B, Sq, longest_q)
+        _list_blocks(list_q_ptr, cu_seqlens_q_ptr, n, q_above, Sq // PACKED_BLOCK + B, B, Sq, longest_q)
         unowned = _unowned(cu_seqlens_q_ptr, t, q_cut, B, Sq, longest_q) | (t < tl.where(fits, 0, Sq))
         if tl.max(unowned.to(tl.int32)) > 0:
-            _fill(of_q_ptr, of_q_strides, sizes.Hq, n * BLOCK, unowned, OF_Q, FAR, BLOCK_OF_Q)
+            _fill(of_q_ptr, of_q_strides, sizes.Hq, n * PACKED_BLOCK, unowned, OF_Q, FAR, BLOCK_OF_Q)
             if lse_ptr is not None:
                 for h in range(sizes.Hq):
                     rows = lse_ptr + tl.cast(h, tl.int64) * lse_stride + t
-                    tl.store(rows, tl.full([BLOCK], float("-inf"), tl.float32), mask=unowned)
+                    tl.store(rows, tl.full([PACKED_BLOCK], float("-inf"), tl.float32), mask=unowned)
     elif cu_seqlens_k_ptr is not None:
         if list_k_ptr is not None:
             if n == 0:
                 tl.store(list_k_ptr, tl.where(fits, k_blocks, 0))
-            _list_blocks(list_k_ptr, cu_seqlens_k_ptr, n, k_above, Sk // BLOCK + B, B, Sk, longest_k)
+            _list_blocks(list_k_ptr, cu_seqlens_k_ptr, n, k_above, Sk // PACKED_BLOCK + B, B, Sk, longest_k)
         unowned = _unowned(cu_seqlens_k_ptr, t, k_cut, B, Sk, longest_k) | (t < tl.where(fits, 0, Sk))
         if tl.max(unowned.to(tl.int32)) > 0:
             Hkv = sizes.Hq // sizes.group
-            _fill(dk_ptr, dk_strides, Hkv, n * BLOCK, unowned, D, FAR, BLOCK_D)
-            _fill(dv_ptr, dv_strides, Hkv, n * BLOCK, unowned, DV, FAR, BLOCK_DV)
+            _fill(dk_ptr, dk_strides, Hkv, n * PACKED_BLOCK, unowned, D, FAR, BLOCK_D)
+            _fill(dv_ptr, dv_strides, Hkv, n * PACKED_BLOCK, unowned, DV, FAR, BLOCK_DV)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def list_tiles(
         **dict(zip(("BLOCK_OF_Q", "BLOCK_D", "BLOCK_DV"), map(width_class, widths), strict=True)),
         "FAR": far(*(x for x in (fill.of_q, fill.dk, fill.dv) if x is not None)), "num_warps": 4,
     }  # fmt: skip
-    programs = cdiv(sizes.Sq, BLOCK.value) + (0 if cu_seqlens_k is None else cdiv(sizes.Sk, BLOCK.value))
+    programs = cdiv(sizes.Sq, PACKED_BLOCK.value) + (0 if cu_seqlens_k is None else cdiv(sizes.Sk, PACKED_BLOCK.value))
     return Launch(_tile_list_kernel, (programs,), args, options)
 
 
@@ -208,7 +208,7 @@ def programs_for(tokens: int, sequences: int, heads: int, rows: int, persistent:
     """
     if not tokens or not heads:
         return 0
-    of_a_block, blocks = heads * (BLOCK.value // rows), tokens // BLOCK.value
+    of_a_block, blocks = heads * (PACKED_BLOCK.value // rows), tokens // PACKED_BLOCK.value
     enough = max(blocks + cdiv(blocks, 10), cdiv(FEW_PROGRAMS, of_a_block))
     capacity = _capacity(tokens, sequences)
     return (min(capacity, enough) if persistent else capacity) * of_a_block
@@ -216,4 +216,4 @@ def programs_for(tokens: int, sequences: int, heads: int, rows: int, persistent:
 
 def _capacity(tokens: int, sequences: int) -> int:
     """The most blocks that `sequences` with `tokens` in total can have: each has at most one that is not full."""
-    return tokens // BLOCK.value + sequences
+    return tokens // PACKED_BLOCK.value + sequences

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llama_kernels.core.language import INTERPRETED, TRITON_VERSION, cast, tl, triton
-from llama_kernels.ops.attention.masks import KeyBlocks, Mask, both
+from llama_kernels.ops.attention.masks import KeyBlocks, Mask, both, floor_of
 
 # Tokens of a block of a packed sequence. The rows or keys of every tile divide it.
-BLOCK: tl.constexpr = tl.constexpr(128)
+PACKED_BLOCK: tl.constexpr = tl.constexpr(128)
 
 _OWN_ADDRESSES: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 7) and not INTERPRETED)
 
@@ -36,6 +36,17 @@ class Keys(NamedTuple):
     blocks: KeyBlocks
 
 
+class KeyShape(NamedTuple):
+    """The shapes of a block of k, [BLOCK_N, BLOCK_D], and of v, [BLOCK_N, BLOCK_DV], at compile time."""
+
+    D: tl.constexpr
+    DV: tl.constexpr
+    FAR: tl.constexpr
+    BLOCK_N: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
+
+
 @triton.jit
 def tiles_of_program(list_ptr, heads, ROWS: tl.constexpr, PERSISTENT: tl.constexpr):
     """How many tiles this program computes. A tile is ROWS query rows or keys of one head.
@@ -46,7 +57,7 @@ def tiles_of_program(list_ptr, heads, ROWS: tl.constexpr, PERSISTENT: tl.constex
     count = 1
     if list_ptr is not None:
         pid, P = tl.program_id(0), tl.num_programs(0)
-        tiles = tl.load(list_ptr) * (heads * (BLOCK // ROWS))
+        tiles = tl.load(list_ptr) * (heads * (PACKED_BLOCK // ROWS))
         if PERSISTENT:
             count = (tiles + P - 1 - pid) // P
         else:
@@ -55,31 +66,31 @@ def tiles_of_program(list_ptr, heads, ROWS: tl.constexpr, PERSISTENT: tl.constex
 
 
 @triton.jit
-def listed(list_ptr, turn, heads, ROWS: tl.constexpr):
-    """The head, sequence, block, and place in the block of this program's tile number `turn` in a packed batch.
+def listed_tile(list_ptr, nth, heads, ROWS: tl.constexpr):
+    """The head, sequence, block, and place in the block of this program's tile number `nth` in a packed batch.
 
     Heads run fastest, so that programs that run at the same time share keys.
     """
-    step = tl.program_id(0) + turn * tl.num_programs(0)
-    place = step // heads % (BLOCK // ROWS)
-    entry = list_ptr + 2 + step // (heads * (BLOCK // ROWS)) * 2
-    return step % heads, tl.load(entry), tl.load(entry + 1), place
+    tile_index = tl.program_id(0) + nth * tl.num_programs(0)
+    place = tile_index // heads % (PACKED_BLOCK // ROWS)
+    entry = list_ptr + 2 + tile_index // (heads * (PACKED_BLOCK // ROWS)) * 2
+    return tile_index % heads, tl.load(entry), tl.load(entry + 1), place
 
 
 @triton.jit
-def query_tile(list_ptr, turn, sizes, BLOCK_M: tl.constexpr):
-    """First row, head and batch of this program's tile of query rows; in a packed batch, of its tile number `turn`.
+def query_tile(list_ptr, nth, sizes, BLOCK_M: tl.constexpr):
+    """First row, head and batch of this program's tile of query rows; in a packed batch, of its tile number `nth`.
 
     The last rows come first, since under a causal mask they see the most keys. Heads run fastest, so that programs that
     run at the same time share keys.
     """
     if list_ptr is None:
         pid, heads = tl.program_id(0), sizes.B * sizes.Hq
-        tile = tl.num_programs(0) // heads - 1 - pid // heads
-        m, h, b = tile * BLOCK_M, pid % sizes.Hq, pid // sizes.Hq % sizes.B
+        tile_index = tl.num_programs(0) // heads - 1 - pid // heads
+        m, h, b = tile_index * BLOCK_M, pid % sizes.Hq, pid // sizes.Hq % sizes.B
     else:
-        h, b, block, place = listed(list_ptr, turn, sizes.Hq, BLOCK_M)
-        m = block * BLOCK + (BLOCK // BLOCK_M - 1 - place) * BLOCK_M
+        h, b, block, place = listed_tile(list_ptr, nth, sizes.Hq, BLOCK_M)
+        m = block * PACKED_BLOCK + (PACKED_BLOCK // BLOCK_M - 1 - place) * BLOCK_M
     return m, h, b
 
 
@@ -114,7 +125,7 @@ def sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, b, sizes):
 
 
 @triton.jit
-def key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N: tl.constexpr, at_once=None):
+def key_tile(list_ptr, nth, sizes, cu_seqlens_k_ptr, BLOCK_N: tl.constexpr, at_once=None):
     """First key, key head and batch of a tile, as `query_tile`, and first token and number of keys of its sequence.
 
     The first keys come first, since under a causal mask the most rows see them. Heads run fastest, of a dense batch the
@@ -133,9 +144,9 @@ def key_tile(list_ptr, turn, sizes, cu_seqlens_k_ptr, BLOCK_N: tl.constexpr, at_
         h_kv, b = head % Hkv, head // Hkv
         k_start, Sk = sequence(cu_seqlens_k_ptr, b, length(sizes.Sk), length(sizes.longest_k))
     else:
-        h_kv, b, block, place = listed(list_ptr, turn, Hkv, BLOCK_N)
+        h_kv, b, block, place = listed_tile(list_ptr, nth, Hkv, BLOCK_N)
         k_start, Sk = sequence(cu_seqlens_k_ptr, b, length(sizes.Sk), length(sizes.longest_k))
-        n = (tl.cdiv(Sk, BLOCK) - 1 - block) * BLOCK + place * BLOCK_N
+        n = (tl.cdiv(Sk, PACKED_BLOCK) - 1 - block) * PACKED_BLOCK + place * BLOCK_N
     return n, h_kv, b, k_start, Sk
 
 
@@ -172,28 +183,28 @@ def zero_of_step(m):
 
 
 @triton.jit
-def tile_ptrs(x, first, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, zero=None):
-    """Pointers [BLOCK, BLOCK_D] to the rows from `first` on of the Matrix x. zero: see `zero_of_step`."""
-    rows = tl.arange(0, BLOCK)
+def tile_ptrs(x, first, FAR: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, zero=None):
+    """Pointers [ROWS, BLOCK_D] to the rows from `first` on of the Matrix x. zero: see `zero_of_step`."""
+    rows = tl.arange(0, ROWS)
     if zero is not None:
         rows += zero
-    if FAR:  # the stride is so large that BLOCK of them may pass 2^31
+    if FAR:  # the stride is so large that ROWS of them may pass 2^31
         rows = rows.to(tl.int64)
     return x.base + tl.cast(first, tl.int64) * x.stride + (rows[:, None] * x.stride + tl.arange(0, BLOCK_D)[None, :])
 
 
 @triton.jit
 def load_tile(
-    x, first, limit, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, floor=None,
+    x, first, limit, D: tl.constexpr, FAR: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, floor=None,
     prefix=None, zero=None,
 ):  # fmt: skip
-    """Rows [first, first + BLOCK) as [BLOCK, BLOCK_D], with zeros past column D.
+    """Rows [first, first + ROWS) as [ROWS, BLOCK_D], with zeros past column D.
 
     Rows from `limit` on and rows before `floor`, unless these are None, are not loaded and are zeros too. But the first
     `prefix` rows of x, unless that is None, are loaded. zero: see `zero_of_step`.
     """
-    ptrs = tile_ptrs(x, first, FAR, BLOCK, BLOCK_D, zero)
-    rows, d = first + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    ptrs = tile_ptrs(x, first, FAR, ROWS, BLOCK_D, zero)
+    rows, d = first + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     loaded = None
     if limit is not None:
         loaded = rows < limit
@@ -207,12 +218,29 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    x, first, limit, tile, D: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+def load_keys(
+    x, n, keys, D: tl.constexpr, BLOCK_D: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Round `tile` [BLOCK, BLOCK_D] to the dtype of x, and store its rows before `limit` and its columns before D."""
-    stored = (first + tl.arange(0, BLOCK)[:, None] < limit) & (tl.arange(0, BLOCK_D)[None, :] < D)
-    tl.store(tile_ptrs(x, first, FAR, BLOCK, BLOCK_D), cast(tile, x.base.dtype.element_ty), mask=stored)
+    """The block of keys from n on of x, which is `keys.K`, `keys.V` or columns of one: [BLOCK_N, BLOCK_D].
+
+    Of a block that is MASKED, the keys that no row sees are not loaded, and are zeros.
+    """
+    limit, floor, prefix = None, None, None
+    if MASKED:
+        limit = keys.blocks.end
+        floor = floor_of(keys.mask, keys.blocks)
+        if keys.mask.prefix is not None:
+            prefix = keys.blocks.prefix
+    return load_tile(x, n, limit, D, SHAPE.FAR, SHAPE.BLOCK_N, BLOCK_D, floor, prefix)
+
+
+@triton.jit
+def store_tile(
+    x, first, limit, values, D: tl.constexpr, FAR: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Round `values` [ROWS, BLOCK_D] to the dtype of x, and store its rows before `limit` and its columns before D."""
+    stored = (first + tl.arange(0, ROWS)[:, None] < limit) & (tl.arange(0, BLOCK_D)[None, :] < D)
+    tl.store(tile_ptrs(x, first, FAR, ROWS, BLOCK_D), cast(values, x.base.dtype.element_ty), mask=stored)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def kernels_on_cpu(target: str, hopper: bool = False) -> Iterator[set[str]]:
         warnings.filterwarnings("ignore", message=".*[Oo]verrid")  # the CPU's own implementation, for now
         for name in operators():
             library.impl(name, _launcher(name, called.add), "CPU", allow_override=True)
-        stack.callback(launch_cache.forget)
+        stack.callback(launch_cache.clear)
         stack.callback(library._destroy)
         for module in (core_device, tables, dispatch):
             stack.enter_context(mock.patch.object(module, "arch_of", functools.partial(_answer, target)))
@@ -64,7 +64,7 @@ def kernels_on_cpu(target: str, hopper: bool = False) -> Iterator[set[str]]:
                 mock.patch.object(hopper_kernels, "attempt", lambda _, launch, *args: (True, launch(*args)))
             )
         stack.enter_context(hopper_attention(hopper))
-        launch_cache.forget()
+        launch_cache.clear()
         yield called
 
 

@@ -182,7 +182,7 @@ def test_no_call_reuses_the_launches_of_another(op):
         first, second = pair
         for features in (first, first, second, second, first):
             call(features)
-        launch_cache.forget()
+        launch_cache.clear()
         for features in (second, second, first):  # nor does the first reuse what the second bound
             call(features)
         cached += any(each.cached and not each.bound for each in comparing.made)

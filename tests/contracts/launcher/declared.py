@@ -72,7 +72,7 @@ def declared_kernels() -> Iterator[None]:
 
 def forget_kernels() -> None:
     """Of all Triton functions: what they were compiled to. And the launch cache."""
-    launch_cache.forget()
+    launch_cache.clear()
     for function in functions():
         function.device_caches.clear()
 

@@ -252,7 +252,7 @@ def threads(comparisons: Comparisons) -> None:
             for round in range(24):
                 meeting.wait(timeout=60)
                 if round == 12:
-                    comparisons.cache.forget()
+                    comparisons.cache.clear()
                 with tensors_on(device if round % 2 else 0):
                     call(tensor(4, 4), tensor(4), None, float(round // 4), 0)
         except BaseException as error:
@@ -307,11 +307,11 @@ def hooks(comparisons: Comparisons) -> None:
 
 
 def knob(comparisons: Comparisons) -> None:
-    """A knob changes the machine code. After `forget` the launch cache launches the new code."""
+    """A knob changes the machine code. After `clear` the launch cache launches the new code."""
     call = launcher(comparisons)
     for debug in (False, True, False):
         with mock.patch.object(knobs.runtime, "debug", debug):
-            comparisons.cache.forget()
+            comparisons.cache.clear()
             for _ in range(3):
                 call(tensor(4, 4), None, None, 1.0, 0)
 

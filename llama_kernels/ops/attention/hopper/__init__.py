@@ -5,6 +5,7 @@ The portable kernels in the folder above compute the same; ../dispatch.py says w
     forward.py, backward.py   the kernels and their launchers
     schedule.py               the order of blocks and the phases of barriers, as functions of integers
     descriptors.py            how the copy engine (TMA) addresses a tile of a tensor
+    shared_memory.py          rings of tiles, and barriers
     tables.py                 the tiles
     switch.py                 `hopper_attention`, which switches the kernels on, and what failed on this machine
     gluon.py                  the import of Gluon

@@ -19,8 +19,7 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
 from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs, Scoring, Sizes
 from llama_kernels.ops.attention.delta import PADDING
-from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows, ring, tile
-from llama_kernels.ops.attention.hopper.forward import barriers
+from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -41,6 +40,7 @@ from llama_kernels.ops.attention.hopper.schedule import (
     row_walk,
     slot_of,
 )
+from llama_kernels.ops.attention.hopper.shared_memory import barriers, ring, tile_in
 from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.masks import Mask, visible
 from llama_kernels.ops.attention.rounding import round_launch
@@ -92,7 +92,7 @@ class Barriers(NamedTuple):
     dkdv_filled: gl.shared_memory_descriptor  # of a consumer: its dk and dv are in shared memory
 
 
-class Keys(NamedTuple):
+class ConsumerKeys(NamedTuple):
     """The keys of a consumer, and what it visits for them."""
 
     k: gl.shared_memory_descriptor  # [64, D]
@@ -167,7 +167,7 @@ def _steps(
     ROW: gl.constexpr = gl.SliceLayout(0, S)
     for step in tl.range(begin, end, disable_licm=True):
         slot = slot_of(step, STAGES)
-        q, do = tile(buffers.q, slot), tile(buffers.do, slot)  # [64, D]
+        q, do = tile_in(buffers.q, slot), tile_in(buffers.do, slot)  # [64, D]
         mbarrier.wait(bars.q_filled.index(slot), filled_phase(step, STAGES))
         zeros = gl.zeros([64, 64], gl.float32, S)
         s = warpgroup_mma(keys.k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -194,7 +194,7 @@ def _steps(
         dp = warpgroup_mma_wait(0, deps=(dp,))
         dv = warpgroup_mma(p_half, do, dv, is_async=True)
         ds = (p * dp).to(dtype)
-        tile(buffers.ds, C).store(ds)
+        tile_in(buffers.ds, C).store(ds)
         fence_async_shared()
         if SHARED:
             mbarrier.arrive(bars.ds_filled.index(0))
@@ -202,19 +202,19 @@ def _steps(
         dk = warpgroup_mma(ds, q, dk, is_async=True)
         if SHARED:
             mbarrier.wait(bars.ds_filled.index(0), filled_phase(step, 1))
-            upper = tile(buffers.k, 0).slice(64 * C, 64, dim=1)
-            lower = tile(buffers.k, 1).slice(64 * C, 64, dim=1)
-            dq = warpgroup_mma(tile(buffers.ds, 0).permute((1, 0)), upper, zeros, use_acc=False, is_async=True)
-            dq = warpgroup_mma(tile(buffers.ds, 1).permute((1, 0)), lower, dq, is_async=True)
+            upper = tile_in(buffers.k, 0).slice(64 * C, 64, dim=1)
+            lower = tile_in(buffers.k, 1).slice(64 * C, 64, dim=1)
+            dq = warpgroup_mma(tile_in(buffers.ds, 0).permute((1, 0)), upper, zeros, use_acc=False, is_async=True)
+            dq = warpgroup_mma(tile_in(buffers.ds, 1).permute((1, 0)), lower, dq, is_async=True)
         else:
-            dq = warpgroup_mma(tile(buffers.ds, C).permute((1, 0)), keys.k, zeros, use_acc=False, is_async=True)
+            dq = warpgroup_mma(tile_in(buffers.ds, C).permute((1, 0)), keys.k, zeros, use_acc=False, is_async=True)
         dv, dk, p_half, ds = warpgroup_mma_wait(2 if SHARED else 1, deps=(dv, dk, p_half, ds))
         mbarrier.arrive(bars.freed.index(slot))
         dq = warpgroup_mma_wait(0, deps=(dq,))  # [64 rows, 64 columns]
         if SHARED:
             mbarrier.arrive(bars.ds_freed.index(0))
             mbarrier.wait(bars.dq_freed.index(C), freed_phase(step, 1))
-        tile(buffers.dq, C).store(dq)
+        tile_in(buffers.dq, C).store(dq)
         fence_async_shared()
         mbarrier.arrive(bars.dq_filled.index(C))
     return dk, dv
@@ -231,8 +231,8 @@ def _consume(buffers, bars, place, walk, scoring, window, C: gl.constexpr, SHARE
     # Sk is given as kv_end, which hides the same keys. So the machine code is that which an H100 ran.
     mask = Mask(place.Sk - place.Sq, window.left, window.right, kv_start=None, kv_end=place.Sk, Sk=None)
     j = place.n + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
-    k, v = tile(buffers.k, C), tile(buffers.v, C)  # [64, D]
-    keys = Keys(k, v, j, buffers, bars, place, walk, mask, scoring)
+    k, v = tile_in(buffers.k, C), tile_in(buffers.v, C)  # [64, D]
+    keys = ConsumerKeys(k, v, j, buffers, bars, place, walk, mask, scoring)
     mbarrier.wait(bars.kv_filled.index(0), 0)
     masked, steps = place.group * walk.masked, place.group * walk.count
     dk, dv = _steps(dk, dv, keys, 0, masked, C, True, SHARED, STAGES)

@@ -26,7 +26,7 @@ _ENDLESS = 0x7FFF0000
 def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """Tiles of `rows` x `width` of x, (B, H, S, D) or packed (T, H, D)."""
     shape, strides = x.shape, x.stride()
-    block, layout = _tile(rows, width, x.dtype, len(shape))
+    block, layout = _block(rows, width, x.dtype, len(shape))
     if len(shape) == 4:
         # The stride of a dimension of size 1 is never used, but the hardware checks it.
         checked = [s if n > 1 else 8 for n, s in zip(shape[:3], strides[:3], strict=True)]
@@ -41,12 +41,12 @@ def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
 def describe_rows(x: torch.Tensor, count: int) -> TensorDescriptor:
     """Tiles of `count` rows of a dense x (..., rows), addressed by (flat index of the leading dimensions, row)."""
     rows = x.shape[-1]
-    block, layout = _tile(1, count, x.dtype, 2)
+    block, layout = _block(1, count, x.dtype, 2)
     return TensorDescriptor(x, [x.numel() // rows, rows], [rows, 1], block, layout)
 
 
 @functools.cache
-def _tile(rows: int, width: int, dtype: torch.dtype, ndim: int):
+def _block(rows: int, width: int, dtype: torch.dtype, ndim: int):
     block = [1] * {2: 0, 3: 3, 4: 2}[ndim] + [rows, width]
     return block, gl.NVMMASharedLayout.get_default_for(block, getattr(gl, str(dtype)[6:]))
 
@@ -59,16 +59,3 @@ def coordinates(desc, b, h, start, length, row, column=0):
     else:
         at = (_ROWS, start + length, h, _ROWS - length + row, column)
     return at
-
-
-@jit
-def ring(desc, COUNT: gl.constexpr):
-    """Shared memory for COUNT tiles of desc."""
-    return gl.allocate_shared_memory(desc.dtype, [COUNT] + desc.block_shape, desc.layout)  # noqa: RUF005
-
-
-@jit
-def tile(ring, slot):
-    """The tile in a slot of `ring`, as [rows, width]."""
-    at = ring.index(slot)
-    return at.reshape([at.shape[-2], at.shape[-1]])

@@ -14,7 +14,7 @@ from llama_kernels.core.language import LN2, LOG2E
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv
 from llama_kernels.ops.attention.call import AttentionCall, Scoring, lse_strides
-from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, ring, tile
+from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
     gl,
@@ -35,6 +35,7 @@ from llama_kernels.ops.attention.hopper.schedule import (
     slot_of,
     turn_phase,
 )
+from llama_kernels.ops.attention.hopper.shared_memory import barriers, ring, tile_in
 from llama_kernels.ops.attention.hopper.tables import HopperTile
 from llama_kernels.ops.attention.masks import Mask, key_blocks, visible
 from llama_kernels.ops.attention.softmax import logits
@@ -76,7 +77,7 @@ class Barriers(NamedTuple):
     o_filled: gl.shared_memory_descriptor  # of a consumer: its output is in shared memory
 
 
-class Rows(NamedTuple):
+class ConsumerRows(NamedTuple):
     """The rows of a consumer, and what it visits for them."""
 
     q: gl.shared_memory_descriptor  # [64, D]
@@ -86,15 +87,6 @@ class Rows(NamedTuple):
     walk: Walk
     mask: Mask
     scoring: Scoring
-
-
-@jit
-def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """SLOTS barriers. A phase of each ends after ARRIVALS arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
 
 
 @jit
@@ -162,10 +154,10 @@ def _steps(
         slot, before, after = slot_of(step, STAGES), slot_of(step - 1, STAGES), slot_of(step + 1, STAGES)
         p_half = gl.convert_layout(p.to(buffers.v.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
         mbarrier.wait(bars.turn.index(C), turn_phase(step, C))
-        k = tile(buffers.k, slot).permute((1, 0))
+        k = tile_in(buffers.k, slot).permute((1, 0))
         s = warpgroup_mma(rows.q, k, gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False, is_async=True)
         mbarrier.wait(bars.v_filled.index(before), filled_phase(step - 1, STAGES))
-        acc = warpgroup_mma(p_half, tile(buffers.v, before), acc, is_async=True)
+        acc = warpgroup_mma(p_half, tile_in(buffers.v, before), acc, is_async=True)
         mbarrier.arrive(bars.turn.index(1 - C))
         s = warpgroup_mma_wait(1, deps=(s,))  # [64, BLOCK_N]
         mbarrier.arrive(bars.k_freed.index(slot))
@@ -189,8 +181,8 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     i = m + 64 * C + gl.arange(0, 64, gl.SliceLayout(1, S))
     mask = Mask(shift, window.left, window.right, None, None, Sk)
-    q = tile(buffers.q, C)  # [64, D]
-    rows = Rows(q, i, buffers, bars, walk, mask, scoring)
+    q = tile_in(buffers.q, C)  # [64, D]
+    rows = ConsumerRows(q, i, buffers, bars, walk, mask, scoring)
     peak = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     mass = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
     if sink_ptr is not None:  # one more logit, whose value is 0
@@ -200,7 +192,7 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
     mbarrier.wait(bars.q_filled.index(C), 0)
     mbarrier.wait(bars.k_filled.index(0), 0)
     s = warpgroup_mma(
-        q, tile(buffers.k, 0).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False, is_async=True
+        q, tile_in(buffers.k, 0).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False, is_async=True
     )
     s = warpgroup_mma_wait(0, deps=(s,))  # [64, BLOCK_N]
     mbarrier.arrive(bars.k_freed.index(0))
@@ -212,7 +204,7 @@ def _consume(sink_ptr, buffers, bars, m, shift, Sk, walk, scoring, window, C: gl
     last = walk.count - 1
     p = gl.convert_layout(p.to(buffers.v.dtype), gl.DotOperandLayout(0, O, 2))  # [64, BLOCK_N]
     mbarrier.wait(bars.v_filled.index(slot_of(last, STAGES)), filled_phase(last, STAGES))
-    acc = warpgroup_mma(p, tile(buffers.v, slot_of(last, STAGES)), acc, is_async=True)
+    acc = warpgroup_mma(p, tile_in(buffers.v, slot_of(last, STAGES)), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
 
     mass = gl.where(mass == 0.0, 1.0, mass)  # a row that saw no key: o is 0 / 1, and lse is -inf
