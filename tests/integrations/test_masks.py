@@ -13,7 +13,7 @@ pytest.importorskip("transformers", minversion="4.57")
 import transformers
 from transformers import masking_utils
 
-from llama_kernels.integrations.transformers import masks
+from llama_kernels.integrations.transformers import masks, packed_masks
 from llama_kernels.integrations.transformers.attention import NAME
 from llama_kernels.integrations.transformers.intervals import Window
 from tests.integrations.mask_cases import (
@@ -76,7 +76,7 @@ def test_a_mask_without_padding_has_no_elements(kind, window):
         if state.past and VERSION < (5, 0):
             continue  # Transformers 4 has the offset in device memory
         mask = Masks(kind, state).ours()
-        assert mask.numel() == 0 and masks.unpack(mask, state.queries, S) == window
+        assert mask.numel() == 0 and packed_masks.unpack(mask, state.queries, S) == window
 
 
 @pytest.mark.parametrize("side", ["left", "holes"])

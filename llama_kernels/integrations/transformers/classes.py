@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from llama_kernels.integrations.transformers import attention, fusions, known_code, modules, rotaries, source
+from llama_kernels.integrations.transformers import attention_refusals, fusions, known_code, modules, rotaries, source
 
 KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE)
 
@@ -45,7 +45,7 @@ def _functions_of(cls: type) -> tuple[Any, ...]:
     stock = [inner.__globals__[name] for name in _rotary_names(inner)]
     plain = [source.called_by(rotary) for rotary in stock]
     helpers = [rotary.__globals__.get(name) for rotary in plain for name in sorted(source.global_names(rotary))]
-    eager = attention.eager_functions(inner)
+    eager = attention_refusals.eager_functions(inner)
     return (forward, inner, getattr(cls, "_norm", None), *stock, *plain, *helpers, *eager)
 
 
@@ -74,7 +74,7 @@ def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
     elif (base := _base_that_rotates(cls)) is not None:
         found["rope"] = Found(None, f"its forward is not that of {base.__name__}")
     if "ALL_ATTENTION_FUNCTIONS" in source.global_names(inner):
-        reason = attention.why_other_attention(inner)
+        reason = attention_refusals.why_other_attention(inner)
         found["attention"] = Found(reason is None, reason or "through AttentionInterface")
     text = source.text_of(inner)
     for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):

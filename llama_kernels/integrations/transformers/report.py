@@ -20,8 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llama_kernels.core.checks import message
 from llama_kernels.core.device import KERNEL_DEVICES
 from llama_kernels.integrations.transformers import source
-from llama_kernels.integrations.transformers.attention import FOLLOWS_MASK, NAME, attention_forward
+from llama_kernels.integrations.transformers.attention import NAME, attention_forward
 from llama_kernels.integrations.transformers.classes import KINDS
+from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK
 from llama_kernels.integrations.transformers.modules import PLAIN_TYPES, Patched, may_be_skipped, parts_of
 from llama_kernels.integrations.transformers.places import Place, found_of, places_in
 from llama_kernels.integrations.transformers.rotaries import is_kernelized
