@@ -129,7 +129,7 @@ def _why_stock_operation(module: Any, kind: str, sharded: bool) -> str | None:
     if called := [name for name, norm in norms.items() if not may_be_skipped(norm)]:
         return f"hooks, a wrapper or another forward on {' and '.join(called)}"
     rotaries = found["rope"].value if kind in ("rope", "qk_norm_rope") else {}
-    if kernelized := [name for name, (replaced, *_) in rotaries.items() if is_kernelized(replaced)]:
+    if kernelized := [name for name, rotary in rotaries.items() if is_kernelized(rotary.replaced)]:
         return f"kernelize has replaced {kernelized[0]}"
     weights = [norm.known_weight() for norm in (norms.values() if norms else [module] if kind == "rms_norm" else [])]
     other = [type(weight).__name__ for weight in weights if weight is not None and type(weight) not in PLAIN_TYPES]
