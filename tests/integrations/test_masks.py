@@ -79,6 +79,21 @@ def test_a_mask_without_padding_has_no_elements(kind, window):
         assert mask.numel() == 0 and packed_masks.unpack(mask, state.queries, S) == window
 
 
+@pytest.mark.parametrize("fields", packed_masks._FORMATS, ids=len)
+def test_a_packed_mask_is_read_as_it_was_written(fields):
+    """For the last queries and the first keys, and also with more queries than keys."""
+    of_queries = ("start", "end", "prefix")
+    for Sq, Sk in ((3, 7), (7, 3)):
+        given = {name: torch.randint(9, (2, Sq if name in of_queries else Sk)).int() for name in dict.fromkeys(fields)}
+        found = packed_masks.unpack(packed_masks.pack(packed_masks.KeyRanges(**given)), Sq - 1, Sk - 1)
+        for name, x in found._asdict().items():
+            expected = given.get(name)
+            if expected is None:
+                assert x is None, name
+            else:
+                assert torch.equal(x, expected[:, 1:] if name in of_queries else expected[:, :-1]), name
+
+
 @pytest.mark.parametrize("side", ["left", "holes"])
 def test_the_elements_of_a_mask_grow_linearly_with_the_length(side):
     assert Masks("causal", State(64), attention_mask=padding(side, 64)).ours().numel() <= 5 * B * 64
