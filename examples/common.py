@@ -22,6 +22,7 @@ from llama_kernels.integrations.transformers import patch
 
 Examples = list[dict[str, Any]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+IGNORED = -100  # the label of a token without a loss: cross_entropy ignores it
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

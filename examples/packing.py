@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from examples import common
 
 Rows = dict[str, torch.Tensor]  # input_ids, position_ids, labels (rows, length)
-IGNORED = -100  # ignored by cross_entropy: the label of the first token of a document, which no token predicts
 
 
 def definitions(seed: int = 0, most: int = 600) -> list[str]:
@@ -35,7 +34,7 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> R
     input_ids, position_ids = (torch.tensor(x[: rows * length]).view(rows, length) for x in (ids, positions))
     # A document that is cut continues in the next row with positions from 0.
     position_ids -= torch.where(position_ids < torch.arange(length), 0, position_ids[:, :1])
-    labels = input_ids.masked_fill(position_ids == 0, IGNORED)
+    labels = input_ids.masked_fill(position_ids == 0, common.IGNORED)  # no token predicts the first of a document
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
 
@@ -61,11 +60,11 @@ def draw_batch(rows: Rows, size: int, seed: int, step: int) -> Rows:
 
 def count(rows: Rows) -> int:
     """The number of tokens with a loss: all but the first of each row and of each document."""
-    return int((rows["labels"][:, 1:] != IGNORED).sum())
+    return int((rows["labels"][:, 1:] != common.IGNORED).sum())
 
 
 def unigram_loss(train_rows: Rows, test_rows: Rows) -> float:
     """The loss of a model that predicts each token with its frequency."""
     counts = torch.bincount(train_rows["input_ids"].flatten(), minlength=int(test_rows["input_ids"].max()) + 1)
-    labels = test_rows["labels"][test_rows["labels"] != IGNORED]
+    labels = test_rows["labels"][test_rows["labels"] != common.IGNORED]
     return -((counts + 1) / (counts + 1).sum()).log()[labels].mean().item()

@@ -26,7 +26,7 @@ from examples import common
 from examples.packing import definitions
 from examples.report import COLORS, console
 from llama_kernels.integrations.transformers import share_prompts
-from llama_kernels.integrations.transformers.masks import unpack
+from llama_kernels.integrations.transformers.packed_masks import unpack
 
 # Options of the other examples. Here the data are built in, the model is patched, and it is not saved.
 REFUSED = ("data", "stock", "compare", "save")

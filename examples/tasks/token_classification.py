@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PreTrainedTokenizerFast
 
 from examples import report
-from examples.common import Examples, f1, pieces, standard_library
+from examples.common import IGNORED, Examples, f1, pieces, standard_library
 
-IGNORED = -100  # ignored by cross_entropy: the label of special tokens, and of padding by the collator
 PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest")
 Span = tuple[int, int, str]  # first character, the one past the last, class
 
@@ -53,6 +52,7 @@ class TokenClassification:
         features = []
         for i, e in enumerate(examples):
             tags = tag(e["text"], sorted(map(tuple, e["spans"])), encoded["offset_mapping"][i])
+            # The collator gives padding the same label as special tokens have.
             labels = [IGNORED if special is None else self.labels.index(t)
                       for t, special in zip(tags, encoded.sequence_ids(i), strict=True)]  # fmt: skip
             features.append({"input_ids": encoded["input_ids"][i], "attention_mask": encoded["attention_mask"][i],

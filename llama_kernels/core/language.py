@@ -10,6 +10,17 @@ from typing import Any
 
 from llama_kernels.core.versions import check_version, interpreter_fault, major_minor
 
+
+class Placeholder:
+    """Takes the place of a module that is missing. Any attribute of it, and any call, is the placeholder itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
 try:
     import triton
 except ImportError as error:
@@ -19,16 +30,7 @@ except ImportError as error:
             fault = f"TRITON_INTERPRET is set, and {interpreter_fault('', None)}"
         raise ImportError(f"llama_kernels: {fault}", name=error.name) from error
 
-    class _Placeholder:
-        """Takes the place of Triton. Any attribute of it, and any call, is the placeholder itself."""
-
-        def __getattr__(self, name: str) -> Any:
-            return self
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return self
-
-    triton = _Placeholder()
+    triton = Placeholder()
     HAS_TRITON = INTERPRETED = False
 else:
     check_version("triton", triton.__version__)

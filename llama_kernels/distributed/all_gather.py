@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from llama_kernels.distributed import blocks
-from llama_kernels.distributed.blocks import Grads, Mask, Row, Scores, Visible
+from llama_kernels.distributed.blocks import Grads, Mask, Scores, Visible
 from llama_kernels.distributed.layout import Parts
 from llama_kernels.distributed.transport import all_gather, sum_of_parts
+from llama_kernels.ops.attention.call import Results
 
 
 class Gathered(NamedTuple):
@@ -33,10 +34,10 @@ class Gathered(NamedTuple):
         return blocks.forward(q, keys, values, sinks, self._mask, self.scores)
 
     def backward(
-        self, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+        self, results: Results, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
     ) -> Grads:
         keys, values = self._gather(k, v)
-        grads = blocks.backward(row, q, keys, values, sinks, self._mask, self.scores)
+        grads = blocks.backward(results, q, keys, values, sinks, self._mask, self.scores)
         dk, dv = (sum_of_parts(self.parts.divided(grad, 2), self.group) for grad in (grads.k, grads.v))
         return grads._replace(k=dk, v=dv)
 

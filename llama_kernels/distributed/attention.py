@@ -12,12 +12,12 @@ from llama_kernels.core.checks import check_flag, check_tensors, message, shape_
 from llama_kernels.core.dtensors import is_dtensor
 from llama_kernels.distributed import blocks
 from llama_kernels.distributed.all_gather import Gathered
-from llama_kernels.distributed.blocks import Mask, Reach, Row, Scores
+from llama_kernels.distributed.blocks import Mask, Scores
 from llama_kernels.distributed.layout import Layout, Parts, rank_in
 from llama_kernels.distributed.ring import Ring
 from llama_kernels.distributed.transport import all_gather
 from llama_kernels.distributed.ulysses import Exchange, Local
-from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.call import AttentionCall, Results, Window
 from llama_kernels.ops.attention.checks import checked_call
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ class _ContextParallel(torch.autograd.Function):
             do = None if do is None else exchange.to_heads(do)
             dlse = None if dlse is None else exchange.to_heads(dlse.unsqueeze(-1)).squeeze(-1)
         do = torch.zeros_like(out) if do is None else do.contiguous()
-        row = Row(out, lse, do, None if dlse is None else dlse.contiguous())
-        grads = ctx.over_keys.backward(row, q, k, v, sinks)
+        results = Results(out, lse, do, None if dlse is None else dlse.contiguous())
+        grads = ctx.over_keys.backward(results, q, k, v, sinks)
         dsinks = grads.sinks
         if exchange is None:
             dq, dk, dv = (grad.to(q.dtype) for grad in grads[:3])
@@ -172,7 +172,7 @@ def _plan(
     rank: int,
 ) -> tuple[Exchange | None, Ring | Gathered | Local]:  # fmt: skip
     """The `exchange` and `over_keys` of _ContextParallel."""
-    reach, scores, device = Reach(call.left, call.right), Scores(call.scale, call.softcap), call.q.device
+    window, scores, device = Window(call.left, call.right), Scores(call.scale, call.softcap), call.q.device
     exchange, group = None, mesh.get_group(0)
     parts: Parts = layout  # it keeps its positions on the device from call to call
     if "ulysses" in methods:
@@ -181,7 +181,7 @@ def _plan(
         if doc_start is not None:
             doc_start = exchange.parts.in_order(all_gather(doc_start, exchange.group).wait(), 1)
         elif methods == ("ulysses",):
-            return exchange, Local(Mask(None, None, *reach), scores)
+            return exchange, Local(Mask(None, None, *window), scores)
 
     tokens, positions = layout.tokens, parts.positions(rank, device)
     doc_end: torch.Tensor | int = tokens
@@ -190,7 +190,7 @@ def _plan(
     elif call.right != 0:  # rows look ahead
         everywhere = doc_start if len(parts.lists) == 1 else parts.in_order(all_gather(doc_start, group).wait(), 1)
         doc_end = blocks.document_ends(everywhere)[:, positions]
-    seen = blocks.visible(positions, doc_start, doc_end, reach)
+    seen = blocks.visible(positions, doc_start, doc_end, window)
     if methods == ("ulysses",):
         return exchange, Local(blocks.mask_of_part(seen, parts, 0), scores)
     return exchange, (Gathered if methods == ("all_gather",) else Ring)(seen, parts, group, scores)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from llama_kernels.distributed.layout import Parts
+from llama_kernels.ops.attention.call import Results, Window
 from llama_kernels.ops.attention.op import attention_backward, attention_forward
 
 # --- which keys a row sees -------------------------------------------------------------------------------------------
@@ -24,21 +25,14 @@ class Visible(NamedTuple):
     end: torch.Tensor
 
 
-class Reach(NamedTuple):
-    """How far a row sees, in tokens before and after its own; None: to the end of its document. right=0 is causal."""
-
-    left: int | None
-    right: int | None
-
-
-def visible(positions: torch.Tensor, doc_start: torch.Tensor, doc_end: torch.Tensor | int, reach: Reach) -> Visible:
-    """What the rows at `positions` (S,) see, in documents from doc_start (B, S) to doc_end - 1."""
+def visible(positions: torch.Tensor, doc_start: torch.Tensor, doc_end: torch.Tensor | int, window: Window) -> Visible:
+    """What the rows at `positions` (S,) see in a window, in documents from doc_start (B, S) to doc_end - 1."""
     positions = positions.expand(doc_start.shape)
     first, end = doc_start.long(), torch.as_tensor(doc_end, device=doc_start.device).expand(doc_start.shape)
-    if reach.left is not None:
-        first = torch.maximum(first, positions - reach.left)
-    if reach.right is not None:
-        end = torch.minimum(end, positions + reach.right + 1)
+    if window.left is not None:
+        first = torch.maximum(first, positions - window.left)
+    if window.right is not None:
+        end = torch.minimum(end, positions + window.right + 1)
     return Visible(first.contiguous(), end.contiguous())
 
 
@@ -75,15 +69,6 @@ def mask_of_part(seen: Visible, parts: Parts, part: int) -> Mask:
     return Mask(parts.keys_before(part, seen.first), parts.keys_before(part, seen.end))
 
 
-class Row(NamedTuple):
-    """What the forward gave for whole rows, over all blocks, and the gradients of it."""
-
-    out: torch.Tensor
-    lse: torch.Tensor
-    do: torch.Tensor
-    dlse: torch.Tensor | None
-
-
 class Grads(NamedTuple):
     """Gradients of one block, or of several added up: float32."""
 
@@ -104,14 +89,15 @@ def forward(
 
 
 def backward(
-    row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, mask: Mask, scores: Scores
-) -> Grads:
-    """The block's share of dq, its dk and dv, and dsinks of these rows."""
+    results: Results, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, mask: Mask,
+    scores: Scores,
+) -> Grads:  # fmt: skip
+    """The block's share of dq, its dk and dv, and dsinks of these rows. results: of whole rows, over all blocks."""
     sizes = (None, None, q.shape[2], k.shape[2])
     bounds, window = (mask.kv_start, mask.kv_end), (mask.left, mask.right)
     needed, deterministic = (True, True, True, sinks is not None), True
     dq, dk, dv, dsinks = attention_backward(
-        row.do, row.dlse, q, k, v, row.out, row.lse, sinks, *bounds, *sizes, *scores, *window,
+        results.do, results.dlse, q, k, v, results.out, results.lse, sinks, *bounds, *sizes, *scores, *window,
         *needed, deterministic, torch.float32,
     )  # fmt: skip
     return Grads(dq, dk, dv, None if sinks is None else dsinks)

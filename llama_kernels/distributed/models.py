@@ -23,7 +23,6 @@ _OF_SEQUENCES = {  # arguments of modules that combine tokens
 }  # fmt: skip
 _OF_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")  # what is sharded
 _NO_CP = "Train this model without context parallelism."
-_IGNORED = -100  # a label without a loss, as in Transformers and F.cross_entropy
 
 
 class Context(NamedTuple):
@@ -133,7 +132,8 @@ def _sharded(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, rank: int
 ) -> dict[str, Any]:
     """The arguments of a forward for this rank's tokens, of those for the whole batch."""
-    from llama_kernels.integrations.transformers.masks import pack_documents
+    from llama_kernels.integrations.transformers.documents import IGNORED, strict_document_starts
+    from llama_kernels.integrations.transformers.packed_masks import pack_documents
 
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -161,24 +161,17 @@ def _sharded(
         raise ValueError(message(_OP, "position_ids", f"of shape {tuple(positions.shape)}", wanted))
     labels = given.get("labels")
     if labels is not None:
-        following = torch.cat((labels[:, 1:], labels.new_full((B, 1), _IGNORED)), 1)
+        following = torch.cat((labels[:, 1:], labels.new_full((B, 1), IGNORED)), 1)
         given["shift_labels"] = following
         if given.get("num_items_in_batch") is None:  # what the sum of the losses is divided by
-            given["num_items_in_batch"] = (following != _IGNORED).sum()
+            given["num_items_in_batch"] = (following != IGNORED).sum()
     mine = layout.positions(rank, device)
-    given |= {"position_ids": positions, "starts": _document_starts(positions).expand(B, -1)}
+    given |= {"position_ids": positions, "starts": strict_document_starts(positions).expand(B, -1)}
     for name in (*_OF_TOKENS, "starts"):
         if given.get(name) is not None:
             given[name] = given[name].index_select(1, mine)
     given["attention_mask"] = pack_documents(given.pop("starts"))
     return {**given, "use_cache": False}
-
-
-def _document_starts(positions: torch.Tensor) -> torch.Tensor:
-    """The first token of each token's document, of position_ids (B or 1, tokens)."""
-    begins = positions.diff(dim=1, prepend=positions[:, :1] - 2) != 1
-    here = torch.arange(positions.shape[1], device=positions.device)
-    return torch.where(begins, here, 0).cummax(1).values
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from llama_kernels.distributed import blocks
-from llama_kernels.distributed.blocks import Grads, Mask, Row, Scores, Visible
+from llama_kernels.distributed.blocks import Grads, Mask, Scores, Visible
 from llama_kernels.distributed.layout import Parts
 from llama_kernels.distributed.transport import Transfer, hop
+from llama_kernels.ops.attention.call import Results
 from llama_kernels.ops.attention.merge import merged
 
 
@@ -46,17 +47,17 @@ class Ring(NamedTuple):
         return out, lse
 
     def backward(
-        self, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+        self, results: Results, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
     ) -> Grads:
         """The gradients of a block travel from the rank after its owner to the owner, which adds its own part last."""
         coming = hop((k, v), self.group) if self.ranks > 1 else None
-        total = blocks.backward(row, q, k, v, sinks, self._mask(0), self.scores)
+        total = blocks.backward(results, q, k, v, sinks, self._mask(0), self.scores)
         travelling: Transfer[list[torch.Tensor]] | None = None
         for step in range(1, self.ranks):
             assert coming is not None
             keys, values = coming.wait()
             coming = hop((keys, values), self.group) if step + 1 < self.ranks else None
-            block = blocks.backward(row, q, keys, values, None, self._mask(step), self.scores)
+            block = blocks.backward(results, q, keys, values, None, self._mask(step), self.scores)
             total = total._replace(q=total.q + block.q)
             dk, dv = block.k, block.v
             if travelling is not None:

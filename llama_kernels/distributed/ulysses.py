@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from llama_kernels.distributed import blocks
-from llama_kernels.distributed.blocks import Grads, Mask, Row, Scores
+from llama_kernels.distributed.blocks import Grads, Mask, Scores
 from llama_kernels.distributed.layout import Parts
 from llama_kernels.distributed.transport import all_to_all
+from llama_kernels.ops.attention.call import Results
 
 
 class Exchange(NamedTuple):
@@ -53,6 +54,6 @@ class Local(NamedTuple):
         return blocks.forward(q, k, v, sinks, self.mask, self.scores)
 
     def backward(
-        self, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+        self, results: Results, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
     ) -> Grads:
-        return blocks.backward(row, q, k, v, sinks, self.mask, self.scores)
+        return blocks.backward(results, q, k, v, sinks, self.mask, self.scores)

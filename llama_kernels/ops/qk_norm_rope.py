@@ -40,20 +40,18 @@ from llama_kernels.ops.rotation import (
     Axes,
     HeadTensor,
     HeadTile,
+    Rotation,
     Tables,
-    angle_arguments,
-    axes_count,
     head_tile,
     load_angles,
     load_pairs,
     pairs_of,
     rotate,
-    rotation_of,
     store_pairs,
     token_ptrs,
 )
 from llama_kernels.ops.rotation_checks import check_angles, check_heads, tokens_of
-from llama_kernels.reference.rope import OptionalTensor, rope_transpose
+from llama_kernels.reference.rope import OptionalTensor
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
 #
@@ -326,7 +324,7 @@ def _qk_norm_rope_backward_kernel(
 
 
 class _Forward(NamedTuple):
-    """The parameters of the op `qk_norm_rope`."""
+    """The parameters of the op `qk_norm_rope`. `rotation` has those of the rotation."""
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -340,6 +338,10 @@ class _Forward(NamedTuple):
     interleaved: bool
     axes: torch.Tensor | None = None
 
+    @property
+    def rotation(self) -> Rotation:
+        return Rotation(self.cos, self.sin, self.position_ids, self.interleaved, axes=self.axes)
+
 
 class _Tangents(NamedTuple):
     """The tangents of q, k and the weights."""
@@ -351,7 +353,7 @@ class _Tangents(NamedTuple):
 
 
 class _Backward(NamedTuple):
-    """The parameters of the op `qk_norm_rope_backward`."""
+    """The parameters of the op `qk_norm_rope_backward`. `rotation` is that of the forward."""
 
     dq_out: torch.Tensor  # the gradients of the results
     dk_out: torch.Tensor | None
@@ -367,6 +369,10 @@ class _Backward(NamedTuple):
     interleaved: bool
     need_dw: bool
     axes: torch.Tensor | None = None
+
+    @property
+    def rotation(self) -> Rotation:
+        return Rotation(self.cos, self.sin, self.position_ids, self.interleaved, axes=self.axes)
 
 
 class _Grads(NamedTuple):
@@ -406,13 +412,13 @@ def _launch_forward(
     B, S, Hq, Hkv = _sizes(call)
     if not B * S * max(Hq, Hkv):
         return []
-    heads, (tables, table_strides) = (call.q, call.k, q_out, k_out), angle_arguments(call)
+    heads, rotation = (call.q, call.k, q_out, k_out), call.rotation
     tangents = _Tangents(None, None, None, None) if tangents is None else tangents
     require_contiguous(call.q_weight, call.k_weight, *tangents)
     args = (
-        call.q, call.k, call.q_weight, call.k_weight, q_out, k_out, *tables, *tangents,
-        *map(optional_strides_of, heads), *table_strides, *map(optional_strides_of, tangents[:2]),
-        S, Hq, Hq if call.k is None else Hkv, call.cos.shape[0], axes_count(call), call.eps, call.offset,
+        call.q, call.k, call.q_weight, call.k_weight, q_out, k_out, *rotation.tensors_and_axes, *tangents,
+        *map(optional_strides_of, heads), *rotation.strides_and_axes, *map(optional_strides_of, tangents[:2]),
+        S, Hq, Hq if call.k is None else Hkv, call.cos.shape[0], rotation.positions_of_token, call.eps, call.offset,
     )  # fmt: skip
     return [Launch(_qk_norm_rope_forward_kernel, (B * cdiv(S, _tile(call).BLOCK_T),), args, _options(call))]
 
@@ -430,12 +436,12 @@ def _launch_backward(
     programs: how many compute q, and how many k.
     """
     require_contiguous(call.q_weight, call.k_weight)
-    tables, table_strides = angle_arguments(call)
+    rotation = call.rotation
     heads = (call.dq_out, call.dk_out, call.q, call.k, grads.q, None if call.k is None else grads.k)
     args = (
-        *heads[:4], call.q_weight, call.k_weight, *heads[4:], q_partials, k_partials, *tables,
-        *map(optional_strides_of, heads), *table_strides,
-        *_sizes(call), call.cos.shape[0], axes_count(call), programs[0], call.eps, call.offset,
+        *heads[:4], call.q_weight, call.k_weight, *heads[4:], q_partials, k_partials, *rotation.tensors_and_axes,
+        *map(optional_strides_of, heads), *rotation.strides_and_axes,
+        *_sizes(call), call.cos.shape[0], rotation.positions_of_token, programs[0], call.eps, call.offset,
     )  # fmt: skip
     sums = ((q_partials, grads.q_weight), (k_partials, grads.k_weight))
     return [
@@ -491,7 +497,7 @@ def _tangent_reference(*args):
         ty = rstd * (tx - xhat * (tx * xhat).mean(-1, keepdim=True))
         ty = ty if weight is None else ty * (call.offset + weight.float())
         ty = ty if tweight is None else ty + xhat * tweight.float()
-        out.copy_(reference.rope(ty, None, **rotation_of(call)._asdict(), axes=call.axes)[0])
+        out.copy_(call.rotation.in_pytorch(ty, None)[0])
     return outs
 
 
@@ -525,7 +531,7 @@ def _backward_reference(call):
     for (dy, x, weight), dx, dw in zip(sides, grads[:2], grads[2:], strict=True):
         if x is None:
             continue
-        g, _ = rope_transpose(dy.float(), None, **rotation_of(call)._asdict(), axes=call.axes)
+        g, _ = call.rotation.transposed.in_pytorch(dy.float(), None)
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + call.eps)
         xhat = x.float() * rstd
         if weight is not None:

@@ -24,15 +24,13 @@ from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contigu
 from llama_kernels.ops.rotation import (
     Axes,
     HeadTensor,
+    Rotation,
     Tables,
-    angle_arguments,
-    axes_count,
     head_tile,
     load_angles,
     load_pairs,
     pairs_of,
     rotate,
-    rotation_of,
     row_strides,
     store_pairs,
     token_ptrs,
@@ -45,7 +43,7 @@ from llama_kernels.ops.rotation_checks import (
     check_writable,
     tokens_of,
 )
-from llama_kernels.reference.rope import OptionalTensor, rope_transpose
+from llama_kernels.reference.rope import OptionalTensor
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -130,7 +128,7 @@ def _rope_kernel(
 
 
 class _Call(NamedTuple):
-    """The parameters of the op `rope`."""
+    """The parameters of the op `rope`: q, k, and the fields of `Rotation`."""
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -138,8 +136,12 @@ class _Call(NamedTuple):
     sin: torch.Tensor
     position_ids: torch.Tensor | None
     interleaved: bool
-    inverse: bool  # rotate by the transpose, as the backward does
+    inverse: bool
     axes: torch.Tensor | None = None
+
+    @property
+    def rotation(self) -> Rotation:
+        return Rotation(self.cos, self.sin, self.position_ids, self.interleaved, self.inverse, self.axes)
 
 
 class _Heads(NamedTuple):
@@ -158,7 +160,7 @@ def _launch(
 
     v: copied to outs.v. slots: (B, S) or (S,), the place of each token in outs.k and outs.v, which are caches then.
     """
-    q, k, (tables, table_strides) = call.q, call.k, angle_arguments(call)
+    q, k, rotation = call.q, call.k, call.rotation
     B, Hq, S = sizes_of(q)
     Hkv = Hq if k is None else sizes_of(k)[1]
     if not B * S * max(Hq, Hkv):
@@ -167,9 +169,9 @@ def _launch(
     tile = head_tile(pairs["HALF"], max(min(Hq, Hkv), 1), lanes_of(q.device))
     heads = (q, k, v, outs.q, None if k is None else outs.k, outs.v)
     args = (
-        *heads, *tables, slots,
-        *map(optional_strides_of, heads), *table_strides, row_strides(slots),
-        S, Hq, Hkv, call.cos.shape[0], axes_count(call), None if slots is None else sizes_of(outs.k)[2],
+        *heads, *rotation.tensors_and_axes, slots,
+        *map(optional_strides_of, heads), *rotation.strides_and_axes, row_strides(slots),
+        S, Hq, Hkv, call.cos.shape[0], rotation.positions_of_token, None if slots is None else sizes_of(outs.k)[2],
     )  # fmt: skip
     options = {
         "D": q.shape[-1], "DV": None if v is None else v.shape[-1], **pairs, **tile._asdict(),
@@ -193,8 +195,7 @@ def _rotated(call):
 
 def _rotated_reference(call):
     outs = _fake(call)
-    by = rope_transpose if call.inverse else reference.rope
-    for out, x in zip(outs, by(call.q, call.k, **rotation_of(call)._asdict(), axes=call.axes), strict=True):
+    for out, x in zip(outs, call.rotation.in_pytorch(call.q, call.k), strict=True):
         if x is not None:
             out.copy_(x)
     return outs
@@ -247,8 +248,8 @@ def _packed_backward(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None)
 
 
 def _packed_backward_reference(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None):
-    rotated = rope_transpose(dq, dk, cos, sin, position_ids, axes=axes, interleaved=interleaved)
-    heads = torch.cat((*rotated, dv), 1)
+    rotation = Rotation(cos, sin, position_ids, interleaved, inverse=True, axes=axes)
+    heads = torch.cat((*rotation.in_pytorch(dq, dk), dv), 1)
     return _packed_fake(dq, dk, dv).copy_((heads.transpose(1, 2) if dq.ndim == 4 else heads).flatten(-2))
 
 
@@ -287,37 +288,27 @@ _rope_into_cache = register(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _Angles(NamedTuple):
-    """The parameters of the op `rope` after q and k, in its order: how heads are rotated."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    position_ids: torch.Tensor | None
-    interleaved: bool
-    inverse: bool = False
-    axes: torch.Tensor | None = None
-
-    def save(self, ctx: Any) -> None:
-        ctx.interleaved, ctx.inverse = self.interleaved, self.inverse
-        save(ctx, self.cos, self.sin, self.position_ids, self.axes)
-
-    @staticmethod
-    def saved(ctx: Any, backward: bool) -> _Angles:
-        """What `save` saved. backward: in the inverse direction, as gradients are rotated."""
-        cos, sin, position_ids, axes = ctx.saved_tensors
-        return _Angles(cos, sin, position_ids, ctx.interleaved, ctx.inverse != backward, axes)
+def _save(ctx: Any, rotation: Rotation) -> None:
+    ctx.interleaved, ctx.inverse = rotation.interleaved, rotation.inverse
+    save(ctx, *rotation.tensors_and_axes)
 
 
-def _rotate_given(op: str, heads: Any, angles: _Angles) -> list[Any]:
+def _saved(ctx: Any) -> Rotation:
+    """What `_save` saved. The backward takes its transpose."""
+    cos, sin, position_ids, axes = ctx.saved_tensors
+    return Rotation(cos, sin, position_ids, ctx.interleaved, ctx.inverse, axes)
+
+
+def _rotate_given(op: str, heads: Any, rotation: Rotation) -> list[Any]:
     """`heads`, gradients or tangents of q and k, rotated; None for one that is None. The results are differentiable."""
     given = [last_dim_contiguous(x) for x in heads if x is not None]
     if not given:
         return [*heads]
     first, second = (*given, None)[:2]
     if needs_grad(*given) and not torch.compiler.is_compiling():
-        rotated = iter(_Rope.call(op, first, second, *angles))
+        rotated = iter(_Rope.call(op, first, second, *rotation))
     else:
-        rotated = iter(_rope(first, second, *angles))
+        rotated = iter(_rope(first, second, *rotation))
     return [None if x is None else next(rotated) for x in heads]
 
 
@@ -327,25 +318,25 @@ class _Rope(Differentiable):
     TANGENT_INPUTS = 2  # q and k
 
     @staticmethod
-    def forward(op, q, k, *angles):
-        q_out, k_out = _rope(q, k, *angles)
+    def forward(op, q, k, *rotation):
+        q_out, k_out = _rope(q, k, *rotation)
         return (q_out,) if k is None else (q_out, k_out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, _, _, *angles = inputs
-        _Angles(*angles).save(ctx)
+        ctx.op, _, _, *rotation = inputs
+        _save(ctx, Rotation(*rotation))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dq, dk=None):
         need_q, need_k = ctx.needs_input_grad[1:3]
         grads = (dq if need_q else None, dk if need_k else None)
-        return None, *_rotate_given(ctx.op, grads, _Angles.saved(ctx, backward=True)), *[None] * len(_Angles._fields)
+        return None, *_rotate_given(ctx.op, grads, _saved(ctx).transposed), *[None] * len(Rotation._fields)
 
     @staticmethod
     def jvp(ctx, tq, tk):
-        rotated = _rotate_given(ctx.op, (tq, tk), _Angles.saved(ctx, backward=False))
+        rotated = _rotate_given(ctx.op, (tq, tk), _saved(ctx))
         return [x for x in rotated if x is not None]
 
 
@@ -360,19 +351,19 @@ class _RotatedInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, *angles):
-        _Angles(*angles).save(ctx)
+    def forward(ctx, x, *rotation):
+        _save(ctx, Rotation(*rotation))
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     def backward(ctx, dx):
-        return *_rotate_given("rope", (dx,), _Angles.saved(ctx, backward=True)), *[None] * len(_Angles._fields)
+        return *_rotate_given("rope", (dx,), _saved(ctx).transposed), *[None] * len(Rotation._fields)
 
 
-def _declare_rotated(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
+def _declare_rotated(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Tell autograd that x will be rotated in place, which raises where autograd does not allow it. Returns x."""
-    return _RotatedInPlace.apply(x, *angles) if needs_grad(x) else x
+    return _RotatedInPlace.apply(x, *rotation) if needs_grad(x) else x
 
 
 def _zeros_where_unused(grads: Any, q_heads: int, kv_heads: int) -> list[torch.Tensor]:
@@ -392,36 +383,37 @@ class _RopeQKV(Differentiable):
     TANGENT_INPUTS = 1  # qkv
 
     @staticmethod
-    def forward(op, qkv, q_heads, kv_heads, *angles):
+    def forward(op, qkv, q_heads, kv_heads, *rotation):
         q, k, v = _parts(qkv, q_heads, kv_heads)
-        return *_rope(q, k, *angles), v
+        return *_rope(q, k, *rotation), v
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, _, *ctx.heads = inputs[:4]
-        _Angles(*inputs[4:]).save(ctx)
+        ctx.op, _, q_heads, kv_heads, *rotation = inputs
+        ctx.heads = (q_heads, kv_heads)
+        _save(ctx, Rotation(*rotation))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
         if all(dx is None for dx in grads):
-            return (None,) * (4 + len(_Angles._fields))
+            return (None,) * (4 + len(Rotation._fields))
         grads = _zeros_where_unused(grads, *ctx.heads)
-        angles = _Angles.saved(ctx, backward=True)
+        rotation = _saved(ctx).transposed
         if needs_grad(*grads) and not torch.compiler.is_compiling():  # the gradient may be differentiated again
             dq, dk, dv = grads
-            heads = torch.cat((*_rotate_given(ctx.op, (dq, dk), angles), dv), 1)
+            heads = torch.cat((*_rotate_given(ctx.op, (dq, dk), rotation), dv), 1)
             dqkv = (heads.transpose(1, 2) if dq.ndim == 4 else heads).flatten(-2)
         else:
-            cos, sin, position_ids, interleaved, _, axes = angles
+            cos, sin, position_ids, interleaved, _, axes = rotation
             grads = map(last_dim_contiguous, grads)
             dqkv = _rope_qkv_backward(*grads, cos, sin, position_ids, interleaved, axes)
-        return None, dqkv, *[None] * (2 + len(_Angles._fields))  # op, qkv, two numbers of heads, angles
+        return None, dqkv, *[None] * (2 + len(Rotation._fields))  # op, qkv, two numbers of heads, rotation
 
     @staticmethod
     def jvp(ctx, tqkv):
         tq, tk, tv = _parts(tqkv, *ctx.heads)
-        return *_rotate_given(ctx.op, (tq, tk), _Angles.saved(ctx, backward=False)), tv
+        return *_rotate_given(ctx.op, (tq, tk), _saved(ctx)), tv
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -485,8 +477,8 @@ def rope(
         check_writable("rope", q=q, k=k)
     if inplace and not (torch.compiler.is_compiling() or transforms_are_active()):
         # First what autograd may refuse, such as a view made by split(), then the launch that overwrites q and k.
-        angles = _Angles(cos, sin, position_ids, interleaved, False, axes)
-        q_out, k_out = _declare_rotated(q, angles), None if k is None else _declare_rotated(k, angles)
+        rotation = Rotation(cos, sin, position_ids, interleaved, False, axes)
+        q_out, k_out = _declare_rotated(q, rotation), None if k is None else _declare_rotated(k, rotation)
         given = (q_out.detach(), None if k is None else k_out.detach())
         _rope_inplace(*given, cos, sin, position_ids, interleaved, axes)
         return q_out, k_out

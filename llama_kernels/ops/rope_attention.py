@@ -44,7 +44,8 @@ def _rope_backward_by(run: Callable[..., Any]) -> Callable[..., Any]:
             q, k, v, sinks, kv_start, kv_end, *sequences, scale, softcap, left, right, kv_prefix=kv_prefix
         )
         wanted = Wanted(need_dq, need_dk, need_dv, need_dsinks, deterministic)
-        return run(call, Results(out, lse, do, dlse), wanted, Rotation(cos, sin, position_ids, interleaved), axes)
+        rotation = Rotation(cos, sin, position_ids, interleaved, axes=axes)
+        return run(call, Results(out, lse, do, dlse), wanted, rotation)
 
     return backward
 
@@ -55,21 +56,20 @@ def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tup
     The kernels apply the inverse rotation where they can. Otherwise dq and dk are rotated in another launch.
     """
 
-    def backward(
-        call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation, axes: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        cos, interleaved = rotation.cos, rotation.interleaved
+    def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
+        cos = rotation.cos
         half_width = cos is not None and not full_width(cos, call.q.shape[-1])
-        in_registers = half_width and axes is None and rotates_in_registers(rotation.half, interleaved)
+        can_rotate = half_width and rotation.axes is None
+        in_registers = can_rotate and rotates_in_registers(rotation.half, rotation.interleaved)
         if in_registers and call.q.shape[-1] <= MOST_COLUMNS:
             return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:
-            dq, dk = rotate(dq, dk, *rotation, True, axes)
+            dq, dk = rotate(dq, dk, *rotation.transposed)
         elif wanted.dq:
-            dq, _ = rotate(dq, None, *rotation, True, axes)
+            dq, _ = rotate(dq, None, *rotation.transposed)
         elif wanted.dk:
-            dk, _ = rotate(dk, None, *rotation, True, axes)
+            dk, _ = rotate(dk, None, *rotation.transposed)
         return dq, dk, *others
 
     return backward
@@ -84,7 +84,7 @@ _rope_attention_backward = register(
     "Tensor? kv_prefix=None, Tensor? axes=None) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_rope_backward_by(_rotating(launch_backward)),
     reference=_rope_backward_by(_rotating(plain_backward)),
-    fake=_rope_backward_by(lambda call, results, wanted, *_: empty_grads(call, wanted)),
+    fake=_rope_backward_by(lambda call, results, wanted, rotation: empty_grads(call, wanted)),
 )
 count_flops("rope_attention_backward", products_of_D=3, products_of_Dv=2)  # as attention_backward
 
@@ -92,23 +92,23 @@ count_flops("rope_attention_backward", products_of_D=3, products_of_Dv=2)  # as 
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-_BEFORE_Q = ("op", "deterministic", "cos", "sin", "position_ids", "interleaved", "axes")  # arguments of the Function
+_BEFORE_Q = ("op", "deterministic", *Rotation._fields)  # arguments of the Function
 
 
 class _RopeAttention(Differentiable):
-    """The fields of Rotation, axes and an AttentionCall -> (out, lse, q and k after the rotation).
+    """The fields of a Rotation and of an AttentionCall -> (out, lse, q and k after the rotation).
 
     q and k are results, so that autograd knows that the backward depends on them, and refuses to differentiate it.
     """
 
     @staticmethod
-    def forward(op, deterministic, cos, sin, position_ids, interleaved, axes, q, k, *others):
-        q, k = rotate(q, k, cos, sin, position_ids, interleaved, False, axes)
+    def forward(op, deterministic, cos, sin, position_ids, interleaved, inverse, axes, q, k, *others):
+        q, k = rotate(q, k, cos, sin, position_ids, interleaved, inverse, axes)
         return *attention_forward(q, k, *others), q, k
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, axes, *fields = inputs
+        ctx.op, ctx.deterministic, cos, sin, position_ids, ctx.interleaved, _, axes, *fields = inputs
         call = AttentionCall(*fields)
         out, lse, q, k = output
         ctx.numbers = (call.scale, call.softcap, call.left, call.right)
@@ -214,9 +214,9 @@ def rope_attention(
         fix = "Rotate them apart with llama_kernels.rope, then call llama_kernels.attention."
         raise ValueError(message(op, "k", shape_of(k), wanted, fix))
     check_angles(op, "q", q, tokens_of(q), q.shape[-1], cos, sin, position_ids, axes)
-    rotation = (cos, sin, position_ids, interleaved)
+    rotation = Rotation(cos, sin, position_ids, interleaved, False, axes)
     if needs_grad(q, k, call.v, call.sinks):
-        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, axes, *call)
+        out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, *call)
     else:
-        out, lse = attention_forward(*rotate(q, k, *rotation, False, axes), *others)
+        out, lse = attention_forward(*rotate(q, k, *rotation), *others)
     return (out, lse) if return_lse else out

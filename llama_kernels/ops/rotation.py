@@ -1,7 +1,7 @@
-"""What the ops that rotate share: the tile, device code for pairs and angles, and the arguments of their launches.
+"""What the ops that rotate share: the tile, device code for pairs and angles, and `Rotation`, the host's structure.
 
 Sections: tiles; heads, where they lie; pairs, their loads and stores; angles, from the tables; `inverse_rotation`, with
-which the kernels of dq and dk end in `rope_attention`; and the host code that passes tables and positions to a kernel.
+which the kernels of dq and dk end in `rope_attention`; and on the host `Rotation`: tables, positions and how pairs lie.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from llama_kernels.core.language import tl, triton
 from llama_kernels.core.tensors import next_power_of_2
+from llama_kernels.reference.rope import rope, rope_transpose
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
@@ -279,7 +280,7 @@ def inverse_rotation(
     return y.reshape(BLOCK_T, BLOCK_D)
 
 
-# --- arguments of launches -------------------------------------------------------------------------------------------
+# --- on the host -----------------------------------------------------------------------------------------------------
 
 
 def row_strides(rows: torch.Tensor | None) -> tuple[int, int] | None:
@@ -307,54 +308,28 @@ def pairs_of(cos: torch.Tensor, head_dim: int) -> dict[str, int]:
 Strides = tuple[int, ...]
 
 
-def angle_strides(
-    cos: torch.Tensor | None, sin: torch.Tensor | None, position_ids: torch.Tensor | None
-) -> tuple[Strides | None, ...]:
-    """Strides of cos, sin and position_ids, as `Tables` has them."""
-
-    def of_table(x: torch.Tensor) -> Strides:
-        return *_row_strides(x, x.ndim == 3), x.stride(-1)
-
-    tables = (None if table is None else of_table(table) for table in (cos, sin))
-    return *tables, row_strides(position_ids)
-
-
-def angle_arguments(call: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """cos, sin, position_ids and axes of a call with fields of these names, and their strides, for a launch.
-
-    The strides of axes are its own and, from one axis to the next, that of position_ids.
-    """
-    axes, positions = call.axes, call.position_ids
-    if axes is None:
-        return (call.cos, call.sin, positions, None), (*angle_strides(call.cos, call.sin, positions), None)
-    strides = (*angle_strides(call.cos, call.sin, positions[0]), (axes.stride(0), positions.stride(0)))
-    return (call.cos, call.sin, positions, axes), strides
-
-
-def axes_count(call: Any) -> int | None:
-    """How many positions a token has; None: one, without axes."""
-    return None if call.axes is None else call.position_ids.shape[0]
+def _table_strides(table: torch.Tensor | None) -> Strides | None:
+    """Strides of batch, row and entry."""
+    return None if table is None else (*_row_strides(table, table.ndim == 3), table.stride(-1))
 
 
 class Rotation(NamedTuple):
-    """How q and k were rotated, for kernels that end with `inverse_rotation`. Without tables they were not.
+    """How heads are rotated: the arguments of the op `rope` after q and k, in its order.
 
-    cos and sin are of half width.
+    Without tables, heads are not rotated. On the device, `Tables` and `Axes` take its place.
     """
 
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     interleaved: bool = False
+    inverse: bool = False  # by the transpose of the rotation, as gradients are rotated
+    axes: torch.Tensor | None = None
 
     @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.cos, self.sin, self.position_ids
-
-    @property
-    def half(self) -> int:
-        """Pairs of a head that are rotated."""
-        return 0 if self.cos is None else self.cos.shape[-1]
+    def transposed(self) -> Rotation:
+        # Every backward waits for this; `_replace` takes more than twice as long.
+        return Rotation(self.cos, self.sin, self.position_ids, self.interleaved, not self.inverse, self.axes)
 
     @property
     def positions(self) -> int | None:
@@ -362,14 +337,44 @@ class Rotation(NamedTuple):
         return None if self.cos is None else self.cos.shape[-2]
 
     @property
+    def positions_of_token(self) -> int | None:
+        """How many positions a token has; None: one, without axes."""
+        return None if self.axes is None or self.position_ids is None else self.position_ids.shape[0]
+
+    def in_pytorch(self, q: Any, k: Any) -> tuple[Any, Any]:
+        """q and k rotated by the reference; k may be None."""
+        by: Any = rope_transpose if self.inverse else rope
+        return by(q, k, self.cos, self.sin, self.position_ids, axes=self.axes, interleaved=self.interleaved)
+
+    # --- for kernels that rotate heads which they load ---
+
+    @property
+    def tensors_and_axes(self) -> tuple[torch.Tensor | None, ...]:
+        return self.cos, self.sin, self.position_ids, self.axes
+
+    @property
+    def strides_and_axes(self) -> tuple[Strides | None, ...]:
+        """Of `tensors_and_axes`. Those of axes are its own and, from one axis to the next, that of position_ids."""
+        if self.axes is None or self.position_ids is None:
+            return *self.strides, None
+        one = self._replace(position_ids=self.position_ids[0])
+        return *one.strides, (self.axes.stride(0), self.position_ids.stride(0))
+
+    # --- for kernels that end with `inverse_rotation`: tables of half width, no axes ---
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.cos, self.sin, self.position_ids
+
+    @property
     def strides(self) -> tuple[Strides | None, ...]:
-        """Of cos, sin and position_ids, as `Tables` has them."""
-        return angle_strides(*self.tensors)
+        """Of `tensors`, as `Tables` has them."""
+        return _table_strides(self.cos), _table_strides(self.sin), row_strides(self.position_ids)
 
-
-def rotation_of(call: Any) -> Rotation:
-    """The rotation of a call with fields of these names."""
-    return Rotation(call.cos, call.sin, call.position_ids, call.interleaved)
+    @property
+    def half(self) -> int:
+        """Pairs of a head that are rotated."""
+        return 0 if self.cos is None else self.cos.shape[-1]
 
 
 def rotates_in_registers(half: int, interleaved: bool) -> bool:

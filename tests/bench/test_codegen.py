@@ -166,14 +166,6 @@ def test_each_fault_of_a_loop_is_reported(body, flops, fault):
     assert not sass.faults(loops_of(PRODUCT, "MUFU.EX2 R1, R2"), "sm_90", "forward_kernel", plain=True)
 
 
-def test_options_that_need_registers_get_a_tile_of_their_own(monkeypatch):
-    monkeypatch.setattr(tables, "arch_of", lambda _: "sm_90")
-    q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
-    row = tables.tile_for("forward", q, q)
-    assert row.with_options and tables.tile_for("forward", q, q, True) == row.with_options
-    assert tables.tile_for("decode", q, q, True) == tables.tile_for("decode", q, q)
-
-
 def test_a_window_that_hides_no_key_is_no_option():
     q = torch.empty(1, 1, 64, 16, device="meta")
     plain = AttentionCall(q, q, q, *[None] * 5, 64, 64, 0.25, None, left=None, right=0)

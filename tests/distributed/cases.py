@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 import llama_kernels as lk
 from llama_kernels import distributed
 from llama_kernels.distributed import blocks
-from llama_kernels.distributed.blocks import Grads, Mask, Row, Scores
+from llama_kernels.distributed.blocks import Grads, Mask, Scores
+from llama_kernels.ops.attention.call import Results
 from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.reference.attention import visible
 from tests.distributed.processes import here, mesh_of
@@ -146,9 +147,9 @@ def _forward(q, k, v, sinks, mask: Mask, scores: Scores):
     )  # fmt: skip
 
 
-def _backward(row: Row, q, k, v, sinks, mask: Mask, scores: Scores):
+def _backward(results: Results, q, k, v, sinks, mask: Mask, scores: Scores):
     groups = (k.shape[1], -1)
-    out, lse, do, dlse = row
+    out, lse, do, dlse = results
     q, out, do = (x.unflatten(1, groups) for x in (q, out, do))
     left, right = (-1 if side is None else side for side in mask[2:])
     see = visible(q.shape[3], k.shape[2], False, (left, right), mask.kv_start, mask.kv_end, q.device)

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from examples.training import ContextParallelTrainer
 from llama_kernels.integrations.transformers import patch
+from llama_kernels.integrations.transformers.documents import IGNORED
 from tests.distributed.processes import mesh_of
 from tests.integrations.families import stock
 
@@ -21,7 +22,7 @@ def _train(kind: Any, model: torch.nn.Module, **options: Any) -> list[tuple[floa
     """(loss, norm of the gradients) of each step. Rows have other numbers of labels, so that means of means differ."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 90, (STEPS * ROWS, TOKENS), generator=generator)
-    labels = [row.where(torch.arange(TOKENS) >= i % LABELLED, -100) for i, row in enumerate(ids)]
+    labels = [row.where(torch.arange(TOKENS) >= i % LABELLED, IGNORED) for i, row in enumerate(ids)]
     data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
     settings = TrainingArguments(
         tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=ROWS, use_cpu=True, logging_steps=1,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 
-from llama_kernels.integrations.transformers import masks
+from llama_kernels.integrations.transformers import masks, packed_masks
 from llama_kernels.integrations.transformers.attention import NAME
 from tests.integrations.small import WithoutWaiting
 from tests.support.environment import DEVICE
@@ -152,7 +152,7 @@ def visible(mask: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Which query sees which key, in the shape of `expected`, for ranges of keys or an ordinary mask."""
     if mask.dtype == torch.bool:
         return mask[:, 0].expand(expected.shape)
-    return masks.written_out(mask, *expected.shape[1:])[:, 0].expand(expected.shape)
+    return packed_masks.written_out(mask, *expected.shape[1:])[:, 0].expand(expected.shape)
 
 
 def is_ranges(mask: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", minversion="4.57")
 import transformers
 from transformers import masking_utils
 
-from llama_kernels.integrations.transformers import masks
+from llama_kernels.integrations.transformers import masks, packed_masks
 from llama_kernels.integrations.transformers.attention import NAME
 from llama_kernels.integrations.transformers.intervals import Window
 from tests.integrations.mask_cases import (
@@ -76,7 +76,22 @@ def test_a_mask_without_padding_has_no_elements(kind, window):
         if state.past and VERSION < (5, 0):
             continue  # Transformers 4 has the offset in device memory
         mask = Masks(kind, state).ours()
-        assert mask.numel() == 0 and masks.unpack(mask, state.queries, S) == window
+        assert mask.numel() == 0 and packed_masks.unpack(mask, state.queries, S) == window
+
+
+@pytest.mark.parametrize("fields", packed_masks._FORMATS, ids=len)
+def test_a_packed_mask_is_read_as_it_was_written(fields):
+    """For the last queries and the first keys, and also with more queries than keys."""
+    of_queries = ("start", "end", "prefix")
+    for Sq, Sk in ((3, 7), (7, 3)):
+        given = {name: torch.randint(9, (2, Sq if name in of_queries else Sk)).int() for name in dict.fromkeys(fields)}
+        found = packed_masks.unpack(packed_masks.pack(packed_masks.KeyRanges(**given)), Sq - 1, Sk - 1)
+        for name, x in found._asdict().items():
+            expected = given.get(name)
+            if expected is None:
+                assert x is None, name
+            else:
+                assert torch.equal(x, expected[:, 1:] if name in of_queries else expected[:, :-1]), name
 
 
 @pytest.mark.parametrize("side", ["left", "holes"])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", minversion="4.57")
 
 from llama_kernels.integrations.transformers import SharedPromptCollator, attention, share_prompts
-from llama_kernels.integrations.transformers.masks import unpack, written_out
+from llama_kernels.integrations.transformers.packed_masks import unpack, written_out
 from tests.integrations.comparison import Results, compare_with_stock, gradients
 from tests.integrations.small import needs_our_attention, not_interpreted, patched, small
 from tests.support.environment import DEVICE

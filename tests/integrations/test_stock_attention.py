@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="4.57")
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llama_kernels.integrations.transformers import attention, patch, report, source
+from llama_kernels.integrations.transformers import attention_refusals, attention_stock, patch, report, source
 from tests.integrations.comparison import (
     DoubleSoftmax,
     Results,
@@ -33,10 +33,10 @@ pytestmark = not_interpreted
 @pytest.fixture
 def stock_warnings(caplog):
     """Returns the warnings of our attention so far. A process warns once for each reason."""
-    attention._warn_of_stock.cache_clear()
+    attention_stock._warn_of_stock.cache_clear()
     caplog.set_level(logging.WARNING)
-    yield lambda: [r.getMessage() for r in caplog.records if r.name == attention.__name__]
-    attention._warn_of_stock.cache_clear()
+    yield lambda: [r.getMessage() for r in caplog.records if r.name == attention_stock.__name__]
+    attention_stock._warn_of_stock.cache_clear()
 
 
 WIDE = {"head_dim": 640, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -200,8 +200,8 @@ def test_our_attention_by_name_reads_no_source_or_signature_after_the_first_call
         raise AssertionError("read again")
 
     with monkeypatch.context() as patches:
-        patches.setattr(attention, "_unknown_arguments", read)
-        patches.setattr(attention, "passes_mask_on", read)
+        patches.setattr(attention_refusals, "_unknown_arguments", read)
+        patches.setattr(attention_refusals, "passes_mask_on", read)
         patches.setattr(source, "_codes", read)
         assert torch.equal(model(tokens()).logits, expected)
 

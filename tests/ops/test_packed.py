@@ -33,10 +33,10 @@ def launches_of_a_step(D: int) -> dict[str, Launch]:
     cu = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")
     call = AttentionCall(q, k, v, None, None, None, cu, cu, 8192, 8192, 0.1, None, None, 0)
     lists, (_, lse) = tile_list.tile_lists(call, of_keys=True), empty_outputs(call)
-    packing = delta._Packing(lists, cu, cu, Fill(q, None, k, v))
+    listing = delta._ListArguments(lists, cu, cu, Fill(q, None, k, v))
     launches = [
         *forward._launches.__wrapped__(call, o, lse, lists),
-        *delta._launches.__wrapped__(o, o, lse, None, None, lse, lse, None, None, packing, tuple(call.sizes)),
+        *delta._launches.__wrapped__(o, o, lse, None, None, lse, lse, None, None, listing, tuple(call.sizes)),
         *backward._launches.__wrapped__(call, RowInputs(o, lse, lse), Grads(q, k, v), Rotation(), lists, None),
     ]
     return {launch.kernel.__name__: launch for launch in launches}

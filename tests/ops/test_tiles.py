@@ -21,6 +21,7 @@ from llama_kernels.core.device import arch_of, lanes_of
 from llama_kernels.core.language import INTERPRETED, TRITON_VERSION
 from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import backward, decode, tables
+from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.rotation import head_tile, rotates_in_registers
 from tests.support import attention as attention_cases
@@ -93,17 +94,52 @@ def test_every_tile_of_the_tables_is_one_that_some_call_takes(monkeypatch):
     ):
         monkeypatch.setattr(tables, "arch_of", lambda _, family=family: family)
         monkeypatch.setattr(tables, "tile", functools.partial(TILE, triton=triton))
-        options = ((False, False), (True, False), (True, True))
-        for pass_, D, on in itertools.product(tables.PASSES, tables.ALL_WIDTHS, options):
+        for pass_, D in itertools.product(tables.PASSES, tables.ALL_WIDTHS):
             if tables.ALL_WIDTHS.index(D) >= len(tables.row_of(family, pass_, dtype)):
                 continue
-            if not (pass_ == "decode" and any(on)) and not (pass_ == "dkdv" and on[1]):
-                q = torch.empty(1, D, dtype=dtype)
-                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, q, q, *on)))
+            calls = (call_of(D, dtype), call_of(D, dtype, softcap=5.0), call_of(D, dtype, kv_prefix=BOUND))
+            for call, rotated in itertools.product(calls, (False, True) if pass_ == "dq" else (False,)):
+                taken.add((family, pass_, D, dtype, tables.tile_for(pass_, call, rotated)))
     assert not [e for e in ENTRIES if (e.family, e.pass_, e.width, e.dtype, e.tile) not in taken]
 
 
 TILE = tables.tile
+BOUND = torch.zeros(1, 8, dtype=torch.int32)
+
+
+def call_of(D: int, dtype: torch.dtype, **options: object) -> AttentionCall:
+    q = torch.empty(1, 2, 8, D, dtype=dtype, device="meta")
+    return AttentionCall(q, q, q, *[None] * 5, 8, 8, 0.1, None, left=None, right=0)._replace(**options)
+
+
+@pytest.mark.parametrize(
+    "family, D, pass_, options, rotated, fields",
+    [
+        ("sm_90", 64, "forward", {}, False, ()),
+        ("sm_90", 64, "forward", {"kv_start": BOUND}, False, ("with_options",)),
+        ("sm_90", 64, "forward", {"left": 2}, False, ("with_options",)),
+        ("sm_90", 64, "forward", {"kv_prefix": BOUND}, False, ("with_options",)),
+        ("sm_80", 128, "dq", {"kv_prefix": BOUND}, False, ("with_prefix",)),
+        ("sm_80", 128, "dq", {"kv_start": BOUND}, False, ()),
+        ("sm_80", 256, "dq", {}, False, ()),
+        ("sm_80", 256, "dq", {}, True, ("with_options",)),
+        ("sm_80", 256, "dq", {"cu_seqlens_q": BOUND}, False, ("with_options",)),
+        ("sm_90", 128, "dq", {"cu_seqlens_q": BOUND}, True, ()),  # which has spare registers
+        ("sm_90", 128, "dq", {"softcap": 5.0}, True, ("with_options",)),
+        ("sm_100", 256, "dq", {"softcap": 5.0}, False, ("with_options",)),
+        ("sm_100", 256, "dq", {}, True, ("with_options", "with_options")),
+        ("sm_90", 128, "dkdv", {"kv_start": BOUND, "left": 2}, False, ()),
+        ("sm_90", 128, "dkdv", {"kv_end": BOUND}, False, ("with_options",)),
+        ("sm_90", 128, "dkdv", {"softcap": 5.0}, False, ("with_options",)),
+        ("sm_90", 128, "decode", {"softcap": 5.0, "kv_prefix": BOUND}, False, ()),
+    ],
+)
+def test_the_tile_of_a_call_with_options(family, D, pass_, options, rotated, fields, monkeypatch):
+    """fields: those that lead to it from the first tile of its row."""
+    monkeypatch.setattr(tables, "arch_of", lambda _: family)
+    monkeypatch.setattr(tables, "tile", functools.partial(TILE, triton=(3, 6)))
+    tile = functools.reduce(getattr, fields, TILE(family, pass_, D, torch.float16, (3, 6)))
+    assert tables.tile_for(pass_, call_of(D, torch.float16, **options), rotated) is tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.core import launch_cache
-from llama_kernels.ops.attention import backward, decode, key_split
+from llama_kernels.ops.attention import tables
 from llama_kernels.ops.attention.hopper import switch
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.guards import guarded, guarded_allocations, memory_order, relaid, unchanged
@@ -244,15 +244,14 @@ def sink_terms(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> float:
 def tiles(tile: Tile | Mapping[str, Tile] | None) -> Iterator[None]:
     """Inside, every pass takes `tile`, or its own of a mapping from passes to tiles."""
 
-    def tile_for(pass_: str, *_: Any, **options: Any) -> Tile:
+    def taken(family: str, pass_: str, *_: Any) -> Tile:
         return tile if isinstance(tile, Tile) else tile[pass_]
 
     with pytest.MonkeyPatch.context() as patch:
         if tile is not None:
             launch_cache.clear()
             patch.setattr(switch, "may_run", lambda pass_: False)  # the Hopper kernels have tiles of their own
-            for module in (key_split, backward, decode):
-                patch.setattr(module, "tile_for", tile_for)
+            patch.setattr(tables, "tile", taken)
         yield
     launch_cache.clear()
 

@@ -6,12 +6,15 @@ docs/transformers.md lists the tested models.
 
 The model's classes keep their own forwards. These files replace operations inside the forwards:
 
-    attention.py    attention, through Transformers' AttentionInterface
+    attention.py    attention, through Transformers' AttentionInterface; attention_stock.py has the calls that stock
+                    attention computes, attention_refusals.py those that raise
     modules.py      RMSNorm modules
     rotaries.py     the function apply_rotary_pos_emb
     fusions.py      residual add + norm, norms of q and k + RoPE, in forwards whose whole text is known
     known_code.py   the source texts of the functions that may be replaced; known_rotaries.py has those of RoPE
-    masks.py        masks as ranges of keys; intervals.py reads the ranges from Transformers' mask functions
+    masks.py        masks as ranges of keys; intervals.py reads the ranges from Transformers' mask functions,
+                    packed_masks.py puts them into the tensor that every layer gets
+    documents.py    where documents begin that are packed into one row
     shared_prompts.py  batches of completions that share a prompt
     patch.py        replaces them: places.py chooses, classes.py makes the classes, source.py copies functions
     report.py       what a call of each module would run now

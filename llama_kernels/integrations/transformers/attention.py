@@ -2,56 +2,40 @@
 
 `attention_forward` is what Transformers calls in each layer. It takes one of these ways:
 
-    a kernel, by the mask                    `attention` for a window, `_of_ranges` for one range of keys per query
-    a kernel, by cu_seqlens                  `_packed`
+    an error                                 attention_refusals.py
     context parallelism                      `_context_parallel`, inside `llama_kernels.distributed.context_parallel`
-    stock attention, with one warning        `_stock`, where `_why_stock` names a reason
-
-The kernels do not support dropout, heads too wide for a program, or masks that are not one range of keys per query.
+    a kernel, by cu_seqlens                  `_packed`
+    stock attention, with one warning        attention_stock.py, where `why_stock` names a reason
+    a kernel, by the mask                    `_by_mask`: for a window, or for one range of keys per query
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import logging
-import types
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_kernels.core.autograd import Differentiable, needs_grad
-from llama_kernels.core.checks import KERNEL_DTYPES, message
-from llama_kernels.integrations.transformers.intervals import Window
-from llama_kernels.integrations.transformers.masks import (
+from llama_kernels.integrations.transformers.attention_refusals import check_call, check_layer
+from llama_kernels.integrations.transformers.attention_stock import run_stock, why_stock, with_documents
+from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK
+from llama_kernels.integrations.transformers.intervals import Window, starts_in_window
+from llama_kernels.integrations.transformers.masks import key_ranges
+from llama_kernels.integrations.transformers.packed_masks import (
     KeyRanges,
-    document_starts,
     documents_of,
-    has_prefix,
-    key_ranges,
-    pack_window,
     unpack,
     without_hidden_keys,
-    written_out,
 )
-from llama_kernels.integrations.transformers.modules import is_plain
-from llama_kernels.integrations.transformers.source import decorated, global_names, passes_mask_on
 from llama_kernels.ops.attention import attention, attention_varlen
 from llama_kernels.ops.attention.decode import fits_decode
 from llama_kernels.ops.attention.masked_decode import decode_attention
-from llama_kernels.ops.attention.tables import fits
 from llama_kernels.reference.attention import AttentionOptions
 
 NAME = "llama_kernels"  # without "flash" or "/", which Transformers gives another meaning
-FOLLOWS_MASK = "_llama_kernels_follows_mask"  # marks modules whose masks already separate packed documents
-# Kinds of layers whose arguments say which keys are visible; "hybrid" has full attention, and a recurrence beside it.
-_BY_ARGUMENTS = ("full_attention", "sliding_attention", "attention", "hybrid")
 context_parallels: list[Any] = []  # the Contexts of llama_kernels.distributed.context_parallel, the innermost last
-logger = logging.getLogger(__name__)
 
 
 def attention_forward(
@@ -93,89 +77,60 @@ def attention_forward(
     Raises:
         TypeError: the caller's own mask holds integers.
         ValueError: cu_seq_lens_q is given and only stock attention supports the call, or only the mask says which keys
-            the layer sees, as in chunked attention; the module changes its mask or
-            passes arguments that are not those above, or the call is inside PyTorch's context_parallel.
+            the layer sees, as in chunked attention; the module changes its mask or passes arguments that are not those
+            above, or the call is inside PyTorch's context_parallel.
     """
-    _refuse_context_parallel()
-    _refuse_other_attention(module)
-    _refuse_integers(attention_mask)
-    options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    inside = bool(context_parallels)
+    check_layer(module, attention_mask, sliding_window, in_context_parallel=inside)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    reason = why_stock(query, key, value, attention_mask, dropout, others)
+    check_call(
+        module, attention_mask, reason, causal=causal, sliding_window=sliding_window, cu_seq_lens_q=cu_seq_lens_q,
+        in_context_parallel=inside,
+    )  # fmt: skip
+
     left = sliding_window - 1 if sliding_window else -1
     window = Window(left, 0 if causal else left)
-    if has_prefix(attention_mask):
-        _refuse_local_attention(module, sliding_window)
-    Sq, Sk = query.shape[2], key.shape[2]
-    reason = _why_stock(query, key, value, attention_mask, dropout, others)
+    options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if (doc_start := documents_of(attention_mask)) is not None:
-        reason = reason or (None if causal else "is_causal=False") or _only_in_mask(module, sliding_window)
-        _refuse_in_context_parallel(reason)
         return _context_parallel(query, key, value, doc_start, window, options), None
-    if attention_mask is None and causal and context_parallels:
-        fix = "If accelerate drops it, leave cp_size out of its ParallelismConfig."
-        raise ValueError(message("context_parallel", "attention_mask", "missing in a layer", "that of the model", fix))
-    if reason is not None and cu_seq_lens_q is not None:
-        wanted = "None, since stock attention does not read it"
-        raise ValueError(message("attention_forward", "cu_seq_lens_q", f"given beside {reason}", wanted))
     if cu_seq_lens_q is not None:
-        _refuse_bounds(_only_in_mask(module, sliding_window))
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
         options |= {"is_causal": False, "window_size": window}
         return _packed(query, key, value, bounds, longest, options), None
+    if hasattr(module, FOLLOWS_MASK) and attention_mask is not None:  # which has the documents of position_ids
+        position_ids = None
     if reason is not None:
-        attention_mask = _with_documents(module, attention_mask, position_ids, window, Sq, Sk)
-        if attention_mask is None and (window.left >= 0 or (causal and 1 < Sq != Sk)):
-            attention_mask = written_out(pack_window(window, query.device), Sq, Sk)
+        attention_mask = with_documents(attention_mask, position_ids, window, query.shape[2], key.shape[2])
         given = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **others}
-        return _stock(reason, module, query, key, value, attention_mask, is_causal=causal, **given)
-
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    ranges: Window | KeyRanges
-    if attention_mask is None:
-        ranges = window
-    else:
-        ranges = unpack(attention_mask, Sq, Sk)
-    if isinstance(ranges, Window):
-        starts = _document_starts(module, attention_mask, position_ids, ranges, Sq, Sk)
-        if starts is not None:
-            starts = starts.int().expand(query.shape[0], -1)
-        options |= {"is_causal": False, "window_size": ranges, "kv_start": starts}
-        out = attention(query, key, value, **options)
-    else:
-        out = _of_ranges(query, key, value, ranges, options)
+        return run_stock(reason, module, query, key, value, attention_mask, window, is_causal=causal, **given)
+    out = _by_mask(query, key, value, attention_mask, window, position_ids, options)
     return out.transpose(1, 2).contiguous(), None
 
 
-# --- documents that position_ids alone separate ----------------------------------------------------------------------
-
-
-def _document_starts(
-    module: nn.Module, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, window: Window, Sq: int,
-    Sk: int,
-) -> torch.Tensor | None:  # fmt: skip
-    """The first key of each query's document, (1 or B, Sq), in causal attention whose mask does not separate them."""
-    if window.right != 0 or Sq != Sk or (attention_mask is not None and hasattr(module, FOLLOWS_MASK)):
-        return None
-    return document_starts(position_ids, Sq)
-
-
-def _with_documents(
-    module: nn.Module, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, window: Window, Sq: int,
-    Sk: int,
-) -> torch.Tensor | None:  # fmt: skip
-    """The mask of stock attention. It hides other documents, as the kernels do with `_document_starts`."""
-    mask = attention_mask
-    if mask is None:
-        mask = pack_window(window, None if position_ids is None else position_ids.device)
-    if mask.dtype != torch.int32 or not isinstance(ranges := unpack(mask, Sq, Sk), Window):
-        return attention_mask
-    starts = _document_starts(module, attention_mask, position_ids, ranges, Sq, Sk)
-    if starts is None:
-        return attention_mask
-    return written_out(mask, Sq, Sk) & (torch.arange(Sk, device=mask.device) >= starts[..., None])[:, None]
-
-
 # --- calls of the kernels --------------------------------------------------------------------------------------------
+
+
+def _by_mask(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, window: Window,
+    position_ids: torch.Tensor | None, options: AttentionOptions,
+) -> torch.Tensor:  # fmt: skip
+    """Attention to the keys that attention_mask shows, or `window` where it is None. Returns (B, Hq, Sq, Dv).
+
+    position_ids: where a document begins within a window, unless it is None.
+    """
+    Sq, Sk = query.shape[2], key.shape[2]
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    ranges: Window | KeyRanges = window
+    if attention_mask is not None:
+        ranges = unpack(attention_mask, Sq, Sk)
+    if not isinstance(ranges, Window):
+        return _of_ranges(query, key, value, ranges, options)
+    starts = starts_in_window(position_ids, ranges, Sq, Sk)
+    if starts is not None:
+        starts = starts.int().expand(query.shape[0], -1)
+    options |= {"is_causal": False, "window_size": ranges, "kv_start": starts}
+    return attention(query, key, value, **options)
 
 
 def _context_parallel(
@@ -185,13 +140,6 @@ def _context_parallel(
     """Causal attention to the keys of all processes, inside `llama_kernels.distributed.context_parallel`."""
     from llama_kernels.distributed.attention import cp_attention
 
-    if not context_parallels:
-        fix = (
-            "Run the backward inside context_parallel too, since it computes checkpointed layers again; or, if the "
-            "mask is yours, pass attention_mask.bool()."
-        )
-        got = "that of a context_parallel, or integers, outside of context_parallel"
-        raise ValueError(message("attention_forward", "attention_mask", got, "a mask of this call", fix))
     context = context_parallels[-1]
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = cp_attention(
@@ -282,186 +230,6 @@ def _packed(
     longest_q, longest_k = (n if isinstance(n, int) else x.shape[0] for n, x in zip(longest, (q, k), strict=True))
     out = attention_varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **options)
     return out.unflatten(0, (query.shape[0], query.shape[2]))
-
-
-# --- stock attention -------------------------------------------------------------------------------------------------
-
-
-def _why_stock(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float,
-    others: dict[str, Any],
-) -> str | None:
-    """Why the kernels do not support this call, or None where they do."""
-    if dropout:
-        return "dropout of attention probabilities"
-    if others.get("position_bias") is not None:
-        return "position_bias"
-    if attention_mask is not None and attention_mask.dtype != torch.int32:
-        return "a 4-D attention_mask that is not one range of keys for each query"
-    if not all(is_plain(x) for x in (query, key, value)):
-        return f"a {type(query).__name__} on {query.device.type}"
-    if value.dtype not in KERNEL_DTYPES:
-        return str(value.dtype)
-    if query.shape[-1] > 576 or value.shape[-1] > 512 or (value.is_cuda and not fits(query, value)):
-        return f"heads {max(query.shape[-1], value.shape[-1])} wide"
-    return None
-
-
-def _stock(
-    reason: str,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    is_causal: bool,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    **others: Any,
-) -> Any:
-    """Run the call in SDPA, or in the model's eager function where it has a softcap or sinks, which SDPA lacks."""
-    if not torch.compiler.is_compiling():
-        _warn_of_stock(reason)
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
-        attention_mask = written_out(attention_mask, query.shape[2], key.shape[2])
-    if softcap is None and s_aux is None:
-        causal = query.shape[2] > 1 and attention_mask is None and is_causal  # not checked in Transformers 4
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, is_causal=causal, **others)
-    if attention_mask is None and is_causal and query.shape[2] > 1:
-        attention_mask = written_out(pack_window(Window(-1, 0), query.device), query.shape[2], key.shape[2])
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
-        attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
-    if eager is None:
-        fix = "Use attn_implementation='eager'."
-        raise ValueError(message("attention_forward", "attention_mask", reason, "a range of keys for each query", fix))
-    return eager(module, query, key, value, attention_mask, softcap=softcap, s_aux=s_aux, **others)
-
-
-@functools.cache
-def _warn_of_stock(reason: str) -> None:
-    """Warn, once per reason."""
-    logger.warning("llama_kernels: %s: stock attention (SDPA or eager) runs instead of the kernels", reason)
-
-
-# --- calls that are refused ------------------------------------------------------------------------------------------
-
-
-def _refuse_in_context_parallel(reason: str | None) -> None:
-    """Raise if a layer inside context_parallel would run stock attention, for this reason."""
-    if reason is not None:
-        wanted = "causal attention that the kernels support, full or in a window that the layer passes on"
-        raise ValueError(
-            message("context_parallel", "model", f"a model with this in an attention layer: {reason}", wanted)
-        )
-
-
-def _refuse_bounds(mask: str | None) -> None:
-    """Raise if cu_seq_lens_q would replace a mask that says this, which the other arguments do not say."""
-    if mask is not None:
-        got, wanted = f"given to a layer with {mask}", "None, since it replaces the mask of the layer"
-        fix = "Leave it out: position_ids, with use_cache=False, also keep documents apart."
-        raise ValueError(message("attention_forward", "cu_seq_lens_q", got, wanted, fix))
-
-
-def _only_in_mask(module: nn.Module, sliding_window: int | None) -> str | None:
-    """What only the mask of this layer says about the keys that are visible, or None: its other arguments say all."""
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    kinds = getattr(config, "layer_types", None) or ()
-    if isinstance(layer, int) and layer < len(kinds):
-        kinds = (kinds[layer],)
-    for kind in kinds:
-        if kind not in _BY_ARGUMENTS:
-            return str(kind)
-    window = getattr(config, "sliding_window", None)
-    if window and not sliding_window and (not kinds or "sliding_attention" in kinds):
-        return f"a sliding window of {window} that it does not pass on"
-    return None
-
-
-def _refuse_local_attention(module: nn.Module, sliding_window: int | None) -> None:
-    """Raise where the mask of shared prompts would show a layer more or fewer keys than repeated prompts would."""
-    if context_parallels:
-        raise ValueError(message("share_prompts", "model", "inside context_parallel", "one process with all tokens"))
-    kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ()) - {"full_attention"}
-    local = f"sliding_window={sliding_window}" if sliding_window else _only_in_mask(module, sliding_window)
-    if kinds or local:
-        layers = ", ".join(sorted(kinds)) or f"sliding attention: {local}"
-        got = f"a model with layers of {layers}"
-        fix = "Repeat the prompt for each completion with this model."
-        raise ValueError(message("share_prompts", "model", got, "layers that attend to all earlier tokens", fix))
-
-
-def _refuse_context_parallel() -> None:
-    """Raise inside PyTorch's context_parallel, where key has the keys of this rank only."""
-    sdpa = F.scaled_dot_product_attention  # builtin, until context_parallel replaces it with a Python function
-    if isinstance(sdpa, types.FunctionType) and sdpa.__module__.startswith("torch.distributed.tensor.experimental"):
-        fix = "Use attn_implementation='sdpa' with torch's context_parallel."
-        got = "one rank's part of the keys, inside context_parallel"
-        raise ValueError(message("attention_forward", "key", got, "all keys of the sequence", fix))
-
-
-def _refuse_other_attention(module: nn.Module) -> None:
-    """Raise if `why_other_attention` names a reason. In a patched module it did not."""
-    if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
-        return
-    if reason := why_other_attention(decorated(type(module).forward)[-1]):
-        fix = "Use attn_implementation='eager' or 'sdpa' for this model."
-        wanted = "a layer that passes its attention_mask on unchanged, and arguments that every attention function has"
-        raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}: {reason}", wanted, fix))
-
-
-def _refuse_integers(mask: torch.Tensor | None) -> None:
-    """Raise if `mask` is the caller's, of integers: neither a packed mask, which has no dimension of queries, nor one
-    that SDPA takes. Eager attention would add 0 and 1 to the scores."""
-    if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
-        return
-    if mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[2] > 1:
-        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        wanted = "bool, or numbers to add to the scores"
-        raise TypeError(message("attention_forward", "attention_mask", got, wanted, "Pass attention_mask.bool()."))
-
-
-def why_other_attention(forward: Any) -> str | None:
-    """Why the forward of a module that calls AttentionInterface computes another attention than ours, or None.
-
-    A packed mask has no element for each query and key. Arguments that are not known, such as the sinks of each query
-    in Inkling 2, would be ignored.
-    """
-    return _why_other_attention(forward, tuple(eager_functions(forward)))
-
-
-@functools.lru_cache(maxsize=1024)  # every layer of a model with our attention by name asks in every call
-def _why_other_attention(forward: Any, eager: tuple[Any, ...]) -> str | None:
-    """`why_other_attention`. eager: the eager attention functions that the forward names."""
-    if not passes_mask_on(forward):
-        return "its forward computes with attention_mask"
-    if unknown := [name for function in eager for name in _unknown_arguments(function)]:
-        return f"its attention function takes {', '.join(unknown)}"
-    return None
-
-
-def eager_functions(forward: Any) -> list[Any]:
-    """The eager attention functions that a forward names."""
-    names = (name for name in sorted(global_names(forward)) if name.endswith("eager_attention_forward"))
-    return [forward.__globals__[name] for name in names if name in forward.__globals__]
-
-
-def _unknown_arguments(eager: Any) -> list[str]:
-    """The arguments of an eager attention function that `attention_forward` does not have.
-
-    The first five, up to the mask, are passed by position. SDPA adds position_bias.
-    """
-    known = {*inspect.signature(attention_forward).parameters, "position_bias"}
-    parameters = list(inspect.signature(eager).parameters.values())[5:]
-    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in known]
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

@@ -7,9 +7,25 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from llama_kernels.integrations.transformers import attention, fusions, known_code, modules, rotaries, source
+from llama_kernels.integrations.transformers import attention_refusals, fusions, known_code, modules, rotaries, source
+from llama_kernels.integrations.transformers.known_rotaries import Rotary
 
 KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE)
+
+
+class Functions(NamedTuple):
+    """Every function of a class that `found_in` reads. They are its cache key, since someone may change them."""
+
+    forward: Any
+    inner: Any  # the forward without its decorators
+    helpers: tuple[Any, ...]  # of a norm, of the rotary functions, and the eager attention
+
+
+class Rotating(NamedTuple):
+    """A function that a forward calls to rotate q and k, and the entry of known_rotaries.py that describes it."""
+
+    replaced: Any
+    known: Rotary
 
 
 class Found(NamedTuple):
@@ -38,15 +54,14 @@ def new_module(stock: type[nn.Module], kinds: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _functions_of(cls: type) -> tuple[Any, ...]:
-    """Every function that `_found_in` reads. They are its cache key."""
+def _functions_of(cls: type) -> Functions:
     forward = getattr(cls, "forward", None)
     inner = source.decorated(forward)[-1]
     stock = [inner.__globals__[name] for name in _rotary_names(inner)]
     plain = [source.called_by(rotary) for rotary in stock]
     helpers = [rotary.__globals__.get(name) for rotary in plain for name in sorted(source.global_names(rotary))]
-    eager = attention.eager_functions(inner)
-    return (forward, inner, getattr(cls, "_norm", None), *stock, *plain, *helpers, *eager)
+    eager = attention_refusals.eager_functions(inner)
+    return Functions(forward, inner, (getattr(cls, "_norm", None), *stock, *plain, *helpers, *eager))
 
 
 def _rotary_names(inner: Any) -> list[str]:
@@ -61,9 +76,9 @@ def _base_that_rotates(cls: type) -> type | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
+def _found_in(cls: type, functions: Functions) -> dict[str, Found]:
     """`found_in`. functions: `_functions_of(cls)`."""
-    forward, inner = functions[:2]
+    forward, inner = functions.forward, functions.inner
     found: dict[str, Found] = {}
     if (norm := known_code.norm_of(cls)) is not None:
         found["rms_norm"] = Found(norm, "known code")
@@ -74,7 +89,7 @@ def _found_in(cls: type, functions: tuple[Any, ...]) -> dict[str, Found]:
     elif (base := _base_that_rotates(cls)) is not None:
         found["rope"] = Found(None, f"its forward is not that of {base.__name__}")
     if "ALL_ATTENTION_FUNCTIONS" in source.global_names(inner):
-        reason = attention.why_other_attention(inner)
+        reason = attention_refusals.why_other_attention(inner)
         found["attention"] = Found(reason is None, reason or "through AttentionInterface")
     text = source.text_of(inner)
     for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
@@ -92,16 +107,16 @@ def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
         stock = inner.__globals__[name]
         if (code := known_code.rotary_of(source.called_by(stock))) is None:
             return Found(None, f"{name} is not known code")
-        known[name] = (stock, code)
+        known[name] = Rotating(stock, code)
     if source.with_globals(forward, {}) is None:
         return Found(None, "a decorator of its forward does not expose the wrapped function")
     return Found(known, "known code")
 
 
 @functools.lru_cache(maxsize=1024)
-def _class_of(stock: type, kinds: tuple[str, ...], functions: tuple[Any, ...]) -> type[nn.Module]:
-    """`class_of`. functions: `_functions_of(stock)`, in the cache key since someone may change them."""
-    forward, found = functions[0], _found_in(stock, functions)
+def _class_of(stock: type, kinds: tuple[str, ...], functions: Functions) -> type[nn.Module]:
+    """`class_of`. functions: `_functions_of(stock)`."""
+    forward, found = functions.forward, _found_in(stock, functions)
     parts: dict[str, Any] = {
         "_kinds": kinds,
         "_found": found,
@@ -113,7 +128,7 @@ def _class_of(stock: type, kinds: tuple[str, ...], functions: tuple[Any, ...]) -
     if "rms_norm" in kinds:
         return type(stock.__name__, (modules.RMSNorm, stock), {**parts, "known": found["rms_norm"].value})
     rotating = found["rope"].value if "rope" in kinds else {}
-    names: dict[str, Any] = {name: rotaries.rotary_like(*known) for name, known in rotating.items()}
+    names: dict[str, Any] = {name: rotaries.rotary_like(*rotary) for name, rotary in rotating.items()}
     ours: Any = source.with_globals(forward, names)
     if fusions.ADD_NORM in kinds:
         names["add_and_norm"] = modules.add_and_norm

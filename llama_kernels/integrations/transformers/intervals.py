@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function
 
+from llama_kernels.integrations.transformers.documents import document_starts, first_of_run
+
 MaskFunction = Callable[..., torch.Tensor]
 
 FULL_MASK = getattr(masking_utils, "bidirectional_mask_function", None)  # Transformers 4 has none
@@ -36,6 +38,11 @@ class Window(NamedTuple):
 
     left: int
     right: int
+
+
+def starts_in_window(position_ids: torch.Tensor | None, window: Window, Sq: int, Sk: int) -> torch.Tensor | None:
+    """`document_starts` where a causal window alone says which of Sk keys each query sees; None where it does not."""
+    return document_starts(position_ids, Sq) if window.right == 0 and Sq == Sk else None
 
 
 class Rows(NamedTuple):
@@ -128,7 +135,7 @@ def traced_interval(
         own, end = rows.own[None], rows.keys - 1
         back = (own > 0) & mask_function(batch, head, own, (own - 1).clamp(min=0))
         ahead = (own < end) & mask_function(batch, head, own, (own + 1).clamp(max=end))
-        first = torch.where(back, 0, own).cummax(1).values
+        first = first_of_run(~back, own)
         last = torch.where(ahead, end, own).flip(1).cummin(1).values.flip(1)
         return Interval(first, last + 1)
     own = rows.own[None].expand(batch_size, -1)
@@ -187,7 +194,7 @@ def _runs(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each element of each row, the first index of its run of equal numbers, and one past the last."""
     S = numbers.shape[1]
     places = torch.arange(S, device=numbers.device)
-    first = torch.where(numbers != numbers.roll(1, 1), places, 0).cummax(1).values
+    first = first_of_run(numbers != numbers.roll(1, 1))
     end = torch.where(numbers != numbers.roll(-1, 1), places + 1, S).flip(1).cummin(1).values.flip(1)
     return first, end
 

@@ -8,14 +8,13 @@ A composition with any other function becomes an ordinary mask, with an element 
 
 from __future__ import annotations
 
-import inspect
-import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+from llama_kernels.integrations.transformers.documents import noted_document_starts
 from llama_kernels.integrations.transformers.intervals import (
     MaskFunction,
     Rows,
@@ -24,6 +23,7 @@ from llama_kernels.integrations.transformers.intervals import (
     traced_interval,
     window_of,
 )
+from llama_kernels.integrations.transformers.packed_masks import KeyRanges, pack, pack_window, without_hidden_keys
 
 # Models whose blocks of mutually visible tokens need not be contiguous: all images of a sequence are one block.
 _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
@@ -33,143 +33,6 @@ ADDED_MASKS = ("bigbird_pegasus", "informer")
 _POOLING_HEADS = ("siglip2_vision_model",)
 # In inference with at most this many queries, as in decoding, the kernel skips hidden keys. Otherwise keys are sorted.
 FEW_QUERIES = 8
-# Fields of a mask with a prefix, which may reach a model that is not patched. Its eager attention adds the mask to the
-# scores (B, H, Sq, Sk). That raises where H is another number than this, and no model of Transformers has 23 heads.
-_FIELDS_OF_PREFIX = 23
-
-
-class KeyRanges(NamedTuple):
-    """A mask as every layer gets it: visible to query i are the keys start[i] to end[i] - 1.
-
-    With `order`, start and end are positions in k[order]. There all tokens come before all padding, so the visible keys
-    are one interval wherever the padding was. Tokens keep their order among themselves, and so does padding. With
-    `valid`, keys keep their positions, and a key is hidden where `valid` is 0.
-    """
-
-    start: torch.Tensor  # (B, Sq) int32
-    end: torch.Tensor  # (B, Sq) int32
-    order: torch.Tensor | None = None  # (B, Sk) int32, the key at each new position; -1 - key for a hidden key
-    inverse: torch.Tensor | None = None  # (B, Sk) int32, the new position of each key; -1 - position for a hidden key
-    valid: torch.Tensor | None = None  # (B, Sk) int32
-    sound: torch.Tensor | None = None  # (B, Sk) int32, 0 in sequences whose mask is not ranges: their result is NaN
-    prefix: torch.Tensor | None = None  # (B, Sq) int32: how many first keys are also visible; then there are no others
-
-
-# --- a mask as one 4-D tensor, which Transformers passes on unchanged ------------------------------------------------
-#
-# Model code may slice a 4-D mask to the last queries, [:, :, -n:], or to the first keys, [..., :Sk]. That leaves a
-# packed mask as it is: its dimension of queries has size 1 or 0, and its rows of queries are aligned at the right.
-
-
-def pack(ranges: KeyRanges) -> torch.Tensor:
-    """The fields that are not None, each padded to one length: (B, fields, 1, max(Sq, Sk)) int32.
-
-    `unpack` tells by their number which fields they are. The prefix is repeated until there are _FIELDS_OF_PREFIX.
-    """
-    queries: list[torch.Tensor] = [ranges.start, ranges.end]
-    if ranges.prefix is not None:
-        queries += [ranges.prefix] * (_FIELDS_OF_PREFIX - len(queries))
-    keys = [line for line in ranges[2:6] if line is not None]
-    length = max(line.shape[-1] for line in (*queries, *keys))
-    lines = [F.pad(line, (length - line.shape[-1], 0)) for line in queries]
-    return torch.stack([*lines, *(F.pad(line, (0, length - line.shape[-1])) for line in keys)], 1)[:, :, None]
-
-
-def pack_window(window: Window, device: torch.device | None) -> torch.Tensor:
-    """An int32 tensor without elements. Its sizes encode the window, so reading it needs no device memory."""
-    return torch.empty(window.right + 2, window.left + 2, 0, 0, dtype=torch.int32, device=device)
-
-
-def pack_documents(starts: torch.Tensor) -> torch.Tensor:
-    """Causal attention inside documents that begin at the global positions `starts` (B, S), for tokens that are divided
-    among processes: (B, 1, 1, S) int32. `documents_of` is the inverse."""
-    return starts.int()[:, None, None]
-
-
-def documents_of(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The argument of `pack_documents`, or None where `mask` is not a result of it."""
-    return mask[:, 0, 0] if mask is not None and mask.dtype == torch.int32 and mask.shape[1:3] == (1, 1) else None
-
-
-def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
-    """The argument of `pack` or `pack_window`, for the last Sq of its queries and the first Sk of its keys."""
-    if mask.shape[2] == 0:
-        return Window(mask.shape[1] - 2, mask.shape[0] - 2)
-    lines = mask[:, :, 0].unbind(1)
-    of_queries = [line[:, line.shape[1] - Sq :] for line in lines[:3]]
-    start, end = of_queries[:2]
-    if has_prefix(mask):
-        return KeyRanges(start, end, prefix=of_queries[2])
-    names = {2: (), 3: ("valid",), 4: ("order", "inverse"), 5: ("order", "inverse", "sound")}[len(lines)]
-    return KeyRanges(start, end, **{name: line[:, :Sk] for name, line in zip(names, lines[2:], strict=True)})
-
-
-def has_prefix(mask: torch.Tensor | None) -> bool:
-    """Whether `mask` is that of completions which share a prompt."""
-    return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == _FIELDS_OF_PREFIX and mask.shape[2] == 1
-
-
-def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
-    """A packed mask as an ordinary one, (1 or B, 1, Sq, Sk) bool."""
-    ranges = unpack(mask, Sq, Sk)
-    keys = torch.arange(Sk, device=mask.device)
-    if isinstance(ranges, Window):
-        own = torch.arange(Sq, device=mask.device)[:, None] + (Sk - Sq)
-        see = torch.ones(Sq, Sk, dtype=torch.bool, device=mask.device)
-        if ranges.left >= 0:
-            see &= keys >= own - ranges.left
-        if ranges.right >= 0:
-            see &= keys <= own + ranges.right
-        return see[None, None]
-    place = keys[None] if ranges.inverse is None else ranges.inverse  # negative for a hidden key
-    see = (place[:, None] >= ranges.start[..., None]) & (place[:, None] < ranges.end[..., None])
-    if ranges.valid is not None:
-        see &= ranges.valid.bool()[:, None]
-    if ranges.prefix is not None:
-        see |= place[:, None] < ranges.prefix[..., None]
-    return see[:, None]
-
-
-# --- documents in position_ids ---------------------------------------------------------------------------------------
-
-
-class _Call(threading.local):
-    """The position_ids of the current call of a patched model, and the config of its masks."""
-
-    config: Any = None
-    position_ids: torch.Tensor | None = None
-
-
-_call = _Call()
-
-
-def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of patched models, which stores the caller's position_ids for the masks of this forward.
-
-    Only positions from the caller can start documents. The mask function cannot tell them from positions that the model
-    makes itself; this hook can.
-    """
-    given = kwargs.get("position_ids")
-    if len(args) > 2 and given is None:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)).get("position_ids")
-    _call.config, _call.position_ids = module.config, given
-
-
-def forget_position_ids(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    """A forward hook of patched models, which clears what `note_position_ids` stored."""
-    _call.config = _call.position_ids = None
-
-
-def document_starts(position_ids: torch.Tensor | None, Sq: int) -> torch.Tensor | None:
-    """The first query of each query's document, (1 or B, Sq). A document begins where positions decrease."""
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != Sq or Sq == 1:
-        return None
-    decreases = position_ids < position_ids.roll(1, 1)  # the first column has no effect: index 0 starts a document
-    return torch.where(decreases, torch.arange(Sq, device=position_ids.device), 0).cummax(1).values
-
-
-# --- the mask function of Transformers' AttentionMaskInterface -------------------------------------------------------
 
 
 def key_ranges(
@@ -215,9 +78,7 @@ def key_ranges(
         # As many keys as queries make a prefill, whose offset is 0. Otherwise the offset is in device memory.
         q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    documents = None
-    if attention_mask is None and _call.config is config and config is not None:
-        documents = document_starts(_call.position_ids, q_length)
+    documents = noted_document_starts(config, q_length) if attention_mask is None else None
     window = window_of(mask_function)
     skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip
     # If Transformers may not omit the mask, the model's code combines it with another one. The exception is a decoding
@@ -256,18 +117,3 @@ def key_ranges(
     if few and not torch.is_grad_enabled() and interval.sound is None:
         return pack(KeyRanges(start.int(), end.int(), valid=attention_mask.int()))
     return pack(without_hidden_keys(start, end, attention_mask, interval.sound))
-
-
-def without_hidden_keys(
-    start: torch.Tensor, end: torch.Tensor, attention_mask: torch.Tensor, sound: torch.Tensor | None
-) -> KeyRanges:
-    """Move the keys that attention_mask (B, Sk) hides behind all others: the new order, and the intervals in it."""
-    B, Sk = attention_mask.shape
-    shown = attention_mask.long().cumsum(1)  # (B, Sk)
-    before = F.pad(shown, (1, 0))  # (B, Sk + 1): the number of keys shown before each key
-    keys = torch.arange(Sk, device=attention_mask.device).expand(B, -1)
-    place = torch.where(attention_mask, shown - 1, shown[:, -1:] + keys - shown)
-    order = torch.empty_like(place).scatter_(1, place, torch.where(attention_mask, keys, -1 - keys))
-    inverse = torch.where(attention_mask, place, -1 - place)
-    flag = None if sound is None else sound.expand(B, Sk).int()
-    return KeyRanges(before.gather(1, start).int(), before.gather(1, end).int(), order.int(), inverse.int(), sound=flag)

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llama_kernels.core.checks import check_flag, message
-from llama_kernels.integrations.transformers.attention import FOLLOWS_MASK, NAME
+from llama_kernels.integrations.transformers.attention import NAME
 from llama_kernels.integrations.transformers.classes import KINDS, class_of
-from llama_kernels.integrations.transformers.masks import forget_position_ids, note_position_ids
+from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK, forget_position_ids, note_position_ids
 from llama_kernels.integrations.transformers.modules import Patched, parts_of
 from llama_kernels.integrations.transformers.places import NEEDS, Place, places_in
 from llama_kernels.integrations.transformers.report import NOT_REPLACED, Report, report, rows_of

@@ -31,7 +31,7 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
 
     wanted: the kinds that fusions may combine.
     """
-    norms = {id(m) for m in model.modules() if own_forward(m) is None and found_of(m).get("rms_norm", (None,))[0]}
+    norms = {id(module) for module in model.modules() if own_forward(module) is None and _is_known_norm(module)}
     by_config: dict[int, bool] = {}  # attention is ours in all the modules of one config, or in none
     for module in model.modules():
         if "attention" in (found := found_of(module)) and hasattr(module, "config"):
@@ -62,6 +62,11 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                 elif not all(id(part) in norms for part in parts):
                     ours, why = False, f"{' or '.join(fused)} is not a known RMSNorm"
             yield Place(module, kind, ours, why)
+
+
+def _is_known_norm(module: nn.Module) -> bool:
+    found = found_of(module).get("rms_norm")
+    return found is not None and bool(found.value)
 
 
 def found_of(module: nn.Module) -> dict[str, Any]:

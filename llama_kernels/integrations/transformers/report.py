@@ -20,8 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llama_kernels.core.checks import message
 from llama_kernels.core.device import KERNEL_DEVICES
 from llama_kernels.integrations.transformers import source
-from llama_kernels.integrations.transformers.attention import FOLLOWS_MASK, NAME, attention_forward
+from llama_kernels.integrations.transformers.attention import NAME, attention_forward
 from llama_kernels.integrations.transformers.classes import KINDS
+from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK
 from llama_kernels.integrations.transformers.modules import PLAIN_TYPES, Patched, may_be_skipped, parts_of
 from llama_kernels.integrations.transformers.places import Place, found_of, places_in
 from llama_kernels.integrations.transformers.rotaries import is_kernelized
@@ -128,7 +129,7 @@ def _why_stock_operation(module: Any, kind: str, sharded: bool) -> str | None:
     if called := [name for name, norm in norms.items() if not may_be_skipped(norm)]:
         return f"hooks, a wrapper or another forward on {' and '.join(called)}"
     rotaries = found["rope"].value if kind in ("rope", "qk_norm_rope") else {}
-    if kernelized := [name for name, (replaced, *_) in rotaries.items() if is_kernelized(replaced)]:
+    if kernelized := [name for name, rotary in rotaries.items() if is_kernelized(rotary.replaced)]:
         return f"kernelize has replaced {kernelized[0]}"
     weights = [norm.known_weight() for norm in (norms.values() if norms else [module] if kind == "rms_norm" else [])]
     other = [type(weight).__name__ for weight in weights if weight is not None and type(weight) not in PLAIN_TYPES]

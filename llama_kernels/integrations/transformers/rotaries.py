@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +42,15 @@ def norm_and_rotary(replaced: Function, known: Rotary) -> Function:
             known.form == "rows"
             and _norms_agree(q_norm, k_norm, weights)
             and all(norm_takes(q_norm.known, x, w) for x, w in zip((q, k), weights, strict=True))
-            and _can_rotate(known, q, k, cos, sin, 1)
+            and _can_rotate(known, q, k, cos, sin, "BHSD")
             and not is_kernelized(replaced)
         ):
             tables = _tables(known, cos, sin)
-            if not (tables[0].shape[-1] == tables[2] and 2 * tables[2] <= q.shape[-1]):
+            if not _seem_to_be_of_pairs(tables, q):
                 eps, offset = getattr(q_norm, q_norm.known.eps), q_norm.known.offset
-                return qk_norm_rope(q, k, *weights, *tables[:2], eps=eps, offset=offset, interleaved=known.interleaved)
+                return qk_norm_rope(
+                    q, k, *weights, tables.cos, tables.sin, eps=eps, offset=offset, interleaved=known.interleaved
+                )
         return rotary(q_norm(q), k_norm(k), cos, sin)
 
     return apply
@@ -68,20 +70,30 @@ def _norms_agree(q_norm: Any, k_norm: Any, weights: tuple[Any, Any]) -> bool:
 
 # --- a rotation of q and k -------------------------------------------------------------------------------------------
 
+# The layouts of q and k: the order of their dimensions. "SHD" is that of vision towers, whose tokens are packed. Tables
+# have a row for each token: (B, S, R), or (S, R) in "SHD". "shared" is "BHSD" whose sequences all have the same rows,
+# (S, R). Stock code unsqueezes the tables in the dimension of the heads, or in that of the batch where rows are shared.
+_BY_UNSQUEEZE_DIM = {0: "shared", 1: "BHSD", 2: "BSHD", -2: "SHD"}
 
-def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any) -> bool:
-    """Whether `rope` returns what stock code does for these arguments.
 
-    q and k are (B, H, S, D) if heads is 1, (B, S, H, D) if it is 2, and (S, H, D), as in vision towers, if it is -2.
-    cos and sin have a row for each token. If heads is 0, q and k are (B, H, S, D) and all sequences have the same rows.
-    """
+def _layout(known: Rotary, unsqueeze_dim: Any = 1) -> str | None:
+    """The layout of q and k, or None for any other. unsqueeze_dim: the caller's, where `known` does not have it."""
+    return _BY_UNSQUEEZE_DIM.get(unsqueeze_dim if known.heads is None else known.heads)
+
+
+def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, layout: str | None) -> bool:
+    """Whether `rope` returns what stock code does for these arguments."""
     if not (takes(q) and takes(k) and is_plain(cos) and is_plain(sin)):
         return False
-    packed, shared = q.ndim == 3 and heads == -2, q.ndim == 4 and heads == 0
-    if not (packed or shared) and (q.ndim != 4 or heads not in (1, 2)):
+    if layout is None or q.ndim != (3 if layout == "SHD" else 4):
         return False
-    H = 1 if packed or shared else heads
-    tokens = q.shape[:1] if packed else q.shape[2:3] if shared else (q.shape[0], q.shape[3 - heads])
+    H = 2 if layout == "BSHD" else 1  # the dimension of the heads
+    if layout == "SHD":
+        tokens = q.shape[:1]
+    elif layout == "shared":
+        tokens = q.shape[2:3]
+    else:
+        tokens = (q.shape[0], q.shape[3 - H])
     R = _rotated_width(known, cos)
     return (
         k.ndim == q.ndim
@@ -107,37 +119,48 @@ def _rotated_width(known: Rotary, cos: torch.Tensor) -> int:
 
 
 def _rotate(
-    known: Rotary, q: Any, k: Any, cos: Any, sin: Any, heads: Any, position_ids: Any = None, axes: Any = None
+    known: Rotary, q: Any, k: Any, cos: Any, sin: Any, layout: str | None, position_ids: Any = None, axes: Any = None
 ) -> Any:
     """q and k rotated, as `_can_rotate` describes them; k may be None. position_ids and axes are those of `rope`."""
-    cos, sin, R = _tables(known, cos, sin)
-    given = [x if heads != 2 else x.transpose(1, 2) for x in (q, k) if x is not None]
+    tables = _tables(known, cos, sin)
+    given = [x if layout != "BSHD" else x.transpose(1, 2) for x in (q, k) if x is not None]
     interleaved = known.interleaved
     if known.sorted_first:
         given = [x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in given]
         interleaved = False
-    parts = given
-    separate = cos.shape[-1] == R and q.shape[-1] >= 2 * R  # `rope` would read such tables as an angle for each pair
+    parts, separate = given, _seem_to_be_of_pairs(tables, q)
     if separate:
-        parts = [x[..., :R] for x in given]
+        parts = [x[..., : tables.width] for x in given]
     first, second = (*parts, None)[:2]
-    rotated: Any = rope(first, second, cos, sin, position_ids, axes=axes, interleaved=interleaved)
+    rotated: Any = rope(first, second, tables.cos, tables.sin, position_ids, axes=axes, interleaved=interleaved)
     if separate:
-        rotated = [torch.cat((y, x[..., R:]), -1) for x, y in zip(given, rotated, strict=False)]
+        rotated = [torch.cat((y, x[..., tables.width :]), -1) for x, y in zip(given, rotated, strict=False)]
     q, k = (*rotated, None)[:2]
-    return tuple(x.transpose(1, 2) if heads == 2 and x is not None else x for x in (q, k))
+    return tuple(x.transpose(1, 2) if layout == "BSHD" and x is not None else x for x in (q, k))
 
 
-def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """cos and sin for `rope`, and R, the number of rotated elements of a head."""
+class _Tables(NamedTuple):
+    """cos and sin for `rope`."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    width: int  # of the part of a head that is rotated
+
+
+def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> _Tables:
     if torch.compiler.is_exporting():  # a stage of an exported pipeline gets them as tensors that require grad
         cos, sin = cos.detach(), sin.detach()
     if known.inverse:
         sin = -sin
     if known.tables == "first half":
         R = cos.shape[-1]
-        return cos[..., : R // 2], sin[..., : R // 2], R
-    return cos, sin, _rotated_width(known, cos)
+        return _Tables(cos[..., : R // 2], sin[..., : R // 2], R)
+    return _Tables(cos, sin, _rotated_width(known, cos))
+
+
+def _seem_to_be_of_pairs(tables: _Tables, q: torch.Tensor) -> bool:
+    """Whether `rope` would read these tables, with an angle for each element, as if they had one for each pair."""
+    return tables.cos.shape[-1] == tables.width and 2 * tables.width <= q.shape[-1]
 
 
 # --- the forms of known_rotaries.py ----------------------------------------------------------------------------------
@@ -145,10 +168,10 @@ def _tables(known: Rotary, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.
 
 def _of_rows(known: Rotary, stock: Function) -> Function:
     def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        heads = kwargs.get("unsqueeze_dim", 1) if known.heads is None else known.heads
-        if args or not _can_rotate(known, q, k, cos, sin, heads):
+        layout = _layout(known, kwargs.get("unsqueeze_dim", 1))
+        if args or not _can_rotate(known, q, k, cos, sin, layout):
             return stock(q, k, cos, sin, *args, **kwargs)
-        return _rotate(known, q, k, cos, sin, heads)
+        return _rotate(known, q, k, cos, sin, layout)
 
     return rotate
 
@@ -156,9 +179,9 @@ def _of_rows(known: Rotary, stock: Function) -> Function:
 def _of_complex(known: Rotary, stock: Function) -> Function:
     def rotate(xq: Any, xk: Any, freqs_cis: Any) -> Any:
         cos, sin = freqs_cis.real, freqs_cis.imag
-        if not _can_rotate(known, xq, xk, cos, sin, known.heads):
+        if not _can_rotate(known, xq, xk, cos, sin, _layout(known)):
             return stock(xq, xk, freqs_cis)
-        return _rotate(known, xq, xk, cos, sin, known.heads)
+        return _rotate(known, xq, xk, cos, sin, _layout(known))
 
     return rotate
 
@@ -166,52 +189,55 @@ def _of_complex(known: Rotary, stock: Function) -> Function:
 def _of_complex_grid(known: Rotary, stock: Function) -> Function:
     def rotate(query: Any, key: Any, freqs_ci: Any) -> Any:
         cos, sin = freqs_ci.real.squeeze(1)[None], freqs_ci.imag.squeeze(1)[None]  # (1, S, pairs)
-        if not _can_rotate(known, query, key, cos, sin, known.heads):
+        if not _can_rotate(known, query, key, cos, sin, _layout(known)):
             return stock(query, key, freqs_ci)
-        return _rotate(known, query, key, cos, sin, known.heads)
+        return _rotate(known, query, key, cos, sin, _layout(known))
 
     return rotate
 
 
 def _of_one(known: Rotary, stock: Function) -> Function:
     def rotate(x: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
-        if not _can_rotate(known, x, x, cos, sin, unsqueeze_dim):
+        layout = _layout(known, unsqueeze_dim)
+        if not _can_rotate(known, x, x, cos, sin, layout):
             return stock(x, cos, sin, unsqueeze_dim)
-        return _rotate(known, x, None, cos, sin, unsqueeze_dim)[0]
+        return _rotate(known, x, None, cos, sin, layout)[0]
 
     return rotate
 
 
 def _of_one_sin_first(known: Rotary, stock: Function) -> Function:
     def rotate(tensor: Any, sin: Any, cos: Any) -> Any:
-        if not _can_rotate(known, tensor, tensor, cos, sin, known.heads):
+        if not _can_rotate(known, tensor, tensor, cos, sin, _layout(known)):
             return stock(tensor, sin, cos)
-        return _rotate(known, tensor, None, cos, sin, known.heads)[0]
+        return _rotate(known, tensor, None, cos, sin, _layout(known))[0]
 
     return rotate
 
 
 def _of_last_elements(known: Rotary, stock: Function) -> Function:
     def rotate(x: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        layout = _layout(known, unsqueeze_dim)
         R = _rotated_width(known, cos)
         part = x[..., -R:]
-        if part.shape[-1] != R or not _can_rotate(known, part, part, cos, sin, unsqueeze_dim):
+        if part.shape[-1] != R or not _can_rotate(known, part, part, cos, sin, layout):
             return stock(x, cos, sin, unsqueeze_dim)
-        return torch.cat((x[..., :-R], _rotate(known, part, None, cos, sin, unsqueeze_dim)[0]), -1)
+        return torch.cat((x[..., :-R], _rotate(known, part, None, cos, sin, layout)[0]), -1)
 
     return rotate
 
 
 def _of_last_tokens(known: Rotary, stock: Function) -> Function:
     def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        layout = _layout(known, unsqueeze_dim)
         S = q.shape[-2]
         of_q = (cos[..., -S:, :], sin[..., -S:, :])
-        if not (_can_rotate(known, q, q, *of_q, unsqueeze_dim) and _can_rotate(known, k, k, cos, sin, unsqueeze_dim)):
+        if not (_can_rotate(known, q, q, *of_q, layout) and _can_rotate(known, k, k, cos, sin, layout)):
             return stock(q, k, cos, sin, unsqueeze_dim)
-        if _can_rotate(known, q, k, cos, sin, unsqueeze_dim):
-            return _rotate(known, q, k, cos, sin, unsqueeze_dim)
-        q, _ = _rotate(known, q, None, *of_q, unsqueeze_dim)
-        return q, _rotate(known, k, None, cos, sin, unsqueeze_dim)[0]
+        if _can_rotate(known, q, k, cos, sin, layout):
+            return _rotate(known, q, k, cos, sin, layout)
+        q, _ = _rotate(known, q, None, *of_q, layout)
+        return q, _rotate(known, k, None, cos, sin, layout)[0]
 
     return rotate
 
@@ -219,9 +245,9 @@ def _of_last_tokens(known: Rotary, stock: Function) -> Function:
 def _of_grid(known: Rotary, stock: Function) -> Function:
     def rotate(q: Any, k: Any, cos: Any, sin: Any) -> Any:
         tables = _shared_rows(cos), _shared_rows(sin)
-        if not _can_rotate(known, q, k, *tables, 0):
+        if not _can_rotate(known, q, k, *tables, "shared"):
             return stock(q, k, cos, sin)
-        return _rotate(known, q, k, *tables, 0)
+        return _rotate(known, q, k, *tables, "shared")
 
     return rotate
 
@@ -232,9 +258,9 @@ def _of_patches(known: Rotary, stock: Function) -> Function:
         if first < 0 or cos.ndim != 2:
             return stock(q, k, cos, sin, **kwargs)
         tables = F.pad(cos, (0, 0, first, 0), value=1.0), F.pad(sin, (0, 0, first, 0))
-        if not _can_rotate(known, q, k, *tables, 0):
+        if not _can_rotate(known, q, k, *tables, "shared"):
             return stock(q, k, cos, sin, **kwargs)
-        return _rotate(known, q, k, *tables, 0)
+        return _rotate(known, q, k, *tables, "shared")
 
     return rotate
 
@@ -249,13 +275,13 @@ def _of_memory(known: Rotary, stock: Function) -> Function:
         if num_k_exclude_rope:
             last = (0, 0, 0, num_k_exclude_rope)
             of_k = F.pad(of_k[0], last, value=1.0), F.pad(of_k[1], last)
-        can = rotated > 0 and _can_rotate(known, q, q, *of_q, 0) and _can_rotate(known, k, k, *of_k, 0)
+        can = rotated > 0 and _can_rotate(known, q, q, *of_q, "shared") and _can_rotate(known, k, k, *of_k, "shared")
         if not can:
             return stock(q, k, cos, sin, num_k_exclude_rope, repeat_freqs_k)
-        if not (repeated or num_k_exclude_rope) and _can_rotate(known, q, k, *of_q, 0):
-            return _rotate(known, q, k, *of_q, 0)
-        q, _ = _rotate(known, q, None, *of_q, 0)
-        return q, _rotate(known, k, None, *of_k, 0)[0]
+        if not (repeated or num_k_exclude_rope) and _can_rotate(known, q, k, *of_q, "shared"):
+            return _rotate(known, q, k, *of_q, "shared")
+        q, _ = _rotate(known, q, None, *of_q, "shared")
+        return q, _rotate(known, k, None, *of_k, "shared")[0]
 
     return rotate
 
@@ -267,13 +293,14 @@ def _shared_rows(table: torch.Tensor) -> torch.Tensor:
 
 def _of_sections(known: Rotary, stock: Function) -> Function:
     def rotate(q: Any, k: Any, cos: Any, sin: Any, mrope_section: Any, unsqueeze_dim: int = 1) -> Any:
-        if cos.ndim != 4 or not _can_rotate(known, q, k, cos[0], sin[0], unsqueeze_dim) or cos.shape[-1] != q.shape[-1]:
+        layout = _layout(known, unsqueeze_dim)
+        if cos.ndim != 4 or not _can_rotate(known, q, k, cos[0], sin[0], layout) or cos.shape[-1] != q.shape[-1]:
             return stock(q, k, cos, sin, mrope_section, unsqueeze_dim)
         positions = torch.arange(cos.shape[:3].numel(), device=cos.device).view(cos.shape[:3])
         plain = type(cos) is torch.Tensor and not torch.compiler.is_compiling()
         axes = (_kept_axes if plain else _axes_of)((*mrope_section,), cos.device)
         tables = cos.flatten(0, 2), sin.flatten(0, 2)  # a row for each position of each token
-        return _rotate(known, q, k, *tables, unsqueeze_dim, positions, axes)
+        return _rotate(known, q, k, *tables, layout, positions, axes)
 
     return rotate
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels.core.checks import message
-from llama_kernels.integrations.transformers.masks import KeyRanges, pack
+from llama_kernels.integrations.transformers.documents import IGNORED
+from llama_kernels.integrations.transformers.packed_masks import KeyRanges, pack
 
 __all__ = ["SharedPromptCollator", "SharedPrompts", "share_prompts"]
 
-IGNORED = -100  # the label of a token without a loss
 Tokens = Sequence[int]
 
 

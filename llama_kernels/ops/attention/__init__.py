@@ -14,9 +14,10 @@ A call goes through these files:
     cpu*.py           CPU tensors, in plain PyTorch
 
 The kernels share device functions: masks.py (which keys a row sees, and which blocks of them a tile visits), softmax.py
-(scores and the online softmax) and tiles.py (how a tile is found, loaded and stored). tables.py has their tile sizes,
-tile_list.py the tiles of packed batches. merge.py has `merge_attention`. masked_decode.py is an op for decoding with a
-mask over the keys, which the integrations use. flops.py tells PyTorch's FlopCounterMode the FLOPs of the ops.
+(scores and the online softmax) and tiles.py (how a tile is found, loaded and stored). tables.py has the tile sizes, and
+says which of them each pass of a call takes; tile_list.py has the tiles of packed batches. merge.py has
+`merge_attention`. masked_decode.py is an op for decoding with a mask over the keys, which the integrations use.
+flops.py tells PyTorch's FlopCounterMode the FLOPs of the ops.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from llama_kernels.ops.attention.delta import launch_delta
 from llama_kernels.ops.attention.dkdv import _dkdv_kernel
 from llama_kernels.ops.attention.dq import _dq_kernel
 from llama_kernels.ops.attention.rounding import round_launch
-from llama_kernels.ops.attention.tables import Tile, tile_for
+from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, is_persistent, programs_for, tile_lists
 from llama_kernels.ops.rotation import Rotation
 
@@ -66,10 +66,6 @@ class _Sums(NamedTuple):
     dv: torch.Tensor | None
 
 
-def _tile_of_keys(call: AttentionCall) -> Tile:
-    return tile_for("dkdv", call.q, call.v, any(x is not None for x in (call.softcap, call.kv_end, call.kv_prefix)))
-
-
 def _arguments(
     call: AttentionCall, rows: RowInputs, outputs: tuple[torch.Tensor | None, ...], rotation: Rotation,
     tile_list: torch.Tensor | None, sizes: Sizes,
@@ -99,7 +95,7 @@ def _dkdv_launches(
     sums: _Sums | None,
 ) -> list[Launch]:  # fmt: skip
     """The launches that write dk and dv of `grads`. sums: None where one program sums over a group."""
-    sizes, tile, parts, launches = call.sizes, _tile_of_keys(call), 1, []
+    sizes, tile, parts, launches = call.sizes, tile_for("dkdv", call), 1, []
     dk, dv, ends_with = grads.dk, grads.dv, rotation
     if sums is not None:  # the parts are added up and rotated afterwards
         parts, (dk, dv), ends_with = parts_of_group(call, tile.BLOCK_N), sums, Rotation()
@@ -126,12 +122,7 @@ def _dq_launches(
     call: AttentionCall, rows: RowInputs, dq: torch.Tensor, rotation: Rotation, list_q: torch.Tensor | None
 ) -> list[Launch]:
     """The launches that write dq: one, or one for each part of the columns of wide heads."""
-    sizes = call.sizes
-    tile = tile_for("dq", call.q, call.v)
-    if call.with_options or ((call.packed or rotation.half) and not tile.spare_registers):
-        tile = tile_for("dq", call.q, call.v, with_options=True, prefix=call.kv_prefix is not None)
-        if rotation.half and tile.with_options:
-            tile = tile.with_options
+    sizes, tile = call.sizes, tile_for("dq", call, rotated=rotation.half > 0)
     programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
     if list_q is not None:
         programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, is_persistent(call))
@@ -158,7 +149,7 @@ def _launches(
 
 def _sums(call: AttentionCall, grads: Grads) -> _Sums | None:
     """Sums to be filled for dk and dv of `grads`. None: one program sums over a group."""
-    sizes, parts = call.sizes, parts_of_group(call, _tile_of_keys(call).BLOCK_N)
+    sizes, parts = call.sizes, parts_of_group(call, tile_for("dkdv", call).BLOCK_N)
     if parts == 1:
         return None
     shape = (sizes.B, sizes.Hkv * parts, sizes.Sk)

@@ -10,7 +10,6 @@ from llama_kernels.ops.attention import cpu_flash, cpu_formulas
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, outputs_to_fill
 from llama_kernels.ops.rotation import Rotation
 from llama_kernels.reference.attention import spans
-from llama_kernels.reference.rope import rope
 
 
 def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,9 +58,8 @@ def plain_backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `call`; arguments as `launch_backward`."""
     dq, dk, dv, dsinks = (_packed_backward if call.packed else _dense_backward)(call, results)
-    cos, sin, position_ids, interleaved = rotation
-    if cos is not None and sin is not None:
-        dq, dk = rope(dq, dk, cos, -sin, position_ids, interleaved=interleaved)
+    if rotation.cos is not None:
+        dq, dk = rotation.transposed.in_pytorch(dq, dk)
     grads = zip(empty_grads(call, wanted), (dq, dk, dv, dsinks), strict=True)
     return tuple(_stored(grad, x) if grad.numel() else grad for grad, x in grads)
 

@@ -122,7 +122,7 @@ def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]
     q, k, v, sizes, widths = call.q, call.k, call.v, call.sizes, call.widths
     if not sizes.B:
         return []
-    chunks, tile = lse2.shape[-1], tile_for("decode", q, v)
+    chunks, tile = lse2.shape[-1], tile_for("decode", call)
     rows = sizes.group * sizes.Sq
     BLOCK_M = min(max(next_power_of_2(rows), 16), TILE_ROWS)
     options = {**tile.launch_options, "BLOCK_M": BLOCK_M}

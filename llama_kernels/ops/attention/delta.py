@@ -90,8 +90,8 @@ def _delta_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-class _Packing(NamedTuple):
-    """Of a packed batch: the arguments of `list_tiles`, whose launch comes before this one."""
+class _ListArguments(NamedTuple):
+    """The arguments of `list_tiles`, whose launch comes before this one in a packed batch."""
 
     lists: TileLists
     cu_seqlens_q: torch.Tensor
@@ -103,7 +103,7 @@ class _Packing(NamedTuple):
 def _launches(
     o: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, sinks: torch.Tensor | None,
     lse2: torch.Tensor, delta: torch.Tensor, shares: torch.Tensor | None, dq_sum: torch.Tensor | None,
-    packing: _Packing | None, sizes: tuple[int, ...],
+    listing: _ListArguments | None, sizes: tuple[int, ...],
 ) -> list[Launch]:  # fmt: skip
     """The launch that fills lse2, delta, shares and dq_sum; in a packed batch, after that of the tile lists.
 
@@ -115,16 +115,16 @@ def _launches(
     sizes = Sizes(*sizes)
     BLOCK_DV, BLOCK_M = width_class(o.shape[-1]), _rows_per_program(o)
     launches, list_q, cu_seqlens_q = [], None, None
-    if packing is not None:
-        list_q, cu_seqlens_q = packing.lists.of_q, packing.cu_seqlens_q
-        launches.append(list_tiles(packing.lists, cu_seqlens_q, packing.cu_seqlens_k, sizes, packing.fill))
+    if listing is not None:
+        list_q, cu_seqlens_q = listing.lists.of_q, listing.cu_seqlens_q
+        launches.append(list_tiles(listing.lists, cu_seqlens_q, listing.cu_seqlens_k, sizes, listing.fill))
     args = (
         o, do, lse, dlse, sinks, lse2, delta, shares, dq_sum, cu_seqlens_q, list_q,
         strides_of(o), strides_of(do), lse_strides(lse), None if dlse is None else lse_strides(dlse),
         lse_strides(delta), optional_strides_of(dq_sum), sizes.as_arguments(),
     )  # fmt: skip
     options = {"DV": o.shape[-1], "FAR": far(o, do), "BLOCK_M": BLOCK_M, "BLOCK_DV": BLOCK_DV, "num_warps": 4}
-    programs = _programs(sizes, BLOCK_M, packing is not None)
+    programs = _programs(sizes, BLOCK_M, packed=listing is not None)
     return [*launches, Launch(_delta_kernel, (programs,), args, options)]
 
 
@@ -155,6 +155,6 @@ def launch_delta(
     programs = _programs(sizes, _rows_per_program(out), call.packed)
     # Heads run fastest over the programs.
     shares = None if sinks is None else lse.new_empty(programs // sizes.Hq, sizes.Hq)
-    packing = lists and _Packing(lists, call.cu_seqlens_q, call.cu_seqlens_k, fill)
-    _launches(out, results.do, lse, results.dlse, sinks, lse2, delta, shares, dq_sum, packing, tuple(sizes))
+    listing = lists and _ListArguments(lists, call.cu_seqlens_q, call.cu_seqlens_k, fill)
+    _launches(out, results.do, lse, results.dlse, sinks, lse2, delta, shares, dq_sum, listing, tuple(sizes))
     return lse2, delta, None if sinks is None or shares is None else shares.sum(0).to(sinks.dtype)

@@ -1,6 +1,7 @@
 """Which kernel computes a call of attention, and why. The launchers ask here, and `python -m llama_kernels` prints it.
 
-CPU tensors do not get here, except in Triton's interpreter: `core.registry.register` gives them the reference.
+The tiles of the portable kernels are in tables.py, whose `tile_for` says which of them a call takes. CPU tensors do not
+get here, except in Triton's interpreter: `core.registry.register` gives them the reference.
 """
 
 from __future__ import annotations

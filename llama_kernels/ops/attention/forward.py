@@ -11,9 +11,10 @@ from llama_kernels.ops.attention import dispatch, hopper
 from llama_kernels.ops.attention.call import AttentionCall, empty_outputs, far, lse_strides, outputs_to_fill
 from llama_kernels.ops.attention.combine import Parts, combine_launch
 from llama_kernels.ops.attention.decode import launch_decode
-from llama_kernels.ops.attention.key_split import KeySplit, forward_tile
+from llama_kernels.ops.attention.key_split import KeySplit
 from llama_kernels.ops.attention.masks import Mask, key_blocks, over_key_blocks, within
 from llama_kernels.ops.attention.softmax import SoftmaxState, attend
+from llama_kernels.ops.attention.tables import tile_for
 from llama_kernels.ops.attention.tile_list import Fill, TileLists, is_persistent, list_tiles, programs_for, tile_lists
 from llama_kernels.ops.attention.tiles import (
     Keys,
@@ -101,7 +102,7 @@ def _launch(
     split: KeySplit | None = None,
 ) -> Launch:  # fmt: skip
     call.require_contiguous_vectors()
-    q, k, v, sizes, tile = call.q, call.k, call.v, call.sizes, forward_tile(call)
+    q, k, v, sizes, tile = call.q, call.k, call.v, call.sizes, tile_for("forward", call)
     args = (
         q, k, v, o, lse, None if split else call.sinks, call.kv_start, call.kv_end, call.kv_prefix,
         call.cu_seqlens_q, call.cu_seqlens_k, list_q,
@@ -114,7 +115,7 @@ def _launch(
 
 @cached_launch
 def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None) -> list[Launch]:
-    sizes, BLOCK_M = call.sizes, forward_tile(call).BLOCK_M
+    sizes, BLOCK_M = call.sizes, tile_for("forward", call).BLOCK_M
     launches, list_q, programs = [], None, cdiv(sizes.Sq, BLOCK_M) * sizes.B * sizes.Hq
     if call.cu_seqlens_q is not None and lists is not None:
         list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, is_persistent(call))
@@ -126,7 +127,7 @@ def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: Ti
 def _split_launches(call: AttentionCall, part, lse2, o, lse, split: KeySplit) -> list[Launch]:
     """part (B, Hq * chunks, Sq, DV) and lse2 (B, Hq * chunks, Sq), float32."""
     sizes, chunks = call.sizes, split.chunks
-    programs = cdiv(sizes.Sq, forward_tile(call).BLOCK_M) * sizes.B * sizes.Hq * chunks
+    programs = cdiv(sizes.Sq, tile_for("forward", call).BLOCK_M) * sizes.B * sizes.Hq * chunks
     (b, h, i), (lse_b, lse_h, lse_i) = strides_of(part), lse2.stride()
     parts = Parts(part, lse2, (b, h * chunks, i, h), (lse_b, lse_h * chunks, lse_i, lse_h), chunks)
     return [_launch(call, part, lse2, None, programs, split), combine_launch(parts, call, o, lse, many=True)]

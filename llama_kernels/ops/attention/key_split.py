@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llama_kernels.core.device import SMS, lanes_of, processors_of_family
 from llama_kernels.core.tensors import cdiv
 from llama_kernels.ops.attention.call import AttentionCall
-from llama_kernels.ops.attention.tables import Tile, tile_for
+from llama_kernels.ops.attention.tables import tile_for
 
 # The fewest keys of a chunk. Where a large batch fills the GPU without a split, the split then makes it at most a fifth
 # slower, by writing and reading the result of each chunk.
@@ -35,11 +35,6 @@ class KeySplit(NamedTuple):
     chunks: int
 
 
-def forward_tile(call: AttentionCall) -> Tile:
-    """The tile of the forward kernel, split or not."""
-    return tile_for("forward", call.q, call.v, call.with_options, call.kv_prefix is not None)
-
-
 def split_of(call: AttentionCall) -> KeySplit | None:
     """How the keys of `call` are split. None: they are not.
 
@@ -53,7 +48,7 @@ def split_of(call: AttentionCall) -> KeySplit | None:
     device, left, first = call.q.device, call.window.left, 0
     if left is not None and call.kv_prefix is None:
         first = max(Sk - Sq - left, 0) // _ALIGNMENT * _ALIGNMENT
-    tile, keys = forward_tile(call), Sk - first
+    tile, keys = tile_for("forward", call), Sk - first
     threads = min(tile.num_warps * lanes_of(device), _THREADS)
     chunks = _chunks(cdiv(Sq, tile.BLOCK_M) * Hq * threads, processors_of_family(device) * _THREADS, keys)
     if chunks == 1:

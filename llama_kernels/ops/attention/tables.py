@@ -3,6 +3,8 @@
 A row holds the tiles for heads up to 64, 128 and 256 wide; wider heads have tables of their own. Nothing is tuned at
 run time: a call has the same tile on every machine of a family and in every batch, so that its results repeat bit for
 bit. `python -m bench.codegen` compiles every row and fails on a spill.
+
+At the end, `tile_for` says which tile of its row each pass of a call takes, and why.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from llama_kernels.core.checks import message
 from llama_kernels.core.device import arch_of
 from llama_kernels.core.language import TRITON_VERSION
+from llama_kernels.ops.attention.call import AttentionCall
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,11 @@ class Tile:
     num_stages: int
     split: bool = False  # dk and dv, or the columns of dq, in several launches, since one program cannot hold them
     columns: int = 512  # of dq, in one of the launches of a split
-    # Of dq: there are registers left for a packed batch and for an inverse rotation, which otherwise count as options.
-    spare_registers: bool = False
-    # Instead, with options that take registers; the launcher says which. Such a tile may have one of its own, for dq
-    # with an inverse rotation, which takes more.
-    with_options: Tile | None = None
-    with_prefix: Tile | None = None  # instead, with kv_prefix, whose two loops more take registers
-    # Instead, from Triton `since` on, whose code for this tile spills or waits. It may have a newer one too.
+    # The tiles in place of this one. `tile_for` says which calls take them.
+    with_options: Tile | None = None  # with options that take registers
+    with_prefix: Tile | None = None  # with kv_prefix, whose two loops more take registers
+    spare_registers: bool = False  # of dq: for a packed batch and for an inverse rotation, which otherwise are options
+    # From Triton `since` on, whose code for this tile spills or waits. It may have a newer one too.
     newer: Tile | None = None
     since: tuple[int, int] = (3, 9)
 
@@ -324,10 +325,32 @@ def tile(family: str, pass_: str, width: int, dtype: torch.dtype, triton: tuple[
     return found
 
 
-def tile_for(pass_: str, q: torch.Tensor, v: torch.Tensor, with_options: bool = False, prefix: bool = False) -> Tile:
-    """The tile of `pass_` for heads of the widths of q and v, on their device. with_options, prefix: see `Tile`."""
-    D, DV = q.shape[-1], v.shape[-1]
-    found = tile(arch_of(q.device), pass_, max(D, DV), q.dtype)
-    if prefix and found.with_prefix:
-        return found.with_prefix
-    return found.with_options if with_options and found.with_options else found
+def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
+    """The tile that a pass of `call` takes. rotated: the pass ends with an inverse rotation; only dq needs to know.
+
+    It is the tile for the widths and the dtype of the call, unless the call has options for which the pass holds more
+    in registers than that tile leaves room for:
+
+        forward   a softcap, a window, kv_start, kv_end or kv_prefix: `AttentionCall.with_options`
+        dq        likewise; also a packed batch or an inverse rotation, unless the tile has spare registers
+        dkdv      a softcap, kv_end or kv_prefix
+        decode    none
+
+    Then `with_prefix` takes its place in the forward and in dq where the call has a kv_prefix, and `with_options`
+    otherwise, if there is one. In dq an inverse rotation takes more than other options, so the tile found may have
+    `with_options` of its own for it.
+    """
+    found = tile(arch_of(call.q.device), pass_, max(call.q.shape[-1], call.v.shape[-1]), call.q.dtype)
+    if pass_ == "decode":
+        return found
+    prefix = call.kv_prefix is not None
+    if pass_ == "dkdv":
+        crowded = prefix or call.kv_end is not None or call.softcap is not None
+        return found.with_options if crowded and found.with_options else found
+    crowded = call.with_options
+    if pass_ == "dq" and not found.spare_registers:
+        crowded = crowded or call.packed or rotated
+    instead = found.with_prefix if prefix and found.with_prefix else found.with_options
+    if not crowded or instead is None:
+        return found
+    return instead.with_options if rotated and instead.with_options else instead

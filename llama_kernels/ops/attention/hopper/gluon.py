@@ -7,7 +7,7 @@ attention uses the portable kernels.
 
 from __future__ import annotations
 
-from llama_kernels.core.language import HAS_TRITON, INTERPRETED, triton
+from llama_kernels.core.language import HAS_TRITON, INTERPRETED, Placeholder, triton
 
 __all__ = [
     "HAS_GLUON", "WHY_NOT", "TensorDescriptor", "fence_async_shared", "gl", "jit", "mbarrier", "tma", "tma_add",
@@ -49,18 +49,8 @@ elif HAS_TRITON:
         WHY_NOT = f"the Gluon of triton {triton.__version__} is not the one these kernels are written in ({error})"
     else:
         HAS_GLUON, WHY_NOT = True, ""
-if not HAS_GLUON:  # stand-ins, so that the modules that define kernels can be imported
-
-    class _Hollow:
-        """Every attribute, and the result of every call, is the object itself."""
-
-        def __getattr__(self, name):
-            return self
-
-        def __call__(self, *args, **kwargs):
-            return self
-
-    gl = mbarrier = tma = _Hollow()
+if not HAS_GLUON:  # the modules that define kernels can then be imported
+    gl = mbarrier = tma = Placeholder()
     fence_async_shared = warpgroup_mma = warpgroup_mma_wait = tma_load = tma_store = tma_add = TensorDescriptor = gl
 
     def jit(fn):
