@@ -41,7 +41,7 @@ def empty_in_order_of(
 def _dense_strides(shape: tuple[int, ...], like: tuple[int, ...]) -> tuple[int, ...]:
     outer_to_inner = sorted(range(len(shape) - 1), key=lambda d: like[d] or math.inf, reverse=True)
     strides = [1] * len(shape)
-    step = torch.sym_max(shape[-1], 1)  # sizes may be symbols without a value while tracing
+    step: Any = torch.sym_max(shape[-1], 1)  # an int, or while tracing perhaps a symbol without a value
     for d in reversed(outer_to_inner):
         strides[d] = step
         step = step * torch.sym_max(shape[d], 1)

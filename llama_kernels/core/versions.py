@@ -11,7 +11,7 @@ import torch
 OLDEST = {"torch": (2, 10), "triton": (3, 6)}
 
 # The newest releases that the test suite passed with.
-NEWEST_TESTED = {"torch": (2, 13), "triton": (3, 9), "transformers": (5, 24)}
+NEWEST_TESTED = {"torch": (2, 15), "triton": (3, 9), "transformers": (5, 24)}
 
 _TITLES = {"triton": "Triton"}
 

@@ -113,8 +113,8 @@ _ROW_TILES = {
 
 # Up to this width the weight stays in registers from row to row.
 _WEIGHT_STAYS: tl.constexpr = tl.constexpr(8192)
-# From Triton 3.9 on, the code for the backward of longer rows needs a few more registers than the 64 of a thread.
-_TIGHT: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 9))
+# From Triton 3.8 on, the code for the backward of longer rows needs a few more registers than the 64 of a thread.
+_TIGHT: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 8))
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def all_gradients(op: str, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.corpus(57)
-@pytest.mark.parametrize("op, wanted", proper_subsets(), ids=lambda x: x if isinstance(x, str) else " ".join(x))
+@pytest.mark.parametrize("op, wanted", list(proper_subsets()), ids=lambda x: x if isinstance(x, str) else " ".join(x))
 def test_some_gradients_equal_those_of_a_call_for_all(op, wanted, device):
     """Bit for bit in the interpreter. Compiled, the two calls are two kernels, whose products and sums ptxas may fuse
     differently."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TORCH = ("2.10.0", "2.11.0", "2.13.0", "newest")  # the oldest that the package takes, and later ones
-TRITON = ("3.6.0", "3.7.1", "newest")
+TRITON = ("3.6.0", "3.7.1", "3.8.0", "newest")  # 3.6 to 3.8: required by torch 2.10, 2.13, 2.14
 
 # The steps for each pair: TRITON_INTERPRET, and the arguments of python.
 STEPS = {

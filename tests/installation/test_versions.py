@@ -95,11 +95,11 @@ def test_the_interpreter_of_triton_3_6_needs_numpy_below_2_4(triton, numpy, work
 
 
 def test_a_version_newer_than_the_tested_ones_gives_a_warning():
-    assert untested("torch", "2.13.1+cu130") is None and untested("triton", "3.6.0") is None
+    assert untested("torch", "2.15.1+cu132") is None and untested("triton", "3.6.0") is None
     assert untested("transformers", "5.24.9") is None and untested("transformers", "4.57.6") is None
     assert untested("torch", "") is None
     assert "triton up to 3.9; this is 3.10.0" in untested("triton", "3.10.0")
-    assert "torch up to 2.13; this is 2.14.0" in untested("torch", "2.14.0")
+    assert "torch up to 2.15; this is 2.16.0" in untested("torch", "2.16.0")
     assert untested("transformers", "5.25.0.dev0") == (
         "llama_kernels was tested with transformers up to 5.24; this is 5.25.0.dev0. Run `make test` to check."
     )

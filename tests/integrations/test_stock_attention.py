@@ -134,7 +134,7 @@ def test_our_attention_by_name_raises_in_a_module_that_computes_with_its_mask(si
     model.set_attn_implementation("llama_kernels")
     error, match = ValueError, r"attention_forward: module is a DogeAttention: its forward computes with attention_mask"
     if side == "left" or VERSION < (5, 23):  # its own code computes with the mask first, and raises
-        error, match = (ValueError, RuntimeError), ""
+        error, match = (ValueError, RuntimeError), None
     with pytest.raises(error, match=match):
         model(tokens(), attention_mask=None if side == "none" else padding_mask(tokens(), side))
 
