@@ -35,7 +35,7 @@ class CpuAngles(NamedTuple):
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, H, S, D) or (T, H, D) rotated, in its dtype."""
         R, rows = self.cos.shape[-1], x.float()
-        rotated = rows if R == x.shape[-1] else rows[..., :R]
+        rotated = rows if x.shape[-1] == R else rows[..., :R]
         y = (rotated * self.cos).add_(self._partner(rotated).mul_(self.sin))
         return (y if rotated is rows else torch.cat((y, rows[..., R:]), -1)).to(x.dtype)
 

@@ -40,7 +40,6 @@ from llama_kernels.ops.rotation import (
     load_pairs,
     pairs_of,
     rotate,
-    rotation_of,
     row_strides,
     store_pairs,
     token_ptrs,

@@ -19,27 +19,24 @@ def calls_of_slices(call: AttentionCall) -> list[AttentionCall] | None:
     B, Sk = call.q.shape[0], call.k.shape[2]
     first = 0 if call.left is None else max(Sk - 1 - call.left, 0)  # the query is aligned with the last key
     if not bounded:
-        return [_of_keys(call, first, Sk)]
+        return [_of_keys(call, slice(None), first, Sk)]
     ranges = [
         (max(first, start), min(end, Sk))
         for start, end in zip(_values(call.kv_start, B, 0), _values(call.kv_end, B, Sk), strict=True)
     ]
     if len(set(ranges)) == 1:
-        return [_of_keys(call, *ranges[0])]
-    return [
-        _of_keys(call._replace(q=call.q[b : b + 1], k=call.k[b : b + 1], v=call.v[b : b + 1]), *keys)
-        for b, keys in enumerate(ranges)
-    ]
+        return [_of_keys(call, slice(None), *ranges[0])]
+    return [_of_keys(call, slice(b, b + 1), *keys) for b, keys in enumerate(ranges)]
 
 
 def _values(bound: torch.Tensor | None, B: int, otherwise: int) -> list[int]:
     return [otherwise] * B if bound is None else bound.flatten().tolist()
 
 
-def _of_keys(call: AttentionCall, first: int, end: int) -> AttentionCall:
-    """`call` with the keys from `first` to the one before `end`, all of which the query sees."""
+def _of_keys(call: AttentionCall, sequences: slice, first: int, end: int) -> AttentionCall:
+    """`sequences` of `call` with the keys from `first` to the one before `end`, all of which their queries see."""
     end = max(first, end)
+    k, v = (x[sequences, :, first:end] for x in (call.k, call.v))
     return call._replace(
-        k=call.k[:, :, first:end], v=call.v[:, :, first:end], kv_start=None, kv_end=None,
-        longest_k=end - first, left=None, right=None,
-    )  # fmt: skip
+        q=call.q[sequences], k=k, v=v, kv_start=None, kv_end=None, longest_k=end - first, left=None, right=None
+    )
