@@ -279,9 +279,10 @@ def _has_values(attention_mask: torch.Tensor) -> bool:
 def _range_of_tokens(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The first key that attention_mask (B, Sk) shows and the end of these keys, (B, 1) each, where they are one range.
 
-    None where a sequence has padding between its tokens, or nobody looks.
+    None where a sequence has padding between its tokens, or nobody looks; also for one key, whose mask attention may
+    apply to all keys.
     """
-    if not _has_values(attention_mask):
+    if not _has_values(attention_mask) or attention_mask.shape[1] == 1:
         return None
     first = attention_mask.int().argmax(1, keepdim=True)
     end = first + attention_mask.sum(1, keepdim=True)
