@@ -40,7 +40,7 @@ def rope(
     Returns:
         q and k rotated, in their own dtypes. None for a k that is None.
     """
-    cos, sin = _rows(q, cos, sin, position_ids, axes)
+    cos, sin = angles_of_tokens(q, cos, sin, position_ids, axes)
 
     def rotated(x: Any) -> Any:
         y = None if x is None else _rotate(x, cos, sin, interleaved)
@@ -63,7 +63,7 @@ def rope_transpose(
 
     This is the inverse rotation where i and j have the same angle. Arguments and results are those of `rope`.
     """
-    cos, sin = _rows(dq, cos, sin, position_ids, axes)
+    cos, sin = angles_of_tokens(dq, cos, sin, position_ids, axes)
 
     def rotated(dy: Any) -> Any:
         return None if dy is None else _rotate(dy, cos, sin, interleaved, transpose=True)
@@ -124,7 +124,7 @@ def rope_into_cache(
     return q
 
 
-def _rows(
+def angles_of_tokens(
     q: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,

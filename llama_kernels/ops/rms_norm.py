@@ -547,17 +547,19 @@ def _forward(call):
     return y, s, rstd
 
 
-def _forward_reference(call):
+def _forward_on_cpu(call):
+    """The formulas of the reference, each step once and without results that are copied: as many steps as PyTorch's."""
     x, residual, weight, eps, offset = call
-    y, s, rstd = _forward_fake(call)
     if residual is None:
-        y.copy_(reference.rms_norm(x, weight, eps, offset=offset))
+        s, s_out = x, x.new_empty(0)
     else:
-        normed, x = reference.add_rms_norm(x, residual, weight, eps, offset=offset)
-        y.copy_(normed)
-        s.copy_(x)
-    rstd.copy_(torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps))
-    return y, s, rstd
+        s = s_out = dense_in_order_of(residual, (x.float() + residual.float()).to(residual.dtype))
+    rows = s.float()
+    rstd = rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    y = rows * rstd
+    if weight is not None:
+        y.mul_(weight.float() + offset if offset else weight.float())
+    return dense_in_order_of(x, y.to(x.dtype)), s_out, dense_in_order_of(x, rstd)
 
 
 def _backward_fake(call):
@@ -621,7 +623,7 @@ _rms_norm_forward = register(
     "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
     call=_Forward,
     kernel=_forward,
-    reference=_forward_reference,
+    reference=_forward_on_cpu,
     fake=_forward_fake,
 )
 # -> dx in grad_dtype, dw in the weight's dtype; empty where not needed

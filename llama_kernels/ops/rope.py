@@ -20,7 +20,15 @@ from llama_kernels.core.device import lanes_of
 from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import register, register_gradient
-from llama_kernels.core.tensors import cdiv, empty_in_order_of, last_dim_contiguous, optional_strides_of, sizes_of
+from llama_kernels.core.tensors import (
+    cdiv,
+    dense_in_order_of,
+    empty_in_order_of,
+    last_dim_contiguous,
+    optional_strides_of,
+    sizes_of,
+)
+from llama_kernels.ops.cpu_rotation import CpuAngles
 from llama_kernels.ops.rotation import (
     Axes,
     HeadTensor,
@@ -193,12 +201,10 @@ def _rotated(call):
     return outs
 
 
-def _rotated_reference(call):
-    outs = _fake(call)
-    for out, x in zip(outs, call.rotation.in_pytorch(call.q, call.k), strict=True):
-        if x is not None:
-            out.copy_(x)
-    return outs
+def _rotated_on_cpu(call):
+    angles = CpuAngles.of(call)
+    q = dense_in_order_of(call.q, angles.rotate(call.q))
+    return q, q.new_empty(0) if call.k is None else dense_in_order_of(call.k, angles.rotate(call.k))
 
 
 def _rotate_in_place(q, k, cos, sin, position_ids, interleaved, axes=None):
@@ -215,7 +221,7 @@ _rope = register(
     "Tensor? axes=None) -> (Tensor, Tensor)",
     call=_Call,
     kernel=_rotated,
-    reference=_rotated_reference,
+    reference=_rotated_on_cpu,
     fake=_fake,
 )
 _rope_inplace = register(

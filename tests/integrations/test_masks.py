@@ -47,20 +47,43 @@ def way(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def values_read(monkeypatch):
+    """The masks of CPU tensors, of which the host may read the values. `no_waiting` has those of a GPU."""
+    if DEVICE == "cuda":
+        pytest.skip("on a GPU the host does not read the mask")
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, NAME, masks.key_ranges)
+
+
 # --- masks as ranges of keys -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["none", "left", "right", "holes", "empty"])
-@pytest.mark.parametrize(
-    ("kind", "state"),
-    [(kind, state) for kind in CREATE for state in STATES if state == "no cache" or CREATE[kind] not in BIDIRECTIONAL],
+with_padding = pytest.mark.parametrize(
+    ("side", "kind", "state"),
+    [
+        (side, kind, state)
+        for side in ("none", "left", "right", "holes", "empty")
+        for kind in CREATE
+        for state in STATES
+        if state == "no cache" or CREATE[kind] not in BIDIRECTIONAL
+    ],
 )
+
+
+@with_padding
 def test_ranges_for_each_kind_of_mask_with_padding(kind, state, side, way):
     state = STATES[state]
     of_kind = Masks(kind, state, attention_mask=padding(side, state.past + state.queries))
     for training in (True, False):
         with torch.set_grad_enabled(training):
             of_kind.check()
+
+
+@with_padding
+def test_ranges_of_masks_whose_values_are_read(kind, state, side, values_read):
+    state = STATES[state]
+    for attention_mask in (padding(side, state.past + state.queries), torch.ones(B, state.past + state.queries)):
+        Masks(kind, state, attention_mask=attention_mask).check()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +115,52 @@ def test_a_packed_mask_is_read_as_it_was_written(fields):
                 assert x is None, name
             else:
                 assert torch.equal(x, expected[:, 1:] if name in of_queries else expected[:, :-1]), name
+
+
+@pytest.mark.parametrize(
+    ("side", "state", "fields"),
+    [("left", "no cache", 2), ("right", "no cache", 2), ("empty", "no cache", 2), ("holes", "no cache", 4),
+     ("left", "step", 2), ("holes", "step", 3), ("left", "static step", 2)],
+)  # fmt: skip
+def test_a_mask_on_the_cpu_whose_tokens_are_one_range_is_that_range(side, state, fields, values_read):
+    """k and v are not rearranged for it. With padding between tokens the mask has more fields."""
+    state = STATES[state]
+    of_kind = Masks("causal", state, attention_mask=padding(side, state.past + state.queries))
+    with torch.no_grad():
+        assert of_kind.ours().shape[1] == fields
+        of_kind.check()
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="Transformers 4 has the offset in device memory")
+@pytest.mark.parametrize("kind", ["causal", "sliding"])
+def test_a_mask_on_the_cpu_that_shows_every_key_to_a_step_has_no_elements(kind, values_read):
+    def of_mask(mask: torch.Tensor) -> Masks:
+        return Masks(kind, STATES["step"], attention_mask=mask)
+
+    everything = torch.ones(B, S, dtype=torch.int64)
+    assert of_mask(everything).ours().numel() == 0
+    of_mask(everything).check()
+    assert of_mask(padding("left")).ours().numel()
+
+
+@pytest.mark.parametrize("tracing", ["make_fx", "fake", "vmap"])
+def test_a_traced_graph_does_not_depend_on_the_values_of_a_mask(tracing):
+    mask = torch.ones(B, S, dtype=torch.bool)
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(masks._has_values(x))
+        return x + 0
+
+    assert masks._has_values(mask)
+    if tracing == "make_fx":
+        torch.fx.experimental.proxy_tensor.make_fx(look)(mask)
+    elif tracing == "fake":
+        with torch._subclasses.FakeTensorMode() as mode:
+            look(mode.from_tensor(mask))
+    else:
+        torch.func.vmap(look)(mask)
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("side", ["left", "holes"])

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import is_fake
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+from llama_kernels.core.autograd import functorch_is_active
 from llama_kernels.integrations.transformers.documents import noted_document_starts
 from llama_kernels.integrations.transformers.intervals import (
     MaskFunction,
@@ -25,6 +27,7 @@ from llama_kernels.integrations.transformers.intervals import (
 )
 from llama_kernels.integrations.transformers.packed_masks import KeyRanges, pack, pack_window, without_hidden_keys
 
+_count_modes = torch._C._len_torch_dispatch_stack
 # Models whose blocks of mutually visible tokens need not be contiguous: all images of a sequence are one block.
 _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
 # Models with attention beside AttentionInterface that adds the mask of the same config to its scores.
@@ -79,6 +82,10 @@ def key_ranges(
         q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     documents = noted_document_starts(config, q_length) if attention_mask is None else None
+    if attention_mask is not None and _has_values(attention_mask) and q_length < kv_length:
+        shown = attention_mask[:, : kv_offset + kv_length]
+        if shown.shape[1] == kv_offset + kv_length and shown.all():
+            attention_mask = None
     window = window_of(mask_function)
     skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip
     # If Transformers may not omit the mask, the model's code combines it with another one. The exception is a decoding
@@ -113,7 +120,32 @@ def key_ranges(
     start, end = (bound.expand(batch_size, -1) for bound in (start, end))
     if attention_mask is None:
         return pack(KeyRanges(start.int(), end.int()))
+    if interval.sound is None and (tokens := _range_of_tokens(attention_mask)) is not None:
+        start, end = torch.maximum(start, tokens[0]), torch.minimum(end, tokens[1])
+        return pack(KeyRanges(start.int(), end.int()))
     few = not isinstance(q_length, torch.SymInt) and q_length <= FEW_QUERIES  # torch.export allows no guard
     if few and not torch.is_grad_enabled() and interval.sound is None:
         return pack(KeyRanges(start.int(), end.int(), valid=attention_mask.int()))
     return pack(without_hidden_keys(start, end, attention_mask, interval.sound))
+
+
+def _has_values(attention_mask: torch.Tensor) -> bool:
+    """Whether the values of `attention_mask` may decide what runs: it is on the CPU, and no graph is traced, to which
+    other masks will be passed. A TorchDispatchMode may be tracing one."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_is_active() or _count_modes():
+        return False
+    return attention_mask.device.type == "cpu" and not is_fake(attention_mask)
+
+
+def _range_of_tokens(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The first key that attention_mask (B, Sk) shows and the end of these keys, (B, 1) each, where they are one range.
+
+    None where a sequence has padding between its tokens, or nobody looks; also for one key, whose mask attention may
+    apply to all keys.
+    """
+    if not _has_values(attention_mask) or attention_mask.shape[1] == 1:
+        return None
+    first = attention_mask.int().argmax(1, keepdim=True)
+    end = first + attention_mask.sum(1, keepdim=True)
+    keys = torch.arange(attention_mask.shape[1])
+    return (first, end) if torch.equal(attention_mask, (keys >= first) & (keys < end)) else None

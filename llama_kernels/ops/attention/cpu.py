@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from llama_kernels.core.tensors import dense_in_order_of
 from llama_kernels.ops.attention import cpu_flash, cpu_formulas
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, outputs_to_fill
+from llama_kernels.ops.attention.cpu_slices import calls_of_slices
 from llama_kernels.ops.rotation import Rotation
 from llama_kernels.reference.attention import spans
 
 
 def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of `call`."""
-    out, lse = outputs_to_fill(call)
     if not call.packed:
-        results = _dense_forward(call)
-        return _stored(out, results[0]), _stored(lse, results[1])
+        out, lse = _dense_forward(call)
+        out = dense_in_order_of(call.q, out).to(call.out_dtype or call.q.dtype)
+        return out, lse.clone(memory_format=torch.contiguous_format)
+    out, lse = outputs_to_fill(call)
     for rows, _, dense in _sequences(call):
         results = _dense_forward(dense)
         out[rows], lse[:, rows] = results[0][0].transpose(0, 1).to(out.dtype), results[1][0]
@@ -26,10 +29,24 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse in float32."""
+    if (of_slices := calls_of_slices(call)) is not None:
+        return _joined(map(_computed, of_slices))
     if _differ(call):
-        outs, lses = zip(*(_dense_forward(alone) for _, alone in _rows_of_batch(call)), strict=True)
-        return torch.cat(outs), torch.cat(lses)
+        return _joined(_computed(alone) for _, alone in _rows_of_batch(call))
+    return _computed(call)
+
+
+def _computed(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return cpu_flash.flash_forward(call) if cpu_flash.takes(call) else cpu_formulas.forward(call)
+
+
+def _joined(results: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results of parts of a batch as those of the batch."""
+    results = tuple(results)
+    if len(results) == 1:
+        return results[0]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs), torch.cat(lses)
 
 
 def _differ(call: AttentionCall) -> bool:
