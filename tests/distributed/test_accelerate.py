@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("accelerate")
-if not dist.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from tests.distributed import accelerated
 from tests.distributed.comparison import check

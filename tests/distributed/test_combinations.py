@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("transformers", minversion="5.0")
-if not dist.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from llama_kernels.core.versions import major_minor
 from tests.distributed import combinations, titan

@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-
-if not dist.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from llama_kernels.distributed import balanced_layout
 from tests.distributed import jobs

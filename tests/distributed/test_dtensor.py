@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-
-if not dist.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from tests.distributed import dtensors
 from tests.distributed.processes import run

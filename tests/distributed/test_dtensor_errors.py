@@ -7,10 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-
-if not dist.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
-
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 

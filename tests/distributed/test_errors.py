@@ -8,10 +8,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-
-if not dist.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
-
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 

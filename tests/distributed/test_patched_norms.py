@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("transformers", minversion="5.0")
-if not dist.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from tests.distributed import patched_norms
 from tests.distributed.processes import run

@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
-if not dist.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from tests.distributed import hf_trainer, training
 from tests.distributed.processes import run

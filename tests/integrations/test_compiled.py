@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="4.57")
-
 from transformers import StaticCache
 
 from tests.integrations.comparison import (

@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
-pytest.importorskip("transformers", minversion="4.57")
-
 import transformers
 from transformers import StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", minversion="4.57")
-
 from llama_kernels.integrations.transformers import patch
 from tests.integrations.comparison import Results, compare_with_stock, logits_and_gradients
 from tests.integrations.small import Calls, not_interpreted, small, tokens

@@ -11,11 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers", minversion="4.57")
-
 import transformers
+from torch import nn
 
 from llama_kernels.integrations.transformers import classes, fusions, known_code, rotaries, source
 from tests.integrations.small import VERSION, Calls, not_interpreted

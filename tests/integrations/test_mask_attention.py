@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="4.57")
-
 from llama_kernels.integrations.transformers.attention import attention_forward
 from llama_kernels.integrations.transformers.masks import key_ranges
 from tests.integrations.comparison import Results, compare_with_stock

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="4.57")
-
 import transformers
 
 from llama_kernels.integrations.transformers import patch

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers", minversion="4.57")
-
 import transformers
+from torch import nn
 
 from tests.integrations.comparison import (
     Results,

@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("transformers", minversion="4.57")
-
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="4.57")
-
 import llama_kernels as lk
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.integrations.transformers import patch

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", minversion="4.57")
-
 from llama_kernels.integrations.transformers import patch, unpatch
 from tests.integrations.comparison import (
     DoubleSoftmax,

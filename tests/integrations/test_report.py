@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("transformers", minversion="4.57")
-
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("transformers", minversion="4.57")
-
 from llama_kernels.integrations.transformers import SharedPromptCollator, attention, share_prompts
 from llama_kernels.integrations.transformers.packed_masks import unpack, written_out
 from tests.integrations.comparison import Results, compare_with_stock, gradients

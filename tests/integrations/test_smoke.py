@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="4.57")
 
 from tests.integrations.comparison import compare_with_stock, logits_and_gradients, padding_mask
 from tests.integrations.small import patched, small, tokens

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", minversion="4.57")
-
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="4.57")
 pytest.importorskip("accelerate", reason="needs accelerate")
 
 from torch.distributed.fsdp import FSDPModule

@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers", minversion="4.57")
-
 import transformers
+from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llama_kernels.integrations.transformers import patch, report, unpatch

@@ -8,9 +8,6 @@ import types
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("transformers", minversion="4.57")
-
 from transformers.models.llama import modeling_llama
 
 from llama_kernels.integrations.transformers import patch, report
