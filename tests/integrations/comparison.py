@@ -62,6 +62,18 @@ def logits_of(ids: torch.Tensor, **arguments: Any) -> Run:
     return run
 
 
+def mean_square_of(output: Callable[[Any], torch.Tensor]) -> Run:
+    """Run a model: what `output` computes with it, as logits, and the gradients of the mean of its squares."""
+
+    def run(model: Any) -> Results:
+        model.zero_grad()
+        out = output(model)
+        out.square().mean().backward()
+        return {"logits": out.detach(), **gradients(model)}
+
+    return run
+
+
 class DropoutInFloat32(TorchFunctionMode):
     """Draws each dropout mask in float32, whatever the input's dtype: on a GPU, masks depend on the dtype."""
 

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.23")
 from transformers import AutoConfig, AutoModelForCausalLM, Llama4VisionModel, PixtralVisionModel
 
 from llama_kernels.integrations.transformers import report
-from tests.integrations.comparison import DoubleSoftmax, Results, compare, gradients, logits_of
+from tests.integrations.comparison import Results, Run, compare_with_stock, logits_of, mean_square_of
 from tests.integrations.families import LINEAR_FULL, SIZES, rope
 from tests.integrations.families import stock as stock_of
 from tests.integrations.small import Calls, not_interpreted, patched, randomized, stock_rows, tokens
@@ -107,28 +107,24 @@ TOWERS = {
 }
 
 
+def check(stock: Any, run: Run) -> Calls:
+    """Compare the patched model, in which every rotation is ours, with the stock one. Returns what it called."""
+    ours, calls = patched(stock), Calls()
+    assert not [kind for kind, _ in stock_rows(ours) if kind == "rope"]
+
+    def recorded(model: Any) -> Results:
+        with calls:
+            return run(model)
+
+    compare_with_stock(ours, stock, run, recorded)
+    return calls
+
+
 @pytest.mark.parametrize("name", TOWERS)
 def test_vision_towers_equal_the_stock_ones(name):
     make, rotations = TOWERS[name]
-    stock, run = make()
-    ours = patched(stock)
-    assert not [kind for kind, _ in stock_rows(ours) if kind == "rope"]
-
-    def results(model: Any) -> Results:
-        model.zero_grad()
-        out = run(model)
-        out.square().mean().backward()
-        return {
-            "logits": out.detach(),
-            **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
-        }
-
-    with Calls() as calls:
-        found = results(ours)
-    assert len(calls.of("rope")) == 2 * rotations  # forward and backward
-    with DoubleSoftmax():
-        truth = results(copy.deepcopy(stock).double())
-    compare(found, results(stock), truth)
+    stock, output = make()
+    assert len(check(stock, mean_square_of(output)).of("rope")) == 2 * rotations  # forward and backward
 
 
 GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": 99, "n_inner": 96}
@@ -140,24 +136,12 @@ def test_a_part_of_each_head_in_interleaved_pairs(family):
     config = AutoConfig.for_model(family, **sizes)
     torch.manual_seed(1)
     stock = randomized(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-    check_logits(stock, ropes=2 * 2)  # q and k of each layer
+    assert len(check(stock, logits_of(tokens())).of("rope")) == 2 * 2  # q and k of each layer
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_functions_that_rotate_q_or_k_alone(family):
-    check_logits(stock_of(family))
-
-
-def check_logits(stock: Any, ropes: int | None = None) -> None:
-    ours, ids = patched(stock), tokens()
-    assert not [kind for kind, _ in stock_rows(ours) if kind == "rope"]
-    run = logits_of(ids)
-    with Calls() as calls:
-        found = run(ours)
-    assert len(calls.of("rope")) == ropes if ropes else calls.of("rope")
-    with DoubleSoftmax():
-        truth = run(copy.deepcopy(stock).double())
-    compare(found, run(stock), truth)
+    assert check(stock_of(family), logits_of(tokens())).of("rope")
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -215,20 +199,13 @@ def test_text_models_with_several_positions_a_token(family):
     positions = torch.randint(0, 40, (axes, *ids.shape), device=DEVICE)
     images = {"moe_mm_token_type_ids": torch.zeros_like(ids, dtype=torch.int32)} if "ernie" in family else {}
 
-    def run(model: Any, positions: torch.Tensor = positions) -> Results:
-        model.zero_grad()
-        out = model(input_ids=ids, position_ids=positions, use_cache=False, **images).last_hidden_state
-        out.square().mean().backward()
-        return {"logits": out.detach(), **gradients(model)}
+    def hidden(model: Any, positions: torch.Tensor = positions) -> torch.Tensor:
+        return model(input_ids=ids, position_ids=positions, use_cache=False, **images).last_hidden_state
 
-    with Calls() as calls:
-        found = run(ours)
+    calls = check(stock, mean_square_of(hidden))
     assert calls.of("rope") or calls.of("qk_norm_rope")
-    with DoubleSoftmax():
-        truth = run(copy.deepcopy(stock).double())
-    theirs = run(stock)
-    compare(found, theirs, truth)
+    expected = hidden(ours)
     for axis in range(axes):  # each axis counts
         others = positions.clone()
         others[axis] += 1
-        assert not torch.equal(run(ours, others)["logits"], found["logits"])
+        assert not torch.equal(hidden(ours, others), expected)
