@@ -8,25 +8,19 @@ prints for each family, or for all, whether the results of the stock and of the 
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llama_kernels.integrations.transformers import patch, report
+from tests.distributed import processes
 from tests.integrations.checks import Baseline, Result, with_padding
 from tests.integrations.comparison import Results, compare
 from tests.integrations.families import EVERY_FAMILY, FAMILIES, batch
-
-RANKS = 2
 
 
 def whole(result: Result) -> Results:
@@ -35,49 +29,34 @@ def whole(result: Result) -> Results:
 
 
 def results(families: list[str], seconds: float) -> dict[str, dict[str, Any]]:
-    """By family, what `run` saves. Raises RuntimeError if the processes have not ended after `seconds`."""
+    """By family, what `run_family` found. Raises RuntimeError if the processes have not ended after `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
         for family in families:
             baseline(family).model.save_pretrained(Path(folder, family))
-        context = mp.spawn(run, (folder, families), nprocs=RANKS, join=False)
-        try:
-            end = time.monotonic() + seconds
-            while not context.join(timeout=1):  # until all have ended, or one has failed
-                if time.monotonic() > end:
-                    raise RuntimeError(f"{RANKS} processes have not ended after {seconds} s")
-        finally:
-            for process in context.processes:
-                process.kill()
-        return {family: torch.load(Path(folder, f"{family}.pt"), weights_only=True) for family in families}
+        return processes.run({family: (run_family, (family, folder)) for family in families}, 2, seconds)
 
 
-def run(rank: int, folder: str, families: list[str]) -> None:
-    """Run the families in one process. Rank 0 saves a dict for each family.
+def run_family(family: str, folder: str) -> dict[str, Any]:
+    """What each process runs: the model that `folder` has, stock and patched.
 
     "stock" and "patched" are logits and gradients, with padding on the left. "ours" counts the replaced operations by
     kind. "error" is a traceback, if anything was raised.
     """
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))  # as torchrun sets them
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
-    for family in families:
-        auto = AutoModelForCausalLM if family in FAMILIES else AutoModelForImageTextToText
-        found: dict[str, Any] = {}
-        try:
-            options = {"attn_implementation": "eager", "experts_implementation": "eager"}
-            model = auto.from_pretrained(f"{folder}/{family}", tp_plan="auto", **options).eval()
-            found["stock"] = whole(with_padding(model, batch(family), "left"))
-            patch(model)
-            found["patched"] = whole(with_padding(model, batch(family), "left"))
-            rows = report(model).rows
-            found["ours"] = {
-                kind: sum(r.count for r in rows if r.kind == kind and r.ours) for kind in {r.kind for r in rows}
-            }
-        except Exception:
-            found["error"] = traceback.format_exc()
-        if rank == 0:
-            torch.save(found, Path(folder, f"{family}.pt"))
-    dist.destroy_process_group()
+    auto = AutoModelForCausalLM if family in FAMILIES else AutoModelForImageTextToText
+    found: dict[str, Any] = {}
+    try:
+        options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = auto.from_pretrained(f"{folder}/{family}", tp_plan="auto", **options).eval()
+        found["stock"] = whole(with_padding(model, batch(family), "left"))
+        patch(model)
+        found["patched"] = whole(with_padding(model, batch(family), "left"))
+        rows = report(model).rows
+        found["ours"] = {
+            kind: sum(r.count for r in rows if r.kind == kind and r.ours) for kind in {r.kind for r in rows}
+        }
+    except Exception:
+        found["error"] = traceback.format_exc()
+    return found
 
 
 baseline = functools.cache(Baseline)
