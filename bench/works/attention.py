@@ -34,6 +34,14 @@ class AnyAttention(Work):
     arguments: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     outputs: ClassVar[tuple[str, ...]] = ("o",)
 
+    def _drawn(self, B: int, S: int, device: str) -> Call:
+        """B sequences of S tokens, in the memory order of projections."""
+        q, k, v, do = (
+            torch.randn(B, S, H, self.D, device=device, dtype=self.dtype).transpose(1, 2)
+            for H in (self.Hq, self.Hkv, self.Hkv, self.Hq)
+        )
+        return Call((q, k, v), (do,))
+
     def reference(self, q, k, v):
         return lk.reference.attention(q, k, v, window_size=(self._window, -1))
 
@@ -96,11 +104,7 @@ class Attention(AnyAttention):
     op: ClassVar[str] = "attention"
 
     def draw(self, device: str) -> Call:
-        q, k, v, do = (
-            torch.randn(self.B, self.S, H, self.D, device=device, dtype=self.dtype).transpose(1, 2)
-            for H in (self.Hq, self.Hkv, self.Hkv, self.Hq)
-        )
-        return Call((q, k, v), (do,))
+        return self._drawn(self.B, self.S, device)
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -150,11 +154,7 @@ class AttentionVarlen(AnyAttention):
     op: ClassVar[str] = "attention_varlen"
 
     def draw(self, device: str) -> Call:
-        q, k, v, do = (
-            torch.randn(1, sum(self.lengths), H, self.D, device=device, dtype=self.dtype).transpose(1, 2)
-            for H in (self.Hq, self.Hkv, self.Hkv, self.Hq)
-        )
-        return Call((q, k, v), (do,))
+        return self._drawn(1, sum(self.lengths), device)
 
     @property
     def ends(self) -> list[int]:

@@ -31,11 +31,7 @@ class SharedPrompt(AnyAttention):
         return self.prompt + self.completions * self.length
 
     def draw(self, device: str) -> Call:
-        q, k, v, do = (
-            torch.randn(1, self.S, H, self.D, device=device, dtype=self.dtype).transpose(1, 2)
-            for H in (self.Hq, self.Hkv, self.Hkv, self.Hq)
-        )
-        return Call((q, k, v), (do,))
+        return self._drawn(1, self.S, device)
 
     def bounds(self, first: int, end: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         """kv_start and kv_prefix of rows first to end - 1, (1, rows) int32."""
