@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -111,13 +110,13 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@contextmanager
-def allocations() -> Iterator[Allocations]:
-    """Inside, kernels are not launched."""
+def allocated(op: str, *args: Any) -> int:
+    """Bytes that a launcher allocates. Its kernels are not launched."""
     from triton.runtime.jit import JITFunction
 
     with mock.patch.object(JITFunction, "run", lambda *_, **__: None), Allocations() as found:
-        yield found
+        KERNELS[op](*args)
+    return sum(found.made.values())
 
 
 def size(*tensors: torch.Tensor) -> int:
@@ -131,51 +130,35 @@ ROW_NUMBERS = 2 * B * Hq * PADDED * 4  # lse2 and delta
 @compiles
 def test_attention_allocates_its_results_and_two_numbers_for_each_row():
     q, k, v, do, lse = heads(Hq), heads(Hkv), heads(Hkv), heads(Hq), torch.zeros(B, Hq, S)
-    with allocations() as found:
-        KERNELS["attention_forward"](q, k, v, *CALL)
-    assert sum(found.made.values()) == size(q, lse)
-    with allocations() as found:
-        KERNELS["attention_backward"](do, None, q, k, v, do, lse, *CALL, True, True, True, False, None)
-    assert sum(found.made.values()) == size(q, k, v) + ROW_NUMBERS
-    with allocations() as found:
-        KERNELS["attention_backward"](do, None, q, k, v, do, lse, *CALL, False, True, True, False, None)
-    assert sum(found.made.values()) == size(k, v) + ROW_NUMBERS
+    assert allocated("attention_forward", q, k, v, *CALL) == size(q, lse)
+    made = allocated("attention_backward", do, None, q, k, v, do, lse, *CALL, True, True, True, False, None)
+    assert made == size(q, k, v) + ROW_NUMBERS
+    made = allocated("attention_backward", do, None, q, k, v, do, lse, *CALL, False, True, True, False, None)
+    assert made == size(k, v) + ROW_NUMBERS
 
 
 @compiles
 @pytest.mark.skipif(not HAS_GLUON, reason=str(WHY_NOT))
 def test_the_hopper_backward_also_allocates_a_sum_of_dq():
     q, k, v, do, lse = heads(Hq), heads(Hkv), heads(Hkv), heads(Hq), torch.zeros(B, Hq, S)
-    with (
-        mock.patch.object(
-            dispatch, "backward", lambda *_: dispatch.Choice("Hopper kernel", "a test", TILES["backward"][0])
-        ),
-        allocations() as found,
-    ):
-        KERNELS["attention_backward"](do, None, q, k, v, do, lse, *CALL, True, True, True, False, False)
-    assert sum(found.made.values()) == size(q, k, v) + ROW_NUMBERS + 4 * q.numel()
+    choice = dispatch.Choice("Hopper kernel", "a test", TILES["backward"][0])
+    with mock.patch.object(dispatch, "backward", lambda *_: choice):
+        made = allocated("attention_backward", do, None, q, k, v, do, lse, *CALL, True, True, True, False, False)
+    assert made == size(q, k, v) + ROW_NUMBERS + 4 * q.numel()
 
 
 @compiles
 def test_norms_and_rotations_allocate_their_results_and_a_sum_for_each_program():
     x, weight, rstd = torch.randn(64, 256), torch.ones(256), torch.zeros(64, 1)
-    with allocations() as found:
-        KERNELS["rms_norm_forward"](x, None, weight, 1e-6, 0.0)
-    assert sum(found.made.values()) == size(x, rstd)
-    with allocations() as found:
-        KERNELS["rms_norm_backward"](x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
+    assert allocated("rms_norm_forward", x, None, weight, 1e-6, 0.0) == size(x, rstd)
+    made = allocated("rms_norm_backward", x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
     programs = 2 * rms_norm.row_tile("backward", 256, 4).programs  # of two processors
-    assert sum(found.made.values()) == size(x, weight) + size(weight) * min(programs, 64)
+    assert made == size(x, weight) + size(weight) * min(programs, 64)
     q, k, cos = heads(Hq), heads(Hkv), torch.zeros(S, D // 2)
-    with allocations() as found:
-        KERNELS["rope"](q, k, cos, cos, None, False, False)
-    assert sum(found.made.values()) == size(q, k)
-    with allocations() as found:
-        KERNELS["rope_qkv_backward"](q, k, k, cos, cos, None, False)
-    assert sum(found.made.values()) == size(q, k, k)
-    with allocations() as found:
-        KERNELS["qk_norm_rope_backward"](q, k, q, k, None, None, cos, cos, None, 1e-6, 0.0, False, False)
-    assert sum(found.made.values()) == size(q, k)
+    assert allocated("rope", q, k, cos, cos, None, False, False) == size(q, k)
+    assert allocated("rope_qkv_backward", q, k, k, cos, cos, None, False) == size(q, k, k)
+    made = allocated("qk_norm_rope_backward", q, k, q, k, None, None, cos, cos, None, 1e-6, 0.0, False, False)
+    assert made == size(q, k)
 
 
 @pytest.mark.gpu
