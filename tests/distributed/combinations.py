@@ -39,11 +39,15 @@ IDS = torch.randint(3, 90, (ROWS, TOKENS), generator=torch.Generator().manual_se
 Change = Callable[[Any], nn.Module]
 
 
-def alone(dtype: torch.dtype) -> Found:
-    model = stock("llama").to(dtype)
+def loss_and_gradients(model: nn.Module) -> Found:
+    """Of the whole batch."""
     loss = model(here(IDS), labels=here(IDS), use_cache=False).loss
     loss.backward()
     return found(model, loss)
+
+
+def alone(dtype: torch.dtype) -> Found:
+    return loss_and_gradients(stock("llama").to(dtype))
 
 
 def errors_of(results: Found) -> dict[str, Any]:
@@ -100,10 +104,7 @@ def tensor_parallel(model: Any, mesh: DeviceMesh) -> nn.Module:
 
 def tp(patched: str) -> dict[str, Any]:
     mesh = mesh_of()
-    model = changed(lambda model: tensor_parallel(model, mesh), patched)
-    loss = model(here(IDS), labels=here(IDS), use_cache=False).loss
-    loss.backward()
-    return errors_of(found(model, loss))
+    return errors_of(loss_and_gradients(changed(lambda model: tensor_parallel(model, mesh), patched)))
 
 
 def tensor_and_sequence_parallel(model: Any, mesh: DeviceMesh) -> nn.Module:
@@ -134,9 +135,8 @@ def tp_sp(patched: str) -> dict[str, Any]:
     mesh = mesh_of()
     model = changed(lambda model: tensor_and_sequence_parallel(model, mesh), patched)
     with mock.patch.object(modules, "rms_norm", wraps=modules.rms_norm) as rms_norm:
-        loss = model(here(IDS), labels=here(IDS), use_cache=False).loss
-    loss.backward()
-    return errors_of(found(model, loss)) | {"norms": len(norms_of(model)), "ours": rms_norm.call_count}
+        results = loss_and_gradients(model)
+    return errors_of(results) | {"norms": len(norms_of(model)), "ours": rms_norm.call_count}
 
 
 def norms_of(model: nn.Module) -> list[nn.Module]:
@@ -157,9 +157,8 @@ def tp_sp_compiled() -> dict[str, Any]:
     model = changed(lambda model: tensor_and_sequence_parallel(model, mesh))
     layer = model.model.layers[0]
     layer.compile(backend=backend, fullgraph=True)
-    loss = model(here(IDS), labels=here(IDS), use_cache=False).loss
-    loss.backward()
-    return errors_of(found(model, loss)) | {"norms": len(norms_of(layer)), "ours": ours}
+    results = loss_and_gradients(model)
+    return errors_of(results) | {"norms": len(norms_of(layer)), "ours": ours}
 
 
 def with_tokens_of_its_own(model: nn.Module, mesh: DeviceMesh, method: Any) -> dict[str, Any]:
