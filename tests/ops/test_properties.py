@@ -237,16 +237,6 @@ def test_decoding_does_not_depend_on_the_batch(device):
     assert all(torch.equal(x[1:2], y) for x, y in zip(whole, alone, strict=True))
 
 
-def test_attention_does_not_depend_on_what_else_is_packed(device):
-    q, k, v = (torch.randn(120, H, 32, device=device).half() for H in (4, 2, 2))
-
-    def first_sequence(tokens: int, bounds: list[int]) -> torch.Tensor:
-        cu = torch.tensor(bounds, dtype=torch.int32, device=device)
-        return lk.attention_varlen(q[:tokens], k[:tokens], v[:tokens], cu, cu, 70, 70)[:50]
-
-    assert torch.equal(first_sequence(50, [0, 50]), first_sequence(120, [0, 50, 120]))
-
-
 def test_rms_norm_rows_do_not_depend_on_other_rows(device):
     x, w, dy = torch.randn(300, 96, device=device), torch.randn(96, device=device), torch.randn(300, 96, device=device)
 
