@@ -208,7 +208,6 @@ TABLE = [
     ("div.full.f32 d, a, b;", "f32", ("f32", "f32"), floats(lambda a, b: a / b, "f32")),
     *((f"{op}.{t} d, a, b;", t, (t, t), integers(f, t)) for op, f in (("min", min), ("max", max))
       for t in ("s32", "u32", "s64")),
-    ("max.s32 d, a, b;", "s32", ("s32", "s32"), integers(max, "s32")),
     ("max.f32 d, a, b;", "f32", ("f32", "f32"), _pick(max, False)),
     ("min.f32 d, a, b;", "f32", ("f32", "f32"), _pick(min, False)),
     ("max.NaN.f32 d, a, b;", "f32", ("f32", "f32"), _pick(max, True)),
