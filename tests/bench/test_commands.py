@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -23,6 +22,7 @@ from bench.works import presets
 from tests.bench.fakes import EVERY_OP, NORM, ROPE, FakeClock, fake_run, record, tiny_model
 from tests.support.environment import DEVICE, compiles
 from tests.support.ops import OPS
+from tests.support.processes import output_of
 
 once = pytest.mark.once
 
@@ -99,8 +99,7 @@ def test_help_names_every_command(monkeypatch, capsys):
 @once
 @compiles
 def test_host_time_of_every_op_is_measured_without_a_gpu(tmp_path):
-    command = [sys.executable, "-m", "bench.host", "--json", str(tmp_path / "host.json")]
-    subprocess.run(command, check=True, capture_output=True)
+    output_of("-m", "bench.host", "--json", str(tmp_path / "host.json"))
     rows = json.loads((tmp_path / "host.json").read_text())
     assert [row["op"] for row in rows] == [*OPS, "decode"]
     assert all(("training" in row) == bool(row["op"] in OPS and OPS[row["op"]].differentiable) for row in rows)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from bench.gpu_check import compile as compiling
-from bench.gpu_check import launches, state
+from bench.gpu_check import launches
 from llama_kernels.ops import rms_norm
 from tests.support.environment import COMPILES
+from tests.support.processes import output_of
 
 pytestmark = [*COMPILES, pytest.mark.once]
 
@@ -60,12 +58,10 @@ print(hits)
 
 def test_launches_find_the_kernels_compiled_on_the_meta_device(tmp_path):
     """In another process and another order, every launch on CPU tensors finds its kernel on disk."""
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(state.ROOT)}
 
     def hits(what: str) -> list[bool]:
-        done = subprocess.run([sys.executable, "-c", CALLS, what], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.splitlines()[-1].lower())
+        said = output_of("-c", CALLS, what, TRITON_CACHE_DIR=str(tmp_path))
+        return json.loads(said.splitlines()[-1].lower())
 
     assert not any(hits("compile"))
     launched = hits("launch")

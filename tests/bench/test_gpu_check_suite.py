@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from bench.measuring import records
 from bench.measuring.records import Run
 from tests.bench.fake_stages import ABOUT, HOPPER, carry_out, stage
 from tests.bench.fakes import norm_row
+from tests.support.processes import python
 
 pytestmark = pytest.mark.once
 
@@ -151,8 +151,7 @@ def test_the_parts_of_a_file_hold_all_its_tests(count, sizes):
 
 
 def collected(*args: str) -> set[str]:
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", *args]
-    out = subprocess.run(command, capture_output=True, text=True, cwd=state.ROOT).stdout
+    out = python("-m", "pytest", "-o", "addopts=", "-q", "--collect-only", *args).stdout
     return {line for line in out.splitlines() if "::" in line}
 
 

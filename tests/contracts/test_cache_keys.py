@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from tests.support.environment import COMPILES
+from tests.support.processes import output_of
 
 pytestmark = COMPILES
 
@@ -33,8 +32,6 @@ with multiprocessing.get_context("fork").Pool(3, maxtasksperchild=1) as pool:
 
 
 def test_the_key_of_a_kernel_does_not_depend_on_what_was_launched_before():
-    done = subprocess.run([sys.executable, "-c", KEYS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = json.loads(output_of("-c", KEYS))
     assert len(found) == 3 and len(found[0]) >= 12
     assert [name for name in found[0] if len({keys[name] for keys in found}) > 1] == []

@@ -15,9 +15,9 @@ from llama_kernels.__main__ import main
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.diagnose import cases, check
 from llama_kernels.diagnose.rule import compare
-from tests.installation.processes import output_of
 from tests.support.environment import DEVICE
 from tests.support.judge import UNIT
+from tests.support.processes import output_of
 
 
 def checked_calls(capsys: Any, status: int, *ops: str) -> list[dict[str, Any]]:

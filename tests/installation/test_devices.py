@@ -15,9 +15,9 @@ import llama_kernels as lk
 from llama_kernels.core import device as core_device
 from llama_kernels.core.device import GPU, SHARED_KIB, arch_of, family_of, lanes_of, shared_bytes_of, why_not_compiled
 from llama_kernels.core.registry import KERNELS
-from tests.installation.processes import python
 from tests.support.devices import on
 from tests.support.ops import OPS, REGISTERED, Make, Shape, registered_calls, sample
+from tests.support.processes import python
 
 pytestmark = pytest.mark.once
 

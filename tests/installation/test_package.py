@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 import llama_kernels as lk
-from tests.installation.processes import output_of
+from tests.support.processes import output_of
 
 pytestmark = pytest.mark.once
 

@@ -14,7 +14,7 @@ from llama_kernels.__main__ import main
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.diagnose import environment, kernels
 from llama_kernels.ops.attention.tables import WIDTHS, tile
-from tests.installation.processes import output_of
+from tests.support.processes import output_of
 
 CPU_PATH = "interpreted" if INTERPRETED else "reference"
 

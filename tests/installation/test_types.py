@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 import llama_kernels as lk
-from tests.installation.processes import python
+from tests.support.processes import python
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy")

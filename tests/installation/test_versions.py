@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llama_kernels.core.versions import OLDEST, interpreter_fault, untested
-from tests.installation.processes import ROOT, python
+from tests.support.processes import ROOT, python
 from tools import packages
 
 pytestmark = pytest.mark.once

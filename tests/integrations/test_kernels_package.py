@@ -15,7 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from llama_kernels import layers  # noqa: E402
-from tests.installation.processes import ROOT, output_of  # noqa: E402
+from tests.support.processes import ROOT, output_of  # noqa: E402
 
 pytestmark = pytest.mark.once
 

@@ -7,12 +7,9 @@ tests/compiled/llama, where faults planted in them are caught, and on a GPU in t
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import types
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,6 +25,7 @@ from llama_kernels.ops.attention.hopper import tables as hopper_tables
 from llama_kernels.ops.attention.hopper.tables import TILES, HopperTile
 from tests.support.attention import Case
 from tests.support.hopper import check_of_hopper_kernels
+from tests.support.processes import python
 
 # --- the kernels' own functions, on integers -------------------------------------------------------------------------
 
@@ -372,8 +370,7 @@ def test_under_the_option_gradients_come_from_the_hopper_kernel(request, on_hopp
 def test_gradients_with_and_without_the_hopper_option():
     """In a process of its own: the tests of the choice of the backward, with and without deterministic algorithms."""
     tests = "gradients_that_must_repeat or under_the_option"
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--hopper", __file__, "-k", tests]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = python("-m", "pytest", "-o", "addopts=", "--hopper", __file__, "-k", tests)
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-2000:]
 
 

@@ -22,6 +22,7 @@ from llama_kernels.core import launch_cache
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import rms_norm
 from tests.support.environment import compiles
+from tests.support.processes import output_of
 
 corpus = pytest.mark.corpus
 ROOT = Path(lk.__file__).parent.parent
@@ -148,9 +149,7 @@ for process in processes:
     process.join(120)
 sys.exit(any(process.exitcode != 0 for process in processes))
 """
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    output_of("-c", program, TRITON_CACHE_DIR=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
     assert list((tmp_path / "cache").iterdir())
 
 
