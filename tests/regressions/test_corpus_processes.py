@@ -83,9 +83,9 @@ def test_the_package_uses_no_autotuner_and_no_libdevice():
 @corpus(70)
 def test_no_op_reads_a_value_back_from_the_device():
     """A wait for the GPU breaks CUDA graphs and delays training: triton#10596. Only `checked` reads values, and
-    FlopCounterMode, for the FLOPs of a packed batch."""
+    FlopCounterMode, for the FLOPs of a packed batch. The code of CPU tensors has them at hand."""
     for source in (Path(lk.__file__).parent / "ops").rglob("*.py"):
-        if source.name == "flops.py":
+        if source.name == "flops.py" or source.name.startswith("cpu"):
             continue
         tree = ast.parse(source.read_text())
         for node in ast.walk(tree):
