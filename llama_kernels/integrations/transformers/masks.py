@@ -130,8 +130,10 @@ def key_ranges(
 
 
 def _has_values(attention_mask: torch.Tensor) -> bool:
-    """Whether the values of `attention_mask` may decide what runs: it is on the CPU, and no graph is traced, to which
-    other masks will be passed. A TorchDispatchMode may be tracing one."""
+    """Whether the host may read the values of `attention_mask`: it is on the CPU, and no graph is being traced.
+
+    Other masks may be passed to a traced graph. A TorchDispatchMode may be tracing one.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_is_active() or _count_modes():
         return False
     return attention_mask.device.type == "cpu" and not is_fake(attention_mask)
@@ -140,8 +142,8 @@ def _has_values(attention_mask: torch.Tensor) -> bool:
 def _range_of_tokens(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The first key that attention_mask (B, Sk) shows and the end of these keys, (B, 1) each, where they are one range.
 
-    None where a sequence has padding between its tokens, or nobody looks; also for one key, whose mask attention may
-    apply to all keys.
+    None if a sequence has padding between its tokens, or if the values may not be read (`_has_values`). Also None if
+    the mask has one key, since attention may apply such a mask to all keys.
     """
     if not _has_values(attention_mask) or attention_mask.shape[1] == 1:
         return None
