@@ -28,6 +28,7 @@ from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
 from llama_kernels.core.tensors import (
     cdiv,
+    dense_in_order_of,
     empty_in_order_of,
     last_dim_contiguous,
     next_power_of_2,
@@ -35,6 +36,8 @@ from llama_kernels.core.tensors import (
     require_contiguous,
     sizes_of,
 )
+from llama_kernels.ops.cpu_norm import normalise, rstd_of, scale_of, through_norm
+from llama_kernels.ops.cpu_rotation import rotate_on_cpu
 from llama_kernels.ops.partials import sum_partials
 from llama_kernels.ops.rotation import (
     Axes,
@@ -463,12 +466,16 @@ def _forward(call):
     return q_out, k_out
 
 
-def _forward_reference(call):
-    outs = _forward_fake(call)
-    for out, result in zip(outs, reference.qk_norm_rope(**call._asdict()), strict=True):
-        if result is not None:
-            out.copy_(result)
-    return outs
+def _forward_on_cpu(call):
+    sides = (call.q, call.q_weight), (call.k, call.k_weight)
+    normed = (None if x is None else normalise(x.float(), weight, call.eps, call.offset)[0] for x, weight in sides)
+    return _dense_results(call, *rotate_on_cpu(call.rotation, *normed))
+
+
+def _dense_results(call, q, k):
+    """The results q and k, float32, in the dtype and the memory order of the call's q and k."""
+    pairs = (call.q, q), (call.k, k)
+    return tuple(call.q.new_empty(0) if x is None else dense_in_order_of(x, y.to(x.dtype)) for x, y in pairs)
 
 
 def _tangent_fake(*args):
@@ -482,23 +489,20 @@ def _tangent(*args):
     return q_out, k_out
 
 
-def _tangent_reference(*args):
+def _tangent_on_cpu(*args):
     tangents, call = _Tangents(*args[:4]), _Forward(*args[4:])
-    outs = _forward_fake(call)
-    sides = (
-        (call.q, call.q_weight, tangents.q, tangents.q_weight),
-        (call.k, call.k_weight, tangents.k, tangents.k_weight),
-    )
-    for out, (x, weight, tx, tweight) in zip(outs, sides, strict=True):
-        if x is None:
-            continue
-        rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + call.eps)
-        xhat, tx = x.float() * rstd, tx.float()
-        ty = rstd * (tx - xhat * (tx * xhat).mean(-1, keepdim=True))
-        ty = ty if weight is None else ty * (call.offset + weight.float())
-        ty = ty if tweight is None else ty + xhat * tweight.float()
-        out.copy_(call.rotation.in_pytorch(ty, None)[0])
-    return outs
+    ty_of_q = _tangent_of_norm(call, call.q, call.q_weight, tangents.q, tangents.q_weight)
+    ty_of_k = None if call.k is None else _tangent_of_norm(call, call.k, call.k_weight, tangents.k, tangents.k_weight)
+    return _dense_results(call, *rotate_on_cpu(call.rotation, ty_of_q, ty_of_k))
+
+
+def _tangent_of_norm(call, x, weight, tx, tweight):
+    rows = x.float()
+    rstd = rstd_of(rows, call.eps)
+    xhat = rows * rstd
+    ty = through_norm(tx.float(), xhat, rstd)
+    ty = ty if weight is None else ty.mul_(scale_of(weight, call.offset))
+    return ty if tweight is None else ty.add_(xhat * tweight.float())
 
 
 def _backward_fake(call):
@@ -525,21 +529,28 @@ def _backward(call):
     return grads
 
 
-def _backward_reference(call):
-    grads = _backward_fake(call)
-    sides = ((call.dq_out, call.q, call.q_weight), (call.dk_out, call.k, call.k_weight))
-    for (dy, x, weight), dx, dw in zip(sides, grads[:2], grads[2:], strict=True):
-        if x is None:
-            continue
-        g, _ = call.rotation.transposed.in_pytorch(dy.float(), None)
-        rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + call.eps)
-        xhat = x.float() * rstd
-        if weight is not None:
-            if call.need_dw:
-                dw.copy_((g * xhat).sum_to_size(weight.shape))
-            g = g * (call.offset + weight.float())
-        dx.copy_(rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True)))
-    return grads
+def _backward_on_cpu(call):
+    dys = (None if dy is None else dy.float() for dy in (call.dq_out, call.dk_out))
+    gs = rotate_on_cpu(call.rotation.transposed, *dys)
+    sides = (call.q, call.q_weight), (call.k, call.k_weight)
+    (dq, dq_weight), (dk, dk_weight) = (
+        _gradients_of_norm(call, g, x, weight) for g, (x, weight) in zip(gs, sides, strict=True)
+    )
+    return _Grads(*_dense_results(call, dq, dk), dq_weight, dk_weight)
+
+
+def _gradients_of_norm(call, g, x, weight):
+    """dx in float32, None without x, and dweight, empty where not needed. g: the gradient of the norm's result."""
+    no_dweight = call.q.new_empty(0)
+    if x is None:
+        return None, no_dweight
+    rows = x.float()
+    rstd = rstd_of(rows, call.eps)
+    xhat = rows * rstd
+    if weight is None:
+        return through_norm(g, xhat, rstd), no_dweight
+    dweight = (g * xhat).sum_to_size(weight.shape).to(weight.dtype) if call.need_dw else no_dweight
+    return through_norm(g * scale_of(weight, call.offset), xhat, rstd), dweight
 
 
 # -> q, k (empty without k)
@@ -548,7 +559,7 @@ _qk_norm_rope = register(
     "Tensor? position_ids, float eps, float offset, bool interleaved, Tensor? axes=None) -> (Tensor, Tensor)",
     call=_Forward,
     kernel=_forward,
-    reference=_forward_reference,
+    reference=_forward_on_cpu,
     fake=_forward_fake,
 )
 # -> the tangents of q and k (empty without k)
@@ -557,7 +568,7 @@ _qk_norm_rope_tangent = register(
     "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? position_ids, float eps, float offset, "
     "bool interleaved, Tensor? axes=None) -> (Tensor, Tensor)",
     kernel=_tangent,
-    reference=_tangent_reference,
+    reference=_tangent_on_cpu,
     fake=_tangent_fake,
 )
 # -> dq, dk, dq_weight, dk_weight; empty where there is none, or none is needed. need_dw is an int in the schema since
@@ -568,7 +579,7 @@ _qk_norm_rope_backward = register(
     "Tensor? axes=None) -> (Tensor, Tensor, Tensor, Tensor)",
     call=_Backward,
     kernel=_backward,
-    reference=_backward_reference,
+    reference=_backward_on_cpu,
     fake=_backward_fake,
 )
 

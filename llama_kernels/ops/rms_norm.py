@@ -45,6 +45,7 @@ from llama_kernels.core.tensors import (
     require_contiguous,
     rows_of,
 )
+from llama_kernels.ops.cpu_norm import normalise, scale_of, through_norm
 from llama_kernels.ops.partials import sum_partials
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -548,17 +549,12 @@ def _forward(call):
 
 
 def _forward_on_cpu(call):
-    """The formulas of the reference, each step once and without results that are copied: as many steps as PyTorch's."""
     x, residual, weight, eps, offset = call
     if residual is None:
         s, s_out = x, x.new_empty(0)
     else:
         s = s_out = dense_in_order_of(residual, (x.float() + residual.float()).to(residual.dtype))
-    rows = s.float()
-    rstd = rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    y = rows * rstd
-    if weight is not None:
-        y.mul_(weight.float() + offset if offset else weight.float())
+    y, rstd = normalise(s.float(), weight, eps, offset)
     return dense_in_order_of(x, y.to(x.dtype)), s_out, dense_in_order_of(x, rstd)
 
 
@@ -581,18 +577,18 @@ def _backward(call):
     return dx, dw
 
 
-def _backward_reference(call):
+def _backward_on_cpu(call):
     dx, dw = _backward_fake(call)
     dy, ds, x, weight, rstd, eps, offset, *_ = call
     xhat, g = x.float() * rstd, dy.float()
     if call.need_dw:
         dw.copy_((g * xhat).sum_to_size(weight.shape))
     if call.need_dx:
-        g = g if weight is None else g * (offset + weight.float())
+        g = g if weight is None else g * scale_of(weight, offset)
         if x.shape[-1] == 1:
             dx_ = g * rstd * (eps * rstd.square())  # as in `_store_dx`
         else:
-            dx_ = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+            dx_ = through_norm(g, xhat, rstd)
         dx.copy_(dx_ if ds is None else dx_ + ds.float())
     return dx, dw
 
@@ -607,13 +603,13 @@ def _tangent(call):
     return ty
 
 
-def _tangent_reference(call):
+def _tangent_on_cpu(call):
     xhat, tx = call.x.float() * call.rstd, call.tx.float()
     if call.x.shape[-1] == 1:
         ty = tx * call.rstd * (call.eps * call.rstd.square())  # as in `_store_dx`
     else:
-        ty = call.rstd * (tx - xhat * (tx * xhat).mean(-1, keepdim=True))
-    ty = ty if call.weight is None else ty * (call.offset + call.weight.float())
+        ty = through_norm(tx, xhat, call.rstd)
+    ty = ty if call.weight is None else ty * scale_of(call.weight, call.offset)
     ty = ty if call.tweight is None else ty + xhat * call.tweight.float()
     return _tangent_fake(call).copy_(ty)
 
@@ -632,7 +628,7 @@ _rms_norm_backward = register(
     "float offset, ScalarType grad_dtype, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
     call=_Backward,
     kernel=_backward,
-    reference=_backward_reference,
+    reference=_backward_on_cpu,
     fake=_backward_fake,
 )
 
@@ -643,7 +639,7 @@ _rms_norm_tangent = register(
     "ScalarType dtype) -> Tensor",
     call=_Tangent,
     kernel=_tangent,
-    reference=_tangent_reference,
+    reference=_tangent_on_cpu,
     fake=_tangent_fake,
 )
 

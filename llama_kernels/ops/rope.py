@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_kernels import reference
 from llama_kernels.core.autograd import Differentiable, needs_grad, save, transforms_are_active
 from llama_kernels.core.checks import check_flag, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of
@@ -28,7 +27,7 @@ from llama_kernels.core.tensors import (
     optional_strides_of,
     sizes_of,
 )
-from llama_kernels.ops.cpu_rotation import CpuAngles
+from llama_kernels.ops.cpu_rotation import rotate_on_cpu, write_into_cache
 from llama_kernels.ops.rotation import (
     Axes,
     HeadTensor,
@@ -202,17 +201,19 @@ def _rotated(call):
 
 
 def _rotated_on_cpu(call):
-    angles = CpuAngles.of(call)
-    q = dense_in_order_of(call.q, angles.rotate(call.q))
-    return q, q.new_empty(0) if call.k is None else dense_in_order_of(call.k, angles.rotate(call.k))
+    q, k = rotate_on_cpu(call.rotation, call.q, call.k)
+    return dense_in_order_of(call.q, q), q.new_empty(0) if k is None else dense_in_order_of(call.k, k)
 
 
 def _rotate_in_place(q, k, cos, sin, position_ids, interleaved, axes=None):
     _launch(_Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q, k))
 
 
-def _rotate_in_place_reference(q, k, cos, sin, position_ids, interleaved, axes=None):
-    reference.rope(q, k, cos, sin, position_ids, axes=axes, interleaved=interleaved, inplace=True)
+def _rotate_in_place_on_cpu(q, k, cos, sin, position_ids, interleaved, axes=None):
+    rotated = rotate_on_cpu(Rotation(cos, sin, position_ids, interleaved, axes=axes), q, k)
+    for x, y in zip((q, k), rotated, strict=True):
+        if x is not None:
+            x.copy_(y)
 
 
 # -> q, k (empty without k)
@@ -228,7 +229,7 @@ _rope_inplace = register(
     "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, "
     "Tensor? axes=None) -> ()",
     kernel=_rotate_in_place,
-    reference=_rotate_in_place_reference,
+    reference=_rotate_in_place_on_cpu,
     fake=lambda *_: None,
 )
 
@@ -253,9 +254,9 @@ def _packed_backward(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None)
     return dqkv
 
 
-def _packed_backward_reference(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None):
+def _packed_backward_on_cpu(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None):
     rotation = Rotation(cos, sin, position_ids, interleaved, inverse=True, axes=axes)
-    heads = torch.cat((*rotation.in_pytorch(dq, dk), dv), 1)
+    heads = torch.cat((*rotate_on_cpu(rotation, dq, dk), dv), 1)
     return _packed_fake(dq, dk, dv).copy_((heads.transpose(1, 2) if dq.ndim == 4 else heads).flatten(-2))
 
 
@@ -263,7 +264,7 @@ _rope_qkv_backward = register(
     "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? position_ids, "
     "bool interleaved, Tensor? axes=None) -> Tensor",
     kernel=_packed_backward,
-    reference=_packed_backward_reference,
+    reference=_packed_backward_on_cpu,
     fake=_packed_fake,
 )
 
@@ -275,18 +276,18 @@ def _into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_id
     return q_out
 
 
-def _into_cache_reference(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved, axes=None):
-    rotated = reference.rope_into_cache(
-        q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, axes=axes, interleaved=interleaved
-    )
-    return empty_in_order_of(q).copy_(rotated)
+def _into_cache_on_cpu(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved, axes=None):
+    q_out, k_out = rotate_on_cpu(Rotation(cos, sin, position_ids, interleaved, axes=axes), q, k)
+    write_into_cache(k_cache, k_out, cache_position)
+    write_into_cache(v_cache, v, cache_position)
+    return dense_in_order_of(q, q_out)
 
 
 _rope_into_cache = register(
     "rope_into_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_position, "
     "Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, Tensor? axes=None) -> Tensor",
     kernel=_into_cache,
-    reference=_into_cache_reference,
+    reference=_into_cache_on_cpu,
     fake=lambda q, *_: empty_in_order_of(q),
 )
 

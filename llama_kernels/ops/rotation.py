@@ -7,13 +7,12 @@ which the kernels of dq and dk end in `rope_attention`; and on the host `Rotatio
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from llama_kernels.core.language import tl, triton
 from llama_kernels.core.tensors import next_power_of_2
-from llama_kernels.reference.rope import rope, rope_transpose
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
@@ -340,11 +339,6 @@ class Rotation(NamedTuple):
     def positions_of_token(self) -> int | None:
         """How many positions a token has; None: one, without axes."""
         return None if self.axes is None or self.position_ids is None else self.position_ids.shape[0]
-
-    def in_pytorch(self, q: Any, k: Any) -> tuple[Any, Any]:
-        """q and k rotated by the reference; k may be None."""
-        by: Any = rope_transpose if self.inverse else rope
-        return by(q, k, self.cos, self.sin, self.position_ids, axes=self.axes, interleaved=self.interleaved)
 
     # --- for kernels that rotate heads which they load ---
 

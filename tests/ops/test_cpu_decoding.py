@@ -138,6 +138,46 @@ def test_norms_have_the_bits_of_the_reference(dtype, other, offset):
         assert results[0].stride() == x.stride() and results[1].is_contiguous()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0], ids="offset {}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [16, 32, 64], ids="{} columns".format)
+def test_normed_and_rotated_heads_have_the_bits_of_the_reference(columns, dtype, offset):
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 11, H, 64).to(dtype).transpose(1, 2) for H in (5, 2))
+    tables, weight = (torch.randn(20, columns) for _ in range(2)), torch.randn(64).to(dtype)
+    cos, sin = tables
+    for heads, weights in itertools.product(((q, k), (q, None)), ((weight, weight), (None, None))):
+        weights = weights if heads[1] is not None else (weights[0], None)
+        given = (*heads, *weights, cos, sin, torch.randint(20, (11,)))
+        results = lk.qk_norm_rope(*given, offset=offset)
+        expected = reference.qk_norm_rope(*given, offset=offset)
+        for x, y, like in zip(results, expected, heads, strict=True):
+            assert (x is y is None) or (torch.equal(x, y) and x.stride() == like.stride())
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        torch.tensor([3, 7, 4]),
+        torch.tensor([[3, 7, 4]]),
+        torch.tensor([[0, 9, 1], [5, 2, 8]]),
+        torch.tensor([-1, 9, 10]),
+    ],
+    ids=["of all", "of all, 2-D", "of each sequence", "some outside"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_gets_the_bits_of_the_reference(dtype, slots):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, H, D).to(dtype).transpose(1, 2) for H, D in ((4, 32), (2, 32), (2, 24)))
+    cos, sin = torch.randn(2, 12, 16)
+    caches = [torch.randn(2, 2, 10, D).to(dtype) for D in (32, 24)]
+    expected = [cache.clone() for cache in caches]
+    rotated = lk.rope_into_cache(q, k, v, *caches, slots, cos, sin)
+    assert torch.equal(rotated, reference.rope_into_cache(q, k, v, *expected, slots, cos, sin))
+    assert rotated.stride() == q.stride()
+    assert all(map(torch.equal, caches, expected))
+
+
 def test_ops_compute_in_float32_under_autocast():
     q, k, v = decoding((8, 4))
     x, table = torch.randn(2, 5, 96), torch.randn(1, 32)

@@ -10,6 +10,7 @@ from llama_kernels.core.tensors import dense_in_order_of
 from llama_kernels.ops.attention import cpu_flash, cpu_formulas
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, outputs_to_fill
 from llama_kernels.ops.attention.cpu_slices import calls_of_slices
+from llama_kernels.ops.cpu_rotation import rotate_on_cpu
 from llama_kernels.ops.rotation import Rotation
 from llama_kernels.reference.attention import spans
 
@@ -76,7 +77,7 @@ def plain_backward(
     """The gradients of `call`; arguments as `launch_backward`."""
     dq, dk, dv, dsinks = (_packed_backward if call.packed else _dense_backward)(call, results)
     if rotation.cos is not None:
-        dq, dk = rotation.transposed.in_pytorch(dq, dk)
+        dq, dk = rotate_on_cpu(rotation.transposed, dq, dk)
     grads = zip(empty_grads(call, wanted), (dq, dk, dv, dsinks), strict=True)
     return tuple(_stored(grad, x) if grad.numel() else grad for grad, x in grads)
 
