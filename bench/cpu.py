@@ -44,13 +44,28 @@ def least(runs: list[Call], rounds: int, calls: int) -> list[float]:
 
 
 def ops() -> Iterator[tuple[str, Call, Call]]:
-    """(name, stock, ours) of the ops of a decoding step of one token."""
+    """(name, stock, ours) of the ops of a decoding step of one token, in torch's default dtype."""
     norm, x, residual = LlamaRMSNorm(576), torch.randn(1, 1, 576), torch.randn(1, 1, 576)
     yield "rms_norm", lambda: norm(x), lambda: lk.rms_norm(x, norm.weight)
     yield "add_rms_norm", lambda: norm(residual + x), lambda: lk.add_rms_norm(x, residual, norm.weight)
-    heads = [torch.randn(1, 1, H, 64).transpose(1, 2) for H in (9, 3)]
-    angles = [torch.randn(1, 1, 64) for _ in range(2)]
-    yield "rope", lambda: apply_rotary_pos_emb(*heads, *angles), lambda: lk.rope(*heads, *angles)
+    q, k, v = (torch.randn(1, 1, H, 64).transpose(1, 2) for H in (9, 3, 3))
+    cos, sin = torch.randn(2, 1, 1, 64)
+    yield "rope", lambda: apply_rotary_pos_emb(q, k, cos, sin), lambda: lk.rope(q, k, cos, sin)
+    of_q, of_k = LlamaRMSNorm(64), LlamaRMSNorm(64)
+    yield (
+        "qk_norm_rope",
+        lambda: apply_rotary_pos_emb(of_q(q), of_k(k), cos, sin),
+        lambda: lk.qk_norm_rope(q, k, of_q.weight, of_k.weight, cos, sin),
+    )
+    caches, slot = torch.randn(2, 1, 3, 512, 64), torch.tensor([100])
+
+    def into_cache() -> torch.Tensor:  # as Transformers' StaticCache does
+        rotated_q, rotated_k = apply_rotary_pos_emb(q, k, cos, sin)
+        for cache, x in zip(caches, (rotated_k, v), strict=True):
+            cache.index_copy_(2, slot, x)
+        return rotated_q
+
+    yield "rope_into_cache", into_cache, lambda: lk.rope_into_cache(q, k, v, *caches, slot, cos, sin)
     for Hq, Hkv in ((9, 3), (32, 8)):
         for keys in (100, 1000):
             yield f"attention, {Hq}/{Hkv} heads, {keys} keys", *_attention(1, Hq, Hkv, keys)
@@ -101,8 +116,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    torch.set_default_dtype(getattr(torch, args.dtype))
     print(f"{'':44}{'stock':>10}{'ours':>10}   ratio")
     with torch.no_grad():
         for name, *runs in ops():
