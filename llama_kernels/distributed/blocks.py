@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from llama_kernels.distributed.layout import Parts
-from llama_kernels.ops.attention.call import Results, Window
-from llama_kernels.ops.attention.op import attention_backward, attention_forward
+from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, Window
+from llama_kernels.ops.attention.op import attention_forward, run_backward
 
 # --- which keys a row sees -------------------------------------------------------------------------------------------
 
@@ -82,9 +82,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, mask: Mask, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of the block, both float32."""
-    sizes = (None, None, q.shape[2], k.shape[2])
-    bounds, window = (mask.kv_start, mask.kv_end), (mask.left, mask.right)
-    out, lse = attention_forward(q, k, v, sinks, *bounds, *sizes, *scores, *window, torch.float32)
+    out, lse = attention_forward(*_call(q, k, v, sinks, mask, scores))
     return out, lse
 
 
@@ -93,11 +91,16 @@ def backward(
     scores: Scores,
 ) -> Grads:  # fmt: skip
     """The block's share of dq, its dk and dv, and dsinks of these rows. results: of whole rows, over all blocks."""
-    sizes = (None, None, q.shape[2], k.shape[2])
-    bounds, window = (mask.kv_start, mask.kv_end), (mask.left, mask.right)
-    needed, deterministic = (True, True, True, sinks is not None), True
-    dq, dk, dv, dsinks = attention_backward(
-        results.do, results.dlse, q, k, v, results.out, results.lse, sinks, *bounds, *sizes, *scores, *window,
-        *needed, deterministic, torch.float32,
-    )  # fmt: skip
+    wanted = Wanted(dq=True, dk=True, dv=True, dsinks=sinks is not None, deterministic=True, grad_dtype=torch.float32)
+    dq, dk, dv, dsinks = run_backward(_call(q, k, v, sinks, mask, scores), results, wanted)
     return Grads(dq, dk, dv, None if sinks is None else dsinks)
+
+
+def _call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, mask: Mask, scores: Scores
+) -> AttentionCall:
+    return AttentionCall(
+        q, k, v, sinks, mask.kv_start, mask.kv_end, cu_seqlens_q=None, cu_seqlens_k=None,
+        longest_q=q.shape[2], longest_k=k.shape[2], scale=scores.scale, softcap=scores.softcap,
+        left=mask.left, right=mask.right, out_dtype=torch.float32,
+    )  # fmt: skip

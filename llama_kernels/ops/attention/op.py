@@ -64,6 +64,14 @@ count_flops("attention_forward", products_of_D=1, products_of_Dv=1)
 count_flops("attention_backward", products_of_D=3, products_of_Dv=2)  # scores again, dq and dk; dp and dv
 
 
+def run_backward(call: AttentionCall, results: Results, wanted: Wanted) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv and dsinks of `call` by the registered op; without elements where not wanted."""
+    q, k, v, *options, _, kv_prefix = call
+    out, lse, do, dlse = results
+    *needed, deterministic, grad_dtype = wanted
+    return attention_backward(do, dlse, q, k, v, out, lse, *options, *needed, deterministic, grad_dtype, kv_prefix)
+
+
 class _Attention(Differentiable):
     """The fields of an AttentionCall -> (out, lse). Saves these and the tensors of the call, but no probabilities."""
 
@@ -86,10 +94,8 @@ class _Attention(Differentiable):
         needed = ctx.needs_input_grad[2:6]  # of q, k, v and sinks
         do = torch.zeros_like(out) if do is None else last_dim_contiguous(do)
         do = do.to(q.dtype)  # where out_dtype is another: the kernels multiply do with v
-        grads = attention_backward(
-            do, dlse, q, k, v, out, lse, sinks, *bounds, *ctx.numbers, *needed, ctx.deterministic,
-            None, kv_prefix,
-        )  # fmt: skip
+        call = AttentionCall(q, k, v, sinks, *bounds, *ctx.numbers, None, kv_prefix)
+        grads = run_backward(call, Results(out, lse, do, dlse), Wanted(*needed, ctx.deterministic))
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         grads = refuse_double_backward(ctx.op, grads, (do, dlse, q, k, v, sinks))
         return None, None, *grads, *[None] * (len(AttentionCall._fields) - len(grads))
