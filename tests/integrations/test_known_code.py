@@ -85,6 +85,21 @@ def names_of(families: str) -> set[str]:
     return {name for name in re.findall(r"\w+", families) if (MODELS / name).is_dir()}
 
 
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_normalised_text_is_the_same_with_every_release_of_python():
+    """Python 3.10 itself would write tuples that are assigned to in parentheses, and `lambda :`."""
+    text = """def function(x):
+    a, (b, *c) = x
+    d, = c
+    for i, j in zip(a, b):
+        e = [k + n for k, n in i]
+    return lambda: (d, e)"""
+    assert source.normalised(f"@decorator\n{text}") == text
+    assert source.without_unused_defaults(text) == text
+
+
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
