@@ -116,7 +116,7 @@ gpu-check: $(INSTALLED)
 MINUTES ?= 10
 test-all: test fuzz
 
-# Random calls of everything; a failure is shrunk to a line of tests/reproducers.txt.
+# Random calls of everything; a failure is shrunk to a line for tests/regressions/reproducers.txt.
 fuzz: $(INSTALLED)
 	$(call NEEDS,fuzz)
 	$(BIN)/python -m tests.regressions.fuzz --minutes $(MINUTES)
