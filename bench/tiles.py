@@ -154,7 +154,7 @@ def compare(candidate: Candidate) -> str:
 
 def measured(candidates: Sequence[Candidate], seconds: float) -> dict[Tile, timing.Timing]:
     """The times of candidates of one pass and width, which take samples in turns."""
-    gpu, samplers = timing.Gpu(), {}
+    gpu, samplers = timing.GpuClock(), {}
     for candidate in candidates:
         with taking(candidate), torch.no_grad():
             sampling = gpu.sampler([call_of(candidate, S)])

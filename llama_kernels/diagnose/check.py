@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 def run(device: torch.device, only: list[str] | None = None) -> Iterator[Row]:
     """Check each call in each dtype on `device`, and yield its row. `only`: the ops to check. Default: all."""
-    sizes = cases.INTERPRETED if language.INTERPRETED else cases.ON_GPU if device.type == "cuda" else cases.ON_CPU
+    sizes = cases.IN_INTERPRETER if language.INTERPRETED else cases.ON_GPU if device.type == "cuda" else cases.ON_CPU
     with _full_precision():
         for case in cases.CASES:
             for dtype in DTYPES if not only or case.op in only else ():
