@@ -40,7 +40,7 @@ class Few:
 
     @property
     def bytes(self) -> float:
-        """Of k and v."""
+        """The bytes of k and v."""
         return 4.0 * self.B * self.Hkv * self.Sk * self.D
 
 

@@ -28,7 +28,7 @@ _BF16 = torch.bfloat16
 
 
 def timed(made: Estimate) -> Estimate:
-    """Of a call between two events, as public figures are measured."""
+    """The time of the call between two events, as public figures are measured: the kernels' and what is around them."""
     return dataclasses.replace(made, seconds=made.seconds + memory_constants().call)
 
 
@@ -36,7 +36,7 @@ def timed(made: Estimate) -> Estimate:
 
 
 def work_estimate(gpu: Gpu, work: Work, direction: str) -> Estimate:
-    """Of RMSNorm, add + RMSNorm, RoPE, qk-norm + RoPE, or RoPE of a packed projection.
+    """The time of RMSNorm, add + RMSNorm, RoPE, qk-norm + RoPE, or RoPE of a packed projection.
 
     Raises:
         ValueError: `work` is of another op, or has no such direction.
@@ -122,7 +122,7 @@ def _read_again(gpu: Gpu, kernel: Kernel, work: Work) -> float:
 
 
 def attention_estimate(gpu: Gpu, shape: Shape, direction: str, hopper: bool = False) -> Estimate:
-    """Of a dense call in bfloat16 without options. hopper: by the Hopper kernels, where they compute it."""
+    """The time of a dense call in bfloat16 without options. hopper: by the Hopper kernels, where they compute it."""
     kernels = attention_kernels(gpu.family, shape.D, shape.group, shape.causal, direction, hopper)
     parts: dict[str, Estimate] = {}
     for kernel in kernels:

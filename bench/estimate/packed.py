@@ -25,7 +25,7 @@ _FLOPS = {"forward": 1.0, "dq": 1.5, "dkdv": 2.0}  # products of a kernel, in th
 
 
 def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate:
-    """Of a causal call without other options, by the portable kernels. No published speed can be compared."""
+    """The time of a causal call without other options, by the portable kernels. No published speed can be compared."""
     parts: dict[str, Estimate] = {}
     group = work.Hq // work.Hkv
     for kernel in _kernels(gpu, work.lengths, group, work.D, direction):
@@ -42,7 +42,10 @@ def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate
 
 
 def empty_programs(kernel: Kernel, live: int, heads: int) -> int:
-    """Of a launch for one key head, whose programs are as many again for each of `heads`."""
+    """How many programs have no work. kernel: a launch for one key head; there are as many programs for each of `heads`.
+
+    live: the programs that have work.
+    """
     return max(kernel.launched * heads - live, 0)
 
 

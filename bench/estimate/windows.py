@@ -21,12 +21,12 @@ _KIND = "windows"
 
 
 def window_flops(shape: Shape, left: int) -> float:
-    """Of a forward's two products, for the pairs that the mask leaves."""
+    """The FLOPs of a forward's two products, for the pairs that the mask leaves."""
     return 4.0 * shape.B * shape.Hq * pairs(shape.S, left) * shape.D
 
 
 def window_estimate(gpu: Gpu, shape: Shape, left: int, direction: str) -> Estimate:
-    """By the portable kernels. left: keys that a row sees before its own."""
+    """The time of the portable kernels. left: keys that a row sees before its own."""
     parts: dict[str, Estimate] = {}
     for kernel in _kernels(gpu.family, shape.D, shape.group, left, direction):
         name = kernel.name.removesuffix("_kernel")

@@ -127,7 +127,7 @@ def _outputs(
 def _results(
     function: Callable[..., Any], case: Case, inputs: dict[str, Any], grads: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """By name: outputs, arguments written in place, and gradients of the differentiable arguments."""
+    """The outputs, arguments written in place, and gradients of the differentiable arguments, by name."""
     outputs, copies = _outputs(function, case, inputs)
     results = dict(zip(case.outputs, outputs, strict=True))
     results |= {name: copies[name] for name in case.written}

@@ -35,7 +35,7 @@ class Costs(Protocol):
 
 
 class Kernels(NamedTuple):
-    """Of one GPU, by the model of its kernels. speed: of attention, as a multiple of the model's."""
+    """What the kernels of one GPU take, by their model. speed: of attention, as a multiple of the model's."""
 
     gpu: Gpu
     speed: float = 1.0
@@ -171,13 +171,13 @@ def _joined(tiles: Sequence[Tile]) -> list[Tile]:
 
 
 def own_block(heads: Heads, chunks: int, backward: bool) -> Block:
-    """Of a rank of a zigzag ring, as theory has it: attention to its own keys is causal. chunks: of a rank."""
+    """Causal attention of a rank of a zigzag ring to its own keys, as theory has it. chunks: those of a rank."""
     return Block(heads, tuple(Rows(0, i, True) for i in range(chunks)), chunks, backward)
 
 
 def other_blocks(heads: Heads, chunks: int, backward: bool) -> tuple[Block, Block]:
-    """Likewise to the keys of a rank before it, whose first half every query sees, and of one after it, all of which
-    the second half of the queries sees."""
+    """Attention to the keys of a rank before it, whose first half every query sees, and to those of a rank after it,
+    all of which the second half of the queries sees."""
     before = (Rows(0, chunks // 2, False),) * chunks
     after = (Rows(0, 0, False),) * (chunks // 2) + (Rows(0, chunks, False),) * (chunks // 2)
     return Block(heads, before, chunks, backward), Block(heads, after, chunks, backward)
