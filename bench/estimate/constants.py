@@ -41,7 +41,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """The constants of the model of attention: cycles of a tile and an empty program, seconds of a call, of a launch."""
+    """The constants of the model of attention: cycles of a tile and an empty program, seconds of a call and launch."""
 
     tile: float
     call: float

@@ -1,7 +1,7 @@
 """Estimates of forwards of few rows and many keys: decoding, and a chunk of a prompt.
 
-Of decoding, the model of memory-bound kernels; of a chunk, that of attention, and for what adds up its parts the other.
-No known speed of a chunk can be compared.
+Decoding is estimated by the model of memory-bound kernels. A chunk is estimated by the model of attention, and the
+kernel that adds up its parts by the model of memory-bound kernels. No known speed of a chunk can be compared.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate
 
 
 def empty_programs(kernel: Kernel, live: int, heads: int) -> int:
-    """How many programs have no work. kernel: a launch for one key head; there are as many programs for each of `heads`.
+    """How many programs have no work. kernel: a launch for one key head, repeated for each of `heads`.
 
-    live: the programs that have work.
+    live: how many programs have work.
     """
     return max(kernel.launched * heads - live, 0)
 
