@@ -9,7 +9,7 @@ constants.py       the numbers of the models; result.py an estimate; errors.py h
 calibrate.py       peers/, kernels of others, beside published.py, their speeds; measured.py, ours beside a GPU's times
 layer.py           a decoder layer: layer_times.py has its ops, layer_picture.py draws it
 context_parallel/  what the network costs `cp_attention`
-bounds.py          another method: bounds from below, by bytes and FLOPs alone; training.py for a training step
+bounds.py          another method: bounds from below, by bytes and FLOPs alone; training_bounds.py for a training step
 """
 
 ROW_OPS = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "rope_qkv")
