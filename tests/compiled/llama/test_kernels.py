@@ -30,7 +30,7 @@ DTYPES = {HALF: "bf16", FP16: "fp16", SINGLE: "fp32"}
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """check: the check of the op's own tests, of a dtype. hopper: with the Gluon kernels, on sm_90."""
+    """check: the check of the op's own tests, of a dtype. hopper: with the Hopper kernels, on sm_90."""
 
     name: str
     check: Callable[[torch.dtype], None]
