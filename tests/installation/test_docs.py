@@ -179,6 +179,20 @@ def test_the_diagrams_are_up_to_date():
 
 
 @pytest.mark.once
+def test_the_architecture_names_every_folder():
+    """Of the package each folder and file beside the public names, of the tests each folder."""
+    page = diagrams.PAGE.read_text(encoding="utf-8")
+    package, tests = ROOT / "llama_kernels", ROOT / "tests"
+    parts = [path for path in package.iterdir() if path.is_dir() or path.suffix == ".py"]
+    for path in parts:
+        if not path.name.startswith("__"):
+            assert f"(../{path.relative_to(ROOT)}" in page or f"(../{path.name}" in page, path
+    for folder in tests.iterdir():
+        if folder.is_dir() and not folder.name.startswith("__"):
+            assert f"`{folder.name}`" in page, folder
+
+
+@pytest.mark.once
 def test_the_table_of_calls_has_every_op_of_the_reference():
     assert set(diagrams.public_functions()) == set(lk.reference.__all__), (
         "reference/__init__.py names the ops, and each is also a name in llama_kernels/__init__.py"
