@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.estimate import attention, memory
 from bench.estimate import tiles as tiling
 from bench.estimate.constants import Gpu
@@ -91,5 +92,5 @@ def _forward(gpu: Gpu, kernel: Kernel, few: Few) -> Estimate:
 def _kernels(gpu: Gpu, few: Few, split: bool) -> list[Kernel]:
     q, k = (torch.empty(1, S, H, few.D, dtype=torch.bfloat16).transpose(1, 2) for S, H in
             ((few.Sq, few.Hq), (few.Sk if split else min(few.Sk, 2048), few.Hkv)))  # fmt: skip
-    rest = (None, None, None, None, None, few.Sq, k.shape[2], few.D**-0.5, None, None, 0)
+    rest = attention_options(few.Sq, k.shape[2], few.D**-0.5)
     return compiled(gpu.family, lambda: KERNELS["attention_forward"](q, k, k, *rest), gpu)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.estimate import ROW_OPS, attention, memory
 from bench.estimate.constants import Gpu
 from bench.estimate.constants import attention as attention_constants
@@ -155,7 +156,7 @@ def attention_kernels(
     """What a dense call launches, whatever its batch and length."""
     B, Hkv, S = 1, 2, 2048
     q, k, v = (torch.empty(B, S, H, D, dtype=_BF16).transpose(1, 2) for H in (Hkv * group, Hkv, Hkv))
-    rest = (None, None, None, None, None, S, S, D**-0.5, None, None, 0 if causal else None)
+    rest = attention_options(S, S, D**-0.5, right=0 if causal else None)
     lse = torch.empty(B, Hkv * group, S)
     gradients = (True, True, True, False, None)
     if direction == "forward":

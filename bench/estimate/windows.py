@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.estimate import attention
 from bench.estimate import tiles as tiling
 from bench.estimate.constants import Gpu
@@ -54,7 +55,7 @@ def _of_kernel(gpu: Gpu, kernel: Kernel, name: str, shape: Shape, left: int) -> 
 def _kernels(family: str, D: int, group: int, left: int, direction: str) -> list[Kernel]:
     S = 8192
     q, k = (torch.empty(1, S, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (2 * group, 2))
-    rest = (None, None, None, None, None, S, S, D**-0.5, None, left, 0)
+    rest = attention_options(S, S, D**-0.5, left=left)
     if direction == "forward":
         return compiled(family, lambda: KERNELS["attention_forward"](q, k, k, *rest))
     lse, wanted = torch.empty(1, 2 * group, S), (True, True, True, False, None)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.estimate import attention
 from bench.estimate.constants import Gpu, Network
 from bench.estimate.constants import attention as attention_constants
@@ -109,7 +110,7 @@ def _kernels(gpu: Gpu, heads: Heads, backward: bool) -> list[Kernel]:
     S, group = 2048, heads.Hq // heads.Hkv
     q, k = (torch.empty(1, S, H, heads.D, dtype=torch.bfloat16).transpose(1, 2) for H in (2 * group, 2))
     bound = torch.empty(1, S, dtype=torch.int32)
-    rest = (None, bound, bound, None, None, S, S, heads.D**-0.5, None, None, None)
+    rest = attention_options(S, S, heads.D**-0.5, kv_start=bound, kv_end=bound, right=None)
     if not backward:
         return compiled(gpu.family, lambda: KERNELS["attention_forward"](q, k, k, *rest, torch.float32), gpu)
     lse, last = torch.empty(1, 2 * group, S), (True, True, True, False, True, torch.float32)
@@ -134,7 +135,7 @@ def _parts(block: Block, chunk: int, BLOCK_N: int) -> int:
     heads = block.heads
     q, k = (torch.empty(1, H, chunks * chunk, heads.D, dtype=torch.bfloat16, device="meta")
             for H, chunks in ((heads.Hq, len(block.rows)), (heads.Hkv, block.keys)))  # fmt: skip
-    rest = (None, None, None, None, None, q.shape[2], k.shape[2], heads.D**-0.5, None, None, None)
+    rest = attention_options(q.shape[2], k.shape[2], heads.D**-0.5, right=None)
     return parts_of_group(AttentionCall(q, k, k, *rest), BLOCK_N)
 
 
