@@ -42,7 +42,7 @@ def steps_of(kernel: Kernel, programs: int) -> tuple[Result, Result]:
 
 
 def kernel_estimate(
-    gpu: Gpu, kernel: Kernel, tiles: Sequence[Tile], flops: float, l2_bytes: float, kind: str, reduced: float = 0.0,
+    gpu: Gpu, kernel: Kernel, tiles: Sequence[Tile], *, flops: float, l2_bytes: float, kind: str, reduced: float = 0.0,
     empty: int = 0,
 ) -> Estimate:  # fmt: skip
     """The time of one launch. flops: that the tensor cores execute for the visible pairs. l2_bytes: that the SMs read.
@@ -82,14 +82,16 @@ def forward(gpu: Gpu, kernel: Kernel, shape: Shape, kind: str = "") -> Estimate:
     BLOCK_M, BLOCK_N = kernel.tile
     tiles = tiling.of_rows(shape, BLOCK_M, BLOCK_N, shape.B * shape.Hq)
     read = tiling.steps(tiles) * BLOCK_N * shape.D * 2 * 2
-    return kernel_estimate(gpu, kernel, tiles, shape.flops, read, kind or _kind(kernel, "forward"))
+    kind = kind or _kind(kernel, "forward")
+    return kernel_estimate(gpu, kernel, tiles, flops=shape.flops, l2_bytes=read, kind=kind)
 
 
 def dq(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
     BLOCK_M, BLOCK_N = kernel.tile
     tiles = tiling.of_rows(shape, BLOCK_M, BLOCK_N, shape.B * shape.Hq)
     read = tiling.steps(tiles) * BLOCK_N * shape.D * 2 * 2
-    return kernel_estimate(gpu, kernel, tiles, shape.flops * 1.5, read, _kind(kernel, "backward"))
+    kind = _kind(kernel, "backward")
+    return kernel_estimate(gpu, kernel, tiles, flops=shape.flops * 1.5, l2_bytes=read, kind=kind)
 
 
 def dkdv(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
@@ -99,12 +101,11 @@ def dkdv(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
     steps = tiling.steps(tiles)
     products = 2.5 if kernel.specialised else 2.0
     # Where the warp groups do not share dq, each adds all of it.
-    reduced = (
-        steps * BLOCK_M * shape.D * 4 * (1 if kernel.constants.get("SHARED") else 2) if kernel.specialised else 0.0
-    )
+    adding = 1 if kernel.constants.get("SHARED") else 2  # warp groups
+    reduced = steps * BLOCK_M * shape.D * 4 * adding if kernel.specialised else 0.0
     read = steps * BLOCK_M * shape.D * 2 * 2
     kind = _kind(kernel, "backward")
-    return kernel_estimate(gpu, kernel, tiles, shape.flops * products, read, kind, reduced)
+    return kernel_estimate(gpu, kernel, tiles, flops=shape.flops * products, l2_bytes=read, kind=kind, reduced=reduced)
 
 
 def _kind(kernel: Kernel, direction: str) -> str:
@@ -118,7 +119,9 @@ def flash_backward(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
     steps = tiling.steps(tiles)
     moved = steps * BLOCK_M * shape.D
     kind = "attention backward, specialised"
-    one_pass = kernel_estimate(gpu, kernel, tiles, shape.flops * 2.5, moved * 4, kind, moved * 4)
+    one_pass = kernel_estimate(
+        gpu, kernel, tiles, flops=shape.flops * 2.5, l2_bytes=moved * 4, kind=kind, reduced=moved * 4
+    )
     return together({"one pass": one_pass, "delta, zeros and rounding of dq": around_backward(gpu, shape)})
 
 

@@ -85,7 +85,7 @@ def _forward(gpu: Gpu, kernel: Kernel, few: Few) -> Estimate:
         for tile in tiling.of_seen_keys(few.Sq, few.Sk, None, M, N, few.B * few.Hq, first, keys)
     ]
     read = tiling.steps(tiles) * N * few.D * 2 * 2
-    return attention.kernel_estimate(gpu, kernel, tiles, few.flops, read, _CHUNKS_OF_PROMPT)
+    return attention.kernel_estimate(gpu, kernel, tiles, flops=few.flops, l2_bytes=read, kind=_CHUNKS_OF_PROMPT)
 
 
 @functools.lru_cache(maxsize=64)

@@ -64,7 +64,7 @@ def _kernel(gpu: Gpu, kernel: Kernel, work: AttentionVarlen) -> Estimate:
     read = tiling.steps(tiles) * block * work.D * 2 * 2
     flops = _FLOPS[name] * sum(shape.flops for shape in shapes)
     empty = empty_programs(kernel, attention.kernel_programs(tiles), work.Hkv)
-    return attention.kernel_estimate(gpu, kernel, tiles, flops, read, "packed", empty=empty)
+    return attention.kernel_estimate(gpu, kernel, tiles, flops=flops, l2_bytes=read, kind="packed", empty=empty)
 
 
 @functools.lru_cache(maxsize=16)

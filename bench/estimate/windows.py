@@ -48,7 +48,7 @@ def _of_kernel(gpu: Gpu, kernel: Kernel, name: str, shape: Shape, left: int) -> 
         tiles = tiling.of_seen_keys(S, S, left, M, N, shape.B * shape.Hq)
     read = tiling.steps(tiles) * (M if name == "dkdv" else N) * D * 2 * 2
     flops = window_flops(shape, left) / 2 * _PRODUCTS[name]
-    return attention.kernel_estimate(gpu, kernel, tiles, flops, read, _KIND)
+    return attention.kernel_estimate(gpu, kernel, tiles, flops=flops, l2_bytes=read, kind=_KIND)
 
 
 @functools.cache

@@ -100,7 +100,8 @@ def _block(gpu: Gpu, block: Block, chunk: int) -> float:
         read = steps(work) * (BLOCK_M if name == "dkdv" else BLOCK_N) * heads.D * 2 * 2
         flops = 4 * heads.Hq * heads.D * pairs * _PRODUCTS[name]
         kind = "attention backward" if block.backward else "attention forward"
-        seconds += attention.kernel_estimate(gpu, kernel, work, flops, read, kind, empty=empty).seconds
+        made = attention.kernel_estimate(gpu, kernel, work, flops=flops, l2_bytes=read, kind=kind, empty=empty)
+        seconds += made.seconds
     return seconds
 
 
