@@ -20,7 +20,7 @@ from llama_kernels.integrations.transformers.documents import noted_document_sta
 from llama_kernels.integrations.transformers.intervals import (
     MaskFunction,
     Rows,
-    Window,
+    WindowSize,
     interval_of,
     traced_interval,
     window_of,
@@ -93,7 +93,7 @@ def key_ranges(
     static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)
     combined = window is not None and not skip and not static_step and cache_position is None
     unmasked = attention_mask is None and documents is None and not combined
-    if window is not None and unmasked and (aligned or window == Window(-1, -1)):
+    if window is not None and unmasked and (aligned or window == WindowSize(-1, -1)):
         return pack_window(window, device)
 
     own = torch.arange(q_length, device=device) + q_offset
