@@ -38,7 +38,7 @@ $(INSTALLED): tools/link_environment.py
 	@$(BIN)/python tools/packages.py --python $(PYTHON)
 	touch $@
 
-# $(call NEEDS,demo): stops where `make demo` cannot run for want of a package.
+# $(call NEEDS,demo): stops where a package that `make demo` needs is missing.
 NEEDS = @$(BIN)/python tools/packages.py $(1) --python $(PYTHON)
 else
 $(ENVIRONMENT):
