@@ -38,7 +38,7 @@ $(INSTALLED): tools/link_environment.py
 	@$(BIN)/python tools/packages.py --python $(PYTHON)
 	touch $@
 
-# $(call NEEDS,demo): stops where `make demo` cannot run for want of a package.
+# $(call NEEDS,demo): stops where a package that `make demo` needs is missing.
 NEEDS = @$(BIN)/python tools/packages.py $(1) --python $(PYTHON)
 else
 $(ENVIRONMENT):
@@ -116,7 +116,7 @@ gpu-check: $(INSTALLED)
 MINUTES ?= 10
 test-all: test fuzz
 
-# Random calls of everything; a failure is shrunk to a line of tests/reproducers.txt.
+# Random calls of everything; a failure is shrunk to a line for tests/regressions/reproducers.txt.
 fuzz: $(INSTALLED)
 	$(call NEEDS,fuzz)
 	$(BIN)/python -m tests.regressions.fuzz --minutes $(MINUTES)

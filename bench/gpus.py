@@ -9,7 +9,7 @@ COPY_SHARE = 0.90
 MATMUL_SHARE = 0.80
 
 
-class Gpu(NamedTuple):
+class Datasheet(NamedTuple):
     """Datasheet rates: memory in GB/s; dense TFLOP/s in half precision, and in float32 without tensor cores."""
 
     bandwidth: float
@@ -24,9 +24,9 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "A100": Gpu(2039, 312, 19.5),
-    "H100": Gpu(3350, 989, 67),
-    "H200": Gpu(4800, 989, 67),
-    "B200": Gpu(8000, 2250, 75),
-    "MI300X": Gpu(5300, 1307, 163.4),
+    "A100": Datasheet(2039, 312, 19.5),
+    "H100": Datasheet(3350, 989, 67),
+    "H200": Datasheet(4800, 989, 67),
+    "B200": Datasheet(8000, 2250, 75),
+    "MI300X": Datasheet(5300, 1307, 163.4),
 }

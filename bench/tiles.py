@@ -30,6 +30,7 @@ import torch
 from rich.table import Table
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from bench.measuring import machine, timing
 from bench.reporting.terminal import console
 from bench.works.errors import UNIT, relative_errors
@@ -122,7 +123,7 @@ def _truth(width: int) -> dict[str, Result]:
 def call_of(candidate: Candidate, S: int) -> Callable[[], Result]:
     """The candidate's call; the pass alone, with delta for a gradient."""
     q, k, v, do = _tensors(candidate.width, S)
-    options = (None, None, None, None, None, S, S, candidate.width**-0.5, None, None, 0)
+    options = attention_options(S, S, candidate.width**-0.5)
     ops = torch.ops.llama_kernels
     if candidate.pass_ == "forward":
         return lambda: ops.attention_forward(q, k, v, *options)[:1]
@@ -154,7 +155,7 @@ def compare(candidate: Candidate) -> str:
 
 def measured(candidates: Sequence[Candidate], seconds: float) -> dict[Tile, timing.Timing]:
     """The times of candidates of one pass and width, which take samples in turns."""
-    gpu, samplers = timing.Gpu(), {}
+    gpu, samplers = timing.GpuClock(), {}
     for candidate in candidates:
         with taking(candidate), torch.no_grad():
             sampling = gpu.sampler([call_of(candidate, S)])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.codegen import hopper, ones
 from bench.codegen.compiling import TARGETS, Case
 from llama_kernels.core.registry import KERNELS
@@ -266,26 +267,25 @@ def _attention_with_prefix(D: int, DV: int, dtype: torch.dtype, features: str) -
         "window prefix": (None, None, None, 64),
         "all prefix": (bound, bound, 30.0, 64),
     }[features]
-    options = (None, start, end, None, None, S, S, 0.1, softcap, left, 0)
+    options = attention_options(S, S, 0.1, kv_start=start, kv_end=end, softcap=softcap, left=left)
     KERNELS["attention_forward"](q, k, v, *options, None, bound)
     KERNELS["attention_backward"](do, None, q, k, v, do, lse, *options, True, True, True, False, None, None, bound)
 
 
 def _split(D: int, dtype: torch.dtype, features: str) -> None:
     q, k = (torch.empty(1, S, H, D, dtype=dtype).transpose(1, 2) for H, S in ((8, 64), (2, 8192)))
-    everything, bound = features != "causal", torch.zeros(1, 64, dtype=torch.int32)
-    bounds = (bound, bound) if everything else (None, None)
-    options = (30.0, 6000, 0) if everything else (None, None, 0)
+    bound, on = torch.zeros(1, 64, dtype=torch.int32), {}
+    if features != "causal":
+        on = {"sinks": torch.empty(8), "kv_start": bound, "kv_end": bound, "softcap": 30.0, "left": 6000}
     prefix = bound if "prefix" in features else None
-    sinks = torch.empty(8) if everything else None
-    KERNELS["attention_forward"](q, k, k, sinks, *bounds, None, None, 64, 8192, 0.1, *options, None, prefix)
+    KERNELS["attention_forward"](q, k, k, *attention_options(64, 8192, 0.1, **on), None, prefix)
 
 
 def _in_parts() -> None:
     """Few keys and many query heads, which several programs divide among them."""
     S = 4096
     q, k = (torch.empty(1, H, S, 128, dtype=torch.bfloat16) for H in (32, 1))
-    plain = (None, None, None, None, None, S, S, 0.1, None, None, 0)
+    plain = attention_options(S, S, 0.1)
     wanted = (False, True, True, False, None)
     KERNELS["attention_backward"](q, None, q, k, k, q, torch.empty(1, 32, S), *plain, *wanted)
 

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.codegen import sass
 from bench.codegen.compiling import Case
 from llama_kernels import hopper_attention
@@ -57,7 +58,10 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
     sinks = torch.empty(Hq) if "sinks" in options else None
     left, right = 64 if "window" in options else None, 0 if "causal" in options else None
     softcap = 30.0 if "softcap" in options else None
-    rest = (sinks, None, None, cu_seqlens, cu_seqlens, S, S, 0.1, softcap, left, right)
+    rest = attention_options(
+        S, S, 0.1, sinks=sinks, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, softcap=softcap, left=left,
+        right=right,
+    )  # fmt: skip
     with mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"), hopper_attention(), warnings.catch_warnings():
         warnings.filterwarnings("error", "llama_kernels: ")  # the package only warns if a kernel does not compile
         KERNELS["attention_forward"](q, k, v, *rest)

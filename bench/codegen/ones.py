@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.codegen.compiling import Case
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import decode
@@ -76,7 +77,10 @@ def _attention(D: int, dtype: torch.dtype, size: _Size, options: str) -> None:
     softcap = 30.0 if options == "all" else None
     left, right = {"causal": (None, 0), "window": (1, 1), "bounds": (None, None), "all": (64, 0)}[options]
     sinks = torch.empty(Hq) if options == "all" else None
-    call = (sinks, bound, bound, cu_seqlens, cu_seqlens, Sq, Sk, 0.1, softcap, left, right)
+    call = attention_options(
+        Sq, Sk, 0.1, sinks=sinks, kv_start=bound, kv_end=bound, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        softcap=softcap, left=left, right=right,
+    )  # fmt: skip
     KERNELS["attention_forward"](q, k, v, *call)
     dlse = lse if options == "all" else None
     needed = (True, True, True, sinks is not None)
@@ -86,9 +90,9 @@ def _attention(D: int, dtype: torch.dtype, size: _Size, options: str) -> None:
 def _decode(D: int) -> None:
     q, k = torch.empty(1, 1, 1, D, dtype=torch.bfloat16), torch.empty(1, 1, 2048, D, dtype=torch.bfloat16)
     bound, key_mask = torch.zeros(1, 1, dtype=torch.int32), torch.empty(1, 2048, dtype=torch.bool)
-    KERNELS["attention_forward"](q, k, k, None, bound, bound, None, None, 1, 2048, 0.1, None, None, 0)
+    KERNELS["attention_forward"](q, k, k, *attention_options(1, 2048, 0.1, kv_start=bound, kv_end=bound))
     one_key = k[:, :, :1]
-    call = AttentionCall(q, one_key, one_key, None, None, None, None, None, 1, 1, 0.1, None, None, None)
+    call = AttentionCall(q, one_key, one_key, *attention_options(1, 1, 0.1, right=None))
     decode.launch_decode(call, key_mask[:, :1])
 
 

@@ -101,7 +101,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(gpus())} (default: H100 A100)")  # fmt: skip
     add("--ops", nargs="+", choices=ESTIMATED, default=ESTIMATED, metavar="OP",
         help=f"of {', '.join(ESTIMATED)} (default: all)")  # fmt: skip
-    add("--hopper", action="store_true", help="attention on Hopper by the Gluon kernels too")
+    add(
+        "--hopper",
+        action="store_true",
+        help="attention on Hopper GPUs takes all Hopper kernels; some are on by default",
+    )
     add("--json", type=Path, metavar="FILE", help="write our estimates there")
     add(
         "--before",

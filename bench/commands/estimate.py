@@ -90,7 +90,7 @@ def published_for(gpu: Gpu, what: str, sizes: dict[str, Any]) -> Iterator[Figure
 
 
 def _rate(figure: Figure, amount: float) -> float:
-    """In the unit that `amount` counts. Published times of RMSNorm are of another number of rows."""
+    """The published rate, in the unit that `amount` counts. Published times of RMSNorm are of other numbers of rows."""
     if figure.unit != "us":
         return figure.value
     share = float(figure.sizes["M"]) / ROWS * (2 if figure.sizes["dtype"] == "float32" else 1)

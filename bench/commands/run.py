@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
     if args.hopper:
         lk.hopper_attention()
     try:
-        made = measure(args, works, training, "cuda", timing.Gpu()) if gpu else _estimate(args, works, bool(training))
+        if gpu:
+            made = measure(args, works, training, "cuda", timing.GpuClock())
+        else:
+            made = _estimate(args, works, bool(training))
     except ValueError as e:  # records or a journal from which the run cannot continue
         console.print(f"bench: {e}", soft_wrap=True)
         return 2

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.estimate import bounds
-from bench.estimate import training as training_bounds
+from bench.estimate import bounds, training_bounds
 from bench.measuring import records
 from bench.measuring.records import Record
 from bench.providers.eager import Eager

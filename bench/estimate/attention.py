@@ -42,10 +42,10 @@ def steps_of(kernel: Kernel, programs: int) -> tuple[Result, Result]:
 
 
 def kernel_estimate(
-    gpu: Gpu, kernel: Kernel, tiles: Sequence[Tile], flops: float, l2_bytes: float, kind: str, reduced: float = 0.0,
+    gpu: Gpu, kernel: Kernel, tiles: Sequence[Tile], *, flops: float, l2_bytes: float, kind: str, reduced: float = 0.0,
     empty: int = 0,
 ) -> Estimate:  # fmt: skip
-    """Of one launch. flops: that the tensor cores execute for the visible pairs. l2_bytes: that the SMs read.
+    """The time of one launch. flops: that the tensor cores execute for the visible pairs. l2_bytes: that the SMs read.
     reduced: bytes that are added to sums in the L2. empty: programs without work. kind: whose error is stated, as in
     errors.json."""
     programs = min(kernel.resident, max(1, round(kernel_programs(tiles) / gpu.sms)))
@@ -78,33 +78,34 @@ def clock_under(gpu: Gpu, flops: float, cycles: float) -> float:
 
 
 def forward(gpu: Gpu, kernel: Kernel, shape: Shape, kind: str = "") -> Estimate:
-    """Of the kernel of a forward, without what a call takes beside its steady state."""
+    """The time of a forward's kernel, without what a call takes around it."""
     BLOCK_M, BLOCK_N = kernel.tile
     tiles = tiling.of_rows(shape, BLOCK_M, BLOCK_N, shape.B * shape.Hq)
     read = tiling.steps(tiles) * BLOCK_N * shape.D * 2 * 2
-    return kernel_estimate(gpu, kernel, tiles, shape.flops, read, kind or _kind(kernel, "forward"))
+    kind = kind or _kind(kernel, "forward")
+    return kernel_estimate(gpu, kernel, tiles, flops=shape.flops, l2_bytes=read, kind=kind)
 
 
 def dq(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
     BLOCK_M, BLOCK_N = kernel.tile
     tiles = tiling.of_rows(shape, BLOCK_M, BLOCK_N, shape.B * shape.Hq)
     read = tiling.steps(tiles) * BLOCK_N * shape.D * 2 * 2
-    return kernel_estimate(gpu, kernel, tiles, shape.flops * 1.5, read, _kind(kernel, "backward"))
+    kind = _kind(kernel, "backward")
+    return kernel_estimate(gpu, kernel, tiles, flops=shape.flops * 1.5, l2_bytes=read, kind=kind)
 
 
 def dkdv(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
-    """Of the portable kernel of dk and dv, or of a Hopper kernel, which adds dq up in the L2 too."""
+    """The time of the portable kernel of dk and dv, or of a Hopper backward, which adds dq up in the L2 too."""
     BLOCK_M, BLOCK_N = kernel.tile
     tiles = tiling.of_keys(shape, BLOCK_M, BLOCK_N, shape.B * shape.Hkv, shape.group)
     steps = tiling.steps(tiles)
     products = 2.5 if kernel.specialised else 2.0
     # Where the warp groups do not share dq, each adds all of it.
-    reduced = (
-        steps * BLOCK_M * shape.D * 4 * (1 if kernel.constants.get("SHARED") else 2) if kernel.specialised else 0.0
-    )
+    adding = 1 if kernel.constants.get("SHARED") else 2  # warp groups
+    reduced = steps * BLOCK_M * shape.D * 4 * adding if kernel.specialised else 0.0
     read = steps * BLOCK_M * shape.D * 2 * 2
     kind = _kind(kernel, "backward")
-    return kernel_estimate(gpu, kernel, tiles, shape.flops * products, read, kind, reduced)
+    return kernel_estimate(gpu, kernel, tiles, flops=shape.flops * products, l2_bytes=read, kind=kind, reduced=reduced)
 
 
 def _kind(kernel: Kernel, direction: str) -> str:
@@ -112,18 +113,20 @@ def _kind(kernel: Kernel, direction: str) -> str:
 
 
 def flash_backward(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
-    """Of FlashAttention's backward: a pass that adds dq up in the L2, with delta and zeros before it, and rounding."""
+    """The time of FlashAttention's backward: delta and zeros, a pass that adds dq up in the L2, and its rounding."""
     BLOCK_M, BLOCK_N = kernel.tile
     tiles = tiling.of_keys(shape, BLOCK_M, BLOCK_N, shape.B * shape.Hkv, shape.group)
     steps = tiling.steps(tiles)
     moved = steps * BLOCK_M * shape.D
     kind = "attention backward, specialised"
-    one_pass = kernel_estimate(gpu, kernel, tiles, shape.flops * 2.5, moved * 4, kind, moved * 4)
+    one_pass = kernel_estimate(
+        gpu, kernel, tiles, flops=shape.flops * 2.5, l2_bytes=moved * 4, kind=kind, reduced=moved * 4
+    )
     return together({"one pass": one_pass, "delta, zeros and rounding of dq": around_backward(gpu, shape)})
 
 
 def around_backward(gpu: Gpu, shape: Shape) -> Estimate:
-    """Of what comes before and after a one-pass backward: out and do are read, dq's float32 sum is zeroed, read and
+    """The time of what is around a one-pass backward: out and do are read, dq's float32 sum is zeroed, read and
     rounded. Two further launches."""
     elements = shape.B * shape.Hq * shape.S * shape.D
     return Estimate(14 * elements / (gpu.copy * 1e9) + 2 * attention().launch, "dram", error_of("rows", gpu.family))

@@ -29,7 +29,7 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Of the model of memory-bound kernels; cycles, and seconds of a call."""
+    """The constants of the model of memory-bound kernels: cycles, and the seconds of a call."""
 
     start: float
     dram_latency: float
@@ -41,7 +41,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Of the model of attention: cycles of a tile and of an empty program, seconds of a call and of a launch."""
+    """The constants of the model of attention: cycles of a tile and an empty program, seconds of a call and launch."""
 
     tile: float
     call: float
@@ -79,7 +79,7 @@ def _values(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def sm_constants(family: str) -> dict[str, Any]:
-    """Of an SM of `family`: the fields of `bench.estimate.sm.pipes.Sm`.
+    """The constants of an SM of `family`: the fields of `bench.estimate.sm.pipes.Sm`.
 
     Raises:
         ValueError: there is no model of `family`; there are sm_80 and sm_90.

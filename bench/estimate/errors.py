@@ -23,7 +23,7 @@ class Key(NamedTuple):
 
 
 class Error(NamedTuple):
-    """Of estimates of one kind on one family. Shares: mean size, the worst with its sign."""
+    """How far estimates of one kind are off on one family, as shares: on average, and the worst with its sign."""
 
     mean: float
     worst: float

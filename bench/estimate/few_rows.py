@@ -1,7 +1,7 @@
 """Estimates of forwards of few rows and many keys: decoding, and a chunk of a prompt.
 
-Of decoding, the model of memory-bound kernels; of a chunk, that of attention, and for what adds up its parts the other.
-No known speed of a chunk can be compared.
+Decoding is estimated by the model of memory-bound kernels. A chunk is estimated by the model of attention, and the
+kernel that adds up its parts by the model of memory-bound kernels. No known speed of a chunk can be compared.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.estimate import attention, memory
 from bench.estimate import tiles as tiling
 from bench.estimate.constants import Gpu
@@ -40,7 +41,7 @@ class Few:
 
     @property
     def bytes(self) -> float:
-        """Of k and v."""
+        """The bytes of k and v."""
         return 4.0 * self.B * self.Hkv * self.Sk * self.D
 
 
@@ -84,12 +85,12 @@ def _forward(gpu: Gpu, kernel: Kernel, few: Few) -> Estimate:
         for tile in tiling.of_seen_keys(few.Sq, few.Sk, None, M, N, few.B * few.Hq, first, keys)
     ]
     read = tiling.steps(tiles) * N * few.D * 2 * 2
-    return attention.kernel_estimate(gpu, kernel, tiles, few.flops, read, _CHUNKS_OF_PROMPT)
+    return attention.kernel_estimate(gpu, kernel, tiles, flops=few.flops, l2_bytes=read, kind=_CHUNKS_OF_PROMPT)
 
 
 @functools.lru_cache(maxsize=64)
 def _kernels(gpu: Gpu, few: Few, split: bool) -> list[Kernel]:
     q, k = (torch.empty(1, S, H, few.D, dtype=torch.bfloat16).transpose(1, 2) for S, H in
             ((few.Sq, few.Hq), (few.Sk if split else min(few.Sk, 2048), few.Hkv)))  # fmt: skip
-    rest = (None, None, None, None, None, few.Sq, k.shape[2], few.D**-0.5, None, None, 0)
+    rest = attention_options(few.Sq, k.shape[2], few.D**-0.5)
     return compiled(gpu.family, lambda: KERNELS["attention_forward"](q, k, k, *rest), gpu)

@@ -30,7 +30,7 @@ _PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm")
 
 
 class Part(NamedTuple):
-    """Of a stack. forward, backward: seconds."""
+    """One part of a layer in a stack. forward, backward: seconds."""
 
     name: str
     launches: int

@@ -28,7 +28,7 @@ _TENSOR_TFLOPS = {"sm_80": 312.0, "sm_90": 989.0}  # dense bfloat16, data sheets
 
 
 class Time(NamedTuple):
-    """Of an op: seconds, without gaps between launches, and launches."""
+    """What an op takes: seconds, without the gaps between its launches, and the number of launches."""
 
     seconds: float
     launches: int = 1
@@ -47,7 +47,7 @@ def stock_timer(gpu: Gpu, flash: str) -> Timer:
 
 
 def _attention(gpu: Gpu, op: Op, backward: bool, who: str) -> Time:
-    """At the published speed of `who` at this length, whatever its mask."""
+    """The time of attention at the published speed of `who` at this length, whatever its mask."""
     rate = _published(gpu, who, "backward" if backward else "forward")
     shape = _shape()
     return (

@@ -34,7 +34,7 @@ class Walk:
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """Of one warp, all its life; bytes of a program."""
+    """What one warp does in all its life. Bytes are those of a program."""
 
     instructions: float
     read: float
@@ -46,7 +46,7 @@ class _Facts:
 
 
 def estimate(gpu: Gpu, kernel: Kernel, dram_bytes: float, walk: Walk | None = None, kind: str = "rows") -> Estimate:
-    """Of one launch, without what a call takes beside its steady state."""
+    """The time of one launch, without what a call takes around its kernels."""
     walk, c = walk or Walk(), memory()
     facts = _facts(kernel, walk)
     per_sm = kernel.launched / gpu.sms

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.estimate import ROW_OPS, attention, memory
 from bench.estimate.constants import Gpu
 from bench.estimate.constants import attention as attention_constants
@@ -28,7 +29,7 @@ _BF16 = torch.bfloat16
 
 
 def timed(made: Estimate) -> Estimate:
-    """Of a call between two events, as public figures are measured."""
+    """The time of the call between two events, as public figures are measured: the kernels' and what is around them."""
     return dataclasses.replace(made, seconds=made.seconds + memory_constants().call)
 
 
@@ -36,7 +37,7 @@ def timed(made: Estimate) -> Estimate:
 
 
 def work_estimate(gpu: Gpu, work: Work, direction: str) -> Estimate:
-    """Of RMSNorm, add + RMSNorm, RoPE, qk-norm + RoPE, or RoPE of a packed projection.
+    """The time of RMSNorm, add + RMSNorm, RoPE, qk-norm + RoPE, or RoPE of a packed projection.
 
     Raises:
         ValueError: `work` is of another op, or has no such direction.
@@ -122,7 +123,7 @@ def _read_again(gpu: Gpu, kernel: Kernel, work: Work) -> float:
 
 
 def attention_estimate(gpu: Gpu, shape: Shape, direction: str, hopper: bool = False) -> Estimate:
-    """Of a dense call in bfloat16 without options. hopper: by the Hopper kernels, where they compute it."""
+    """The time of a dense call in bfloat16 without options. hopper: by the Hopper kernels, where they compute it."""
     kernels = attention_kernels(gpu.family, shape.D, shape.group, shape.causal, direction, hopper)
     parts: dict[str, Estimate] = {}
     for kernel in kernels:
@@ -155,7 +156,7 @@ def attention_kernels(
     """What a dense call launches, whatever its batch and length."""
     B, Hkv, S = 1, 2, 2048
     q, k, v = (torch.empty(B, S, H, D, dtype=_BF16).transpose(1, 2) for H in (Hkv * group, Hkv, Hkv))
-    rest = (None, None, None, None, None, S, S, D**-0.5, None, None, 0 if causal else None)
+    rest = attention_options(S, S, D**-0.5, right=0 if causal else None)
     lse = torch.empty(B, Hkv * group, S)
     gradients = (True, True, True, False, None)
     if direction == "forward":

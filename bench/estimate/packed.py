@@ -25,7 +25,7 @@ _FLOPS = {"forward": 1.0, "dq": 1.5, "dkdv": 2.0}  # products of a kernel, in th
 
 
 def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate:
-    """Of a causal call without other options, by the portable kernels. No published speed can be compared."""
+    """The time of a causal call without other options, by the portable kernels. No published speed can be compared."""
     parts: dict[str, Estimate] = {}
     group = work.Hq // work.Hkv
     for kernel in _kernels(gpu, work.lengths, group, work.D, direction):
@@ -42,7 +42,10 @@ def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate
 
 
 def empty_programs(kernel: Kernel, live: int, heads: int) -> int:
-    """Of a launch for one key head, whose programs are as many again for each of `heads`."""
+    """How many programs have no work. kernel: a launch for one key head, repeated for each of `heads`.
+
+    live: how many programs have work.
+    """
     return max(kernel.launched * heads - live, 0)
 
 
@@ -61,7 +64,7 @@ def _kernel(gpu: Gpu, kernel: Kernel, work: AttentionVarlen) -> Estimate:
     read = tiling.steps(tiles) * block * work.D * 2 * 2
     flops = _FLOPS[name] * sum(shape.flops for shape in shapes)
     empty = empty_programs(kernel, attention.kernel_programs(tiles), work.Hkv)
-    return attention.kernel_estimate(gpu, kernel, tiles, flops, read, "packed", empty=empty)
+    return attention.kernel_estimate(gpu, kernel, tiles, flops=flops, l2_bytes=read, kind="packed", empty=empty)
 
 
 @functools.lru_cache(maxsize=16)

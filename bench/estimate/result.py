@@ -25,7 +25,7 @@ LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of a call. error: the mean error of this kind of estimate where the truth is known, as a share."""
+    """The estimated time of a call. error: the mean error of such estimates where the truth is known, as a share."""
 
     seconds: float
     limit: str  # a key of LIMITS

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of a dense call: B sequences of S tokens, Hq query heads, Hkv key heads, heads of D."""
+    """The shape of a dense call: B sequences of S tokens, Hq query heads, Hkv key heads, heads D wide."""
 
     B: int
     S: int
@@ -24,7 +24,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of a forward's two products, as they are counted in public: half of them with a causal mask."""
+        """The FLOPs of a forward's two products, as they are counted in public: half of them with a causal mask."""
         return 4 * self.B * self.Hq * self.S**2 * self.D // (2 if self.causal else 1)
 
 
@@ -100,5 +100,5 @@ def cycles(costs: Iterable[tuple[float, int]], slots: int) -> float:
 
 
 def steps(tiles: Iterable[Tile]) -> float:
-    """Of all programs together."""
+    """The steps of all programs together."""
     return sum((tile.plain + tile.masked) * tile.count for tile in tiles)

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.estimate import attention
 from bench.estimate import tiles as tiling
 from bench.estimate.constants import Gpu
@@ -21,12 +22,12 @@ _KIND = "windows"
 
 
 def window_flops(shape: Shape, left: int) -> float:
-    """Of a forward's two products, for the pairs that the mask leaves."""
+    """The FLOPs of a forward's two products, for the pairs that the mask leaves."""
     return 4.0 * shape.B * shape.Hq * pairs(shape.S, left) * shape.D
 
 
 def window_estimate(gpu: Gpu, shape: Shape, left: int, direction: str) -> Estimate:
-    """By the portable kernels. left: keys that a row sees before its own."""
+    """The time of the portable kernels. left: keys that a row sees before its own."""
     parts: dict[str, Estimate] = {}
     for kernel in _kernels(gpu.family, shape.D, shape.group, left, direction):
         name = kernel.name.removesuffix("_kernel")
@@ -47,14 +48,14 @@ def _of_kernel(gpu: Gpu, kernel: Kernel, name: str, shape: Shape, left: int) -> 
         tiles = tiling.of_seen_keys(S, S, left, M, N, shape.B * shape.Hq)
     read = tiling.steps(tiles) * (M if name == "dkdv" else N) * D * 2 * 2
     flops = window_flops(shape, left) / 2 * _PRODUCTS[name]
-    return attention.kernel_estimate(gpu, kernel, tiles, flops, read, _KIND)
+    return attention.kernel_estimate(gpu, kernel, tiles, flops=flops, l2_bytes=read, kind=_KIND)
 
 
 @functools.cache
 def _kernels(family: str, D: int, group: int, left: int, direction: str) -> list[Kernel]:
     S = 8192
     q, k = (torch.empty(1, S, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (2 * group, 2))
-    rest = (None, None, None, None, None, S, S, D**-0.5, None, left, 0)
+    rest = attention_options(S, S, D**-0.5, left=left)
     if direction == "forward":
         return compiled(family, lambda: KERNELS["attention_forward"](q, k, k, *rest))
     lse, wanted = torch.empty(1, 2 * group, S), (True, True, True, False, None)

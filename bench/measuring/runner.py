@@ -24,7 +24,7 @@ Errors = dict[str, tuple[float, float]]  # what bench.works.errors.errors return
 
 
 class Clock(Protocol):
-    """Takes the times, as `timing.Gpu` does."""
+    """Takes the times, as `timing.GpuClock` does."""
 
     cache: int
 

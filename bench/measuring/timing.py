@@ -1,6 +1,6 @@
 """Times of calls on a GPU: many samples of each provider, in turns, on tensors that are not in the cache.
 
-Only `Gpu` needs a GPU.
+Only `GpuClock` needs a GPU.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def sets_needed(touched: int, cache: int) -> int:
     return 1 if touched >= 4 * cache else min(max(2, math.ceil(2 * cache / max(touched, 1)) + 1), MOST_SETS)
 
 
-class Gpu:
+class GpuClock:
     """Takes samples on the current CUDA device: a graph if the calls can be captured, else calls between events."""
 
     def __init__(self) -> None:

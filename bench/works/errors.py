@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.works.work import Results, Work
-
-UNIT = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 2.5e-7}  # relative error of one rounding
+from llama_kernels.diagnose.rule import UNIT
 
 
 def relative_errors(x: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:

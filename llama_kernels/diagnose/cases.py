@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
 # the smallest sizes at which errors can be compared.
 ON_GPU = Sizes(batch=2, q_heads=8, kv_heads=2, tokens=500, width=128, rows=512, columns=4096)
 ON_CPU = Sizes(batch=1, q_heads=4, kv_heads=2, tokens=150, width=64, rows=64, columns=512)
-INTERPRETED = Sizes(batch=1, q_heads=4, kv_heads=2, tokens=40, width=32, rows=16, columns=256)
+IN_INTERPRETER = Sizes(batch=1, q_heads=4, kv_heads=2, tokens=40, width=32, rows=16, columns=256)
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 def run(device: torch.device, only: list[str] | None = None) -> Iterator[Row]:
     """Check each call in each dtype on `device`, and yield its row. `only`: the ops to check. Default: all."""
-    sizes = cases.INTERPRETED if language.INTERPRETED else cases.ON_GPU if device.type == "cuda" else cases.ON_CPU
+    sizes = cases.IN_INTERPRETER if language.INTERPRETED else cases.ON_GPU if device.type == "cuda" else cases.ON_CPU
     with _full_precision():
         for case in cases.CASES:
             for dtype in DTYPES if not only or case.op in only else ():
@@ -127,7 +127,7 @@ def _outputs(
 def _results(
     function: Callable[..., Any], case: Case, inputs: dict[str, Any], grads: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """By name: outputs, arguments written in place, and gradients of the differentiable arguments."""
+    """The outputs, arguments written in place, and gradients of the differentiable arguments, by name."""
     outputs, copies = _outputs(function, case, inputs)
     results = dict(zip(case.outputs, outputs, strict=True))
     results |= {name: copies[name] for name in case.written}

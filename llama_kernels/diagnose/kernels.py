@@ -94,7 +94,7 @@ def attention(family: str) -> dict[str, Any]:
 
 
 def choices(family: str) -> dict[str, dict[str, str]]:
-    """By pass and head width, in half precision: the kernel that runs now, and the one inside `hopper_attention()`."""
+    """The kernel that runs now and the one inside `hopper_attention()`, by pass and head width, in half precision."""
     found = {}
     for pass_ in ("forward", "backward"):
         for width in WIDTHS:

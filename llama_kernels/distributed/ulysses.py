@@ -30,7 +30,7 @@ class Exchange(NamedTuple):
         return torch.cat(all_to_all(self.parts.divided(x, 2), self.group).wait(), 1)
 
     def sum_to_tokens(self, x: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
-        """Likewise of gradients in float32, summed over the ranks that share one of `heads`, and rounded to `dtype`."""
+        """`to_tokens` of float32 gradients, summed over the ranks that share one of `heads` and rounded to `dtype`."""
         sharing = self.sharing(heads)
         if sharing == 1:  # nothing is summed, so half the bytes travel
             return self.to_tokens(x.to(dtype))

@@ -646,13 +646,13 @@ class _Plain(NamedTuple):
     interleaved: bool
 
     def gradients(self, angles: Any, dq_out: Any, dk_out: Any, *inputs: torch.Tensor | None) -> Any:
-        """Of the inputs; None for one that is None."""
+        """The gradients of the inputs; None for one that is None."""
         _, pullback = results_and_pullback(self._of(inputs, angles), *(x for x in inputs if x is not None))
         grads = iter(pullback(tuple(dy.float() for dy in (dq_out, dk_out) if dy is not None)))
         return tuple(None if x is None else next(grads) for x in inputs)
 
     def tangents(self, angles: Any, *given: torch.Tensor | None) -> Any:
-        """Of the results. given: the tangents of the inputs, then the inputs."""
+        """The tangents of the results. given: the tangents of the inputs, then the inputs."""
         tangents, inputs = given[:4], given[4:]
         pairs = [(x, t) for x, t in zip(inputs, tangents, strict=True) if x is not None]
         return pushforward(self._of(inputs, angles), *zip(*pairs, strict=True))

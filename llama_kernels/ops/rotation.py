@@ -348,7 +348,7 @@ class Rotation(NamedTuple):
 
     @property
     def strides_and_axes(self) -> tuple[Strides | None, ...]:
-        """Of `tensors_and_axes`. Those of axes are its own and, from one axis to the next, that of position_ids."""
+        """The strides of `tensors_and_axes`. Those of axes: its own, and that of position_ids from axis to axis."""
         if self.axes is None or self.position_ids is None:
             return *self.strides, None
         one = self._replace(position_ids=self.position_ids[0])
@@ -362,7 +362,7 @@ class Rotation(NamedTuple):
 
     @property
     def strides(self) -> tuple[Strides | None, ...]:
-        """Of `tensors`, as `Tables` has them."""
+        """The strides of `tensors`, as `Tables` has them."""
         return _table_strides(self.cos), _table_strides(self.sin), row_strides(self.position_ids)
 
     @property

@@ -51,7 +51,7 @@ def supervised(folder: Path, fault: str, patience: float = 10) -> tuple[int, lis
 def main(fault: str, *arguments: str) -> None:
     ours, device, clock = (), "cpu", FakeClock()
     if fault == "read outside":
-        ours, device, clock = (Ours(),), "cuda", timing.Gpu()
+        ours, device, clock = (Ours(),), "cuda", timing.GpuClock()
     session.PROVIDERS = (*ours, Eager(), Bad(FAULTS[fault]))
     run = session.measure(parser().parse_args(arguments), [ADD, NORM, ROPE], [], device, clock)
     sys.stdout.flush()

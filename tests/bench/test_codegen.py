@@ -187,7 +187,7 @@ def test_every_family_pass_and_width_has_a_valid_tile():
             for width in (1, *tables.WIDTHS):
                 for dtype in (torch.bfloat16, torch.float32):
                     rows = [tables.tile(family, pass_, width, dtype, triton) for triton in RELEASES]
-                    for tile in filter(None, (*rows, *(row.with_options for row in rows))):
+                    for tile in filter(None, (*rows, *(row.for_options for row in rows))):
                         assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.BLOCK_M, tile.BLOCK_N))
                         assert delta.PADDING.value >= tile.BLOCK_M  # the padding of lse2 and delta
                         # triton#10590: on sm_100 tl.dot races in 4 to 8 warps with 2 or 3 stages

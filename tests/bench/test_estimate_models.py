@@ -138,7 +138,8 @@ def test_programs_without_work_add_to_the_time_and_bind_where_they_are_most():
     one, shape = attention_kernel(200), Shape(1, 4096, 32, 8, 128)
     work = tiles.of_rows(shape, 128, 128, heads=32)
     full, some, many = (
-        attention.kernel_estimate(H100, one, work, shape.flops, 0, "packed", empty=n) for n in (0, 20_000, 2_000_000)
+        attention.kernel_estimate(H100, one, work, flops=shape.flops, l2_bytes=0, kind="packed", empty=n)
+        for n in (0, 20_000, 2_000_000)
     )
     assert full.empty == 0 and full.seconds < some.seconds < many.seconds
     # The clock rises a little, since the tensor cores do less.

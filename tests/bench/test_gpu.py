@@ -29,13 +29,13 @@ def test_kernels_of_pytorch_give_right_numbers(work):
 
 @pytest.mark.parametrize("work", EVERY_OP, ids=lambda w: w.shape)
 def test_every_op_is_timed_on_a_gpu_and_ours_by_graphs(work):
-    made = run(work, Ours(), Eager(), clock=timing.Gpu(), seconds=0.05)
+    made = run(work, Ours(), Eager(), clock=timing.GpuClock(), seconds=0.05)
     assert all(r.ms > 0 and r.memory is not None and r.percent < 110 for r in made), made
     assert all(r.method == "graph" for r in made if r.provider == OURS), [r.reason for r in made]
 
 
 def test_the_clock_measures_plausible_times_on_a_gpu():
-    clock = timing.Gpu()
+    clock = timing.GpuClock()
     x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     copy, how, _ = clock.sampler([lambda: y.copy_(x)])
@@ -65,7 +65,7 @@ def _waiting_calls(x: torch.Tensor) -> dict[str, object]:
 def test_calls_that_wait_are_never_captured_on_a_gpu(how, monkeypatch):
     captured = []
     monkeypatch.setattr(timing, "capture", lambda *args: captured.append(args))
-    sample, method, reason = timing.Gpu().sampler([_waiting_calls(torch.randn(1000, device="cuda"))[how]])
+    sample, method, reason = timing.GpuClock().sampler([_waiting_calls(torch.randn(1000, device="cuda"))[how]])
     assert captured == [] and method == "events" and "the host waits for the GPU" in reason
     assert 0 < sample() < 1000
     assert torch.cuda.get_sync_debug_mode() == 0
@@ -76,7 +76,7 @@ FAILING_CAPTURE = """
 import torch
 from bench.measuring import capture, timing
 
-clock = timing.Gpu()
+clock = timing.GpuClock()
 x = torch.randn(1000, device="cuda")
 
 def waits_when_captured():

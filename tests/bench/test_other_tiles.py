@@ -34,7 +34,7 @@ def small(monkeypatch):
 
 
 def test_the_tiles_around_one():
-    tile = Tile(128, 64, 8, 3, split=True, with_options=SMALL)
+    tile = Tile(128, 64, 8, 3, split=True, for_options=SMALL)
     own, *others = tiles.around(tile)
     assert own == Tile(128, 64, 8, 3, split=True)
     assert len(set(others)) == len(others) == 19 and own not in others

@@ -86,22 +86,22 @@ def fake(monkeypatch):
 
 
 def test_a_sample_is_the_time_of_one_call(fake):
-    sample, how, reason = timing.Gpu().sampler([fake.work(0.1), fake.work(0.3)])
+    sample, how, reason = timing.GpuClock().sampler([fake.work(0.1), fake.work(0.3)])
     assert (how, reason) == ("graph", None) and sample() == pytest.approx(0.2)
     assert len(fake.graphs[0].calls) == 2 * 3  # as many as take a millisecond
-    sample, *_ = timing.Gpu().sampler([fake.work(1e-4)])
+    sample, *_ = timing.GpuClock().sampler([fake.work(1e-4)])
     assert len(fake.graphs[-1].calls) == timing.MOST_CALLS and sample() == pytest.approx(1e-4)
 
-    sample, how, reason = timing.Gpu().sampler([fake.work(0.1), fake.work(0.3)], "so asked")
+    sample, how, reason = timing.GpuClock().sampler([fake.work(0.1), fake.work(0.3)], "so asked")
     assert how == "events" and sample() == pytest.approx(0.2)  # without the time in which the GPU sleeps
     assert reason == "timed by events: so asked" and len(fake.graphs) == 2
-    sample, how, _ = timing.Gpu().eager_sampler(fake.work(7.0))
+    sample, how, _ = timing.GpuClock().eager_sampler(fake.work(7.0))
     assert how == "events" and sample() == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize("waits", ["torch", "extension"])
 def test_calls_that_wait_are_timed_by_events_and_never_captured(fake, waits):
-    sample, how, reason = timing.Gpu().sampler([fake.work(0.1, waits)])
+    sample, how, reason = timing.GpuClock().sampler([fake.work(0.1, waits)])
     assert how == "events" and sample() == pytest.approx(0.1)
     assert reason.startswith("timed by events: the host waits for the GPU")
     assert fake.graphs == [] and fake.mode == 0
@@ -113,12 +113,12 @@ def test_other_errors_of_a_warm_up_are_raised(fake):
             raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        timing.Gpu().sampler([fails])
+        timing.GpuClock().sampler([fails])
     assert fake.mode == 0 and fake.graphs == []
 
 
 def test_a_failed_capture_restores_stream_generator_and_allocator(fake):
-    state, clock = fake.generator.state, timing.Gpu()
+    state, clock = fake.generator.state, timing.GpuClock()
     sample, how, reason = clock.sampler([fake.work(0.1, fails_in_capture=True)])
     assert how == "events" and sample() == pytest.approx(0.1)
     assert reason.startswith("timed by events: its capture failed: RuntimeError: CUDA error: operation failed due to")
@@ -135,7 +135,7 @@ def test_the_pool_of_a_capture_that_ended_is_not_released_again(fake):
         if fake.capturing:
             raise ValueError("not while capturing")
 
-    reason = timing.Gpu().sampler([fails]).reason
+    reason = timing.GpuClock().sampler([fails]).reason
     assert reason == "timed by events: its capture failed: ValueError: not while capturing"
     assert fake.released == [] and fake.underway == [] and fake.current is fake.default
 
@@ -143,13 +143,13 @@ def test_the_pool_of_a_capture_that_ended_is_not_released_again(fake):
 def test_a_process_that_cannot_be_restored_raises_lost(fake, monkeypatch):
     monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
     with pytest.raises(capture.Lost, match=r"its capture failed: .*; then RuntimeError: captures_underway.empty\(\)"):
-        timing.Gpu().sampler([fake.work(0.1, fails_in_capture=True)])
+        timing.GpuClock().sampler([fake.work(0.1, fails_in_capture=True)])
 
 
 def test_an_empty_graph_is_an_error(fake):
     fake.empty = True
     with pytest.raises(capture.EmptyCapture, match="work on another stream"):
-        timing.Gpu().sampler([fake.work(0.1)])
+        timing.GpuClock().sampler([fake.work(0.1)])
 
 
 def test_gpu_fault_finds_each_state_in_which_nothing_can_be_measured(fake, monkeypatch):

@@ -65,7 +65,7 @@ def test_an_interrupted_run_without_a_gpu_leaves_a_report_of_what_was_known(tmp_
 def test_an_interrupted_run_on_a_gpu_leaves_a_report_and_a_lost_one_does_not(stopped, status, tmp_path, monkeypatch):
     made = fake_run(norm_row(4096, 97), stopped=stopped)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("bench.measuring.timing.Gpu", FakeClock)
+    monkeypatch.setattr("bench.measuring.timing.GpuClock", FakeClock)
     monkeypatch.setattr("bench.commands.run.measure", lambda *_: made)
     monkeypatch.setattr(records, "folder", fail(AssertionError("a run that was interrupted is not kept")))
     assert main(["run", "--device", "cuda", "--in-process", "--save", "--out", str(tmp_path)]) == status

@@ -1,4 +1,4 @@
-"""A Triton driver whose launches run the compiled PTX on the machine, on CPU tensors.
+"""A Triton driver whose launches run the compiled PTX in the PTX simulator, on CPU tensors.
 
     with running("sm_80") as log:
         kernel[grid](x, y, ...)
@@ -134,7 +134,7 @@ class _Arguments:
     def _address(self, name: str, x: torch.Tensor) -> int:
         if x.device.type != "cpu":
             raise ValueError(
-                f"the kernel's argument {name} is on {x.device}; wanted CPU tensors: the machine has no GPU"
+                f"the kernel's argument {name} is on {x.device}; wanted CPU tensors: the PTX simulator has no GPU"
             )
         self.tensors.append(x)
         self.regions.append(region(len(self.regions), name, x))
@@ -186,7 +186,7 @@ class Driver:
 
 @contextlib.contextmanager
 def running(target: str, checks: Checks | None = None) -> Iterator[Log]:
-    """Inside, kernels launched on CPU tensors are compiled for `target` (sm_80 or sm_90) and run on the machine.
+    """Inside, kernels launched on CPU tensors are compiled for `target` (sm_80 or sm_90) and run in the PTX simulator.
 
     What is compiled here has no machine code, so it is kept in a folder of its own of Triton's cache.
     """

@@ -1,7 +1,7 @@
 """A pytest plugin: `pytest -p PACKAGE.plugin --compiled sm_90` runs the Triton kernels of any test as compiled.
 
-Every kernel that a test launches on CPU tensors is compiled for the target, and its PTX runs on the machine. A test
-fails on what a sanitizer of a GPU would report: see README.md.
+Every kernel that a test launches on CPU tensors is compiled for the target, and its PTX runs in the PTX simulator. A
+test fails on what a sanitizer of a GPU would report: see README.md.
 """
 
 from __future__ import annotations

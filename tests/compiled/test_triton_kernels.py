@@ -1,4 +1,4 @@
-"""Small Triton kernels, compiled and run on the machine, against PyTorch; and what is seen when one is spoiled."""
+"""Small Triton kernels, compiled and run in the PTX simulator, against PyTorch; and what a spoiled one shows."""
 
 from __future__ import annotations
 

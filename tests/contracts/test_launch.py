@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+from bench.attention_options import attention_options
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
@@ -48,7 +49,7 @@ def _registered(label: str, shape: Shape = SHAPE) -> tuple[Callable[..., Any], t
     return KERNELS[op], args
 
 
-_CALL = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)  # from the sinks on
+_CALL = attention_options(32, 32, 0.125)  # from the sinks on
 
 
 def _hopper_attention():

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import dispatch
@@ -123,7 +124,7 @@ def size(*tensors: torch.Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-CALL = (None, None, None, None, None, S, S, 0.125, None, None, 0)  # from the sinks on
+CALL = attention_options(S, S, 0.125)  # from the sinks on
 ROW_NUMBERS = 2 * B * Hq * PADDED * 4  # lse2 and delta
 
 

@@ -48,7 +48,7 @@ def test_the_check_passes(op, capsys):
 def test_the_check_of_attention_passes(op, capsys, monkeypatch):
     if INTERPRETED:  # each call takes seconds
         monkeypatch.setattr(check, "DTYPES", (torch.bfloat16,))
-        monkeypatch.setattr(cases, "INTERPRETED", cases.INTERPRETED._replace(q_heads=2, kv_heads=1))
+        monkeypatch.setattr(cases, "IN_INTERPRETER", cases.IN_INTERPRETER._replace(q_heads=2, kv_heads=1))
     calls = checked_calls(capsys, 0, op)
     assert {call["call"].partition(",")[0] for call in calls} == {op}
 
@@ -109,7 +109,7 @@ def test_the_check_finds_a_wrong_op(name, capsys, monkeypatch):
     monkeypatch.setattr(check, "DTYPES", (torch.bfloat16, torch.float32))
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     small = cases.Sizes(batch=1, q_heads=2, kv_heads=1, tokens=4, width=16, rows=8, columns=512)
-    for sizes in ("INTERPRETED", "ON_CPU", "ON_GPU"):
+    for sizes in ("IN_INTERPRETER", "ON_CPU", "ON_GPU"):
         monkeypatch.setattr(cases, sizes, small)
     failed = [call for call in checked_calls(capsys, 1, "rms_norm") if not call["passed"]]
     assert [call["dtype"] for call in failed] == (["float32"] if name == "unrepeatable" else ["bfloat16", "float32"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import collections
 import os
 import re
 from pathlib import Path
@@ -126,6 +128,47 @@ def test_every_page_of_the_site_is_in_its_navigation():
     assert listed == {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
 
 
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+# (page, what it says, file, tables): the number before the words is that of the entries of the tables in the file.
+COUNTS = [
+    ("README.md", r"(\d+) injected mistakes", "tests/regressions/test_mutants.py", ("MUTANTS",)),
+    ("docs/reliability.md", r"injects (\d+) mistakes", "tests/regressions/test_mutants.py", ("MUTANTS",)),
+    (
+        "docs/reliability.md",
+        r"(\d+) faults injected into the cache",
+        "tests/contracts/launcher/mutants.py",
+        ("MUTANTS", "MUTANTS_OF_DESCRIPTORS"),
+    ),
+]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("page", "words", "file", "tables"), COUNTS)
+def test_a_page_says_how_many_entries_a_table_has(page, words, file, tables):
+    entries = 0
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in tables:
+            entries += len(node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts)
+    said = re.findall(words, (ROOT / page).read_text(encoding="utf-8"))
+    assert said == [str(entries)], f"{page} says {said}; {file} has {entries}"
+
+
+@pytest.mark.once
+def test_the_readme_counts_the_families_of_the_table():
+    """The table of docs/transformers.md has a row for each family: ours, stock, or a dash for what it does not have."""
+    _, _, table = (ROOT / "docs/transformers.md").read_text(encoding="utf-8").partition("<!-- families: made by")
+    rows = [line.strip("| ").split(" | ")[1:4] for line in table.splitlines() if re.match(r"\| \w", line)][1:]
+    kinds = collections.Counter(
+        "all" if set(row) == {"ours"} else "those it has" if set(row) == {"ours", "—"} else "some" for row in rows
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"^\| (?:attention, RMSNorm|those of|some)[^|]*\| (\d+) \|", readme, re.MULTILINE)
+    assert said == [str(kinds[which]) for which in ("all", "those it has", "some")]
+    assert set(re.findall(r"(\d+) (?:decoder|model)\s+families", readme)) == {str(len(rows))}
+    assert re.findall(r"(\d+) of\s+\d+ decoder", readme) == [str(kinds["all"])]
+
+
 # --- generated parts -------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +176,20 @@ def test_every_page_of_the_site_is_in_its_navigation():
 def test_the_diagrams_are_up_to_date():
     page = diagrams.PAGE.read_text(encoding="utf-8")
     assert page == diagrams.with_sections(page), "docs/architecture.md is out of date: python -m tools.diagrams --write"
+
+
+@pytest.mark.once
+def test_the_architecture_names_every_folder():
+    """Of the package each folder and file beside the public names, of the tests each folder."""
+    page = diagrams.PAGE.read_text(encoding="utf-8")
+    package, tests = ROOT / "llama_kernels", ROOT / "tests"
+    parts = [path for path in package.iterdir() if path.is_dir() or path.suffix == ".py"]
+    for path in parts:
+        if not path.name.startswith("__"):
+            assert f"(../{path.relative_to(ROOT)}" in page or f"(../{path.name}" in page, path
+    for folder in tests.iterdir():
+        if folder.is_dir() and not folder.name.startswith("__"):
+            assert f"`{folder.name}`" in page, folder
 
 
 @pytest.mark.once

@@ -12,7 +12,7 @@ from transformers import masking_utils
 
 from llama_kernels.integrations.transformers import masks, packed_masks
 from llama_kernels.integrations.transformers.attention import NAME
-from llama_kernels.integrations.transformers.intervals import Window
+from llama_kernels.integrations.transformers.intervals import WindowSize
 from tests.integrations.mask_cases import (
     BIDIRECTIONAL,
     BLOCKS,
@@ -85,8 +85,8 @@ def test_ranges_of_masks_whose_values_are_read(kind, state, side, values_read):
 
 @pytest.mark.parametrize(
     ("kind", "window"),
-    [("causal", Window(-1, 0)), ("sliding", Window(3, 0)), ("bidirectional", Window(-1, -1)),
-     ("bidirectional sliding", Window(4, 4))],
+    [("causal", WindowSize(-1, 0)), ("sliding", WindowSize(3, 0)), ("bidirectional", WindowSize(-1, -1)),
+     ("bidirectional sliding", WindowSize(4, 4))],
 )  # fmt: skip
 def test_a_mask_without_padding_has_no_elements(kind, window):
     """In training, in a prefill and in a step, the host knows the window and reads no memory."""

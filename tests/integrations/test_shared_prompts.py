@@ -127,8 +127,8 @@ def test_stock_models_raise(attention, heads, rows):
 @pytest.mark.parametrize(
     "prompts, completions, named",
     [
-        ([[1]], [], "completions"),
-        ([], [], "completions"),
+        ([[1]], [], "completions is 0 lists; wanted 1 lists"),
+        ([], [], "prompts is empty"),
         ([[1], []], [[[2]], [[3]]], r"prompts\[1\]"),
         ([[1], [2]], [[[2]], []], r"completions\[1\]"),
     ],

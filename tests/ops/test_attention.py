@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from llama_kernels.ops.attention import cpu_flash, decode, dispatch
 from llama_kernels.ops.attention.call import AttentionCall
 from llama_kernels.ops.attention.tables import Tile
@@ -145,7 +146,7 @@ def test_few_queries_with_any_number_of_keys(family, device):
 def test_calls_of_few_queries_and_many_keys_are_split():
     def takes(Hq, Hkv, Sq, Sk):
         q, k = torch.empty(1, Hq, Sq, 16), torch.empty(1, Hkv, Sk, 16)
-        call = AttentionCall(q, k, k, None, None, None, None, None, Sq, Sk, 0.25, None, None, 0)
+        call = AttentionCall(q, k, k, *attention_options(Sq, Sk, 0.25))
         return dispatch.forward(call) is dispatch.DECODE
 
     assert takes(32, 8, 1, 257) and takes(32, 8, 8, 4096) and takes(64, 2, 1, 1024)

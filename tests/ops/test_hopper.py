@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import dispatch, hopper, masks, tiles
 from llama_kernels.ops.attention.call import AttentionCall, Sizes, Wanted
@@ -207,7 +208,7 @@ def on_hopper(monkeypatch):
 
 def attention_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changed: Any) -> AttentionCall:
     """A plain causal call."""
-    call = AttentionCall(q, k, v, None, None, None, None, None, q.shape[2], k.shape[2], 0.1, None, None, 0)
+    call = AttentionCall(q, k, v, *attention_options(q.shape[2], k.shape[2], 0.1))
     return call._replace(**changed)
 
 
@@ -318,7 +319,7 @@ def test_the_sum_of_dq_begins_at_zero_and_is_rounded_once(packed, on_hopper):
     if packed:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         cu_seqlens, longest = torch.tensor([3, 40, 61], dtype=torch.int32), 40
-    rest = (None, None, None, cu_seqlens, cu_seqlens, longest, longest, 0.1, None, None, 0)
+    rest = attention_options(longest, longest, 0.1, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
     with lk.hopper_attention(False):
         out, lse = KERNELS["attention_forward"](q, k, v, *rest)
     owned = torch.zeros(q.shape[0 if packed else 2], dtype=torch.bool)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from llama_kernels.core import device, launch_cache
 from llama_kernels.ops.attention import dispatch, key_split, tables
 from llama_kernels.ops.attention.call import AttentionCall
@@ -22,9 +23,7 @@ def choice(Sq: int, Sk: int, Hq: int = 32, B: int = 1, left: int | None = None, 
     q, k = torch.empty(B, Hq, Sq, D, device="meta"), torch.empty(B, Hq // 4, Sk, D, device="meta")
     q, k = q.bfloat16(), k.bfloat16()
     kv_prefix = torch.empty(B, Sq, dtype=torch.int32, device="meta") if prefix else None
-    return dispatch.forward(
-        AttentionCall(q, k, k, None, None, None, None, None, Sq, Sk, 0.1, None, left, 0, kv_prefix=kv_prefix)
-    )
+    return dispatch.forward(AttentionCall(q, k, k, *attention_options(Sq, Sk, 0.1, left=left), kv_prefix=kv_prefix))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from bench.estimate.bounds import Tally
 from tests.support.judge import UNIT
 
@@ -77,7 +78,7 @@ def test_two_float32_parts_move_20_bytes_an_element(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_results_are_those_that_are_rounded(dtype, device):
     q, k, v = heads(device, dtype)
-    rest = (None, None, None, None, None, 12, 50, SCALE, None, None, None)
+    rest = attention_options(12, 50, SCALE, right=None)
     out, lse = forward(q, k, v, *rest)
     wide, wide_lse = forward(q, k, v, *rest, torch.float32)
     assert wide.dtype == torch.float32 and torch.equal(wide.to(dtype), out) and torch.equal(wide_lse, lse)
@@ -100,7 +101,7 @@ def test_the_backward_of_a_part_of_the_keys_takes_out_and_lse_of_whole_rows(devi
     out, lse = lk.attention(q, k, v, is_causal=False, scale=SCALE, return_lse=True)
     shares = []
     for a, b in SPLITS:
-        rest = (None, None, None, None, None, 12, b - a, SCALE, None, None, None)
+        rest = attention_options(12, b - a, SCALE, right=None)
         needed = (True, True, True, False, True)
         shares.append(backward(do.float(), None, q, k[:, :, a:b], v[:, :, a:b], out, lse, *rest, *needed)[:3])
     dqs, dks, dvs = zip(*shares, strict=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.core.launch_cache import Launch
 from llama_kernels.ops.attention import backward, delta, forward, tables, tile_list
@@ -31,7 +32,7 @@ def launches_of_a_step(D: int) -> dict[str, Launch]:
     T = sum(LENGTHS)
     q, k, v, o = (torch.empty(T, H, D, dtype=torch.bfloat16, device="meta") for H in (32, 8, 8, 32))
     cu = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")
-    call = AttentionCall(q, k, v, None, None, None, cu, cu, 8192, 8192, 0.1, None, None, 0)
+    call = AttentionCall(q, k, v, *attention_options(8192, 8192, 0.1, cu_seqlens_q=cu, cu_seqlens_k=cu))
     lists, (_, lse) = tile_list.tile_lists(call, of_keys=True), empty_outputs(call)
     listing = delta._ListArguments(lists, cu, cu, Fill(q, None, k, v))
     launches = [

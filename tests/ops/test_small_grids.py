@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from llama_kernels.core import launch_cache
 from llama_kernels.ops.attention import backward
 from llama_kernels.ops.attention.call import AttentionCall
@@ -16,7 +17,7 @@ from tests.support.launches import KERNELS_RUN, kernels_launched, names
 
 def parts(Hq: int, Hkv: int, S: int, B: int = 1, left: int | None = None) -> int:
     q, k = (torch.empty(B, H, S, 128, device="meta") for H in (Hq, Hkv))
-    call = AttentionCall(q, k, k, None, None, None, None, None, S, S, 0.1, None, left, 0)
+    call = AttentionCall(q, k, k, *attention_options(S, S, 0.1, left=left))
     return backward.parts_of_group(call, 128)
 
 

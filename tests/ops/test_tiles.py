@@ -49,7 +49,7 @@ class Entry:
     pass_: str
     width: int
     dtype: torch.dtype
-    variant: tuple[str, ...]  # the fields of Tile that lead to it from its row: (), ("newer", "with_options")
+    variant: tuple[str, ...]  # the fields of Tile that lead to it from its row: (), ("newer", "for_options")
     tile: Tile
     taken: bool  # by calls under this Triton
 
@@ -116,21 +116,21 @@ def call_of(D: int, dtype: torch.dtype, **options: object) -> AttentionCall:
     "family, D, pass_, options, rotated, fields",
     [
         ("sm_90", 64, "forward", {}, False, ()),
-        ("sm_90", 64, "forward", {"kv_start": BOUND}, False, ("with_options",)),
-        ("sm_90", 64, "forward", {"left": 2}, False, ("with_options",)),
-        ("sm_90", 64, "forward", {"kv_prefix": BOUND}, False, ("with_options",)),
-        ("sm_80", 128, "dq", {"kv_prefix": BOUND}, False, ("with_prefix",)),
+        ("sm_90", 64, "forward", {"kv_start": BOUND}, False, ("for_options",)),
+        ("sm_90", 64, "forward", {"left": 2}, False, ("for_options",)),
+        ("sm_90", 64, "forward", {"kv_prefix": BOUND}, False, ("for_options",)),
+        ("sm_80", 128, "dq", {"kv_prefix": BOUND}, False, ("for_prefix",)),
         ("sm_80", 128, "dq", {"kv_start": BOUND}, False, ()),
         ("sm_80", 256, "dq", {}, False, ()),
-        ("sm_80", 256, "dq", {}, True, ("with_options",)),
-        ("sm_80", 256, "dq", {"cu_seqlens_q": BOUND}, False, ("with_options",)),
+        ("sm_80", 256, "dq", {}, True, ("for_options",)),
+        ("sm_80", 256, "dq", {"cu_seqlens_q": BOUND}, False, ("for_options",)),
         ("sm_90", 128, "dq", {"cu_seqlens_q": BOUND}, True, ()),  # which has spare registers
-        ("sm_90", 128, "dq", {"softcap": 5.0}, True, ("with_options",)),
-        ("sm_100", 256, "dq", {"softcap": 5.0}, False, ("with_options",)),
-        ("sm_100", 256, "dq", {}, True, ("with_options", "with_options")),
+        ("sm_90", 128, "dq", {"softcap": 5.0}, True, ("for_options",)),
+        ("sm_100", 256, "dq", {"softcap": 5.0}, False, ("for_options",)),
+        ("sm_100", 256, "dq", {}, True, ("for_options", "for_options")),
         ("sm_90", 128, "dkdv", {"kv_start": BOUND, "left": 2}, False, ()),
-        ("sm_90", 128, "dkdv", {"kv_end": BOUND}, False, ("with_options",)),
-        ("sm_90", 128, "dkdv", {"softcap": 5.0}, False, ("with_options",)),
+        ("sm_90", 128, "dkdv", {"kv_end": BOUND}, False, ("for_options",)),
+        ("sm_90", 128, "dkdv", {"softcap": 5.0}, False, ("for_options",)),
         ("sm_90", 128, "decode", {"softcap": 5.0, "kv_prefix": BOUND}, False, ()),
     ],
 )
@@ -149,7 +149,7 @@ class Run:
     dtype: torch.dtype
     width: int  # of the heads of q and k
     DV: int
-    options: bool  # with those that hold registers, which a tile with_options is for
+    options: bool  # with those that take registers, which a tile `for_options` is for
     tiles: tuple[tuple[str, Tile], ...]
 
     def __str__(self) -> str:
@@ -172,12 +172,12 @@ def runs(*passes: str, rotated: bool = False) -> list[Run]:
         if (
             not here
             or entry.pass_ not in passes
-            or (rotated and entry.pass_ == "dq" and entry.tile.with_options and not entry.tile.spare_registers)
+            or (rotated and entry.pass_ == "dq" and entry.tile.for_options and not entry.tile.spare_registers)
         ):
             continue
-        tile = dataclasses.replace(entry.tile, with_options=None, with_prefix=None, newer=None, since=(3, 9))
+        tile = dataclasses.replace(entry.tile, for_options=None, for_prefix=None, newer=None, since=(3, 9))
         DV = min(entry.width, 512)
-        kind = (entry.dtype, entry.width, DV, "with_options" in entry.variant)
+        kind = (entry.dtype, entry.width, DV, "for_options" in entry.variant)
         if family is None:
             tile, kind = blocks(tile), (entry.dtype, 16, 16, False)
         kinds.setdefault(kind, {}).setdefault(entry.pass_, set()).add(tile)

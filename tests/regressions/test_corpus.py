@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import Case, check, packed, tiles
@@ -63,7 +64,7 @@ def test_only_the_first_grid_axis_exceeds_65535():
     many = 70_000
     q = torch.zeros(many, 1, 1, 16, dtype=torch.float16)
     lse, x = torch.zeros(many, 1, 1), torch.zeros(many, 16)
-    call = (None, None, None, None, None, 1, 1, 0.25, None, None, 0)
+    call = attention_options(1, 1, 0.25)
     with mock.patch.object(JITFunction, "run", lambda self, *args, grid, **options: grids.append(grid)):
         KERNELS["attention_forward"](q, q, q, *call)
         KERNELS["attention_backward"](q, None, q, q, q, q, lse, *call, True, True, True, False, None)
@@ -72,7 +73,7 @@ def test_only_the_first_grid_axis_exceeds_65535():
         KERNELS["rms_norm_backward"](x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
         KERNELS["qk_norm_rope"](q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
         few, wide = torch.zeros(2, 1, 4, 16).half(), torch.zeros(2, 1, 4096, 16).half()
-        KERNELS["attention_forward"](few, wide, wide, None, None, None, None, None, 4, 4096, 0.25, None, None, 0)
+        KERNELS["attention_forward"](few, wide, wide, *attention_options(4, 4096, 0.25))
     assert len(grids) == 11 and max(grid[0] for grid in grids) >= many
     assert all(n <= 65535 for grid in grids for n in grid[1:])
 

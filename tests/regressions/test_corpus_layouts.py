@@ -15,6 +15,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.library import opcheck
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from tests.support.attention import Case, check, packed
 from tests.support.guards import relaid
 from tests.support.judge import equal_results
@@ -211,7 +212,7 @@ def test_registered_ops_pass_opcheck_on_strided_inputs(seed, device):
     """On inputs of several memory orders."""
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     q, k, v, do = (relaid(torch.randn(2, H, 9, 16, device=device), seed + i) for i, H in enumerate((4, 2, 2, 4)))
-    call = (None, None, None, None, None, 9, 9, 0.25, None, None, 0)
+    call = attention_options(9, 9, 0.25)
     out, lse = torch.ops.llama_kernels.attention_forward(q, k, v, *call)
     opcheck(torch.ops.llama_kernels.attention_forward.default, (q, k, v, *call), test_utils=checks)
     grads = (do, None, q, k, v, out, lse, *call, True, True, True, False, None)

@@ -15,6 +15,7 @@ import torch
 
 import llama_kernels as lk
 import llama_kernels.ops.attention.masked_decode  # registers decode_attention, which only integrations call
+from bench.attention_options import attention_options
 
 Arguments = dict[str, Any]
 
@@ -239,16 +240,18 @@ def registered_calls(shape: Shape, make: Make) -> dict[str, tuple[str, tuple[Any
     three, axes = make.integers(s.positions, 3, s.B, S), make.integers(3, s.D // 2)
     slots = torch.arange(S, device=make.device)
 
-    plain = (None, None, None, None, None, S, S, 0.2, None, None, 0)  # from the sinks on
+    plain = attention_options(S, S, 0.2)  # from the sinks on
     sinks, kv_start = make.normal(s.Hq).float(), make.integers(S // 2, s.B, S, dtype=torch.int32)
-    options = (sinks, kv_start, kv_start + S // 2, None, None, S, S, 0.2, 5.0, 7, 3)
+    options = attention_options(
+        S, S, 0.2, sinks=sinks, kv_start=kv_start, kv_end=kv_start + S // 2, softcap=5.0, left=7, right=3
+    )
     cu, longest = make.int32(s.bounds), S - S // 3
-    packed = (None, None, None, cu, cu.clone(), longest, longest, 0.2, None, None, 0)
+    packed = attention_options(longest, longest, 0.2, cu_seqlens_q=cu, cu_seqlens_k=cu.clone())
     packed_qkv = tuple(x[0].transpose(0, 1) for x in (q, k, v))
     lse = torch.randn(s.B, s.Hq, S, device=make.device)
     saved = (q, k, v, dq, lse)  # dq has the shape and strides of out
     token, keys, values = (make.heads(s.B, H, n, s.D) for H, n in ((s.Hq, 1), (s.Hkv, 600), (s.Hkv, 600)))
-    decoding = (None, None, None, None, None, 1, 600, 0.2, None, None, 0)
+    decoding = attention_options(1, 600, 0.2)
     visible, ends = make.integers(2, s.B, 600).bool(), make.integers(600, s.B, 1, dtype=torch.int32)
     rest = (None, None, *angles, positions, True, 0.2, 5.0, 7, 0)  # of rope_attention_backward, from kv_start on
     rest_narrow = (None, None, *narrow, None, False, 0.2, None, None, 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import llama_kernels as lk
+from bench.attention_options import attention_options
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.registry import KERNELS
@@ -66,7 +67,7 @@ def test_the_hopper_kernels_are_recorded_where_they_are_launched(driver_that_ann
     for module in (dispatch, tables):
         monkeypatch.setattr(module, "arch_of", lambda _: "sm_90")
     q, k, v = (torch.zeros(2, 32, H, 64, dtype=torch.bfloat16).transpose(1, 2) for H in (4, 2, 2))
-    call = (None, None, None, None, None, 32, 32, 0.125, None, None, 0)
+    call = attention_options(32, 32, 0.125)
     ran = {}
     with lk.hopper_attention():
         for deterministic in (False, True):

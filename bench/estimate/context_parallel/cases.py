@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 
 def settings(scale: Scale, network: Network, tokens: int, ranks: int) -> Iterator[Setting]:
-    """Of each method that takes so many ranks. A pair of methods has one node in its second dimension."""
+    """A setting of each method that takes so many ranks. A pair of methods has one node in its second dimension."""
     node = network.gpus_of_a_node // scale.tensor
     for method in METHODS:
         pair = not isinstance(method, str)
@@ -78,7 +78,7 @@ def settings(scale: Scale, network: Network, tokens: int, ranks: int) -> Iterato
 
 
 def made(gpu: Gpu, scale: Scale, network: Network, tokens: int, ranks: int) -> list[Made]:
-    """By each method, the fastest first."""
+    """The estimate of each method, the fastest first."""
     whole = (own_block(scale.heads, 1, backward) for backward in (False, True))
     alone = sum(Kernels(gpu).block(block, tokens) for block in whole)
     found = []

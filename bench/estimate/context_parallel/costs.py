@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from bench.attention_options import attention_options
 from bench.estimate import attention
 from bench.estimate.constants import Gpu, Network
 from bench.estimate.constants import attention as attention_constants
@@ -35,7 +36,7 @@ class Costs(Protocol):
 
 
 class Kernels(NamedTuple):
-    """Of one GPU, by the model of its kernels. speed: of attention, as a multiple of the model's."""
+    """What the kernels of one GPU take, by their model. speed: of attention, as a multiple of the model's."""
 
     gpu: Gpu
     speed: float = 1.0
@@ -99,7 +100,8 @@ def _block(gpu: Gpu, block: Block, chunk: int) -> float:
         read = steps(work) * (BLOCK_M if name == "dkdv" else BLOCK_N) * heads.D * 2 * 2
         flops = 4 * heads.Hq * heads.D * pairs * _PRODUCTS[name]
         kind = "attention backward" if block.backward else "attention forward"
-        seconds += attention.kernel_estimate(gpu, kernel, work, flops, read, kind, empty=empty).seconds
+        made = attention.kernel_estimate(gpu, kernel, work, flops=flops, l2_bytes=read, kind=kind, empty=empty)
+        seconds += made.seconds
     return seconds
 
 
@@ -109,7 +111,7 @@ def _kernels(gpu: Gpu, heads: Heads, backward: bool) -> list[Kernel]:
     S, group = 2048, heads.Hq // heads.Hkv
     q, k = (torch.empty(1, S, H, heads.D, dtype=torch.bfloat16).transpose(1, 2) for H in (2 * group, 2))
     bound = torch.empty(1, S, dtype=torch.int32)
-    rest = (None, bound, bound, None, None, S, S, heads.D**-0.5, None, None, None)
+    rest = attention_options(S, S, heads.D**-0.5, kv_start=bound, kv_end=bound, right=None)
     if not backward:
         return compiled(gpu.family, lambda: KERNELS["attention_forward"](q, k, k, *rest, torch.float32), gpu)
     lse, last = torch.empty(1, 2 * group, S), (True, True, True, False, True, torch.float32)
@@ -134,7 +136,7 @@ def _parts(block: Block, chunk: int, BLOCK_N: int) -> int:
     heads = block.heads
     q, k = (torch.empty(1, H, chunks * chunk, heads.D, dtype=torch.bfloat16, device="meta")
             for H, chunks in ((heads.Hq, len(block.rows)), (heads.Hkv, block.keys)))  # fmt: skip
-    rest = (None, None, None, None, None, q.shape[2], k.shape[2], heads.D**-0.5, None, None, None)
+    rest = attention_options(q.shape[2], k.shape[2], heads.D**-0.5, right=None)
     return parts_of_group(AttentionCall(q, k, k, *rest), BLOCK_N)
 
 
@@ -171,13 +173,13 @@ def _joined(tiles: Sequence[Tile]) -> list[Tile]:
 
 
 def own_block(heads: Heads, chunks: int, backward: bool) -> Block:
-    """Of a rank of a zigzag ring, as theory has it: attention to its own keys is causal. chunks: of a rank."""
+    """Causal attention of a rank of a zigzag ring to its own keys, as theory has it. chunks: those of a rank."""
     return Block(heads, tuple(Rows(0, i, True) for i in range(chunks)), chunks, backward)
 
 
 def other_blocks(heads: Heads, chunks: int, backward: bool) -> tuple[Block, Block]:
-    """Likewise to the keys of a rank before it, whose first half every query sees, and of one after it, all of which
-    the second half of the queries sees."""
+    """Attention to the keys of a rank before it, whose first half every query sees, and to those of a rank after it,
+    all of which the second half of the queries sees."""
     before = (Rows(0, chunks // 2, False),) * chunks
     after = (Rows(0, 0, False),) * (chunks // 2) + (Rows(0, chunks, False),) * (chunks // 2)
     return Block(heads, before, chunks, backward), Block(heads, after, chunks, backward)

@@ -67,7 +67,7 @@ def refusal(method: Method, mesh: tuple[int, ...], heads: Heads) -> str | None:
 
 
 def times(setting: Setting, costs: Costs, backward: bool) -> Time:
-    """Of one causal sequence, in the forward or the backward of one layer.
+    """The time of one causal sequence, in the forward or the backward of one layer.
 
     Raises:
         ValueError: `cp_attention` does not take such a mesh or such heads.
@@ -142,7 +142,7 @@ def _exchange(setting: Setting, costs: Costs, backward: bool) -> Time:
 
 
 def _shared(setting: Setting) -> Heads:
-    """Of a rank after the exchange."""
+    """The heads of a rank after the exchange."""
     Hq, Hkv, D = setting.heads
     return Heads(Hq // setting.mesh[-1], max(Hkv // setting.mesh[-1], 1), D)
 
@@ -156,7 +156,7 @@ def _copies(setting: Setting, backward: bool) -> Copies:
 
 @functools.lru_cache(maxsize=1024)
 def copies(method: Method, mesh: tuple[int, ...], heads: Heads, backward: bool) -> Copies:
-    """Of rank 0. More than 8 ranks in a ring or an all-gather are extrapolated from 4 and 8."""
+    """The copies of rank 0. More than 8 ranks in a ring or an all-gather are extrapolated from 4 and 8."""
     if mesh[0] <= 8 or method == "ulysses":
         steps = recorded(method, mesh, heads, 0)[backward]
         found = [step for step in steps if isinstance(step, Copies)]

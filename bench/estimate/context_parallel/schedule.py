@@ -25,7 +25,7 @@ class Span(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """Of all ranks: seconds until the last is done, and what filled the lanes of each."""
+    """What a simulation found: the seconds until the last rank is done, and what filled the lanes of each rank."""
 
     seconds: float
     kernels: list[list[Span]]

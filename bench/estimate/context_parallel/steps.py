@@ -27,7 +27,7 @@ CHUNK = 2  # tokens: the fewest that tell a causal chunk from a whole one
 
 
 class Heads(NamedTuple):
-    """Of one GPU: query heads, key heads, and their width."""
+    """The heads of one GPU: query heads, key heads, and their width."""
 
     Hq: int
     Hkv: int
@@ -74,7 +74,7 @@ class Start(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """For the transfer that this rank started on the lane of `group` after `number` others of the same pass."""
+    """A wait for the transfer that this rank started on the lane of `group` after `number` others of the same pass."""
 
     group: tuple[int, ...]
     number: int
@@ -84,7 +84,7 @@ Step = Block | Copies | Start | Wait
 
 
 class Steps(NamedTuple):
-    """Of one rank."""
+    """The steps of one rank."""
 
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
@@ -201,7 +201,7 @@ class _Recorder:
 
 
 class _Work:
-    """Of one transfer, as torch.distributed returns it."""
+    """The handle of one transfer, as torch.distributed returns it."""
 
     def __init__(self, recorder: _Recorder, step: Wait) -> None:
         self._recorder, self._step = recorder, step

@@ -99,7 +99,7 @@ def flash_attention_3_backward(folder: Path, family: str, shape: Shape) -> list[
 
 @functools.cache
 def _flash_attention_3(folder: Path, direction: str, D: int, causal: bool) -> Kernel:
-    """Of its library (_C.so of flash_attn_3, as in the wheel of xformers): the float16 kernel without options."""
+    """The float16 kernel without options, from its library: _C.so of flash_attn_3, as in the wheel of xformers."""
     BLOCK_M, BLOCK_N, groups = _FA3_TILES[direction, D, causal]
     # Clusters of one, the tile, float16; then: causal, local, softcap, variable lengths.
     head = (

@@ -90,7 +90,7 @@ def unsloth_rms_norm(
 
 
 def fla_rms_norm(folder: Path, family: str, M: int, N: int, dtype: torch.dtype, weight: torch.dtype) -> list[Kernel]:
-    """With eight warps, which it tries among others."""
+    """The kernel with eight warps, which is one of the numbers that it tries."""
     if importlib.util.find_spec("einops") is None:  # which its module imports, and this kernel does not need
         stand_in("einops", rearrange=None, repeat=None, reduce=None)
     peer = module(found(folder, "fla/modules/layernorm.py"), "fla.modules.layernorm")
@@ -102,7 +102,7 @@ def fla_rms_norm(folder: Path, family: str, M: int, N: int, dtype: torch.dtype, 
 
 
 def liger_rope(folder: Path, family: str, B: int, S: int, Hq: int, Hkv: int, D: int) -> list[Kernel]:
-    """With its tables in bfloat16, as Transformers passes them."""
+    """The kernel with tables in bfloat16, as Transformers passes them."""
     peer = _liger(folder, "rope")
     q, k = (torch.empty(B, S, H, D, dtype=torch.bfloat16) for H in (Hq, Hkv))
     cos, up = torch.empty(1, S, D, dtype=torch.bfloat16), triton.next_power_of_2

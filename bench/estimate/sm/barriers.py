@@ -18,7 +18,7 @@ Body = Sequence[Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Barriers:
-    """Of the loop of one warp group, by place in its body. Names that begin with "all" join all warp groups."""
+    """The barriers in the loop of one warp group, by place in its body. Names with "all" join all warp groups."""
 
     waits: dict[int, tuple[str, int]]  # name, and whether the wait needs the arrivals of its own step (1 or 0)
     arrives: dict[int, str]
@@ -52,7 +52,7 @@ def _awaited(x: Instruction, group: int) -> str | None:
 
 
 def _arrives(body: Body, group: int, groups: int) -> dict[int, str]:
-    """By place, the barriers that a loop arrives at."""
+    """The barriers that a loop arrives at, by place."""
     arrives: dict[int, str] = {}
     for at, x in enumerate(body):
         if x.text.startswith("BAR.ARV"):

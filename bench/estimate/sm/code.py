@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
 
 
 class Code(NamedTuple):
-    """Of one kernel. labels: which instruction each stands before."""
+    """The machine code of one kernel. labels: which instruction each stands before."""
 
     instructions: list[Instruction]
     labels: dict[str, int]
@@ -39,7 +39,7 @@ _SECOND_HALF = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
 
 
 def parsed(text: str) -> Code:
-    """Of what `nvdisasm -c -hex` prints of one kernel."""
+    """The code of one kernel, from what `nvdisasm -c -hex` prints."""
     code = Code([], {})
     pending: tuple[str, str] | None = None
     for line in text.splitlines():

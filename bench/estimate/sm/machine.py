@@ -27,7 +27,7 @@ _READ = 8  # cycles that a pipe takes beside its own to read operands
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Of one step of every warp on the SM; cycles."""
+    """The cycles of one step of every warp on the SM."""
 
     step: float
     busy: dict[str, float]  # by pipe

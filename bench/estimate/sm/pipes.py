@@ -16,7 +16,7 @@ from bench.estimate.sm.code import Instruction
 
 @dataclasses.dataclass(frozen=True)
 class Sm:
-    """Of one family of GPUs."""
+    """The rates of an SM of one family of GPUs."""
 
     tensor_flops: int  # a cycle and SM, in half precision
     float32: float
@@ -109,8 +109,8 @@ def _shared_bytes(x: Instruction) -> int:
 
 
 def product_cycles(text: str, sm: Sm) -> float:
-    """Of the tensor cores, for an asynchronous product of one warp group; or of the port of shared memory, if that
-    takes longer to bring its operands.
+    """The cycles of an asynchronous product of one warp group: those of the tensor cores, or of the port of shared
+    memory if that takes longer to bring its operands.
 
     Raises:
         ValueError: `text` is not such a product.

@@ -21,7 +21,7 @@ from llama_kernels.core.autograd import Differentiable, needs_grad
 from llama_kernels.integrations.transformers.attention_refusals import check_call, check_layer
 from llama_kernels.integrations.transformers.attention_stock import run_stock, why_stock, with_documents
 from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK
-from llama_kernels.integrations.transformers.intervals import Window, starts_in_window
+from llama_kernels.integrations.transformers.intervals import WindowSize, starts_in_window
 from llama_kernels.integrations.transformers.masks import key_ranges
 from llama_kernels.integrations.transformers.packed_masks import (
     KeyRanges,
@@ -90,7 +90,7 @@ def attention_forward(
     )  # fmt: skip
 
     left = sliding_window - 1 if sliding_window else -1
-    window = Window(left, 0 if causal else left)
+    window = WindowSize(left, 0 if causal else left)
     options: AttentionOptions = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if (doc_start := documents_of(attention_mask)) is not None:
         return _context_parallel(query, key, value, doc_start, window, options), None
@@ -112,8 +112,8 @@ def attention_forward(
 
 
 def _by_mask(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, window: Window,
-    position_ids: torch.Tensor | None, options: AttentionOptions,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    window: WindowSize, position_ids: torch.Tensor | None, options: AttentionOptions,
 ) -> torch.Tensor:  # fmt: skip
     """Attention to the keys that attention_mask shows, or `window` where it is None. Returns (B, Hq, Sq, Dv).
 
@@ -121,10 +121,10 @@ def _by_mask(
     """
     Sq, Sk = query.shape[2], key.shape[2]
     query, key = query.to(value.dtype), key.to(value.dtype)
-    ranges: Window | KeyRanges = window
+    ranges: WindowSize | KeyRanges = window
     if attention_mask is not None:
         ranges = unpack(attention_mask, Sq, Sk)
-    if not isinstance(ranges, Window):
+    if not isinstance(ranges, WindowSize):
         return _of_ranges(query, key, value, ranges, options)
     starts = starts_in_window(position_ids, ranges, Sq, Sk)
     if starts is not None:
@@ -134,7 +134,7 @@ def _by_mask(
 
 
 def _context_parallel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, window: Window,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, doc_start: torch.Tensor, window: WindowSize,
     options: AttentionOptions,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention to the keys of all processes, inside `llama_kernels.distributed.context_parallel`."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_kernels.core.checks import KERNEL_DTYPES, message
-from llama_kernels.integrations.transformers.intervals import Window, starts_in_window
+from llama_kernels.integrations.transformers.intervals import WindowSize, starts_in_window
 from llama_kernels.integrations.transformers.modules import is_plain
 from llama_kernels.integrations.transformers.packed_masks import pack_window, unpack, written_out
 from llama_kernels.ops.attention.tables import fits
@@ -48,7 +48,7 @@ def why_stock(
 
 
 def with_documents(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, window: Window, Sq: int, Sk: int
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, window: WindowSize, Sq: int, Sk: int
 ) -> torch.Tensor | None:
     """attention_mask for stock attention: where it is a window, it also hides other documents, as the kernels do.
 
@@ -57,7 +57,7 @@ def with_documents(
     if position_ids is None:
         return attention_mask
     mask = pack_window(window, position_ids.device) if attention_mask is None else attention_mask
-    if mask.dtype != torch.int32 or not isinstance(seen := unpack(mask, Sq, Sk), Window):
+    if mask.dtype != torch.int32 or not isinstance(seen := unpack(mask, Sq, Sk), WindowSize):
         return attention_mask
     starts = starts_in_window(position_ids, seen, Sq, Sk)
     if starts is None:
@@ -72,7 +72,7 @@ def run_stock(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    window: Window,
+    window: WindowSize,
     *,
     is_causal: bool,
     softcap: float | None,
@@ -95,7 +95,7 @@ def run_stock(
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, is_causal=causal, **others)
     if attention_mask is None and is_causal and Sq > 1:
-        attention_mask = written_out(pack_window(Window(-1, 0), query.device), Sq, Sk)
+        attention_mask = written_out(pack_window(WindowSize(-1, 0), query.device), Sq, Sk)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
         attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)

@@ -33,14 +33,17 @@ class Interval(NamedTuple):
     sound: torch.Tensor | None = None  # (1 or B, 1) bool: False for a sequence whose mask is not intervals after all
 
 
-class Window(NamedTuple):
-    """Visible to query i are the keys i + Sk - Sq - left to i + Sk - Sq + right. -1: no limit on that side."""
+class WindowSize(NamedTuple):
+    """As the window_size of `attention`: visible to query i are the keys i + Sk - Sq - left to i + Sk - Sq + right.
+
+    -1: no limit on that side.
+    """
 
     left: int
     right: int
 
 
-def starts_in_window(position_ids: torch.Tensor | None, window: Window, Sq: int, Sk: int) -> torch.Tensor | None:
+def starts_in_window(position_ids: torch.Tensor | None, window: WindowSize, Sq: int, Sk: int) -> torch.Tensor | None:
     """`document_starts` where a causal window alone says which of Sk keys each query sees; None where it does not."""
     return document_starts(position_ids, Sq) if window.right == 0 and Sq == Sk else None
 
@@ -54,26 +57,26 @@ class Rows(NamedTuple):
     shown: torch.Tensor | None = None  # (B, keys) bool: the keys that are tokens, not padding
 
 
-def window_of(mask_function: MaskFunction) -> Window | None:
+def window_of(mask_function: MaskFunction) -> WindowSize | None:
     """The window of a mask that depends on relative positions only, otherwise None. Reads no device memory."""
     if mask_function is FULL_MASK:
-        return Window(-1, -1)
+        return WindowSize(-1, -1)
     if mask_function is causal_mask_function:
-        return Window(-1, 0)
+        return WindowSize(-1, 0)
     if torch.compiler.is_compiling():
         return None  # a traced closure cannot be read
     name, parts = _parts_of(mask_function)
     if name == "sliding_window_overlay":
-        return Window(parts["sliding_window"] - 1, -1)
+        return WindowSize(parts["sliding_window"] - 1, -1)
     if name == "sliding_window_bidirectional_overlay":
-        return Window(parts["sliding_window"], parts["sliding_window"])
+        return WindowSize(parts["sliding_window"], parts["sliding_window"])
     if name != "and_masks":
         return None
     windows = [window_of(part) for part in parts["mask_functions"]]
     if any(window is None for window in windows):
         return None
     left, right = ([side for side in sides if side >= 0] for sides in zip(*windows, strict=True))
-    return Window(min(left, default=-1), min(right, default=-1))
+    return WindowSize(min(left, default=-1), min(right, default=-1))
 
 
 def interval_of(mask_function: MaskFunction, rows: Rows, made_by_caller: bool) -> Interval | None:

@@ -20,7 +20,7 @@ from llama_kernels.integrations.transformers.documents import noted_document_sta
 from llama_kernels.integrations.transformers.intervals import (
     MaskFunction,
     Rows,
-    Window,
+    WindowSize,
     interval_of,
     traced_interval,
     window_of,
@@ -93,17 +93,17 @@ def key_ranges(
     static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)
     combined = window is not None and not skip and not static_step and cache_position is None
     unmasked = attention_mask is None and documents is None and not combined
-    if window is not None and unmasked and (aligned or window == Window(-1, -1)):
+    if window is not None and unmasked and (aligned or window == WindowSize(-1, -1)):
         return pack_window(window, device)
 
     own = torch.arange(q_length, device=device) + q_offset
     rows = Rows(own, own[None], kv_offset + kv_length, None if attention_mask is None else attention_mask.bool())
-    interval = None
-    if not combined and kind not in _SCATTERED_BLOCKS:
-        if torch.compiler.is_compiling():
-            interval = traced_interval(mask_function, rows, batch_size, use_vmap, local_size)
-        else:
-            interval = interval_of(mask_function, rows, use_vmap)
+    if combined or kind in _SCATTERED_BLOCKS:
+        interval = None
+    elif torch.compiler.is_compiling():
+        interval = traced_interval(mask_function, rows, batch_size, use_vmap, local_size)
+    else:
+        interval = interval_of(mask_function, rows, use_vmap)
     if interval is None:
         return sdpa_mask(**stock_call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     start = torch.zeros_like(own)[None] if interval.start is None else interval.start
@@ -118,15 +118,26 @@ def key_ranges(
     elif interval.sound is not None:
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     start, end = (bound.expand(batch_size, -1) for bound in (start, end))
+    return pack(_ranges_of_tokens(start, end, attention_mask, interval.sound))
+
+
+def _ranges_of_tokens(
+    start: torch.Tensor, end: torch.Tensor, attention_mask: torch.Tensor | None, sound: torch.Tensor | None
+) -> KeyRanges:
+    """The keys from start to end - 1, (B, Sq) each, without those that attention_mask (B, Sk) hides.
+
+    sound: as in `Interval`.
+    """
     if attention_mask is None:
-        return pack(KeyRanges(start.int(), end.int()))
-    if interval.sound is None and (tokens := _range_of_tokens(attention_mask)) is not None:
+        return KeyRanges(start.int(), end.int())
+    if sound is None and (tokens := _range_of_tokens(attention_mask)) is not None:
         start, end = torch.maximum(start, tokens[0]), torch.minimum(end, tokens[1])
-        return pack(KeyRanges(start.int(), end.int()))
-    few = not isinstance(q_length, torch.SymInt) and q_length <= FEW_QUERIES  # torch.export allows no guard
-    if few and not torch.is_grad_enabled() and interval.sound is None:
-        return pack(KeyRanges(start.int(), end.int(), valid=attention_mask.int()))
-    return pack(without_hidden_keys(start, end, attention_mask, interval.sound))
+        return KeyRanges(start.int(), end.int())
+    Sq = start.shape[1]
+    few = not isinstance(Sq, torch.SymInt) and Sq <= FEW_QUERIES  # torch.export allows no guard
+    if few and not torch.is_grad_enabled() and sound is None:
+        return KeyRanges(start.int(), end.int(), valid=attention_mask.int())
+    return without_hidden_keys(start, end, attention_mask, sound)
 
 
 def _has_values(attention_mask: torch.Tensor) -> bool:

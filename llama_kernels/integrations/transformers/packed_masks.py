@@ -2,7 +2,7 @@
 
 What a packed mask is, its shape tells:
 
-    (right + 2, left + 2, 0, 0)       a `Window`
+    (right + 2, left + 2, 0, 0)       a `WindowSize`
     (B, fields, 1, max(Sq, Sk))       `KeyRanges`; _FORMATS says which fields
     (B, 1, 1, S)                      documents of tokens that are divided among processes
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from llama_kernels.integrations.transformers.intervals import Window
+from llama_kernels.integrations.transformers.intervals import WindowSize
 
 # --- ranges ----------------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def pack(ranges: KeyRanges) -> torch.Tensor:
     return torch.stack([padded(name) for name in fields], 1)[:, :, None]
 
 
-def pack_window(window: Window, device: torch.device | None) -> torch.Tensor:
+def pack_window(window: WindowSize, device: torch.device | None) -> torch.Tensor:
     """An int32 tensor without elements. Its sizes encode the window, so reading it needs no device memory."""
     return torch.empty(window.right + 2, window.left + 2, 0, 0, dtype=torch.int32, device=device)
 
@@ -109,10 +109,10 @@ def has_prefix(mask: torch.Tensor | None) -> bool:
     return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == len(_PREFIX) and mask.shape[2] == 1
 
 
-def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | Window:
+def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | WindowSize:
     """The argument of `pack` or `pack_window`, for the last Sq of its queries and the first Sk of its keys."""
     if mask.shape[2] == 0:
-        return Window(mask.shape[1] - 2, mask.shape[0] - 2)
+        return WindowSize(mask.shape[1] - 2, mask.shape[0] - 2)
     fields = mask[:, :, 0].unbind(1)
     given = dict(zip(_BY_NUMBER[len(fields)], fields, strict=True))
     return KeyRanges(
@@ -124,7 +124,7 @@ def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:
     """A packed mask as an ordinary one, (1 or B, 1, Sq, Sk) bool."""
     ranges = unpack(mask, Sq, Sk)
     keys = torch.arange(Sk, device=mask.device)
-    if isinstance(ranges, Window):
+    if isinstance(ranges, WindowSize):
         own = torch.arange(Sq, device=mask.device)[:, None] + (Sk - Sq)
         see = torch.ones(Sq, Sk, dtype=torch.bool, device=mask.device)
         if ranges.left >= 0:

@@ -38,8 +38,8 @@ def patch(
     The model's classes keep their own forwards. Inside them, `patch` replaces the attention function, RMSNorm modules
     and `apply_rotary_pos_emb`, each only where its code is known to compute the same. Everything else stays stock, and
     a warning names it. Parameters, state_dict, hooks, and the classes and configs of other models do not change. Call
-    `patch` before `fully_shard` and before `torch.compile`. Patching a patched model has no effect if all that is
-    requested was replaced before.
+    `patch` before `torch.compile`. With `fully_shard` either order works, but `unpatch` then needs `fully_shard` to
+    come first. Patching a patched model has no effect if all that is requested was replaced before.
 
     Args:
         model: a Transformers model with any head, multimodal or wrapped (by PEFT, for example), on any device,

@@ -75,11 +75,14 @@ def share_prompts(
         the logits of token t - 1.
 
     Raises:
-        ValueError: a prompt is empty or has no completion, or there is not one list of completions for each prompt.
+        ValueError: there is no prompt, a prompt is empty or has no completion, or there is not one list of completions
+            for each prompt.
     """
     op = "share_prompts"
-    if not len(prompts) or len(prompts) != len(completions):
-        wanted = f"{len(prompts)} lists, one for each prompt, at least 1"
+    if not len(prompts):
+        raise ValueError(message(op, "prompts", "empty", "at least one prompt"))
+    if len(prompts) != len(completions):
+        wanted = f"{len(prompts)} lists, one for each prompt"
         raise ValueError(message(op, "completions", f"{len(completions)} lists", wanted))
     for b, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         if not len(prompt):

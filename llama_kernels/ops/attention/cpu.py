@@ -97,7 +97,7 @@ def _packed_backward(call, results: Results):
 
 
 def _sequences(call) -> Iterator[tuple[slice, slice, AttentionCall]]:
-    """Of each sequence of a packed call: its queries, its keys, and the dense call of them."""
+    """For each sequence of a packed call: the places of its queries and of its keys, and the dense call of them."""
     of_q = spans(call.cu_seqlens_q, call.q.shape[0], call.longest_q)
     of_k = spans(call.cu_seqlens_k, call.k.shape[0], call.longest_k)
     for rows, keys in zip(of_q, of_k, strict=True):

@@ -88,7 +88,7 @@ def _float32_copy(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rows_of(x: torch.Tensor, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
-    """Of x (B, Hq, Sq, N) a copy of the chunk's rows, (B * Hkv, G * rows, N), in float32."""
+    """A float32 copy (B * Hkv, G * rows, N) of the chunk's rows of x (B, Hq, Sq, N)."""
     return _float32_copy(x.unflatten(1, _groups(call))[..., chunk.rows, :]).flatten(2, 3).flatten(0, 1)
 
 

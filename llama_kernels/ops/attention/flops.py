@@ -41,7 +41,7 @@ def _pairs(given: dict[str, Any]) -> int:
 
 
 def _lengths(cu_seqlens: torch.Tensor, longest: int) -> list[int]:
-    """Of each sequence; `longest` for all where cu_seqlens has no values. Reading them waits for a GPU."""
+    """The length of each sequence; `longest` for all where cu_seqlens has no values. Reading them waits for a GPU."""
     if cu_seqlens.is_meta or is_fake(cu_seqlens):
         return [longest] * (cu_seqlens.shape[0] - 1)
     return cu_seqlens.diff().clamp(0, longest).tolist()

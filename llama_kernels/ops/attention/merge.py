@@ -14,9 +14,8 @@ __all__ = ["merge_attention"]
 def merge_attention(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge the attention of the same queries over disjoint sets of keys into attention over all these keys.
 
-    lse = log(sum_i exp(lse_i)) and out = sum_i exp(lse_i - lse) out_i. Computed in float32 and rounded once, in plain
-    PyTorch, and differentiable in outs and lses. outs of
-    bfloat16 or float16 are rounded already; float32 inputs of `attention` give outs that are not.
+    lse = log(sum_i exp(lse_i)) and out = sum_i exp(lse_i - lse) out_i. This is plain PyTorch, computed in float32 and
+    rounded once. It is differentiable in outs and lses. outs of bfloat16 or float16 are rounded already.
 
     Args:
         outs: what `attention` returned for each set of keys: (B, H, S, D), or packed (T, H, D), in one dtype.

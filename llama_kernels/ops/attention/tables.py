@@ -32,8 +32,8 @@ class Tile:
     split: bool = False  # dk and dv, or the columns of dq, in several launches, since one program cannot hold them
     columns: int = 512  # of dq, in one of the launches of a split
     # The tiles in place of this one. `tile_for` says which calls take them.
-    with_options: Tile | None = None  # with options that take registers
-    with_prefix: Tile | None = None  # with kv_prefix, whose two loops more take registers
+    for_options: Tile | None = None  # options that take registers
+    for_prefix: Tile | None = None  # kv_prefix, whose two loops more take registers
     spare_registers: bool = False  # of dq: for a packed batch and for an inverse rotation, which otherwise are options
     # From Triton `since` on, whose code for this tile spills or waits. It may have a newer one too.
     newer: Tile | None = None
@@ -49,14 +49,14 @@ class Tile:
 
 # For the forward on sm_90, at width 256. From Triton 3.7 on, two stages of 32 keys spill 8 bytes or more with a prefix.
 # Under Triton 3.9, 64 keys spill 8 bytes.
-_WIDEST_FORWARD = Tile(128, 64, 8, 2, with_options=Tile(128, 32, 8, 2))
+_WIDEST_FORWARD = Tile(128, 64, 8, 2, for_options=Tile(128, 32, 8, 2))
 _WIDEST_FORWARD_3_7 = replace(
     _WIDEST_FORWARD,
-    with_prefix=Tile(128, 32, 8, 3),
+    for_prefix=Tile(128, 32, 8, 3),
     newer=replace(
         _WIDEST_FORWARD,
-        with_prefix=Tile(128, 16, 8, 3),
-        newer=Tile(128, 32, 8, 3, with_options=Tile(128, 32, 8, 2), with_prefix=Tile(128, 16, 8, 3)),
+        for_prefix=Tile(128, 16, 8, 3),
+        newer=Tile(128, 32, 8, 3, for_options=Tile(128, 32, 8, 2), for_prefix=Tile(128, 16, 8, 3)),
     ),
     since=(3, 8),
 )
@@ -65,14 +65,18 @@ _WIDEST_FORWARD_3_7 = replace(
 _FEW_ROWS = Tile(32, 128, 8, 2)
 
 # For dq on sm_90, at widths 128 and 256.
-_DQ = Tile(128, 64, 8, 3, spare_registers=True, with_options=Tile(128, 64, 8, 2))
+_DQ = Tile(128, 64, 8, 3, spare_registers=True, for_options=Tile(128, 64, 8, 2))
 # Under Triton 3.9 a prefix spills 8 bytes with 64 keys.
-_DQ_3_9 = replace(_DQ, with_prefix=Tile(128, 32, 8, 3))
-_WIDER_DQ = Tile(128, 32, 8, 2, with_options=Tile(128, 32, 8, 1))
-_WIDER_DQ_3_8 = replace(_WIDER_DQ, with_options=Tile(128, 16, 8, 2), with_prefix=Tile(32, 32, 4, 2), newer=_WIDER_DQ)
+_DQ_3_9 = replace(_DQ, for_prefix=Tile(128, 32, 8, 3))
+_WIDER_DQ = Tile(128, 32, 8, 2, for_options=Tile(128, 32, 8, 1))
+_WIDER_DQ_3_8 = replace(_WIDER_DQ, for_options=Tile(128, 16, 8, 2), for_prefix=Tile(32, 32, 4, 2), newer=_WIDER_DQ)
 
+# In the forward on sm_80, at width 64.
+_AMPERE_FORWARD_3_8 = Tile(128, 64, 8, 3, for_options=Tile(128, 64, 8, 2))
 # In dq on sm_80, at width 128, with options that take registers.
 _AMPERE_DQ = Tile(64, 64, 8, 2)
+# In dq on sm_100, at width 256, with options that take registers, and with them and an inverse rotation.
+_BLACKWELL_DQ = Tile(64, 32, 4, 1, for_options=Tile(64, 32, 8, 1))
 
 # bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
@@ -80,15 +84,15 @@ _HALF = {
     # The tiles of Hopper are the fastest of 5 to 12 that an H100 timed in each pass (docs/lab/2026-11-27-first_gpu.md),
     # but for dk and dv at width 256, where 64 x 128 with one stage was 5% faster.
     ("sm_90", "forward"): (
-        Tile(128, 64, 4, 3, with_options=Tile(128, 64, 8, 2)),
-        Tile(128, 64, 8, 3, with_options=Tile(128, 64, 8, 2)),
+        Tile(128, 64, 4, 3, for_options=Tile(128, 64, 8, 2)),
+        Tile(128, 64, 8, 3, for_options=Tile(128, 64, 8, 2)),
         replace(_WIDEST_FORWARD, newer=_WIDEST_FORWARD_3_7, since=(3, 7)),
     ),
     # Under Triton 3.9 the addresses of a second stage spill 40 bytes with all options on. Triton 3.8 alone spills 56 to
     # 168 bytes with options that take registers, at widths 128 and 256.
     ("sm_90", "dq"): (
-        Tile(64, 64, 4, 3, spare_registers=True, with_options=Tile(128, 64, 8, 2)),
-        replace(_DQ, newer=replace(_DQ, with_options=Tile(128, 64, 8, 1), newer=_DQ_3_9), since=(3, 8)),
+        Tile(64, 64, 4, 3, spare_registers=True, for_options=Tile(128, 64, 8, 2)),
+        replace(_DQ, newer=replace(_DQ, for_options=Tile(128, 64, 8, 1), newer=_DQ_3_9), since=(3, 8)),
         Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8, since=(3, 8)),
     ),
     # dk and dv are the larger accumulators. At width 128 a program keeps 128 keys and streams the rows in blocks of 64:
@@ -96,7 +100,7 @@ _HALF = {
     # 104 bytes.
     ("sm_90", "dkdv"): (
         Tile(64, 64, 4, 3),
-        Tile(64, 128, 8, 3, with_options=_FEW_ROWS),
+        Tile(64, 128, 8, 3, for_options=_FEW_ROWS),
         Tile(32, 128, 8, 2, split=True),
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
@@ -104,54 +108,39 @@ _HALF = {
     # In the forward three stages hide the copies, and four warps at width 64 leave room for a second program on an SM.
     # Four warps spill from Triton 3.8 on, and at width 128 three stages of 64 keys under 3.9.
     ("sm_80", "forward"): (
-        Tile(
-            128,
-            64,
-            4,
-            3,
-            with_options=Tile(128, 64, 8, 2),
-            newer=Tile(128, 64, 8, 3, with_options=Tile(128, 64, 8, 2)),
-            since=(3, 8),
-        ),
-        Tile(128, 64, 8, 3, with_options=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
+        Tile(128, 64, 4, 3, for_options=Tile(128, 64, 8, 2), newer=_AMPERE_FORWARD_3_8, since=(3, 8)),
+        Tile(128, 64, 8, 3, for_options=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
         Tile(32, 32, 4, 3),
     ),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 2),
-        Tile(64, 128, 8, 2, with_prefix=_AMPERE_DQ, newer=Tile(64, 128, 8, 2, with_options=_AMPERE_DQ)),
-        Tile(64, 64, 8, 2, with_options=Tile(64, 64, 8, 1)),
+        Tile(64, 128, 8, 2, for_prefix=_AMPERE_DQ, newer=Tile(64, 128, 8, 2, for_options=_AMPERE_DQ)),
+        Tile(64, 64, 8, 2, for_options=Tile(64, 64, 8, 1)),
     ),
     # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
     ("sm_80", "dkdv"): (
         Tile(32, 128, 8, 3),
         Tile(64, 64, 8, 3),
-        Tile(32, 64, 4, 2, split=True, with_options=Tile(32, 64, 4, 1, split=True)),
+        Tile(32, 64, 4, 2, split=True, for_options=Tile(32, 64, 4, 1, split=True)),
     ),
     # Consumer GPUs: as Ampere, with 99 KiB of shared memory for each thread block.
     ("sm_86", "forward"): (
         Tile(128, 64, 8, 1),
         Tile(64, 32, 4, 3),
-        Tile(32, 32, 4, 3, newer=Tile(32, 32, 4, 3, with_options=Tile(32, 32, 4, 2))),
+        Tile(32, 32, 4, 3, newer=Tile(32, 32, 4, 3, for_options=Tile(32, 32, 4, 2))),
     ),
     ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 1, split=True)),
     # Blackwell: one stage or four, since with two or three tl.dot has a race in Triton 3.6 and 3.7 (triton#10590).
     ("sm_100", "forward"): (
-        Tile(128, 64, 8, 4, with_options=Tile(128, 128, 8, 1)),
+        Tile(128, 64, 8, 4, for_options=Tile(128, 128, 8, 1)),
         Tile(128, 64, 8, 4),
-        Tile(128, 32, 8, 4, with_options=Tile(128, 32, 8, 1)),
+        Tile(128, 32, 8, 4, for_options=Tile(128, 32, 8, 1)),
     ),
     ("sm_100", "dq"): (
-        Tile(64, 64, 4, 4, with_options=Tile(128, 64, 8, 4)),
+        Tile(64, 64, 4, 4, for_options=Tile(128, 64, 8, 4)),
         Tile(128, 64, 8, 4),
-        Tile(
-            64,
-            64,
-            4,
-            1,
-            with_options=Tile(64, 32, 4, 1, with_options=Tile(64, 32, 8, 1)),
-            newer=Tile(64, 64, 8, 1, with_options=Tile(64, 32, 8, 1)),
-        ),
+        Tile(64, 64, 4, 1, for_options=_BLACKWELL_DQ, newer=Tile(64, 64, 8, 1, for_options=Tile(64, 32, 8, 1))),
     ),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
     # CDNA3 has 64 KiB of shared memory for each thread block and 512 registers for each thread.
@@ -159,7 +148,7 @@ _HALF = {
     ("gfx942", "dq"): (
         Tile(64, 64, 4, 1),
         Tile(64, 64, 4, 1),
-        Tile(64, 64, 4, 1, with_options=Tile(64, 32, 4, 1), newer=Tile(64, 32, 4, 1, with_options=Tile(32, 32, 4, 1))),
+        Tile(64, 64, 4, 1, for_options=Tile(64, 32, 4, 1), newer=Tile(64, 32, 4, 1, for_options=Tile(32, 32, 4, 1))),
     ),
     ("gfx942", "dkdv"): (
         Tile(32, 128, 8, 1),
@@ -183,25 +172,25 @@ _HALF = {
 _FLOAT32 = {
     ("sm_90", "forward"): (
         Tile(32, 32, 8, 1),
-        Tile(64, 64, 16, 1, with_prefix=Tile(64, 16, 16, 1)),
+        Tile(64, 64, 16, 1, for_prefix=Tile(64, 16, 16, 1)),
         Tile(16, 32, 8, 1),
     ),
     ("sm_90", "dq"): (
         Tile(64, 32, 8, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 64, 16, 1, with_prefix=Tile(64, 32, 16, 1)), since=(3, 8)),
+        Tile(64, 64, 16, 1, newer=Tile(64, 64, 16, 1, for_prefix=Tile(64, 32, 16, 1)), since=(3, 8)),
         Tile(16, 32, 8, 1),
     ),
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (
         Tile(32, 32, 4, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1, with_options=Tile(32, 64, 16, 1))),
+        Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1, for_options=Tile(32, 64, 16, 1))),
         Tile(64, 16, 8, 1),
     ),
     ("sm_80", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1)), Tile(64, 16, 8, 1)),
     ("sm_80", "dkdv"): (Tile(64, 32, 16, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
     ("sm_86", "forward"): (
         Tile(32, 64, 8, 1),
-        Tile(64, 64, 16, 1, with_prefix=Tile(16, 32, 8, 1)),
+        Tile(64, 64, 16, 1, for_prefix=Tile(16, 32, 8, 1)),
         Tile(16, 32, 8, 1),
     ),
     ("sm_86", "dq"): (Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
@@ -243,12 +232,12 @@ _WIDE_HALF = {
     # From Triton 3.7 on, 32 keys of 576 columns spill 16 bytes with all options and a prefix.
     ("sm_90", "forward"): (
         Tile(32, 64, 8, 1),
-        Tile(32, 32, 8, 1, newer=Tile(32, 32, 8, 1, with_prefix=Tile(32, 16, 8, 1)), since=(3, 7)),
+        Tile(32, 32, 8, 1, newer=Tile(32, 32, 8, 1, for_prefix=Tile(32, 16, 8, 1)), since=(3, 7)),
     ),
     ("sm_90", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
     # Triton 3.8 alone waits for each product where options take registers.
     ("sm_90", "dkdv"): (
-        replace(_WIDE_DKDV, newer=replace(_WIDE_DKDV, with_options=_FEWER_KEYS, newer=_WIDE_DKDV), since=(3, 8)),
+        replace(_WIDE_DKDV, newer=replace(_WIDE_DKDV, for_options=_FEWER_KEYS, newer=_WIDE_DKDV), since=(3, 8)),
         Tile(16, 16, 8, 1, split=True),
     ),
     ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
@@ -256,7 +245,7 @@ _WIDE_HALF = {
     # With all options at once dq of 512 columns spills 8 bytes on sm_80.
     ("sm_80", "dq"): (
         Tile(32, 32, 8, 1),
-        Tile(16, 16, 8, 1, split=True, with_options=Tile(32, 16, 8, 1, split=True, columns=256)),
+        Tile(16, 16, 8, 1, split=True, for_options=Tile(32, 16, 8, 1, split=True, columns=256)),
     ),
     ("sm_80", "dkdv"): (Tile(32, 32, 8, 1, split=True), Tile(16, 16, 8, 1, split=True)),
     ("sm_80", "decode"): (Tile(32, 16, 8, 2), Tile(32, 32, 8, 1)),
@@ -336,9 +325,9 @@ def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
         dkdv      a softcap, kv_end or kv_prefix
         decode    none
 
-    Then `with_prefix` takes its place in the forward and in dq where the call has a kv_prefix, and `with_options`
+    Then `for_prefix` takes its place in the forward and in dq where the call has a kv_prefix, and `for_options`
     otherwise, if there is one. In dq an inverse rotation takes more than other options, so the tile found may have
-    `with_options` of its own for it.
+    `for_options` of its own for it.
     """
     found = tile(arch_of(call.q.device), pass_, max(call.q.shape[-1], call.v.shape[-1]), call.q.dtype)
     if pass_ == "decode":
@@ -346,11 +335,11 @@ def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
     prefix = call.kv_prefix is not None
     if pass_ == "dkdv":
         crowded = prefix or call.kv_end is not None or call.softcap is not None
-        return found.with_options if crowded and found.with_options else found
+        return found.for_options if crowded and found.for_options else found
     crowded = call.with_options
     if pass_ == "dq" and not found.spare_registers:
         crowded = crowded or call.packed or rotated
-    instead = found.with_prefix if prefix and found.with_prefix else found.with_options
+    instead = found.for_prefix if prefix and found.for_prefix else found.for_options
     if not crowded or instead is None:
         return found
-    return instead.with_options if rotated and instead.with_options else instead
+    return instead.for_options if rotated and instead.for_options else instead

@@ -1,4 +1,4 @@
-"""Makes llama_kernels run on the machine: makes its operators launch their kernels on CPU tensors.
+"""Makes llama_kernels run in the PTX simulator: its registered ops launch their kernels on CPU tensors.
 
 As a pytest plugin it does so for the whole run, where --compiled names a target.
 """
@@ -45,7 +45,7 @@ def _launcher(name: str, called: Callable[[str], None]) -> Callable[..., Any]:
 def kernels_on_cpu(target: str, hopper: bool = False) -> Iterator[set[str]]:
     """Launch kernels, with the tiles of `target`, for CPU tensors. Gives the names of the operators that were called.
 
-    hopper: attention takes the Gluon kernels where it can; an error of theirs is not stepped over.
+    hopper: attention takes the Hopper kernels where it can; an error of theirs is not stepped over.
     """
     called: set[str] = set()
     library = torch.library.Library("llama_kernels", "IMPL")

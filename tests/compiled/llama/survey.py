@@ -64,7 +64,7 @@ def launches(target: str, hopper: bool, D: int) -> list:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compiled.llama.survey", description=__doc__.split("\n\n")[0])
     parser.add_argument("target", choices=("sm_80", "sm_90"))
-    parser.add_argument("--hopper", action="store_true", help="the Gluon kernels, on sm_90")
+    parser.add_argument("--hopper", action="store_true", help="the Hopper kernels, on sm_90")
     parser.add_argument("--width", type=int, default=64, help="of a head")
     parser.add_argument("--kernels", nargs="*", help="only kernels whose name holds one of these")
     parser.add_argument("--seeds", type=int, default=0, help="schedules drawn by chance, beside the first")

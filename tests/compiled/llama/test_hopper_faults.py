@@ -1,4 +1,4 @@
-"""Faults planted in the source of the Hopper kernels, compiled, must show on the machine of tests/compiled.
+"""Faults planted in the source of the Hopper kernels, compiled, must show in the PTX simulator.
 
 What can go wrong in such a kernel and nowhere else is its schedule: a wrong phase, a wait left out, a slot overwritten
 while tensor cores still read it.

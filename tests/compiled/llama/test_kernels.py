@@ -6,6 +6,7 @@ One table of calls; each runs forward and backward, for sm_80 and sm_90, and is 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import re
@@ -29,7 +30,7 @@ DTYPES = {HALF: "bf16", FP16: "fp16", SINGLE: "fp32"}
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """check: the check of the op's own tests, of a dtype. hopper: with the Gluon kernels, on sm_90."""
+    """check: the check of the op's own tests, of a dtype. hopper: with the Hopper kernels, on sm_90."""
 
     name: str
     check: Callable[[torch.dtype], None]
@@ -393,3 +394,28 @@ def test_kernels_execute_what_is_recorded(target):
         pytest.skip(f"no counts are recorded for Triton {triton.__version__}; each compiler has its own")
     found = compiled_counts.differences(compiled_counts.measure(target), record[triton.__version__][target])
     assert not found, "If it is meant, record it: python -m tests.compiled.llama.counts\n" + "\n".join(found)
+
+
+# The ops of docs/reliability.md, by the beginnings of the names of their calls. All other calls are of attention.
+OPS = (
+    *("rms_norm", "rope_qkv", "rope_into_cache", "rope_attention"),
+    *("rope", "qk_norm_rope", "decode_attention", "hopper"),
+)
+NAMES = {"": "attention", "hopper": "Hopper attention"}
+
+
+@pytest.mark.once
+def test_the_page_says_how_many_calls_there_are():
+    page = (Path(__file__).parents[3] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    counted = collections.defaultdict(lambda: [0] * len(DTYPES))
+    for call in CALLS:
+        op = next((op for op in OPS if call.name.startswith(op)), "")
+        for column, dtype in enumerate(DTYPES):
+            counted[NAMES.get(op, op)][column] += dtype in call.dtypes
+    for op, numbers in counted.items():
+        cells = (f"{n}" if op == "Hopper attention" else f"{n} + {n}" for n in numbers)
+        row = "| " + " | ".join([op, *(cell if cell.strip("0 +") else "" for cell in cells)]) + " |"
+        assert row in page, f"docs/reliability.md has no row {row}"
+    fast = sum(param.marks == () for param in _parameters())
+    assert f"| {fast} calls; of the Hopper kernels" in page, f"`make test` has {fast} calls"
+    assert f"| {len(_parameters())} calls; of the Hopper kernels" in page, f"there are {len(_parameters())} calls"

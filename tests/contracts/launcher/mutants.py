@@ -84,7 +84,8 @@ def check_found(mutant: Mutant) -> None:
     comparing = Comparisons(cache=module_with(mutant))
     comparing.install()
     try:
-        with warnings.catch_warnings(), pytest.raises(Exception) as found:  # a launch that differs, or Triton's error
+        # A launch that differs, or what Triton's launcher or the driver refuses.
+        with warnings.catch_warnings(), pytest.raises((AssertionError, TypeError, RuntimeError)) as found:
             warnings.simplefilter("error", UserWarning)  # that a kernel failed and another one was taken
             mutant.found_by(comparing)
             comparing.check()
