@@ -38,7 +38,8 @@ class RMSNorm(nn.Module):
 class ApplyRotaryPosEmb(nn.Module):
     """For Transformers' function "rotary_pos_emb", as Llama's: it rotates q and k by pairs of elements D/2 apart.
 
-    Not for openai_privacy_filter, whose function of this name rotates pairs of neighbours. The arguments do not tell.
+    Not for openai_privacy_filter, whose function of this name rotates pairs of neighbours, nor before Transformers 5.24
+    for nanochat, whose function rotates by negative angles. The arguments do not tell.
     """
 
     can_torch_compile = True
