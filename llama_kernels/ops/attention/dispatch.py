@@ -107,13 +107,12 @@ def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: s
     if D != DV:
         return f"v is {DV} wide, q and k are {D}"
     if pass_ in switch.failures:
-        return f"the Gluon kernel failed here: {switch.failures[pass_]}"
+        return f"the Hopper kernel failed here: {switch.failures[pass_]}"
     if not tile.measured and not switch.hopper_attention.enabled:
-        if tile.record is None:
-            return "no GPU showed the Gluon kernel to be faster; llama_kernels.hopper_attention() switches it on"
-        measured = ".".join(map(str, tile.record.triton))
-        switch_on = "llama_kernels.hopper_attention() switches it on"
-        return f"the Gluon kernel was measured with Triton {measured} alone; {switch_on}"
+        why = tile.why_off
+        if tile.record is not None:
+            why = f"it was measured with Triton {'.'.join(map(str, tile.record.triton))} alone"
+        return f"the Hopper kernel is off, since {why}; llama_kernels.hopper_attention() switches it on"
     if any(bound is not None for bound in (call.kv_start, call.kv_end, call.kv_prefix)):
         return "kv_start, kv_end or kv_prefix is given"
     if pass_ == "backward" and call.softcap is not None and tile.width == 128:

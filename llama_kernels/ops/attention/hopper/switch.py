@@ -14,7 +14,7 @@ from llama_kernels.ops.attention.hopper.tables import TILES
 
 
 class hopper_attention:
-    """Let attention on Hopper GPUs use all Gluon kernels, also those that are not on by default.
+    """Let attention on Hopper GPUs use all Hopper kernels, also those that are not on by default.
 
     Called as a function it holds from then on; as a context manager, inside the `with` block::
 

@@ -24,6 +24,7 @@ class HopperTile:
     BLOCK_N: int  # keys: of a step in the forward, of a program in the backward
     STAGES: int  # tiles in flight of each of the two tensors that are streamed; a power of two
     record: Record | None = None
+    why_off: str = ""  # by default, of a kernel without a record
 
     @property
     def measured(self) -> bool:
@@ -34,15 +35,15 @@ class HopperTile:
         return f"{self.BLOCK_M} x {self.BLOCK_N}, {self.STAGES} stages"
 
 
+_NOT_REPEATED = "its dq does not repeat bit for bit"
 _H100 = "H100, Triton 3.6.0: {} TFLOP/s causal at 8,192 tokens, the portable kernel {}, cuDNN {}"
 
 # Heads up to 64, 128 and, in the forward, 256 wide.
 TILES = {
     # Two groups of 64 rows. A step takes as many keys as there are registers for their scores beside the output: 128,
     # or 64 where the output takes 128 registers. Shared memory limits the stages.
-    # At width 64 the portable kernel is as fast.
     "forward": (
-        HopperTile(64, 128, 128, 4),
+        HopperTile(64, 128, 128, 4, why_off="the portable kernel is as fast at this width on an H100"),
         HopperTile(128, 128, 128, 2, Record(_H100.format(585, 480, 583), (3, 6))),
         HopperTile(256, 128, 64, 2, Record(_H100.format(669, 510, 632), (3, 6))),
     ),
@@ -50,7 +51,7 @@ TILES = {
     # spill. At width 256, dk and dv alone would take all registers. On an H100 they are 14 to 26% faster than the
     # portable backward, but only the gradients of that repeat bit for bit, so that is the default
     # (docs/lab/2026-11-27-second_gpu.md).
-    "backward": (HopperTile(64, 64, 128, 2), HopperTile(128, 64, 128, 2)),
+    "backward": (HopperTile(64, 64, 128, 2, why_off=_NOT_REPEATED), HopperTile(128, 64, 128, 2, why_off=_NOT_REPEATED)),
 }
 
 
