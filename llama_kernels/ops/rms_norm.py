@@ -136,12 +136,18 @@ def _load(row_ptrs, cols, mask):
 
 
 @triton.jit
+def _load_columns(ptr, cols, N: tl.constexpr):
+    """The columns `cols` of a vector of N elements, as float32 [1, BLOCK_N]; 0 past its end."""
+    return tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _load_scale(weight_ptr, cols, offset, N: tl.constexpr):
     """offset + weight as [1, BLOCK_N]; 1 where there is no weight."""
     if weight_ptr is None:
         scale = tl.full([1, 1], 1.0, tl.float32)
     else:
-        scale = offset + tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        scale = offset + _load_columns(weight_ptr, cols, N)
     return scale
 
 
@@ -338,7 +344,7 @@ def _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset
         ty = rstd * (tx - xhat * mean)
     ty *= _load_scale(weight_ptr, cols, offset, N)
     if tweight_ptr is not None:
-        ty += xhat * _load_scale(tweight_ptr, cols, 0.0, N)
+        ty += xhat * _load_columns(tweight_ptr, cols, N)
     return ty
 
 
@@ -346,13 +352,14 @@ def _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset
 def _rms_norm_tangent_kernel(
     tx_ptr, x_ptr, weight_ptr, tweight_ptr, rstd_ptr, ty_ptr,
     tx_strides, x_strides, rstd_strides, ty_strides, row_sizes,
-    M, eps, offset,
+    M, columns, eps, offset,
     N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """ty = rstd * (tx - xhat * mean(tx * xhat)) * (offset + weight) + xhat * tweight, where xhat = x * rstd.
 
     ty is the tangent of y, where x has the tangent tx and the weight has the tangent tweight.
     A program computes BLOCK_R rows, in float32. tx, x, ty: (M, N); weight, tweight: (N,) or None; rstd: (M,) float32.
+    `columns` is N, as in `_rms_norm_backward_kernel`.
     Bytes: tx and x in, ty out, once each. Of rows longer than BLOCK_N all but the last step of tx and x is read twice.
     FLOPs: 8 M N.
     """
@@ -367,7 +374,7 @@ def _rms_norm_tangent_kernel(
     tx = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     xhat = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     mean = tl.zeros([BLOCK_R], tl.float32)
-    for n in range(0, N, BLOCK_N):
+    for n in range(0, N if N <= BLOCK_N else columns, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
         tx = _load(tx_rows, cols, mask)  # [BLOCK_R, BLOCK_N]
@@ -380,7 +387,7 @@ def _rms_norm_tangent_kernel(
     ty = _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset, N)
     tl.store(ty_rows[:, None] + cols[None, :], cast(ty, dtype), mask=live[:, None] & (cols < N)[None, :])
     # The last step is in registers; of the others, the later ones are likelier to be in L2.
-    for step in range(1, tl.cdiv(N, BLOCK_N)):
+    for step in range(1, 1 if N <= BLOCK_N else tl.cdiv(columns, BLOCK_N)):
         cols = last - step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
         tx = _load(tx_rows, cols, mask)
@@ -522,7 +529,7 @@ def _launch_tangent(call: _Tangent, ty: torch.Tensor) -> list[Launch]:
     x_strides, tx_strides, rstd_strides, ty_strides = rows.strides
     args = (
         tx, x, call.weight, call.tweight, rstd, out, tx_strides, x_strides, rstd_strides, ty_strides, rows.sizes,
-        rows.count, call.eps, call.offset,
+        rows.count, N, call.eps, call.offset,
     )  # fmt: skip
     return [Launch(_rms_norm_tangent_kernel, (cdiv(rows.count, tile.BLOCK_R),), args, tile.options(N, x.device))]
 
