@@ -6,7 +6,8 @@ Triton's cuobjdump and nvdisasm then read the machine code.
 
 Exits with 1 if any of these is found:
 
-- a spill (in the kernel of dk and dv, of more than 64 bytes);
+- a spill (in the kernel of dk and dv, of more than 64 bytes; in a Hopper kernel that is off by default, since its
+  record was made with another release of Triton, of more than 8 bytes or in a loop);
 - more shared memory than a thread block of the target can have;
 - attention without tensor-core instructions, with a serialised tensor-core pipeline, or with a fault in its loops that
   sass.py or hopper.py names;

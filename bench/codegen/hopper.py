@@ -23,12 +23,13 @@ from llama_kernels import hopper_attention
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import dispatch
 from llama_kernels.ops.attention.call import AttentionCall, Wanted
-from llama_kernels.ops.attention.hopper.tables import TILES
+from llama_kernels.ops.attention.hopper.tables import TILES, HopperTile
 
 SHOWN = (
     *("HGMMA", "MUFU.EX2", "FFMA", "FMUL", "FADD", "FMNMX", "F2FP"),
     *("PRMT", "ISETP", "FSEL", "BAR.SYNC", "LDL", "STL"),
 )
+SPILL_WHERE_OFF = 8  # bytes: two registers, of the 240 of a thread
 
 
 # --- what is compiled ------------------------------------------------------------------------------------------------
@@ -116,8 +117,7 @@ def faults(kernel: str, label: str, compiled: Any) -> list[str]:
     for what, needed in (("cp.async.bulk.tensor", "the copy engine"), ("setmaxnreg", "registers moved to consumers")):
         if what not in ptx:
             wrong.append(f"without {needed}")
-    pass_, D = re.match(r"hopper_(\w+)_kernel", kernel)[1], int(re.search(r"D=(\d+)", label)[1])
-    tile = next(tile for tile in TILES[pass_] if tile.width >= D)
+    pass_, tile = _tile(kernel, label)
     # The forward has two products of 64 rows and BLOCK_N keys, the backward five of 64 keys and BLOCK_M rows.
     products, across = (2, tile.BLOCK_N) if pass_ == "forward" else (5, tile.BLOCK_M)
     wanted = products * 2 * 64 * across * tile.width // 4096
@@ -129,4 +129,22 @@ def faults(kernel: str, label: str, compiled: Any) -> list[str]:
     plain = min(found, key=lambda loop: loop.instructions, default=None)
     if plain and "softcap" not in label and plain.mix.get("FSEL", 0):
         wrong.append("a select in the unmasked loop")
+    if any(loop.mix.get(op, 0) for loop in found for op in ("LDL", "STL")):
+        wrong.append(sass.LOCAL_MEMORY)
     return wrong
+
+
+def spill_limit(kernel: str, label: str) -> int:
+    """Bytes that a Hopper kernel may spill outside of its loops.
+
+    A kernel whose record was made with another release of Triton than the installed one is off by default: dispatch
+    chooses it only within `hopper_attention()`. It may spill SPILL_WHERE_OFF bytes. Any other may not spill.
+    """
+    _, tile = _tile(kernel, label)
+    return SPILL_WHERE_OFF if tile.record is not None and not tile.measured else 0
+
+
+def _tile(kernel: str, label: str) -> tuple[str, HopperTile]:
+    """The pass of a kernel, and its tile in the case with this label."""
+    pass_, D = re.match(r"hopper_(\w+)_kernel", kernel)[1], int(re.search(r"D=(\d+)", label)[1])
+    return pass_, next(tile for tile in TILES[pass_] if tile.width >= D)

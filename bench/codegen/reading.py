@@ -46,7 +46,7 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
         report.faults.append(f"{report.shared_bytes} bytes of shared memory, over {device.SHARED_KIB[name]} KiB")
     if case.ones:
         return report
-    if report.spill_bytes > _SPILL_LIMITS.get(kernel, 0) * (TARGETS[name].backend == "cuda"):
+    if report.spill_bytes > _spill_limit(name, kernel, case.label):
         report.faults.append(f"spills {report.spill_bytes} bytes")
     if case.op in ("attention", "decode", "hopper") and not re.search("delta|combine|round|tile_list", kernel):
         if "float32" not in case.label and not report.tensor_core:
@@ -65,6 +65,13 @@ def read(name: str, case: Case, kernel: str, compiled: Any) -> Report:
             report.faults.append("no 128-bit global access")
         report.faults += traffic.faults(report.moves, name)
     return report
+
+
+def _spill_limit(name: str, kernel: str, label: str) -> int:
+    """Bytes that a kernel may spill on target `name`."""
+    if kernel.startswith("hopper"):
+        return hopper.spill_limit(kernel, label)
+    return _SPILL_LIMITS.get(kernel, 0) if TARGETS[name].backend == "cuda" else 0
 
 
 # Both fill in the report, and return whether the tensor-core pipeline is serialised.

@@ -34,6 +34,7 @@ class Processor:
 
 
 COMPUTED_TWICE = "products computed more than once"  # a fault
+LOCAL_MEMORY = "local memory in a loop"
 PROCESSORS = {
     "sm_80": Processor(2048, 64, 164 * 1024),
     "sm_86": Processor(512, 128, 100 * 1024, warps=48),
@@ -244,7 +245,7 @@ def faults(found: list[Loop], target: str, kernel: str, plain: bool) -> list[str
     if not plain:
         return said
     if any(loop.mix["local"] for loop in found):
-        said.append("local memory in a loop")
+        said.append(LOCAL_MEMORY)
     inner = min(found, key=lambda loop: loop.instructions)  # the loop without a mask
     if kernel != "dkdv_kernel" and inner.mix["select"]:
         said.append("a select in the unmasked loop")

@@ -30,7 +30,7 @@ from llama_kernels import reference
 from llama_kernels.core.autograd import Differentiable, needs_grad, save
 from llama_kernels.core.checks import check_eps, check_offset, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of, shared_bytes_of
-from llama_kernels.core.language import TRITON_VERSION, cast, inverse_root, tl, triton
+from llama_kernels.core.language import INTERPRETED, TRITON_VERSION, cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
@@ -116,6 +116,7 @@ _ROW_TILES = {
 _WEIGHT_STAYS: tl.constexpr = tl.constexpr(8192)
 # From Triton 3.8 on, the code for the backward of longer rows needs a few more registers than the 64 of a thread.
 _TIGHT: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 8))
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -137,12 +138,18 @@ def _load(row_ptrs, cols, mask):
 
 
 @triton.jit
+def _load_columns(ptr, cols, N: tl.constexpr):
+    """The columns `cols` of a vector of N elements, as float32 [1, BLOCK_N]; 0 past its end."""
+    return tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _load_scale(weight_ptr, cols, offset, N: tl.constexpr):
     """offset + weight as [1, BLOCK_N]; 1 where there is no weight."""
     if weight_ptr is None:
         scale = tl.full([1, 1], 1.0, tl.float32)
     else:
-        scale = offset + tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        scale = offset + _load_columns(weight_ptr, cols, N)
     return scale
 
 
@@ -217,6 +224,22 @@ def _rms_norm_forward_kernel(
 
 
 @triton.jit
+def _converted_again(x, dtype: tl.constexpr, start):
+    """x, float32 values of a `dtype` of two bytes, after which registers hold it in that dtype, two elements each.
+
+    On Blackwell the compiler otherwise holds it in float32. It cannot know that what is or'ed to x is 0, since start,
+    the number of a row, may be negative for all that it knows.
+    """
+    if not _INTERPRETED and tl.target_info.cuda_capability_geq(10, 0):
+        bits, zero = cast(x, dtype).to(tl.int16, bitcast=True), tl.minimum(start, 0).to(tl.int16)
+        bits = tl.inline_asm_elementwise(
+            "or.b32 $0, $1, $2;", "=r,r,r", [bits, zero], dtype=tl.int16, is_pure=True, pack=2
+        )
+        x = bits.to(dtype, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _store_dx(
     dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, n, N: tl.constexpr, BLOCK_N: tl.constexpr,
     TIGHT: tl.constexpr = False,
@@ -227,7 +250,7 @@ def _store_dx(
     if N == 1:
         dx = g * rstd * (eps * rstd * rstd)  # eps rstd^2 = 1 - xhat^2, which rounding would lose below
     elif TIGHT:
-        dx = g - xhat * rstd * (rstd * mean)
+        dx = tl.fma(xhat * rstd, -rstd * mean, g)  # of g, a product, the compiler would hold the two factors
     else:
         dx = rstd * (g - xhat * mean)
     if ds_rows is not None:
@@ -264,7 +287,7 @@ def _rms_norm_backward_kernel(
     last = (N - 1) // BLOCK_N * BLOCK_N
     for start in tl.range(tl.program_id(0) * BLOCK_R, M, tl.num_programs(0) * BLOCK_R, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_R)
-        live = rows < M
+        live = (rows < M) | TIGHT  # if TIGHT, a program has one row
         dy_rows = dy_ptr + _row_starts(rows, row_sizes, dy_strides)
         x_rows = x_ptr + _row_starts(rows, row_sizes, x_strides)
         dx_rows = dx_ptr + _row_starts(rows, row_sizes, dx_strides)
@@ -293,6 +316,8 @@ def _rms_norm_backward_kernel(
             mean += tl.sum(g * xhat, 1)
         mean = mean[:, None] / N
 
+        if TIGHT:
+            xhat = _converted_again(xhat, x_ptr.dtype.element_ty, start)
         _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, last, N, BLOCK_N, TIGHT)
         # The last step is in registers; of the others, the later ones are likelier to be in L2.
         for step in range(1, 1 if N <= BLOCK_N else tl.cdiv(columns, BLOCK_N)):
@@ -339,7 +364,7 @@ def _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset
         ty = rstd * (tx - xhat * mean)
     ty *= _load_scale(weight_ptr, cols, offset, N)
     if tweight_ptr is not None:
-        ty += xhat * _load_scale(tweight_ptr, cols, 0.0, N)
+        ty += xhat * _load_columns(tweight_ptr, cols, N)
     return ty
 
 
@@ -347,13 +372,14 @@ def _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset
 def _rms_norm_tangent_kernel(
     tx_ptr, x_ptr, weight_ptr, tweight_ptr, rstd_ptr, ty_ptr,
     tx_strides, x_strides, rstd_strides, ty_strides, row_sizes,
-    M, eps, offset,
+    M, columns, eps, offset,
     N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """ty = rstd * (tx - xhat * mean(tx * xhat)) * (offset + weight) + xhat * tweight, where xhat = x * rstd.
 
     ty is the tangent of y, where x has the tangent tx and the weight has the tangent tweight.
     A program computes BLOCK_R rows, in float32. tx, x, ty: (M, N); weight, tweight: (N,) or None; rstd: (M,) float32.
+    `columns` is N, as in `_rms_norm_backward_kernel`.
     Bytes: tx and x in, ty out, once each. Of rows longer than BLOCK_N all but the last step of tx and x is read twice.
     FLOPs: 8 M N.
     """
@@ -368,7 +394,7 @@ def _rms_norm_tangent_kernel(
     tx = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     xhat = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     mean = tl.zeros([BLOCK_R], tl.float32)
-    for n in range(0, N, BLOCK_N):
+    for n in range(0, N if N <= BLOCK_N else columns, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
         tx = _load(tx_rows, cols, mask)  # [BLOCK_R, BLOCK_N]
@@ -381,7 +407,7 @@ def _rms_norm_tangent_kernel(
     ty = _tangent_of(tx, xhat, rstd, mean, weight_ptr, tweight_ptr, cols, eps, offset, N)
     tl.store(ty_rows[:, None] + cols[None, :], cast(ty, dtype), mask=live[:, None] & (cols < N)[None, :])
     # The last step is in registers; of the others, the later ones are likelier to be in L2.
-    for step in range(1, tl.cdiv(N, BLOCK_N)):
+    for step in range(1, 1 if N <= BLOCK_N else tl.cdiv(columns, BLOCK_N)):
         cols = last - step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
         tx = _load(tx_rows, cols, mask)
@@ -523,7 +549,7 @@ def _launch_tangent(call: _Tangent, ty: torch.Tensor) -> list[Launch]:
     x_strides, tx_strides, rstd_strides, ty_strides = rows.strides
     args = (
         tx, x, call.weight, call.tweight, rstd, out, tx_strides, x_strides, rstd_strides, ty_strides, rows.sizes,
-        rows.count, call.eps, call.offset,
+        rows.count, N, call.eps, call.offset,
     )  # fmt: skip
     return [Launch(_rms_norm_tangent_kernel, (cdiv(rows.count, tile.BLOCK_R),), args, tile.options(N, x.device))]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.codegen import cases, compiling, hopper, ones, reading, record, sass, traffic
+from llama_kernels.core.language import TRITON_VERSION
 from llama_kernels.core.registry import KERNELS
 from llama_kernels.ops.attention import decode, delta, tables
 from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.hopper.tables import HopperTile, Record
 from llama_kernels.ops.attention.tables import Tile
 from tests.support.attention import tiles
 from tests.support.environment import COMPILES
@@ -220,6 +223,25 @@ def test_the_hopper_kernels_have_no_spills_or_faults(options):
     wanted = {"hopper_forward_kernel", "delta_kernel", "hopper_backward_kernel", "round_sum_kernel"}
     assert set(kernels) == wanted | ({"tile_list_kernel"} if "packed" in options else set())
     assert not any(r.faults or r.spill_bytes for r in kernels.values())
+
+
+def test_only_a_hopper_kernel_that_another_release_recorded_may_spill(monkeypatch):
+    major, minor = TRITON_VERSION
+    records = {"none": None, "installed": Record("", (major, minor)), "other": Record("", (major, minor + 1))}
+    limits = {}
+    for name, made in records.items():
+        monkeypatch.setattr(hopper, "TILES", {"forward": (HopperTile(64, 128, 128, 4, made),)})
+        limits[name] = reading._spill_limit("sm_90", "hopper_forward_kernel", "D=64 bfloat16 causal")
+    assert limits == {"none": 0, "installed": 0, "other": 8}
+    assert reading._spill_limit("sm_90", "forward_kernel", "D=64 bfloat16 causal") == 0
+
+
+@pytest.mark.parametrize("access", ["LDL.LU R4, [R1]", "STL [R1+0x4], R4"])
+def test_local_memory_in_a_hopper_loop_is_a_fault(access, monkeypatch):
+    loop = hopper._loop(["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", access])
+    monkeypatch.setattr(hopper, "loops", lambda _: [loop])
+    compiled = SimpleNamespace(asm={"cubin": b"", "ptx": ""})
+    assert sass.LOCAL_MEMORY in hopper.faults("hopper_forward_kernel", "D=64 bfloat16 causal", compiled)
 
 
 def test_overlap_in_a_hopper_loop_is_read_from_its_code():

@@ -78,6 +78,13 @@ _AMPERE_DQ = Tile(64, 64, 8, 2)
 # In dq on sm_100, at width 256, with options that take registers, and with them and an inverse rotation.
 _BLACKWELL_DQ = Tile(64, 32, 4, 1, for_options=Tile(64, 32, 8, 1))
 
+# For dk and dv on sm_80, at width 256.
+_ONE_STAGE_DKDV = Tile(32, 64, 4, 1, split=True)
+
+# In dq on sm_86, at width 256, with options that take registers. With an inverse rotation two stages spill 16 bytes
+# under Triton 3.9.
+_CONSUMER_DQ_3_9 = Tile(32, 32, 4, 2, for_options=Tile(32, 32, 4, 1))
+
 # bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
 _HALF = {
@@ -118,10 +125,11 @@ _HALF = {
         Tile(64, 64, 8, 2, for_options=Tile(64, 64, 8, 1)),
     ),
     # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
+    # Under Triton 3.9 two stages reload a register in each step.
     ("sm_80", "dkdv"): (
         Tile(32, 128, 8, 3),
         Tile(64, 64, 8, 3),
-        Tile(32, 64, 4, 2, split=True, for_options=Tile(32, 64, 4, 1, split=True)),
+        Tile(32, 64, 4, 2, split=True, for_options=_ONE_STAGE_DKDV, newer=_ONE_STAGE_DKDV),
     ),
     # Consumer GPUs: as Ampere, with 99 KiB of shared memory for each thread block.
     ("sm_86", "forward"): (
@@ -129,7 +137,11 @@ _HALF = {
         Tile(64, 32, 4, 3),
         Tile(32, 32, 4, 3, newer=Tile(32, 32, 4, 3, for_options=Tile(32, 32, 4, 2))),
     ),
-    ("sm_86", "dq"): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+    ("sm_86", "dq"): (
+        Tile(128, 64, 8, 2),
+        Tile(64, 64, 8, 2),
+        Tile(32, 32, 4, 2, newer=Tile(32, 32, 4, 2, for_options=_CONSUMER_DQ_3_9)),
+    ),
     ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 1, split=True)),
     # Blackwell: one stage or four, since with two or three tl.dot has a race in Triton 3.6 and 3.7 (triton#10590).
     ("sm_100", "forward"): (
@@ -157,18 +169,20 @@ _HALF = {
     ),
     # Decoding waits for memory, so its at most 32 rows leave room for two or more programs on an SM, each of which
     # loads its next keys meanwhile. BLOCK_M is the largest; a call takes the power of two that holds its rows.
-    # Under Triton 3.9 three stages spill 8 bytes on sm_90, at width 128 with all options.
+    # Under Triton 3.9 three stages spill 8 bytes on sm_90, at width 128 with all options, and four warps 16 bytes on
+    # sm_100 and 32 on sm_86.
     ("sm_90", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3, newer=Tile(32, 64, 4, 2)), Tile(32, 64, 8, 2)),
     ("sm_80", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
-    ("sm_86", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
-    ("sm_100", "decode"): (Tile(32, 64, 4, 4), Tile(32, 64, 4, 4), Tile(32, 32, 8, 4)),
+    ("sm_86", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2, newer=Tile(32, 64, 8, 2)), Tile(32, 32, 4, 2)),
+    ("sm_100", "decode"): (Tile(32, 64, 4, 4, newer=Tile(32, 64, 8, 4)), Tile(32, 64, 4, 4), Tile(32, 32, 8, 4)),
     ("gfx942", "decode"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 1)),
 }
 
 # float32 is multiplied without tensor cores: both operands pass through registers, which needs small tiles or many
 # warps, and one stage. Each row has the largest tile that does not spill in the compile gate. (At other widths, or with
 # all options at once, ten kernels spill 8 to 24 bytes: `python -m bench.codegen --full` names them.) On sm_80,
-# Triton 3.9 gives a thread 64 registers where 3.6 gave 128: 64 x 64 at width 128 would spill 1,720 bytes.
+# Triton 3.9 gives a thread 64 registers where 3.6 gave 128: 64 x 64 at width 128 would spill 1,720 bytes, and 64 x 32
+# in the forward 264.
 _FLOAT32 = {
     ("sm_90", "forward"): (
         Tile(32, 32, 8, 1),
@@ -183,7 +197,7 @@ _FLOAT32 = {
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (
         Tile(32, 32, 4, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1, for_options=Tile(32, 64, 16, 1))),
+        Tile(64, 64, 16, 1, newer=Tile(64, 16, 16, 1)),
         Tile(64, 16, 8, 1),
     ),
     ("sm_80", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1)), Tile(64, 16, 8, 1)),
@@ -206,7 +220,11 @@ _FLOAT32 = {
         Tile(64, 32, 8, 1, newer=Tile(16, 32, 8, 1)),
         Tile(32, 16, 8, 1, split=True),
     ),
-    ("gfx942", "forward"): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)),
+    ("gfx942", "forward"): (
+        Tile(64, 32, 8, 1),
+        Tile(64, 32, 8, 1, newer=Tile(64, 32, 8, 1, for_prefix=Tile(64, 16, 8, 1))),
+        Tile(64, 16, 8, 1),
+    ),
     ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
     ("sm_90", "decode"): (
