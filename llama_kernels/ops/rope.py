@@ -160,7 +160,7 @@ class _Heads(NamedTuple):
 
 
 @cached_launch
-def _launch(
+def _launch_rope_kernel(
     call: _Call, outs: _Heads, v: torch.Tensor | None = None, slots: torch.Tensor | None = None
 ) -> list[Launch]:
     """The launch that rotates q and k into `outs`, which are q and k themselves to rotate in place.
@@ -196,7 +196,7 @@ def _fake(call):
 
 def _rotated(call):
     outs = _fake(call)
-    _launch(call, _Heads(*outs))
+    _launch_rope_kernel(call, _Heads(*outs))
     return outs
 
 
@@ -206,7 +206,7 @@ def _rotated_on_cpu(call):
 
 
 def _rotate_in_place(q, k, cos, sin, position_ids, interleaved, axes=None):
-    _launch(_Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q, k))
+    _launch_rope_kernel(_Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q, k))
 
 
 def _rotate_in_place_on_cpu(q, k, cos, sin, position_ids, interleaved, axes=None):
@@ -217,7 +217,7 @@ def _rotate_in_place_on_cpu(q, k, cos, sin, position_ids, interleaved, axes=None
 
 
 # -> q, k (empty without k)
-_rope = register(
+run_rope = register(
     "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse, "
     "Tensor? axes=None) -> (Tensor, Tensor)",
     call=_Call,
@@ -250,7 +250,9 @@ def _packed_fake(dq, dk, dv, *rotation):
 
 def _packed_backward(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None):
     dqkv = _packed_fake(dq, dk, dv)
-    _launch(_Call(dq, dk, cos, sin, position_ids, interleaved, True, axes), _parts(dqkv, dq.shape[1], dk.shape[1]), dv)
+    _launch_rope_kernel(
+        _Call(dq, dk, cos, sin, position_ids, interleaved, True, axes), _parts(dqkv, dq.shape[1], dk.shape[1]), dv
+    )
     return dqkv
 
 
@@ -272,7 +274,7 @@ _rope_qkv_backward = register(
 def _into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved, axes=None):
     q_out = empty_in_order_of(q)
     call, outs = _Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q_out, k_cache, v_cache)
-    _launch(call, outs, v, cache_position)
+    _launch_rope_kernel(call, outs, v, cache_position)
     return q_out
 
 
@@ -315,7 +317,7 @@ def _rotate_given(op: str, heads: Any, rotation: Rotation) -> list[Any]:
     if needs_grad(*given) and not torch.compiler.is_compiling():
         rotated = iter(_Rope.call(op, first, second, *rotation))
     else:
-        rotated = iter(_rope(first, second, *rotation))
+        rotated = iter(run_rope(first, second, *rotation))
     return [None if x is None else next(rotated) for x in heads]
 
 
@@ -326,7 +328,7 @@ class _Rope(Differentiable):
 
     @staticmethod
     def forward(op, q, k, *rotation):
-        q_out, k_out = _rope(q, k, *rotation)
+        q_out, k_out = run_rope(q, k, *rotation)
         return (q_out,) if k is None else (q_out, k_out)
 
     @staticmethod
@@ -392,7 +394,7 @@ class _RopeQKV(Differentiable):
     @staticmethod
     def forward(op, qkv, q_heads, kv_heads, *rotation):
         q, k, v = _parts(qkv, q_heads, kv_heads)
-        return *_rope(q, k, *rotation), v
+        return *run_rope(q, k, *rotation), v
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -493,7 +495,7 @@ def rope(
     if needs_grad(q, k):
         q_out, k_out = (*_Rope.call("rope", q_, k_, cos, sin, position_ids, interleaved, False, axes), None)[:2]
     else:
-        q_out, k_out = _rope(q_, k_, cos, sin, position_ids, interleaved, False, axes)
+        q_out, k_out = run_rope(q_, k_, cos, sin, position_ids, interleaved, False, axes)
     if inplace:  # compilers and transforms see through this copy, not through a Function that modifies its input
         q.copy_(q_out)
         if k is not None:
@@ -547,7 +549,7 @@ def rope_qkv(
         q, k, v = _RopeQKV.call("rope_qkv", qkv, q_heads, kv_heads, cos, sin, position_ids, interleaved, False, axes)
         return q, k, v
     q, k, v = _parts(qkv, q_heads, kv_heads)
-    q, k = _rope(q, k, cos, sin, position_ids, interleaved, False, axes)
+    q, k = run_rope(q, k, cos, sin, position_ids, interleaved, False, axes)
     return q, k, v
 
 

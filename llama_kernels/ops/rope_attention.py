@@ -21,7 +21,7 @@ from llama_kernels.ops.attention.checks import checked_call
 from llama_kernels.ops.attention.cpu import plain_backward
 from llama_kernels.ops.attention.flops import count_flops
 from llama_kernels.ops.attention.op import attention_forward
-from llama_kernels.ops.rope import _rope as rotate
+from llama_kernels.ops.rope import run_rope
 from llama_kernels.ops.rotation import Rotation, full_width, rotates_in_registers
 from llama_kernels.ops.rotation_checks import check_angles, tokens_of
 from llama_kernels.reference.attention import AttentionOptions
@@ -65,11 +65,11 @@ def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tup
             return run(call, results, wanted, rotation)
         dq, dk, *others = run(call, results, wanted)
         if wanted.dq and wanted.dk:
-            dq, dk = rotate(dq, dk, *rotation.transposed)
+            dq, dk = run_rope(dq, dk, *rotation.transposed)
         elif wanted.dq:
-            dq, _ = rotate(dq, None, *rotation.transposed)
+            dq, _ = run_rope(dq, None, *rotation.transposed)
         elif wanted.dk:
-            dk, _ = rotate(dk, None, *rotation.transposed)
+            dk, _ = run_rope(dk, None, *rotation.transposed)
         return dq, dk, *others
 
     return backward
@@ -103,7 +103,7 @@ class _RopeAttention(Differentiable):
 
     @staticmethod
     def forward(op, deterministic, cos, sin, position_ids, interleaved, inverse, axes, q, k, *others):
-        q, k = rotate(q, k, cos, sin, position_ids, interleaved, inverse, axes)
+        q, k = run_rope(q, k, cos, sin, position_ids, interleaved, inverse, axes)
         return *attention_forward(q, k, *others), q, k
 
     @staticmethod
@@ -218,5 +218,5 @@ def rope_attention(
     if needs_grad(q, k, call.v, call.sinks):
         out, lse, *_ = _RopeAttention.call(op, deterministic, *rotation, *call)
     else:
-        out, lse = attention_forward(*rotate(q, k, *rotation), *others)
+        out, lse = attention_forward(*run_rope(q, k, *rotation), *others)
     return (out, lse) if return_lse else out

@@ -36,9 +36,13 @@ def launches_of_a_step(D: int) -> dict[str, Launch]:
     lists, (_, lse) = tile_list.tile_lists(call, of_keys=True), empty_outputs(call)
     listing = delta._ListArguments(lists, cu, cu, Fill(q, None, k, v))
     launches = [
-        *forward._launches.__wrapped__(call, o, lse, lists),
-        *delta._launches.__wrapped__(o, o, lse, None, None, lse, lse, None, None, listing, tuple(call.sizes)),
-        *backward._launches.__wrapped__(call, RowInputs(o, lse, lse), Grads(q, k, v), Rotation(), lists, None),
+        *forward._launch_forward_kernel.__wrapped__(call, o, lse, lists),
+        *delta._launch_delta_kernel.__wrapped__(
+            o, o, lse, None, None, lse, lse, None, None, listing, tuple(call.sizes)
+        ),
+        *backward._launch_backward_kernels.__wrapped__(
+            call, RowInputs(o, lse, lse), Grads(q, k, v), Rotation(), lists, None
+        ),
     ]
     return {launch.kernel.__name__: launch for launch in launches}
 

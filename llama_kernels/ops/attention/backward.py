@@ -136,7 +136,7 @@ def _dq_launches(
 
 
 @cached_launch
-def _launches(
+def _launch_backward_kernels(
     call: AttentionCall, rows: RowInputs, grads: Grads, rotation: Rotation, lists: TileLists | None, sums: _Sums | None
 ) -> list[Launch]:
     call.require_contiguous_vectors()
@@ -176,5 +176,5 @@ def launch_backward(
     lse2, delta, dsinks = launch_delta(call, results, sizes, wanted.dsinks, dq_sum, lists, fill)
     rows = RowInputs(results.do, lse2, delta)
     if choice.tile is None or not hopper.try_backward(call, choice.tile, rows, dq_sum, grads, rotation, lists):
-        _launches(call, rows, grads, rotation, lists, _sums(call, grads))
+        _launch_backward_kernels(call, rows, grads, rotation, lists, _sums(call, grads))
     return dq, dk, dv, no_dsinks if dsinks is None else dsinks

@@ -116,7 +116,7 @@ def _decode_kernel(
 
 
 @cached_launch
-def _launches(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]:
+def _launch_decode_kernels(call: AttentionCall, part, lse2, o, lse, key_mask) -> list[Launch]:
     call.require_contiguous_vectors()
     require_contiguous(key_mask)
     q, k, v, sizes, widths = call.q, call.k, call.v, call.sizes, call.widths
@@ -147,5 +147,5 @@ def launch_decode(call: AttentionCall, key_mask: torch.Tensor | None = None) -> 
     chunks = max(cdiv(call.longest_k, chunk_of(call.longest_k, call.k.shape[1])), 1)
     part = lse.new_empty(*lse.shape, chunks * o.shape[-1])
     lse2 = lse.new_empty(*lse.shape, chunks)
-    _launches(call, part, lse2, o, lse, key_mask)
+    _launch_decode_kernels(call, part, lse2, o, lse, key_mask)
     return o, lse

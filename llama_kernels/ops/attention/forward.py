@@ -97,7 +97,7 @@ def _forward_kernel(
 # --- launcher --------------------------------------------------------------------------------------------------------
 
 
-def _launch(
+def _forward_launch(
     call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, list_q: torch.Tensor | None, programs: int,
     split: KeySplit | None = None,
 ) -> Launch:  # fmt: skip
@@ -114,30 +114,32 @@ def _launch(
 
 
 @cached_launch
-def _launches(call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None) -> list[Launch]:
+def _launch_forward_kernel(
+    call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
+) -> list[Launch]:
     sizes, BLOCK_M = call.sizes, tile_for("forward", call).BLOCK_M
     launches, list_q, programs = [], None, cdiv(sizes.Sq, BLOCK_M) * sizes.B * sizes.Hq
     if call.cu_seqlens_q is not None and lists is not None:
         list_q, programs = lists.of_q, programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, is_persistent(call))
         launches.append(list_tiles(lists, call.cu_seqlens_q, None, sizes, Fill(o, lse)))
-    return [*launches, _launch(call, o, lse, list_q, programs)] if programs else []
+    return [*launches, _forward_launch(call, o, lse, list_q, programs)] if programs else []
 
 
 @cached_launch
-def _split_launches(call: AttentionCall, part, lse2, o, lse, split: KeySplit) -> list[Launch]:
+def _launch_split_kernels(call: AttentionCall, part, lse2, o, lse, split: KeySplit) -> list[Launch]:
     """part (B, Hq * chunks, Sq, DV) and lse2 (B, Hq * chunks, Sq), float32."""
     sizes, chunks = call.sizes, split.chunks
     programs = cdiv(sizes.Sq, tile_for("forward", call).BLOCK_M) * sizes.B * sizes.Hq * chunks
     (b, h, i), (lse_b, lse_h, lse_i) = strides_of(part), lse2.stride()
     parts = Parts(part, lse2, (b, h * chunks, i, h), (lse_b, lse_h * chunks, lse_i, lse_h), chunks)
-    return [_launch(call, part, lse2, None, programs, split), combine_launch(parts, call, o, lse, many=True)]
+    return [_forward_launch(call, part, lse2, None, programs, split), combine_launch(parts, call, o, lse, many=True)]
 
 
 def _launch_split(call: AttentionCall, split: KeySplit) -> tuple[torch.Tensor, torch.Tensor]:
     o, lse = empty_outputs(call)
     B, Hq, Sq = lse.shape
     part = lse.new_empty(B, Hq * split.chunks, Sq, o.shape[-1])
-    _split_launches(call, part, lse.new_empty(part.shape[:-1]), o, lse, split)
+    _launch_split_kernels(call, part, lse.new_empty(part.shape[:-1]), o, lse, split)
     return o, lse
 
 
@@ -153,5 +155,5 @@ def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     o, lse = empty_outputs(call)
     lists = tile_lists(call, of_keys=False)
     if choice.tile is None or not hopper.try_forward(call, choice.tile, o, lse, lists):
-        _launches(call, o, lse, lists)
+        _launch_forward_kernel(call, o, lse, lists)
     return o, lse

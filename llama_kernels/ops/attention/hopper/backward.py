@@ -312,7 +312,7 @@ def heads_at_once(sizes: Sizes, width: int) -> int:
 
 
 @cached_launch
-def _launches(
+def _launch_hopper_backward_kernels(
     call: AttentionCall, tile: HopperTile, rows: RowInputs, dq_sum: torch.Tensor, grads: Grads,
     unrotated: torch.Tensor | None, rotation: Rotation, lists: TileLists | None,
 ) -> list[Launch]:  # fmt: skip
@@ -352,4 +352,4 @@ def launch_hopper_backward(
     rounded, gets it in a launch of its own.
     """
     unrotated = empty_in_order_of(grads.dk) if rotation.half else None
-    _launches(call, tile, rows, dq_sum, grads, unrotated, rotation, lists)
+    _launch_hopper_backward_kernels(call, tile, rows, dq_sum, grads, unrotated, rotation, lists)
