@@ -13,7 +13,7 @@ from torch import nn
 
 from llama_kernels.core.checks import message
 from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK
-from llama_kernels.integrations.transformers.packed_masks import documents_of, has_prefix
+from llama_kernels.integrations.transformers.packed_masks import documents_of, has_prefix, is_packed
 from llama_kernels.integrations.transformers.source import decorated, global_names, passes_mask_on
 
 # Kinds of layers whose arguments say which keys are visible; "hybrid" has full attention, and a recurrence beside it.
@@ -119,14 +119,13 @@ def _refuse_other_attention(module: nn.Module) -> None:
 
 
 def _refuse_integers(mask: torch.Tensor | None) -> None:
-    """Raise if `mask` is the caller's, of integers: neither a packed mask, which has no dimension of queries, nor one
-    that SDPA takes. Eager attention would add 0 and 1 to the scores."""
-    if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
+    """Raise if `mask` is the caller's, of integers: neither a packed mask nor one that SDPA takes. Eager attention
+    would add 0 and 1 to the scores."""
+    if mask is None or mask.dtype == torch.bool or mask.is_floating_point() or is_packed(mask):
         return
-    if mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[2] > 1:
-        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        wanted = "bool, or numbers to add to the scores"
-        raise TypeError(message("attention_forward", "attention_mask", got, wanted, "Pass attention_mask.bool()."))
+    got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+    wanted = "bool, or numbers to add to the scores"
+    raise TypeError(message("attention_forward", "attention_mask", got, wanted, "Pass attention_mask.bool()."))
 
 
 # --- modules whose attention is another than ours --------------------------------------------------------------------
