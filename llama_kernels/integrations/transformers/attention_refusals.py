@@ -19,6 +19,10 @@ from llama_kernels.integrations.transformers.source import decorated, global_nam
 # Kinds of layers whose arguments say which keys are visible; "hybrid" has full attention, and a recurrence beside it.
 _BY_ARGUMENTS = ("full_attention", "sliding_attention", "attention", "hybrid")
 
+# Models with is_causal=True in layers that get no mask and see all keys. They have eager attention only, which does not
+# read is_causal.
+SEES_ALL_WITHOUT_MASK = ("bridgetower_text_model",)
+
 # --- calls that are refused ------------------------------------------------------------------------------------------
 
 
@@ -112,8 +116,12 @@ def _refuse_other_attention(module: nn.Module) -> None:
     """Raise if `why_other_attention` names a reason. In a patched module it did not."""
     if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
         return
+    fix = "Use attn_implementation='eager' or 'sdpa' for this model."
+    if getattr(getattr(module, "config", None), "model_type", None) in SEES_ALL_WITHOUT_MASK:
+        got = f"a {type(module).__name__}, which sees all keys where it gets no mask"
+        wanted = "a layer whose is_causal says what it sees without a mask"
+        raise ValueError(message("attention_forward", "module", got, wanted, fix))
     if reason := why_other_attention(decorated(type(module).forward)[-1]):
-        fix = "Use attn_implementation='eager' or 'sdpa' for this model."
         wanted = "a layer that passes its attention_mask on unchanged, and arguments that every attention function has"
         raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}: {reason}", wanted, fix))
 

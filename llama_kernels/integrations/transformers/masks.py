@@ -30,8 +30,10 @@ from llama_kernels.integrations.transformers.packed_masks import KeyRanges, pack
 _count_modes = torch._C._len_torch_dispatch_stack
 # Models whose blocks of mutually visible tokens need not be contiguous: all images of a sequence are one block.
 _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
-# Models with attention beside AttentionInterface that adds the mask of the same config to its scores.
-ADDED_MASKS = ("bigbird_pegasus", "informer")
+# Models in which code beside AttentionInterface computes with the masks of the same config: attention of another kind
+# (bigbird_pegasus, informer), relative positions that are added to the mask (beit), a convolution (lasr_encoder), a
+# router of experts (nllb-moe), a mask with its sequences in another order (lightglue).
+COMPUTED_MASKS = ("beit", "bigbird_pegasus", "informer", "lasr_encoder", "lightglue", "nllb-moe")
 # Models whose pooling head, of one query, makes a mask from the same config, and gives it to nn.MultiheadAttention.
 _POOLING_HEADS = ("siglip2_vision_model",)
 # In inference with at most this many queries, as in decoding, the kernel skips hidden keys. Otherwise keys are sorted.
@@ -61,7 +63,7 @@ def key_ranges(
 
     Returns:
         The int32 result of `pack` or `pack_window`, or an ordinary mask, (B, 1, Sq, Sk) bool; of floats in models of
-        ADDED_MASKS.
+        COMPUTED_MASKS.
     """
     kind = getattr(config, "model_type", None)
     stock_call: dict[str, Any] = {
@@ -72,7 +74,7 @@ def key_ranges(
         stock_call |= {"cache_position": cache_position}
     else:
         stock_call |= {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
-    if kind in ADDED_MASKS:
+    if kind in COMPUTED_MASKS:
         return eager_mask(**stock_call, allow_is_bidirectional_skip=False, **others)
     if kind in _POOLING_HEADS and q_length == 1 < kv_length:
         return sdpa_mask(**stock_call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
