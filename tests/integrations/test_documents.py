@@ -22,6 +22,7 @@ from tests.integrations.comparison import (
     logits_of,
     padding_mask,
 )
+from tests.integrations.families import stock as stock_of
 from tests.integrations.small import (
     CACHE,
     VERSION,
@@ -177,6 +178,21 @@ def test_documents_from_the_flattening_collator_are_separate(change):
     ours = changed(model, change)
     compare_with_stock(ours, model, one_by_one, lambda model: with_gradients(model, model(**batch).logits))
     assert ours(**batch).loss.isfinite()
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="the table of families is for Transformers 5")
+@changes
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_documents_are_separate_where_the_text_has_a_fourth_row_of_positions(family, use_cache, change):
+    """Beside the three of M-RoPE. Stock reads it for its mask."""
+    model = stock_of(family)
+    ours = changed(model, change)
+    rows = POSITIONS.expand(4, 1, -1)
+    with torch.no_grad():
+        found = ours(input_ids=IDS, position_ids=rows, use_cache=use_cache).logits
+        apart = [model(input_ids=ids, use_cache=False).logits for ids in IDS.split(LENGTHS, 1)]
+    torch.testing.assert_close(found, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -68,7 +68,16 @@ def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if len(args) > 2 and given is None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)).get("position_ids")
-    _call.config, _call.position_ids = module.config, given
+    _call.config, _call.position_ids = module.config, _of_text(given, module.config)
+
+
+def _of_text(position_ids: torch.Tensor | None, config: Any) -> torch.Tensor | None:
+    """The first row of position_ids (rows, B, S) that has one row more than M-RoPE reads: it is for the mask."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    sections = rope.get("mrope_section")
+    if position_ids is None or not sections or position_ids.ndim != 3 or position_ids.shape[0] != len(sections) + 1:
+        return position_ids
+    return position_ids[0]
 
 
 def forget_position_ids(module: Any, args: tuple[Any, ...], output: Any) -> None:
