@@ -18,6 +18,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 from llama_kernels.core.autograd import functorch_is_active
 from llama_kernels.integrations.transformers.documents import noted_document_starts
 from llama_kernels.integrations.transformers.intervals import (
+    FULL_MASK,
     MaskFunction,
     Rows,
     Window,
@@ -50,7 +51,7 @@ def key_ranges(
     attention_mask: torch.Tensor | None = None,
     cache_position: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     device: torch.device | None = None,
     config: Any = None,
@@ -59,7 +60,8 @@ def key_ranges(
 ) -> torch.Tensor | None:
     """Make one mask of a forward, for `attention_forward`. The arguments are those of Transformers.
 
-    mask_function(b, h, i, j) says whether query i sees key j, attention_mask (B, keys) whether a key is a token.
+    mask_function(b, h, i, j) says whether query i sees key j, attention_mask (B, keys) whether a key is a token. Masks
+    of both directions pass allow_is_bidirectional_skip, causal masks do not.
 
     Returns:
         The int32 result of `pack` or `pack_window`, or an ordinary mask, (B, 1, Sq, Sk) bool; of floats in models of
@@ -83,13 +85,14 @@ def key_ranges(
         # As many keys as queries make a prefill, whose offset is 0. Otherwise the offset is in device memory.
         q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    documents = noted_document_starts(config, q_length) if attention_mask is None else None
+    causal = allow_is_bidirectional_skip is None and mask_function is not FULL_MASK
+    documents = noted_document_starts(config, q_length) if causal and attention_mask is None else None
     if attention_mask is not None and _has_values(attention_mask) and q_length < kv_length:
         shown = attention_mask[:, : kv_offset + kv_length]
         if shown.shape[1] == kv_offset + kv_length and shown.all():
             attention_mask = None
     window = window_of(mask_function)
-    skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip
+    skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip is not False
     # If Transformers may not omit the mask, the model's code combines it with another one. The exception is a decoding
     # step with a static cache. Transformers 4 never omits a mask with a static cache.
     static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)
