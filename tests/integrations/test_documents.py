@@ -226,6 +226,25 @@ def test_positions_of_a_decoder_start_no_document_in_cross_attention():
     assert packed_masks.unpack(mask, sum(LENGTHS), 7) == Window(-1, -1)
 
 
+def test_a_call_inside_another_one_leaves_the_documents_of_the_outer_one():
+    """As of a reward model in a hook, before the masks of the outer model are made."""
+    model, other = patch(small()), patch(small("mistral"))
+    with torch.no_grad():
+        expected = model(IDS, position_ids=POSITIONS, use_cache=True).logits
+        for inner in (model, other):
+            calls: list[Any] = []
+
+            def call(*_: Any, inner: Any = inner, calls: list[Any] = calls) -> None:
+                if not calls:
+                    calls.append(inner)
+                    inner(IDS, use_cache=True)
+
+            handle = model.model.embed_tokens.register_forward_hook(call)
+            assert torch.equal(model(IDS, position_ids=POSITIONS, use_cache=True).logits, expected)
+            assert calls == [inner]
+            handle.remove()
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_an_exception_in_a_forward_leaves_no_documents_for_the_next_call(cache):
     def fail(*_: Any) -> None:
