@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import StaticCache
+from transformers import StaticCache, masking_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llama_kernels.integrations.transformers import patch
+from llama_kernels.integrations.transformers import documents, packed_masks, patch
 from llama_kernels.integrations.transformers.attention import attention_forward
+from llama_kernels.integrations.transformers.intervals import Window
 from tests.integrations.comparison import (
     DoubleSoftmax,
     Results,
@@ -22,6 +23,7 @@ from tests.integrations.comparison import (
     logits_of,
     padding_mask,
 )
+from tests.integrations.families import stock as stock_of
 from tests.integrations.small import (
     CACHE,
     VERSION,
@@ -177,6 +179,70 @@ def test_documents_from_the_flattening_collator_are_separate(change):
     ours = changed(model, change)
     compare_with_stock(ours, model, one_by_one, lambda model: with_gradients(model, model(**batch).logits))
     assert ours(**batch).loss.isfinite()
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="the table of families is for Transformers 5")
+@changes
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_documents_are_separate_where_the_text_has_a_fourth_row_of_positions(family, use_cache, change):
+    """Beside the three of M-RoPE. Stock reads it for its mask."""
+    model = stock_of(family)
+    ours = changed(model, change)
+    rows = POSITIONS.expand(4, 1, -1)
+    with torch.no_grad():
+        found = ours(input_ids=IDS, position_ids=rows, use_cache=use_cache).logits
+        apart = [model(input_ids=ids, use_cache=False).logits for ids in IDS.split(LENGTHS, 1)]
+    torch.testing.assert_close(found, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="Transformers 4 has no masks of both directions")
+@changes
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text"])
+def test_positions_start_no_document_where_tokens_see_later_ones(family, traced, change, monkeypatch):
+    """As in stock. Otherwise a token saw the documents after its own, but not those before."""
+    model = small(family)
+    model.config.is_causal = False
+    ours = changed(model, change)
+    ours.config.is_causal = False
+    if traced:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for use_cache in (False, True):
+        compare_with_stock(ours, model, logits_of(IDS, position_ids=POSITIONS, use_cache=use_cache))
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="Transformers 4 has no masks of both directions")
+def test_positions_of_a_decoder_start_no_document_in_cross_attention():
+    decoder = patch(small()).model
+    ours, encoded = (torch.zeros(1, n, 64, device=DEVICE) for n in (sum(LENGTHS), 7))
+    documents.note_position_ids(decoder, (), {"position_ids": POSITIONS})
+    try:
+        mask = masking_utils.create_bidirectional_mask(
+            config=decoder.config, inputs_embeds=ours, attention_mask=None, encoder_hidden_states=encoded
+        )
+    finally:
+        documents.forget_position_ids(decoder, (), None)
+    assert packed_masks.unpack(mask, sum(LENGTHS), 7) == Window(-1, -1)
+
+
+def test_a_call_inside_another_one_leaves_the_documents_of_the_outer_one():
+    """As of a reward model in a hook, before the masks of the outer model are made."""
+    model, other = patch(small()), patch(small("mistral"))
+    with torch.no_grad():
+        expected = model(IDS, position_ids=POSITIONS, use_cache=True).logits
+        for inner in (model, other):
+            calls: list[Any] = []
+
+            def call(*_: Any, inner: Any = inner, calls: list[Any] = calls) -> None:
+                if not calls:
+                    calls.append(inner)
+                    inner(IDS, use_cache=True)
+
+            handle = model.model.embed_tokens.register_forward_hook(call)
+            assert torch.equal(model(IDS, position_ids=POSITIONS, use_cache=True).logits, expected)
+            assert calls == [inner]
+            handle.remove()
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -167,6 +167,14 @@ def test_a_mask_of_integers_for_the_keys_alone_is_refused():
         patch(small())(tokens(), attention_mask=mask.int(), use_cache=False)
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_mask_of_integers_for_the_keys_and_each_head_is_refused(heads):
+    """With 2 or 4 heads it was read as ranges of keys."""
+    mask = padding_mask(tokens(), "left")[:, None, None].expand(-1, heads, -1, -1)
+    with pytest.raises(TypeError, match=r"attention_mask is torch.int32 of shape .*attention_mask\.bool"):
+        patch(small())(tokens(), attention_mask=mask.int(), use_cache=False)
+
+
 def test_patch_leaves_attention_with_arguments_of_its_own_stock():
     stock = inkling()
     ours = patched(stock)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from llama_kernels.integrations.transformers import patch, report
-from tests.integrations.comparison import compare_with_stock, logits_and_gradients
+from tests.integrations.comparison import compare_with_stock, logits_and_gradients, padding_mask
 from tests.integrations.small import not_interpreted, patched, small, stock_rows, tokens
 from tests.integrations.user_classes import OwnAttention, OwnLayer, OwnRMSNorm, Renamed, with_class
 
@@ -100,6 +100,22 @@ def test_a_forward_set_on_an_instance_runs():
     run = logits_and_gradients(tokens())
     compare_with_stock(ours, stock, run)
     assert (run(ours)["logits"] - run(small())["logits"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("heads", [2, 3, 4, 5])
+@pytest.mark.parametrize("side", ["none", "left", "holes"])
+def test_a_layer_of_a_stock_model_in_a_patched_one_raises(heads, side):
+    """It has eager attention, which added a mask of ranges to its scores where it has as many heads as ranges."""
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": 1}
+    ours, other = patch(small(**sizes)), small(**sizes)
+    ours.model.layers[1] = other.model.layers[1]
+    assert stock_rows(ours)["attention", "LlamaAttention"] == "patch has not replaced it"
+    mask = padding_mask(tokens(), "none" if side == "none" else "left")
+    if side == "holes":
+        mask[0, 10:12] = 0
+    for training in (True, False):
+        with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match="must match"):
+            ours(tokens(), attention_mask=mask, use_cache=False)
 
 
 def test_a_class_that_a_patched_norm_gets_afterwards_runs_its_own_forward():

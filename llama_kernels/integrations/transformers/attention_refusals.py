@@ -13,11 +13,15 @@ from torch import nn
 
 from llama_kernels.core.checks import message
 from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK
-from llama_kernels.integrations.transformers.packed_masks import documents_of, has_prefix
+from llama_kernels.integrations.transformers.packed_masks import documents_of, has_prefix, is_packed
 from llama_kernels.integrations.transformers.source import decorated, global_names, passes_mask_on
 
 # Kinds of layers whose arguments say which keys are visible; "hybrid" has full attention, and a recurrence beside it.
 _BY_ARGUMENTS = ("full_attention", "sliding_attention", "attention", "hybrid")
+
+# Models with is_causal=True in layers that get no mask and see all keys. They have eager attention only, which does not
+# read is_causal.
+SEES_ALL_WITHOUT_MASK = ("bridgetower_text_model",)
 
 # --- calls that are refused ------------------------------------------------------------------------------------------
 
@@ -112,21 +116,24 @@ def _refuse_other_attention(module: nn.Module) -> None:
     """Raise if `why_other_attention` names a reason. In a patched module it did not."""
     if torch.compiler.is_compiling() or hasattr(module, FOLLOWS_MASK):
         return
+    fix = "Use attn_implementation='eager' or 'sdpa' for this model."
+    if getattr(getattr(module, "config", None), "model_type", None) in SEES_ALL_WITHOUT_MASK:
+        got = f"a {type(module).__name__}, which sees all keys where it gets no mask"
+        wanted = "a layer whose is_causal says what it sees without a mask"
+        raise ValueError(message("attention_forward", "module", got, wanted, fix))
     if reason := why_other_attention(decorated(type(module).forward)[-1]):
-        fix = "Use attn_implementation='eager' or 'sdpa' for this model."
         wanted = "a layer that passes its attention_mask on unchanged, and arguments that every attention function has"
         raise ValueError(message("attention_forward", "module", f"a {type(module).__name__}: {reason}", wanted, fix))
 
 
 def _refuse_integers(mask: torch.Tensor | None) -> None:
-    """Raise if `mask` is the caller's, of integers: neither a packed mask, which has no dimension of queries, nor one
-    that SDPA takes. Eager attention would add 0 and 1 to the scores."""
-    if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
+    """Raise if `mask` is the caller's, of integers: neither a packed mask nor one that SDPA takes. Eager attention
+    would add 0 and 1 to the scores."""
+    if mask is None or mask.dtype == torch.bool or mask.is_floating_point() or is_packed(mask):
         return
-    if mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[2] > 1:
-        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        wanted = "bool, or numbers to add to the scores"
-        raise TypeError(message("attention_forward", "attention_mask", got, wanted, "Pass attention_mask.bool()."))
+    got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+    wanted = "bool, or numbers to add to the scores"
+    raise TypeError(message("attention_forward", "attention_mask", got, wanted, "Pass attention_mask.bool()."))
 
 
 # --- modules whose attention is another than ours --------------------------------------------------------------------

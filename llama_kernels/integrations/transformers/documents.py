@@ -49,10 +49,13 @@ def strict_document_starts(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 class _Call(threading.local):
-    """The position_ids of the current call of a patched model, and the config of its masks."""
+    """The position_ids of the calls of patched models that are under way, each with the config of its masks.
 
-    config: Any = None
-    position_ids: torch.Tensor | None = None
+    The innermost is the last. A model calls its submodels, and a hook may call another model.
+    """
+
+    def __init__(self) -> None:  # in each thread: torch.compile guards against an attribute that a call adds
+        self.under_way: tuple[tuple[Any, torch.Tensor | None], ...] = ()
 
 
 _call = _Call()
@@ -68,16 +71,24 @@ def note_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if len(args) > 2 and given is None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)).get("position_ids")
-    _call.config, _call.position_ids = module.config, given
+    _call.under_way = (*_call.under_way, (module.config, _of_text(given, module.config)))
+
+
+def _of_text(position_ids: torch.Tensor | None, config: Any) -> torch.Tensor | None:
+    """The first row of position_ids (rows, B, S) that has one row more than M-RoPE reads: it is for the mask."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    sections = rope.get("mrope_section")
+    if position_ids is None or not sections or position_ids.ndim != 3 or position_ids.shape[0] != len(sections) + 1:
+        return position_ids
+    return position_ids[0]
 
 
 def forget_position_ids(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    """A forward hook of patched models, which clears what `note_position_ids` stored."""
-    _call.config = _call.position_ids = None
+    """A forward hook of patched models, which removes what `note_position_ids` stored for this call."""
+    _call.under_way = _call.under_way[:-1]
 
 
 def noted_document_starts(config: Any, Sq: int) -> torch.Tensor | None:
     """`document_starts` of the caller's position_ids, for a mask of `config` in the forward under way."""
-    if config is None or _call.config is not config:
-        return None
-    return document_starts(_call.position_ids, Sq)
+    own, position_ids = _call.under_way[-1] if _call.under_way else (None, None)
+    return None if config is None or own is not config else document_starts(position_ids, Sq)

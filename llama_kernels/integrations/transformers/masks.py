@@ -18,6 +18,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 from llama_kernels.core.autograd import functorch_is_active
 from llama_kernels.integrations.transformers.documents import noted_document_starts
 from llama_kernels.integrations.transformers.intervals import (
+    FULL_MASK,
     MaskFunction,
     Rows,
     WindowSize,
@@ -30,8 +31,10 @@ from llama_kernels.integrations.transformers.packed_masks import KeyRanges, pack
 _count_modes = torch._C._len_torch_dispatch_stack
 # Models whose blocks of mutually visible tokens need not be contiguous: all images of a sequence are one block.
 _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
-# Models with attention beside AttentionInterface that adds the mask of the same config to its scores.
-ADDED_MASKS = ("bigbird_pegasus", "informer")
+# Models in which code beside AttentionInterface computes with the masks of the same config: attention of another kind
+# (bigbird_pegasus, informer), relative positions that are added to the mask (beit), a convolution (lasr_encoder), a
+# router of experts (nllb-moe), a mask with its sequences in another order (lightglue).
+COMPUTED_MASKS = ("beit", "bigbird_pegasus", "informer", "lasr_encoder", "lightglue", "nllb-moe")
 # Models whose pooling head, of one query, makes a mask from the same config, and gives it to nn.MultiheadAttention.
 _POOLING_HEADS = ("siglip2_vision_model",)
 # In inference with at most this many queries, as in decoding, the kernel skips hidden keys. Otherwise keys are sorted.
@@ -48,7 +51,7 @@ def key_ranges(
     attention_mask: torch.Tensor | None = None,
     cache_position: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     device: torch.device | None = None,
     config: Any = None,
@@ -57,11 +60,12 @@ def key_ranges(
 ) -> torch.Tensor | None:
     """Make one mask of a forward, for `attention_forward`. The arguments are those of Transformers.
 
-    mask_function(b, h, i, j) says whether query i sees key j, attention_mask (B, keys) whether a key is a token.
+    mask_function(b, h, i, j) says whether query i sees key j, attention_mask (B, keys) whether a key is a token. Masks
+    of both directions pass allow_is_bidirectional_skip, causal masks do not.
 
     Returns:
         The int32 result of `pack` or `pack_window`, or an ordinary mask, (B, 1, Sq, Sk) bool; of floats in models of
-        ADDED_MASKS.
+        COMPUTED_MASKS.
     """
     kind = getattr(config, "model_type", None)
     stock_call: dict[str, Any] = {
@@ -72,7 +76,7 @@ def key_ranges(
         stock_call |= {"cache_position": cache_position}
     else:
         stock_call |= {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
-    if kind in ADDED_MASKS:
+    if kind in COMPUTED_MASKS:
         return eager_mask(**stock_call, allow_is_bidirectional_skip=False, **others)
     if kind in _POOLING_HEADS and q_length == 1 < kv_length:
         return sdpa_mask(**stock_call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -81,13 +85,14 @@ def key_ranges(
         # As many keys as queries make a prefill, whose offset is 0. Otherwise the offset is in device memory.
         q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    documents = noted_document_starts(config, q_length) if attention_mask is None else None
+    causal = allow_is_bidirectional_skip is None and mask_function is not FULL_MASK
+    documents = noted_document_starts(config, q_length) if causal and attention_mask is None else None
     if attention_mask is not None and _has_values(attention_mask) and q_length < kv_length:
         shown = attention_mask[:, : kv_offset + kv_length]
         if shown.shape[1] == kv_offset + kv_length and shown.all():
             attention_mask = None
     window = window_of(mask_function)
-    skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip
+    skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip is not False
     # If Transformers may not omit the mask, the model's code combines it with another one. The exception is a decoding
     # step with a static cache. Transformers 4 never omits a mask with a static cache.
     static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)

@@ -2,8 +2,8 @@
 
 What a packed mask is, its shape tells:
 
-    (right + 2, left + 2, 0, 0)       a `WindowSize`
-    (B, fields, 1, max(Sq, Sk))       `KeyRanges`; _FORMATS says which fields
+    (right + 2, left + 2, 0, 0)       a `Window`
+    (B, planes, 1, max(Sq, Sk))       `KeyRanges`; _FORMATS says which fields
     (B, 1, 1, S)                      documents of tokens that are divided among processes
 
 Model code may slice a 4-D mask to the last queries, [:, :, -n:], or to the first keys, [..., :Sk]. That leaves a packed
@@ -57,32 +57,42 @@ def without_hidden_keys(
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 _OF_QUERIES = ("start", "end", "prefix")  # fields with an element for each query; the others have one for each key
-# The fields of `KeyRanges` in a packed mask, in their order. There is one format for each number of fields.
+# The fields of `KeyRanges` in a packed mask, in their order, by its number of planes. Planes beyond the fields repeat
+# the first one.
 #
-# A mask with a prefix may reach a model that is not patched. Its eager attention adds the mask to the scores
-# (B, H, Sq, Sk), which raises where H is another number than that of the fields. No model of Transformers has 23 heads.
-_PREFIX = ("start", "end", *["prefix"] * 21)
-_FORMATS = (
-    ("start", "end"),
-    ("start", "end", "valid"),
-    ("start", "end", "order", "inverse"),
-    ("start", "end", "order", "inverse", "sound"),
-    _PREFIX,
-)
-_BY_NUMBER = {len(fields): fields for fields in _FORMATS}
+# A packed mask may reach an attention module that is not ours: one that was put into a patched model, or a model that
+# got the inputs of `share_prompts`. Eager attention adds its mask to the scores (B, H, Sq, Sk), which raises where H is
+# another number than that of the planes. No model of Transformers has so many heads; many have 2, 3, 4 or 5.
+_FORMATS = {
+    11: ("start", "end"),
+    13: ("start", "end", "valid"),
+    17: ("start", "end", "order", "inverse"),
+    19: ("start", "end", "order", "inverse", "sound"),
+    23: ("start", "end", "prefix"),
+}
+_PLANES = {fields: planes for planes, fields in _FORMATS.items()}
 
 
 def pack(ranges: KeyRanges) -> torch.Tensor:
-    """The fields that are not None, each padded to one length: (B, fields, 1, max(Sq, Sk)) int32."""
+    """The fields that are not None, each padded to one length: (B, planes, 1, max(Sq, Sk)) int32.
+
+    The bounds of one query are repeated, not padded. Stock code broadcasts the mask of one query to all queries of a
+    layer, and some models make such masks.
+    """
     given = {name: field for name, field in ranges._asdict().items() if field is not None}
     length = max(field.shape[-1] for field in given.values())
 
     def padded(name: str) -> torch.Tensor:
-        missing = length - given[name].shape[-1]
-        return F.pad(given[name], (missing, 0) if name in _OF_QUERIES else (0, missing))
+        size = given[name].shape[-1]
+        if name not in _OF_QUERIES:
+            return F.pad(given[name], (0, length - size))
+        if isinstance(size, int) and size == 1:
+            return given[name].expand(-1, length)
+        return F.pad(given[name], (length - size, 0))
 
-    fields = _PREFIX if ranges.prefix is not None else tuple(given)
-    return torch.stack([padded(name) for name in fields], 1)[:, :, None]
+    planes = [padded(name) for name in given]
+    planes += planes[:1] * (_PLANES[tuple(given)] - len(planes))
+    return torch.stack(planes, 1)[:, :, None]
 
 
 def pack_window(window: WindowSize, device: torch.device | None) -> torch.Tensor:
@@ -106,18 +116,32 @@ def documents_of(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 def has_prefix(mask: torch.Tensor | None) -> bool:
     """Whether `mask` is that of completions which share a prompt."""
-    return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == len(_PREFIX) and mask.shape[2] == 1
+    return mask is not None and mask.dtype == torch.int32 and mask.shape[2] == 1 and "prefix" in _names_of(mask)
+
+
+def is_packed(mask: torch.Tensor) -> bool:
+    """Whether `mask` has the shape of a result of this file."""
+    if mask.dtype != torch.int32 or mask.ndim != 4:
+        return False
+    return mask.shape[2] == 0 or (mask.shape[2] == 1 and (mask.shape[1] == 1 or bool(_names_of(mask))))
+
+
+def _names_of(mask: torch.Tensor) -> tuple[str, ...]:
+    return _FORMATS.get(mask.shape[1], ())
 
 
 def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | WindowSize:
     """The argument of `pack` or `pack_window`, for the last Sq of its queries and the first Sk of its keys."""
     if mask.shape[2] == 0:
         return WindowSize(mask.shape[1] - 2, mask.shape[0] - 2)
-    fields = mask[:, :, 0].unbind(1)
-    given = dict(zip(_BY_NUMBER[len(fields)], fields, strict=True))
-    return KeyRanges(
-        **{name: x[:, x.shape[1] - Sq :] if name in _OF_QUERIES else x[:, :Sk] for name, x in given.items()}
-    )
+    names, length = _names_of(mask), mask.shape[3]
+    given = dict(zip(names, mask[:, : len(names), 0].unbind(1), strict=True))
+    for name, x in given.items():
+        if name not in _OF_QUERIES:
+            given[name] = x[:, :Sk]
+        else:
+            given[name] = x.expand(-1, Sq) if length == 1 else x[:, length - Sq :]
+    return KeyRanges(**given)
 
 
 def written_out(mask: torch.Tensor, Sq: int, Sk: int) -> torch.Tensor:

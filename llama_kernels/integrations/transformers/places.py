@@ -9,9 +9,10 @@ from torch import nn
 
 from llama_kernels.integrations.transformers import source
 from llama_kernels.integrations.transformers.attention import NAME
+from llama_kernels.integrations.transformers.attention_refusals import SEES_ALL_WITHOUT_MASK
 from llama_kernels.integrations.transformers.classes import KINDS, found_in
 from llama_kernels.integrations.transformers.fusions import ADD_NORM, QK_NORM_ROPE
-from llama_kernels.integrations.transformers.masks import ADDED_MASKS
+from llama_kernels.integrations.transformers.masks import COMPUTED_MASKS
 from llama_kernels.integrations.transformers.modules import Patched
 
 NEEDS = {ADD_NORM: ("rms_norm",), QK_NORM_ROPE: ("rms_norm", "rope")}  # the kinds that each fusion combines
@@ -48,8 +49,11 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                 continue  # its norms are not RMSNorm
             ours = bool(value)
             if kind == "attention":
-                if ours and getattr(getattr(module, "config", None), "model_type", None) in ADDED_MASKS:
-                    ours, why = False, "other attention of the model adds the mask to its scores"
+                model_type = getattr(getattr(module, "config", None), "model_type", None)
+                if ours and model_type in COMPUTED_MASKS:
+                    ours, why = False, "other code of the model computes with the mask"
+                elif ours and model_type in SEES_ALL_WITHOUT_MASK:
+                    ours, why = False, "without a mask its layers see all keys, also with is_causal=True"
                 elif ours and not hasattr(module, "config"):
                     ours, why = False, "it has no config that names its attention function"
                 elif ours and not by_config[id(module.config)]:
