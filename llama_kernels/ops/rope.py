@@ -160,7 +160,7 @@ class _Heads(NamedTuple):
 
 
 @cached_launch
-def _launch_rope_kernel(
+def _launch_rope(
     call: _Call, outs: _Heads, v: torch.Tensor | None = None, slots: torch.Tensor | None = None
 ) -> list[Launch]:
     """The launch that rotates q and k into `outs`, which are q and k themselves to rotate in place.
@@ -196,7 +196,7 @@ def _fake(call):
 
 def _rotated(call):
     outs = _fake(call)
-    _launch_rope_kernel(call, _Heads(*outs))
+    _launch_rope(call, _Heads(*outs))
     return outs
 
 
@@ -206,7 +206,7 @@ def _rotated_on_cpu(call):
 
 
 def _rotate_in_place(q, k, cos, sin, position_ids, interleaved, axes=None):
-    _launch_rope_kernel(_Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q, k))
+    _launch_rope(_Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q, k))
 
 
 def _rotate_in_place_on_cpu(q, k, cos, sin, position_ids, interleaved, axes=None):
@@ -250,7 +250,7 @@ def _packed_fake(dq, dk, dv, *rotation):
 
 def _packed_backward(dq, dk, dv, cos, sin, position_ids, interleaved, axes=None):
     dqkv = _packed_fake(dq, dk, dv)
-    _launch_rope_kernel(
+    _launch_rope(
         _Call(dq, dk, cos, sin, position_ids, interleaved, True, axes), _parts(dqkv, dq.shape[1], dk.shape[1]), dv
     )
     return dqkv
@@ -274,7 +274,7 @@ _rope_qkv_backward = register(
 def _into_cache(q, k, v, k_cache, v_cache, cache_position, cos, sin, position_ids, interleaved, axes=None):
     q_out = empty_in_order_of(q)
     call, outs = _Call(q, k, cos, sin, position_ids, interleaved, False, axes), _Heads(q_out, k_cache, v_cache)
-    _launch_rope_kernel(call, outs, v, cache_position)
+    _launch_rope(call, outs, v, cache_position)
     return q_out
 
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llama_kernels.integrations.transformers import documents, packed_masks, patch
 from llama_kernels.integrations.transformers.attention import attention_forward
-from llama_kernels.integrations.transformers.intervals import Window
+from llama_kernels.integrations.transformers.intervals import WindowSize
 from tests.integrations.comparison import (
     DoubleSoftmax,
     Results,
@@ -223,7 +223,7 @@ def test_positions_of_a_decoder_start_no_document_in_cross_attention():
         )
     finally:
         documents.forget_position_ids(decoder, (), None)
-    assert packed_masks.unpack(mask, sum(LENGTHS), 7) == Window(-1, -1)
+    assert packed_masks.unpack(mask, sum(LENGTHS), 7) == WindowSize(-1, -1)
 
 
 def test_a_call_inside_another_one_leaves_the_documents_of_the_outer_one():

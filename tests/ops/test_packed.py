@@ -36,8 +36,8 @@ def launches_of_a_step(D: int) -> dict[str, Launch]:
     lists, (_, lse) = tile_list.tile_lists(call, of_keys=True), empty_outputs(call)
     listing = delta._ListArguments(lists, cu, cu, Fill(q, None, k, v))
     launches = [
-        *forward._launch_forward_kernel.__wrapped__(call, o, lse, lists),
-        *delta._launch_delta_kernel.__wrapped__(
+        *forward._launch_forward_kernels.__wrapped__(call, o, lse, lists),
+        *delta._launch_delta_kernels.__wrapped__(
             o, o, lse, None, None, lse, lse, None, None, listing, tuple(call.sizes)
         ),
         *backward._launch_backward_kernels.__wrapped__(

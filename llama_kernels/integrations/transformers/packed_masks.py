@@ -2,7 +2,7 @@
 
 What a packed mask is, its shape tells:
 
-    (right + 2, left + 2, 0, 0)       a `Window`
+    (right + 2, left + 2, 0, 0)       a `WindowSize`
     (B, planes, 1, max(Sq, Sk))       `KeyRanges`; _FORMATS says which fields
     (B, 1, 1, S)                      documents of tokens that are divided among processes
 

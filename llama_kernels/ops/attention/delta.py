@@ -100,7 +100,7 @@ class _ListArguments(NamedTuple):
 
 
 @cached_launch
-def _launch_delta_kernel(
+def _launch_delta_kernels(
     o: torch.Tensor, do: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, sinks: torch.Tensor | None,
     lse2: torch.Tensor, delta: torch.Tensor, shares: torch.Tensor | None, dq_sum: torch.Tensor | None,
     listing: _ListArguments | None, sizes: tuple[int, ...],
@@ -156,5 +156,5 @@ def launch_delta(
     # Heads run fastest over the programs.
     shares = None if sinks is None else lse.new_empty(programs // sizes.Hq, sizes.Hq)
     listing = lists and _ListArguments(lists, call.cu_seqlens_q, call.cu_seqlens_k, fill)
-    _launch_delta_kernel(out, results.do, lse, results.dlse, sinks, lse2, delta, shares, dq_sum, listing, tuple(sizes))
+    _launch_delta_kernels(out, results.do, lse, results.dlse, sinks, lse2, delta, shares, dq_sum, listing, tuple(sizes))
     return lse2, delta, None if sinks is None or shares is None else shares.sum(0).to(sinks.dtype)

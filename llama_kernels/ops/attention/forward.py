@@ -114,7 +114,7 @@ def _forward_launch(
 
 
 @cached_launch
-def _launch_forward_kernel(
+def _launch_forward_kernels(
     call: AttentionCall, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
 ) -> list[Launch]:
     sizes, BLOCK_M = call.sizes, tile_for("forward", call).BLOCK_M
@@ -155,5 +155,5 @@ def launch_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     o, lse = empty_outputs(call)
     lists = tile_lists(call, of_keys=False)
     if choice.tile is None or not hopper.try_forward(call, choice.tile, o, lse, lists):
-        _launch_forward_kernel(call, o, lse, lists)
+        _launch_forward_kernels(call, o, lse, lists)
     return o, lse

@@ -265,7 +265,7 @@ def _hopper_forward_kernel(
 
 
 @cached_launch
-def _launch_hopper_forward_kernel(
+def _launch_hopper_forward_kernels(
     call: AttentionCall, tile: HopperTile, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
 ) -> list[Launch]:
     call.require_contiguous_vectors()
@@ -288,4 +288,4 @@ def launch_hopper_forward(
     call: AttentionCall, tile: HopperTile, o: torch.Tensor, lse: torch.Tensor, lists: TileLists | None
 ) -> None:
     """Fill o and lse. tile: the one that dispatch.py chose for the call. lists: of a packed call, to be written."""
-    _launch_hopper_forward_kernel(call, tile, o, lse, lists)
+    _launch_hopper_forward_kernels(call, tile, o, lse, lists)
