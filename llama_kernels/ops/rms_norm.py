@@ -30,7 +30,7 @@ from llama_kernels import reference
 from llama_kernels.core.autograd import Differentiable, needs_grad, save
 from llama_kernels.core.checks import check_eps, check_offset, check_tensors, message, shape_of
 from llama_kernels.core.device import lanes_of, processors_of, shared_bytes_of
-from llama_kernels.core.language import INTERPRETED, TRITON_VERSION, cast, inverse_root, tl, triton
+from llama_kernels.core.language import TRITON_VERSION, cast, inverse_root, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.registry import register, register_gradient
 from llama_kernels.core.second_derivatives import pushforward, results_and_pullback, with_derivatives_of
@@ -116,7 +116,6 @@ _ROW_TILES = {
 _WEIGHT_STAYS: tl.constexpr = tl.constexpr(8192)
 # From Triton 3.8 on, the code for the backward of longer rows needs a few more registers than the 64 of a thread.
 _TIGHT: tl.constexpr = tl.constexpr(TRITON_VERSION >= (3, 8))
-_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -224,22 +223,6 @@ def _rms_norm_forward_kernel(
 
 
 @triton.jit
-def _converted_again(x, dtype: tl.constexpr, start):
-    """x, float32 values of a `dtype` of two bytes, after which registers hold it in that dtype, two elements each.
-
-    On Blackwell the compiler otherwise holds it in float32. It cannot know that what is or'ed to x is 0, since start,
-    the number of a row, may be negative for all that it knows.
-    """
-    if not _INTERPRETED and tl.target_info.cuda_capability_geq(10, 0):
-        bits, zero = cast(x, dtype).to(tl.int16, bitcast=True), tl.minimum(start, 0).to(tl.int16)
-        bits = tl.inline_asm_elementwise(
-            "or.b32 $0, $1, $2;", "=r,r,r", [bits, zero], dtype=tl.int16, is_pure=True, pack=2
-        )
-        x = bits.to(dtype, bitcast=True).to(tl.float32)
-    return x
-
-
-@triton.jit
 def _store_dx(
     dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, n, N: tl.constexpr, BLOCK_N: tl.constexpr,
     TIGHT: tl.constexpr = False,
@@ -278,7 +261,7 @@ def _rms_norm_backward_kernel(
     tl.static_assert(dw_ptr is None or N <= BLOCK_N, "dw is kept only where a row fits one tile")
     # If TIGHT, registers hold x in its dtype, two elements each, and no address of the weight while a row is summed.
     LONG: tl.constexpr = N <= BLOCK_N and N > _WEIGHT_STAYS
-    TIGHT: tl.constexpr = _TIGHT and LONG and ds_ptr is not None and weight_ptr is not None
+    TIGHT: tl.constexpr = _TIGHT and LONG and BLOCK_R == 1 and ds_ptr is not None and weight_ptr is not None
     first_cols = tl.arange(0, BLOCK_N)
     scale = None
     if N <= BLOCK_N and N <= _WEIGHT_STAYS:
@@ -287,7 +270,7 @@ def _rms_norm_backward_kernel(
     last = (N - 1) // BLOCK_N * BLOCK_N
     for start in tl.range(tl.program_id(0) * BLOCK_R, M, tl.num_programs(0) * BLOCK_R, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_R)
-        live = (rows < M) | TIGHT  # if TIGHT, a program has one row
+        live = (rows < M) | TIGHT  # TIGHT: the program has one row, which exists
         dy_rows = dy_ptr + _row_starts(rows, row_sizes, dy_strides)
         x_rows = x_ptr + _row_starts(rows, row_sizes, x_strides)
         dx_rows = dx_ptr + _row_starts(rows, row_sizes, dx_strides)
@@ -316,8 +299,6 @@ def _rms_norm_backward_kernel(
             mean += tl.sum(g * xhat, 1)
         mean = mean[:, None] / N
 
-        if TIGHT:
-            xhat = _converted_again(xhat, x_ptr.dtype.element_ty, start)
         _store_dx(dx_rows, ds_rows, live, g, xhat, rstd, mean, eps, last, N, BLOCK_N, TIGHT)
         # The last step is in registers; of the others, the later ones are likelier to be in L2.
         for step in range(1, 1 if N <= BLOCK_N else tl.cdiv(columns, BLOCK_N)):
