@@ -25,7 +25,7 @@ def write_into_cache(cache: torch.Tensor, heads: torch.Tensor, slots: torch.Tens
     slots = slots.flatten().long()
     outside = [not 0 <= slot < cache.shape[2] for slot in slots.tolist()]
     if any(outside):
-        there = torch.tensor(outside).logical_not_()
+        there = torch.tensor(outside, device=slots.device).logical_not_()
         heads, slots = heads[:, :, there], slots[there]
     cache.index_copy_(2, slots, heads)
 

@@ -14,7 +14,6 @@ pytest.importorskip("accelerate")
 from tests.distributed import accelerated
 from tests.distributed.comparison import check
 from tests.distributed.processes import run
-from tests.integrations.small import VERSION
 from tests.support.environment import INTERPRETED
 
 pytestmark = [
@@ -28,11 +27,9 @@ SIZES = ("tp_size", "sp_size", "cp_size")
 def results() -> dict[str, Any]:
     refused = {size: (accelerated.refusal_on_the_cpu, (size,)) for size in SIZES}
     on_gpus = torch.cuda.device_count() >= 2
-    tp = {"TP": (accelerated.tensor_parallel, ())} if VERSION >= (5, 21) else {}
-    return run({**tp, **({} if on_gpus else refused)}, 2)
+    return run({"TP": (accelerated.tensor_parallel, ()), **({} if on_gpus else refused)}, 2)
 
 
-@pytest.mark.skipif(VERSION < (5, 21), reason="this Transformers refuses a vocabulary that the processes do not divide")
 def test_tp_size_gives_the_results_of_one_process():
     found = results()["TP"]
     check(found)

@@ -18,6 +18,7 @@ from llama_kernels.integrations.transformers.intervals import WindowSize
 from tests.integrations.comparison import (
     DoubleSoftmax,
     Results,
+    Run,
     compare_with_stock,
     gradients,
     logits_of,
@@ -54,11 +55,17 @@ def with_gradients(model: Any, logits: torch.Tensor) -> Results:
 
 
 def one_by_one(model: Any) -> Results:
-    return with_gradients(model, torch.cat([model(ids, use_cache=False).logits for ids in IDS.split(LENGTHS, 1)], 1))
+    return with_gradients(
+        model, torch.cat([model(input_ids=ids, use_cache=False).logits for ids in IDS.split(LENGTHS, 1)], 1)
+    )
 
 
-def packed(**options: Any):
-    return lambda model: with_gradients(model, model(IDS, position_ids=POSITIONS, **options).logits)
+def packed(**options: Any) -> Run:
+    return packed_at(POSITIONS, **options)
+
+
+def packed_at(positions: torch.Tensor, **options: Any) -> Run:
+    return lambda model: with_gradients(model, model(input_ids=IDS, position_ids=positions, **options).logits)
 
 
 def cu_seq_lens() -> dict[str, Any]:
@@ -190,10 +197,7 @@ def test_documents_are_separate_where_the_text_has_a_fourth_row_of_positions(fam
     model = stock_of(family)
     ours = changed(model, change)
     rows = POSITIONS.expand(4, 1, -1)
-    with torch.no_grad():
-        found = ours(input_ids=IDS, position_ids=rows, use_cache=use_cache).logits
-        apart = [model(input_ids=ids, use_cache=False).logits for ids in IDS.split(LENGTHS, 1)]
-    torch.testing.assert_close(found, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
+    compare_with_stock(ours, model, one_by_one, packed_at(rows, use_cache=use_cache))
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="Transformers 4 has no masks of both directions")
