@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_kernels.integrations.transformers import source
 from llama_kernels.integrations.transformers.attention import NAME
@@ -58,6 +60,8 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                     ours, why = False, "it has no config that names its attention function"
                 elif ours and not by_config[id(module.config)]:
                     ours, why = False, "another attention module of its config stays stock"
+                elif ours and (other := _other_function(module.config)) is not None:
+                    ours, why = False, other
             elif ours and (own := own_forward(module)) is not None:
                 ours, why = False, own
             elif ours and kind in NEEDS:
@@ -66,6 +70,22 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                 elif not all(id(part) in norms for part in parts):
                     ours, why = False, f"{' or '.join(fused)} is not a known RMSNorm"
             yield Place(module, kind, ours, why)
+
+
+def _other_function(config: Any) -> str | None:
+    """Why the attention that a config names may compute something else than ours, or None.
+
+    A function that is not of Transformers may read arguments of its own, as that of TRL's AsyncGRPOTrainer reads a tree
+    of completions, or the keys of other processes. So may one that was registered under a name of Transformers.
+    """
+    name = getattr(config, "_attn_implementation", None)
+    if name == NAME:
+        return None
+    for kind, functions in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+        function = functions.get(name)
+        if function is not None and not source.module_of(function).startswith("transformers."):
+            return f"the {kind} function of attn_implementation={name!r} is {source.name_of(function)}"
+    return None
 
 
 def _is_known_norm(module: nn.Module) -> bool:
