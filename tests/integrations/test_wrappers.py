@@ -138,6 +138,26 @@ def test_attention_that_another_library_registered_stays(monkeypatch, caplog, na
         patch(copy.deepcopy(theirs), strict=True)
 
 
+def test_an_eager_function_that_another_library_replaced_stays(monkeypatch):
+    """Libraries that read or change attention weights replace it in the module of a model."""
+    theirs = stock("llama")
+    assert theirs.config._attn_implementation == "eager"
+    module = sys.modules[type(theirs).__module__]
+    eager = module.eager_attention_forward
+
+    def halved(*args, **kwargs):
+        out, weights = eager(*args, **kwargs)
+        return out / 2, weights
+
+    monkeypatch.setattr(module, "eager_attention_forward", halved)
+    model = patch(copy.deepcopy(theirs))
+    assert "attention" not in replaced(model) >= {"rms_norm", "rope"}
+    with torch.no_grad():
+        torch.testing.assert_close(*(m(batch("llama").ids, use_cache=False).logits for m in (model, theirs)))
+    theirs.set_attn_implementation("sdpa")
+    assert "attention" in replaced(patch(theirs))
+
+
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "paged|eager"])
 def test_attention_functions_of_transformers_are_replaced(name):
     model = stock("llama")
