@@ -13,6 +13,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import RandomSampler
 from transformers import TrainingArguments
 
@@ -60,7 +61,7 @@ def context_parallel(method: str) -> list[tuple[float, float]]:
     return _train(_trainer(ContextParallelTrainer, {}, model=patch(stock("llama")), mesh=mesh_of(), method=method))
 
 
-# --- FSDP2 -----------------------------------------------------------------------------------------------------------
+# --- data parallel ---------------------------------------------------------------------------------------------------
 
 
 class _SameBatches(transformers.Trainer):
@@ -78,18 +79,21 @@ class _FSDPOnTheCpu(AcceleratorState):  # type: ignore[misc]  # accelerate count
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
 
-def fsdp2(given: str) -> list[tuple[float, float]]:
-    """The Trainer shards what it was given, a "model" or a "model_init", and the callback patches it."""
+def data_parallel(kind: str, given: str) -> list[tuple[float, float]]:
+    """The callback patches what the Trainer was given, a "model" or a "model_init", under "DDP" or "FSDP2"."""
     model = {"model": stock("llama")} if given == "model" else {"model_init": lambda: stock("llama")}
-    settings = {
-        "per_device_train_batch_size": ROWS // dist.get_world_size(), "fsdp": True,
-        "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
-    }  # fmt: skip
+    settings: dict[str, Any] = {"per_device_train_batch_size": ROWS // dist.get_world_size()}
+    state = AcceleratorState
+    if kind == "FSDP2":
+        config = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+        settings |= {"fsdp": True, "fsdp_config": config}
+        state = _FSDPOnTheCpu
     AcceleratorState._reset_state()  # accelerate keeps that of the first Accelerator
-    with mock.patch.dict(os.environ), mock.patch("accelerate.accelerator.AcceleratorState", _FSDPOnTheCpu):
+    with mock.patch.dict(os.environ), mock.patch("accelerate.accelerator.AcceleratorState", state):
         trainer = _trainer(_SameBatches, settings, callbacks=[LlamaKernelsCallback()], **model)
         found = _train(trainer)
     AcceleratorState._reset_state()
-    assert all(isinstance(layer, FSDPModule) for layer in trainer.model.model.layers), "not sharded"
+    wrapper = {"DDP": DistributedDataParallel, "FSDP2": FSDPModule}[kind]
+    assert isinstance(trainer.model_wrapped, wrapper), f"a {type(trainer.model_wrapped).__name__}"
     assert {row.ours for row in report(trainer.model).rows} == {True}, report(trainer.model)
     return found
