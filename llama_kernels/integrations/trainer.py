@@ -6,9 +6,7 @@ import logging
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
-from llama_kernels.core.checks import message
 from llama_kernels.integrations.transformers import patch  # before transformers: it checks that one is installed
 from llama_kernels.integrations.transformers.modules import Patched, parts_of
 
@@ -21,8 +19,8 @@ class LlamaKernelsCallback(TrainerCallback):  # type: ignore[misc]  # Transforme
     """Patches the model of a trainer: `Trainer(..., callbacks=[LlamaKernelsCallback()])`.
 
     `patch` runs at the end of the trainer's construction: after adapters are added, and before the model is
-    distributed or compiled. A model from `model_init` is made again when training begins, and patched then. A model
-    that is patched already stays as it is.
+    distributed or compiled. A model from `model_init` is made again when training begins, and patched before the first
+    step, when FSDP2 may have sharded it already. A model that is patched already stays as it is.
 
     A reference model, as DPO has one, is not the trainer's model. Patch it before you pass it.
 
@@ -33,8 +31,7 @@ class LlamaKernelsCallback(TrainerCallback):  # type: ignore[misc]  # Transforme
         attention, rms_norm, rope, fuse, strict: those of `patch`.
 
     Raises:
-        ValueError: nothing in the model can be replaced; with `strict`, not everything; or the model is already
-            sharded by FSDP2 when training begins, which happens with `model_init`.
+        ValueError: nothing in the model can be replaced, or, with `strict`, not everything.
     """
 
     def __init__(
@@ -59,11 +56,6 @@ class LlamaKernelsCallback(TrainerCallback):  # type: ignore[misc]  # Transforme
     ) -> None:
         model = trainer["model"]
         if model is not self._model:
-            if any(isinstance(module, FSDPModule) for module in model.modules()):
-                fix = "Pass a model to the trainer instead of model_init."
-                raise ValueError(
-                    message("LlamaKernelsCallback", "model", "sharded by FSDP2", "a model that is not sharded yet", fix)
-                )
             self._patch(model)
         if names := _replaced_by_liger(model):
             logger.warning(

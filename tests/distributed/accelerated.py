@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import accelerate
@@ -13,7 +12,7 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 
 from llama_kernels.integrations.transformers import patch
-from tests.distributed.combinations import IDS, loss_and_gradients
+from tests.distributed.combinations import IDS, loss_and_gradients, shared_folder
 from tests.distributed.comparison import errors, found
 from tests.distributed.processes import device, here
 from tests.integrations.families import stock
@@ -49,12 +48,11 @@ def _stock() -> Any:
 
 def tensor_parallel() -> dict[str, Any]:
     """A model loaded with its tp_plan, patched, and prepared together with an optimizer, which makes a step."""
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folder)
+    folder = shared_folder()
     if dist.get_rank() == 0:
-        _stock().save_pretrained(folder[0])
+        _stock().save_pretrained(folder)
     dist.barrier()
-    model = patch(transformers.AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto"))
+    model = patch(transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"))
     kind = _OnTheCpu if device().type == "cpu" else ParallelismConfig
     accelerator = _accelerator(kind(tp_size=dist.get_world_size()))
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -52,6 +53,13 @@ def alone(dtype: torch.dtype) -> Found:
 
 def errors_of(results: Found) -> dict[str, Any]:
     return errors(results, alone(torch.float32), alone(torch.float64))
+
+
+def shared_folder() -> str:
+    """A new folder, the same for all processes."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    return folder[0]
 
 
 def changed(change: Change, patched: str = "first") -> Any:
@@ -192,6 +200,20 @@ def cp_tp(method: str) -> dict[str, Any]:
     return with_tokens_of_its_own(model, mesh["cp"], method)
 
 
+def fsdp2_tp_by_transformers() -> dict[str, Any]:
+    """Transformers shards the model as it loads it. Processes of the first half have the first half of the rows."""
+    folder = shared_folder()
+    if dist.get_rank() == 0:
+        stock("llama").save_pretrained(folder)
+    dist.barrier()
+    config = transformers.distributed.DistributedConfig(fsdp_size=2, tp_size=2)
+    model = patch(transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config))
+    ids = here(IDS).chunk(2)[dist.get_rank() // 2]
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return errors_of(found(model, summed(loss, mesh_of()) / dist.get_world_size()))
+
+
 # --- pipelines, checkpoints ------------------------------------------------------------------------------------------
 
 
@@ -226,15 +248,14 @@ def weights_that_differ_after(saved: str, loaded: str) -> list[str]:
         "TP": lambda model: tensor_parallel(model, mesh["tp"]),
         "FSDP2 x TP": lambda model: sharded(tensor_parallel(model, mesh["tp"]), mesh["dp"]),
     }
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folder)
+    folder = shared_folder()
     before, after = (layouts[layout](patch(stock("llama"))) for layout in (saved, loaded))
-    dcp.save(get_model_state_dict(before), checkpoint_id=folder[0])
+    dcp.save(get_model_state_dict(before), checkpoint_id=folder)
     with torch.no_grad():
         for parameter in after.parameters():
             parameter.zero_()
     state = get_model_state_dict(after)
-    dcp.load(state, checkpoint_id=folder[0])
+    dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(after, state)
     expected = dict(stock("llama").named_parameters())
     values = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in after.named_parameters()}

@@ -27,6 +27,8 @@ ORDERS = ("first", "last")  # when the model is patched
 # Until torch 2.12 a stage of an exported pipeline asks for the gradient of all that it receives, integers too. Before
 # Transformers 5.24 the first stage of a stock model, too, lacks an argument.
 EXPORTS = (major_minor(torch.__version__) or (0, 0)) >= (2, 13) and VERSION >= (5, 24)
+# Earlier releases were not tested with a DistributedConfig.
+LOADS_SHARDED = VERSION >= (5, 24)
 
 # On 2 and on 4 processes: what is run, by name. A compiled model comes first, so that it meets the first DTensor.
 JOBS: dict[int, dict[str, Any]] = {
@@ -48,6 +50,7 @@ JOBS: dict[int, dict[str, Any]] = {
     4: {
         "HSDP": (combinations.hsdp, ()),
         "FSDP2 x (TP + SP)": (titan.fsdp2_tp_sp, ()),
+        **({"FSDP2 x TP by Transformers": (combinations.fsdp2_tp_by_transformers, ())} if LOADS_SHARDED else {}),
         "CP (ulysses and ring) x FSDP2": (combinations.ulysses_and_ring_fsdp2, ()),
         **{f"CP ({method}) x TP": (combinations.cp_tp, (method,)) for method in METHODS},
         **{f"CP ({method}) x (TP + SP)": (titan.cp_tp_sp, (method,)) for method in METHODS},

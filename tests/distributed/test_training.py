@@ -23,20 +23,33 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="about what is sent to whom; the kernels have other tests"),
 ]
 METHODS = ("ring", "ulysses")
+DATA_PARALLEL = [("DDP", "model"), ("DDP", "model_init"), ("FSDP2", "model"), ("FSDP2", "model_init")]
 
 
 @functools.cache
 def trained() -> tuple[dict[str, Any], list[tuple[float, float]]]:
-    """By method, the loss and norm of gradients of each step of the Trainer; and those of the stock model alone."""
-    return run({method: (hf_trainer.context_parallel, (method,)) for method in METHODS}, 2), hf_trainer.alone()
+    """By job, the loss and norm of gradients of each step of the Trainer; and those of the stock model alone."""
+    context_parallel = {method: (hf_trainer.context_parallel, (method,)) for method in METHODS}
+    data_parallel = {f"{job}": (hf_trainer.data_parallel, job) for job in DATA_PARALLEL}
+    return run({**context_parallel, **data_parallel}, 2), hf_trainer.alone()
+
+
+def check_as_alone(job: str) -> None:
+    together, alone = trained()
+    assert isinstance(together[job], list), together[job]
+    assert len(alone) == hf_trainer.STEPS
+    torch.testing.assert_close(torch.tensor(together[job]), torch.tensor(alone), atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trainer_of_hugging_face_in_context_parallel(method):
-    together, alone = trained()
-    assert isinstance(together[method], list), together[method]
-    assert len(alone) == hf_trainer.STEPS
-    torch.testing.assert_close(torch.tensor(together[method]), torch.tensor(alone), atol=0, rtol=1e-5)
+    check_as_alone(method)
+
+
+@pytest.mark.parametrize("kind, given", DATA_PARALLEL)
+def test_the_callback_patches_a_model_that_the_trainer_distributes(kind, given):
+    """A model from model_init is patched when training begins, which is after `fully_shard`."""
+    check_as_alone(f"{(kind, given)}")
 
 
 def test_cp_2_times_tp_2_has_the_loss_curve_of_stock(tmp_path):

@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from examples import common, functions, packing, report  # noqa: E402
 from examples.packing import definitions  # noqa: E402
 from tests.integrations.comparison import compare_with_stock, logits_of  # noqa: E402
+from tests.integrations.small import small  # noqa: E402
 
 ROOT = Path(common.__file__).parents[1]
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="a training loop in Triton's interpreter would take hours")
@@ -150,8 +151,9 @@ def test_accelerate_in_two_processes_has_the_losses_of_one(run, tmp_path, monkey
 
 @not_interpreted
 @pytest.mark.parametrize("packed", [True, False], ids=["packing", "padding_free"])
-def test_documents_of_a_trl_batch_stay_apart(packed):
-    """The logits of each document are those that it has alone."""
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_documents_of_a_trl_batch_stay_apart(family, packed):
+    """The logits of each document are those that it has alone. Stock GPT-OSS joins the documents."""
     sft_trainer = pytest.importorskip("trl.trainer.sft_trainer", reason="needs trl")
     documents = [torch.randint(3, 90, (n,)).tolist() for n in (5, 9, 2, 12)]
     if packed:
@@ -164,11 +166,7 @@ def test_documents_of_a_trl_batch_stay_apart(packed):
     batch = collator(rows)
     assert batch["input_ids"].shape == (1, 28) and "attention_mask" not in batch
 
-    config = transformers.LlamaConfig(
-        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    stock = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    stock = small(family)
 
     @torch.no_grad()
     def one_by_one(model: Any) -> dict[str, torch.Tensor]:

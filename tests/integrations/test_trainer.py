@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 
-from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
 from llama_kernels.integrations.trainer import LlamaKernelsCallback
@@ -67,19 +66,6 @@ def test_the_callback_takes_the_options_of_patch(trainer):
     }  # fmt: skip
     with pytest.raises(ValueError, match="of which this stays stock"):
         trainer([LlamaKernelsCallback(strict=True)], model=small("doge"))
-
-
-def test_a_model_that_is_sharded_before_it_can_be_patched_is_refused(trainer):
-    made = trainer([LlamaKernelsCallback()], model_init=lambda: small())
-
-    class Sharded(torch.nn.Module, FSDPModule):
-        __new__ = object.__new__
-
-    sharded = small()
-    sharded.add_module("part", Sharded())
-    made.model_init = lambda: sharded
-    with pytest.raises(ValueError, match=r"model is sharded by FSDP2; wanted .* Pass a model to the trainer"):
-        made.train()
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="this release of Liger-Kernel takes Transformers 5")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import sys
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.0")
 
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_kernels.integrations.transformers import patch, source, unpatch
@@ -103,6 +105,64 @@ def test_windows_and_documents_need_no_mask(family, registered):
         with registered(wrapper):
             logits = model(ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("mapping", [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS], ids=["attention", "mask"])
+@pytest.mark.parametrize("name", ["tree", "sdpa"])
+def test_attention_that_another_library_registered_stays(monkeypatch, caplog, name, mapping):
+    """TRL's AsyncGRPOTrainer registers attention over a tree, whose edges it passes to the model's forward. Ring
+    attention and DeepSpeed register theirs under names of Transformers."""
+
+    def tree_attention(module, query, key, value, attention_mask, tree=1.0, **kwargs):
+        return ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"](module, query, key, value, None, **kwargs)[
+            0
+        ] * tree, None
+
+    def only_diagonal(q_length, device, **kwargs):
+        return torch.eye(q_length, dtype=torch.bool, device=device)[None, None]
+
+    if name == "tree":  # its functions are those of "sdpa", but for the one that is tested
+        for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            monkeypatch.setitem(functions._local_mapping, name, functions["sdpa"])
+    function = tree_attention if mapping is ALL_ATTENTION_FUNCTIONS else only_diagonal
+    monkeypatch.setitem(mapping._local_mapping, name, function)
+    theirs = stock("llama")
+    theirs.set_attn_implementation(name)
+    with caplog.at_level(logging.WARNING, "llama_kernels"):
+        model = patch(copy.deepcopy(theirs))
+    assert function.__name__ in caplog.text and "attention" not in replaced(model) >= {"rms_norm", "rope"}
+    with torch.no_grad():
+        logits, expected = (m(batch("llama").ids, tree=0.25, use_cache=False).logits for m in (model, theirs))
+    torch.testing.assert_close(logits, expected)
+    with pytest.raises(ValueError, match="of which this stays stock"):
+        patch(copy.deepcopy(theirs), strict=True)
+
+
+def test_an_eager_function_that_another_library_replaced_stays(monkeypatch):
+    """Libraries that read or change attention weights replace it in the module of a model."""
+    theirs = stock("llama")
+    assert theirs.config._attn_implementation == "eager"
+    module = sys.modules[type(theirs).__module__]
+    eager = module.eager_attention_forward
+
+    def halved(*args, **kwargs):
+        out, weights = eager(*args, **kwargs)
+        return out / 2, weights
+
+    monkeypatch.setattr(module, "eager_attention_forward", halved)
+    model = patch(copy.deepcopy(theirs))
+    assert "attention" not in replaced(model) >= {"rms_norm", "rope"}
+    with torch.no_grad():
+        torch.testing.assert_close(*(m(batch("llama").ids, use_cache=False).logits for m in (model, theirs)))
+    theirs.set_attn_implementation("sdpa")
+    assert "attention" in replaced(patch(theirs))
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "paged|eager"])
+def test_attention_functions_of_transformers_are_replaced(name):
+    model = stock("llama")
+    model.config._attn_implementation_internal = name  # without the checks of Transformers for its packages
+    assert "attention" in replaced(patch(model))
 
 
 # --- the package kernels ---------------------------------------------------------------------------------------------

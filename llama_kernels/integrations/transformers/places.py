@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_kernels.integrations.transformers import source
 from llama_kernels.integrations.transformers.attention import NAME
-from llama_kernels.integrations.transformers.attention_refusals import SEES_ALL_WITHOUT_MASK
+from llama_kernels.integrations.transformers.attention_refusals import SEES_ALL_WITHOUT_MASK, eager_functions
 from llama_kernels.integrations.transformers.classes import KINDS, found_in
 from llama_kernels.integrations.transformers.fusions import ADD_NORM, QK_NORM_ROPE
 from llama_kernels.integrations.transformers.masks import COMPUTED_MASKS
@@ -58,6 +60,8 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                     ours, why = False, "it has no config that names its attention function"
                 elif ours and not by_config[id(module.config)]:
                     ours, why = False, "another attention module of its config stays stock"
+                elif ours and (other := _other_function(module)) is not None:
+                    ours, why = False, other
             elif ours and (own := own_forward(module)) is not None:
                 ours, why = False, own
             elif ours and kind in NEEDS:
@@ -66,6 +70,33 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                 elif not all(id(part) in norms for part in parts):
                     ours, why = False, f"{' or '.join(fused)} is not a known RMSNorm"
             yield Place(module, kind, ours, why)
+
+
+def _other_function(module: Any) -> str | None:
+    """Why the attention that the config of a module names may compute something else than ours, or None.
+
+    A function that is not of Transformers may read arguments of its own, as that of TRL's AsyncGRPOTrainer reads a tree
+    of completions, or the keys of other processes. So may one that was registered under a name of Transformers, or that
+    took the place of a model's eager function.
+    """
+    name = getattr(module.config, "_attn_implementation", None)
+    if name == NAME:
+        return None
+    for kind, functions in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+        function = functions.get(name)
+        if function is not None and not _is_of(function, "transformers"):
+            return f"the {kind} function of attn_implementation={name!r} is {source.name_of(function)}"
+    if name == "eager":
+        forward = source.decorated(module._stock_forward if isinstance(module, Patched) else type(module).forward)[-1]
+        package = source.module_of(forward).split(".")[0]  # that of the model, which may have an eager function too
+        for function in eager_functions(forward):
+            if not (_is_of(function, "transformers") or _is_of(function, package)):
+                return f"its eager attention function is {source.name_of(function)}"
+    return None
+
+
+def _is_of(function: Any, package: str) -> bool:
+    return source.module_of(function).split(".")[0] == package
 
 
 def _is_known_norm(module: nn.Module) -> bool:

@@ -84,13 +84,25 @@ def chain_of(function: Any) -> Iterator[Any]:
 
 def name_of(function: Any) -> str:
     """A callable's own name and module, for messages: functools.wraps gives it those of the function it wraps."""
-    function = getattr(function, "__func__", function)
-    if isinstance(function, functools.partial):
-        function = function.func
+    function = _called(function)
     if isinstance(function, Function):
         name = getattr(function.__code__, "co_qualname", function.__code__.co_name)  # co_qualname: Python 3.11
-        return f"{name} of {function.__globals__.get('__name__')}"
-    return f"a {type(function).__qualname__} of {type(function).__module__}"
+        return f"{name} of {module_of(function)}"
+    return f"a {type(function).__qualname__} of {module_of(function)}"
+
+
+def module_of(function: Any) -> str:
+    """The name of the module in which a callable was defined, or its class if it is not a function."""
+    function = _called(function)
+    if isinstance(function, Function):
+        return str(function.__globals__.get("__name__"))
+    return type(function).__module__
+
+
+def _called(function: Any) -> Any:
+    """The function that a bound method or a functools.partial calls; otherwise `function`."""
+    function = getattr(function, "__func__", function)
+    return function.func if isinstance(function, functools.partial) else function
 
 
 def global_names(function: Any) -> frozenset[str]:
