@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from llama_kernels.integrations.transformers import source
 from llama_kernels.integrations.transformers.attention import NAME
@@ -33,10 +34,11 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
     wanted: the kinds that fusions may combine.
     """
     norms = {id(module) for module in model.modules() if own_forward(module) is None and _is_known_norm(module)}
-    by_config: dict[int, bool] = {}  # attention is ours in all the modules of one config, or in none
+    mask_configs = mask_configs_in(model)
+    by_config: dict[int, bool] = {}  # attention is ours in all the modules whose masks one config makes, or in none
     for module in model.modules():
         if "attention" in (found := found_of(module)) and hasattr(module, "config"):
-            key = id(module.config)
+            key = id(mask_configs[module])
             by_config[key] = by_config.get(key, True) and bool(found["attention"].value)
     for module in model.modules():
         found = found_of(module)
@@ -56,7 +58,7 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                     ours, why = False, "without a mask its layers see all keys, also with is_causal=True"
                 elif ours and not hasattr(module, "config"):
                     ours, why = False, "it has no config that names its attention function"
-                elif ours and not by_config[id(module.config)]:
+                elif ours and not by_config[id(mask_configs[module])]:
                     ours, why = False, "another attention module of its config stays stock"
             elif ours and (own := own_forward(module)) is not None:
                 ours, why = False, own
@@ -66,6 +68,28 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                 elif not all(id(part) in norms for part in parts):
                     ours, why = False, f"{' or '.join(fused)} is not a known RMSNorm"
             yield Place(module, kind, ours, why)
+
+
+def mask_configs_in(model: nn.Module) -> dict[nn.Module, Any]:
+    """For each module with a config, the config by which its masks are made.
+
+    It is that of the model around it, by whose attention function Transformers chooses the masks. A layer that was
+    copied (by deepcopy, or by PEFT's layer replication) has a copy of this config. A module whose config is of another
+    class than that of the model around it has its own.
+    """
+    configs: dict[nn.Module, Any] = {}
+
+    def visit(module: nn.Module, around: Any) -> None:
+        own = getattr(module, "config", None)
+        if isinstance(module, PreTrainedModel):
+            around = own
+        if hasattr(module, "config"):
+            configs.setdefault(module, around if type(around) is type(own) else own)
+        for child in module.children():
+            visit(child, around)
+
+    visit(model, None)
+    return configs
 
 
 def _is_known_norm(module: nn.Module) -> bool:
