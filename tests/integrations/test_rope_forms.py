@@ -139,6 +139,36 @@ def test_a_part_of_each_head_in_interleaved_pairs(family):
     assert len(check(stock, logits_of(tokens())).of("rope")) == 2 * 2  # q and k of each layer
 
 
+def narrower(stock: Any) -> Any:
+    """The model with half of each row of its tables, as a partial_rotary_factor of 0.5 makes them."""
+
+    def half(module: Any, args: Any, tables: Any) -> Any:
+        halves = [x[..., : x.shape[-1] // 2] for x in (tables if isinstance(tables, tuple) else (tables,))]
+        return tuple(halves) if isinstance(tables, tuple) else halves[0]
+
+    for module in stock.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_hook(half)
+    return stock
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen3", "olmo2", "cohere", "helium", "ernie4_5", "gpt_oss", "gemma3n_text", "deepseek_v2",
+     "deepseek_v3", "modernbert-decoder"],
+)  # fmt: skip
+def test_functions_that_rotate_whole_heads_refuse_narrower_tables_as_stock_does(family):
+    stock = narrower(stock_of(family))
+    for model in (stock, patched(stock)):
+        with pytest.raises(RuntimeError, match="must match"):
+            model(tokens())
+
+
+@pytest.mark.parametrize("family", ["phi3", "nemotron", "glm4", "glm4_moe"])
+def test_functions_that_rotate_a_part_of_each_head_take_narrower_tables(family):
+    check(narrower(stock_of(family)), logits_of(tokens()))
+
+
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_functions_that_rotate_q_or_k_alone(family):
     assert check(stock_of(family), logits_of(tokens())).of("rope")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llama_kernels.integrations.transformers import attention_refusals, attention_stock, patch, report, source
+from llama_kernels.integrations.transformers import attention_refusals, attention_stock, patch, report, source, unpatch
 from tests.integrations.comparison import (
     DoubleSoftmax,
     Results,
@@ -21,7 +23,18 @@ from tests.integrations.comparison import (
     mean_square_of,
     padding_mask,
 )
-from tests.integrations.small import SIZES, VERSION, not_interpreted, ops_of, patched, randomized, small, tokens
+from tests.integrations.small import (
+    SIZES,
+    VERSION,
+    not_interpreted,
+    ops_of,
+    patched,
+    randomized,
+    small,
+    stock_rows,
+    tokens,
+)
+from tests.integrations.user_classes import OwnMask, with_class
 from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
@@ -131,6 +144,31 @@ def test_our_attention_by_name_raises_in_a_module_that_computes_with_its_mask(si
         error, match = (ValueError, RuntimeError), None
     with pytest.raises(error, match=match):
         model(tokens(), attention_mask=None if side == "none" else padding_mask(tokens(), side))
+
+
+def with_copied_layers(stock):
+    """The model with copies of its layers, as depth up-scaling makes them: each has a copy of the config."""
+    stock.model.layers = nn.ModuleList(copy.deepcopy(layer) for layer in stock.model.layers)
+    return stock
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_copied_layers_get_masks_for_our_attention(attention, side, stock_warnings):
+    stock = with_copied_layers(small("mistral", attention))
+    ours = patched(stock)
+    assert not stock_rows(ours) and ours.config._attn_implementation == "llama_kernels"
+    compare_with_stock(ours, stock, logits_and_gradients(tokens(), padding_mask(tokens(), side)))
+    assert not stock_warnings()
+    unpatch(ours)
+    assert {module.config._attn_implementation for module in ours.modules() if hasattr(module, "config")} == {attention}
+
+
+def test_copied_layers_stay_stock_beside_attention_that_stays_stock():
+    stock = with_class(with_copied_layers(small()), "model.layers.1.self_attn", OwnMask)
+    ours = patched(stock)
+    assert "config stays stock" in stock_rows(ours)["attention", "LlamaAttention"]
+    compare_with_stock(ours, stock, logits_and_gradients(tokens(), padding_mask(tokens(), "left")))
 
 
 def test_patch_leaves_a_module_that_computes_with_its_mask_stock():

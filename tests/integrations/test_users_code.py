@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from llama_kernels.integrations.transformers import patch, report
 from tests.integrations.comparison import compare_with_stock, logits_and_gradients, padding_mask
 from tests.integrations.small import not_interpreted, patched, small, stock_rows, tokens
-from tests.integrations.user_classes import OwnAttention, OwnLayer, OwnRMSNorm, Renamed, with_class
+from tests.integrations.user_classes import OwnAttention, OwnLayer, OwnMask, OwnRMSNorm, Renamed, with_class
 
 pytestmark = not_interpreted
 
@@ -22,6 +22,7 @@ pytestmark = not_interpreted
     ("name", "cls", "stays_stock"),
     [
         ("model.layers.1.self_attn", OwnAttention, True),
+        ("model.layers.1.self_attn", OwnMask, True),
         ("model.layers.1.input_layernorm", OwnRMSNorm, True),
         ("model.layers.1.post_attention_layernorm", OwnRMSNorm, True),
         ("model.norm", OwnRMSNorm, True),

@@ -88,7 +88,7 @@ def _found_in(cls: type, functions: Functions) -> dict[str, Found]:
         found["rope"] = _rotary_in(forward, inner, names)
     elif (base := _base_that_rotates(cls)) is not None:
         found["rope"] = Found(None, f"its forward is not that of {base.__name__}")
-    if "ALL_ATTENTION_FUNCTIONS" in source.global_names(inner):
+    if source.INTERFACE in source.global_names(inner):
         reason = attention_refusals.why_other_attention(inner)
         found["attention"] = Found(reason is None, reason or "through AttentionInterface")
     text = source.text_of(inner)

@@ -15,6 +15,7 @@ class Rotary(NamedTuple):
     # uses the first half only. "pairs": an angle for each pair.
     tables: str = "elements"
     promotes: bool = True  # the result's dtype is the one that q and cos promote to. False: that of q
+    partial: bool = False  # rows may be narrower than heads, whose other elements are not rotated
     sorted_first: bool = False  # the pairs (2i, 2i + 1) of the input are the pairs (i, i + R/2) of the result
     heads: int | None = None  # the dimension of the heads. None: the argument unsqueeze_dim gives it
     # The arguments, and which tokens they rotate. "rows": (q, k, cos, sin) with a row of the tables for each token.
@@ -80,16 +81,18 @@ ROTARIES = (
     Rotary("cohere, cohere2", _DEF + "    dtype = q.dtype\n    q = q.float()\n    k = k.float()\n" + _UNSQUEEZE
            + _ROTATE + _FLOAT_OUT.format("dtype=dtype"), promotes=False),
     Rotary("glm4_moe, gpt_neox, qwen3_next, qwen3_5, minimax_m2, glm4v", _DEF + _UNSQUEEZE + _SPLIT + _ROTATE_PART
-           + _RETURN),
+           + _RETURN, partial=True),
     Rotary("phi3", _DEF + _UNSQUEEZE + _SPLIT + """
     q_embed = torch.cat([q_rot * cos + rotate_half(q_rot) * sin, q_pass], dim=-1)
     k_embed = torch.cat([k_rot * cos + rotate_half(k_rot) * sin, k_pass], dim=-1)
-""" + _RETURN),
+""" + _RETURN, partial=True),
     Rotary("nemotron", _DEF + _UNSQUEEZE + """    rot_dim = cos.shape[-1]
     q, q_pass = q[..., :rot_dim], q[..., rot_dim:]
     k, k_pass = k[..., :rot_dim], k[..., rot_dim:]
-""" + _ROTATE + "    return torch.cat((q_embed, q_pass), dim=-1), torch.cat((k_embed, k_pass), dim=-1)"),
-    Rotary("glm, glm4", _DEF + _UNSQUEEZE + _REPEAT + _SPLIT + _ROTATE_PART + _RETURN, tables="first half"),
+""" + _ROTATE + "    return torch.cat((q_embed, q_pass), dim=-1), torch.cat((k_embed, k_pass), dim=-1)",
+           partial=True),
+    Rotary("glm, glm4", _DEF + _UNSQUEEZE + _REPEAT + _SPLIT + _ROTATE_PART + _RETURN, tables="first half",
+           partial=True),
     Rotary("helium", _DEF + _UNSQUEEZE + _REPEAT + _ROTATE + _RETURN, tables="first half"),
     Rotary("ernie4_5, ernie4_5_moe", _DEF + "    original_dtype = q.dtype\n" + _UNSQUEEZE + _REPEAT + """
     q_embed = q.float() * cos + rotate_half(q).float() * sin
@@ -174,7 +177,7 @@ ROTARIES = (
     k_rot, k_pass = k[..., :rot_dim], k[..., rot_dim:]
     q_rot = q_rot * cos + rotate_half(q_rot) * sin
     k_rot = k_rot * cos + rotate_half(k_rot) * sin
-    return torch.cat([q_rot, q_pass], dim=-1), torch.cat([k_rot, k_pass], dim=-1)""", heads=-2),
+    return torch.cat([q_rot, q_pass], dim=-1), torch.cat([k_rot, k_pass], dim=-1)""", heads=-2, partial=True),
     Rotary("vision towers: dinov3_vit, eomt_dinov3, sapiens2", """def f(q, k, cos, sin, **kwargs):
     num_tokens = q.shape[-2]
     num_patches = sin.shape[-2]

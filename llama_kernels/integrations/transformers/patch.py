@@ -14,7 +14,7 @@ from llama_kernels.integrations.transformers.attention import NAME
 from llama_kernels.integrations.transformers.classes import KINDS, class_of
 from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK, forget_position_ids, note_position_ids
 from llama_kernels.integrations.transformers.modules import Patched, parts_of
-from llama_kernels.integrations.transformers.places import NEEDS, Place, places_in
+from llama_kernels.integrations.transformers.places import NEEDS, Place, mask_configs_in, places_in
 from llama_kernels.integrations.transformers.report import NOT_REPLACED, Report, report, rows_of
 
 logger = logging.getLogger(__name__)
@@ -197,10 +197,11 @@ def _name_attention(model: nn.Module, attentions: list[nn.Module]) -> None:
         if isinstance(config, PretrainedConfig):
             module.__dict__[_STOCK_CONFIG] = config
             module.config = copy.deepcopy(config, memo)
-    ours = {id(module.config) for module in attentions}
+    mask_configs = mask_configs_in(model)
+    ours = {id(mask_configs[module]) for module in attentions}
     for module in attentions:
-        config = module.config
-        config._attn_implementation_internal = NAME  # the property would set it in sub-configs too
+        for config in (module.config, mask_configs[module]):
+            config._attn_implementation_internal = NAME  # the property would set it in sub-configs too
         module.__dict__[FOLLOWS_MASK] = True
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and id(module.config) in ours:

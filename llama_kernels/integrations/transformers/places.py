@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -35,11 +36,13 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
     wanted: the kinds that fusions may combine.
     """
     norms = {id(module) for module in model.modules() if own_forward(module) is None and _is_known_norm(module)}
-    by_config: dict[int, bool] = {}  # attention is ours in all the modules of one config, or in none
+    mask_configs = mask_configs_in(model)
+    by_config: dict[int, bool] = {}  # attention is ours in all the modules whose masks one config makes, or in none
     for module in model.modules():
         if "attention" in (found := found_of(module)) and hasattr(module, "config"):
-            key = id(module.config)
-            by_config[key] = by_config.get(key, True) and bool(found["attention"].value)
+            key = id(mask_configs[module])
+            ours = bool(found["attention"].value) and _other_function(module) is None
+            by_config[key] = by_config.get(key, True) and ours
     for module in model.modules():
         found = found_of(module)
         for kind in KINDS:
@@ -58,10 +61,10 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                     ours, why = False, "without a mask its layers see all keys, also with is_causal=True"
                 elif ours and not hasattr(module, "config"):
                     ours, why = False, "it has no config that names its attention function"
-                elif ours and not by_config[id(module.config)]:
-                    ours, why = False, "another attention module of its config stays stock"
                 elif ours and (other := _other_function(module)) is not None:
                     ours, why = False, other
+                elif ours and not by_config[id(mask_configs[module])]:
+                    ours, why = False, "another attention module of its config stays stock"
             elif ours and (own := own_forward(module)) is not None:
                 ours, why = False, own
             elif ours and kind in NEEDS:
@@ -97,6 +100,28 @@ def _other_function(module: Any) -> str | None:
 
 def _is_of(function: Any, package: str) -> bool:
     return source.module_of(function).split(".")[0] == package
+
+
+def mask_configs_in(model: nn.Module) -> dict[nn.Module, Any]:
+    """For each module with a config, the config by which its masks are made.
+
+    It is that of the model around it, by whose attention function Transformers chooses the masks. A layer that was
+    copied (by deepcopy, or by PEFT's layer replication) has a copy of this config. A module whose config is of another
+    class than that of the model around it has its own.
+    """
+    configs: dict[nn.Module, Any] = {}
+
+    def visit(module: nn.Module, around: Any) -> None:
+        own = getattr(module, "config", None)
+        if isinstance(module, PreTrainedModel):
+            around = own
+        if hasattr(module, "config"):
+            configs.setdefault(module, around if type(around) is type(own) else own)
+        for child in module.children():
+            visit(child, around)
+
+    visit(model, None)
+    return configs
 
 
 def _is_known_norm(module: nn.Module) -> bool:

@@ -151,7 +151,7 @@ def _forwards(module: nn.Module) -> Iterator[Any]:
 
 
 def _calls_interface(module: nn.Module) -> bool:
-    return any("ALL_ATTENTION_FUNCTIONS" in source.global_names(function) for function in _forwards(module))
+    return any(source.INTERFACE in source.global_names(function) for function in _forwards(module))
 
 
 def _replaced_by(module: nn.Module) -> str:

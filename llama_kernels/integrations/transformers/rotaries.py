@@ -106,8 +106,7 @@ def _can_rotate(known: Rotary, q: Any, k: Any, cos: Any, sin: Any, layout: str |
         and q.device == k.device == cos.device == sin.device
         and (cos.shape[:-1] == tokens or (len(tokens) == 2 and cos.shape[:-1] == (1, tokens[1])))
         and R % 2 == 0
-        and 0 < R <= q.shape[-1]
-        and not (known.sorted_first and q.shape[-1] != R)
+        and (0 < R <= q.shape[-1] if known.partial else 0 < R == q.shape[-1])
         and not (cos.requires_grad or sin.requires_grad)
         and (not known.promotes or keeps_dtype(q, cos))
     )
@@ -294,7 +293,7 @@ def _shared_rows(table: torch.Tensor) -> torch.Tensor:
 def _of_sections(known: Rotary, stock: Function) -> Function:
     def rotate(q: Any, k: Any, cos: Any, sin: Any, mrope_section: Any, unsqueeze_dim: int = 1) -> Any:
         layout = _layout(known, unsqueeze_dim)
-        if cos.ndim != 4 or not _can_rotate(known, q, k, cos[0], sin[0], layout) or cos.shape[-1] != q.shape[-1]:
+        if cos.ndim != 4 or not _can_rotate(known, q, k, cos[0], sin[0], layout):
             return stock(q, k, cos, sin, mrope_section, unsqueeze_dim)
         positions = torch.arange(cos.shape[:3].numel(), device=cos.device).view(cos.shape[:3])
         plain = type(cos) is torch.Tensor and not torch.compiler.is_compiling()

@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 Function = types.FunctionType
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the global name by which forwards reach AttentionInterface
+# What the models of Transformers call an attention function.
+_ATTENTION_NAMES = ("attention_interface", "attention_function", "attn_fn", "eager_attention_forward")
 _FORWARD_OF_KERNELS = "def function(self, *args, **kwargs):\n    return func(*args, **kwargs)"
 
 
@@ -146,7 +149,14 @@ def passes_mask_on(function: Function) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return False
-    if not any(isinstance(node, ast.Call) and _is_attention(node.func) for node in ast.walk(tree)):
+    attention = {*_ATTENTION_NAMES} | {
+        ast.unparse(target).split(".")[-1]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value and INTERFACE in ast.unparse(node.value)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_attention(node.func, attention)]
+    if not calls:
         return True
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     masks = {name for name in ("attention_mask", "encoder_attention_mask") if name in ast.unparse(tree)}
@@ -159,22 +169,25 @@ def passes_mask_on(function: Function) -> bool:
     }
     for node in ast.walk(tree):
         is_mask = isinstance(node, ast.Name) and node.id in masks and isinstance(node.ctx, ast.Load)
-        if is_mask and not _only_passed_on(node, parents):
+        if is_mask and not _only_passed_on(node, parents, attention):
             return False
-        if isinstance(node, ast.Call) and _is_attention(node.func):
-            given = [k.value for k in node.keywords if k.arg == "attention_mask"] or node.args[4:5]
-            if any(not (isinstance(x, ast.Name) and x.id in masks) and not _is_none(x) for x in given):
-                return False
+    for node in calls:
+        given = [k.value for k in node.keywords if k.arg == "attention_mask"] or node.args[4:5]
+        if any(not (isinstance(x, ast.Name) and x.id in masks) and not _is_none(x) for x in given):
+            return False
     return True
 
 
-def _only_passed_on(name: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a mask is used only in the ways that `passes_mask_on` allows. name: the place where it is read."""
+def _only_passed_on(name: ast.AST, parents: dict[ast.AST, ast.AST], attention: set[str]) -> bool:
+    """Whether a mask is used only in the ways that `passes_mask_on` allows.
+
+    name: the place where it is read. attention: the names of attention functions.
+    """
     node: ast.AST = parents[name]
     if isinstance(node, ast.keyword):
         node = parents[node]
     if isinstance(node, ast.Call):
-        return _is_attention(node.func)
+        return _is_attention(node.func, attention)
     if isinstance(node, ast.Compare):
         return all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
     if isinstance(node, ast.Subscript):
@@ -190,10 +203,11 @@ def _choices(node: ast.expr) -> list[ast.expr]:
     return [node.value] if isinstance(node, ast.Subscript) else [node]
 
 
-def _is_attention(function: ast.expr) -> bool:
-    return isinstance(function, (ast.Name, ast.Attribute)) and ast.unparse(function).split(".")[-1] in (
-        "attention_interface", "attention_function", "attn_fn", "eager_attention_forward",
-    )  # fmt: skip
+def _is_attention(function: ast.expr, names: set[str]) -> bool:
+    text = ast.unparse(function)
+    return (isinstance(function, (ast.Name, ast.Attribute)) and text.split(".")[-1] in names) or (
+        isinstance(function, (ast.Subscript, ast.Call)) and INTERFACE in text
+    )
 
 
 def _is_none(node: ast.expr) -> bool:
