@@ -20,7 +20,7 @@ from llama_kernels.ops.attention import dispatch
 
 COLUMNS, LINES = 110, 60
 SHAPE = "Llama 3.1 8B"  # the shape whose attention the page shows: 32/8 heads of 128
-_ATTENTION = ("forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel")
+_ATTENTION = ("forward_kernel", "dq_kernel", "dkdv_kernel")
 
 
 class Findings(NamedTuple):

@@ -33,7 +33,7 @@ def a_full_run(folder: Path, wrong: bool = False) -> list[Outcome]:
     records.write(Run(machine, {}, checked, {}), folder / "parity" / "records.json")
     tile = "BLOCK_M 128, BLOCK_N 128, BLOCK_D 128, BLOCK_DV 128, 8 warps, 2 stages"
     plain = [[name, tile, name[:4]] for name in page._ATTENTION]
-    layer = [*plain[:3], ["dq_kernel", tile, "other" if wrong else plain[3][2]]]
+    layer = [[name, tile, "other" if wrong and name == "dq_kernel" else key] for name, _, key in plain]
     launched = {"bench: attention, Llama 3.1 8B, Qwen3 8B, bfloat16": plain, "patched layer: Llama 3.1 8B": layer}
     state.write_json({"launched": launched, "target": {"family": "sm_90"}}, folder / "compile" / "kernels.json")
     state.write_json([{"op": "rope", "forward": 40.0 if wrong else 15.0}], folder / "host" / "microseconds.json")

@@ -271,3 +271,20 @@ def test_no_keys_with_a_strided_last_dimension(device):
     """`contiguous` keeps the strides of a tensor without elements."""
     q, k = torch.randn(1, 4, 5, 8, device=device), torch.randn(1, 2, 0, 16, device=device)[..., ::2]
     assert not lk.attention(q, k, k).any()
+
+
+@pytest.mark.skipif(not KERNELS_RUN, reason="CPU tensors without the interpreter: no kernel is launched")
+@pytest.mark.parametrize(
+    "dtype, D, frozen, apart",
+    [(torch.bfloat16, 64, (), False), (torch.bfloat16, 64, ("k", "v"), False), (torch.bfloat16, 64, ("q",), True),
+     (torch.float16, 512, (), False), (torch.float16, 576, (), True), (torch.float32, 64, (), True)],
+)  # fmt: skip
+def test_delta_is_computed_in_the_launch_of_dq_if_there_is_one(dtype, D, frozen, apart, device):
+    """In float32 it is not, since the kernel would spill."""
+    widths = {"q": D, "k": D, "v": min(D, 512)}
+    tensors = {name: torch.randn(1, 2, 20, width, dtype=dtype, device=device) for name, width in widths.items()}
+    for name, x in tensors.items():
+        x.requires_grad_(name not in frozen)
+    with kernels_launched() as launches:
+        lk.attention(**tensors).sum().backward()
+    assert ("_delta_kernel" in names(launches)) == apart

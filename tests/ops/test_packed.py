@@ -34,14 +34,11 @@ def launches_of_a_step(D: int) -> dict[str, Launch]:
     cu = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")
     call = AttentionCall(q, k, v, *attention_options(8192, 8192, 0.1, cu_seqlens_q=cu, cu_seqlens_k=cu))
     lists, (_, lse) = tile_list.tile_lists(call, of_keys=True), empty_outputs(call)
-    listing = delta._ListArguments(lists, cu, cu, Fill(q, None, k, v))
+    of_delta = backward._DeltaArguments(o, lse, None, None)
     launches = [
         *forward._launch_forward_kernels.__wrapped__(call, o, lse, lists),
-        *delta._launch_delta_kernels.__wrapped__(
-            o, o, lse, None, None, lse, lse, None, None, listing, tuple(call.sizes)
-        ),
         *backward._launch_backward_kernels.__wrapped__(
-            call, RowInputs(o, lse, lse), Grads(q, k, v), Rotation(), lists, None
+            call, RowInputs(o, lse, lse), Grads(q, k, v), Rotation(), lists, None, of_delta
         ),
     ]
     return {launch.kernel.__name__: launch for launch in launches}
@@ -55,9 +52,10 @@ def test_nearly_all_programs_have_a_tile(family, D, monkeypatch):
     monkeypatch.setattr(tables, "arch_of", lambda _: family)
     launches = launches_of_a_step(D)
     for kernel, heads, rows in (
-        ("_forward_kernel", 32, "BLOCK_M"), ("_delta_kernel", 32, "BLOCK_M"),
-        ("_dkdv_kernel", 8, "BLOCK_N"), ("_dq_kernel", 32, "BLOCK_M"),
-    ):  # fmt: skip
+        ("_forward_kernel", 32, "BLOCK_M"),
+        ("_dq_kernel", 32, "BLOCK_M"),
+        ("_dkdv_kernel", 8, "BLOCK_N"),
+    ):
         (programs,), size = launches[kernel].grid, launches[kernel].options[rows]
         tiles = heads * sum(-(-length // size) for length in LENGTHS)
         assert min(tiles, programs) >= 0.9 * programs, kernel
@@ -178,9 +176,7 @@ def test_queries_and_keys_may_have_bounds_of_their_own(device):
     with kernels_launched() as launches:
         one, two = results(cu), results(cu.clone())
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert not launches or names(launches) == [
-        "_tile_list_kernel", "_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"
-    ]  # fmt: skip
+    assert not launches or names(launches) == ["_tile_list_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel"]
 
 
 def test_a_sequence_does_not_depend_on_what_else_is_packed(device):

@@ -29,12 +29,12 @@ from tests.support import qk_norm_rope as qk_norm_rope_cases
 from tests.support import rms_norm as rms_norm_cases
 from tests.support import rope as rope_cases
 from tests.support import rope_attention as rope_attention_cases
-from tests.support.attention import Case
+from tests.support.attention import Case, packed
 from tests.support.environment import DEVICE
 from tests.support.hopper import without_hopper_kernels
 from tests.support.ideal import drawn, ideal_rms_norm
 from tests.support.judge import judge
-from tests.support.launches import KERNELS_RUN, Launched, kernels_launched
+from tests.support.launches import KERNELS_RUN, Launched, kernels_launched, names
 
 pytestmark = pytest.mark.skipif(not KERNELS_RUN, reason="CPU tensors take the reference in this run: it has no tiles")
 
@@ -120,7 +120,9 @@ def call_of(D: int, dtype: torch.dtype, **options: object) -> AttentionCall:
         ("sm_90", 64, "forward", {"left": 2}, False, ("for_options",)),
         ("sm_90", 64, "forward", {"kv_prefix": BOUND}, False, ("for_options",)),
         ("sm_80", 128, "dq", {"kv_prefix": BOUND}, False, ("for_prefix",)),
-        ("sm_80", 128, "dq", {"kv_start": BOUND}, False, ()),
+        ("sm_80", 128, "dq", {"kv_start": BOUND}, False, ("for_options",)),
+        ("sm_80", 128, "dq", {"kv_start": BOUND}, True, ("for_options", "for_options")),
+        ("sm_80", 128, "dq", {}, True, ()),
         ("sm_80", 256, "dq", {}, False, ()),
         ("sm_80", 256, "dq", {}, True, ("for_options",)),
         ("sm_80", 256, "dq", {"cu_seqlens_q": BOUND}, False, ("for_options",)),
@@ -225,6 +227,17 @@ def test_dq_of_a_wide_head_takes_a_launch_for_each_of_its_columns(device):
     with kernels_launched() as launches:
         attention_cases.check(case, torch.bfloat16, device, tile={**wide, "dq": tile})
     assert_ran(launches, "_dq_kernel", 3, **tile.launch_options)
+
+
+def test_dk_and_dv_may_take_more_rows_in_a_step_than_dq(device):
+    """The kernel of dq then writes lse2 and delta of rows past the last one, in which it computes nothing else."""
+    tiles = {"forward": SMALL, "dq": Tile(16, 32, 4, 1), "dkdv": Tile(128, 16, 4, 1)}
+    for case in (Case(1, 2, 1, 20, 40, 32, 32), packed((20, 130, 0, 7), (20, 130, 3, 9), 2, 1, 32, 32, sinks=True)):
+        with kernels_launched() as launches:
+            attention_cases.check(case, torch.float16, device, tile=tiles)
+        assert_ran(launches, "_dq_kernel", BLOCK_M=16)
+        assert_ran(launches, "_dkdv_kernel", BLOCK_M=128)
+        assert "_delta_kernel" not in names(launches)
 
 
 def parts_of_dq(run: Run, tile: Tile) -> int:

@@ -14,6 +14,7 @@ from llama_kernels.core.launch_cache import Launch
 from llama_kernels.ops import qk_norm_rope, rms_norm, rope
 from llama_kernels.ops.attention import backward, combine, decode, dkdv, dq, forward, key_split, masks, softmax
 from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.delta import padded_rows, row_terms
 from llama_kernels.ops.attention.masks import KeyBlocks, Mask
 from llama_kernels.ops.attention.softmax import SoftmaxState
 from llama_kernels.ops.attention.tables import Tile
@@ -228,9 +229,24 @@ def _one_head_for_all(call: AttentionCall) -> Any:
     return sizes._replace(group=sizes.Hq)
 
 
-def _delta_forgotten(*call: Any) -> Any:
-    lse2, delta, dsinks = _launch_delta(*call)
-    return lse2, delta.zero_(), dsinks
+def _delta_forgotten(call: AttentionCall, results: Any, rows: Any, *rest: Any) -> Any:
+    shares = _launch_delta(call, results, rows, *rest)
+    rows.delta.zero_()
+    return shares
+
+
+@triton.jit
+def delta_forgotten_in_dq(o, do, inputs, outputs, b, h, start, i, Sq):
+    lse2, delta, dsinks = row_terms(o, do, inputs, outputs, b, h, start, i, Sq)
+    return lse2, delta * 0, dsinks
+
+
+@triton.jit
+def delta_of_another_row_stored(o, do, inputs, outputs, b, h, start, i, Sq):
+    """dq is right, but dk and dv read delta of the row before."""
+    lse2, delta, dsinks = row_terms(o, do, inputs, outputs, b, h, start, i, Sq)
+    tl.store(outputs.delta_ptr + padded_rows(outputs, b, h, start, i + 1), delta, mask=i + 1 < Sq)
+    return lse2, delta, dsinks
 
 
 @triton.jit
@@ -356,7 +372,9 @@ MUTANTS = {
     "key mask forgotten": Mutant((softmax,), "visible", key_mask_forgotten, masked_decoding),
     "key mask of a whole block": Mutant((softmax,), "visible", key_mask_of_the_block, masked_decoding),
     "one head for all": Mutant((AttentionCall,), "sizes", property(_one_head_for_all), dense),
-    "delta forgotten": Mutant((backward,), "launch_delta", _delta_forgotten, dense),
+    "delta forgotten": Mutant((backward,), "launch_delta", _delta_forgotten, dense_float32),
+    "delta forgotten in dq": Mutant((dq,), "row_terms", delta_forgotten_in_dq, dense),
+    "delta of another row stored": Mutant((dq,), "row_terms", delta_of_another_row_stored, dense),
     "scores in half precision": Mutant((dkdv, dq), "probs_and_score_grads", scores_in_half_precision, dense_float32),
     "sum not rounded": Mutant((rms_norm,), "_load_summed", sum_not_rounded, add_and_norm),
     "weight forgotten": Mutant((rms_norm,), "_load_scale", weight_forgotten, norm),

@@ -1,8 +1,8 @@
-"""Attention backward (arXiv 2307.08691): delta.py, then dkdv.py for a tile of keys, then dq.py for a tile of rows.
+"""Attention backward (arXiv 2307.08691): dq.py for a tile of query rows, then dkdv.py for a tile of keys.
 
 With P = exp(logits - lse), dP = do @ v^T and delta = rowsum(o * do) - dlse, the gradient of the logits is
 dS = P * (dP - delta), and dv = P^T @ do, dk = dS^T @ q, dq = dS @ k. P is recomputed, never stored. There are
-no atomics.
+no atomics. The first kernel also computes delta; delta.py has a kernel for it where dq is not wanted.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from llama_kernels.ops.attention.call import (
     lse_strides,
     width_class,
 )
-from llama_kernels.ops.attention.delta import launch_delta
+from llama_kernels.ops.attention.delta import empty_rows, empty_shares, fill_of, launch_delta, programs_of_rows
 from llama_kernels.ops.attention.dkdv import _dkdv_kernel
 from llama_kernels.ops.attention.dq import _dq_kernel
 from llama_kernels.ops.attention.rounding import round_launch
 from llama_kernels.ops.attention.tables import tile_for
-from llama_kernels.ops.attention.tile_list import Fill, TileLists, is_persistent, programs_for, tile_lists
+from llama_kernels.ops.attention.tile_list import TileLists, is_persistent, list_tiles, programs_for, tile_lists
 from llama_kernels.ops.rotation import Rotation
 
 # Programs of dk and dv for one sequence: about two for each SM of a large GPU. Where the keys give fewer programs,
@@ -59,6 +59,15 @@ def parts_of_group(call: AttentionCall, BLOCK_N: int) -> int:
     return parts
 
 
+class _DeltaArguments(NamedTuple):
+    """What the kernel of dq computes delta, lse2 and dsinks from, beside `do` and the sinks."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    dlse: torch.Tensor | None
+    shares: torch.Tensor | None  # of its programs in dsinks, to be filled; None: dsinks is not wanted
+
+
 class _Sums(NamedTuple):
     """The sums over parts of a group, before they are added up: (B, Hkv * parts, Sk, D or DV) float32."""
 
@@ -69,16 +78,19 @@ class _Sums(NamedTuple):
 def _arguments(
     call: AttentionCall, rows: RowInputs, outputs: tuple[torch.Tensor | None, ...], rotation: Rotation,
     tile_list: torch.Tensor | None, sizes: Sizes,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The first arguments of both kernels, in order. outputs: dq, or dk and dv."""
-    return (
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
+    """The tensors that both kernels take, then strides and numbers, each in order. outputs: dq, or dk and dv."""
+    tensors = (
         call.q, call.k, call.v, *rows, *outputs,
         call.kv_start, call.kv_end, call.kv_prefix, call.cu_seqlens_q, call.cu_seqlens_k, *rotation.tensors, tile_list,
+    )  # fmt: skip
+    others = (
         *map(strides_of, (call.q, call.k, call.v, rows.do)), lse_strides(rows.delta),
         *map(optional_strides_of, outputs),
         *call.bound_strides, *rotation.strides,
         sizes.as_arguments(), call.scoring, call.window, rotation.positions,
     )  # fmt: skip
+    return tensors, others
 
 
 def _flags(
@@ -107,9 +119,9 @@ def _dkdv_launches(
         return []
     for pair in ((dk, None), (None, dv)) if tile.split else ((dk, dv),):
         if pair != (None, None):
-            args = _arguments(call, rows, pair, ends_with, list_k, of_part)
+            tensors, others = _arguments(call, rows, pair, ends_with, list_k, of_part)
             options = {**_flags(call, rows.do, pair, ends_with), "PARTS": parts, **tile.launch_options}
-            launches.append(Launch(_dkdv_kernel, (programs,), args, options))
+            launches.append(Launch(_dkdv_kernel, (programs,), (*tensors, *others), options))
     if sums is not None:
         keys_as_rows = sizes._replace(Hq=sizes.Hkv, Sq=sizes.Sk, longest_q=sizes.longest_k)
         for total, grad, by in zip(sums, (grads.dk, grads.dv), (rotation, Rotation()), strict=True):
@@ -118,33 +130,57 @@ def _dkdv_launches(
     return launches
 
 
+def _dq_computes_delta(call: AttentionCall, rotation: Rotation) -> bool:
+    """Whether the kernel of dq computes delta. Not in several launches, of which each would need it.
+
+    Not in float32: products without tensor cores take do from registers, and with the sum over o * do before them they
+    take so many that they spill.
+    """
+    tile = tile_for("dq", call, rotated=rotation.half > 0)
+    return tile.computes_delta and not tile.split and call.q.dtype != torch.float32
+
+
+def _programs_of_dq(call: AttentionCall, rotation: Rotation) -> int:
+    BLOCK_M = tile_for("dq", call, rotated=rotation.half > 0).BLOCK_M
+    return programs_of_rows(call.sizes, BLOCK_M, call.packed, is_persistent(call))
+
+
 def _dq_launches(
-    call: AttentionCall, rows: RowInputs, dq: torch.Tensor, rotation: Rotation, list_q: torch.Tensor | None
-) -> list[Launch]:
-    """The launches that write dq: one, or one for each part of the columns of wide heads."""
-    sizes, tile = call.sizes, tile_for("dq", call, rotated=rotation.half > 0)
-    programs = cdiv(sizes.Sq, tile.BLOCK_M) * sizes.B * sizes.Hq
-    if list_q is not None:
-        programs = programs_for(sizes.Sq, sizes.B, sizes.Hq, tile.BLOCK_M, is_persistent(call))
-    args = _arguments(call, rows, (dq,), rotation, list_q, sizes)
-    D, flags = call.q.shape[-1], {**_flags(call, rows.do, (dq,), rotation), **tile.launch_options}
+    call: AttentionCall, rows: RowInputs, dq: torch.Tensor, rotation: Rotation, list_q: torch.Tensor | None,
+    of_delta: _DeltaArguments | None,
+) -> list[Launch]:  # fmt: skip
+    """The launches that write dq: one, or one for each part of the columns of wide heads.
+
+    of_delta: what lse2 and delta of `rows` are computed from, in one launch. None: they have been filled.
+    """
+    tile = tile_for("dq", call, rotated=rotation.half > 0)
+    out, lse, dlse, shares = of_delta or (None, None, None, None)
+    own_tensors = (out, lse, dlse, None if shares is None else call.sinks, shares)
+    own_strides = (optional_strides_of(out), *(None if x is None else lse_strides(x) for x in (lse, dlse)))
+    tensors, others = _arguments(call, rows, (dq,), rotation, list_q, call.sizes)
+    args = (*own_tensors, *tensors, *own_strides, *others)
+    D, flags = call.q.shape[-1], {**_flags(call, rows.do, (dq, out), rotation), **tile.launch_options}
     step = tile.columns if tile.split else D
+    grid = (_programs_of_dq(call, rotation),)
     return [
-        Launch(_dq_kernel, (programs,), args, {**flags, "FIRST": first, "COLUMNS": width_class(min(D - first, step))})
+        Launch(_dq_kernel, grid, args, {**flags, "FIRST": first, "COLUMNS": width_class(min(D - first, step))})
         for first in range(0, D, step)
     ]
 
 
 @cached_launch
 def _launch_backward_kernels(
-    call: AttentionCall, rows: RowInputs, grads: Grads, rotation: Rotation, lists: TileLists | None, sums: _Sums | None
-) -> list[Launch]:
+    call: AttentionCall, rows: RowInputs, grads: Grads, rotation: Rotation, lists: TileLists | None,
+    sums: _Sums | None, of_delta: _DeltaArguments | None,
+) -> list[Launch]:  # fmt: skip
+    """The launches that fill `grads`. of_delta: None where `rows` and `lists` have been filled; else they are first."""
     call.require_contiguous_vectors()
-    list_q, list_k = lists or (None, None)
-    launches = _dkdv_launches(call, rows, grads, rotation, list_k, sums)
+    (list_q, list_k), launches = lists or (None, None), []
+    if lists is not None and of_delta is not None:
+        launches.append(list_tiles(lists, call.cu_seqlens_q, call.cu_seqlens_k, call.sizes, fill_of(grads)))
     if grads.dq is not None:
-        launches += _dq_launches(call, rows, grads.dq, rotation, list_q)
-    return launches
+        launches += _dq_launches(call, rows, grads.dq, rotation, list_q, of_delta)
+    return launches + _dkdv_launches(call, rows, grads, rotation, list_k, sums)
 
 
 def _sums(call: AttentionCall, grads: Grads) -> _Sums | None:
@@ -171,10 +207,14 @@ def launch_backward(
     grads = Grads(dq if wanted.dq else None, dk if wanted.dk else None, dv if wanted.dv else None)
     lists = tile_lists(call, of_keys=True)
     choice = dispatch.backward(call, results.do, wanted)
-    dq_sum = None if choice.tile is None else empty_in_order_of(dq, dtype=torch.float32)
-    fill = Fill(grads.dq, dk=grads.dk, dv=grads.dv)
-    lse2, delta, dsinks = launch_delta(call, results, sizes, wanted.dsinks, dq_sum, lists, fill)
-    rows = RowInputs(results.do, lse2, delta)
-    if choice.tile is None or not hopper.try_backward(call, choice.tile, rows, dq_sum, grads, rotation, lists):
-        _launch_backward_kernels(call, rows, grads, rotation, lists, _sums(call, grads))
-    return dq, dk, dv, no_dsinks if dsinks is None else dsinks
+    rows = empty_rows(call, results, sizes)
+    if choice.tile is None and wanted.dq and _dq_computes_delta(call, rotation):
+        shares = empty_shares(_programs_of_dq(call, rotation), sizes, results.lse) if wanted.dsinks else None
+        of_delta = _DeltaArguments(results.out, results.lse, results.dlse, shares)
+        _launch_backward_kernels(call, rows, grads, rotation, lists, _sums(call, grads), of_delta)
+    else:
+        dq_sum = None if choice.tile is None else empty_in_order_of(dq, dtype=torch.float32)
+        shares = launch_delta(call, results, rows, wanted.dsinks, dq_sum, lists, grads)
+        if choice.tile is None or not hopper.try_backward(call, choice.tile, rows, dq_sum, grads, rotation, lists):
+            _launch_backward_kernels(call, rows, grads, rotation, lists, _sums(call, grads), None)
+    return dq, dk, dv, no_dsinks if shares is None else shares.sum(0).to(no_dsinks.dtype)

@@ -1,4 +1,9 @@
-"""What the backward computes first: delta and lse2 of every row, and the gradient of the sinks."""
+"""What the backward computes first: delta and lse2 of every row, and the gradient of the sinks.
+
+The kernel of dq computes them for its own rows with `row_terms`, and stores them for dk and dv. This saves a read of do
+and a launch. The kernel in this file computes them where dq is not wanted or takes several launches, in float32, and
+for the Hopper backward.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,9 @@ from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, optional_strides_of, require_contiguous, strides_of
 from llama_kernels.ops.attention.call import (
     AttentionCall,
+    Grads,
     Results,
+    RowInputs,
     Sizes,
     far,
     lse_strides,
@@ -35,6 +42,25 @@ from llama_kernels.ops.attention.tiles import (
 PADDING: tl.constexpr = PACKED_BLOCK
 
 
+class DeltaInputs(NamedTuple):
+    """What delta, lse2 and dsinks are computed from beside out and do. sinks_ptr: None where dsinks is not wanted."""
+
+    lse_ptr: tl.tensor
+    dlse_ptr: tl.tensor
+    sinks_ptr: tl.tensor
+    lse_strides: tl.tuple
+    dlse_strides: tl.tuple
+
+
+class DeltaOutputs(NamedTuple):
+    """Where lse2 and delta are stored: pointers, and their strides of batch, head and row."""
+
+    lse2_ptr: tl.tensor
+    delta_ptr: tl.tensor
+    strides: tl.tuple
+    cu_seqlens_ptr: tl.tensor
+
+
 @triton.jit
 def padded_start(cu_seqlens_q_ptr, b, q_start):
     """Where the rows of a sequence start in lse2 and delta."""
@@ -42,6 +68,46 @@ def padded_start(cu_seqlens_q_ptr, b, q_start):
     if cu_seqlens_q_ptr is not None:
         start = (q_start + b * PADDING) // PADDING * PADDING
     return start
+
+
+@triton.jit
+def padded_rows(outputs, b, h, start, i):
+    """Where rows i of one head are in lse2 and delta, in elements. outputs: `DeltaOutputs`."""
+    return offset(outputs.strides, b, h, padded_start(outputs.cu_seqlens_ptr, b, start)) + i
+
+
+@triton.jit
+def _row_ptrs(ptr, strides, b, h, start, i):
+    """Pointers to the numbers of rows i of one head, in the shape of i; None where ptr is None."""
+    ptrs = ptr
+    if ptr is not None:
+        ptrs = ptr + offset(strides, b, h, start) + i.to(tl.int64) * strides[2]
+    return ptrs
+
+
+@triton.jit
+def row_terms(o, do, inputs, outputs, b, h, start, i, Sq):
+    """lse2 and delta of rows i, [BLOCK_M] each, which are stored too, and the part of these rows in dsinks.
+
+    o, do: [BLOCK_M, BLOCK_DV], zeros from row Sq on. delta = sum(o * do) - dlse and lse2 = lse / log(2). Rows without
+    visible keys, and rows from Sq on, get lse2 = inf, so that their probabilities are 0.
+    """
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if inputs.dlse_ptr is not None:
+        delta -= tl.load(_row_ptrs(inputs.dlse_ptr, inputs.dlse_strides, b, h, start, i), mask=i < Sq, other=0.0)
+    lse_ptrs = _row_ptrs(inputs.lse_ptr, inputs.lse_strides, b, h, start, i)
+    lse = tl.load(lse_ptrs, mask=i < Sq, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    # The inverse of the forward's * LN2. Division gives back the forward's bits; * LOG2E would be a few ulps off.
+    lse2 = tl.div_rn(lse, tl.full(lse.shape, LN2, tl.float32))
+    padded = padded_rows(outputs, b, h, start, i)
+    tl.store(outputs.delta_ptr + padded, delta)
+    tl.store(outputs.lse2_ptr + padded, lse2)
+    dsinks = 0.0
+    if inputs.sinks_ptr is not None:
+        p = tl.exp2(tl.load(inputs.sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
+        dsinks = -tl.sum(p * delta)
+    return lse2, delta, dsinks
 
 
 @triton.jit
@@ -66,23 +132,13 @@ def _delta_kernel(
         i = m + tl.arange(0, BLOCK_M)
         o = load_tile(matrix(o_ptr, o_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         do = load_tile(matrix(do_ptr, do_strides, b, h, start), m, Sq, DV, FAR, BLOCK_M, BLOCK_DV)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
         if dq_sum_ptr is not None:
             zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             store_tile(matrix(dq_sum_ptr, dq_sum_strides, b, h, start), m, Sq, zeros, DV, FAR, BLOCK_M, BLOCK_DV)
-        if dlse_ptr is not None:
-            dlse_rows = offset(dlse_strides, b, h, start) + i.to(tl.int64) * dlse_strides[2]
-            delta -= tl.load(dlse_ptr + dlse_rows, mask=i < Sq, other=0.0)
-        lse = tl.load(lse_ptr + offset(lse_strides, b, h, start) + i, mask=i < Sq, other=float("-inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        padded = offset(delta_strides, b, h, padded_start(cu_seqlens_q_ptr, b, start)) + i
-        tl.store(delta_ptr + padded, delta)
-        # The inverse of the forward's * LN2. Division gives back the forward's bits; * LOG2E would be a few ulps off.
-        lse2 = tl.div_rn(lse, tl.full([BLOCK_M], LN2, tl.float32))
-        tl.store(lse2_ptr + padded, lse2)
-        if sinks_ptr is not None:
-            p = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
-            dsinks -= tl.sum(p * delta)
+        inputs = DeltaInputs(lse_ptr, dlse_ptr, sinks_ptr, lse_strides, dlse_strides)
+        outputs = DeltaOutputs(lse2_ptr, delta_ptr, delta_strides, cu_seqlens_q_ptr)
+        _, _, of_tile = row_terms(o, do, inputs, outputs, b, h, start, i, Sq)
+        dsinks += of_tile
     if sinks_ptr is not None:
         tl.store(dsinks_ptr + tl.program_id(0), dsinks)
 
@@ -124,7 +180,7 @@ def _launch_delta_kernels(
         lse_strides(delta), optional_strides_of(dq_sum), sizes.as_arguments(),
     )  # fmt: skip
     options = {"DV": o.shape[-1], "FAR": far(o, do), "BLOCK_M": BLOCK_M, "BLOCK_DV": BLOCK_DV, "num_warps": 4}
-    programs = _programs(sizes, BLOCK_M, packed=listing is not None)
+    programs = programs_of_rows(sizes, BLOCK_M, packed=listing is not None, persistent=True)
     return [*launches, Launch(_delta_kernel, (programs,), args, options)]
 
 
@@ -133,28 +189,47 @@ def _rows_per_program(o: torch.Tensor) -> int:
     return min(max(4096 // width_class(o.shape[-1]), 16), PADDING.value)
 
 
-def _programs(sizes: Sizes, BLOCK_M: int, packed: bool) -> int:
-    """A multiple of Hq. Packed or dense, they write the rows up to the next multiple of PADDING."""
+def programs_of_rows(sizes: Sizes, BLOCK_M: int, packed: bool, persistent: bool) -> int:
+    """The number of programs that write lse2 and delta up to the next multiple of PADDING; a multiple of Hq.
+
+    persistent: programs of a packed batch may compute several tiles.
+    """
     if packed:
-        return programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, persistent=True)
+        return programs_for(sizes.Sq, sizes.B, sizes.Hq, BLOCK_M, persistent)
     return cdiv(sizes.Sq, PADDING.value) * (PADDING.value // BLOCK_M) * sizes.B * sizes.Hq
 
 
-def launch_delta(
-    call: AttentionCall, results: Results, sizes: Sizes, need_dsinks: bool, dq_sum: torch.Tensor | None,
-    lists: TileLists | None, fill: Fill,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """lse2 and delta, each (B, Hq, padded Sq) or packed (Hq, padded Tq) in float32, and dsinks, or None.
-
-    dq_sum, unless it is None, is zeroed. Packed, `lists` and `fill` are written first. There is at least one row.
-    """
-    out, lse, sinks = results.out, results.lse, call.sinks if need_dsinks else None
+def empty_rows(call: AttentionCall, results: Results, sizes: Sizes) -> RowInputs:
+    """do, and lse2 and delta to be filled: each (B, Hq, padded Sq) or packed (Hq, padded Tq), float32."""
     rows = (cdiv(sizes.Sq, PADDING.value) + (sizes.B if call.packed else 0)) * PADDING.value
-    shape = (*lse.shape[:-1], rows)
-    lse2, delta = lse.new_empty(shape), lse.new_empty(shape)
-    programs = _programs(sizes, _rows_per_program(out), call.packed)
-    # Heads run fastest over the programs.
-    shares = None if sinks is None else lse.new_empty(programs // sizes.Hq, sizes.Hq)
-    listing = lists and _ListArguments(lists, call.cu_seqlens_q, call.cu_seqlens_k, fill)
-    _launch_delta_kernels(out, results.do, lse, results.dlse, sinks, lse2, delta, shares, dq_sum, listing, tuple(sizes))
-    return lse2, delta, None if sinks is None or shares is None else shares.sum(0).to(sinks.dtype)
+    shape = (*results.lse.shape[:-1], rows)
+    return RowInputs(results.do, results.lse.new_empty(shape), results.lse.new_empty(shape))
+
+
+def launch_delta(
+    call: AttentionCall, results: Results, rows: RowInputs, need_dsinks: bool, dq_sum: torch.Tensor | None,
+    lists: TileLists | None, grads: Grads,
+) -> torch.Tensor | None:  # fmt: skip
+    """Fills lse2 and delta of `rows`, and returns the shares of dsinks, or None where it is not needed.
+
+    dq_sum, unless it is None, is zeroed. Packed, `lists` are written first, and the tokens of `grads` that no sequence
+    owns. There is at least one row.
+    """
+    sizes, out, lse, sinks = call.sizes, results.out, results.lse, call.sinks if need_dsinks else None
+    programs = programs_of_rows(sizes, _rows_per_program(out), call.packed, persistent=True)
+    shares = None if sinks is None else empty_shares(programs, sizes, lse)
+    listing = lists and _ListArguments(lists, call.cu_seqlens_q, call.cu_seqlens_k, fill_of(grads))
+    _launch_delta_kernels(
+        out, results.do, lse, results.dlse, sinks, rows.lse2, rows.delta, shares, dq_sum, listing, tuple(sizes)
+    )
+    return shares
+
+
+def fill_of(grads: Grads) -> Fill:
+    """The gradients of tokens that no sequence owns are zeros."""
+    return Fill(grads.dq, dk=grads.dk, dv=grads.dv)
+
+
+def empty_shares(programs: int, sizes: Sizes, lse: torch.Tensor) -> torch.Tensor:
+    """The part of each program in dsinks, (programs / Hq, Hq): heads run fastest over the programs."""
+    return lse.new_empty(programs // sizes.Hq, sizes.Hq)

@@ -31,6 +31,7 @@ class Tile:
     num_stages: int
     split: bool = False  # dk and dv, or the columns of dq, in several launches, since one program cannot hold them
     columns: int = 512  # of dq, in one of the launches of a split
+    computes_delta: bool = True  # dq, in half precision and without a split
     # The tiles in place of this one. `tile_for` says which calls take them.
     for_options: Tile | None = None  # options that take registers
     for_prefix: Tile | None = None  # kv_prefix, whose two loops more take registers
@@ -73,8 +74,12 @@ _WIDER_DQ_3_8 = replace(_WIDER_DQ, for_options=Tile(128, 16, 8, 2), for_prefix=T
 
 # In the forward on sm_80, at width 64.
 _AMPERE_FORWARD_3_8 = Tile(128, 64, 8, 3, for_options=Tile(128, 64, 8, 2))
-# In dq on sm_80, at width 128, with options that take registers.
-_AMPERE_DQ = Tile(64, 64, 8, 2)
+# In dq on sm_80, at width 128. With all options there are two registers too few to compute delta. Under Triton 3.9 an
+# inverse rotation and a packed batch take registers too.
+_FEWER_KEYS_DQ = Tile(64, 64, 8, 2)
+_DQ_WITHOUT_DELTA = Tile(64, 128, 8, 2, computes_delta=False, for_options=_FEWER_KEYS_DQ)
+_AMPERE_DQ = Tile(64, 128, 8, 2, spare_registers=True, for_prefix=_FEWER_KEYS_DQ, for_options=_DQ_WITHOUT_DELTA)
+_AMPERE_DQ_3_9 = Tile(64, 128, 8, 2, for_options=_FEWER_KEYS_DQ)
 # In dq on sm_100, at width 256, with options that take registers, and with them and an inverse rotation.
 _BLACKWELL_DQ = Tile(64, 32, 4, 1, for_options=Tile(64, 32, 8, 1))
 
@@ -110,8 +115,7 @@ _HALF = {
         Tile(64, 128, 8, 3, for_options=_FEW_ROWS),
         Tile(32, 128, 8, 2, split=True),
     ),
-    # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step. dq of width 128 with
-    # an inverse rotation spills 8 bytes with all options at once, outside the loop.
+    # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step.
     # In the forward three stages hide the copies, and four warps at width 64 leave room for a second program on an SM.
     # Four warps spill from Triton 3.8 on, and at width 128 three stages of 64 keys under 3.9.
     ("sm_80", "forward"): (
@@ -121,7 +125,7 @@ _HALF = {
     ),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 2),
-        Tile(64, 128, 8, 2, for_prefix=_AMPERE_DQ, newer=Tile(64, 128, 8, 2, for_options=_AMPERE_DQ)),
+        replace(_AMPERE_DQ, newer=_AMPERE_DQ_3_9),
         Tile(64, 64, 8, 2, for_options=Tile(64, 64, 8, 1)),
     ),
     # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
@@ -152,7 +156,7 @@ _HALF = {
     ("sm_100", "dq"): (
         Tile(64, 64, 4, 4, for_options=Tile(128, 64, 8, 4)),
         Tile(128, 64, 8, 4),
-        Tile(64, 64, 4, 1, for_options=_BLACKWELL_DQ, newer=Tile(64, 64, 8, 1, for_options=Tile(64, 32, 8, 1))),
+        Tile(64, 64, 8, 1, for_options=_BLACKWELL_DQ, newer=Tile(64, 64, 8, 1, for_options=Tile(64, 32, 8, 1))),
     ),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
     # CDNA3 has 64 KiB of shared memory for each thread block and 512 registers for each thread.

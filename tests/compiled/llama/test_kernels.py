@@ -301,7 +301,7 @@ REACHED_BY = {
     "_qk_norm_rope_forward_kernel": "qk_norm_rope-64-64",
     "_qk_norm_rope_backward_kernel": "qk_norm_rope-64-64",
     "_forward_kernel": "causal-64",
-    "_delta_kernel": "causal-64",
+    "_delta_kernel": "hopper-64",
     "_tile_list_kernel": "varlen",
     "_dkdv_kernel": "causal-64",
     "_dq_kernel": "causal-64",
