@@ -43,14 +43,15 @@ def steps_of(kernel: Kernel, programs: int) -> tuple[Result, Result]:
 
 def kernel_estimate(
     gpu: Gpu, kernel: Kernel, tiles: Sequence[Tile], *, flops: float, l2_bytes: float, kind: str, reduced: float = 0.0,
-    empty: int = 0,
+    empty: int = 0, first: float = 0.0,
 ) -> Estimate:  # fmt: skip
     """The time of one launch. flops: that the tensor cores execute for the visible pairs. l2_bytes: that the SMs read.
     reduced: bytes that are added to sums in the L2. empty: programs without work. kind: whose error is stated, as in
-    errors.json."""
+    errors.json. first: bytes that a tile loads before its steps, at its SM's share of the bandwidth of memory, during
+    which the SM does nothing else."""
     programs = min(kernel.resident, max(1, round(kernel_programs(tiles) / gpu.sms)))
     plain, masked = steps_of(kernel, programs)
-    fixed = attention().tile
+    fixed = attention().tile + first * gpu.sms * gpu.clock / gpu.copy
     costs = [(t.plain * plain.step + t.masked * masked.step + fixed, t.count) for t in tiles]
     alone = tiling.cycles(costs, gpu.sms * programs)
     busy = tiling.cycles([*costs, (attention().empty, empty)], gpu.sms * programs)
@@ -86,12 +87,23 @@ def forward(gpu: Gpu, kernel: Kernel, shape: Shape, kind: str = "") -> Estimate:
     return kernel_estimate(gpu, kernel, tiles, flops=shape.flops, l2_bytes=read, kind=kind)
 
 
-def dq(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:
+def bytes_for_delta(kernel: Kernel, launched: Sequence[Kernel], D: int) -> float:
+    """That a tile of dq loads before its steps beside q and do: its rows of the forward's output, for delta.
+
+    0 for another kernel, and where delta has a launch of its own among those `launched`.
+    """
+    if kernel.name != "dq_kernel" or any(each.name == "delta_kernel" for each in launched):
+        return 0.0
+    return 2.0 * kernel.tile[0] * D
+
+
+def dq(gpu: Gpu, kernel: Kernel, shape: Shape, first: float) -> Estimate:
+    """The time of the kernel of dq. first: as in `kernel_estimate`."""
     BLOCK_M, BLOCK_N = kernel.tile
     tiles = tiling.of_rows(shape, BLOCK_M, BLOCK_N, shape.B * shape.Hq)
     read = tiling.steps(tiles) * BLOCK_N * shape.D * 2 * 2
     kind = _kind(kernel, "backward")
-    return kernel_estimate(gpu, kernel, tiles, flops=shape.flops * 1.5, l2_bytes=read, kind=kind)
+    return kernel_estimate(gpu, kernel, tiles, flops=shape.flops * 1.5, l2_bytes=read, kind=kind, first=first)
 
 
 def dkdv(gpu: Gpu, kernel: Kernel, shape: Shape) -> Estimate:

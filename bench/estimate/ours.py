@@ -122,16 +122,24 @@ def _read_again(gpu: Gpu, kernel: Kernel, work: Work) -> float:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def attention_estimate(gpu: Gpu, shape: Shape, direction: str, hopper: bool = False) -> Estimate:
-    """The time of a dense call in bfloat16 without options. hopper: by the Hopper kernels, where they compute it."""
+def attention_estimate(
+    gpu: Gpu, shape: Shape, direction: str, hopper: bool = False, delta_apart: bool = False
+) -> Estimate:
+    """The time of a dense call in bfloat16 without options. hopper: by the Hopper kernels, where they compute it.
+
+    delta_apart: as until 2026-11-27, when a launch of its own computed delta for the portable kernels too.
+    """
     kernels = attention_kernels(gpu.family, shape.D, shape.group, shape.causal, direction, hopper)
     parts: dict[str, Estimate] = {}
+    if delta_apart and kernels[0].name == "dq_kernel":
+        parts["delta"] = _around(gpu, "delta", shape, hopper=False)
     for kernel in kernels:
         name = kernel.name.removesuffix("_kernel")
         if name in ("forward", "hopper_forward"):
             made = attention.forward(gpu, kernel, shape)
         elif name == "dq":
-            made = attention.dq(gpu, kernel, shape)
+            first = 0.0 if delta_apart else attention.bytes_for_delta(kernel, kernels, shape.D)
+            made = attention.dq(gpu, kernel, shape, first)
         elif name in ("dkdv", "hopper_backward"):
             made = attention.dkdv(gpu, kernel, shape)
         else:

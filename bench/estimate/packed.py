@@ -28,10 +28,11 @@ def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate
     """The time of a causal call without other options, by the portable kernels. No published speed can be compared."""
     parts: dict[str, Estimate] = {}
     group = work.Hq // work.Hkv
-    for kernel in _kernels(gpu, work.lengths, group, work.D, direction):
+    kernels = _kernels(gpu, work.lengths, group, work.D, direction)
+    for kernel in kernels:
         name = kernel.name.removesuffix("_kernel")
         if name in _FLOPS:
-            made = _kernel(gpu, kernel, work)
+            made = _kernel(gpu, kernel, work, attention.bytes_for_delta(kernel, kernels, work.D))
         else:  # delta, lists of tiles and other small ones: out and do are read
             elements = sum(work.lengths) * work.Hq * work.D
             bytes_ = 4 * elements if name == "delta" else 0
@@ -49,7 +50,7 @@ def empty_programs(kernel: Kernel, live: int, heads: int) -> int:
     return max(kernel.launched * heads - live, 0)
 
 
-def _kernel(gpu: Gpu, kernel: Kernel, work: AttentionVarlen) -> Estimate:
+def _kernel(gpu: Gpu, kernel: Kernel, work: AttentionVarlen, first: float) -> Estimate:
     BLOCK_M, BLOCK_N = kernel.tile
     shapes = [Shape(1, n, work.Hq, work.Hkv, work.D) for n in work.lengths]
     name = kernel.name.removesuffix("_kernel")
@@ -64,7 +65,9 @@ def _kernel(gpu: Gpu, kernel: Kernel, work: AttentionVarlen) -> Estimate:
     read = tiling.steps(tiles) * block * work.D * 2 * 2
     flops = _FLOPS[name] * sum(shape.flops for shape in shapes)
     empty = empty_programs(kernel, attention.kernel_programs(tiles), work.Hkv)
-    return attention.kernel_estimate(gpu, kernel, tiles, flops=flops, l2_bytes=read, kind="packed", empty=empty)
+    return attention.kernel_estimate(
+        gpu, kernel, tiles, flops=flops, l2_bytes=read, kind="packed", empty=empty, first=first
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -29,10 +29,12 @@ def window_flops(shape: Shape, left: int) -> float:
 def window_estimate(gpu: Gpu, shape: Shape, left: int, direction: str) -> Estimate:
     """The time of the portable kernels. left: keys that a row sees before its own."""
     parts: dict[str, Estimate] = {}
-    for kernel in _kernels(gpu.family, shape.D, shape.group, left, direction):
+    kernels = _kernels(gpu.family, shape.D, shape.group, left, direction)
+    for kernel in kernels:
         name = kernel.name.removesuffix("_kernel")
         if name in _PRODUCTS:
-            made = _of_kernel(gpu, kernel, name, shape, left)
+            first = attention.bytes_for_delta(kernel, kernels, shape.D)
+            made = _of_kernel(gpu, kernel, name, shape, left, first)
         else:  # delta reads out and do
             bytes_ = 4.0 * shape.B * shape.Hq * shape.S * shape.D
             made = Estimate(bytes_ / (gpu.copy * 1e9), "dram", 0.0)
@@ -40,7 +42,7 @@ def window_estimate(gpu: Gpu, shape: Shape, left: int, direction: str) -> Estima
     return together(parts)
 
 
-def _of_kernel(gpu: Gpu, kernel: Kernel, name: str, shape: Shape, left: int) -> Estimate:
+def _of_kernel(gpu: Gpu, kernel: Kernel, name: str, shape: Shape, left: int, first: float) -> Estimate:
     (M, N), S, D = kernel.tile, shape.S, shape.D
     if name == "dkdv":
         tiles = tiling.of_rows_that_see(S, left, M, N, shape.B * shape.Hkv, shape.group)
@@ -48,7 +50,7 @@ def _of_kernel(gpu: Gpu, kernel: Kernel, name: str, shape: Shape, left: int) -> 
         tiles = tiling.of_seen_keys(S, S, left, M, N, shape.B * shape.Hq)
     read = tiling.steps(tiles) * (M if name == "dkdv" else N) * D * 2 * 2
     flops = window_flops(shape, left) / 2 * _PRODUCTS[name]
-    return attention.kernel_estimate(gpu, kernel, tiles, flops=flops, l2_bytes=read, kind=_KIND)
+    return attention.kernel_estimate(gpu, kernel, tiles, flops=flops, l2_bytes=read, kind=_KIND, first=first)
 
 
 @functools.cache

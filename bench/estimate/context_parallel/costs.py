@@ -82,7 +82,8 @@ def _block(gpu: Gpu, block: Block, chunk: int) -> float:
     pairs = block.pairs * chunk**2
     if not pairs:
         return 0.0
-    for i, kernel in enumerate(_kernels(gpu, heads, block.backward)):
+    kernels = _kernels(gpu, heads, block.backward)
+    for i, kernel in enumerate(kernels):
         name = kernel.name.removesuffix("_kernel")
         seconds += attention_constants().launch * bool(i)
         if name not in _PRODUCTS:  # delta: it reads out and do
@@ -100,7 +101,10 @@ def _block(gpu: Gpu, block: Block, chunk: int) -> float:
         read = steps(work) * (BLOCK_M if name == "dkdv" else BLOCK_N) * heads.D * 2 * 2
         flops = 4 * heads.Hq * heads.D * pairs * _PRODUCTS[name]
         kind = "attention backward" if block.backward else "attention forward"
-        made = attention.kernel_estimate(gpu, kernel, work, flops=flops, l2_bytes=read, kind=kind, empty=empty)
+        first = attention.bytes_for_delta(kernel, kernels, heads.D)
+        made = attention.kernel_estimate(
+            gpu, kernel, work, flops=flops, l2_bytes=read, kind=kind, empty=empty, first=first
+        )
         seconds += made.seconds
     return seconds
 
