@@ -67,14 +67,15 @@ def test_only_the_first_grid_axis_exceeds_65535():
     call = attention_options(1, 1, 0.25)
     with mock.patch.object(JITFunction, "run", lambda self, *args, grid, **options: grids.append(grid)):
         KERNELS["attention_forward"](q, q, q, *call)
-        KERNELS["attention_backward"](q, None, q, q, q, q, lse, *call, True, True, True, False, None)
+        for need_dq in (True, False):  # else delta has a launch of its own
+            KERNELS["attention_backward"](q, None, q, q, q, q, lse, *call, need_dq, True, True, False, None)
         KERNELS["rope"](q, q, torch.zeros(1, 8), torch.zeros(1, 8), None, False, False)
         KERNELS["rms_norm_forward"](x, None, None, 1e-6, 0.0)
         KERNELS["rms_norm_backward"](x, None, x, torch.zeros(16), torch.zeros(many, 1), 1e-6, 0.0, x.dtype, True, True)
         KERNELS["qk_norm_rope"](q, q, None, None, torch.zeros(1, 8), torch.zeros(1, 8), None, 1e-6, 0.0, False)
         few, wide = torch.zeros(2, 1, 4, 16).half(), torch.zeros(2, 1, 4096, 16).half()
         KERNELS["attention_forward"](few, wide, wide, *attention_options(4, 4096, 0.25))
-    assert len(grids) == 11 and max(grid[0] for grid in grids) >= many
+    assert len(grids) == 12 and max(grid[0] for grid in grids) >= many
     assert all(n <= 65535 for grid in grids for n in grid[1:])
 
 

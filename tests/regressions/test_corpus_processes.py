@@ -115,10 +115,12 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, inside[0])))
     from bench.codegen.cases import cases
 
-    wanted = {"attention": "D=64 bfloat16 all", "decode": "D=64 bfloat16 all", "rope": "D=64 R=64 heads=32/8",
-              "qk_norm_rope": "D=64 R=64 heads=32/8", "rms_norm": "N=32768"}  # fmt: skip
+    wanted = {
+        ("attention", "D=64 bfloat16 all"), ("attention", "D=64 float32 all"), ("decode", "D=64 bfloat16 all"),
+        ("rope", "D=64 R=64 heads=32/8"), ("qk_norm_rope", "D=64 R=64 heads=32/8"), ("rms_norm", "N=32768"),
+    }  # fmt: skip
     for case in cases():
-        if wanted.get(case.op) == case.label:
+        if (case.op, case.label) in wanted:
             case.launch()
     assert len({name for name, _ in launches}) == 14 and all(where for _, where in launches), launches
 

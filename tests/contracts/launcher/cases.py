@@ -46,6 +46,17 @@ def attention_with_everything() -> None:
     train(lk.attention(heads(4), heads(2), heads(2), sinks=sinks, **options, return_lse=True))
 
 
+def attention_of_fixed_queries() -> None:
+    """delta has a launch of its own, since there is no dq."""
+    train(lk.attention(heads(4, grad=False), heads(2), heads(2)))
+
+
+def packed_attention_of_fixed_queries() -> None:
+    arguments = OPS["attention_varlen"].arguments(SHAPE, MAKE)
+    k, v = (arguments[name].detach().requires_grad_() for name in ("k", "v"))
+    train(lk.attention_varlen(**{**arguments, "q": arguments["q"].detach(), "k": k, "v": v}))
+
+
 def tangent(label: str) -> None:
     op, arguments = registered_calls(SHAPE, MAKE)[label]
     getattr(torch.ops.llama_kernels, op)(*arguments)
@@ -85,6 +96,8 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "rope in place, no gradient": in_place,
     "rope_into_cache": into_cache,
     "attention, everything": attention_with_everything,
+    "attention, fixed queries": attention_of_fixed_queries,
+    "attention_varlen, fixed queries": packed_attention_of_fixed_queries,
     "decode": decode,
     "attention, a chunk of a prompt": chunk_of_a_prompt,
     "masked decode": masked_decode,
