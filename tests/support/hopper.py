@@ -54,8 +54,10 @@ def expected_kernels(case: Case) -> set[str]:
     left, (of_q, of_k) = case.window_size[0], case.packed or (case.Sq, case.Sk)
     hides = left >= 0 and (of_q != of_k if case.packed else case.Sk - case.Sq > left)
     backward = case.D <= 128 and (case.softcap is None or case.D <= 64) and not hides
-    of_backward = {"_hopper_backward_kernel", "_round_sum_kernel"} if backward else {"_dkdv_kernel", "_dq_kernel"}
-    return {"_hopper_forward_kernel", "_delta_kernel"} | of_backward | ({"_tile_list_kernel"} if case.packed else set())
+    of_backward = {"_dq_kernel", "_dkdv_kernel"}
+    if backward:
+        of_backward = {"_delta_kernel", "_hopper_backward_kernel", "_round_sum_kernel"}
+    return {"_hopper_forward_kernel"} | of_backward | ({"_tile_list_kernel"} if case.packed else set())
 
 
 @contextlib.contextmanager
