@@ -165,6 +165,12 @@ def test_attention_functions_of_transformers_are_replaced(name):
     assert "attention" in replaced(patch(model))
 
 
+def test_an_attention_function_that_torch_compile_leaves_out_is_replaced(monkeypatch):
+    """Transformers 5.20 wraps its own so."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", torch.compiler.disable(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    assert "attention" in replaced(patch(stock("llama")))
+
+
 # --- the package kernels ---------------------------------------------------------------------------------------------
 
 

@@ -99,7 +99,9 @@ def _other_function(module: Any) -> str | None:
 
 
 def _is_of(function: Any, package: str) -> bool:
-    return source.module_of(function).split(".")[0] == package
+    """Whether `function` is of `package`. PyTorch may wrap it, as torch.compiler.disable does."""
+    *wrappers, wrapped = (source.module_of(each).split(".")[0] for each in source.chain_of(function))
+    return wrapped == package and {*wrappers} <= {"torch", package}
 
 
 def mask_configs_in(model: nn.Module) -> dict[nn.Module, Any]:
