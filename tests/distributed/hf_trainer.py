@@ -53,8 +53,8 @@ class _SameOrder(transformers.Trainer):
     get_train_dataloader = ContextParallelTrainer.get_train_dataloader
 
 
-def alone() -> list[tuple[float, float]]:
-    return _train(_trainer(_SameOrder, {}, model=stock("llama")))
+def alone(dtype: torch.dtype) -> list[tuple[float, float]]:
+    return _train(_trainer(_SameOrder, {}, model=stock("llama").to(dtype)))
 
 
 def context_parallel(method: str) -> list[tuple[float, float]]:

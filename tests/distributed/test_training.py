@@ -27,18 +27,30 @@ DATA_PARALLEL = [("DDP", "model"), ("DDP", "model_init"), ("FSDP2", "model"), ("
 
 
 @functools.cache
-def trained() -> tuple[dict[str, Any], list[tuple[float, float]]]:
-    """By job, the loss and norm of gradients of each step of the Trainer; and those of the stock model alone."""
+def trained() -> dict[str, Any]:
+    """By job, the loss and norm of gradients of each step of the Trainer."""
     context_parallel = {method: (hf_trainer.context_parallel, (method,)) for method in METHODS}
-    data_parallel = {f"{job}": (hf_trainer.data_parallel, job) for job in DATA_PARALLEL}
-    return run({**context_parallel, **data_parallel}, 2), hf_trainer.alone()
+    data_parallel = {" from ".join(job): (hf_trainer.data_parallel, job) for job in DATA_PARALLEL}
+    return run({**context_parallel, **data_parallel}, 2)
+
+
+@functools.cache
+def alone(dtype: torch.dtype) -> torch.Tensor:
+    """The same of the stock model in one process."""
+    steps = torch.tensor(hf_trainer.alone(dtype), dtype=torch.float64)
+    assert len(steps) == hf_trainer.STEPS
+    return steps
 
 
 def check_as_alone(job: str) -> None:
-    together, alone = trained()
-    assert isinstance(together[job], list), together[job]
-    assert len(alone) == hf_trainer.STEPS
-    torch.testing.assert_close(torch.tensor(together[job]), torch.tensor(alone), atol=0, rtol=1e-5)
+    """Against float64, losses and norms are off by at most as much as in one process in float32, by the factor for sums
+    in another order."""
+    found, truth = trained()[job], alone(torch.float64)
+    assert isinstance(found, list), found
+    off, stock_off = (
+        ((steps - truth) / truth).norm(dim=0) for steps in (torch.tensor(found).double(), alone(torch.float32))
+    )
+    assert (off <= 2 * stock_off + 2 * torch.finfo(torch.float32).eps).all(), (off, stock_off)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,7 +61,7 @@ def test_the_trainer_of_hugging_face_in_context_parallel(method):
 @pytest.mark.parametrize("kind, given", DATA_PARALLEL)
 def test_the_callback_patches_a_model_that_the_trainer_distributes(kind, given):
     """A model from model_init is patched when training begins, which is after `fully_shard`."""
-    check_as_alone(f"{(kind, given)}")
+    check_as_alone(f"{kind} from {given}")
 
 
 def test_cp_2_times_tp_2_has_the_loss_curve_of_stock(tmp_path):
