@@ -37,12 +37,13 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
     """
     norms = {id(module) for module in model.modules() if own_forward(module) is None and _is_known_norm(module)}
     mask_configs = mask_configs_in(model)
+    others: dict[nn.Module, str | None] = {}  # why the attention function of a module may not be ours
     by_config: dict[int, bool] = {}  # attention is ours in all the modules whose masks one config makes, or in none
     for module in model.modules():
         if "attention" in (found := found_of(module)) and hasattr(module, "config"):
             key = id(mask_configs[module])
-            ours = bool(found["attention"].value) and _other_function(module) is None
-            by_config[key] = by_config.get(key, True) and ours
+            others[module] = _other_function(module)
+            by_config[key] = by_config.get(key, True) and bool(found["attention"].value) and others[module] is None
     for module in model.modules():
         found = found_of(module)
         for kind in KINDS:
@@ -61,8 +62,8 @@ def places_in(model: nn.Module, wanted: set[str]) -> Iterator[Place]:
                     ours, why = False, "without a mask its layers see all keys, also with is_causal=True"
                 elif ours and not hasattr(module, "config"):
                     ours, why = False, "it has no config that names its attention function"
-                elif ours and (other := _other_function(module)) is not None:
-                    ours, why = False, other
+                elif ours and others[module] is not None:
+                    ours, why = False, others[module]
                 elif ours and not by_config[id(mask_configs[module])]:
                     ours, why = False, "another attention module of its config stays stock"
             elif ours and (own := own_forward(module)) is not None:
