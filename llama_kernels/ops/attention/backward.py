@@ -2,7 +2,7 @@
 
 With P = exp(logits - lse), dP = do @ v^T and delta = rowsum(o * do) - dlse, the gradient of the logits is
 dS = P * (dP - delta), and dv = P^T @ do, dk = dS^T @ q, dq = dS @ k. P is recomputed, never stored. There are
-no atomics. The first kernel also computes delta; delta.py has a kernel for it where dq is not wanted.
+no atomics. The first kernel also computes delta; delta.py has a kernel for it where the first one does not.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _dkdv_launches(
 
 
 def _dq_computes_delta(call: AttentionCall, rotation: Rotation) -> bool:
-    """Whether the kernel of dq computes delta. Not in several launches, of which each would need it.
+    """Whether the kernel of dq, if it runs, computes delta. Not in several launches, of which each would need it.
 
     Not in float32: products without tensor cores take do from registers, and with the sum over o * do before them they
     take so many that they spill.
