@@ -121,7 +121,7 @@ class Masks:
         config._attn_implementation = attention
         embeds = torch.zeros(B, self.state.queries, 8, device=DEVICE)
         call = {**self.given, "config": config, "inputs_embeds" if "inputs_embeds" in names else "input_embeds": embeds}
-        call["cache" if "cache" in names else "past_key_values"] = self.cache
+        call |= {name: self.cache for name in ("cache", "past_key_values") if name in names}
         if "position_ids" in names:
             call.setdefault("position_ids", None)
         if "cache_position" in names:

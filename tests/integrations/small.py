@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.integrations.transformers import patch, report
@@ -21,6 +22,8 @@ not_interpreted = pytest.mark.skipif(
     INTERPRETED, reason="runs on the reference path, or on a GPU with compiled kernels"
 )
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+# Before Transformers 5.4, a mask gets the positions of the queries as a tensor, which the host does not read.
+HOST_KNOWS_POSITIONS = "q_offset" in inspect.signature(masking_utils.sdpa_mask).parameters
 CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"  # the name of this argument and output
 
 SIZES = {

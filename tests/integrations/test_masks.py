@@ -30,7 +30,7 @@ from tests.integrations.mask_cases import (
     padding,
     visible,
 )
-from tests.integrations.small import VERSION, not_interpreted
+from tests.integrations.small import HOST_KNOWS_POSITIONS, VERSION, not_interpreted
 from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
@@ -93,8 +93,8 @@ def test_a_mask_without_padding_has_no_elements(kind, window):
     for state in (STATES["no cache"], STATES["prefill"], STATES["second piece"], STATES["step"]):
         if state.cache and CREATE[kind] in BIDIRECTIONAL:
             continue
-        if state.past and VERSION < (5, 0):
-            continue  # Transformers 4 has the offset in device memory
+        if state.past and not HOST_KNOWS_POSITIONS:
+            continue
         mask = Masks(kind, state).ours()
         assert mask.numel() == 0 and packed_masks.unpack(mask, state.queries, S) == window
 
@@ -128,7 +128,7 @@ def test_a_mask_on_the_cpu_whose_tokens_are_one_range_is_that_range(side, state,
         of_kind.check()
 
 
-@pytest.mark.skipif(VERSION < (5, 0), reason="Transformers 4 has the offset in device memory")
+@pytest.mark.skipif(not HOST_KNOWS_POSITIONS, reason="this Transformers has the positions of queries in device memory")
 @pytest.mark.parametrize("kind", ["causal", "sliding"])
 def test_a_mask_on_the_cpu_that_shows_every_key_to_a_step_has_no_elements(kind, values_read):
     def of_mask(mask: torch.Tensor) -> Masks:

@@ -8,12 +8,13 @@ A composition with any other function becomes an ordinary mask, with an element 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import is_fake
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, create_causal_mask, eager_mask, sdpa_mask
 
 from llama_kernels.core.autograd import functorch_is_active
 from llama_kernels.integrations.transformers.documents import noted_document_starts
@@ -37,6 +38,9 @@ _SCATTERED_BLOCKS = ("molmo2", "molmo2_text")
 COMPUTED_MASKS = ("beit", "bigbird_pegasus", "informer", "lasr_encoder", "lightglue", "nllb-moe")
 # Models whose pooling head, of one query, makes a mask from the same config, and gives it to nn.MultiheadAttention.
 _POOLING_HEADS = ("siglip2_vision_model",)
+# Whether a model's code may ask for a mask although it only says causal: from Transformers 5.15 on. Up to 5.13,
+# allow_is_causal_skip=False meant no more than a static cache.
+_MODELS_MAY_ASK = "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
 # In inference with at most this many queries, as in decoding, the kernel skips hidden keys. Otherwise keys are sorted.
 FEW_QUERIES = 8
 
@@ -72,21 +76,22 @@ def key_ranges(
         "batch_size": batch_size, "kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function,
         "attention_mask": attention_mask,
     }  # fmt: skip
-    if cache_position is not None:
-        stock_call |= {"cache_position": cache_position}
-    else:
+    if cache_position is None:
         stock_call |= {"q_length": q_length, "q_offset": q_offset, "device": device, "use_vmap": use_vmap}
+    else:  # Transformers before 5.4
+        stock_call |= {"cache_position": cache_position}
+        device, q_length = cache_position.device, cache_position.shape[0]
+        # As many keys as queries make a prefill, whose offset is 0. Otherwise the offset is in device memory.
+        q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     if kind in COMPUTED_MASKS:
         return eager_mask(**stock_call, allow_is_bidirectional_skip=False, **others)
     if kind in _POOLING_HEADS and q_length == 1 < kv_length:
         return sdpa_mask(**stock_call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    if cache_position is not None:  # Transformers 4
-        device, q_length = cache_position.device, cache_position.shape[0]
-        # As many keys as queries make a prefill, whose offset is 0. Otherwise the offset is in device memory.
-        q_offset = 0 if q_length == kv_length and kv_offset == 0 else cache_position[0]
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     causal = allow_is_bidirectional_skip is None and mask_function is not FULL_MASK
     documents = noted_document_starts(config, q_length) if causal and attention_mask is None else None
+    if documents is not None:  # the first document of this call continues one in the cache
+        documents = torch.where(documents > 0, documents + q_offset, 0)
     if attention_mask is not None and _has_values(attention_mask) and q_length < kv_length:
         shown = attention_mask[:, : kv_offset + kv_length]
         if shown.shape[1] == kv_offset + kv_length and shown.all():
@@ -94,9 +99,9 @@ def key_ranges(
     window = window_of(mask_function)
     skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip is not False
     # If Transformers may not omit the mask, the model's code combines it with another one. The exception is a decoding
-    # step with a static cache. Transformers 4 never omits a mask with a static cache.
+    # step with a static cache.
     static_step = q_length == 1 and (window is None or window.left >= 0 or not aligned)
-    combined = window is not None and not skip and not static_step and cache_position is None
+    combined = window is not None and not skip and not static_step and _MODELS_MAY_ASK
     unmasked = attention_mask is None and documents is None and not combined
     if window is not None and unmasked and (aligned or window == WindowSize(-1, -1)):
         return pack_window(window, device)
@@ -110,11 +115,15 @@ def key_ranges(
     else:
         interval = interval_of(mask_function, rows, use_vmap)
     if interval is None:
-        return sdpa_mask(**stock_call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        ordinary = sdpa_mask(**stock_call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        if documents is not None:
+            keys = torch.arange(kv_offset, kv_offset + kv_length, device=device)
+            ordinary = ordinary & (keys >= documents[:, None, :, None])
+        return ordinary
     start = torch.zeros_like(own)[None] if interval.start is None else interval.start
     end = torch.full_like(own, rows.keys)[None] if interval.end is None else interval.end
-    if documents is not None:  # the first document of this call continues one in the cache
-        start = torch.maximum(start, torch.where(documents > 0, documents + q_offset, 0))
+    if documents is not None:
+        start = torch.maximum(start, documents)
     # From here on, positions are relative to the first key of this layer's cache.
     start, end = (bound.clamp(kv_offset, kv_offset + kv_length) - kv_offset for bound in (start, end))
     if attention_mask is not None:
