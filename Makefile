@@ -24,7 +24,7 @@ PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
 .PHONY: install demo examples test test-present test-compiled bench newest gpu-check test-all fuzz witness matrix \
-	codegen lint typecheck fmt quick docs clean
+	transformers codegen lint typecheck fmt quick docs clean
 
 install: $(INSTALLED)
 
@@ -136,6 +136,11 @@ witness: $(INSTALLED)
 # Import, interpreter and compiler under each torch with each Triton: an environment a pair, so some gigabytes.
 matrix: $(INSTALLED)
 	$(BIN)/python -m tests.installation.matrix
+
+# tests/integrations with each minor release of Transformers from 4.57 on, or with RELEASES='5.3.0 5.10.4' and the like.
+transformers: $(INSTALLED)
+	$(call NEEDS,test)
+	$(BIN)/python -m tests.installation.transformers_releases --workers $(JOBS) $(RELEASES)
 
 # The compile gate. Its recorded figures are of Triton 3.6.0, by whose code most tiles were chosen, so that is installed
 # aside for it: build/codegen.json has all families. With TRITON=newest the gate is of the newest release and of sm_90

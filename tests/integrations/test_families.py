@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tests.integrations import families_table
 from tests.integrations.checks import Baseline
 from tests.integrations.families import EVERY_FAMILY, FAMILIES, MULTIMODAL, NO_ROW, decoder_families
+from tests.integrations.small import VERSION
 from tests.support.environment import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs on the reference path, or on a GPU with compiled kernels")
@@ -53,6 +54,8 @@ def test_a_patched_family_passes_every_check(family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"Transformers {transformers.__version__} has no {family}")
     version, lines = families_table.committed()
+    if family in ("bamba", "falcon_h1") and VERSION < (5, 2):
+        pytest.skip("up to Transformers 5.1, its mask has one key too many for attention other than eager and SDPA")
     if version != transformers.__version__:
         skip_what_cannot_be_built(family)
     line, failed, rows = families_table.families_row(family)
@@ -153,6 +156,8 @@ def test_the_checks_find_a_model_that_differs_from_stock(family, change, caught)
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "llama4_text", "qwen2_5_vl"])
 def test_the_checks_pass_for_stock_with_sdpa(family):
     """SDPA adds in another order than eager attention."""
+    if family == "qwen2_5_vl" and VERSION < (5, 3):
+        pytest.skip("its generate does not take mm_token_type_ids, which the batches of the table have")
     baseline = Baseline(family)
     other = copy.deepcopy(baseline.model)
     other.set_attn_implementation("sdpa")

@@ -12,7 +12,7 @@ import transformers
 
 from llama_kernels.integrations.transformers import patch, report
 from tests.integrations.comparison import Results, compare_with_stock
-from tests.integrations.small import randomized
+from tests.integrations.small import VERSION, randomized
 from tests.support.environment import DEVICE
 
 OURS = "llama_kernels"
@@ -56,6 +56,7 @@ def compare(stock: Any, ours: Any, inputs: dict[str, torch.Tensor], result: str 
     compare_with_stock(ours, stock, run)
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="in Transformers 4, attention takes a head_mask, and so stays stock")
 @pytest.mark.parametrize("heads", [4, 8])
 @pytest.mark.parametrize("attention_type", ["original_full", "block_sparse"])
 def test_attention_of_a_class_of_its_own_adds_the_mask(attention_type, heads):
@@ -66,6 +67,7 @@ def test_attention_of_a_class_of_its_own_adds_the_mask(attention_type, heads):
         patch(copy.deepcopy(model), rms_norm=False, rope=False)
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="in Transformers 4, attention takes a head_mask, and so stays stock")
 def test_sparse_attention_adds_the_mask():
     config = transformers.InformerConfig(
         prediction_length=8, context_length=12, num_time_features=1, lags_sequence=[1, 2], d_model=32,
@@ -147,6 +149,8 @@ def lightglue() -> tuple[Any, dict[str, torch.Tensor]]:
 
 def nllb_moe() -> tuple[Any, dict[str, torch.Tensor]]:
     """Its router reads from the mask which tokens are padding."""
+    if VERSION < (5, 0):
+        pytest.skip("stock NLLB-MoE of Transformers 4 does not run in float64")
     parts = ("encoder", "decoder")
     sizes = {f"{part}_{name}": n for part in parts for name, n in
              {"layers": 2, "attention_heads": 2, "ffn_dim": 32, "sparse_step": 1}.items()}  # fmt: skip
@@ -167,9 +171,12 @@ def test_a_mask_that_other_modules_compute_with_is_the_stock_one(of: Callable[[]
         rows = report(patch(copy.deepcopy(model))).rows
         assert {row.ours for row in rows if row.kind == "attention"} == {False}
     except ValueError as error:
-        assert "other code of the model computes with the mask" in str(error)
+        calls_interface = of is not beit or VERSION >= (5, 9)
+        why = "other code of the model computes with the mask" if calls_interface else "nothing can be replaced"
+        assert why in str(error)
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="BridgeTower of Transformers 4 does not call AttentionInterface")
 def test_layers_that_see_all_keys_without_a_mask_although_they_say_causal_stay_stock():
     """BridgeTower, which supports eager attention only. Our attention read is_causal=True where there was no mask."""
     text = {"vocab_size": 99, **LAYERS, "hidden_size": 64}

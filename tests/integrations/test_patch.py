@@ -19,7 +19,7 @@ from llama_kernels.integrations.transformers import patch, report, unpatch
 from llama_kernels.integrations.transformers.modules import Patched
 from tests.integrations.comparison import compare_with_stock, logits_and_gradients, logits_of
 from tests.integrations.families import stock
-from tests.integrations.small import families, not_interpreted, ops_of, patched, small, stock_rows, tokens
+from tests.integrations.small import VERSION, families, not_interpreted, ops_of, patched, small, stock_rows, tokens
 from tests.integrations.user_classes import OwnAttention, OwnRMSNorm, with_class
 from tests.support.environment import DEVICE
 
@@ -146,6 +146,8 @@ def test_a_copy_of_a_patched_model_is_patched_and_can_be_unpatched(copied):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_changes_of_the_config_of_a_patched_model_outlive_unpatch(family, tmp_path):
     """resize_token_embeddings sets vocab_size, by which the loss reshapes logits. Another model has the same config."""
+    if family == "gemma3" and VERSION < (5, 0):
+        pytest.skip("the table of families is for Transformers 5")
     model = small() if family == "llama" else stock(family)
     own = model.config
     patch(model).resize_token_embeddings(120)

@@ -81,7 +81,8 @@ def test_a_warning_names_norms_that_liger_replaced(trainer, kept, caplog, monkey
     made = trainer([LlamaKernelsCallback()], liger=config, model=small())
     with caplog.at_level(logging.WARNING, "llama_kernels"):
         made.train()
-    warned = "Liger-Kernel's forwards run in LlamaRMSNorm" in caplog.text
+    # Up to Transformers 5.2, the Trainer lets Liger-Kernel replace them before our patch, whose warning says so.
+    warned = "Liger-Kernel's forwards run in LlamaRMSNorm" in caplog.text or "LigerRMSNorm.forward" in caplog.text
     assert warned is not kept
 
 

@@ -23,6 +23,7 @@ from llama_kernels.integrations.transformers.attention import attention_forward
 from tests.integrations.changed_models import changed, compare_with_stock, families, on_cpu, orders, replaced
 from tests.integrations.families import batch, stock
 from tests.integrations.small import as_kernels_wraps
+from tests.support.environment import DEVICE
 
 pytestmark = on_cpu
 
@@ -118,8 +119,8 @@ def test_attention_that_another_library_registered_stays(monkeypatch, caplog, na
             0
         ] * tree, None
 
-    def only_diagonal(q_length, device, **kwargs):
-        return torch.eye(q_length, dtype=torch.bool, device=device)[None, None]
+    def only_diagonal(kv_length, **kwargs):  # in a call without a cache
+        return torch.eye(kv_length, dtype=torch.bool, device=DEVICE)[None, None]
 
     if name == "tree":  # its functions are those of "sdpa", but for the one that is tested
         for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):

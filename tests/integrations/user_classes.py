@@ -41,8 +41,8 @@ class OwnMask(modeling_llama.LlamaAttention):
     def forward(self, hidden_states, attention_mask, **kwargs):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        function = modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, modeling_llama.eager_attention_forward
-        )
+        function = {"eager": modeling_llama.eager_attention_forward, **modeling_llama.ALL_ATTENTION_FUNCTIONS}[
+            self.config._attn_implementation
+        ]
         out, weights = function(self, q, k, v, 0.5 * attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(2)), weights
