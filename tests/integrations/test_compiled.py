@@ -32,8 +32,8 @@ def _nothing_compiled_before():
      ("gpt_oss", "left", 2)],  # the last two have a window in one of two layers
 )  # fmt: skip
 def test_training_compiles_without_a_graph_break(family, side, layers):
-    if family == "gpt_oss" and VERSION < (5, 0):
-        pytest.skip("in Transformers 4 the stock model too has graph breaks: its experts are a loop over routed tokens")
+    if family == "gpt_oss" and (VERSION < (5, 0) or VERSION == (5, 1)):
+        pytest.skip("the experts of stock GPT-OSS break the graph: a loop over routed tokens in 4, a test of a sum in 5.1")
     stock, ids = small(family, num_hidden_layers=layers), tokens()
     run = logits_and_gradients(ids, None if side is None else padding_mask(ids, side))
     ours = patched(stock)
