@@ -242,7 +242,7 @@ def test_our_attention_by_name_reads_no_source_or_signature_after_the_first_call
     with monkeypatch.context() as patches:
         patches.setattr(attention_refusals, "_unknown_arguments", read)
         patches.setattr(attention_refusals, "passes_mask_on", read)
-        patches.setattr(source, "_codes", read)
+        patches.setattr(source, "codes_in", read)
         assert torch.equal(model(tokens()).logits, expected)
 
     def eager_attention_forward(module, query, key, value, attention_mask, own=None, **kwargs):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama_kernels.core.checks import message
+from llama_kernels.integrations.transformers.definitions import definition_of
 from llama_kernels.integrations.transformers.documents import FOLLOWS_MASK
 from llama_kernels.integrations.transformers.packed_masks import documents_of, has_prefix, is_packed
 from llama_kernels.integrations.transformers.source import decorated, global_names, passes_mask_on
@@ -151,6 +152,8 @@ def why_other_attention(forward: Any) -> str | None:
 @functools.lru_cache(maxsize=1024)  # every layer of a model with our attention by name asks in every call
 def _why_other_attention(forward: Any, eager: tuple[Any, ...]) -> str | None:
     """`why_other_attention`. eager: the eager attention functions that the forward names."""
+    if definition_of(forward) is None:
+        return "the source of its forward is not to be had, or has changed since the import"
     if not passes_mask_on(forward):
         return "its forward computes with attention_mask"
     if unknown := [name for function in eager for name in _unknown_arguments(function)]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import linecache
 import textwrap
 import types
 from collections.abc import Iterator
 from typing import Any
+
+from llama_kernels.integrations.transformers.definitions import codes_in, definition_of, definition_of_code
 
 Function = types.FunctionType
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the global name by which forwards reach AttentionInterface
@@ -27,6 +28,11 @@ def normalised(source: str) -> str:
     function = ast.parse(textwrap.dedent(source)).body[0]
     if not isinstance(function, ast.FunctionDef):
         raise ValueError("source is not one function definition")
+    return _normalised(function)
+
+
+def _normalised(function: ast.FunctionDef) -> str:
+    """The text of a definition, which this changes."""
     function.name, function.decorator_list, function.returns = "function", [], None
     return _unparsed(_Plain().visit(function))
 
@@ -52,7 +58,7 @@ def _unparsed(tree: ast.AST) -> str:
 
 
 def text_of(function: Any) -> str:
-    """The normalised text of a plain Python function; "" for a wrapper, a builtin or code without a source file."""
+    """The normalised text of a plain Python function; "" for a wrapper, a builtin, or if `definition_of` has none."""
     if not isinstance(function, Function) or hasattr(function, "__wrapped__"):
         return ""
     return _text_of_code(_Identity(function.__code__))
@@ -145,9 +151,8 @@ def passes_mask_on(function: Function) -> bool:
     It may choose between masks, compare one with None, and slice one without an offset. It may not compute a new mask.
     True for a forward that does not call an attention function itself.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
+    tree = definition_of(function)
+    if tree is None:
         return False
     attention = {*_ATTENTION_NAMES} | {
         ast.unparse(target).split(".")[-1]
@@ -285,32 +290,22 @@ class _Identity:
 
 @functools.cache
 def _text_of_code(key: _Identity) -> str:
-    try:
-        return normalised(inspect.getsource(key.code))
-    except (OSError, TypeError, SyntaxError, ValueError, IndexError):
-        return ""
+    definition = definition_of_code(key.code)
+    return "" if definition is None else _normalised(definition)
 
 
 @functools.cache
 def _names_in_code(key: _Identity) -> frozenset[str]:
-    return frozenset(name for code in _codes(key.code) for name in code.co_names)
+    return frozenset(name for code in codes_in(key.code) for name in code.co_names)
 
 
 @functools.cache
 def _compiled(text: str, filename: str) -> types.CodeType:
     """The code of the function that `text` defines. Tracebacks show the text as file `filename`."""
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    scope: dict[str, Any] = {}
-    exec(compile(text, filename, "exec"), {}, scope)
-    return scope["function"].__code__
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code of a function and of the functions defined in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+    module = compile(text, filename, "exec", dont_inherit=True)  # not run, since defaults may name globals of the file
+    (code,) = (x for x in module.co_consts if isinstance(x, types.CodeType) and x.co_name == "function")
+    return code
 
 
 def _copied(function: Function, code: types.CodeType, globals_: dict[str, Any], closure: Any, wraps: Any = None) -> Any:
