@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import StaticCache
 
 from tests.integrations.comparison import (
     Results,
+    Run,
     compare_with_stock,
     logits_and_gradients,
     logits_of,
@@ -26,16 +28,27 @@ def _nothing_compiled_before():
     torch._dynamo.reset()
 
 
+def skip_unless_it_compiles(stock: Any, run: Run) -> None:
+    """Skip where the stock model does not compile: in some releases of Transformers, the experts of GPT-OSS do not."""
+    model = copy.deepcopy(stock)
+    model.config._experts_implementation = "batched_mm"
+    try:
+        run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    except Exception as error:
+        pytest.skip(f"the stock model does not compile: {str(error).splitlines()[0]}")
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("family", "side", "layers"),
     [("llama", "left", 1), ("mistral", None, 1), ("qwen3", "left", 1), ("gemma3_text", "left", 2),
      ("gpt_oss", "left", 2)],  # the last two have a window in one of two layers
 )  # fmt: skip
 def test_training_compiles_without_a_graph_break(family, side, layers):
-    if family == "gpt_oss" and (VERSION < (5, 0) or VERSION == (5, 1)):
-        pytest.skip("the experts of stock GPT-OSS break the graph: a loop over routed tokens in 4, a test of a sum in 5.1")
     stock, ids = small(family, num_hidden_layers=layers), tokens()
     run = logits_and_gradients(ids, None if side is None else padding_mask(ids, side))
+    if family == "gpt_oss" and VERSION < (5, 10):
+        skip_unless_it_compiles(stock, run)
     ours = patched(stock)
     ours.config._experts_implementation = "batched_mm"  # the eager one is a loop
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)

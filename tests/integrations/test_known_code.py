@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from llama_kernels.integrations.transformers import classes, fusions, known_code, rotaries, source
+from llama_kernels.integrations.transformers import classes, known_code, rotaries, source
 from tests.integrations.small import VERSION, Calls, not_interpreted
 from tests.support.environment import DEVICE
 from tests.support.judge import judge, relative_error
@@ -316,33 +316,3 @@ def test_a_replaced_rotary_function_gives_the_results_of_stock(known, unsqueeze_
         for K, R64, I in zip(ours, run(stock, torch.float64), theirs, strict=True):
             assert K.dtype == I.dtype and K.shape == I.shape
             judge("rotated", K, R64, I)
-
-
-# --- fusions ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def fused_texts() -> dict[str, set[str]]:
-    """By digest, the families with a forward that has the lines of a fusion."""
-    found: dict[str, set[str]] = {}
-    for function in defined():
-        for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
-            if function.name == "forward" and fusions.fusion_of(kind, function.text) is not None:
-                found.setdefault(fusions.digest(function.text), set()).add(function.family)
-    return found
-
-
-def is_of_this_release(what: str) -> bool:
-    first, _, last = what.rpartition(", ")[2].partition(" to ")
-    low, high = (tuple(map(int, x.split("."))) for x in (first, last or first))
-    return low <= VERSION <= high
-
-
-@pytest.mark.parametrize("digest", fusions.KNOWN)
-def test_the_families_of_a_fused_forward_have_its_text(digest):
-    what = fusions.KNOWN[digest]
-    if not is_of_this_release(what):
-        pytest.skip(f"Transformers {transformers.__version__} does not have it")
-    served = fused_texts().get(digest, set())
-    named = {name for name in re.findall(r"\w+", what.rpartition(", ")[0]) if (MODELS / name).is_dir()}
-    assert served and named <= served

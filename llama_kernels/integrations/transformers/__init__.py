@@ -10,7 +10,7 @@ The model's classes keep their own forwards. These files replace operations insi
                     attention computes, attention_refusals.py those that raise
     modules.py      RMSNorm modules
     rotaries.py     the function apply_rotary_pos_emb
-    fusions.py      residual add + norm, norms of q and k + RoPE, in forwards whose whole text is known
+    fusions.py      residual add + norm, norms of q and k + RoPE, in forwards with the lines of the two
     known_code.py   the source texts of the functions that may be replaced; known_rotaries.py has those of RoPE
     masks.py        masks as ranges of keys; intervals.py reads the ranges from Transformers' mask functions,
                     packed_masks.py puts them into the tensor that every layer gets

@@ -10,6 +10,7 @@ from torch import nn
 from llama_kernels.integrations.transformers import attention_refusals, fusions, known_code, modules, rotaries, source
 from llama_kernels.integrations.transformers.known_rotaries import Rotary
 
+_OPAQUE = "a decorator of its forward does not expose the wrapped function"
 KINDS = ("attention", "rms_norm", "rope", fusions.ADD_NORM, fusions.QK_NORM_ROPE)
 
 
@@ -91,13 +92,21 @@ def _found_in(cls: type, functions: Functions) -> dict[str, Found]:
     if source.INTERFACE in source.global_names(inner):
         reason = attention_refusals.why_other_attention(inner)
         found["attention"] = Found(reason is None, reason or "through AttentionInterface")
-    text = source.text_of(inner)
     for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE):
-        if (fusion := fusions.fusion_of(kind, text)) is not None:
-            known = fusions.digest(text) in fusions.KNOWN
-            why = "known code" if known else "its forward is not known code"
-            found[kind] = Found(fusion if known else None, why, fusion.norms)
+        if (fusion := fusions.fusion_of(kind, source.text_of(inner))) is not None:
+            found[kind] = _fused_in(forward, inner, fusion)
     return found
+
+
+def _fused_in(forward: Any, inner: Any, fusion: fusions.Fusion) -> Found:
+    """Whether a copy of `forward` can have the text of `fusion`. inner: `forward` without its decorators."""
+    if fusion.text is None:
+        return Found(None, "other statements come between the norms and RoPE", fusion.norms)
+    if inner.__code__.co_freevars:
+        return Found(None, "its forward uses variables of what is around it, as super() does", fusion.norms)
+    if source.with_globals(forward, {}) is None:
+        return Found(None, _OPAQUE, fusion.norms)
+    return Found(fusion, "known code", fusion.norms)
 
 
 def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
@@ -109,7 +118,7 @@ def _rotary_in(forward: Any, inner: Any, names: list[str]) -> Found:
             return Found(None, f"{name} is not known code")
         known[name] = Rotating(stock, code)
     if source.with_globals(forward, {}) is None:
-        return Found(None, "a decorator of its forward does not expose the wrapped function")
+        return Found(None, _OPAQUE)
     return Found(known, "known code")
 
 
