@@ -36,7 +36,7 @@ def definition_of_code(code: types.CodeType) -> ast.FunctionDef | None:
     return definition if isinstance(definition, ast.FunctionDef) else None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _functions_in(text: str) -> tuple[types.CodeType, ...]:
     """The code of every function that the text of a file defines."""
     return tuple(codes_in(compile(text, "<file>", "exec", dont_inherit=True)))
