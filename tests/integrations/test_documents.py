@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +161,37 @@ def test_cu_seq_lens_are_refused_where_only_the_mask_says_which_keys_are_visible
     model(IDS, **call)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "layer", "only_in_mask"),
+    [
+        (["sliding_attention", "full_attention"], 0, "a sliding window of 7 that it does not pass on"),
+        (["sliding_attention", "full_attention"], 1, None),
+        (["full_attention", "chunked_attention"], 1, "chunked_attention"),
+        (["full_attention", "chunked_attention"], 0, None),
+        (["full_attention", "chunked_attention"], None, "chunked_attention"),
+        (None, 0, "a sliding window of 7 that it does not pass on"),
+    ],
+)
+def test_cu_seq_lens_are_refused_by_the_kind_of_the_layer(kinds, layer, only_in_mask):
+    """A layer without a number may be of any kind of its config."""
+    module = torch.nn.Module()
+    module.config = SimpleNamespace(layer_types=kinds, sliding_window=7)
+    module.layer_idx = layer
+    qkv = [torch.randn(1, H, 24, 16, device=DEVICE) for H in (4, 2, 2)]
+    if only_in_mask is None:
+        attention_forward(module, *qkv, None, **cu_seq_lens())
+        return
+    with pytest.raises(ValueError, match=rf"cu_seq_lens_q is given to a layer with {only_in_mask}; wanted None"):
+        attention_forward(module, *qkv, None, **cu_seq_lens())
+
+
+def test_cu_seq_lens_are_refused_where_stock_attention_runs():
+    """It does not read them, and would let documents see each other."""
+    qkv = [torch.randn(1, H, 24, 16, device=DEVICE, dtype=torch.float64) for H in (4, 2, 2)]
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q is given beside .*float64.*; wanted None, since stock"):
+        attention_forward(torch.nn.Module(), *qkv, None, **cu_seq_lens())
+
+
 @families
 def test_documents_are_separate_in_a_prefill_of_a_static_cache(family):
     model = small(family)
@@ -191,12 +223,13 @@ def test_documents_from_the_flattening_collator_are_separate(change):
 @pytest.mark.skipif(VERSION < (5, 0), reason="the table of families is for Transformers 5")
 @changes
 @pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("rotated", [POSITIONS, torch.arange(24, device=DEVICE)], ids=["the same", "going on"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_documents_are_separate_where_the_text_has_a_fourth_row_of_positions(family, use_cache, change):
-    """Beside the three of M-RoPE. Stock reads it for its mask."""
+def test_documents_are_separate_where_the_text_has_a_fourth_row_of_positions(family, rotated, use_cache, change):
+    """Beside the three of M-RoPE, whose positions may go on from document to document. Stock reads it for its mask."""
     model = stock_of(family)
     ours = changed(model, change)
-    rows = POSITIONS.expand(4, 1, -1)
+    rows = torch.cat((POSITIONS[None], rotated.expand(3, 1, -1)))
     compare_with_stock(ours, model, one_by_one, packed_at(rows, use_cache=use_cache))
 
 
