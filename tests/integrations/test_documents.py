@@ -117,6 +117,15 @@ def test_documents_are_separate_where_a_wrapper_drops_the_mask(dtype):
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
+def test_positions_of_another_number_of_tokens_separate_no_documents():
+    """A wrapper may give a layer other tokens than the positions are of. Stock attention does not read positions."""
+    q, k, v = (torch.randn(1, 4, 24, 16, device=DEVICE) for _ in range(3))
+    for positions in (POSITIONS[:, :12], POSITIONS[:, :1], torch.cat((POSITIONS, POSITIONS), 1), POSITIONS[0]):
+        out, _ = attention_forward(torch.nn.Module(), q, k, v, None, position_ids=positions)
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_a_document_of_one_token_is_separate_only_without_a_cache(use_cache):
     """Positions 0, 0 do not decrease. Without a cache, stock too starts a document where positions do not increase."""

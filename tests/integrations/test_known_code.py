@@ -100,6 +100,13 @@ def test_a_normalised_text_is_the_same_with_every_release_of_python():
     assert source.without_unused_defaults(text) == text
 
 
+def test_a_function_of_a_docstring_alone_has_a_text():
+    """It has to be code, which `without_unused_defaults` reads again."""
+    text = source.normalised('''def abstract(x):
+    """Docstring."""''')
+    assert source.without_unused_defaults(text) == text == "def function(x):\n    pass"
+
+
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
