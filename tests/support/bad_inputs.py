@@ -120,6 +120,7 @@ VALUE_ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("attention", "q", r"of shape \(2, 4, 6, 577\)", {"q": F(2, 4, 6, 577), "k": F(2, 2, 6, 577)}),
     ("attention", "window_size", r"\(-2, 0\)", {"window_size": (-2, 0)}),
     ("attention", "window_size", r"\(1.5, 0\)", {"window_size": (1.5, 0)}),
+    ("attention", "window_size", r"\(True, 0\)", {"window_size": (True, 0)}),
     ("attention", "softcap", "-3", {"softcap": -3.0}),
     ("attention", "softcap", "inf", {"softcap": float("inf")}),
     ("attention", "softcap", r"1e\+39", {"softcap": 1e39}),
