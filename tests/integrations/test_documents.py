@@ -117,6 +117,16 @@ def test_documents_are_separate_where_a_wrapper_drops_the_mask(dtype):
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
+def test_the_positions_of_a_call_separate_no_documents_of_another_model():
+    """A hook calls it. It has our attention by name, so it keeps no positions of its own."""
+    ours, other = patched(small()), changed(small("qwen3"), "by name")
+    with torch.no_grad():
+        expected, seen = other(IDS).logits, []
+        ours.model.layers[0].register_forward_hook(lambda *_: seen.append(other(IDS).logits))
+        ours(IDS, position_ids=POSITIONS)
+    assert torch.equal(*seen, expected)
+
+
 def test_positions_of_another_number_of_tokens_separate_no_documents():
     """A wrapper may give a layer other tokens than the positions are of. Stock attention does not read positions."""
     q, k, v = (torch.randn(1, 4, 24, 16, device=DEVICE) for _ in range(3))
