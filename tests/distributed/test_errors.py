@@ -93,6 +93,7 @@ POSITIONS = [0, 1, 2, 3, 28, 29, 30, 31]  # of rank 0
     [
         ([0, 1, 2, 0, 1, 2, 3, 4], "inside an earlier document"),  # position_ids instead of doc_start
         ([0, 0, 0, 0, 2, 2, 2, 2], "inside an earlier document"),
+        ([0, 0, 0, 0, 3, 3, 3, 3], "inside an earlier document"),
         ([0, 0, 2, 4, 4, 4, 4, 4], "outside of 0 to its token's position"),
         ([-1, 0, 0, 0, 0, 0, 0, 0], "outside of 0 to its token's position"),
         ([0, 0, 0, 0, 29, 29, 30, 30], "outside of 0 to its token's position"),

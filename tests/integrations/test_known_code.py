@@ -325,6 +325,53 @@ def test_a_replaced_rotary_function_gives_the_results_of_stock(known, unsqueeze_
             judge("rotated", K, R64, I)
 
 
+def in_float64(given: Given) -> Given:
+    return given
+
+
+def with_gradients_of_tables(given: Given) -> Given:
+    number = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+    moved = [x.to(number[x.dtype]) if isinstance(x, torch.Tensor) else x for x in (*given.heads, *given.rest)]
+    heads, rest = moved[: len(given.heads)], moved[len(given.heads) :]
+    return Given((*heads,), tuple(x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in rest))
+
+
+@of_rotaries
+@pytest.mark.parametrize("rows", [2, 1])
+@pytest.mark.parametrize("changed", [in_float64, with_gradients_of_tables])
+def test_a_replaced_rotary_function_runs_stock_code_where_rope_would_give_another_result(known, changed, rows):
+    found = variants(known)
+    if not found:
+        pytest.skip(f"no function of Transformers {transformers.__version__}")
+    for stock, variant in found:
+        given = changed(rotary_inputs(known, known.heads or 1, 16, rows, torch.float64))
+        leaves = [x for x in given.rest if isinstance(x, torch.Tensor) and x.requires_grad]
+
+        def run(function: Any, given: Given = given, leaves: Any = leaves) -> list[torch.Tensor]:
+            out = function(*given.heads, *given.rest)
+            out = out if isinstance(out, tuple) else (out,)
+            return [*out, *(torch.autograd.grad([x.square().sum() for x in out], leaves) if leaves else ())]
+
+        with Calls() as calls:
+            ours = run(rotaries.rotary_like(stock, variant))
+        assert not calls.ours()
+        assert all(map(torch.equal, ours, run(stock)))
+
+
+@of_rotaries
+def test_a_replaced_rotary_function_takes_q_and_k_of_other_batches(known):
+    found = variants(known)
+    if not found:
+        pytest.skip(f"no function of Transformers {transformers.__version__}")
+    for stock, variant in found:
+        given = rotary_inputs(known, known.heads or 1, 16, 1, torch.float32)
+        if len(given.heads) == 1 or given.heads[0].ndim == 3:
+            continue  # q or k alone, or packed
+        q, k = given.heads
+        theirs, ours = (function(q, k[:1], *given.rest) for function in (stock, rotaries.rotary_like(stock, variant)))
+        torch.testing.assert_close(ours, theirs)
+
+
 # --- fusions ---------------------------------------------------------------------------------------------------------
 
 
