@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import re
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from llama_kernels.integrations.transformers import classes, fusions, known_code, rotaries, source
 from tests.integrations.small import VERSION, Calls, not_interpreted
@@ -370,6 +372,22 @@ def test_a_replaced_rotary_function_takes_q_and_k_of_other_batches(known):
         q, k = given.heads
         theirs, ours = (function(q, k[:1], *given.rest) for function in (stock, rotaries.rotary_like(stock, variant)))
         torch.testing.assert_close(ours, theirs)
+
+
+def with_another_torch(function: Any) -> Any:
+    copied = types.FunctionType(function.__code__, {**function.__globals__, "torch": object()})
+    copied.__defaults__ = function.__defaults__
+    return copied
+
+
+def test_functions_with_known_texts_and_another_torch_are_not_known():
+    """A file may import something else under this name."""
+    rotary, norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
+    rotary = source.called_by(rotary)
+    assert known_code.rotary_of(rotary) is not None and known_code.norm_of(norm) is not None
+    assert known_code.rotary_of(with_another_torch(rotary)) is None
+    own = type("Own", (norm,), {"forward": with_another_torch(norm.forward)})
+    assert known_code.norm_of(own) is None
 
 
 # --- fusions ---------------------------------------------------------------------------------------------------------
