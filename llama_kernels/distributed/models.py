@@ -159,6 +159,9 @@ def _sharded(
     if positions.ndim != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != tokens:
         wanted = f"(B, {tokens}) or (1, {tokens}): one position for each token, as text has"
         raise ValueError(message(_OP, "position_ids", f"of shape {tuple(positions.shape)}", wanted))
+    for name in ("labels", "shift_labels"):
+        if (x := given.get(name)) is not None and x.shape != (B, tokens):
+            raise ValueError(message(_OP, name, f"of shape {tuple(x.shape)}", f"({B}, {tokens}), as input_ids"))
     labels = given.get("labels")
     if labels is not None:
         following = torch.cat((labels[:, 1:], labels.new_full((B, 1), IGNORED)), 1)

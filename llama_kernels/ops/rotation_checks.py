@@ -103,7 +103,7 @@ def _check_axes(op: str, axes: torch.Tensor, cos: torch.Tensor, position_ids: to
         fix = "Pass the positions of each axis, (A, B, S), or leave axes out."
         raise ValueError(message(op, "position_ids", "None beside axes", "several positions per token", fix))
     check_integers(op, "position_ids", position_ids, "cos", cos)
-    if position_ids.ndim and (values := values_to_check(axes)) is not None and values.numel():
+    if position_ids.ndim and (values := values_to_check(axes)) is not None:
         first, last = (int(axis) for axis in values.aminmax())
         if first < 0 or last >= position_ids.shape[0]:
             wanted = f"axes of position_ids, 0 to {position_ids.shape[0] - 1}"

@@ -23,15 +23,19 @@ ops = torch.ops.llama_kernels
 
 
 @pytest.mark.corpus(60)
-def test_attention_follows_autocast(device):
-    """rope gives q and k in float32, and a Linear gives v in bfloat16."""
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_attention_follows_autocast(softcap, device):
+    """rope gives q and k in float32, and a Linear gives v in bfloat16. Products inside of attention stay float32."""
     q, k, v = (torch.randn(1, H, 12, 32, device=device).requires_grad_() for H in (4, 2, 2))
+    do = torch.randn(1, 4, 12, 32, device=device).bfloat16()
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        out = lk.attention(q, k, v.bfloat16())
+        out = lk.attention(q, k, v.bfloat16(), softcap=softcap)
+        grads = torch.autograd.grad(out, (q, k, v), do)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, lk.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
-    grads = torch.autograd.grad(out.float().sum(), (q, k, v))
     assert [g.dtype for g in grads] == [torch.float32] * 3
+    expected = lk.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), softcap=softcap)
+    assert torch.equal(out, expected)
+    assert all(map(torch.equal, grads, torch.autograd.grad(expected, (q, k, v), do)))
 
 
 @pytest.mark.corpus(60)

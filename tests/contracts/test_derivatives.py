@@ -68,18 +68,19 @@ def hessian_vector_products(loss: Callable[[Any], Any], x: torch.Tensor, t: torc
         (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
         return torch.autograd.grad((grad * t).sum(), leaf)[0]
 
-    def dual_numbers():
-        leaf = x.detach().requires_grad_()
-        with torch.autograd.forward_ad.dual_level():
-            (grad,) = torch.autograd.grad(loss(torch.autograd.forward_ad.make_dual(leaf, t)), leaf, create_graph=True)
-            return torch.autograd.forward_ad.unpack_dual(grad).tangent
+    def dual_numbers(create_graph: bool):
+        leaf, forward_ad = x.detach().requires_grad_(), torch.autograd.forward_ad
+        with forward_ad.dual_level():
+            (grad,) = torch.autograd.grad(loss(forward_ad.make_dual(leaf, t)), leaf, create_graph=create_graph)
+            return forward_ad.unpack_dual(grad).tangent
 
     def of(hessian: torch.Tensor) -> torch.Tensor:
         return torch.tensordot(hessian, t, t.ndim)
 
     return {
         "double backward": twice_backward,
-        "dual numbers in the backward": dual_numbers,
+        "dual numbers in the backward": lambda: dual_numbers(create_graph=True),
+        "dual numbers in a backward without gradients": lambda: dual_numbers(create_graph=False),
         "grad of grad": lambda: torch.func.grad(lambda x: (torch.func.grad(loss)(x) * t).sum())(x),
         "jvp of grad": lambda: torch.func.jvp(torch.func.grad(loss), (x,), (t,))[1],
         "grad of jvp": lambda: torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (t,))[1])(x),

@@ -261,6 +261,18 @@ def test_attention_accepts_unusual_arguments(changed):
     assert out.isfinite().all()
 
 
+def test_a_number_may_require_grad_where_no_gradient_is_computed():
+    args, scale = sample("attention"), torch.tensor(0.25).requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(lk.attention(**{**args, "scale": scale}), lk.attention(**{**args, "scale": 0.25}))
+
+
+def test_rope_of_no_token_accepts_tables_without_positions():
+    q, k, table = F(2, 4, 0, 8), F(2, 2, 0, 8), F(0, 4)
+    for ids in (None, torch.zeros(0, dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)):
+        assert [x.shape for x in lk.rope(q, k, table, table, ids)] == [q.shape, k.shape]
+
+
 @pytest.mark.parametrize("longest", [2**31 - 1, 2**31, 2**40])
 def test_packed_attention_accepts_any_length_that_is_long_enough(longest):
     args = sample("attention_varlen")

@@ -37,15 +37,31 @@ def test_registered_ops_pass_opcheck(name, device):
 @pytest.mark.parametrize("name", REGISTERED)
 def test_registered_ops_take_any_last_dimension(name, device):
     """The public functions copy a tensor whose last dimension is not contiguous. An exported graph may not: it has the
-    copies that the tensors of its trace needed."""
+    copies that the tensors of its trace needed. All tensors are such, and each alone."""
     op, args = registered(name, device)
-    strided = [x.unsqueeze(-1).repeat_interleave(2, -1)[..., 0] if isinstance(x, torch.Tensor) else x for x in args]
-    given = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]  # an op may write into its arguments
-    for ours, theirs in zip(tree_leaves(op(*strided)), tree_leaves(op(*given)), strict=True):
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
-    for ours, theirs in zip(strided, given, strict=True):
-        if isinstance(ours, torch.Tensor):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    tensors = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+    for changed in (tensors, *([i] for i in tensors)):
+        # An op may write into its arguments.
+        given, strided = ([x.clone() if isinstance(x, torch.Tensor) else x for x in args] for _ in range(2))
+        for i in changed:
+            strided[i] = args[i].unsqueeze(-1).repeat_interleave(2, -1)[..., 0]
+        for ours, theirs in zip(tree_leaves(op(*strided)), tree_leaves(op(*given)), strict=True):
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+        for i in tensors:
+            torch.testing.assert_close(strided[i], given[i], rtol=0, atol=0)
+
+
+# --- tensors without a kernel ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_registered_ops_name_a_tensor_that_is_not_dense(name, device):
+    op, args = registered(name, device)
+    first = next(i for i, x in enumerate(args) if isinstance(x, torch.Tensor))
+    given = [*args[:first], args[first].to_sparse(), *args[first + 1 :]]
+    argument = op.default._schema.arguments[first].name
+    with pytest.raises(TypeError, match=rf"{argument} is of layout torch.sparse_coo; wanted a dense tensor"):
+        op(*given)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

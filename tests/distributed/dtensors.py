@@ -35,6 +35,7 @@ def _tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 _BOUNDS = torch.arange(B * S, dtype=torch.int32).view(B, S) % S
+_POSITIONS = (_BOUNDS + torch.arange(B, dtype=torch.int32)[:, None]) % S  # each sequence has others
 
 
 # name: (the call, of tensors by name; those that are sharded alike, differentiated; the others, which are replicated)
@@ -43,6 +44,16 @@ _CALLS: dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor], dict[str, t
     "add_rms_norm": (
         lk.add_rms_norm, {"x": _normal(B, S, N), "residual": _normal(B, S, N) + 1}, {"weight": _normal(N)}),
     "rope": (lk.rope, {"q": _heads(HQ), "k": _heads(HKV)}, dict(zip(("cos", "sin"), _tables(), strict=True))),
+    "rope, positions": (
+        lk.rope, {"q": _heads(HQ), "k": _heads(HKV)},
+        {**dict(zip(("cos", "sin"), _tables(), strict=True)), "position_ids": _POSITIONS}),
+    "rope, rows of tokens": (
+        lk.rope, {"q": _heads(HQ), "k": _heads(HKV)},
+        {name: x[_POSITIONS.long()] for name, x in zip(("cos", "sin"), _tables(), strict=True)}),
+    "rope, axes": (
+        lk.rope, {"q": _heads(HQ), "k": _heads(HKV)},
+        {**dict(zip(("cos", "sin"), _tables(), strict=True)), "position_ids": torch.stack((_POSITIONS, _BOUNDS)),
+         "axes": torch.arange(D // 2, dtype=torch.int32) % 2}),
     "rope_qkv": (
         lambda x, cos, sin: lk.rope_qkv(x, HQ, HKV, cos, sin), {"x": _normal(B, S, (HQ + 2 * HKV) * D)},
         dict(zip(("cos", "sin"), _tables(), strict=True))),

@@ -93,6 +93,7 @@ POSITIONS = [0, 1, 2, 3, 28, 29, 30, 31]  # of rank 0
     [
         ([0, 1, 2, 0, 1, 2, 3, 4], "inside an earlier document"),  # position_ids instead of doc_start
         ([0, 0, 0, 0, 2, 2, 2, 2], "inside an earlier document"),
+        ([0, 0, 0, 0, 3, 3, 3, 3], "inside an earlier document"),
         ([0, 0, 2, 4, 4, 4, 4, 4], "outside of 0 to its token's position"),
         ([-1, 0, 0, 0, 0, 0, 0, 0], "outside of 0 to its token's position"),
         ([0, 0, 0, 0, 29, 29, 30, 30], "outside of 0 to its token's position"),
@@ -125,6 +126,7 @@ def test_sending_would_show(mesh):
         ((8, 0), "ranks is 0"),
         ((8, 2, "striped"), "kind is 'striped'"),
         ((4, 2, [[0, 1], [2]]), r"kind is lists of \[2, 1\] positions"),
+        ((0, 2, [[]]), r"kind is lists of \[0\] positions; wanted 2 lists"),
         ((4, 2, [[1, 0], [2, 3]]), "kind is not increasing for rank 0"),
         ((4, 2, [[0, 1], [1, 3]]), "kind is not each token once"),
     ],
@@ -133,6 +135,16 @@ def test_sending_would_show(mesh):
 def test_a_layout_says_what_does_not_fit(arguments, text):
     with pytest.raises(ValueError, match=text):
         Layout(*arguments)
+
+
+@pytest.mark.parametrize("count", [True, torch.tensor(2)], ids=["a bool", "a tensor"])
+def test_a_count_is_an_int(count):
+    with pytest.raises(TypeError, match="Layout: ranks is "):
+        Layout(8, count)
+    with pytest.raises(TypeError, match="Layout: tokens is "):
+        Layout(count, 2)
+    with pytest.raises(TypeError, match="balanced_layout: chunk is "):
+        balanced_layout(torch.zeros(1, 8, dtype=torch.int32), 2, chunk=count)
 
 
 def test_shard_and_unshard_check_tokens(mesh):

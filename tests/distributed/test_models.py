@@ -76,6 +76,12 @@ def test_bad_arguments_are_named(model, mesh):
             model(ids, output_router_logits=True)
         with pytest.raises(ValueError, match=r"input_ids is of shape \(2, 31\); wanted \(B, 32\)"):
             model(ids[:, 1:])
+        with pytest.raises(ValueError, match=r"input_ids is missing; wanted \(B, 32\)"):
+            model(position_ids=ids)
+        for name in ("labels", "shift_labels"):
+            for other in (ids[:, 1:], ids[:1], torch.cat((ids, ids), 1), ids[0]):
+                with pytest.raises(ValueError, match=rf"{name} is of shape .*; wanted \(2, 32\), as input_ids"):
+                    model(ids, **{name: other})
 
 
 def test_a_model_with_chunked_attention_is_refused(mesh):

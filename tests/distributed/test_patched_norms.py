@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 pytest.importorskip("transformers", minversion="5.0")
 
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from llama_kernels.integrations.transformers import modules, patch
 from tests.distributed import patched_norms
 from tests.distributed.processes import run
 from tests.support.environment import INTERPRETED
@@ -41,3 +48,19 @@ def test_the_op_computes_rows_that_are_whole_and_a_log_line_says_why_others_are_
     assert len(found["log"]) == (not ours)
     if not ours:
         assert found["log"][0].startswith("llama_kernels: stock code computes RMSNorm of DTensors, because the ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_norms_of_dtensors_run_stock_code_in_float64(dtype):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        norm, mesh = LlamaRMSNorm(16).to(dtype), DeviceMesh("cpu", [0])
+        x = torch.randn(2, 5, 16, dtype=dtype)
+        expected = norm(x)
+        patch(torch.nn.Sequential(norm))
+        norm.weight = torch.nn.Parameter(distribute_tensor(norm.weight.detach(), mesh, [Replicate()]))
+        with mock.patch.object(modules, "rms_norm", wraps=modules.rms_norm) as rms_norm:
+            torch.testing.assert_close(norm(distribute_tensor(x, mesh, [Shard(0)])).full_tensor(), expected)
+        assert rms_norm.call_count == (dtype == torch.float32)
+    finally:
+        dist.destroy_process_group()

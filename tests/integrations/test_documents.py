@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,25 @@ def test_documents_are_separate_where_a_wrapper_drops_the_mask(dtype):
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
+def test_the_positions_of_a_call_separate_no_documents_of_another_model():
+    """A hook calls it. It has our attention by name, so it keeps no positions of its own."""
+    ours, other = patched(small()), changed(small("qwen3"), "by name")
+    with torch.no_grad():
+        expected, seen = other(IDS).logits, []
+        ours.model.layers[0].register_forward_hook(lambda *_: seen.append(other(IDS).logits))
+        ours(IDS, position_ids=POSITIONS)
+    assert torch.equal(*seen, expected)
+
+
+def test_positions_of_another_number_of_tokens_separate_no_documents():
+    """A wrapper may give a layer other tokens than the positions are of. Stock attention does not read positions."""
+    q, k, v = (torch.randn(1, 4, 24, 16, device=DEVICE) for _ in range(3))
+    for positions in (POSITIONS[:, :12], POSITIONS[:, :1], torch.cat((POSITIONS, POSITIONS), 1), POSITIONS[0]):
+        out, _ = attention_forward(torch.nn.Module(), q, k, v, None, position_ids=positions)
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_a_document_of_one_token_is_separate_only_without_a_cache(use_cache):
     """Positions 0, 0 do not decrease. Without a cache, stock too starts a document where positions do not increase."""
@@ -162,6 +182,37 @@ def test_cu_seq_lens_are_refused_where_only_the_mask_says_which_keys_are_visible
     model(IDS, **call)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "layer", "only_in_mask"),
+    [
+        (["sliding_attention", "full_attention"], 0, "a sliding window of 7 that it does not pass on"),
+        (["sliding_attention", "full_attention"], 1, None),
+        (["full_attention", "chunked_attention"], 1, "chunked_attention"),
+        (["full_attention", "chunked_attention"], 0, None),
+        (["full_attention", "chunked_attention"], None, "chunked_attention"),
+        (None, 0, "a sliding window of 7 that it does not pass on"),
+    ],
+)
+def test_cu_seq_lens_are_refused_by_the_kind_of_the_layer(kinds, layer, only_in_mask):
+    """A layer without a number may be of any kind of its config."""
+    module = torch.nn.Module()
+    module.config = SimpleNamespace(layer_types=kinds, sliding_window=7)
+    module.layer_idx = layer
+    qkv = [torch.randn(1, H, 24, 16, device=DEVICE) for H in (4, 2, 2)]
+    if only_in_mask is None:
+        attention_forward(module, *qkv, None, **cu_seq_lens())
+        return
+    with pytest.raises(ValueError, match=rf"cu_seq_lens_q is given to a layer with {only_in_mask}; wanted None"):
+        attention_forward(module, *qkv, None, **cu_seq_lens())
+
+
+def test_cu_seq_lens_are_refused_where_stock_attention_runs():
+    """It does not read them, and would let documents see each other."""
+    qkv = [torch.randn(1, H, 24, 16, device=DEVICE, dtype=torch.float64) for H in (4, 2, 2)]
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q is given beside .*float64.*; wanted None, since stock"):
+        attention_forward(torch.nn.Module(), *qkv, None, **cu_seq_lens())
+
+
 @families
 def test_documents_are_separate_in_a_prefill_of_a_static_cache(family):
     model = small(family)
@@ -193,12 +244,13 @@ def test_documents_from_the_flattening_collator_are_separate(change):
 @pytest.mark.skipif(VERSION < (5, 0), reason="the table of families is for Transformers 5")
 @changes
 @pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("rotated", [POSITIONS, torch.arange(24, device=DEVICE)], ids=["the same", "going on"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_documents_are_separate_where_the_text_has_a_fourth_row_of_positions(family, use_cache, change):
-    """Beside the three of M-RoPE. Stock reads it for its mask."""
+def test_documents_are_separate_where_the_text_has_a_fourth_row_of_positions(family, rotated, use_cache, change):
+    """Beside the three of M-RoPE, whose positions may go on from document to document. Stock reads it for its mask."""
     model = stock_of(family)
     ours = changed(model, change)
-    rows = POSITIONS.expand(4, 1, -1)
+    rows = torch.cat((POSITIONS[None], rotated.expand(3, 1, -1)))
     compare_with_stock(ours, model, one_by_one, packed_at(rows, use_cache=use_cache))
 
 

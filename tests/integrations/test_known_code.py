@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import re
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from llama_kernels.integrations.transformers import classes, known_code, rotaries, source
 from tests.integrations.small import VERSION, Calls, not_interpreted
@@ -98,6 +100,13 @@ def test_a_normalised_text_is_the_same_with_every_release_of_python():
     return lambda: (d, e)"""
     assert source.normalised(f"@decorator\n{text}") == text
     assert source.without_unused_defaults(text) == text
+
+
+def test_a_function_of_a_docstring_alone_has_a_text():
+    """It has to be code, which `without_unused_defaults` reads again."""
+    text = source.normalised('''def abstract(x):
+    """Docstring."""''')
+    assert source.without_unused_defaults(text) == text == "def function(x):\n    pass"
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -316,3 +325,66 @@ def test_a_replaced_rotary_function_gives_the_results_of_stock(known, unsqueeze_
         for K, R64, I in zip(ours, run(stock, torch.float64), theirs, strict=True):
             assert K.dtype == I.dtype and K.shape == I.shape
             judge("rotated", K, R64, I)
+
+
+def in_float64(given: Given) -> Given:
+    return given
+
+
+def with_gradients_of_tables(given: Given) -> Given:
+    number = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+    moved = [x.to(number[x.dtype]) if isinstance(x, torch.Tensor) else x for x in (*given.heads, *given.rest)]
+    heads, rest = moved[: len(given.heads)], moved[len(given.heads) :]
+    return Given((*heads,), tuple(x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in rest))
+
+
+@of_rotaries
+@pytest.mark.parametrize("rows", [2, 1])
+@pytest.mark.parametrize("changed", [in_float64, with_gradients_of_tables])
+def test_a_replaced_rotary_function_runs_stock_code_where_rope_would_give_another_result(known, changed, rows):
+    found = variants(known)
+    if not found:
+        pytest.skip(f"no function of Transformers {transformers.__version__}")
+    for stock, variant in found:
+        given = changed(rotary_inputs(known, known.heads or 1, 16, rows, torch.float64))
+        leaves = [x for x in given.rest if isinstance(x, torch.Tensor) and x.requires_grad]
+
+        def run(function: Any, given: Given = given, leaves: Any = leaves) -> list[torch.Tensor]:
+            out = function(*given.heads, *given.rest)
+            out = out if isinstance(out, tuple) else (out,)
+            return [*out, *(torch.autograd.grad([x.square().sum() for x in out], leaves) if leaves else ())]
+
+        with Calls() as calls:
+            ours = run(rotaries.rotary_like(stock, variant))
+        assert not calls.ours()
+        assert all(map(torch.equal, ours, run(stock)))
+
+
+@of_rotaries
+def test_a_replaced_rotary_function_takes_q_and_k_of_other_batches(known):
+    found = variants(known)
+    if not found:
+        pytest.skip(f"no function of Transformers {transformers.__version__}")
+    for stock, variant in found:
+        given = rotary_inputs(known, known.heads or 1, 16, 1, torch.float32)
+        if len(given.heads) == 1 or given.heads[0].ndim == 3:
+            continue  # q or k alone, or packed
+        q, k = given.heads
+        theirs, ours = (function(q, k[:1], *given.rest) for function in (stock, rotaries.rotary_like(stock, variant)))
+        torch.testing.assert_close(ours, theirs)
+
+
+def with_another_torch(function: Any) -> Any:
+    copied = types.FunctionType(function.__code__, {**function.__globals__, "torch": object()})
+    copied.__defaults__ = function.__defaults__
+    return copied
+
+
+def test_functions_with_known_texts_and_another_torch_are_not_known():
+    """A file may import something else under this name."""
+    rotary, norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
+    rotary = source.called_by(rotary)
+    assert known_code.rotary_of(rotary) is not None and known_code.norm_of(norm) is not None
+    assert known_code.rotary_of(with_another_torch(rotary)) is None
+    own = type("Own", (norm,), {"forward": with_another_torch(norm.forward)})
+    assert known_code.norm_of(own) is None

@@ -53,6 +53,18 @@ def test_attention_sees_the_keys_of_the_mask(kind, side):
             check(out, qkv, see)
 
 
+def test_a_mask_that_was_made_without_gradients_gives_the_same_gradients():
+    """It marks hidden keys for the kernel for decoding, which has no gradient."""
+    of_kind = Masks("causal", STATES["second piece"], attention_mask=padding("holes"))
+    qkv = [x.requires_grad_() for x in random_qkv(5)]
+    gradients = []
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            mask = of_kind.ours()
+        gradients.append(torch.autograd.grad(attend(mask, qkv).square().sum(), qkv))
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mask_of_one_key_applies_to_all_keys(training):
     """Transformers 5.20 makes one for the cache of RecurrentGemma, and stock attention broadcasts it."""

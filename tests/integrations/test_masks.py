@@ -218,6 +218,15 @@ def test_ranges_for_any_attention_mask(kind, shown, way):
     Masks(kind, attention_mask=torch.tensor([shown, [1] * 12], device=DEVICE)).check()
 
 
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("state", ["no cache", "second piece", "step"])
+def test_ranges_for_a_window_of_the_own_key_alone(state, side):
+    config = config_for("sliding")
+    config.sliding_window = 1
+    of_state = STATES[state]
+    Masks("sliding", of_state, config, attention_mask=padding(side, of_state.past + of_state.queries)).check()
+
+
 # --- ordinary masks --------------------------------------------------------------------------------------------------
 
 

@@ -208,10 +208,21 @@ def no_attention(module, query, *args, **kwargs):
     return query.transpose(1, 2).contiguous(), None
 
 
+class NoAttention:
+    def __call__(self, *args, **kwargs):
+        return no_attention(*args, **kwargs)
+
+
 def test_another_function_registered_under_our_name(monkeypatch):
     model = patch(small())
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "llama_kernels", no_attention)
     check(model, {ATTENTION: "no_attention of tests.integrations.test_report is registered under the name"})
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "llama_kernels", functools.partial(no_attention))
+    check(model, {ATTENTION: "no_attention of tests.integrations.test_report is registered under the name"})
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "llama_kernels", NoAttention())
+    check(model, {ATTENTION: "a NoAttention of tests.integrations.test_report is registered under the name"})
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "llama_kernels", functools.partial(attention_forward))
+    check(model, {})
     around = functools.wraps(attention_forward)(lambda *args, **kwargs: attention_forward(*args, **kwargs))
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "llama_kernels", around)
     check(model, {})

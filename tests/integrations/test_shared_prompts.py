@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llama_kernels.integrations.transformers import SharedPromptCollator, attention, share_prompts
+from llama_kernels.integrations.transformers import SharedPromptCollator, attention, patch, share_prompts
 from llama_kernels.integrations.transformers.packed_masks import unpack, written_out
 from tests.integrations.comparison import Results, compare_with_stock, gradients
-from tests.integrations.small import needs_our_attention, not_interpreted, patched, small
+from tests.integrations.families import stock as stock_of
+from tests.integrations.small import VERSION, needs_our_attention, not_interpreted, patched, small
 from tests.support.environment import DEVICE
 
 pytestmark = not_interpreted
@@ -105,6 +107,17 @@ def test_layers_with_a_sliding_window_are_refused(family, changes):
 def test_layers_with_a_sliding_window_are_refused_where_stock_attention_runs():
     with pytest.raises(ValueError, match=r"share_prompts: model .*attend to all earlier tokens"):
         patched(small("mistral")).double()(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="the table of families is for Transformers 5")
+@pytest.mark.parametrize(("family", "layers"), [("qwen3_next", "linear_attention"), ("lfm2", "conv")])
+def test_layers_that_combine_tokens_without_attention_are_refused(family, layers):
+    """They would carry the tokens of one completion on to the next. The attention layers beside them see all."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {family}")
+    model = patch(stock_of(family))
+    with pytest.raises(ValueError, match=f"share_prompts: model is a model with layers of {layers}; wanted"):
+        model(**share_prompts(PROMPTS, COMPLETIONS, device=DEVICE).inputs)
 
 
 def test_context_parallel_is_refused(monkeypatch):

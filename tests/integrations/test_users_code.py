@@ -141,3 +141,129 @@ def test_a_norm_whose_forward_is_wrapped_stays_stock(monkeypatch):
     ours = patched(stock)
     assert stock_rows(ours)["rms_norm", "LlamaRMSNorm"] == "its forward is not known code"
     compare_with_stock(ours, stock, logits_and_gradients(tokens()))
+
+
+# --- attention that uses its mask ------------------------------------------------------------------------------------
+
+
+def projected(self, hidden_states, mask=None):
+    """q, k and v without RoPE."""
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    q, k, v = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    return q, k, v
+
+
+def passes_it_by_keyword(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, attention_mask=attention_mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def compares_it_with_none(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    is_causal = attention_mask is None
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, attention_mask, scaling=self.scaling, is_causal=is_causal)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def chooses_it_or_none(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    mask = attention_mask if self.layer_idx else None
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def gives_none_instead(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    q = nn.functional.layer_norm(q, (self.head_dim,), None, None, 1e-5)
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, None, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def slices_it_to_the_keys(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    mask = attention_mask[:, :, :, : k.shape[-2]]
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def slices_it_with_an_offset(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    mask = attention_mask[:, :, :, 1:]
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k[:, :, 1:], v[:, :, 1:], mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def takes_a_row_of_it(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    mask = attention_mask[:, :, -1, None]
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def slices_two_of_its_dimensions(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    mask = attention_mask[:, :1]
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def compares_its_elements(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    v = v * (attention_mask == 0).any(2)[..., None]
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, attention_mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def gives_it_to_another_function(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states, attention_mask)
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, attention_mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def calls_a_method_of_it(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    mask = attention_mask
+    v = v + 0 * mask.sum()
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, mask, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+def makes_another_mask(self, hidden_states, attention_mask, **kwargs):
+    q, k, v = projected(self, hidden_states)
+    window = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril().triu(-2)[None, None]
+    attention_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attention_interface(self, q, k, v, window, scaling=self.scaling)
+    return self.o_proj(out.flatten(2)), weights
+
+
+PASSES_IT_ON = (
+    passes_it_by_keyword, compares_it_with_none, chooses_it_or_none, gives_none_instead, slices_it_to_the_keys,
+)  # fmt: skip
+COMPUTES_WITH_IT = (
+    slices_it_with_an_offset, takes_a_row_of_it, slices_two_of_its_dimensions, compares_its_elements,
+    gives_it_to_another_function, calls_a_method_of_it, makes_another_mask,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", [*PASSES_IT_ON, *COMPUTES_WITH_IT], ids=lambda forward: forward.__name__)
+def test_attention_is_ours_where_a_forward_only_passes_its_mask_on(forward):
+    model = small()
+    model.model.layers[0].self_attn.__class__ = type("Own", (modeling_llama.LlamaAttention,), {"forward": forward})
+    why = stock_rows(patched(model))
+    if forward in PASSES_IT_ON:
+        assert ("attention", "Own") not in why
+    else:
+        assert why["attention", "Own"] == "its forward computes with attention_mask"
+        assert why["attention", "LlamaAttention"] == "another attention module of its config stays stock"

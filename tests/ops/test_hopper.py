@@ -232,8 +232,7 @@ def test_hopper_kernels_are_on_by_default_where_they_were_measured(release, on_h
         assert on == ({128, 256} if release == (3, 6) else set())
         assert tile_of_backward(Wanted(True, True, True, False, False)) is None
         assert "the portable kernel is as fast" in dispatch.for_heads("forward", "sm_90", 64).reason
-        with mock.patch.object(switch, "may_run", return_value=True):
-            assert "does not repeat bit for bit" in dispatch.for_heads("backward", "sm_90", 128).reason
+        assert "does not repeat bit for bit" in dispatch.for_heads("backward", "sm_90", 128).reason
         if release != (3, 6):
             assert "measured with Triton 3.6 alone" in dispatch.for_heads("forward", "sm_90", 128).reason
         with lk.hopper_attention():
@@ -280,6 +279,80 @@ def test_the_reason_names_what_the_copy_engine_does_not_take(made, why, on_hoppe
         assert chosen(*made()).kernel == "portable" and why in chosen(*made()).reason
         bound = torch.zeros(2, 64, dtype=torch.int32)
         assert "kv_start" in chosen(*tensors(), kv_start=bound).reason
+
+
+def empty(shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Without data: of any size."""
+    dtype = torch.bfloat16
+    if strides is None:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def in_order(*shape: int) -> list[torch.Tensor]:
+    """q, k and v, alike."""
+    return [empty(shape)] * 3
+
+
+def apart(stride: int) -> list[torch.Tensor]:
+    """Sequences so far apart, of q, k and v."""
+    return [empty((2, 2, 64, 128), (stride, 64 * 128, 128, 1))] * 3
+
+
+@pytest.mark.parametrize(
+    "made, why",
+    [
+        (lambda: apart(2**38 - 8), None),
+        (lambda: apart(2**38), "strides"),
+        (lambda: in_order(1, 1, 2**30, 128), None),
+        (lambda: in_order(1, 1, 2**30 + 1, 128), "2^30 tokens"),
+        (lambda: in_order(2**30, 1, 128), None),
+        (lambda: in_order(2**30 + 1, 1, 128), "2^30 tokens"),
+        (lambda: [empty((1, H, 64, 128), (1, 64 * 128, 128, 1)) for H in (8, 2, 2)], None),
+    ],
+    ids=["near", "far", "tokens", "too many tokens", "packed", "too many packed", "a batch of one"],
+)
+def test_the_limits_of_the_copy_engine(made, why, on_hopper):
+    """The stride of a dimension of one element is not used."""
+    q, k, v = made()
+    packed = empty((2,)) if q.ndim == 3 else None
+    tokens = q.shape[0 if packed is not None else 2]
+    options = attention_options(tokens, tokens, 0.1, cu_seqlens_q=packed, cu_seqlens_k=packed)
+    with lk.hopper_attention():
+        choice = dispatch.backward(AttentionCall(q, k, v, *options), q, Wanted(True, True, True, False, False))
+    assert (choice.tile is not None) == (why is None) and (why or "") in choice.reason
+
+
+@pytest.mark.parametrize("D, taken", [(64, True), (128, False)])
+def test_a_softcap_leaves_registers_for_gradients_of_narrow_heads(D, taken, on_hopper):
+    call = attention_call(*tensors(D), softcap=30.0)
+    with lk.hopper_attention():
+        assert dispatch.forward(call).tile is not None
+        assert (dispatch.backward(call, call.q, Wanted(True, True, True, False, False)).tile is not None) == taken
+
+
+@pytest.mark.parametrize(
+    "left, keys, taken",
+    [(None, 192, True), (127, 192, False), (128, 192, True), (0, 64, True), (0, 65, False)],
+)
+def test_gradients_of_keys_that_a_window_hides_from_every_row_are_portable(left, keys, taken, on_hopper):
+    """The Hopper kernel of the gradients multiplies them by 0, and they may be NaN. 64 queries."""
+    q, (_, k, v) = tensors()[0], tensors(S=keys)
+    call = attention_call(q, k, v, left=left)
+    with lk.hopper_attention():
+        assert dispatch.forward(call).tile is not None
+        assert (dispatch.backward(call, q, Wanted(True, True, True, False, False)).tile is not None) == taken
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_gradients_of_packed_windows_are_portable_where_keys_may_outnumber_queries(same, on_hopper):
+    """Only the GPU knows the lengths. With one tensor for both sides, each sequence has as many keys as queries."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in tensors())
+    cu_seqlens = torch.tensor([0, 64, 128], dtype=torch.int32)
+    bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens if same else cu_seqlens.clone()}
+    call = AttentionCall(q, k, v, *attention_options(64, 64, 0.1, **bounds))._replace(left=8)
+    with lk.hopper_attention():
+        assert (dispatch.backward(call, q, Wanted(True, True, True, False, False)).tile is not None) == same
 
 
 def test_other_devices_take_the_portable_kernels(monkeypatch):

@@ -124,6 +124,7 @@ CASES = (
     packed((50, 0, 140, 1), (50, 0, 140, 1), 4, 2, 32, 32),
     packed((1,) * 7, (130,) * 7, 4, 2, 16, 16),  # one new token of each sequence
     packed((130, 30), (20, 150), 2, 1, 16, 16, is_causal=False, sinks=True),
+    packed((140, 50), (50, 140), 2, 1, 16, 16),  # as many tokens, and as long, but other sequences
 )
 
 
@@ -139,29 +140,42 @@ def test_programs_that_take_several_tiles(case, device, monkeypatch):
     lk.core.launch_cache.clear()
 
 
+@pytest.mark.parametrize("longest_k", [200, 100])
+@pytest.mark.parametrize("longest_q", [200, 100])
 @pytest.mark.parametrize(
     "bounds", [(5, 40, 40, 290), (60, 300, 0, 50), (0, 0, 0, 0)], ids=["apart and cut off", "decreasing", "no token"]
 )
-def test_tokens_that_no_sequence_owns(bounds, device):
-    """They give 0 and -inf, and get no gradient, wherever they are."""
-    T, longest = 320, 200
+def test_tokens_that_no_sequence_owns(bounds, longest_q, longest_k, device):
+    """They give 0 and -inf, and get no gradient, wherever they are. Queries and keys may be cut off elsewhere."""
+    T = 320
     q, k, v = (torch.randn(T, H, 16, device=device).requires_grad_() for H in (4, 2, 2))
     do, dlse = torch.randn(T, 4, 16, device=device), torch.randn(4, T, device=device)
     cu = torch.tensor(bounds, dtype=torch.int32, device=device)
 
     def results(ops):
-        out, lse = ops.attention_varlen(q, k, v, cu, cu, longest, longest, return_lse=True)
+        out, lse = ops.attention_varlen(q, k, v, cu, cu, longest_q, longest_k, return_lse=True)
         return out, lse, *torch.autograd.grad((out, lse), (q, k, v), (do, dlse))
 
     with guarded_allocations():
         ours = results(lk)
-    owned = torch.zeros(T, dtype=torch.bool, device=device)
+    of_queries, of_keys = torch.zeros(2, T, dtype=torch.bool, device=device)
     for start, end in itertools.pairwise(bounds):
-        owned[start : max(start, min(end, start + longest))] = True
-    for x in (ours[0], ours[1].exp().T, *ours[2:]):
+        of_queries[start : max(start, min(end, start + longest_q))] = True
+        of_keys[start : max(start, min(end, start + longest_k))] = True
+    out, lse, dq, dk, dv = ours
+    for x, owned in ((out, of_queries), (lse.exp().T, of_queries), (dq, of_queries), (dk, of_keys), (dv, of_keys)):
         assert not x[~owned].any()
     for x, expected in zip(ours, results(lk.reference), strict=True):
         torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_of_no_sequence(device):
+    q, k, v = (torch.randn(20, H, 16, device=device).requires_grad_() for H in (4, 2, 2))
+    cu = torch.tensor([7], dtype=torch.int32, device=device)
+    with guarded_allocations():
+        out, lse = lk.attention_varlen(q, k, v, cu, cu, 20, 20, return_lse=True)
+        grads = torch.autograd.grad((out, lse), (q, k, v), (torch.randn_like(out), torch.randn_like(lse)))
+    assert (lse == -torch.inf).all() and not any(x.any() for x in (out, *grads))
 
 
 def test_queries_and_keys_may_have_bounds_of_their_own(device):

@@ -21,7 +21,7 @@ from llama_kernels.core.device import arch_of, lanes_of
 from llama_kernels.core.language import INTERPRETED, TRITON_VERSION
 from llama_kernels.ops import rms_norm
 from llama_kernels.ops.attention import backward, decode, tables
-from llama_kernels.ops.attention.call import AttentionCall
+from llama_kernels.ops.attention.call import AttentionCall, far
 from llama_kernels.ops.attention.tables import Tile
 from llama_kernels.ops.rotation import head_tile, rotates_in_registers
 from tests.support import attention as attention_cases
@@ -334,3 +334,14 @@ def weight_gradient_alone(
     judge("dweight", dw, truth, drawn(ideal_rms_norm, x, None, w.detach(), 1e-6, 0.0, dy, None)[-1])
     assert_ran(launches, "_rms_norm_weight_grad_kernel", **blocks_of(tile, device))
     assert not [launched for launched in launches if launched.name == "_rms_norm_backward_kernel"]
+
+
+@pytest.mark.parametrize("in_packed", [False, True])
+@pytest.mark.parametrize("stride, is_far", [(2**23 - 8, False), (2**23, True)])
+def test_rows_that_are_far_apart_have_offsets_of_64_bits(stride, is_far, in_packed):
+    """A tile has at most 256 rows, and 256 * 2^23 is 2^31. One such tensor is enough. Heads may be farther apart."""
+    near = torch.empty(1, 2, 64, 16, device="meta")
+    rows = torch.empty_strided((1, 2, 64, 16), (2**30, 2**29, stride, 1), device="meta")
+    if in_packed:
+        near, rows = near[0].transpose(0, 1), rows[0].transpose(0, 1)
+    assert far(near, rows) == is_far and not far(near, near)

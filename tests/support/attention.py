@@ -54,7 +54,8 @@ class Case:
     def __str__(self) -> str:
         size = "-".join(map(str, (self.B, self.Hq, self.Hkv, self.Sq, self.Sk, self.D, self.DV)))
         on = ["full" if not self.is_causal else "", f"window{self.window_size}" if max(self.window_size) >= 0 else ""]
-        on += [name for name in ("softcap", "scale", "sinks", *BOUNDS, "packed") if getattr(self, name)]
+        on.append("" if self.scale is None else f"scale{self.scale}")
+        on += [name for name in ("softcap", "sinks", *BOUNDS, "packed") if getattr(self, name)]
         return "-".join([size, *filter(None, on)])
 
 

@@ -40,6 +40,7 @@ CASES = (
     Case(1, 2, 1, 60, 60, 32, 32, window_size=(1000, 1000)),
     Case(1, 2, 2, 150, 150, 32, 32, softcap=3.0),
     Case(1, 2, 2, 60, 60, 32, 32, scale=-0.3),
+    Case(1, 2, 1, 60, 60, 32, 32, scale=0.0),  # the mean of the visible values
     Case(1, 4, 2, 90, 60, 32, 32, sinks=True),
     Case(2, 2, 1, 150, 150, 32, 32, kv_start=anywhere),
     Case(2, 2, 1, 70, 150, 32, 32, is_causal=False, kv_start=padded_left),

@@ -91,4 +91,4 @@ def forget_position_ids(module: Any, args: tuple[Any, ...], output: Any) -> None
 def noted_document_starts(config: Any, Sq: int) -> torch.Tensor | None:
     """`document_starts` of the caller's position_ids, for a mask of `config` in the forward under way."""
     own, position_ids = _call.under_way[-1] if _call.under_way else (None, None)
-    return None if config is None or own is not config else document_starts(position_ids, Sq)
+    return document_starts(position_ids, Sq) if own is config else None

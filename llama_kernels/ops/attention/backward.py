@@ -30,7 +30,7 @@ from llama_kernels.ops.attention.delta import empty_rows, empty_shares, fill_of,
 from llama_kernels.ops.attention.dkdv import _dkdv_kernel
 from llama_kernels.ops.attention.dq import _dq_kernel
 from llama_kernels.ops.attention.rounding import round_launch
-from llama_kernels.ops.attention.tables import tile_for
+from llama_kernels.ops.attention.tables import Tile, tile_for
 from llama_kernels.ops.attention.tile_list import TileLists, is_persistent, list_tiles, programs_for, tile_lists
 from llama_kernels.ops.rotation import Rotation
 
@@ -130,18 +130,22 @@ def _dkdv_launches(
     return launches
 
 
+def _tile_of_dq(call: AttentionCall, rotation: Rotation) -> Tile:
+    return tile_for("dq", call, rotated=rotation.half > 0)
+
+
 def _dq_computes_delta(call: AttentionCall, rotation: Rotation) -> bool:
     """Whether the kernel of dq, if it runs, computes delta. Not in several launches, of which each would need it.
 
     Not in float32: products without tensor cores take do from registers, and with the sum over o * do before them they
     take so many that they spill.
     """
-    tile = tile_for("dq", call, rotated=rotation.half > 0)
+    tile = _tile_of_dq(call, rotation)
     return tile.computes_delta and not tile.split and call.q.dtype != torch.float32
 
 
 def _programs_of_dq(call: AttentionCall, rotation: Rotation) -> int:
-    BLOCK_M = tile_for("dq", call, rotated=rotation.half > 0).BLOCK_M
+    BLOCK_M = _tile_of_dq(call, rotation).BLOCK_M
     return programs_of_rows(call.sizes, BLOCK_M, call.packed, is_persistent(call))
 
 
@@ -153,7 +157,7 @@ def _dq_launches(
 
     of_delta: what lse2 and delta of `rows` are computed from, in one launch. None: they have been filled.
     """
-    tile = tile_for("dq", call, rotated=rotation.half > 0)
+    tile = _tile_of_dq(call, rotation)
     out, lse, dlse, shares = of_delta or (None, None, None, None)
     own_tensors = (out, lse, dlse, None if shares is None else call.sinks, shares)
     own_strides = (optional_strides_of(out), *(None if x is None else lse_strides(x) for x in (lse, dlse)))
