@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
@@ -22,7 +20,7 @@ from tests.integrations.user_classes import with_class
 
 pytestmark = not_interpreted
 
-MODELS = Path(transformers.__file__).parent / "models"
+NONE = classes.Found(None, "no such lines")
 
 LAYER = """def forward(self, hidden_states, **kwargs):
     residual = hidden_states
@@ -76,21 +74,23 @@ def with_forward(model: Any, name: str, text: str, folder: Path) -> Any:
 # --- in Transformers -------------------------------------------------------------------------------------------------
 
 
-def test_the_lines_of_a_fusion_are_found_in_the_models_of_transformers():
-    """Those of 5.24, and others than Llama in every release: a change of their code would end the fusion silently."""
-    found: dict[str, set[str]] = {fusions.ADD_NORM: set(), fusions.QK_NORM_ROPE: set()}
-    for path in sorted(MODELS.glob("*/modeling_*.py")):
-        if not re.search(r"residual \+ hidden_states|self\.q_norm\(", path.read_text()):
-            continue
-        for cls in vars(importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")).values():
-            if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__.endswith(path.stem):
-                of_class = classes.found_in(cls)
-                for kind, families in found.items():
-                    if kind in of_class and of_class[kind].value:
-                        families.add(path.parent.name)
-    assert found[fusions.ADD_NORM] >= {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mixtral"}
-    assert found[fusions.QK_NORM_ROPE] >= {"qwen3", "qwen3_moe", "gemma3", "apertus"}
-    assert len(found[fusions.ADD_NORM]) > 40
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "gemma2", "mixtral", "gpt_oss", "glm4"])
+def test_decoder_layers_of_transformers_have_the_lines_of_add_and_norm(family):
+    """Otherwise a release of Transformers would end the fusion, and only the report would say so."""
+    assert fusions.ADD_NORM in fused_kinds(family)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gemma3", "apertus", "qwen3_next"])
+def test_layers_of_transformers_with_norms_of_heads_have_the_lines_of_both_fusions(family):
+    assert fused_kinds(family) == {fusions.ADD_NORM, fusions.QK_NORM_ROPE}
+
+
+def fused_kinds(family: str) -> set[str]:
+    """The fusions that are found in the classes of a family."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    own = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
+    found = [classes.found_in(cls) for cls in own if issubclass(cls, nn.Module)]
+    return {kind for kind in (fusions.ADD_NORM, fusions.QK_NORM_ROPE) if any(x.get(kind, NONE).value for x in found)}
 
 
 # --- residual add + norm ---------------------------------------------------------------------------------------------
