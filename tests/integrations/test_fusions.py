@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
-from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from llama_kernels.integrations.transformers import classes, fusions, patch, report, source
 from tests.integrations.comparison import compare_with_stock, logits_and_gradients
 from tests.integrations.small import Calls, not_interpreted, small, tokens
-from tests.integrations.user_classes import with_class
+from tests.integrations.user_classes import class_in, with_class
 
 pytestmark = not_interpreted
 
@@ -49,15 +47,6 @@ def fused(kind: str, text: str) -> str | None:
     """The rewritten text of a forward. None if there is none."""
     fusion = fusions.fusion_of(kind, source.normalised(text))
     return None if fusion is None else fusion.text
-
-
-def class_in(file: Path, name: str) -> Any:
-    """A class of this file, which is imported now."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
 
 
 def with_forward(model: Any, name: str, text: str, folder: Path) -> Any:
@@ -243,39 +232,3 @@ def test_the_attention_of_a_user_is_fused_and_computes_the_same(gated, tmp_path)
         compare_with_stock(ours, stock, logits_and_gradients(tokens()))
     assert calls.of("qk_norm_rope")
     assert report(ours).rows and modeling_qwen3.Qwen3Attention in type(ours.get_submodule(name)).__mro__
-
-
-# --- changed files ---------------------------------------------------------------------------------------------------
-
-OWN_NORM = """import torch
-from {module} import LlamaRMSNorm
-
-
-class OwnRMSNorm(LlamaRMSNorm):
-    def forward(self, hidden_states):
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.{mean}.mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(input_dtype)
-"""
-
-
-def test_a_file_that_changed_after_its_import_is_not_what_runs(tmp_path):
-    """Its lines now have the code of a norm that we know. The class still has the other code."""
-    file, name = tmp_path / "norm_that_changes.py", "model.norm"
-    file.write_text(OWN_NORM.format(module=modeling_llama.__name__, mean="abs()"))
-    own = class_in(file, "OwnRMSNorm")
-    file.write_text(OWN_NORM.format(module=modeling_llama.__name__, mean="pow(2)"))
-    ours = patch(with_class(small(), name, own))
-    (row,) = (row for row in report(ours).rows if row.cls == "OwnRMSNorm")
-    assert not row.ours and row.why == "its forward is not known code"
-    compare_with_stock(ours, with_class(small(), name, own), logits_and_gradients(tokens()))
-
-
-def test_a_norm_in_a_file_is_known_by_its_text(tmp_path):
-    file = tmp_path / "norm_that_stays.py"
-    file.write_text(OWN_NORM.format(module=modeling_llama.__name__, mean="pow(2)"))
-    own = class_in(file, "OwnRMSNorm")
-    assert all(row.ours for row in report(patch(with_class(small(), "model.norm", own))).rows)
-    assert torch.is_tensor(own(8)(torch.ones(2, 8)))

@@ -1,6 +1,10 @@
-"""Subclasses of Llama's modules, as users write them."""
+"""Subclasses of Llama's modules, as users write them, and classes of users' files."""
 
 from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers.models.llama import modeling_llama
@@ -9,6 +13,15 @@ from transformers.models.llama import modeling_llama
 def with_class(model: nn.Module, name: str, cls: type[nn.Module]) -> nn.Module:
     model.get_submodule(name).__class__ = cls
     return model
+
+
+def class_in(file: Path, name: str) -> Any:
+    """A class of this file, which is imported now."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
 class OwnAttention(modeling_llama.LlamaAttention):

@@ -6,7 +6,9 @@ A normalised text is a function printed from its syntax tree, without its name, 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import inspect
 import linecache
 import textwrap
 import types
@@ -61,7 +63,9 @@ def text_of(function: Any) -> str:
     """The normalised text of a plain Python function; "" for a wrapper, a builtin, or if `definition_of` has none."""
     if not isinstance(function, Function) or hasattr(function, "__wrapped__"):
         return ""
-    return _text_of_code(_Identity(function.__code__))
+    text, defaults = _read(_Identity(function.__code__))
+    own = inspect.signature(function).parameters
+    return text if all(repr(own[name].default) == value for name, value in defaults.items()) else ""
 
 
 def called_by(function: Any) -> Any:
@@ -289,9 +293,23 @@ class _Identity:
 
 
 @functools.cache
-def _text_of_code(key: _Identity) -> str:
+def _read(key: _Identity) -> tuple[str, dict[str, str]]:
+    """The normalised text of the function with this code, and those of its defaults that are literals, by argument.
+
+    Defaults are not part of a function's code, but of that of the file or class around it.
+    """
     definition = definition_of_code(key.code)
-    return "" if definition is None else _normalised(definition)
+    if definition is None:
+        return "", {}
+    args = definition.args
+    positional = [*args.posonlyargs, *args.args]
+    pairs = [*zip(positional[len(positional) - len(args.defaults) :], args.defaults, strict=True)]
+    pairs += [(arg, value) for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True) if value is not None]
+    literals = {}
+    for argument, value in pairs:
+        with contextlib.suppress(ValueError):
+            literals[argument.arg] = repr(ast.literal_eval(value))
+    return _normalised(definition), literals
 
 
 @functools.cache
