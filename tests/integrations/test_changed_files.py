@@ -84,7 +84,7 @@ def test_our_attention_by_name_refuses_a_forward_whose_file_changed(tmp_path):
         return model
 
     with_attention(text)(tokens())
-    with pytest.raises(ValueError, match="the source of its forward is not to be had, or has changed since the import"):
+    with pytest.raises(ValueError, match="the source of its forward is missing, or has changed since the import"):
         with_attention(text.replace("self.o_proj(", "2 * self.o_proj("))(tokens())
 
 

@@ -153,7 +153,7 @@ def why_other_attention(forward: Any) -> str | None:
 def _why_other_attention(forward: Any, eager: tuple[Any, ...]) -> str | None:
     """`why_other_attention`. eager: the eager attention functions that the forward names."""
     if definition_of(forward) is None:
-        return "the source of its forward is not to be had, or has changed since the import"
+        return "the source of its forward is missing, or has changed since the import"
     if not passes_mask_on(forward):
         return "its forward computes with attention_mask"
     if unknown := [name for function in eager for name in _unknown_arguments(function)]:

@@ -27,10 +27,10 @@ def definition_of(function: object) -> ast.FunctionDef | None:
 def definition_of_code(code: types.CodeType) -> ast.FunctionDef | None:
     """The syntax tree of the function with this code. None without a source file, or if the file has other code now."""
     try:
-        lines, _ = inspect.findsource(code)
+        lines, start = inspect.findsource(code)
         if not any(_same(code, other) for other in _functions_in("".join(lines))):
             return None
-        definition = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+        definition = ast.parse(textwrap.dedent("".join(inspect.getblock(lines[start:])))).body[0]
     except (OSError, TypeError, SyntaxError, ValueError, IndexError):
         return None
     return definition if isinstance(definition, ast.FunctionDef) else None
