@@ -49,6 +49,13 @@ def test_a_norm_in_a_file_of_the_user_is_known_by_its_text(tmp_path):
     assert all(row.ours for row in report(patch(with_norm(NORM, NORM, tmp_path))).rows)
 
 
+@pytest.mark.parametrize("lines", ["\n\n", "def helper(x):\n    return x\n\n\n"])
+def test_a_norm_that_moved_within_its_file_is_known(lines, tmp_path):
+    moved = NORM.replace("class Own", f"{lines}class Own")
+    for before, after in ((moved, NORM), (NORM, moved)):
+        assert all(row.ours for row in report(patch(with_norm(before, after, tmp_path))).rows)
+
+
 @pytest.mark.parametrize(
     "before",
     [
@@ -57,7 +64,6 @@ def test_a_norm_in_a_file_of_the_user_is_known_by_its_text(tmp_path):
         NORM.replace("variance + self", "variance - self"),
         NORM.replace("self.weight *", "self.weight.exp() *"),
         NORM.replace("keepdim=True)", "keepdim=True)  # variance", 1).replace("pow(2)", "pow(2.0)"),
-        NORM.replace("class Own", "\n\nclass Own"),
     ],
 )
 def test_a_norm_of_a_file_that_changed_after_its_import_stays_stock(before, tmp_path):

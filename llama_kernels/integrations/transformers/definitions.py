@@ -14,8 +14,8 @@ import types
 from collections.abc import Iterator
 
 _COMPARED = (
-    "co_name", "co_firstlineno", "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount",
-    "co_posonlyargcount", "co_kwonlyargcount", "co_exceptiontable",
+    "co_name", "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_posonlyargcount",
+    "co_kwonlyargcount", "co_exceptiontable",
 )  # fmt: skip
 
 
@@ -25,12 +25,17 @@ def definition_of(function: object) -> ast.FunctionDef | None:
 
 
 def definition_of_code(code: types.CodeType) -> ast.FunctionDef | None:
-    """The syntax tree of the function with this code. None without a source file, or if the file has other code now."""
+    """The syntax tree of the function with this code. None without a source file, or if the file has other code now.
+
+    A function that has moved within its file is found. Of several with this code, it is the nearest to the old line.
+    """
     try:
-        lines, start = inspect.findsource(code)
-        if not any(_same(code, other) for other in _functions_in("".join(lines))):
+        lines, _ = inspect.findsource(code)
+        same = [other for other in _functions_in("".join(lines)) if _same(code, other)]
+        if not same:
             return None
-        definition = ast.parse(textwrap.dedent("".join(inspect.getblock(lines[start:])))).body[0]
+        place = min((other.co_firstlineno for other in same), key=lambda line: abs(line - code.co_firstlineno))
+        definition = ast.parse(textwrap.dedent("".join(inspect.getblock(lines[place - 1 :])))).body[0]
     except (OSError, TypeError, SyntaxError, ValueError, IndexError):
         return None
     return definition if isinstance(definition, ast.FunctionDef) else None
@@ -51,7 +56,7 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _same(a: object, b: object) -> bool:
-    """Whether two constants, or the code of two functions, are the same but for the names of their files."""
+    """Whether two constants, or the code of two functions, are the same but for their places in files."""
     if isinstance(a, types.CodeType) and isinstance(b, types.CodeType):
         alike = all(getattr(a, name, None) == getattr(b, name, None) for name in _COMPARED)
         return alike and len(a.co_consts) == len(b.co_consts) and all(map(_same, a.co_consts, b.co_consts))
