@@ -80,7 +80,7 @@ def loaded(function: Defined) -> Any:
 
 def names_of(families: str) -> set[str]:
     """The installed families that an entry names. An entry is for the newest release unless it names Transformers 4."""
-    if VERSION < (5, 23) and not ("of Transformers 4" in families and VERSION < (5, 0)):
+    if VERSION < (5, 24) and not ("of Transformers 4" in families and VERSION < (5, 0)):
         return set()
     if "of Transformers 4" in families and VERSION >= (5, 0):
         return set()
