@@ -140,7 +140,7 @@ def stock_norm(known: known_code.Norm, size: int) -> nn.Module:
 def test_the_families_of_a_norm_entry_have_its_text(known):
     served = {function.family for function in norms_of(known.forward, known.norm)}
     assert names_of(known.families) <= served
-    added_later = VERSION < (5, 23)  # as inkling2 was
+    added_later = VERSION < (5, 24)  # as that of inkling2 was
     assert served or added_later, "no class of this Transformers"
 
 
