@@ -56,7 +56,7 @@ def compare(stock: Any, ours: Any, inputs: dict[str, torch.Tensor], result: str 
     compare_with_stock(ours, stock, run)
 
 
-@pytest.mark.skipif(VERSION < (5, 0), reason="in Transformers 4, attention takes a head_mask, and so stays stock")
+@pytest.mark.skipif(VERSION < (5, 0), reason="in Transformers 4, its attention takes a head_mask, so ours refuses it")
 @pytest.mark.parametrize("heads", [4, 8])
 @pytest.mark.parametrize("attention_type", ["original_full", "block_sparse"])
 def test_attention_of_a_class_of_its_own_adds_the_mask(attention_type, heads):
@@ -67,7 +67,7 @@ def test_attention_of_a_class_of_its_own_adds_the_mask(attention_type, heads):
         patch(copy.deepcopy(model), rms_norm=False, rope=False)
 
 
-@pytest.mark.skipif(VERSION < (5, 0), reason="in Transformers 4, attention takes a head_mask, and so stays stock")
+@pytest.mark.skipif(VERSION < (5, 0), reason="in Transformers 4, its attention takes a head_mask, so ours refuses it")
 def test_sparse_attention_adds_the_mask():
     config = transformers.InformerConfig(
         prediction_length=8, context_length=12, num_time_features=1, lags_sequence=[1, 2], d_model=32,
