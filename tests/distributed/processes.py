@@ -49,6 +49,7 @@ def run(jobs: Jobs, ranks: int, seconds: float = 480) -> dict[str, Any]:
 
 def _work(rank: int, ranks: int, device: str, folder: str, jobs: Jobs) -> None:
     torch.set_num_threads(1)
+    tempfile.tempdir = folder  # files that a job leaves are removed with it
     torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
                 "MASTER_ADDR": "localhost", "MASTER_PORT": 0}  # fmt: skip
     os.environ.update({name: f"{value}" for name, value in torchrun.items()})  # accelerate reads them
