@@ -50,10 +50,10 @@ def with_sinks_of(heads: tuple[int, int], options: dict[str, Any]) -> dict[str, 
 @HEADS
 def test_a_query_has_the_bits_of_a_call_with_the_keys_that_it_sees(heads, options):
     """Keys that it does not see are not read: they hold NaN."""
-    q, k, v = decoding(heads)
+    q, k, v = decoding(heads, B=5)
     options = with_sinks_of(heads, options)
-    start, end, left = column(0, 11, 40, 70), column(75, 60, 99, 20), 50
-    seen = [(24, 75), (24, 60), (40, 75), (0, 0)]
+    start, end, left = column(0, 11, 40, 70, 80), column(75, 60, 99, 20, 99), 50
+    seen = [(24, 75), (24, 60), (40, 75), (0, 0), (0, 0)]
     nan_k, nan_v = (torch.full_like(x, torch.nan) for x in (k, v))
     for b, (first, last) in enumerate(seen):
         nan_k[b, :, first:last], nan_v[b, :, first:last] = k[b, :, first:last], v[b, :, first:last]

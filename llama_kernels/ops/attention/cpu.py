@@ -9,7 +9,7 @@ import torch
 from llama_kernels.core.tensors import dense_in_order_of
 from llama_kernels.ops.attention import cpu_flash, cpu_formulas
 from llama_kernels.ops.attention.call import AttentionCall, Results, Wanted, empty_grads, outputs_to_fill
-from llama_kernels.ops.attention.cpu_slices import calls_of_slices
+from llama_kernels.ops.attention.cpu_slices import calls_of, ranges_of
 from llama_kernels.ops.cpu_rotation import rotate_on_cpu
 from llama_kernels.ops.rotation import Rotation
 from llama_kernels.reference.attention import spans
@@ -30,8 +30,10 @@ def plain_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse in float32."""
-    if (of_slices := calls_of_slices(call)) is not None:
-        return _joined(map(_computed, of_slices))
+    if (ranges := ranges_of(call)) is not None:
+        if cpu_flash.takes(call):
+            return cpu_flash.one_query_forward(call, ranges)
+        return _joined(map(cpu_formulas.forward, calls_of(call, ranges)))
     if _differ(call):
         return _joined(_computed(alone) for _, alone in _rows_of_batch(call))
     return _computed(call)

@@ -11,6 +11,7 @@ import torch
 from llama_kernels.core.versions import major_minor
 from llama_kernels.ops.attention.call import AttentionCall, Results
 from llama_kernels.ops.attention.cpu_chunks import Chunk, chunks, empty_gradients, empty_results
+from llama_kernels.ops.attention.cpu_slices import Range
 
 _FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -32,42 +33,67 @@ def takes(call: AttentionCall) -> bool:
 
 def flash_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse in float32. A row that sees no key gives 0, and -inf or its sink."""
-    out, lse = _without_sinks(call)
-    if call.sinks is None:
-        return out, lse
-    with_sink = torch.logaddexp(lse, call.sinks.float()[:, None])  # one more score in each row, which has no value
-    share = torch.exp(lse - with_sink).masked_fill_(lse == -torch.inf, 0)
-    return out.mul_(share.unsqueeze(-1)), with_sink
-
-
-def _without_sinks(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    is_causal = _is_causal(call)
-    if is_causal is False and call.q.shape[2] == 1 and call.q.shape[1] > call.k.shape[1] >= _LEAST_KEY_HEADS:
-        return _one_query(call)
     q, k, v = _float32_qkv(call)
+    is_causal = _is_causal(call)
     if is_causal is not None:
-        return _FORWARD(q, k, v, 0.0, is_causal, scale=call.scale)
+        return _with_sinks(call, *_FORWARD(q, k, v, 0.0, is_causal, scale=call.scale))
     out, lse = empty_results(call)
     for chunk in chunks(call, _ROWS):
         keys = (chunk.of_keys(x) for x in (k, v))
         out_part, lse_part = _FORWARD(q[:, :, chunk.rows], *keys, 0.0, False, attn_mask=_mask(chunk), scale=call.scale)
         out[:, :, chunk.rows] = out_part
         lse[:, :, chunk.rows] = lse_part.masked_fill(chunk.blind[:, None], -torch.inf)
-    return out, lse
+    return _with_sinks(call, out, lse)
 
 
-def _one_query(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of q (B, Hq, 1, D). The query heads of a key head become its rows, so that the kernel reads each key
-    once. That takes 0.55 to 0.75 times as long with 4 query heads."""
-    q, k, v = (_rows_apart(x.float()) for x in (call.q, call.k, call.v))
-    out, lse = _FORWARD(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), k, v, 0.0, False, scale=call.scale)
-    return out.flatten(1, 2)[:, None].transpose(1, 2), lse.flatten(1, 2)[..., None]
+def one_query_forward(call: AttentionCall, ranges: list[Range]) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse in float32, of one query in each sequence, which sees the keys of its range in `ranges_of(call)`.
+
+    From _LEAST_KEY_HEADS on, the query heads of a key head become rows of the kernel, which then reads each key once.
+    That takes 0.55 to 0.75 times as long with 4 query heads.
+    """
+    first, end = min(ranges)[0], max(end for _, end in ranges)
+    q, k, v = (_float32(x) for x in (call.q, _of_keys(call.k, first, end), _of_keys(call.v, first, end)))
+    if q.shape[1] > k.shape[1] >= _LEAST_KEY_HEADS:
+        q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    else:
+        k, v = _of_query_heads(k, call), _of_query_heads(v, call)
+    if len(ranges) == 1:
+        out, lse = _full(q, k, v, call.scale)
+    else:
+        parts = []
+        for keys, *qkv in zip(ranges, *(x.chunk(len(ranges)) for x in (q, k, v)), strict=True):
+            a, b = keys[0] - first, keys[1] - first
+            parts.append(_full(qkv[0], _of_keys(qkv[1], a, b), _of_keys(qkv[2], a, b), call.scale))
+        out, lse = map(torch.cat, zip(*parts, strict=True))
+    return _with_sinks(call, out.reshape(call.q.shape), lse.reshape(call.q.shape[:3]))
+
+
+def _of_keys(x: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """k or v (B, Hkv, Sk, D) of the keys from `first` to the one before `end`."""
+    return x if end - first == x.shape[2] else x.narrow(2, first, end - first)
+
+
+def _full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of queries that see all keys."""
+    if not k.shape[2]:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
+    return _FORWARD(q, k, v, 0.0, False, scale=scale)
+
+
+def _with_sinks(call: AttentionCall, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """out, changed in place, and lse with the sinks of the call: one more score in each row, which has no value."""
+    if call.sinks is None:
+        return out, lse
+    with_sink = torch.logaddexp(lse, call.sinks.float()[:, None])
+    share = torch.exp(lse - with_sink).masked_fill_(lse == -torch.inf, 0)
+    return out.mul_(share.unsqueeze(-1)), with_sink
 
 
 def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv in float32, of results without dlse."""
     q, k, v = _float32_qkv(call)
-    do, out, lse = _rows_apart(results.do.float()), _rows_apart(results.out.float()), results.lse.contiguous()
+    do, out, lse = _float32(results.do), _float32(results.out), results.lse.contiguous()
     is_causal = _is_causal(call)
     if is_causal is not None:
         dq, *dkv = _BACKWARD(do, q, k, v, out, lse, 0.0, is_causal, scale=call.scale)
@@ -97,10 +123,16 @@ def _is_causal(call: AttentionCall) -> bool | None:
 
 def _float32_qkv(call: AttentionCall) -> tuple[torch.Tensor, ...]:
     """q, k and v as the kernel takes them."""
-    q, k, v = (_rows_apart(x.float()) for x in (call.q, call.k, call.v))
-    if call.sizes.group > 1 and not _TAKES_GROUPS:
-        k, v = (x.repeat_interleave(call.sizes.group, 1) for x in (k, v))
-    return q, k, v
+    return _float32(call.q), *(_of_query_heads(_float32(x), call) for x in (call.k, call.v))
+
+
+def _of_query_heads(x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """k or v with a head for each query head, where the kernel does not take fewer."""
+    return x if _TAKES_GROUPS or call.sizes.group == 1 else x.repeat_interleave(call.sizes.group, 1)
+
+
+def _float32(x: torch.Tensor) -> torch.Tensor:
+    return _rows_apart(x.float())
 
 
 def _rows_apart(x: torch.Tensor) -> torch.Tensor:

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from llama_kernels.ops.attention.call import AttentionCall
 
+Range = tuple[int, int]  # of keys: the first, and one past the last, which is not below the first
 
-def calls_of_slices(call: AttentionCall) -> list[AttentionCall] | None:
-    """The dense `call` as calls without bounds and window, whose results joined are those of `call`.
 
-    They are one call for each sequence, or one for all where all see the same keys. None: a sequence has several
-    queries, or a prefix, or `call` has no bounds and no window already.
+def ranges_of(call: AttentionCall) -> list[Range] | None:
+    """The keys that the query of each sequence of the dense `call` sees: one range where it is that of all.
+
+    None: a sequence has several queries, or a prefix.
     """
-    bounded = call.kv_start is not None or call.kv_end is not None
-    if call.q.shape[2] != 1 or call.kv_prefix is not None or not (bounded or call.left is not None):
+    if call.q.shape[2] != 1 or call.kv_prefix is not None:
         return None
     B, Sk = call.q.shape[0], call.k.shape[2]
     first = 0 if call.left is None else max(Sk - 1 - call.left, 0)  # the query is aligned with the last key
-    if not bounded:
-        return [_of_keys(call, slice(None), first, Sk)]
-    ranges = [
-        (max(first, start), min(end, Sk))
-        for start, end in zip(_values(call.kv_start, B, 0), _values(call.kv_end, B, Sk), strict=True)
-    ]
-    if len(set(ranges)) == 1:
-        return [_of_keys(call, slice(None), *ranges[0])]
-    return [_of_keys(call, slice(b, b + 1), *keys) for b, keys in enumerate(ranges)]
+    if call.kv_start is None and call.kv_end is None:
+        return [(first, Sk)]
+    starts, ends = _values(call.kv_start, B, 0), _values(call.kv_end, B, Sk)
+    firsts = [min(max(first, start), Sk) for start in starts]
+    ranges = [(first, max(first, min(end, Sk))) for first, end in zip(firsts, ends, strict=True)]
+    return ranges[:1] if len(set(ranges)) == 1 else ranges
 
 
 def _values(bound: torch.Tensor | None, B: int, otherwise: int) -> list[int]:
     return [otherwise] * B if bound is None else bound.flatten().tolist()
 
 
-def _of_keys(call: AttentionCall, sequences: slice, first: int, end: int) -> AttentionCall:
-    """`sequences` of `call` with the keys from `first` to the one before `end`, all of which their queries see."""
-    end = max(first, end)
-    k, v = (x[sequences, :, first:end] for x in (call.k, call.v))
-    return call._replace(
-        q=call.q[sequences], k=k, v=v, kv_start=None, kv_end=None, longest_k=end - first, left=None, right=None
-    )
+def calls_of(call: AttentionCall, ranges: list[Range]) -> Iterator[AttentionCall]:
+    """`call` as calls without bounds and window, one for each range of `ranges_of`."""
+    B = call.q.shape[0] // len(ranges)
+    for n, (first, end) in enumerate(ranges):
+        q, k, v = (x[n * B : (n + 1) * B] for x in (call.q, call.k, call.v))
+        yield call._replace(
+            q=q, k=k[:, :, first:end], v=v[:, :, first:end], kv_start=None, kv_end=None, longest_k=end - first,
+            left=None, right=None,
+        )  # fmt: skip
