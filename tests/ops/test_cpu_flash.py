@@ -118,7 +118,8 @@ KEYS = torch.arange(1000, dtype=torch.int32)[None]
         ({}, 1000 * 1000),  # one call of the kernel with is_causal=True
         ({"window_size": (9, 0)}, 192 * 192 + 4 * 192 * 208 + 40 * 56),
         ({"kv_start": KEYS // 500 * 500}, 700_000),
-        ({"kv_end": KEYS + 1, "is_causal": False}, 700_000),
+        ({"kv_end": KEYS + 1, "is_causal": False}, 1000 * 1000),  # likewise
+        ({"kv_end": KEYS // 2 + 1, "is_causal": False}, 700_000),
         ({"kv_prefix": KEYS * 0 + 3, "window_size": (9, 0)}, 700_000),
     ],
     ids=str,
@@ -133,6 +134,57 @@ def test_keys_that_no_row_sees_are_left_out(options, keys):
         lk.attention(q, k, v, **options).sum().backward()
     for kernel, first in ((forward, 0), (backward, 1)):
         assert 0 < sum(call.args[first].shape[2] * call.args[first + 1].shape[2] for call in kernel.mock_calls) <= keys
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("first, end", [(0, 14), (6, 20), (3, 12), (19, 20), (20, 20)], ids=str)
+def test_padding_needs_no_mask(first, end, is_causal):
+    """The keys from `first` to `end` - 1 are tokens, of a causal model or of an encoder. The others hold NaN."""
+    q, k, v = (x.detach() for x in qkv())
+    do = torch.randn(1, 4, 20, 16)
+    tokens, after = slice(first, end), slice(end, 20)
+    ends = torch.arange(1, 21)[None].clamp(max=end) if is_causal else torch.full((1, 20), end)
+    bounds = {"kv_start": torch.full((1, 20), first, dtype=torch.int32), "kv_end": ends.int()}
+    padded = [torch.full_like(x, torch.nan) for x in (k, v)]
+    for whole, x in zip(padded, (k, v), strict=True):
+        whole[:, :, tokens] = x[:, :, tokens]
+    leaves = [x.requires_grad_() for x in (q, *padded)]
+    with mock.patch.object(cpu_flash, "_mask", side_effect=lambda chunk: chunk.see and pytest.fail("a mask")):
+        out, lse = lk.attention(*leaves, is_causal=False, return_lse=True, **bounds)
+        grads = torch.autograd.grad(out, leaves, do)
+    expected, expected_lse = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
+    expected_grads = [torch.zeros_like(x) for x in leaves]
+    parts = [(tokens, True), (after, False)] if is_causal else [(slice(0, 20), False)]
+    for rows, causal in parts if first < end else []:
+        alone = [q[:, :, rows], k[:, :, tokens], v[:, :, tokens]]
+        alone = [x.detach().requires_grad_() for x in alone]
+        results = lk.attention(*alone, is_causal=causal, return_lse=True)
+        expected[:, :, rows], expected_lse[:, :, rows] = (x.detach() for x in results)
+        of_rows = torch.autograd.grad(results[0], alone, do[:, :, rows])
+        for whole, part, place in zip(expected_grads, of_rows, (rows, tokens, tokens), strict=True):
+            whole[:, :, place] += part
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert all(map(torch.equal, grads, expected_grads))
+
+
+def test_the_lse_of_a_padded_row_is_its_sink():
+    start, sinks = torch.full((1, 20), 6, dtype=torch.int32), torch.tensor([0.5, -1.0, 2.0, 0.0])
+    out, lse = lk.attention(*qkv(), kv_start=start, sinks=sinks, return_lse=True)
+    assert not out[:, :, :6].any() and torch.equal(lse[:, :, :6], sinks[:, None].expand(1, 4, 6))
+
+
+def test_sequences_that_see_the_same_keys_are_one_call_of_the_kernel():
+    q, k, v = (x.expand(3, -1, -1, -1) for x in qkv())
+    same, other = torch.zeros(3, 20, dtype=torch.int32), torch.tensor([[0], [4], [0]], dtype=torch.int32).expand(3, 20)
+    with (
+        mock.patch.object(cpu_flash, "_FORWARD", wraps=cpu_flash._FORWARD) as forward,
+        mock.patch.object(cpu_flash, "_BACKWARD", wraps=cpu_flash._BACKWARD) as backward,
+    ):
+        for start, calls in ((same, 1), (other, 3)):
+            lk.attention(q, k, v, kv_start=start).sum().backward()
+            assert forward.call_count == backward.call_count == calls
+            forward.reset_mock()
+            backward.reset_mock()
 
 
 @pytest.mark.parametrize("options", [{}, {"window_size": (5, 0)}], ids=str)

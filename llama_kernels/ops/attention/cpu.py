@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -33,39 +33,9 @@ def _dense_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if (ranges := ranges_of(call)) is not None:
         if cpu_flash.takes(call):
             return cpu_flash.one_query_forward(call, ranges)
-        return _joined(map(cpu_formulas.forward, calls_of(call, ranges)))
-    if _differ(call):
-        return _joined(_computed(alone) for _, alone in _rows_of_batch(call))
-    return _computed(call)
-
-
-def _computed(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        outs, lses = zip(*map(cpu_formulas.forward, calls_of(call, ranges)), strict=True)
+        return torch.cat(outs), torch.cat(lses)
     return cpu_flash.flash_forward(call) if cpu_flash.takes(call) else cpu_formulas.forward(call)
-
-
-def _joined(results: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The results of parts of a batch as those of the batch."""
-    results = tuple(results)
-    if len(results) == 1:
-        return results[0]
-    outs, lses = zip(*results, strict=True)
-    return torch.cat(outs), torch.cat(lses)
-
-
-def _differ(call: AttentionCall) -> bool:
-    """Whether sequences of a batch may see different keys. Each is then computed alone: which keys are computed
-    together, and so the last bits of a result, would depend on the others."""
-    return call.q.shape[0] > 1 and any(x is not None for x in (call.kv_start, call.kv_end, call.kv_prefix))
-
-
-def _rows_of_batch(call: AttentionCall) -> Iterator[tuple[slice, AttentionCall]]:
-    """The place of each sequence in the batch, and the dense call of it."""
-    for b in range(call.q.shape[0]):
-        row = slice(b, b + 1)
-        q, k, v, kv_start, kv_end, kv_prefix = (
-            None if x is None else x[row] for x in (call.q, call.k, call.v, call.kv_start, call.kv_end, call.kv_prefix)
-        )
-        yield row, call._replace(q=q, k=k, v=v, kv_start=kv_start, kv_end=kv_end, kv_prefix=kv_prefix)
 
 
 def _stored(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -129,12 +99,6 @@ def _dense_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor
 
 def _grads(call: AttentionCall, results: Results) -> tuple[torch.Tensor, ...]:
     """dq, dk and dv in float32."""
-    if _differ(call):
-        alone = (
-            _grads(alone, Results(*(None if x is None else x[row] for x in results)))
-            for row, alone in _rows_of_batch(call)
-        )
-        return tuple(map(torch.cat, zip(*alone, strict=True)))
     if results.dlse is None and cpu_flash.takes(call):
         return cpu_flash.flash_backward(call, results)
     return cpu_formulas.backward(call, results, _delta(results))

@@ -38,11 +38,11 @@ def flash_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if is_causal is not None:
         return _with_sinks(call, *_FORWARD(q, k, v, 0.0, is_causal, scale=call.scale))
     out, lse = empty_results(call)
-    for chunk in chunks(call, _ROWS):
-        keys = (chunk.of_keys(x) for x in (k, v))
-        out_part, lse_part = _FORWARD(q[:, :, chunk.rows], *keys, 0.0, False, attn_mask=_mask(chunk), scale=call.scale)
-        out[:, :, chunk.rows] = out_part
-        lse[:, :, chunk.rows] = lse_part.masked_fill(chunk.blind[:, None], -torch.inf)
+    for chunk in chunks(call, _ROWS, unmasked=True):
+        qkv = (chunk.of_rows(q), chunk.of_keys(k), chunk.of_keys(v))
+        out_part, lse_part = _FORWARD(*qkv, 0.0, chunk.is_causal, attn_mask=_mask(chunk), scale=call.scale)
+        chunk.of_rows(out).copy_(out_part)
+        chunk.of_rows(lse).copy_(_with_blind(lse_part, chunk, -torch.inf))
     return _with_sinks(call, out, lse)
 
 
@@ -99,15 +99,15 @@ def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor,
         dq, *dkv = _BACKWARD(do, q, k, v, out, lse, 0.0, is_causal, scale=call.scale)
         return dq, *(_of_groups(x, call) for x in dkv)
     dq, dk, dv = empty_gradients(call)
-    for chunk in chunks(call, _ROWS):
-        rows, keys = chunk.rows, [chunk.of_keys(x) for x in (k, v)]
+    for chunk in chunks(call, _ROWS, unmasked=True):
+        do_part, q_part, out_part, lse_part = (chunk.of_rows(x) for x in (do, q, out, lse))
         # The kernel computes p as exp(s - lse): 0 for a row that saw no key.
-        lse_part = lse[:, :, rows].masked_fill(chunk.blind[:, None], torch.inf)
-        saved = (do[:, :, rows], q[:, :, rows], *keys, out[:, :, rows], lse_part)
-        parts = _BACKWARD(*saved, 0.0, False, attn_mask=_mask(chunk), scale=call.scale)
-        dq[:, :, rows] = parts[0]
-        dk[:, :, chunk.keys] += _of_groups(parts[1], call)
-        dv[:, :, chunk.keys] += _of_groups(parts[2], call)
+        lse_part = _with_blind(lse_part, chunk, torch.inf)
+        saved = (do_part, q_part, chunk.of_keys(k), chunk.of_keys(v), out_part, lse_part)
+        dq_part, *dkv = _BACKWARD(*saved, 0.0, chunk.is_causal, attn_mask=_mask(chunk), scale=call.scale)
+        chunk.of_rows(dq).copy_(dq_part)
+        for grad, part in zip((dk, dv), dkv, strict=True):
+            grad[chunk.sequences, :, chunk.keys] += _of_groups(part, call)
     return dq, dk, dv
 
 
@@ -119,6 +119,11 @@ def _is_causal(call: AttentionCall) -> bool | None:
     if window.right is None:
         return False
     return True if window.right == 0 and call.q.shape[2] == call.k.shape[2] else None
+
+
+def _with_blind(lse: torch.Tensor, chunk: Chunk, value: float) -> torch.Tensor:
+    """lse (B, H, rows) of a chunk, with `value` for rows that see no key."""
+    return lse if chunk.blind is None else lse.masked_fill(chunk.blind[:, None], value)
 
 
 def _float32_qkv(call: AttentionCall) -> tuple[torch.Tensor, ...]:
@@ -145,7 +150,7 @@ def _rows_apart(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mask(chunk: Chunk) -> torch.Tensor | None:
-    """(B or 1, 1, rows, keys), added to the scores: 0 or -inf."""
+    """(1, 1, rows, keys), added to the scores: 0 or -inf."""
     if chunk.see is None:
         return None
     zero = torch.zeros((), device=chunk.see.device, dtype=torch.float32)

@@ -58,7 +58,7 @@ def backward(
             ds = torch.ops.aten.tanh_backward(ds, s)  # ds * (1 - s * s)
         _store(dq, torch.bmm(ds, k_part), call, chunk)
         for grad, of_scores, x in ((dk, ds, q_part), (dv, p, do)):
-            grad[:, :, chunk.keys] += torch.bmm(of_scores.mT, x).unflatten(0, grad.shape[:2])
+            grad[chunk.sequences, :, chunk.keys] += torch.bmm(of_scores.mT, x).unflatten(0, (-1, grad.shape[1]))
     return dq.mul_(call.scale), dk.mul_(call.scale), dv
 
 
@@ -89,15 +89,15 @@ def _float32_copy(x: torch.Tensor) -> torch.Tensor:
 
 def _rows_of(x: torch.Tensor, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
     """A float32 copy (B * Hkv, G * rows, N) of the chunk's rows of x (B, Hq, Sq, N)."""
-    return _float32_copy(x.unflatten(1, _groups(call))[..., chunk.rows, :]).flatten(2, 3).flatten(0, 1)
+    return _float32_copy(chunk.of_rows(x).unflatten(1, _groups(call))).flatten(2, 3).flatten(0, 1)
 
 
 def _apart(x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """A view (B, Hkv, G, rows, N) of x (B * Hkv, G * rows, N)."""
     Hkv, G = _groups(call)
-    return x.view(call.q.shape[0], Hkv, G, x.shape[1] // G, x.shape[2])
+    return x.view(-1, Hkv, G, x.shape[1] // G, x.shape[2])
 
 
 def _store(whole: torch.Tensor, part: torch.Tensor, call: AttentionCall, chunk: Chunk) -> None:
     """Copy part (B * Hkv, G * rows, N) into the chunk's rows of whole (B, Hq, Sq, N)."""
-    whole.unflatten(1, _groups(call))[..., chunk.rows, :].copy_(_apart(part, call))
+    chunk.of_rows(whole).unflatten(1, _groups(call)).copy_(_apart(part, call))
