@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,8 +113,21 @@ def compare_with_stock(ours: Any, stock: Any, run: Run, run_ours: Run | None = N
     compare((run_ours or run)(ours), theirs, truth)
 
 
-def compare(ours: Results, theirs: Results, truth: Results) -> None:
+def with_weights_rounded(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """A copy of a float32 model whose weights are one more rounding off: its results are another draw of float32's."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            signs = 2 * torch.randint(2, parameter.shape, generator=generator).to(parameter) - 1
+            parameter.mul_(1 + signs * torch.finfo(torch.float32).eps)
+    return other
+
+
+def compare(ours: Results, theirs: Results, truth: Results, others: Sequence[Results] = ()) -> None:
     """Raise AssertionError unless |ours - truth| <= factor |theirs - truth| + u |truth|.
+
+    others: more draws of `theirs`, for a model that magnifies roundings so much that the error of one draw is chance.
+    The worst draw counts.
 
     The norms are of all logits and of all gradients, with factor 2: the two float32 computations differ in the order of
     additions. For the gradient of one parameter and for a few logits the factor is 4, and for the largest error of an
@@ -128,18 +141,20 @@ def compare(ours: Results, theirs: Results, truth: Results) -> None:
     parameters = [name for name in truth if not name.endswith("logits")]
     terms = torch.stack([truth[name].norm() for name in parameters]).norm().item() if parameters else 0.0
 
-    def check(name: str, K: torch.Tensor, E: torch.Tensor, R: torch.Tensor, factor: int) -> None:
-        error, stock_error = K.double() - R, E.double() - R
+    def check(name: str, K: torch.Tensor, E: Sequence[torch.Tensor], R: torch.Tensor, factor: int) -> None:
+        error, stock_errors = K.double() - R, [x.double() - R for x in E]
         assert error.isfinite().all(), f"{name}: not finite"
         size = terms if name in parameters else R.norm().item()
-        off, allowed = error.norm().item(), factor * stock_error.norm().item() + u * size
+        off, allowed = error.norm().item(), factor * max(x.norm().item() for x in stock_errors) + u * size
         assert off <= allowed, f"{name}: off by {off / size:.3g} of its norm, allowed {allowed / size:.3g}"
         largest = terms if name in parameters else R.abs().max().item()
-        off, allowed = error.abs().max().item(), 3 * stock_error.abs().max().item() + 2 * ulp * largest
+        off, allowed = error.abs().max().item(), 3 * max(x.abs().max().item() for x in stock_errors)
+        allowed += 2 * ulp * largest
         assert off <= allowed, f"{name}: largest error {off:.3g}, allowed {allowed:.3g}"
 
+    draws = [theirs, *others]
     for name, exact in truth.items():
-        check(name, ours[name], theirs[name], exact, 2 if name == "logits" else 4)
+        check(name, ours[name], [draw[name] for draw in draws], exact, 2 if name == "logits" else 4)
     if parameters:
-        joined = [torch.cat([x[name].flatten() for name in parameters]) for x in (ours, theirs, truth)]
-        check("all gradients", *joined, 2)
+        K, R, *E = (torch.cat([x[name].flatten() for name in parameters]) for x in (ours, truth, *draws))
+        check("all gradients", K, E, R, 2)
