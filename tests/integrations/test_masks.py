@@ -128,16 +128,26 @@ def test_a_mask_on_the_cpu_whose_tokens_are_one_range_is_that_range(side, state,
         of_kind.check()
 
 
-@pytest.mark.skipif(not HOST_KNOWS_POSITIONS, reason="this Transformers has the positions of queries in device memory")
-@pytest.mark.parametrize("kind", ["causal", "sliding"])
-def test_a_mask_on_the_cpu_that_shows_every_key_to_a_step_has_no_elements(kind, values_read):
-    def of_mask(mask: torch.Tensor) -> Masks:
-        return Masks(kind, STATES["step"], attention_mask=mask)
+@pytest.mark.parametrize("state", ["no cache", "prefill", "step"])
+@pytest.mark.parametrize("kind", ["causal", "sliding", "bidirectional", "bidirectional sliding"])
+def test_a_mask_on_the_cpu_that_shows_every_key_has_no_elements(kind, state, values_read):
+    """In training and in a prefill it also says that position_ids start no documents, as in stock models."""
+    if state == "step" and not HOST_KNOWS_POSITIONS:
+        pytest.skip("this Transformers has the positions of queries in device memory")
+    if CREATE[kind] in BIDIRECTIONAL and STATES[state].cache:
+        pytest.skip("there is no such mask of a model with a cache")
+    keys = STATES[state].past + STATES[state].queries
 
-    everything = torch.ones(B, S, dtype=torch.int64)
-    assert of_mask(everything).ours().numel() == 0
+    def of_mask(mask: torch.Tensor) -> Masks:
+        return Masks(kind, STATES[state], attention_mask=mask)
+
+    everything = torch.ones(B, keys, dtype=torch.int64)
+    mask = of_mask(everything).ours()
+    assert mask.numel() == 0 and packed_masks.is_one_document(mask) is (state != "step")
+    assert packed_masks.is_one_document(mask[:, :, -2:, :1]) is (state != "step")  # as model code slices it
     of_mask(everything).check()
-    assert of_mask(padding("left")).ours().numel()
+    padded = of_mask(padding("left", keys)).ours()
+    assert padded.numel() and not packed_masks.is_one_document(padded)
 
 
 @pytest.mark.parametrize("tracing", ["make_fx", "fake", "vmap"])

@@ -26,6 +26,7 @@ from llama_kernels.integrations.transformers.masks import key_ranges
 from llama_kernels.integrations.transformers.packed_masks import (
     KeyRanges,
     documents_of,
+    is_one_document,
     unpack,
     without_hidden_keys,
 )
@@ -98,8 +99,8 @@ def attention_forward(
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
         options |= {"is_causal": False, "window_size": window}
         return _packed(query, key, value, bounds, longest, options), None
-    if hasattr(module, FOLLOWS_MASK) and attention_mask is not None:  # which has the documents of position_ids
-        position_ids = None
+    if attention_mask is not None and (hasattr(module, FOLLOWS_MASK) or is_one_document(attention_mask)):
+        position_ids = None  # the mask says what its documents are
     if reason is not None:
         attention_mask = with_documents(attention_mask, position_ids, window, query.shape[2], key.shape[2])
         given = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **others}

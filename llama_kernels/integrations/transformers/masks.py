@@ -92,10 +92,14 @@ def key_ranges(
     documents = noted_document_starts(config, q_length) if causal and attention_mask is None else None
     if documents is not None:  # the first document of this call continues one in the cache
         documents = torch.where(documents > 0, documents + q_offset, 0)
-    if attention_mask is not None and _has_values(attention_mask) and q_length < kv_length:
+    one_document = False
+    if attention_mask is not None and _has_values(attention_mask):
         shown = attention_mask[:, : kv_offset + kv_length]
         if shown.shape[1] == kv_offset + kv_length and shown.all():
             attention_mask = None
+            one_document = (
+                q_length == kv_length
+            )  # stock code, which was given a mask, reads no documents in position_ids
     window = window_of(mask_function)
     skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip is not False
     # If Transformers may not omit the mask, the model's code combines it with another one. The exception is a decoding
@@ -104,7 +108,7 @@ def key_ranges(
     combined = window is not None and not skip and not static_step and _MODELS_MAY_ASK
     unmasked = attention_mask is None and documents is None and not combined
     if window is not None and unmasked and (aligned or window == WindowSize(-1, -1)):
-        return pack_window(window, device)
+        return pack_window(window, device, one_document)
 
     own = torch.arange(q_length, device=device) + q_offset
     rows = Rows(own, own[None], kv_offset + kv_length, None if attention_mask is None else attention_mask.bool())

@@ -2,7 +2,7 @@
 
 What a packed mask is, its shape tells:
 
-    (right + 2, left + 2, 0, 0)       a `WindowSize`
+    (right + 2, left + 2, 0, 0)       a `WindowSize`; 2^30 is added to the first size where position_ids do not count
     (B, planes, 1, max(Sq, Sk))       `KeyRanges`; _FORMATS says which fields
     (B, 1, 1, S)                      documents of tokens that are divided among processes
 
@@ -71,6 +71,7 @@ _FORMATS = {
     23: ("start", "end", "prefix"),
 }
 _PLANES = {fields: planes for planes, fields in _FORMATS.items()}
+_ONE_DOCUMENT = 2**30  # more than the width of a window
 
 
 def pack(ranges: KeyRanges) -> torch.Tensor:
@@ -95,9 +96,13 @@ def pack(ranges: KeyRanges) -> torch.Tensor:
     return torch.stack(planes, 1)[:, :, None]
 
 
-def pack_window(window: WindowSize, device: torch.device | None) -> torch.Tensor:
-    """An int32 tensor without elements. Its sizes encode the window, so reading it needs no device memory."""
-    return torch.empty(window.right + 2, window.left + 2, 0, 0, dtype=torch.int32, device=device)
+def pack_window(window: WindowSize, device: torch.device | None, one_document: bool = False) -> torch.Tensor:
+    """An int32 tensor without elements. Its sizes encode the window, so reading it needs no device memory.
+
+    one_document: whether all keys are of one document, whatever position_ids say.
+    """
+    right = window.right + (_ONE_DOCUMENT if one_document else 0)
+    return torch.empty(right + 2, window.left + 2, 0, 0, dtype=torch.int32, device=device)
 
 
 def pack_documents(starts: torch.Tensor) -> torch.Tensor:
@@ -126,6 +131,11 @@ def is_packed(mask: torch.Tensor) -> bool:
     return mask.shape[2] == 0 or (mask.shape[2] == 1 and (mask.shape[1] == 1 or bool(_names_of(mask))))
 
 
+def is_one_document(mask: torch.Tensor) -> bool:
+    """Whether `mask` is that of `pack_window` with one_document."""
+    return mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[2] == 0 and mask.shape[0] > _ONE_DOCUMENT
+
+
 def _names_of(mask: torch.Tensor) -> tuple[str, ...]:
     return _FORMATS.get(mask.shape[1], ())
 
@@ -133,7 +143,8 @@ def _names_of(mask: torch.Tensor) -> tuple[str, ...]:
 def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | WindowSize:
     """The argument of `pack` or `pack_window`, for the last Sq of its queries and the first Sk of its keys."""
     if mask.shape[2] == 0:
-        return WindowSize(mask.shape[1] - 2, mask.shape[0] - 2)
+        right = mask.shape[0] - 2 - (_ONE_DOCUMENT if is_one_document(mask) else 0)
+        return WindowSize(mask.shape[1] - 2, right)
     names, length = _names_of(mask), mask.shape[3]
     given = dict(zip(names, mask[:, : len(names), 0].unbind(1), strict=True))
     for name, x in given.items():
