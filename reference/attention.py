@@ -202,8 +202,10 @@ def attention_varlen(
     Returns:
         out (Tq, Hq, Dv), and with return_lse also lse (Hq, Tq). Tokens of no sequence give 0 and -inf.
     """
-    out = q.new_zeros(*q.shape[:2], v.shape[-1])
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    # 0, by which the tensors that no sequence uses have a gradient: 0.
+    nothing = sum(x[:0].sum().to(q.dtype) for x in (q, k, v, sinks) if x is not None)
+    out = q.new_zeros(*q.shape[:2], v.shape[-1]) + nothing
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)) + nothing
     starts_q, starts_k = spans(cu_seqlens_q, q.shape[0], max_seqlen_q), spans(cu_seqlens_k, k.shape[0], max_seqlen_k)
     for rows, keys in zip(starts_q, starts_k, strict=True):
         o, l = attention(

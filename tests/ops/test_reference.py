@@ -180,6 +180,14 @@ def test_packed_attention_equals_a_loop_over_dense_sequences():
     assert not out[8].any() and (lse[:, 8] == -math.inf).all()  # no sequence owns the last token
 
 
+def test_a_packed_batch_of_no_sequence_has_gradients():
+    q, k, v, sinks = leaf(9, 4, 8), leaf(9, 2, 8), leaf(9, 2, 8), leaf(4)
+    cu = torch.tensor([3], dtype=torch.int32)
+    out, lse = reference.attention_varlen(q, k, v, cu, cu, 9, 9, sinks=sinks, return_lse=True)
+    grads = torch.autograd.grad((out, lse), (q, k, v, sinks), (torch.ones_like(out), torch.ones_like(lse)))
+    assert (lse == -math.inf).all() and not any(x.any() for x in (out, *grads))
+
+
 @pytest.mark.corpus(18)
 def test_rows_without_keys_have_zero_outputs_and_gradients():
     q, k, v = leaf(1, 2, 5, 8), leaf(1, 2, 2, 8), leaf(1, 2, 2, 8)
