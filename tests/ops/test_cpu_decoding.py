@@ -68,6 +68,14 @@ def test_a_query_has_the_bits_of_a_call_with_the_keys_that_it_sees(heads, option
     assert out.stride() == q.stride() and lse.is_contiguous()
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_batch_without_sequences(softcap):
+    q, k, v = (x[:0] for x in decoding((4, 2)))
+    bound = column(3)[:0]
+    out, lse = lk.attention(q, k, v, kv_start=bound, kv_end=bound, softcap=softcap, return_lse=True)
+    assert out.shape == q.shape and lse.shape == (0, 4, 1)
+
+
 @pytest.mark.parametrize("starts", [(3, 3, 3, 3), (0, 9, 9, 30)], ids=["same keys", "different keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @HEADS

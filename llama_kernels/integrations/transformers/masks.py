@@ -97,9 +97,7 @@ def key_ranges(
         shown = attention_mask[:, : kv_offset + kv_length]
         if shown.shape[1] == kv_offset + kv_length and shown.all():
             attention_mask = None
-            one_document = (
-                q_length == kv_length
-            )  # stock code, which was given a mask, reads no documents in position_ids
+            one_document = q_length == kv_length  # given a mask, stock code reads no documents in position_ids
     window = window_of(mask_function)
     skip = allow_is_causal_skip if window is None or window.right == 0 else allow_is_bidirectional_skip is not False
     # If Transformers may not omit the mask, the model's code combines it with another one. The exception is a decoding

@@ -14,9 +14,9 @@ Range = tuple[int, int]  # of keys: the first, and one past the last, which is n
 def ranges_of(call: AttentionCall) -> list[Range] | None:
     """The keys that the query of each sequence of the dense `call` sees: one range where it is that of all.
 
-    None: a sequence has several queries, or a prefix.
+    None: a sequence has several queries, or a prefix, or there is no sequence.
     """
-    if call.q.shape[2] != 1 or call.kv_prefix is not None:
+    if call.q.shape[2] != 1 or call.kv_prefix is not None or not call.q.shape[0]:
         return None
     B, Sk = call.q.shape[0], call.k.shape[2]
     first = 0 if call.left is None else max(Sk - 1 - call.left, 0)  # the query is aligned with the last key
