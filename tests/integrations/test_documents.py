@@ -306,6 +306,22 @@ def test_documents_are_separate_in_a_mask_that_the_model_combines_with_another(p
     assert torch.equal(mask[0, 0].cpu(), torch.cat((continued, expected), 1))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the host does not read positions on a GPU")
+def test_positions_on_the_cpu_that_start_no_document_make_no_bounds():
+    """As those that `generate` passes with a prompt."""
+    model, seen = patch(small()), []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["attention_mask"].numel())
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    with torch.no_grad():
+        model(IDS, position_ids=torch.arange(IDS.shape[1])[None], use_cache=True)
+        model(IDS, position_ids=POSITIONS, use_cache=True)
+    model.generate(IDS, max_new_tokens=1, min_new_tokens=1)
+    assert seen[0] == seen[2] == 0 < seen[1]
+
+
 def test_a_call_inside_another_one_leaves_the_documents_of_the_outer_one():
     """As of a reward model in a hook, before the masks of the outer model are made."""
     model, other = patch(small()), patch(small("mistral"))

@@ -90,6 +90,8 @@ def key_ranges(
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     causal = allow_is_bidirectional_skip is None and mask_function is not FULL_MASK
     documents = noted_document_starts(config, q_length) if causal and attention_mask is None else None
+    if documents is not None and _has_values(documents) and not documents.any():
+        documents = None
     if documents is not None:  # the first document of this call continues one in the cache
         documents = torch.where(documents > 0, documents + q_offset, 0)
     one_document = False
@@ -156,14 +158,14 @@ def _ranges_of_tokens(
     return without_hidden_keys(start, end, attention_mask, sound)
 
 
-def _has_values(attention_mask: torch.Tensor) -> bool:
-    """Whether the host may read the values of `attention_mask`: it is on the CPU, and no graph is being traced.
+def _has_values(x: torch.Tensor) -> bool:
+    """Whether the host may read the values of a mask or of positions: they are on the CPU, and no graph is traced.
 
-    Other masks may be passed to a traced graph. A TorchDispatchMode may be tracing one.
+    A traced graph may get others. A TorchDispatchMode may be tracing one.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_is_active() or _count_modes():
         return False
-    return attention_mask.device.type == "cpu" and not is_fake(attention_mask)
+    return x.device.type == "cpu" and not is_fake(x)
 
 
 def _range_of_tokens(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
