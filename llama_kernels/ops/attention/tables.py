@@ -80,12 +80,12 @@ _WIDER_DQ_3_8 = replace(
 
 # In the forward on sm_80, at width 64.
 _AMPERE_FORWARD_3_8 = Tile(128, 64, 8, 3, for_options=Tile(128, 64, 8, 2))
-# In dq on sm_80, at width 128. With all options there are two registers too few to compute delta. Under Triton 3.9 an
-# inverse rotation and a packed batch take registers too.
+# In dq on sm_80, at width 128. With all options there are two registers too few to compute delta. From Triton 3.8 on,
+# an inverse rotation and a packed batch take registers too.
 _FEWER_KEYS_DQ = Tile(64, 64, 8, 2)
 _DQ_WITHOUT_DELTA = Tile(64, 128, 8, 2, computes_delta=False, for_options=_FEWER_KEYS_DQ)
 _AMPERE_DQ = Tile(64, 128, 8, 2, spare_registers=True, for_prefix=_FEWER_KEYS_DQ, for_options=_DQ_WITHOUT_DELTA)
-_AMPERE_DQ_3_9 = Tile(64, 128, 8, 2, for_options=_FEWER_KEYS_DQ)
+_AMPERE_DQ_3_8 = Tile(64, 128, 8, 2, for_options=_FEWER_KEYS_DQ)
 # In dq on sm_100, at width 256, with options that take registers, and with them and an inverse rotation.
 _BLACKWELL_DQ = Tile(64, 32, 4, 1, for_options=Tile(64, 32, 8, 1))
 
@@ -123,15 +123,15 @@ _HALF = {
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step.
     # In the forward three stages hide the copies, and four warps at width 64 leave room for a second program on an SM.
-    # Four warps spill from Triton 3.8 on, and at width 128 three stages of 64 keys under 3.9.
+    # From Triton 3.8 on, four warps spill at width 64, and three stages of 64 keys at width 128.
     ("sm_80", "forward"): (
         Tile(128, 64, 4, 3, for_options=Tile(128, 64, 8, 2), newer=_AMPERE_FORWARD_3_8, since=(3, 8)),
-        Tile(128, 64, 8, 3, for_options=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
+        Tile(128, 64, 8, 3, for_options=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3), since=(3, 8)),
         Tile(32, 32, 4, 3),
     ),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 2),
-        replace(_AMPERE_DQ, newer=_AMPERE_DQ_3_9),
+        replace(_AMPERE_DQ, newer=_AMPERE_DQ_3_8, since=(3, 8)),
         Tile(64, 64, 8, 2, for_options=Tile(64, 64, 8, 1)),
     ),
     # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
@@ -207,10 +207,14 @@ _FLOAT32 = {
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (
         Tile(32, 32, 4, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 16, 16, 1)),
+        Tile(64, 64, 16, 1, newer=Tile(64, 16, 16, 1), since=(3, 8)),
         Tile(64, 16, 8, 1),
     ),
-    ("sm_80", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1)), Tile(64, 16, 8, 1)),
+    ("sm_80", "dq"): (
+        Tile(64, 32, 8, 1),
+        Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1), since=(3, 8)),
+        Tile(64, 16, 8, 1),
+    ),
     ("sm_80", "dkdv"): (Tile(64, 32, 16, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
     ("sm_86", "forward"): (
         Tile(32, 64, 8, 1),
