@@ -97,7 +97,7 @@ def model_of(hidden: int, layers: int, Hq: int, Hkv: int, of_mlp: int) -> Any:
 
 
 def with_its_weights(model: Any) -> Any:
-    """Another model with the same tensors. Where weights lie in memory changes the time of a product by several %."""
+    """Another model with the same tensors: a copy of the weights, elsewhere in memory, may take longer to read."""
     return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 

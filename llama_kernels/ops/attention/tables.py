@@ -70,7 +70,7 @@ _DQ = Tile(128, 64, 8, 3, spare_registers=True, for_options=Tile(128, 64, 8, 2))
 # Under Triton 3.9 a prefix spills 8 bytes with 64 keys.
 _DQ_3_9 = replace(_DQ, for_prefix=Tile(128, 32, 8, 3))
 _WIDER_DQ = Tile(128, 32, 8, 2, for_options=Tile(128, 32, 8, 1))
-# Under Triton 3.8, computing delta beside all options spills 56 bytes, and 8 more with an inverse rotation.
+# Under Triton 3.8, computing delta beside all options spills 56 bytes, and 8 bytes where q and k are rotated too.
 _WIDER_DQ_3_8 = replace(
     _WIDER_DQ,
     for_options=Tile(128, 16, 8, 2, computes_delta=False),
