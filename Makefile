@@ -23,7 +23,7 @@ CONSTRAINTS := $(if $(filter 2.13.0,$(TORCH)),constraints.txt)
 PIP_INSTALL = $(BIN)/python -m pip install -q $(addprefix -c ,$(CONSTRAINTS))
 SOURCES := $(shell find llama_kernels reference bench -name '*.py')
 
-.PHONY: install demo examples test test-present test-compiled bench newest gpu-check test-all fuzz witness matrix \
+.PHONY: install demo examples test test-present test-compiled bench newest gpu-check test-all fuzz fuzz-models witness matrix \
 	transformers codegen lint typecheck fmt quick docs clean
 
 install: $(INSTALLED)
@@ -120,6 +120,12 @@ test-all: test fuzz
 fuzz: $(INSTALLED)
 	$(call NEEDS,fuzz)
 	$(BIN)/python -m tests.regressions.fuzz --minutes $(MINUTES)
+
+# Random configs and calls of patched Hugging Face models: CASES of each test.
+CASES ?= 1000
+fuzz-models: $(INSTALLED)
+	$(call NEEDS,test)
+	CASES=$(CASES) TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/integrations/test_random_models.py
 
 # What the compiler makes of the kernels, run without a GPU (tests/compiled/README.md): all calls, of which `test` has some.
 test-compiled: $(INSTALLED)

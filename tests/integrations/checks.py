@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -104,10 +104,10 @@ CHECKS: dict[str, Callable[[torch.nn.Module, Batch], Result]] = {
 
 
 class Baseline:
-    """The stock model of a family, its copy in float64, and a batch."""
+    """The stock model of a family, its copy in float64, and a batch. changes: other settings of its config."""
 
-    def __init__(self, family: str) -> None:
-        self.model, self.batch = stock(family), batch(family)
+    def __init__(self, family: str, **changes: Any) -> None:
+        self.model, self.batch = stock(family, **changes), batch(family)
         self.exact_model = copy.deepcopy(self.model).double()
         images = {name: x.double() if x.is_floating_point() else x for name, x in self.batch.images.items()}
         self.exact_batch = self.batch._replace(images=images)

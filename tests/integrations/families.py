@@ -300,21 +300,22 @@ def settings(family: str, row: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({name: value for name, value in (SIZES | dropouts).items() if name in known} | row)
 
 
-def config_of(family: str) -> Any:
+def config_of(family: str, **changes: Any) -> Any:
+    """changes: settings in place of those of the row, of a family of FAMILIES."""
     if family in FAMILIES:
-        return AutoConfig.for_model(family, **settings(family, FAMILIES[family]))
+        return AutoConfig.for_model(family, **settings(family, FAMILIES[family] | changes))
     text, text_row, vision, rest = MULTIMODAL[family]
     text_config = settings(text, text_row) | {"model_type": text}
     return AutoConfig.for_model(family, text_config=text_config, **copy.deepcopy({"vision_config": vision, **rest}))
 
 
-def stock(family: str, attention: str = "eager") -> torch.nn.Module:
-    """The small model of the family, with random weights."""
+def stock(family: str, attention: str = "eager", **changes: Any) -> torch.nn.Module:
+    """The small model of the family, with random weights. changes: as of `config_of`."""
     torch.manual_seed(1)
     auto = AutoModelForCausalLM if family in FAMILIES else AutoModelForImageTextToText
     # The grouped implementation of experts has no float64.
     return randomized(
-        auto.from_config(config_of(family), attn_implementation=attention, experts_implementation="eager")
+        auto.from_config(config_of(family, **changes), attn_implementation=attention, experts_implementation="eager")
     )
 
 
