@@ -36,9 +36,9 @@ class Tile:
     for_options: Tile | None = None  # options that take registers
     for_prefix: Tile | None = None  # kv_prefix, whose two loops more take registers
     spare_registers: bool = False  # of dq: for a packed batch and for an inverse rotation, which otherwise are options
-    # From Triton `since` on, whose code for this tile spills or waits. It may have a newer one too.
+    # From Triton `since` on, whose code for this tile spills or waits. The newer tile may have a newer one too.
     newer: Tile | None = None
-    since: tuple[int, int] = (3, 9)
+    since: tuple[int, int] = (3, 8)
 
     @functools.cached_property
     def launch_options(self) -> dict[str, Any]:
@@ -58,8 +58,8 @@ _WIDEST_FORWARD_3_7 = replace(
         _WIDEST_FORWARD,
         for_prefix=Tile(128, 16, 8, 3),
         newer=Tile(128, 32, 8, 3, for_options=Tile(128, 32, 8, 2), for_prefix=Tile(128, 16, 8, 3)),
+        since=(3, 9),
     ),
-    since=(3, 8),
 )
 
 # For dk and dv on sm_90, at width 128.
@@ -76,6 +76,7 @@ _WIDER_DQ_3_8 = replace(
     for_options=Tile(128, 16, 8, 2, computes_delta=False),
     for_prefix=Tile(32, 32, 4, 2),
     newer=_WIDER_DQ,
+    since=(3, 9),
 )
 
 # In the forward on sm_80, at width 64.
@@ -86,8 +87,11 @@ _FEWER_KEYS_DQ = Tile(64, 64, 8, 2)
 _DQ_WITHOUT_DELTA = Tile(64, 128, 8, 2, computes_delta=False, for_options=_FEWER_KEYS_DQ)
 _AMPERE_DQ = Tile(64, 128, 8, 2, spare_registers=True, for_prefix=_FEWER_KEYS_DQ, for_options=_DQ_WITHOUT_DELTA)
 _AMPERE_DQ_3_8 = Tile(64, 128, 8, 2, for_options=_FEWER_KEYS_DQ)
+# In the forward on sm_100, at width 256. From Triton 3.8 on, 128 rows spill with options that take registers.
+_BLACKWELL_FORWARD_3_8 = Tile(128, 32, 8, 4, for_options=Tile(64, 32, 8, 4))
 # In dq on sm_100, at width 256, with options that take registers, and with them and an inverse rotation.
 _BLACKWELL_DQ = Tile(64, 32, 4, 1, for_options=Tile(64, 32, 8, 1))
+_BLACKWELL_DQ_3_8 = Tile(64, 64, 8, 1, for_options=Tile(64, 32, 8, 1))
 
 # For dk and dv on sm_80, at width 256.
 _ONE_STAGE_DKDV = Tile(32, 64, 4, 1, split=True)
@@ -95,6 +99,9 @@ _ONE_STAGE_DKDV = Tile(32, 64, 4, 1, split=True)
 # In dq on sm_86, at width 256, with options that take registers. With an inverse rotation two stages spill 16 bytes
 # under Triton 3.9.
 _CONSUMER_DQ_3_9 = Tile(32, 32, 4, 2, for_options=Tile(32, 32, 4, 1))
+
+# In dq on gfx942, at width 256. From Triton 3.8 on, 64 keys spill 396 to 1,080 bytes.
+_CDNA_DQ_3_8 = Tile(64, 32, 4, 1, for_options=Tile(32, 32, 4, 1))
 
 # bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
@@ -110,8 +117,8 @@ _HALF = {
     # 168 bytes with options that take registers, at widths 128 and 256.
     ("sm_90", "dq"): (
         Tile(64, 64, 4, 3, spare_registers=True, for_options=Tile(128, 64, 8, 2)),
-        replace(_DQ, newer=replace(_DQ, for_options=Tile(128, 64, 8, 1), newer=_DQ_3_9), since=(3, 8)),
-        Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8, since=(3, 8)),
+        replace(_DQ, newer=replace(_DQ, for_options=Tile(128, 64, 8, 1), newer=_DQ_3_9, since=(3, 9))),
+        Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8),
     ),
     # dk and dv are the larger accumulators. At width 128 a program keeps 128 keys and streams the rows in blocks of 64:
     # with 32, k @ q^T waits for its operands. They spill up to 56 bytes, outside the loop; with softcap and more, up to
@@ -125,13 +132,13 @@ _HALF = {
     # In the forward three stages hide the copies, and four warps at width 64 leave room for a second program on an SM.
     # From Triton 3.8 on, four warps spill at width 64, and three stages of 64 keys at width 128.
     ("sm_80", "forward"): (
-        Tile(128, 64, 4, 3, for_options=Tile(128, 64, 8, 2), newer=_AMPERE_FORWARD_3_8, since=(3, 8)),
-        Tile(128, 64, 8, 3, for_options=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3), since=(3, 8)),
+        Tile(128, 64, 4, 3, for_options=Tile(128, 64, 8, 2), newer=_AMPERE_FORWARD_3_8),
+        Tile(128, 64, 8, 3, for_options=Tile(128, 32, 8, 3), newer=Tile(128, 32, 8, 3)),
         Tile(32, 32, 4, 3),
     ),
     ("sm_80", "dq"): (
         Tile(128, 64, 8, 2),
-        replace(_AMPERE_DQ, newer=_AMPERE_DQ_3_8, since=(3, 8)),
+        replace(_AMPERE_DQ, newer=_AMPERE_DQ_3_8),
         Tile(64, 64, 8, 2, for_options=Tile(64, 64, 8, 1)),
     ),
     # Four warps at width 256: eight warps, of 16 rows each, would share 64 keys and compute half of the scores twice.
@@ -139,7 +146,7 @@ _HALF = {
     ("sm_80", "dkdv"): (
         Tile(32, 128, 8, 3),
         Tile(64, 64, 8, 3),
-        Tile(32, 64, 4, 2, split=True, for_options=_ONE_STAGE_DKDV, newer=_ONE_STAGE_DKDV),
+        Tile(32, 64, 4, 2, split=True, for_options=_ONE_STAGE_DKDV, newer=_ONE_STAGE_DKDV, since=(3, 9)),
     ),
     # Consumer GPUs: as Ampere, with 99 KiB of shared memory for each thread block.
     ("sm_86", "forward"): (
@@ -150,27 +157,31 @@ _HALF = {
     ("sm_86", "dq"): (
         Tile(128, 64, 8, 2),
         Tile(64, 64, 8, 2),
-        Tile(32, 32, 4, 2, newer=Tile(32, 32, 4, 2, for_options=_CONSUMER_DQ_3_9)),
+        Tile(32, 32, 4, 2, newer=Tile(32, 32, 4, 2, for_options=_CONSUMER_DQ_3_9), since=(3, 9)),
     ),
     ("sm_86", "dkdv"): (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 1, split=True)),
     # Blackwell: one stage or four, since with two or three tl.dot has a race in Triton 3.6 and 3.7 (triton#10590).
     ("sm_100", "forward"): (
-        Tile(128, 64, 8, 4, for_options=Tile(128, 128, 8, 1)),
+        Tile(128, 64, 8, 4, for_options=Tile(128, 128, 8, 1), newer=Tile(128, 64, 8, 4)),
         Tile(128, 64, 8, 4),
-        Tile(128, 32, 8, 4, for_options=Tile(128, 32, 8, 1)),
+        Tile(128, 32, 8, 4, for_options=Tile(128, 32, 8, 1), newer=_BLACKWELL_FORWARD_3_8),
     ),
     ("sm_100", "dq"): (
         Tile(64, 64, 4, 4, for_options=Tile(128, 64, 8, 4)),
         Tile(128, 64, 8, 4),
-        Tile(64, 64, 8, 1, for_options=_BLACKWELL_DQ, newer=Tile(64, 64, 8, 1, for_options=Tile(64, 32, 8, 1))),
+        Tile(64, 64, 8, 1, for_options=_BLACKWELL_DQ, newer=_BLACKWELL_DQ_3_8),
     ),
     ("sm_100", "dkdv"): (Tile(64, 128, 8, 1), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
     # CDNA3 has 64 KiB of shared memory for each thread block and 512 registers for each thread.
-    ("gfx942", "forward"): (Tile(128, 64, 8, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
+    ("gfx942", "forward"): (
+        Tile(128, 64, 8, 2),
+        Tile(128, 64, 4, 1),
+        Tile(64, 64, 4, 1, newer=Tile(64, 64, 4, 1, for_options=Tile(64, 32, 4, 1))),
+    ),
     ("gfx942", "dq"): (
         Tile(64, 64, 4, 1),
         Tile(64, 64, 4, 1),
-        Tile(64, 64, 4, 1, for_options=Tile(64, 32, 4, 1), newer=Tile(64, 32, 4, 1, for_options=Tile(32, 32, 4, 1))),
+        Tile(64, 64, 4, 1, for_options=Tile(64, 32, 4, 1), newer=_CDNA_DQ_3_8),
     ),
     ("gfx942", "dkdv"): (
         Tile(32, 128, 8, 1),
@@ -179,12 +190,24 @@ _HALF = {
     ),
     # Decoding waits for memory, so its at most 32 rows leave room for two or more programs on an SM, each of which
     # loads its next keys meanwhile. BLOCK_M is the largest; a call takes the power of two that holds its rows.
-    # Under Triton 3.9 three stages spill 8 bytes on sm_90, at width 128 with all options, and four warps 16 bytes on
-    # sm_100 and 32 on sm_86.
-    ("sm_90", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3, newer=Tile(32, 64, 4, 2)), Tile(32, 64, 8, 2)),
+    # Under Triton 3.9 three stages spill 8 bytes on sm_90, at width 128 with all options. From 3.8 on, four warps spill
+    # 16 bytes on sm_100 and 32 on sm_86.
+    ("sm_90", "decode"): (
+        Tile(32, 64, 4, 3),
+        Tile(32, 64, 4, 3, newer=Tile(32, 64, 4, 2), since=(3, 9)),
+        Tile(32, 64, 8, 2),
+    ),
     ("sm_80", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
-    ("sm_86", "decode"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2, newer=Tile(32, 64, 8, 2)), Tile(32, 32, 4, 2)),
-    ("sm_100", "decode"): (Tile(32, 64, 4, 4, newer=Tile(32, 64, 8, 4)), Tile(32, 64, 4, 4), Tile(32, 32, 8, 4)),
+    ("sm_86", "decode"): (
+        Tile(32, 64, 4, 3),
+        Tile(32, 64, 4, 2, newer=Tile(32, 64, 8, 2)),
+        Tile(32, 32, 4, 2),
+    ),
+    ("sm_100", "decode"): (
+        Tile(32, 64, 4, 4, newer=Tile(32, 64, 8, 4)),
+        Tile(32, 64, 4, 4),
+        Tile(32, 32, 8, 4),
+    ),
     ("gfx942", "decode"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 1)),
 }
 
@@ -193,6 +216,7 @@ _HALF = {
 # all options at once, ten kernels spill 8 to 24 bytes: `python -m bench.codegen --full` names them.) On sm_80,
 # Triton 3.9 gives a thread 64 registers where 3.6 gave 128: 64 x 64 at width 128 would spill 1,720 bytes, and 64 x 32
 # in the forward 264.
+_CONSUMER_FORWARD_3_8 = Tile(64, 64, 16, 1, for_prefix=Tile(64, 16, 16, 1))  # on sm_86, at width 128
 _FLOAT32 = {
     ("sm_90", "forward"): (
         Tile(32, 32, 8, 1),
@@ -201,34 +225,42 @@ _FLOAT32 = {
     ),
     ("sm_90", "dq"): (
         Tile(64, 32, 8, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 64, 16, 1, for_prefix=Tile(64, 32, 16, 1)), since=(3, 8)),
+        Tile(64, 64, 16, 1, newer=Tile(64, 64, 16, 1, for_prefix=Tile(64, 32, 16, 1))),
         Tile(16, 32, 8, 1),
     ),
     ("sm_90", "dkdv"): (Tile(64, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1, split=True)),
     ("sm_80", "forward"): (
         Tile(32, 32, 4, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 16, 16, 1), since=(3, 8)),
+        Tile(64, 64, 16, 1, newer=Tile(64, 16, 16, 1)),
         Tile(64, 16, 8, 1),
     ),
     ("sm_80", "dq"): (
         Tile(64, 32, 8, 1),
-        Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1), since=(3, 8)),
+        Tile(64, 64, 16, 1, newer=Tile(64, 32, 16, 1)),
         Tile(64, 16, 8, 1),
     ),
     ("sm_80", "dkdv"): (Tile(64, 32, 16, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
     ("sm_86", "forward"): (
         Tile(32, 64, 8, 1),
-        Tile(64, 64, 16, 1, for_prefix=Tile(16, 32, 8, 1)),
+        Tile(64, 64, 16, 1, for_prefix=Tile(16, 32, 8, 1), newer=_CONSUMER_FORWARD_3_8),
         Tile(16, 32, 8, 1),
     ),
-    ("sm_86", "dq"): (Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_86", "dq"): (
+        Tile(64, 32, 8, 1),
+        Tile(32, 64, 8, 1, newer=Tile(64, 32, 8, 1)),
+        Tile(16, 32, 8, 1),
+    ),
     ("sm_86", "dkdv"): (
         Tile(64, 32, 8, 1),
-        Tile(64, 16, 8, 1, newer=Tile(32, 16, 8, 1)),
+        Tile(64, 16, 8, 1, newer=Tile(32, 16, 8, 1), since=(3, 9)),
         Tile(32, 16, 8, 1, split=True),
     ),
     ("sm_100", "forward"): (Tile(16, 32, 4, 1), Tile(64, 64, 16, 1), Tile(16, 32, 8, 1)),
-    ("sm_100", "dq"): (Tile(64, 32, 8, 1), Tile(64, 64, 16, 1), Tile(32, 16, 8, 1)),
+    ("sm_100", "dq"): (
+        Tile(64, 32, 8, 1),
+        Tile(64, 64, 16, 1, newer=Tile(64, 64, 16, 1, for_prefix=Tile(64, 32, 16, 1))),
+        Tile(32, 16, 8, 1),
+    ),
     ("sm_100", "dkdv"): (
         Tile(32, 64, 8, 1),
         Tile(64, 32, 8, 1, newer=Tile(16, 32, 8, 1)),
@@ -242,7 +274,7 @@ _FLOAT32 = {
     ("gfx942", "dq"): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("gfx942", "dkdv"): (Tile(32, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
     ("sm_90", "decode"): (
-        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1)),
+        Tile(32, 32, 16, 1, newer=Tile(32, 32, 8, 1), since=(3, 9)),
         Tile(32, 16, 8, 1),
         Tile(32, 32, 16, 1),
     ),
@@ -269,7 +301,7 @@ _WIDE_HALF = {
     ("sm_90", "dq"): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, split=True)),
     # Triton 3.8 alone waits for each product where options take registers.
     ("sm_90", "dkdv"): (
-        replace(_WIDE_DKDV, newer=replace(_WIDE_DKDV, for_options=_FEWER_KEYS, newer=_WIDE_DKDV), since=(3, 8)),
+        replace(_WIDE_DKDV, newer=replace(_WIDE_DKDV, for_options=_FEWER_KEYS, newer=_WIDE_DKDV, since=(3, 9))),
         Tile(16, 16, 8, 1, split=True),
     ),
     ("sm_90", "decode"): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
