@@ -100,8 +100,8 @@ _ONE_STAGE_DKDV = Tile(32, 64, 4, 1, split=True)
 # under Triton 3.9.
 _CONSUMER_DQ_3_9 = Tile(32, 32, 4, 2, for_options=Tile(32, 32, 4, 1))
 
-# In dq on gfx942, at width 256. From Triton 3.8 on, 64 keys spill 396 to 1,080 bytes.
-_CDNA_DQ_3_8 = Tile(64, 32, 4, 1, for_options=Tile(32, 32, 4, 1))
+# In dq on gfx942, at width 256. From Triton 3.7 on, 64 keys spill 88 to 1,080 bytes.
+_CDNA_DQ_3_7 = Tile(64, 32, 4, 1, for_options=Tile(32, 32, 4, 1))
 
 # bfloat16 and float16. Each row has, of the tiles that compile without a spill under every option, the one that reads
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
@@ -181,12 +181,12 @@ _HALF = {
     ("gfx942", "dq"): (
         Tile(64, 64, 4, 1),
         Tile(64, 64, 4, 1),
-        Tile(64, 64, 4, 1, for_options=Tile(64, 32, 4, 1), newer=_CDNA_DQ_3_8),
+        Tile(64, 64, 4, 1, for_options=Tile(64, 32, 4, 1), newer=_CDNA_DQ_3_7, since=(3, 7)),
     ),
     ("gfx942", "dkdv"): (
         Tile(32, 128, 8, 1),
         Tile(16, 128, 8, 1),
-        Tile(32, 64, 4, 1, newer=Tile(16, 64, 4, 1)),
+        Tile(32, 64, 4, 1, newer=Tile(16, 64, 4, 1), since=(3, 7)),
     ),
     # Decoding waits for memory, so its at most 32 rows leave room for two or more programs on an SM, each of which
     # loads its next keys meanwhile. BLOCK_M is the largest; a call takes the power of two that holds its rows.
@@ -216,7 +216,7 @@ _HALF = {
 # all options at once, ten kernels spill 8 to 24 bytes: `python -m bench.codegen --full` names them.) On sm_80,
 # Triton 3.9 gives a thread 64 registers where 3.6 gave 128: 64 x 64 at width 128 would spill 1,720 bytes, and 64 x 32
 # in the forward 264.
-_CONSUMER_FORWARD_3_8 = Tile(64, 64, 16, 1, for_prefix=Tile(64, 16, 16, 1))  # on sm_86, at width 128
+_CONSUMER_FORWARD_3_7 = Tile(64, 64, 16, 1, for_prefix=Tile(64, 16, 16, 1))  # on sm_86, at width 128
 _FLOAT32 = {
     ("sm_90", "forward"): (
         Tile(32, 32, 8, 1),
@@ -242,7 +242,7 @@ _FLOAT32 = {
     ("sm_80", "dkdv"): (Tile(64, 32, 16, 1), Tile(32, 16, 8, 1), Tile(64, 16, 8, 1, split=True)),
     ("sm_86", "forward"): (
         Tile(32, 64, 8, 1),
-        Tile(64, 64, 16, 1, for_prefix=Tile(16, 32, 8, 1), newer=_CONSUMER_FORWARD_3_8),
+        Tile(64, 64, 16, 1, for_prefix=Tile(16, 32, 8, 1), newer=_CONSUMER_FORWARD_3_7, since=(3, 7)),
         Tile(16, 32, 8, 1),
     ),
     ("sm_86", "dq"): (
