@@ -106,7 +106,9 @@ def row_terms(o, do, inputs, outputs, b, h, start, i, Sq):
     dsinks = 0.0
     if inputs.sinks_ptr is not None:
         p = tl.exp2(tl.load(inputs.sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
-        dsinks = -tl.sum(p * delta)
+        # The selection keeps the product apart from the sum. Fused into one instruction, the sums of the threads of a
+        # warp would differ in the last bit, and under Triton 3.8 all of them store theirs to one place.
+        dsinks = -tl.sum(tl.where(i < Sq, p * delta, 0.0))
     return lse2, delta, dsinks
 
 
