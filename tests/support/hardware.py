@@ -41,11 +41,14 @@ class Arithmetic:
     `above` is no error. A softmax takes exp2 of scores less their peak, rounds, and divides by the sum: any peak gives
     the same quotient, but other roundings. A kernel has the peak of the blocks seen so far, which rises on the way; the
     ideal has the last one, raised by `above`, at least 0 and less than 1.
+
+    Nor is `order`: in which order a product adds its terms up, if it adds one after another. 0 is that of memory.
     """
 
     error: str = "none"
     seed: int = 0
     above: float = 0.0
+    order: int = 0
 
     def exp2(self, x: torch.Tensor) -> torch.Tensor:
         if self.error == "none":
@@ -110,8 +113,20 @@ EXACT = Arithmetic()
 # What the kernels run with in `interpreted`, and what the ideal is drawn with: not the same mixed errors.
 ERRORS = {error: Arithmetic(error, seed=1) for error in ("high", "low", "mixed")}
 DRAWS = (
-    EXACT, Arithmetic("high", above=0.25), Arithmetic("low", above=0.5), Arithmetic("mixed", seed=2, above=0.75)
-)  # fmt: skip
+    EXACT,
+    Arithmetic("high", above=0.25, order=1),
+    Arithmetic("low", above=0.5, order=2),
+    Arithmetic("mixed", seed=2, above=0.75, order=3),
+)
+
+
+def in_more_orders(draws: tuple[Arithmetic, ...]) -> tuple[Arithmetic, ...]:
+    """Each of `draws` in two orders, for products that add one term after another.
+
+    In the first row of causal attention, dq is the rounding error of one sum of D terms less another of the same terms.
+    The largest of four such errors is close to zero by chance too often to bound a fifth.
+    """
+    return *draws, *(dataclasses.replace(draw, order=draw.order + len(draws)) for draw in draws)
 
 
 @contextlib.contextmanager

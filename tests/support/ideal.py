@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from llama_kernels.core.language import INTERPRETED
-from tests.support.hardware import DRAWS, EXACT, Arithmetic
+from tests.support.hardware import DRAWS, EXACT, Arithmetic, in_more_orders
 
 LOG2E = math.log2(math.e)
 
@@ -50,8 +51,10 @@ def rounds_p(device: torch.device) -> bool:
 def drawn(ideal: Callable[..., Sequence[torch.Tensor | None]], *call: Any, **options: Any) -> list[list[torch.Tensor]]:
     """The results of `ideal(*call, by=arithmetic, **options)` that are not None, each as a list of its draws: under the
     errors of a GPU's instructions, or one draw without them where plain PyTorch computes."""
-    device = next(x.device for x in call if isinstance(x, torch.Tensor))
-    draws = [ideal(*call, by=arithmetic, **options) for arithmetic in (DRAWS if rounds_p(device) else [EXACT])]
+    first = next(x for x in call if isinstance(x, torch.Tensor))
+    arithmetics = DRAWS if rounds_p(first.device) else (EXACT,)
+    arithmetics = in_more_orders(arithmetics) if _adds_term_after_term(first) else arithmetics
+    draws = [ideal(*call, by=arithmetic, **options) for arithmetic in arithmetics]
     return [list(results) for results in zip(*draws, strict=True) if results[0] is not None]
 
 
@@ -104,10 +107,19 @@ def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy, by: Arith
     return y.to(x.dtype), dx.to(x.dtype), dweight
 
 
-def _term_after_term(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, where each element is a sum from the first term to the last."""
+def _adds_term_after_term(x: torch.Tensor) -> bool:
+    """A GPU multiplies float32 without tensor cores, term after term: of wide heads that is less exact than in blocks."""
+    return x.dtype == torch.float32 and x.is_cuda
+
+
+def term_after_term(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
+    """a @ b, where each element is a sum of one term after another: in memory's order if `order` is 0, or in random
+    order, another for each number."""
+    terms = list(range(a.shape[-1]))
+    if order:
+        random.Random(order).shuffle(terms)
     total = a.new_zeros(*a.shape[:-1], b.shape[-1])
-    for n in range(a.shape[-1]):
+    for n in terms:
         total = torch.addcmul(total, a[..., n : n + 1], b[..., n : n + 1, :])
     return total
 
@@ -119,8 +131,7 @@ def ideal_attention(
     applied to dq and dk before they are rounded."""
     dtype, Hkv = q.dtype, k.shape[1]
     G = q.shape[1] // Hkv
-    # A GPU multiplies float32 without tensor cores, term after term: of wide heads that is less exact than in blocks.
-    product = _term_after_term if dtype == torch.float32 and q.is_cuda and by is EXACT else torch.matmul
+    product = functools.partial(term_after_term, order=by.order) if _adds_term_after_term(q) else torch.matmul
     q_, do_ = q.float(), do.float()
     k_, v_ = (x.float().repeat_interleave(G, 1) for x in (k, v))
 

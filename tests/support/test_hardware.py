@@ -20,7 +20,7 @@ from tests.support import rms_norm as rms_norm_cases
 from tests.support import rope as rope_cases
 from tests.support import rope_attention as rope_attention_cases
 from tests.support.attention import Case, packed
-from tests.support.hardware import DRAWS, ERRORS, EXACT, Arithmetic, interpreted
+from tests.support.hardware import DRAWS, ERRORS, EXACT, Arithmetic, in_more_orders, interpreted
 
 CPU = torch.device("cpu")
 
@@ -137,3 +137,21 @@ def test_the_same_number_has_the_same_error():
     assert torch.equal(arithmetic.rsqrt(x), arithmetic.rsqrt(x.flip(0)).flip(0))
     assert torch.equal(arithmetic.rsqrt(16 * x) * 4, arithmetic.rsqrt(x))
     assert not torch.equal(arithmetic.exp2(x), Arithmetic("mixed", seed=1).exp2(x))
+
+
+def test_sums_in_eight_orders_bound_a_sum_in_any_other_order():
+    """Of the first row of causal attention: dp less delta, which are one sum of D terms in two orders."""
+    do, v = torch.randn(2, 1000, 256).unbind()
+
+    def error(order: int) -> torch.Tensor:
+        dp = ideal.term_after_term(do[:, None], v[..., None], order).flatten()
+        return (dp.double() - (do * v).sum(-1)).abs()
+
+    def exceeded(draws: tuple[Arithmetic, ...]) -> int:
+        bound = torch.stack([error(draw.order) for draw in draws]).amax(0)
+        return int((error(order=100) > 4 * bound + 2 * torch.finfo(torch.float32).eps * 16).sum())
+
+    draws = in_more_orders(DRAWS)
+    assert [draw.order for draw in draws] == list(range(8))
+    assert exceeded(draws) <= 2
+    assert exceeded((EXACT,)) > 20  # one order, whose error may be close to zero
