@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.estimate import ROW_OPS, few_rows, ours
+from bench.estimate import ROW_OPS, few_rows, ours, packed
 from bench.estimate.calibrate import Point
 from bench.estimate.constants import Gpu, gpus
 from bench.estimate.errors import OURS
@@ -25,6 +25,7 @@ from bench.estimate.tiles import Shape
 from bench.measuring import records
 from bench.measuring.records import Record
 from bench.providers.provider import OURS as OUR_NAME
+from bench.works.attention import AttentionVarlen
 from bench.works.norms import AddRMSNorm, RMSNorm
 from bench.works.rotations import QKNormRope, Rope, RopeQKV
 from llama_kernels.core.language import TRITON_VERSION
@@ -97,7 +98,7 @@ def _of_records() -> Iterator[_Call]:
         run = records.read(path)
         gpu = next((gpu for gpu in gpus().values() if gpu.name in run.machine["gpu"].split()), None)
         for record in run.records if gpu else ():
-            alone = record.op in (*ROW_OPS, "attention", "decode") and record.direction != "both"
+            alone = record.op in (*ROW_OPS, "attention", "attention_varlen", "decode") and record.direction != "both"
             if alone and gpu and record.provider == OUR_NAME and record.dtype == "bfloat16" and record.ms:
                 source = f"{path.parent.name}/{path.name}"
                 yield _Call(f"{record.op} {record.direction}", gpu, record.sizes, source, record.ms,
@@ -112,6 +113,11 @@ def _of_record(gpu: Gpu, record: Record) -> Estimate:
         return ours.work_estimate(gpu, _WORKS[record.op](shape="", **sizes), record.direction)
     if record.op == "decode":
         return few_rows.few_rows_estimate(gpu, Few(sizes["B"], 1, sizes["Sk"], sizes["Hq"], sizes["Hkv"], sizes["D"]))
+    if record.op == "attention_varlen":
+        if record.direction == "forward":
+            raise _Missing("attention_varlen forward: it ran the Hopper kernel, of which there is no model for packed batches")
+        work = AttentionVarlen(shape="", **{**sizes, "lengths": tuple(sizes["lengths"])})  # JSON has no tuples
+        return packed.packed_estimate(gpu, work, record.direction)
     if sizes["window"] != -1:
         raise _Missing("attention with a window")
     shape = Shape(*(sizes[name] for name in ("B", "S", "Hq", "Hkv", "D")))

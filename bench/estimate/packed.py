@@ -14,7 +14,7 @@ from bench.estimate import attention
 from bench.estimate import tiles as tiling
 from bench.estimate.constants import Gpu
 from bench.estimate.constants import attention as attention_constants
-from bench.estimate.errors import UNKNOWN, error_of
+from bench.estimate.errors import error_of
 from bench.estimate.kernels import Kernel, compiled
 from bench.estimate.result import Estimate, new_name, together
 from bench.estimate.tiles import Shape, Tile
@@ -25,7 +25,7 @@ _FLOPS = {"forward": 1.0, "dq": 1.5, "dkdv": 2.0}  # products of a kernel, in th
 
 
 def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate:
-    """The time of a causal call without other options, by the portable kernels. No published speed can be compared."""
+    """The time of a causal call without other options, by the portable kernels."""
     parts: dict[str, Estimate] = {}
     group = work.Hq // work.Hkv
     kernels = _kernels(gpu, work.lengths, group, work.D, direction)
@@ -38,7 +38,7 @@ def packed_estimate(gpu: Gpu, work: AttentionVarlen, direction: str) -> Estimate
             bytes_ = 4 * elements if name == "delta" else 0
             made = Estimate(bytes_ / (gpu.copy * 1e9), "dram", error_of("rows", gpu.family))
         seconds = made.seconds + attention_constants().launch * bool(parts)
-        parts[new_name(parts, name)] = dataclasses.replace(made, seconds=seconds, error=UNKNOWN)
+        parts[new_name(parts, name)] = dataclasses.replace(made, seconds=seconds)
     return together(parts)
 
 
@@ -64,9 +64,10 @@ def _kernel(gpu: Gpu, kernel: Kernel, work: AttentionVarlen, first: float) -> Es
     block = BLOCK_M if name == "dkdv" else BLOCK_N
     read = tiling.steps(tiles) * block * work.D * 2 * 2
     flops = _FLOPS[name] * sum(shape.flops for shape in shapes)
+    kind = "packed forward" if name == "forward" else "packed backward"
     empty = empty_programs(kernel, attention.kernel_programs(tiles), work.Hkv)
     return attention.kernel_estimate(
-        gpu, kernel, tiles, flops=flops, l2_bytes=read, kind="packed", empty=empty, first=first
+        gpu, kernel, tiles, flops=flops, l2_bytes=read, kind=kind, empty=empty, first=first
     )
 
 
