@@ -159,6 +159,12 @@ def _attention_cases() -> Iterator[Case]:
         for family in families:
             yield Case("attention", label, launch, only=family, wide=True)
 
+    # Options for which dk and dv keep the tile of a plain call, or just do not.
+    for D in (64, 128, 256):
+        for features in ("start window", "packed window"):
+            launch = functools.partial(_backward_with_window, D, features)
+            yield Case("attention", f"D={D} bfloat16 {features}", launch)
+
     # Documents or a window, and first keys that stay visible.
     for D, dtype, features in (
         (64, torch.bfloat16, "prefix"), (128, torch.bfloat16, "prefix"), (256, torch.bfloat16, "prefix"),
@@ -254,6 +260,17 @@ def _attention(D: int, DV: int, dtype: torch.dtype, everything: bool, packed: bo
         sinks = dlse = None
     KERNELS["attention_forward"](q, k, v, sinks, *rest)
     KERNELS["attention_backward"](do, dlse, q, k, v, do, lse, sinks, *rest, True, True, True, everything, None)
+
+
+def _backward_with_window(D: int, features: str) -> None:
+    B, S = 2, 512
+    q, k = (torch.empty(B, S, H, D, dtype=torch.bfloat16).transpose(1, 2) for H in (8, 2))
+    lse, on = torch.empty(B, 8, S), {"kv_start": torch.zeros(B, S, dtype=torch.int32)}
+    if features == "packed window":
+        q, k, lse, starts = q[0].transpose(0, 1), k[0].transpose(0, 1), lse[0], torch.zeros(3, dtype=torch.int32)
+        on = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    options = attention_options(S, S, 0.1, left=64, **on)
+    KERNELS["attention_backward"](q, None, q, k, k, q, lse, *options, True, True, True, False, None)
 
 
 def _attention_with_prefix(D: int, DV: int, dtype: torch.dtype, features: str) -> None:

@@ -35,6 +35,7 @@ from llama_kernels.ops.attention.hopper.tables import tile_for_width
 FILE = Path(__file__).with_name("measured.json")
 RESULTS = Path(__file__).parents[1] / "results"
 _DELTA_IN_DQ = "2026-11-27T12"  # until then a launch of its own computed delta
+_WIDE_BACKWARD = "2026-11-28T06"  # until then the backward of heads wider than 128 had other tiles
 _WORKS = {work.op: work for work in (RMSNorm, AddRMSNorm, Rope, QKNormRope, RopeQKV)}
 
 
@@ -115,12 +116,14 @@ def _of_record(gpu: Gpu, record: Record) -> Estimate:
         return few_rows.few_rows_estimate(gpu, Few(sizes["B"], 1, sizes["Sk"], sizes["Hq"], sizes["Hkv"], sizes["D"]))
     if record.op == "attention_varlen":
         if record.direction == "forward":
-            raise _Missing("attention_varlen forward: it ran the Hopper kernel, of which there is no model for packed batches")
+            raise _Missing("attention_varlen forward ran the Hopper kernel; its model has no packed batches")
         work = AttentionVarlen(shape="", **{**sizes, "lengths": tuple(sizes["lengths"])})  # JSON has no tuples
         return packed.packed_estimate(gpu, work, record.direction)
     if sizes["window"] != -1:
         raise _Missing("attention with a window")
     shape = Shape(*(sizes[name] for name in ("B", "S", "Hq", "Hkv", "D")))
+    if record.direction == "backward" and shape.D > 128 and record.date < _WIDE_BACKWARD:
+        raise _Missing(f"attention backward, D = {shape.D}: measured with other tiles than today's")
     hopper = record.direction == "forward" and dispatch.for_heads("forward", gpu.family, shape.D).tile is not None
     return ours.attention_estimate(gpu, shape, record.direction, hopper, delta_apart=record.date < _DELTA_IN_DQ)
 

@@ -108,7 +108,7 @@ def ideal_norm_rope(x, weight, cos, sin, interleaved, eps, offset, dy, by: Arith
 
 
 def _adds_term_after_term(x: torch.Tensor) -> bool:
-    """A GPU multiplies float32 without tensor cores, term after term: of wide heads that is less exact than in blocks."""
+    """A GPU multiplies float32 without tensor cores, term after term: less exact for wide heads than in blocks."""
     return x.dtype == torch.float32 and x.is_cuda
 
 

@@ -69,11 +69,12 @@ _FEW_ROWS = Tile(32, 128, 8, 2)
 _DQ = Tile(128, 64, 8, 3, spare_registers=True, for_options=Tile(128, 64, 8, 2))
 # Under Triton 3.9 a prefix spills 8 bytes with 64 keys.
 _DQ_3_9 = replace(_DQ, for_prefix=Tile(128, 32, 8, 3))
-_WIDER_DQ = Tile(128, 32, 8, 2, for_options=Tile(128, 32, 8, 1))
-# Under Triton 3.8, computing delta beside all options spills 56 bytes, and 8 bytes where q and k are rotated too.
+_WIDER_DQ = Tile(128, 32, 8, 3, spare_registers=True, for_options=Tile(128, 32, 8, 1))
+# Under Triton 3.8, computing delta beside all options spills 56 bytes, and 8 bytes where q and k are rotated too. With
+# two stages kv_start spills 8 bytes.
 _WIDER_DQ_3_8 = replace(
     _WIDER_DQ,
-    for_options=Tile(128, 16, 8, 2, computes_delta=False),
+    for_options=Tile(128, 16, 8, 3, computes_delta=False),
     for_prefix=Tile(32, 32, 4, 2),
     newer=_WIDER_DQ,
     since=(3, 9),
@@ -107,7 +108,7 @@ _CDNA_DQ_3_7 = Tile(64, 32, 4, 1, for_options=Tile(32, 32, 4, 1))
 # least from L2 for its tensor-core work: the largest, and of two such the one with more stages.
 _HALF = {
     # The tiles of Hopper are the fastest of 5 to 12 that an H100 timed in each pass (docs/lab/2026-11-27-first_gpu.md),
-    # but for dk and dv at width 256, where 64 x 128 with one stage was 5% faster.
+    # but for dq at width 256, whose third stage was not timed (docs/lab/2026-11-28-wide_backward.md).
     ("sm_90", "forward"): (
         Tile(128, 64, 4, 3, for_options=Tile(128, 64, 8, 2)),
         Tile(128, 64, 8, 3, for_options=Tile(128, 64, 8, 2)),
@@ -118,7 +119,7 @@ _HALF = {
     ("sm_90", "dq"): (
         Tile(64, 64, 4, 3, spare_registers=True, for_options=Tile(128, 64, 8, 2)),
         replace(_DQ, newer=replace(_DQ, for_options=Tile(128, 64, 8, 1), newer=_DQ_3_9, since=(3, 9))),
-        Tile(128, 32, 8, 2, newer=_WIDER_DQ_3_8),
+        replace(_WIDER_DQ, for_options=Tile(128, 32, 8, 2), newer=_WIDER_DQ_3_8),
     ),
     # dk and dv are the larger accumulators. At width 128 a program keeps 128 keys and streams the rows in blocks of 64:
     # with 32, k @ q^T waits for its operands. They spill up to 56 bytes, outside the loop; with softcap and more, up to
@@ -126,7 +127,7 @@ _HALF = {
     ("sm_90", "dkdv"): (
         Tile(64, 64, 4, 3),
         Tile(64, 128, 8, 3, for_options=_FEW_ROWS),
-        Tile(32, 128, 8, 2, split=True),
+        Tile(64, 128, 8, 1, split=True, for_options=Tile(32, 128, 8, 2, split=True)),
     ),
     # Ampere has no asynchronous products: q stays in registers, which limits the keys of a step.
     # In the forward three stages hide the copies, and four warps at width 64 leave room for a second program on an SM.
@@ -386,7 +387,7 @@ def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
 
         forward   a softcap, a window, kv_start, kv_end or kv_prefix: `AttentionCall.with_options`
         dq        likewise; also a packed batch or an inverse rotation, unless the tile has spare registers
-        dkdv      a softcap, kv_end or kv_prefix
+        dkdv      a softcap, kv_end, kv_prefix, or kv_start beside a window
         decode    none
 
     Then `for_prefix` takes its place in the forward and in dq where the call has a kv_prefix, and `for_options`
@@ -398,7 +399,8 @@ def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
         return found
     prefix = call.kv_prefix is not None
     if pass_ == "dkdv":
-        crowded = prefix or call.kv_end is not None or call.softcap is not None
+        both_floors = call.kv_start is not None and call.left is not None
+        crowded = prefix or both_floors or call.kv_end is not None or call.softcap is not None
         return found.for_options if crowded and found.for_options else found
     crowded = call.with_options
     if pass_ == "dq" and not found.spare_registers:
