@@ -188,7 +188,9 @@ def test_our_kernels_that_a_gpu_timed_are_compared(monkeypatch, capsys):
     for only in ("rms_norm forward", "attention hopper backward", "attention dkdv", "decode"):
         found = list(measured.points(print, only))
         assert found and all(p.whose == errors.OURS and 0.5 < p.estimate.seconds / p.known < 1.6 for p in found), only
-    assert not capsys.readouterr().out
+    # dk and dv of heads of 256 have had another tile since.
+    (left_out,) = capsys.readouterr().out.splitlines()
+    assert left_out.startswith("left out: attention dkdv, D = 256: measured with 32 x 128, 8, 2, split; today it is ")
 
 
 def test_times_of_another_release_of_triton_are_left_out_with_the_reason(monkeypatch, capsys):
