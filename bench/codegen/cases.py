@@ -159,7 +159,7 @@ def _attention_cases() -> Iterator[Case]:
         for family in families:
             yield Case("attention", label, launch, only=family, wide=True)
 
-    # Options for which dk and dv keep the tile of a plain call, or just do not.
+    # Options that take registers in dk and dv: kv_start beside a window takes the tile for options, the other does not.
     for D in (64, 128, 256):
         for features in ("start window", "packed window"):
             launch = functools.partial(_backward_with_window, D, features)
