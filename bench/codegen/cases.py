@@ -159,7 +159,7 @@ def _attention_cases() -> Iterator[Case]:
         for family in families:
             yield Case("attention", label, launch, only=family, wide=True)
 
-    # Options that take registers in dk and dv: kv_start beside a window takes the tile for options, the other does not.
+    # Options that take registers in dk and dv. The first call takes the tile for options, the second does not.
     for D in (64, 128, 256):
         for features in ("start window", "packed window"):
             launch = functools.partial(_backward_with_window, D, features)
