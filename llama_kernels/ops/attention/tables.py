@@ -122,8 +122,8 @@ _HALF = {
         replace(_WIDER_DQ, for_options=Tile(128, 32, 8, 2), newer=_WIDER_DQ_3_8),
     ),
     # dk and dv are the larger accumulators. At width 128 a program keeps 128 keys and streams the rows in blocks of 64:
-    # with 32, k @ q^T waits for its operands. They spill up to 56 bytes, with at most one access in the loop; with softcap
-    # and more, up to 104 bytes.
+    # with 32, k @ q^T waits for its operands. They spill up to 56 bytes, with at most one access in the loop; with
+    # softcap and more, up to 104 bytes.
     ("sm_90", "dkdv"): (
         Tile(64, 64, 4, 3),
         Tile(64, 128, 8, 3, for_options=_FEW_ROWS),
