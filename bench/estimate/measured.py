@@ -23,6 +23,7 @@ from bench.estimate.published import Figure
 from bench.estimate.result import Estimate
 from bench.estimate.tiles import Shape
 from bench.measuring import records
+from bench.measuring.kernels import has_tile, tile_of
 from bench.measuring.records import Record
 from bench.providers.provider import OURS as OUR_NAME
 from bench.works.attention import AttentionVarlen
@@ -34,6 +35,7 @@ from llama_kernels.ops.attention.hopper.tables import tile_for_width
 
 FILE = Path(__file__).with_name("measured.json")
 RESULTS = Path(__file__).parents[1] / "results"
+# Of records that do not name their kernels:
 _DELTA_IN_DQ = "2026-11-27T12"  # until then a launch of its own computed delta
 _WIDE_BACKWARD = "2026-11-28T06"  # until then the backward of heads wider than 128 had other tiles
 _WORKS = {work.op: work for work in (RMSNorm, AddRMSNorm, Rope, QKNormRope, RopeQKV)}
@@ -122,10 +124,28 @@ def _of_record(gpu: Gpu, record: Record) -> Estimate:
     if sizes["window"] != -1:
         raise _Missing("attention with a window")
     shape = Shape(*(sizes[name] for name in ("B", "S", "Hq", "Hkv", "D")))
-    if record.direction == "backward" and shape.D > 128 and record.date < _WIDE_BACKWARD:
-        raise _Missing(f"attention backward, D = {shape.D}: measured with other tiles than today's")
+    _require_tiles(gpu, record)
     hopper = record.direction == "forward" and dispatch.for_heads("forward", gpu.family, shape.D).tile is not None
-    return ours.attention_estimate(gpu, shape, record.direction, hopper, delta_apart=record.date < _DELTA_IN_DQ)
+    delta_apart = record.date < _DELTA_IN_DQ if record.kernels is None else _ran("delta", record)
+    return ours.attention_estimate(gpu, shape, record.direction, hopper, delta_apart)
+
+
+def _require_tiles(gpu: Gpu, record: Record) -> None:
+    """Raise _Missing if a portable kernel of attention ran with another tile than today's."""
+    what = f"attention {record.direction}, D = {record.sizes['D']}"
+    if record.kernels is None:
+        if record.direction == "backward" and record.sizes["D"] > 128 and record.date < _WIDE_BACKWARD:
+            raise _Missing(f"{what}: measured with other tiles than today's")
+        return
+    for pass_ in ("forward", "dq", "dkdv"):
+        today = tables.tile(gpu.family, pass_, record.sizes["D"], torch.bfloat16).launch_options
+        for kernel in record.kernels:
+            if kernel.startswith(f"{pass_}_kernel:") and not has_tile(kernel, today):
+                raise _Missing(f"{what}: measured with {kernel}; today its tile is {tile_of(**today)}")
+
+
+def _ran(kernel: str, record: Record) -> bool:
+    return any(each.startswith(f"{kernel}_kernel:") for each in record.kernels or ())
 
 
 def _require_triton(release: str) -> None:

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 import llama_kernels as lk
 from bench.codegen.compiling import StandInDriver
+from bench.measuring.kernels import tile_of
 from bench.measuring.step import Step
 from bench.providers.provider import OURS, Unsupported
 from bench.providers.registry import PROVIDERS
@@ -144,8 +145,7 @@ def launching_for(target: Target, wanted: Callable[[Kernel], bool]) -> Iterator[
 def _kernel(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> Kernel:
     names = fn.jit_function.arg_names
     constants = {names[at[0]]: x for at, x in compile["constants"].items() if len(at) == 1}
-    blocks = [f"{name} {x}" for name, x in constants.items() if name.startswith("BLOCK")]
-    tile = ", ".join((*blocks, f"{compile['num_warps']} warps", f"{compile['num_stages']} stages"))
+    tile = tile_of(num_warps=compile["num_warps"], num_stages=compile["num_stages"], **constants)
     return Kernel(f"{fn.module}.{fn.name} {key}", fn.jit_function.__name__.strip("_"), tile)
 
 

@@ -38,6 +38,7 @@ class Record:
     saved: int | None = None  # bytes kept for the backward, with the arguments among them
     error: float | None = None  # largest relative error, of outputs and gradients, against float64
     reason: str | None = None
+    kernels: list[str] | None = None  # of ours, on a GPU: the kernels that ran, each with its tile
     estimate: bool = False  # ms is computed from a model of the GPU, not measured
     clock: int | None = None  # MHz of the SMs after the samples
     torch: str = ""
@@ -112,7 +113,14 @@ def read(path: Path) -> Run:
     return Run(whole.pop("machine", {}), whole.pop("ceilings", {}), records, whole)
 
 
-_KINDS = {"str": (str,), "float": (float, int), "int": (int,), "bool": (bool,), "None": (type(None),)}
+_KINDS = {
+    "str": (str,),
+    "float": (float, int),
+    "int": (int,),
+    "bool": (bool,),
+    "None": (type(None),),
+    "list[str]": (list,),
+}
 
 
 def _record(path: Path, i: int, fields: Any) -> Record:

@@ -14,9 +14,10 @@ from bench.measuring import machine, records, timing
 from bench.measuring.capture import Calls, Lost
 from bench.measuring.contain import Contained, mark_unfinished
 from bench.measuring.journal import CAPTURE, Journal
+from bench.measuring.kernels import kernels_of
 from bench.measuring.records import NOT_RUN, Record
 from bench.measuring.step import Step, put_rate
-from bench.providers.provider import Provider
+from bench.providers.provider import OURS, Provider
 from bench.works.errors import disparity, errors
 from bench.works.work import Call, Function, Results, Work, compute
 
@@ -164,7 +165,7 @@ class _Bench:
         return f
 
     def memory(self, f: Function, call: Call, rows: list[Record]) -> None:
-        """Fill in the bytes kept for the backward and, on a GPU, the peak memory."""
+        """Fill in the bytes kept for the backward and, on a GPU, the peak memory and our kernels."""
         step = Step(f, call, self.backward)
         saved = timing.saved_for_backward(step.forward) if self.backward else None
         for r in rows:
@@ -175,6 +176,8 @@ class _Bench:
             if r.direction == "backward":
                 step.forward_once()
             r.memory = timing.peak_memory(step.of(r.direction), self.device)
+            if r.provider.startswith(OURS):
+                r.kernels = kernels_of(step.of(r.direction))
             step.forget()
 
     def time(self, call: Call, functions: Mapping[str, Function], rows: Mapping[str, Record]) -> None:

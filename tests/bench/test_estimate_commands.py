@@ -29,7 +29,12 @@ from bench.estimate.few_rows import Few
 from bench.estimate.published import Figure
 from bench.estimate.result import Estimate
 from bench.estimate.tiles import Shape
+from bench.measuring import records
+from bench.measuring.kernels import tile_of
+from bench.measuring.records import Record, Run
+from bench.providers.provider import OURS
 from llama_kernels.core.registry import KERNELS
+from llama_kernels.ops.attention import tables
 from llama_kernels.ops.attention.hopper.tables import HopperTile
 from tests.support.environment import compiles
 
@@ -191,6 +196,29 @@ def test_our_kernels_that_a_gpu_timed_are_compared(monkeypatch, capsys):
     # dk and dv of heads of 256 have had another tile since.
     (left_out,) = capsys.readouterr().out.splitlines()
     assert left_out.startswith("left out: attention dkdv, D = 256: measured with 32 x 128, 8, 2, split; today it is ")
+
+
+@compiles
+def test_a_record_is_compared_only_with_the_tiles_that_it_names(monkeypatch, tmp_path):
+    monkeypatch.setattr(measured, "_require_triton", lambda release: None)
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    tiles = {pass_: tables.tile("sm_90", pass_, 64, torch.bfloat16).launch_options for pass_ in ("dq", "dkdv")}
+    kernels = [f"{pass_}_kernel: BLOCK_D 64, {tile_of(**tile)}" for pass_, tile in tiles.items()]
+    sizes = {"B": 1, "S": 2048, "Hq": 16, "Hkv": 8, "D": 64, "window": -1}
+    record = Record("attention", "backward", "", sizes, "bfloat16", OURS, ms=1.0, kernels=kernels)
+    said: list[str] = []
+
+    def parts_compared() -> list[str]:
+        run = Run({"gpu": "NVIDIA H100 80GB HBM3"}, {}, [record], {})
+        records.write(run, tmp_path / "gpu" / "run.json")
+        found = measured.points(said.append, "attention backward")
+        return [name for point in found if point.figure.source == "gpu/run.json" for name, _ in point.estimate.parts]
+
+    assert parts_compared() == ["dq", "dkdv"]
+    record.kernels = ["delta_kernel: 4 warps, 1 stages", *kernels]
+    assert parts_compared() == ["delta", "dq", "dkdv"]
+    record.kernels = [kernel.replace(" warps", "0 warps") for kernel in kernels]
+    assert parts_compared() == [] and said[-1].startswith("left out: attention backward, D = 64: measured with dq_kern")
 
 
 def test_times_of_another_release_of_triton_are_left_out_with_the_reason(monkeypatch, capsys):

@@ -10,6 +10,7 @@ import torch
 from bench.gpu_check import compile as compiling
 from bench.gpu_check import launches
 from llama_kernels.ops import rms_norm
+from llama_kernels.ops.attention.hopper.tables import tile_for_width
 from tests.support.environment import COMPILES
 from tests.support.processes import output_of
 
@@ -90,7 +91,9 @@ def test_attention_and_a_patched_layer_launch_the_expected_kernels():
     launched = {call.name: kernels for call, kernels in zip(made, launches.collected(SM_90, made), strict=True)}
     assert all(launched.values())
     plain = launched["bench: attention, Llama 3.1 8B, Qwen3 8B, bfloat16"]
-    assert [k.name for k in plain] == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
+    # The default under the release of Triton that the Hopper kernel was measured with.
+    forward = "hopper_forward_kernel" if tile_for_width("forward", 128).measured else "forward_kernel"
+    assert [k.name for k in plain] == [forward, "dq_kernel", "dkdv_kernel"]
     hopper = launched["bench, Hopper: attention, Llama 3.1 8B, Qwen3 8B, bfloat16"]
     assert {"hopper_forward_kernel", "hopper_backward_kernel"} <= {k.name for k in hopper}
     layer = launched["patched layer: Llama 3.1 8B"]

@@ -10,6 +10,7 @@ import torch
 
 import llama_kernels as lk
 from bench.attention_options import attention_options
+from bench.measuring.kernels import has_tile, kernels_of
 from llama_kernels.core import launch_cache
 from llama_kernels.core.language import triton
 from llama_kernels.core.registry import KERNELS
@@ -59,6 +60,17 @@ def test_compiled_kernels_are_recorded(driver_that_announces):
         assert (options["BLOCK_R"], options["BLOCK_N"], options["num_warps"]) == (tile.BLOCK_R, tile.BLOCK_N, 4)
     KERNELS["rms_norm_forward"](x, None, None, 1e-6, 0.0)
     assert len(launches) == 3  # nothing is recorded afterwards
+
+
+@compiles
+def test_a_record_names_each_kernel_with_its_tile(driver_that_announces):
+    x, tile = torch.zeros(40, 256, dtype=torch.float16), rms_norm.row_tile("forward", 256)
+    options = tile.options(256, x.device)
+    (kernel,) = kernels_of(lambda: KERNELS["rms_norm_forward"](x, None, None, 1e-6, 0.0))
+    assert kernel == "rms_norm_forward_kernel: BLOCK_R 16, BLOCK_N 256, 4 warps, 3 stages"
+    del options["N"]
+    assert has_tile(kernel, {**options, "num_stages": 3})
+    assert not any(has_tile(kernel, {**options, "num_stages": 3, name: 2}) for name in (*options, "num_stages"))
 
 
 @compiles
