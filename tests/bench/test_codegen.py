@@ -172,9 +172,9 @@ def test_each_fault_of_a_loop_is_reported(body, flops, fault):
 def test_a_window_that_hides_no_key_is_no_option():
     q = torch.empty(1, 1, 64, 16, device="meta")
     plain = AttentionCall(q, q, q, *[None] * 5, 64, 64, 0.25, None, left=None, right=0)
-    assert not plain.with_options and not plain._replace(left=63).with_options and plain._replace(left=62).with_options
+    assert not plain.has_options and not plain._replace(left=63).has_options and plain._replace(left=62).has_options
     bounds = torch.empty(2, dtype=torch.int32, device="meta")  # in a packed batch, other sequences may be longer
-    assert plain._replace(cu_seqlens_q=bounds, left=63).with_options
+    assert plain._replace(cu_seqlens_q=bounds, left=63).has_options
 
 
 def test_a_tile_may_depend_on_the_triton_version():

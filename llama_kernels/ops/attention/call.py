@@ -123,7 +123,7 @@ class AttentionCall(NamedTuple):
         return _bound_strides(self.kv_start), _bound_strides(self.kv_end), _bound_strides(self.kv_prefix)
 
     @property
-    def with_options(self) -> bool:
+    def has_options(self) -> bool:
         """Whether options are on that take registers in the forward and in dq."""
         # A window counts where it hides a key. In a packed batch that would depend on the longest sequence, and with it
         # the tile, and so the bits of the others.

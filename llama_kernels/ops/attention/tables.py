@@ -385,7 +385,7 @@ def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
     It is the tile for the widths and the dtype of the call, unless the call has options for which the pass holds more
     in registers than that tile leaves room for:
 
-        forward   a softcap, a window, kv_start, kv_end or kv_prefix: `AttentionCall.with_options`
+        forward   a softcap, a window, kv_start, kv_end or kv_prefix: `AttentionCall.has_options`
         dq        likewise; also a packed batch or an inverse rotation, unless the tile has spare registers
         dkdv      a softcap, kv_end, kv_prefix, or kv_start beside a window
         decode    none
@@ -402,7 +402,7 @@ def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
         both_floors = call.kv_start is not None and call.left is not None
         crowded = prefix or both_floors or call.kv_end is not None or call.softcap is not None
         return found.for_options if crowded and found.for_options else found
-    crowded = call.with_options
+    crowded = call.has_options
     if pass_ == "dq" and not found.spare_registers:
         crowded = crowded or call.packed or rotated
     instead = found.for_prefix if prefix and found.for_prefix else found.for_options

@@ -196,7 +196,7 @@ def is_persistent(call: AttentionCall) -> bool:
     The loop over tiles takes registers. With options that take registers, and with wide heads, there are none.
     """
     widest = max(call.q.shape[-1], call.v.shape[-1])
-    return call.packed and not call.with_options and widest <= 128 and call.q.dtype != torch.float32
+    return call.packed and not call.has_options and widest <= 128 and call.q.dtype != torch.float32
 
 
 def programs_for(tokens: int, sequences: int, heads: int, rows: int, persistent: bool) -> int:

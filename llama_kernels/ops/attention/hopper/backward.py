@@ -18,7 +18,7 @@ from llama_kernels.core.language import tl
 from llama_kernels.core.launch_cache import Launch, cached_launch
 from llama_kernels.core.tensors import cdiv, empty_in_order_of
 from llama_kernels.ops.attention.call import AttentionCall, Grads, RowInputs, Scoring, Sizes
-from llama_kernels.ops.attention.delta import PADDING
+from llama_kernels.ops.attention.delta import padded_start
 from llama_kernels.ops.attention.hopper.descriptors import coordinates, describe, describe_rows
 from llama_kernels.ops.attention.hopper.gluon import (
     fence_async_shared,
@@ -59,7 +59,7 @@ class Place(NamedTuple):
     n: gl.tensor
     group: gl.tensor
     q_start: gl.tensor
-    padded_start: gl.tensor  # of the sequence's rows in lse2 and delta
+    first_padded: gl.tensor  # of the sequence's rows in lse2 and delta
     Sq: gl.tensor
     k_start: gl.tensor
     Sk: gl.tensor
@@ -119,7 +119,7 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, buffers, ba
         head, block = head_and_block(walk, step, place.group)
         h, m = place.h_kv * place.group + head, block * 64
         at = coordinates(q_desc, place.b, h, place.q_start, place.Sq, m)
-        row = (place.heads + h, place.padded_start + m)
+        row = (place.heads + h, place.first_padded + m)
         mbarrier.wait(bars.freed.index(slot), freed)
         mbarrier.expect(bars.q_filled.index(slot), q_desc.block_type.nbytes + lse2_desc.block_type.nbytes)
         tma_load(q_desc, at, bars.q_filled.index(slot), buffers.q.index(slot))
@@ -250,7 +250,7 @@ def _hopper_backward_kernel(
     q_desc, k_desc, v_desc, do_desc, lse2_desc, delta_desc, dq_desc, dk_desc, dv_desc,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, list_ptr,
     sizes, scoring, window, at_once,
-    PADDING: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
+    SHARED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk = dS^T @ q scale and dv = P^T @ do of 128 keys of one key head, summed over its query heads; dq += dS @ k.
 
@@ -265,11 +265,10 @@ def _hopper_backward_kernel(
         n, h_kv, b, k_start, Sk = key_tile(list_ptr, 0, sizes, cu_seqlens_k_ptr, 128, at_once)
         q_start, Sq = sequence(cu_seqlens_q_ptr, b, sizes.Sq, length(sizes.longest_q))
         walk = row_walk(Mask(Sk - Sq, window.left, window.right, None, None, Sk), n, Sq, 64, 128)
-        heads, padded_start = b * sizes.Hq, 0
-        if cu_seqlens_q_ptr is not None:
-            heads, padded_start = 0, (q_start.to(gl.int32) + b * PADDING) // PADDING * PADDING
+        heads = b * sizes.Hq if cu_seqlens_q_ptr is None else 0
+        first_padded = padded_start(cu_seqlens_q_ptr, b, q_start).to(gl.int32)
         place = Place(
-            b, h_kv, heads, n, sizes.group, q_start.to(gl.int32), padded_start, Sq, k_start.to(gl.int32), Sk
+            b, h_kv, heads, n, sizes.group, q_start.to(gl.int32), first_padded, Sq, k_start.to(gl.int32), Sk
         )  # fmt: skip
         DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], k_desc.dtype)
         buffers = Buffers(
@@ -328,7 +327,7 @@ def _launch_hopper_backward_kernels(
         call.cu_seqlens_q, call.cu_seqlens_k, list_k, sizes.as_arguments(), call.scoring, call.window,
         None if lists else heads_at_once(sizes, tile.width),
     )  # fmt: skip
-    options = {"PADDING": PADDING.value, "SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
+    options = {"SHARED": tile.width == 128, "STAGES": tile.STAGES, "num_warps": 4}
     programs = cdiv(sizes.Sk, 128) * sizes.B * sizes.Hkv
     if lists is not None:
         programs = programs_for(sizes.Sk, sizes.B, sizes.Hkv, 128, persistent=False)
