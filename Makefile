@@ -102,7 +102,7 @@ newest:
 	$(BIN)/python -m tests.run --workers $(JOBS) $(PYTEST)
 
 # On a GPU every provider is measured. Without one: bounds on times, parity, machine code and the host's cost of a call.
-# BENCH='--preset sweeps --ops rope' and the like; `python -m bench --help` lists the options.
+# BENCH='--preset sweeps --ops rope' and the like; `python -m bench run --help` lists the options.
 bench: $(INSTALLED)
 	$(call NEEDS,bench)
 	$(BIN)/python -m bench run $(BENCH)
