@@ -1,4 +1,4 @@
-"""Whether tensors that are written in place share elements, with each other or with themselves.
+"""Whether tensors that are written in place share elements, with other tensors or with themselves.
 
 Two strided tensors share a byte if the distance between their first bytes is a sum of multiples of their strides, each
 multiple within its size. That is searched for, from the largest stride to the smallest: in a few steps where the
@@ -14,18 +14,25 @@ from typing import NamedTuple
 
 import torch
 
-_MOST_STEPS = 4096  # a few milliseconds, and once for each pair of layouts: the results are cached
+_MOST_STEPS = 4096  # a few milliseconds, once for each pair of layouts and distance between them: results are cached
 
 _Sizes = tuple[int, ...]
 
 
-def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether an element of `x` and one of `y`, on one device, are in the same memory. Not for tensors without data."""
-    distance = y.data_ptr() - x.data_ptr()
-    x_layout, y_layout = (x.shape, x.stride(), x.itemsize), (y.shape, y.stride(), y.itemsize)
-    if distance >= _extent(*x_layout) or -distance >= _extent(*y_layout):
-        return False
-    return _meet(x_layout, y_layout, distance)
+def sharing_pair(tensors: Sequence[torch.Tensor], written: int) -> tuple[int, int] | None:
+    """The indices of two of `tensors` that have an element in the same memory. None: there are no such two.
+
+    The first of the two is among the first `written` tensors. All tensors are on one device. A tensor at address 0 has
+    no data, as a DTensor, and shares none.
+    """
+    layouts = [(x.shape, x.stride(), x.itemsize) for x in tensors]
+    starts = [x.data_ptr() for x in tensors]
+    ends = [start + _extent(*layout) if start else 0 for start, layout in zip(starts, layouts, strict=True)]
+    for i in range(written):
+        for j in range(i + 1, len(tensors)):
+            if starts[i] < ends[j] and starts[j] < ends[i] and _meet(layouts[i], layouts[j], starts[j] - starts[i]):
+                return i, j
+    return None
 
 
 @functools.lru_cache(maxsize=1024)

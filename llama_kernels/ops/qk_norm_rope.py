@@ -208,7 +208,7 @@ def _qk_norm_rope_forward_kernel(
     weights: (D,) or None; k may be None. `Tables` and `load_angles` describe the tables.
     Given tq and tk, the tangents of q and k, the results are the tangents of y instead. tq_weight and tk_weight, the
     tangents of the weights, may be None.
-    Bytes: q and k in and out, tq and tk in, and each table row once for all heads. FLOPs: 7 an element; 15 of tangents.
+    Bytes: q and k in and out, tq and tk in, and each table row once for all heads. FLOPs: 7 an element; 14 of tangents.
     """
     blocks = tl.cdiv(S, BLOCK_T)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -301,7 +301,7 @@ def _qk_norm_rope_backward_kernel(
     The first q_programs programs compute the tiles of q, the others those of k, in float32. A program sums its part of
     dweight in registers and stores it to its own row of (programs, D) float32; `sum_partials` adds up the rows. rstd is
     computed again, since x is read anyway. k, its gradients, the weights and their gradients may be None.
-    Bytes: x and dy in, dx out, once each; table rows once a tile. FLOPs: 17 an element.
+    Bytes: x and dy in, dx out, once each; table rows once a tile. FLOPs: 14 an element.
     """
     pid = tl.program_id(0)
     tables = Tables(cos_ptr, sin_ptr, position_ids_ptr, cos_strides, sin_strides, position_strides, positions)
@@ -416,12 +416,13 @@ def _launch_forward(
     if not B * S * max(Hq, Hkv):
         return []
     heads, rotation = (call.q, call.k, q_out, k_out), call.rotation
+    rotation.require_rows(S)
     tangents = _Tangents(None, None, None, None) if tangents is None else tangents
     require_contiguous(call.q_weight, call.k_weight, *tangents)
     args = (
         call.q, call.k, call.q_weight, call.k_weight, q_out, k_out, *rotation.tensors_and_axes, *tangents,
         *map(optional_strides_of, heads), *rotation.strides_and_axes, *map(optional_strides_of, tangents[:2]),
-        S, Hq, Hq if call.k is None else Hkv, call.cos.shape[0], rotation.positions_of_token, call.eps, call.offset,
+        S, Hq, Hq if call.k is None else Hkv, rotation.positions, rotation.positions_of_token, call.eps, call.offset,
     )  # fmt: skip
     return [Launch(_qk_norm_rope_forward_kernel, (B * cdiv(S, _tile(call).BLOCK_T),), args, _options(call))]
 
@@ -440,11 +441,12 @@ def _launch_backward(
     """
     require_contiguous(call.q_weight, call.k_weight)
     rotation = call.rotation
+    rotation.require_rows(_sizes(call)[1])
     heads = (call.dq_out, call.dk_out, call.q, call.k, grads.q, None if call.k is None else grads.k)
     args = (
         *heads[:4], call.q_weight, call.k_weight, *heads[4:], q_partials, k_partials, *rotation.tensors_and_axes,
         *map(optional_strides_of, heads), *rotation.strides_and_axes,
-        *_sizes(call), call.cos.shape[0], rotation.positions_of_token, programs[0], call.eps, call.offset,
+        *_sizes(call), rotation.positions, rotation.positions_of_token, programs[0], call.eps, call.offset,
     )  # fmt: skip
     sums = ((q_partials, grads.q_weight), (k_partials, grads.k_weight))
     return [

@@ -362,7 +362,7 @@ def _rms_norm_tangent_kernel(
     A program computes BLOCK_R rows, in float32. tx, x, ty: (M, N); weight, tweight: (N,) or None; rstd: (M,) float32.
     `columns` is N, as in `_rms_norm_backward_kernel`.
     Bytes: tx and x in, ty out, once each. Of rows longer than BLOCK_N all but the last step of tx and x is read twice.
-    FLOPs: 8 M N.
+    FLOPs: 9 M N.
     """
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = rows < M
@@ -444,18 +444,18 @@ def _widest(*tensors: torch.Tensor | None) -> int:
 
 
 def _check_row_count(count: int) -> None:
-    """The kernels that compute one tile of rows in each program number the rows in 32 bits."""
-    if count >= 2**31:
-        raise ValueError(message("rms_norm", "x", f"a tensor of {count} rows", "fewer than 2^31 rows"))
+    """The kernels number the rows in 32 bits. A loop over tiles goes past the last row, by less than 2^24."""
+    if count > 2**31 - 2**24:
+        raise ValueError(message("rms_norm", "x", f"a tensor of {count} rows", "at most 2^31 - 2^24 rows"))
 
 
 @cached_launch
 def _launch_forward(call: _Forward, y: torch.Tensor, s: torch.Tensor | None, rstd: torch.Tensor) -> list[Launch]:
     """The launch that fills y, rstd and, with a residual, s."""
     x, residual, weight, eps, offset = call
-    rows = rows_of(x, residual, y, s, rstd)
-    if not rows.count or not x.shape[-1]:
+    if not x.numel():
         return []
+    rows = rows_of(x, residual, y, s, rstd)
     _check_row_count(rows.count)
     require_contiguous(weight)
     tile = row_tile("forward", x.shape[-1], _widest(x, residual, weight))
@@ -492,6 +492,7 @@ def _launch_backward(
     weight, N, device = call.weight, call.x.shape[-1], call.x.device
     require_contiguous(weight)
     rows = rows_of(call.x, call.dy, call.ds, call.rstd, dx if call.need_dx else None)
+    _check_row_count(rows.count)
     x, dy, ds, rstd, dx_rows = rows.tensors
     x_strides, dy_strides, ds_strides, rstd_strides, dx_strides = rows.strides
     launches = []
@@ -519,9 +520,9 @@ def _launch_backward(
 @cached_launch
 def _launch_tangent(call: _Tangent, ty: torch.Tensor) -> list[Launch]:
     """The launch that fills ty, the tangent of y."""
-    rows = rows_of(call.x, call.tx, call.rstd, ty)
-    if not rows.count or not call.x.shape[-1]:
+    if not call.x.numel():
         return []
+    rows = rows_of(call.x, call.tx, call.rstd, ty)
     _check_row_count(rows.count)
     require_contiguous(call.weight, call.tweight)
     N = call.x.shape[-1]
@@ -548,11 +549,11 @@ def _forward_fake(call):
 
 def _forward(call):
     y, s, rstd = _forward_fake(call)
+    summed = s
     if call.residual is not None and call.x.ndim > MAX_ROW_DIMS + 1 and not is_dense_in_order_of(call.x, s):
-        y, summed, rstd = _forward(call._replace(residual=dense_in_order_of(call.x, call.residual)))
-        return y, s.copy_(summed), rstd
-    _launch_forward(call, y, None if call.residual is None else s, rstd)
-    return y, s, rstd
+        summed = empty_in_order_of(call.x, dtype=s.dtype)  # `rows_of` would copy s, and the kernel fill the copy
+    _launch_forward(call, y, None if call.residual is None else summed, rstd)
+    return y, s if summed is s else s.copy_(summed), rstd
 
 
 def _forward_on_cpu(call):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_kernels.core.autograd import Differentiable, needs_grad, save, transforms_are_active
-from llama_kernels.core.checks import check_flag, check_tensors, message, shape_of
+from llama_kernels.core.checks import check_flag, check_tensors, is_integer, message, shape_of
 from llama_kernels.core.device import lanes_of
 from llama_kernels.core.language import cast, tl, triton
 from llama_kernels.core.launch_cache import Launch, cached_launch
@@ -172,13 +172,14 @@ def _launch_rope(
     Hkv = Hq if k is None else sizes_of(k)[1]
     if not B * S * max(Hq, Hkv):
         return []
+    rotation.require_rows(S)
     pairs = pairs_of(call.cos, q.shape[-1])
     tile = head_tile(pairs["HALF"], max(min(Hq, Hkv), 1), lanes_of(q.device))
     heads = (q, k, v, outs.q, None if k is None else outs.k, outs.v)
     args = (
         *heads, *rotation.tensors_and_axes, slots,
         *map(optional_strides_of, heads), *rotation.strides_and_axes, row_strides(slots),
-        S, Hq, Hkv, call.cos.shape[0], rotation.positions_of_token, None if slots is None else sizes_of(outs.k)[2],
+        S, Hq, Hkv, rotation.positions, rotation.positions_of_token, None if slots is None else sizes_of(outs.k)[2],
     )  # fmt: skip
     options = {
         "D": q.shape[-1], "DV": None if v is None else v.shape[-1], **pairs, **tile._asdict(),
@@ -536,7 +537,7 @@ def rope_qkv(
     check_tensors("rope_qkv", qkv=qkv)
     check_flag("rope_qkv", "interleaved", interleaved)
     for name, heads in (("q_heads", q_heads), ("kv_heads", kv_heads)):
-        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        if not is_integer(heads) or heads < 1:
             raise ValueError(message("rope_qkv", name, repr(heads), "a number of heads, at least 1"))
     heads = q_heads + 2 * kv_heads
     if qkv.ndim not in (2, 3) or qkv.shape[-1] % heads:
@@ -574,7 +575,8 @@ def rope_into_cache(
     Args:
         q, k, v: the new tokens, (B, Hq, S, D), (B, Hkv, S, D) and (B, Hkv, S, Dv), bfloat16, float16 or float32.
         k_cache, v_cache: (B, Hkv, L, D) and (B, Hkv, L, Dv), in the dtype of k and v, with any strides and a contiguous
-            last dimension. They are written in place, and may be views of one tensor if no element is in both.
+            last dimension. They are written in place. They may be views of one tensor if no element is in both, and
+            share no element with q, k and v.
         cache_position: where in the caches each token goes, (S,), (1, S) or (B, S), any integer dtype. A token whose
             position is outside the cache is dropped; `llama_kernels.checked` makes it an error. If two tokens have the
             same position, either may stay.

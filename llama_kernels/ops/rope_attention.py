@@ -58,6 +58,7 @@ def _rotating(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tup
 
     def backward(call: AttentionCall, results: Results, wanted: Wanted, rotation: Rotation) -> tuple[torch.Tensor, ...]:
         cos = rotation.cos
+        rotation.require_rows(call.q.shape[-2])
         half_width = cos is not None and not full_width(cos, call.q.shape[-1])
         can_rotate = half_width and rotation.axes is None
         in_registers = can_rotate and rotates_in_registers(rotation.half, rotation.interleaved)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from llama_kernels.core.checks import message, shape_of
 from llama_kernels.core.language import tl, triton
 from llama_kernels.core.tensors import next_power_of_2
 
@@ -339,6 +340,15 @@ class Rotation(NamedTuple):
     def positions_of_token(self) -> int | None:
         """How many positions a token has; None: one, without axes."""
         return None if self.axes is None or self.position_ids is None else self.position_ids.shape[0]
+
+    def require_rows(self, tokens: int) -> None:
+        """Raise a ValueError if token i has no row i, which it takes without position_ids.
+
+        Public functions check this. Calls of torch.ops.llama_kernels may pass other tables, and a kernel would read
+        past their end.
+        """
+        if self.cos is not None and self.position_ids is None and self.cos.shape[-2] < tokens:
+            raise ValueError(message("rope", "cos", shape_of(self.cos), f"a row for each of {tokens} tokens"))
 
     # --- for kernels that rotate heads which they load ---
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from llama_kernels.core.autograd import is_differentiated, needs_grad, refuse_forward_mode, transforms_are_active
 from llama_kernels.core.checks import KERNEL_DTYPES, check_dense, check_tensors, message, shape_of, values_to_check
-from llama_kernels.core.overlap import share_memory, shares_with_itself
+from llama_kernels.core.overlap import shares_with_itself, sharing_pair
 from llama_kernels.core.tensors import sizes_of
 from llama_kernels.ops.rotation import full_width
 
@@ -154,7 +156,7 @@ def check_rows(
 
 def check_writable(op: str, **heads: torch.Tensor | None) -> None:
     """Check that each of `heads` can be rotated in place."""
-    _check_apart(op, **heads)
+    _check_apart(op, heads)
     for name, x in heads.items():
         if x is None:
             continue
@@ -176,17 +178,27 @@ def _overlaps_itself(x: torch.Tensor) -> bool:
     return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
 
 
-def _check_apart(op: str, **written: torch.Tensor | None) -> None:
-    """Two tensors that are written share no element. While PyTorch traces, it is known only that they are not one."""
-    (name, x), (other, y) = written.items()
-    if x is None or y is None:
-        return
-    shared = x is y
-    if not (shared or torch.compiler.is_compiling() or transforms_are_active() or is_fake(x) or x.is_meta):
-        shared = x.data_ptr() != 0 and y.data_ptr() != 0 and share_memory(x, y)  # 0: a DTensor, or no element
-    if shared:
-        wanted, fix = f"other memory than {name}: both are written", f"Pass {other}.clone()."
-        raise ValueError(message(op, other, f"in the memory of {name}", wanted, fix))
+def _check_apart(
+    op: str, written: Mapping[str, torch.Tensor | None], read: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Check that a tensor that is written shares no element with another one, written or read.
+
+    While PyTorch traces, it is known only whether two arguments are one tensor.
+    """
+    tensors = {name: x for name, x in {**written, **(read or {})}.items() if x is not None}
+    names, values, count = [*tensors], [*tensors.values()], sum(x is not None for x in written.values())
+    pair = None
+    if torch.compiler.is_compiling() or transforms_are_active() or any(is_fake(x) or x.is_meta for x in values):
+        for i in range(count):
+            for j in range(i + 1, len(values)):
+                if values[i] is values[j]:
+                    pair = i, j
+    else:
+        pair = sharing_pair(values, count)
+    if pair is not None:
+        (name, other), both = (names[i] for i in pair), pair[1] < count
+        wanted = f"other memory than {name}: {'both are' if both else f'{name} is'} written"
+        raise ValueError(message(op, other, f"in the memory of {name}", wanted, f"Pass {other}.clone()."))
 
 
 def check_caches(
@@ -212,7 +224,7 @@ def check_caches(
         if (cache.stride(-1) != 1 and D > 1) or _overlaps_itself(cache):
             wanted = "a contiguous last dimension and no two elements in the same memory: it is written in place"
             raise ValueError(message(op, name, f"of strides {cache.stride()}", wanted))
-    _check_apart(op, k_cache=k_cache, v_cache=v_cache)
+    _check_apart(op, {"k_cache": k_cache, "v_cache": v_cache}, {"q": q, "k": k, "v": v})
     if transforms_are_active():
         refuse_forward_mode(op, *tensors.values())
         if torch._C._are_functorch_transforms_active():

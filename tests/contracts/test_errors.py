@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -246,7 +247,8 @@ print(count)
 
 
 @pytest.mark.parametrize("changed", [
-    {"window_size": [3, 0]}, {"window_size": (0, 0)}, {"window_size": (2**40, 2**40)}, {"scale": 0.0}, {"scale": -1.0},
+    {"window_size": [3, 0]}, {"window_size": (0, 0)}, {"window_size": (2**40, 2**40)},
+    {"window_size": (np.int64(3), np.int32(0))}, {"scale": 0.0}, {"scale": -1.0},
     {"softcap": 30}, {"softcap": 0.0}, {"softcap": 0}, {"sinks": F(4).bfloat16()},
     {"deterministic": True}, {"deterministic": False},
     {"q": F(2, 4, 0, 8)}, {"k": F(2, 2, 0, 8), "v": F(2, 2, 0, 8)},
@@ -265,6 +267,12 @@ def test_a_number_may_require_grad_where_no_gradient_is_computed():
     args, scale = sample("attention"), torch.tensor(0.25).requires_grad_()
     with torch.no_grad():
         assert torch.equal(lk.attention(**{**args, "scale": scale}), lk.attention(**{**args, "scale": 0.25}))
+
+
+def test_numbers_of_heads_may_be_integers_of_numpy():
+    args = sample("rope_qkv")
+    heads = {name: np.int64(args[name]) for name in ("q_heads", "kv_heads")}
+    assert all(map(torch.equal, lk.rope_qkv(**{**args, **heads}), lk.rope_qkv(**args)))
 
 
 def test_rope_of_no_token_accepts_tables_without_positions():

@@ -10,7 +10,7 @@ import torch
 
 import llama_kernels as lk
 from llama_kernels.core import overlap
-from llama_kernels.core.overlap import share_memory, shares_with_itself
+from llama_kernels.core.overlap import shares_with_itself, sharing_pair
 from tests.support.ops import sample
 
 B, S, D = 2, 6, 8
@@ -46,6 +46,10 @@ SHARED = {
 }
 
 
+def _share(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return sharing_pair((x, y), 1) == (0, 1)
+
+
 @pytest.mark.parametrize("kind", APART)
 def test_views_that_share_no_element_are_written(kind):
     q, k = APART[kind]()
@@ -72,6 +76,29 @@ def test_views_that_share_an_element_are_refused_before_anything_is_written(kind
         assert torch.equal(x, before[0]) and torch.equal(y, before[1])
 
 
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_token_inside_of_a_cache_is_refused_before_anything_is_written(name, cache):
+    """Programs write rows of the cache that others still read as tokens."""
+    args = sample("rope_into_cache")
+    heads, tokens = args["q"].shape[1], args["q"].shape[2]
+    memory = torch.randn(2, heads, 12, args["k"].shape[-1], dtype=args["k"].dtype, device=args["k"].device)
+    args |= {name: memory[:, : args[name].shape[1], 3 : 3 + tokens], cache: memory[:, : args["k"].shape[1]]}
+    other = "v_cache" if cache == "k_cache" else "k_cache"
+    args[other] = torch.randn_like(args[cache])
+    before = memory.clone()
+    with pytest.raises(ValueError, match=rf"rope_into_cache: {name} is in the memory of {cache}; .*Pass {name}\.clone"):
+        lk.rope_into_cache(**args)
+    assert torch.equal(memory, before)
+
+
+def test_two_of_many_tensors_share_only_if_one_of_them_is_written():
+    x, y = SHARED["a head of both"]()
+    z = torch.empty(3)
+    assert sharing_pair((z, x, y), 1) is None and sharing_pair((z, x, y), 2) == (1, 2)
+    assert sharing_pair((x, z, y), 1) == (0, 2)
+
+
 def test_the_answer_is_that_of_a_list_of_all_addresses():
     """For random layouts. Half of them have nested strides, as slices make them."""
     draw, memory, found = random.Random(7), torch.empty(4000, dtype=torch.int16), 0
@@ -92,7 +119,7 @@ def test_the_answer_is_that_of_a_list_of_all_addresses():
         x, y = layout(), layout()
         of_x, of_y = addresses(x), addresses(y)
         shared = not set(of_x).isdisjoint(of_y)
-        assert share_memory(x, y) == shared, (x.shape, x.stride(), y.shape, y.stride())
+        assert _share(x, y) == shared, (x.shape, x.stride(), y.shape, y.stride())
         assert shares_with_itself(x.shape, x.stride()) == (len(set(of_x)) < len(of_x)), (x.shape, x.stride())
         found += shared
     assert 200 < found < 1000
@@ -101,14 +128,14 @@ def test_the_answer_is_that_of_a_list_of_all_addresses():
 def test_tensors_of_other_dtypes_share_bytes():
     memory = torch.empty(64, dtype=torch.uint8)
     odd, words = memory.as_strided((4,), (2,), 1), memory.view(torch.int32)  # odd: bytes 1, 3, 5 and 7
-    assert share_memory(words, odd) and share_memory(odd, words)
-    assert not share_memory(words[2:], odd) and not share_memory(memory[::2], odd)
+    assert _share(words, odd) and _share(odd, words)
+    assert not _share(words[2:], odd) and not _share(memory[::2], odd)
 
 
 def test_a_search_that_takes_too_long_refuses_nothing(monkeypatch):
     x, y = SHARED["a head of both"]()
-    assert share_memory(x, y)
+    assert _share(x, y)
     monkeypatch.setattr(overlap, "_MOST_STEPS", 2)
     overlap._meet.cache_clear()
-    assert not share_memory(x, y)
+    assert not _share(x, y)
     overlap._meet.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import llama_kernels as lk
 from tests.support.derivatives import assert_same, loss_of, zeros_for_none
+from tests.support.launches import KERNELS_RUN
 from tests.support.ops import REGISTERED, Make, Shape, registered_calls
 from tests.support.rope import tables
 
@@ -49,6 +51,36 @@ def test_registered_ops_take_any_last_dimension(name, device):
             torch.testing.assert_close(ours, theirs, equal_nan=True)
         for i in tensors:
             torch.testing.assert_close(strided[i], given[i], rtol=0, atol=0)
+
+
+# --- tables of RoPE ---
+
+
+def by_name(op: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in op.default._schema.arguments), args, strict=False))
+
+
+def takes_row_i_for_token_i(op: Any, args: tuple[Any, ...]) -> bool:
+    given = by_name(op, args)
+    return "cos" in given and given["position_ids"] is None and given["cos"].ndim == 2
+
+
+ROW_BY_TOKEN = [
+    name
+    for name, (op, args) in registered_calls(Shape(), Make()).items()
+    if takes_row_i_for_token_i(getattr(ops, op), args)
+]
+
+
+@pytest.mark.parametrize("name", ROW_BY_TOKEN)
+def test_tables_with_fewer_rows_than_tokens_are_not_read_past_their_end(name, device):
+    """The public functions refuse such tables."""
+    op, args = registered(name, device)
+    given = by_name(op, args)
+    short = {side: given[side][:3].clone() for side in ("cos", "sin")}
+    refused = pytest.raises(ValueError, match=r"cos is of shape \(3, \d+\); wanted a row for each of \d+ tokens")
+    with refused if KERNELS_RUN or "attention" in name else contextlib.nullcontext():
+        op(**{**given, **short})
 
 
 # --- tensors without a kernel ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import llama_kernels as lk
 from llama_kernels.__main__ import main
 from llama_kernels.core.language import INTERPRETED
 from llama_kernels.diagnose import environment, kernels
+from llama_kernels.ops.attention.hopper.tables import HopperTile, tile_for_width
 from llama_kernels.ops.attention.tables import WIDTHS, tile
 from tests.support.processes import output_of
 
@@ -71,13 +72,17 @@ def test_the_report_shows_the_tile_family_of_each_gpu(report, pretend_gpus):
         assert part in gpus[0]
     assert "tiles none: Tesla T4 has compute capability 7.5" in gpus[1]
     assert "attention on sm_90" in out and "attention on sm_86" not in out
-    assert "forward, D <= 128: portable: " in out
+    assert "forward, D <= 128: portable: " in out or tile_for_width("forward", 128).measured
 
 
-def test_the_report_shows_the_hopper_kernels_and_whether_they_are_on(report, pretend_gpus, monkeypatch):
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_report_shows_the_hopper_kernels_and_whether_they_are_on(measured, report, pretend_gpus, monkeypatch):
+    """A kernel is on by default under the release of Triton that it was measured with."""
     pretend_gpus(H100)
     monkeypatch.setattr("llama_kernels.ops.attention.dispatch.HAS_GLUON", True)
-    assert "with llama_kernels.hopper_attention(): Hopper kernel, 128 x 128, 2 stages" in report()
+    monkeypatch.setattr(HopperTile, "measured", measured)
+    assert ("  forward, D <= 128: Hopper kernel, 128 x 128, 2 stages" in report()) == measured
+    assert ("with llama_kernels.hopper_attention(): Hopper kernel, 128 x 128, 2 stages" in report()) != measured
     assert not lk.hopper_attention.enabled
     with lk.hopper_attention():
         assert "forward, D <= 128: Hopper kernel, 128 x 128, 2 stages" in report()

@@ -133,7 +133,7 @@ def test_a_residual_in_another_memory_order(order, gaps, device):
     assert results[0][1].stride() == r.stride()
 
 
-@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64), (3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64), (3, 0), (2, 0, 0, 0, 8), (0, 3, 0, 2, 0, 8)], ids=str)
 def test_empty_inputs_give_empty_outputs(shape, device):
     x, r = (torch.randn(shape, device=device).requires_grad_() for _ in range(2))
     w = torch.randn(shape[-1], device=device).requires_grad_()
@@ -141,6 +141,22 @@ def test_empty_inputs_give_empty_outputs(shape, device):
     dx, dr, dw = torch.autograd.grad((y, s), (x, r, w), (torch.ones_like(y), torch.ones_like(s)))
     assert y.shape == s.shape == dx.shape == dr.shape == shape
     assert torch.equal(dw, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 0, 0, 8), (0, 3, 0, 2, 0, 8)], ids=str)
+def test_the_tangent_of_empty_inputs_is_empty(shape, device):
+    x, tx = (torch.randn(shape, device=device) for _ in range(2))
+    assert torch.func.jvp(lk.rms_norm, (x,), (tx,))[1].shape == shape
+
+
+@pytest.mark.parametrize("dims", [(2, 0, 1, 3, 4), (1, 3, 0, 2, 4), (3, 2, 1, 0, 4)], ids=str)
+def test_a_residual_beside_five_dimensions_one_of_which_has_one_element(dims, device):
+    """Its stride may be that of another dimension. The order of the two in memory is then undefined."""
+    x = torch.randn(2, 2, 1, 2, 8, device=device).permute(dims)
+    r = torch.randn(x.shape, device=device)
+    y, s = lk.add_rms_norm(x, r)
+    torch.testing.assert_close(s, x + r)
+    torch.testing.assert_close(y, lk.reference.rms_norm(x + r))
 
 
 def test_empty_inputs_with_a_strided_last_dimension(device):
@@ -152,11 +168,23 @@ def test_empty_inputs_with_a_strided_last_dimension(device):
 def test_more_rows_than_32_bits_number_are_refused():
     x, rstd = torch.empty(2**31, 16, device="meta"), torch.empty(2**31, 1, device="meta")
     forward = rms_norm._Forward(x, None, None, 1e-6, 0.0)
-    with pytest.raises(ValueError, match="x is a tensor of 2147483648 rows; wanted fewer than 2\\^31"):
+    with pytest.raises(ValueError, match="x is a tensor of 2147483648 rows; wanted at most 2\\^31 - 2\\^24"):
         rms_norm._launch_forward.__wrapped__(forward, x, None, rstd)
     tangent = rms_norm._Tangent(x, x, None, None, rstd, 1e-6, 0.0, x.dtype)
     with pytest.raises(ValueError, match="2147483648 rows"):
         rms_norm._launch_tangent.__wrapped__(tangent, x)
+
+
+@pytest.mark.parametrize(("rows", "N"), [(2**31 - 2**24 + 1, 1), (2**31 - 1, 16)])
+def test_more_rows_than_the_loops_of_the_backward_count_are_refused(rows, N):
+    """The first row of the tile after the last one would pass 2^31, become negative, and be read."""
+    x, rstd, weight = (torch.empty(*shape, device="meta") for shape in ((rows, N), (rows, 1), (N,)))
+    backward = rms_norm._Backward(x, None, x, weight, rstd, 1e-6, 0.0, x.dtype, True, True)
+    shares = rms_norm._shares(rows, N, 4, 4, True, 132)
+    steps = max(rms_norm.row_tile(pass_, N, 4).BLOCK_R for pass_ in ("backward", "weight_grad")) * shares.grid
+    assert 3 * steps < 2**24  # the tile of this step, and two that are loaded ahead
+    with pytest.raises(ValueError, match=f"x is a tensor of {rows} rows; wanted at most"):
+        rms_norm._launch_backward.__wrapped__(backward, shares, x, weight, None)
 
 
 @pytest.mark.corpus(30)

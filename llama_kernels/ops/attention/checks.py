@@ -14,6 +14,7 @@ from llama_kernels.core.checks import (
     check_flag,
     check_number,
     check_tensors,
+    is_integer,
     message,
     shape_of,
     values_to_check,
@@ -149,8 +150,8 @@ def _check_numbers(
         fix = "For n earlier keys and the query's own pass window_size=(n, 0)."
         raise TypeError(message(op, "window_size", repr(window_size), "(left, right)", fix))
     for side in window_size:
-        if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
-            raise ValueError(message(op, "window_size", tuple(window_size), "two ints, each -1 (no limit) or more"))
+        if not is_integer(side) or side < -1:
+            raise ValueError(message(op, "window_size", tuple(window_size), "two integers, each -1 (no limit) or more"))
     if softcap is not None and (isinstance(softcap, (torch.Tensor, bool)) or softcap != 0):
         check_number(op, "softcap", softcap, SMALLEST, "a positive finite number, or 0 or None for none")
     if scale is not None:

@@ -28,9 +28,9 @@ def chunk_of(Sk: int, Hkv: int) -> int:
     """Keys per program: 256 to 1,024.
 
     It depends on Sk and Hkv alone, so that the same query and keys give the same bits in any batch and on any GPU.
-    Between these limits there are 16 chunks of each of eight or more key heads: 128 programs a sequence, about as many
-    as a GPU has SMs. With fewer heads there are more chunks, at most 64. A chunk of 256 keys, 128 KiB of k and v at
-    D = 128 in half precision, is 64 times the size of one row of its result.
+    Between these limits there are 9 to 16 chunks of each of eight or more key heads: with eight, 72 to 128 programs a
+    sequence, where a GPU has about 130 SMs. With fewer heads there are more chunks, at most 64. A chunk of 256 keys,
+    128 KiB of k and v at D = 128 in half precision, is 256 times the size of one row of its result.
     """
     chunks = min(max(128 // max(Hkv, 1), 16), 64)
     return min(max(next_power_of_2(cdiv(Sk, chunks)), 256), 1024)

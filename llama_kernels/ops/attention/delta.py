@@ -124,8 +124,8 @@ def _delta_kernel(
 
     o, do (B, Hq, Sq, DV); lse, dlse (B, Hq, Sq) float32; dsinks (programs,) float32, summed by head afterwards. Rows
     without visible keys, and padding rows, get lse2 = inf, so that their probabilities are 0. dlse and sinks may be
-    None. dq_sum, float32 as o, or None, is zeroed for a backward that adds to it. Bytes: o and do once. FLOPs: 2 DV for
-    each row.
+    None. dq_sum, float32 as o, or None, is zeroed for a backward that adds to it.
+    Bytes: o and do in once; dq_sum, where it is given, out once. FLOPs: 2 DV for each row.
     """
     dsinks = 0.0
     for nth in tl.range(0, tiles_of_program(list_ptr, sizes.Hq, BLOCK_M, True), disable_licm=True):

@@ -127,7 +127,8 @@ def _hides_keys_from_all(call: AttentionCall) -> bool:
     if call.window.left is None:
         return False
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
-        return call.cu_seqlens_q.data_ptr() != call.cu_seqlens_k.data_ptr()
+        # Sequences are cut off at `longest_q` and `longest_k`.
+        return call.cu_seqlens_q.data_ptr() != call.cu_seqlens_k.data_ptr() or call.longest_q < call.longest_k
     return call.longest_k - call.longest_q > call.window.left
 
 
