@@ -8,6 +8,7 @@ The files:
     checks.py              argument checks and their error messages, `checked`
     registry.py            registration of ops with torch.library
     autograd.py            the base class of the ops' autograd.Functions, and derivatives that are refused
+    overlap.py             whether tensors that are written in place share memory
     second_derivatives.py  derivatives of gradients and tangents, in plain PyTorch
     launch_cache.py        reuse of launches that Triton bound
     kernel_hashes.py       keys in Triton's cache on disk that do not depend on the order of launches

@@ -70,7 +70,8 @@ class Differentiable(torch.autograd.Function):
     tangents of what `call` returns. The tangent of a tensor that has none is zeros; that of an input that is None is
     None. A tangent of any other input raises an error. Without `jvp`, every tangent does.
 
-    Gradients and tangents that may be differentiated again must come from `call` or from `with_derivatives_of`.
+    Gradients and tangents that may be differentiated again must come from `call`, `with_derivatives_of` or
+    `refuse_double_backward`.
 
     Attributes:
         HIDDEN_RESULTS: how many of the last results of `forward` are for the backward alone: `call` does not return

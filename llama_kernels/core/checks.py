@@ -30,11 +30,12 @@ _checked: ContextVar[bool] = ContextVar("llama_kernels.checked", default=False)
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """A context manager for debugging: calls inside also check the values of position_ids, cu_seqlens and doc_start.
+    """A context manager for debugging: calls inside also check the values of integer tensors.
 
-    A value out of range raises a ValueError. Without `checked` the kernels clamp such values: nothing is read or
-    written out of bounds, but the results are wrong. Each check waits for the GPU. Calls that torch.compile traces are
-    not checked. The setting holds for the current thread and the tasks that it starts.
+    These are position_ids, axes, cache_position, cu_seqlens and doc_start. A value out of range raises a ValueError.
+    Without `checked` the kernels clamp such values, and drop tokens whose cache_position is outside the cache: nothing
+    is read or written out of bounds, but the results are wrong. Each check waits for the GPU. Calls that torch.compile
+    traces are not checked. The setting holds for the current thread and the tasks that it starts.
     """
     token = _checked.set(True)
     try:
@@ -44,9 +45,9 @@ def checked() -> Iterator[None]:
 
 
 def values_to_check(x: torch.Tensor) -> torch.Tensor | None:
-    """Inside `checked`, the integers `x` as int64: under torch.func.vmap those of all examples, (examples, ...).
+    """The integers `x` as int64 if the call is inside `checked` and x has data, otherwise None.
 
-    None outside of it, and where `x` has no data.
+    Under torch.func.vmap they are those of all examples, (examples, ...).
     """
     if torch.compiler.is_compiling() or not _checked.get() or x.is_meta or is_fake(x):
         return None
@@ -63,7 +64,7 @@ def check_eps(op: str, eps: float | None) -> float:
 
     Raises:
         TypeError: eps is not a number.
-        ValueError: eps is negative or NaN.
+        ValueError: eps is negative, infinite or NaN.
     """
     if eps is None:
         return _FLOAT32.eps

@@ -49,7 +49,8 @@ def _attention_grads(arguments: dict[str, Any]) -> list[str]:
 
 
 def has_rules(op: torch._ops.OpOverload) -> bool:
-    """Whether `op` has sharding rules. The ops that write into their arguments have none."""
+    """Whether `op` has sharding rules. Ops that write into their arguments, those of forward mode and decode_attention
+    have none."""
     return op._schema.name.split("::")[1] in _RESULTS
 
 
@@ -61,8 +62,8 @@ def register_dtensor_rules() -> None:
     qk_norm_rope are computed on shards of the batch, of the heads, or of the tokens where positions or tables are
     sharded with them; rope_qkv likewise, but not on shards of the heads. Attention is computed on shards of the batch,
     or of the heads where the mesh divides the number of key heads. Other shardings are gathered first. All tensors of a
-    call are DTensors, or a TypeError names the one that is not. The ops that write into their arguments have no rules,
-    and raise a TypeError.
+    call are DTensors, or a TypeError names the one that is not. The ops that write into their arguments, those of
+    forward mode and decode_attention have no rules, and raise a TypeError.
 
     Raises:
         RuntimeError: this torch has no torch.distributed.tensor.experimental.register_sharding.

@@ -183,10 +183,10 @@ def rope_attention(
 
     The forward is bit for bit that of the two calls. The backward of two calls writes dq and dk, then reads them and
     writes them again, rotated. Here the kernels that compute dq and dk apply the inverse rotation to the float32 sums,
-    which are rounded once instead of twice. This needs tables with one angle per pair and R <= 128, R a power of two
-    unless the pairs are interleaved, and no axes; otherwise dq and dk are rotated in a second step, as in two calls.
-    The Hopper backward (`llama_kernels.hopper_attention`) rotates dq where it rounds its sum, and dk in a second step.
-    RoPE: Su et al., RoFormer, arXiv 2104.09864; attention as in `attention`.
+    which are rounded once instead of twice. This needs D <= 512, tables with one angle per pair, R <= 128, R a power
+    of two unless the pairs are interleaved, and no axes; otherwise dq and dk are rotated in a second step, as in two
+    calls. The Hopper backward (`llama_kernels.hopper_attention`) rotates dq where it rounds its sum, and dk in a second
+    step. RoPE: Su et al., RoFormer, arXiv 2104.09864; attention as in `attention`.
 
     Args:
         q: (B, Hq, S, D), not rotated; bfloat16, float16 or float32. Any strides; a last dimension that is not

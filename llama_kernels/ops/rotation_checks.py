@@ -21,7 +21,10 @@ _INTEGERS = (
 
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor | None, **others: torch.Tensor) -> None:
-    """Check that q and k are heads of the same tokens. others: further tensors of any shape, which need k too."""
+    """Check that q and k are heads of the same tokens.
+
+    others: further tensors, of which only dtype and device are checked. If there are any, k may not be None.
+    """
     check_tensors(op, KERNEL_DTYPES, () if others else ("k",), q=q, k=k, **others)
     if q.ndim not in (3, 4):
         raise ValueError(message(op, "q", shape_of(q), "(B, Hq, S, D), or (T, Hq, D) where tokens are packed"))

@@ -81,13 +81,14 @@ def attention(
     every row of a tile are skipped. Under autocast, q, k and v are cast to its dtype.
 
     With few queries, as in decoding, the keys are split over the GPU, and one tile holds all query heads of a key head.
-    With few tiles of rows and 4,096 keys or more, as for a chunk of a prompt, the keys are split too: the parts take 8
-    to 120 MB per sequence at D = 128 while the call runs.
+    With few tiles of rows and 4,096 keys or more, as for a chunk of a prompt, the keys are split too: the parts take up
+    to 9 MB per sequence at D = 128 on an H100 while the call runs, and up to 120 MB on an MI300X.
 
     GQA: Ainslie et al., arXiv 2305.13245. The algorithm: Dao, FlashAttention-2, arXiv 2307.08691.
 
     Args:
-        q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 576. Any strides, such as those of (B, S, H, D)
+        q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 576 (in float32 to 512; on consumer GPUs and CDNA
+            to 512, in float32 to 256). Any strides, such as those of (B, S, H, D)
             after .transpose(1, 2); a last dimension that is not contiguous is copied.
         k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), of q's dtype, Dv from 1 to 512. Hq is a multiple of Hkv.
         is_causal: query i sees only keys j <= i + Sk - Sq. The mask is aligned at the bottom right, as a KV cache needs
@@ -100,6 +101,8 @@ def attention(
             in lse, and has no value. Differentiable.
         kv_start, kv_end: (B, Sq) int32. Query i sees only keys j with kv_start[b, i] <= j < kv_end[b, i]. For padded
             and packed batches, and caches longer than their contents: without unpadding, host sync or graph break.
+            Keys before the first and after the last that a row of the batch may see may hold NaN. Hidden keys between
+            them must be finite.
         kv_prefix: (B, Sq) int32. Query i also sees the first kv_prefix[b, i] keys, whatever is_causal, window_size,
             kv_start and kv_end hide. For completions that share a prompt in one sequence, first tokens that stay
             visible beside a window, and prefixes without a causal mask.

@@ -125,10 +125,17 @@ class AttentionCall(NamedTuple):
     @property
     def has_options(self) -> bool:
         """Whether options are on that take registers in the forward and in dq."""
-        # A window counts where it hides a key. In a packed batch that would depend on the longest sequence, and with it
-        # the tile, and so the bits of the others.
-        left = self.left if self.packed else self.window.left
-        return any(x is not None for x in (self.softcap, left, self.kv_start, self.kv_end, self.kv_prefix))
+        options = (self.softcap, self.kv_start, self.kv_end, self.kv_prefix)
+        return self.limits_left or any(x is not None for x in options)
+
+    @property
+    def limits_left(self) -> bool:
+        """Whether the window has a left side that counts where a tile is chosen.
+
+        It counts where it hides a key. In a packed batch that would depend on the longest sequence, and with it the
+        tile, and so the bits of the others. There it always counts.
+        """
+        return (self.left if self.packed else self.window.left) is not None
 
     def require_contiguous_vectors(self) -> None:
         """Raise NotContiguous unless the tensors that the kernels read without a stride are contiguous."""

@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
     rows: slice
     keys: slice
     see: torch.Tensor | None = None  # bool, (1, rows, keys): which key each row sees. None: every row sees them all
-    blind: torch.Tensor | None = None  # bool, (1, rows): which row sees no key. None: none of them
+    sees_nothing: torch.Tensor | None = None  # bool, (1, rows): which row sees no key. None: none of them
     is_causal: bool = False  # row i of the chunk sees the first i + 1 of these keys alone; `see` is then None
     sequences: slice = slice(None)
 
@@ -95,7 +95,7 @@ def _keys_of_rows(call: AttentionCall) -> _KeysOfRows:
 def _masked(seen: _KeysOfRows, size: int, Sk: int) -> Iterator[Chunk]:
     """Chunks of `size` rows, the last of which may be shorter."""
     starts, ends, prefixes = seen
-    blind = starts >= ends if prefixes is None else (starts >= ends) & (prefixes == 0)
+    sees_nothing = starts >= ends if prefixes is None else (starts >= ends) & (prefixes == 0)
     for a in range(0, starts.shape[1], size):
         rows = slice(a, a + size)
         start, end = starts[:, rows], ends[:, rows]
@@ -115,7 +115,7 @@ def _masked(seen: _KeysOfRows, size: int, Sk: int) -> Iterator[Chunk]:
             see = before_end if see is None else see & before_end
         if see is not None and prefix is not None:
             see = see | (j < prefix.unsqueeze(-1))
-        yield Chunk(rows, slice(first, last), see, blind[:, rows])
+        yield Chunk(rows, slice(first, last), see, sees_nothing[:, rows])
 
 
 def _unmasked(seen: _KeysOfRows) -> list[Chunk] | None:

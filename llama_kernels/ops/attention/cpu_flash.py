@@ -42,7 +42,7 @@ def flash_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         qkv = (chunk.of_rows(q), chunk.of_keys(k), chunk.of_keys(v))
         out_part, lse_part = _FORWARD(*qkv, 0.0, chunk.is_causal, attn_mask=_mask(chunk), scale=call.scale)
         chunk.of_rows(out).copy_(out_part)
-        chunk.of_rows(lse).copy_(_with_blind(lse_part, chunk, -torch.inf))
+        chunk.of_rows(lse).copy_(_with_rows_that_see_nothing(lse_part, chunk, -torch.inf))
     return _with_sinks(call, out, lse)
 
 
@@ -102,7 +102,7 @@ def flash_backward(call: AttentionCall, results: Results) -> tuple[torch.Tensor,
     for chunk in chunks(call, _ROWS, unmasked=True):
         do_part, q_part, out_part, lse_part = (chunk.of_rows(x) for x in (do, q, out, lse))
         # The kernel computes p as exp(s - lse): 0 for a row that saw no key.
-        lse_part = _with_blind(lse_part, chunk, torch.inf)
+        lse_part = _with_rows_that_see_nothing(lse_part, chunk, torch.inf)
         saved = (do_part, q_part, chunk.of_keys(k), chunk.of_keys(v), out_part, lse_part)
         dq_part, *dkv = _BACKWARD(*saved, 0.0, chunk.is_causal, attn_mask=_mask(chunk), scale=call.scale)
         chunk.of_rows(dq).copy_(dq_part)
@@ -121,9 +121,9 @@ def _is_causal(call: AttentionCall) -> bool | None:
     return True if window.right == 0 and call.q.shape[2] == call.k.shape[2] else None
 
 
-def _with_blind(lse: torch.Tensor, chunk: Chunk, value: float) -> torch.Tensor:
+def _with_rows_that_see_nothing(lse: torch.Tensor, chunk: Chunk, value: float) -> torch.Tensor:
     """lse (B, H, rows) of a chunk, with `value` for rows that see no key."""
-    return lse if chunk.blind is None else lse.masked_fill(chunk.blind[:, None], value)
+    return lse if chunk.sees_nothing is None else lse.masked_fill(chunk.sees_nothing[:, None], value)
 
 
 def _float32_qkv(call: AttentionCall) -> tuple[torch.Tensor, ...]:

@@ -1,8 +1,8 @@
 """What the backward computes first: delta and lse2 of every row, and the gradient of the sinks.
 
 The kernel of dq computes them for its own rows with `row_terms`, and stores them for dk and dv. This saves a read of do
-and a launch. The kernel in this file computes them where dq is not wanted or takes several launches, in float32, for a
-tile of dq without the registers, and for the Hopper backward.
+and a launch. The kernel in this file computes them in five cases: dq is not wanted; dq takes several launches; the
+tensors are float32; the tile of dq has too few registers; the Hopper backward runs.
 """
 
 from __future__ import annotations

@@ -36,7 +36,10 @@ class Bounds(NamedTuple):
 
 
 class QueryPointers(NamedTuple):
-    """What dk and dv read of the query rows of a sequence: pointers, strides of batch, head and token, and where."""
+    """The query rows of a sequence, as dk and dv read them.
+
+    Pointers, their strides of batch, head and token, and the number, first token and length of the sequence.
+    """
 
     q_ptr: tl.tensor
     do_ptr: tl.tensor
@@ -195,7 +198,7 @@ def _dkdv_kernel(
             first_row, row_end, floor, limit = 0, Sq, None, Sk
             if kv_start_ptr is not None or kv_end_ptr is not None:
                 first_row, row_end, floor, limit = _rows_by_bounds(queries, n, last, Sk, CHUNK=1024)
-            if window.left is not None:  # row 0 sees the first keys
+            if window.left is not None:  # no row's window begins earlier than that of row 0
                 own = Sk - Sq - window.left
                 floor = own if floor is None else tl.maximum(floor, own)
             begin, end = query_blocks(mask, n, last, first_row, row_end, BLOCK_M)
@@ -205,7 +208,7 @@ def _dkdv_kernel(
 
             K = matrix(k_ptr, k_strides, b, h_kv // PARTS, k_start)
             V = matrix(v_ptr, v_strides, b, h_kv // PARTS, k_start)
-            # Keys that no row sees may be NaN, and 0 * NaN is NaN: they are not loaded.
+            # Keys outside [floor, limit) and the prefix may be NaN, and 0 * NaN is NaN: they are not loaded.
             k = load_tile(K, n, limit, D, FAR, BLOCK_N, BLOCK_D, floor, prefix)  # [BLOCK_N, BLOCK_D]
             v = load_tile(V, n, limit, DV, FAR, BLOCK_N, BLOCK_DV, floor, prefix)  # [BLOCK_N, BLOCK_DV]
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

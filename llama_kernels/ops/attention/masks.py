@@ -41,7 +41,7 @@ class KeyBlocks(NamedTuple):
 
 @triton.jit
 def within(bound, first, count):
-    """A bound of keys, or their number, for the `count` keys from `first` on, which count from 0; None for None."""
+    """`bound`, a key or a number of keys, counted from key `first` on. At most `count`; None stays None."""
     inside = None
     if bound is not None:
         inside = tl.minimum(tl.maximum(bound, 0) - first, count)

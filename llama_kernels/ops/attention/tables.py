@@ -385,9 +385,9 @@ def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
     It is the tile for the widths and the dtype of the call, unless the call has options for which the pass holds more
     in registers than that tile leaves room for:
 
-        forward   a softcap, a window, kv_start, kv_end or kv_prefix: `AttentionCall.has_options`
+        forward   a softcap, a window's left side, kv_start, kv_end or kv_prefix: `AttentionCall.has_options`
         dq        likewise; also a packed batch or an inverse rotation, unless the tile has spare registers
-        dkdv      a softcap, kv_end, kv_prefix, or kv_start beside a window
+        dkdv      a softcap, kv_end, kv_prefix, or kv_start beside a window's left side
         decode    none
 
     Then `for_prefix` takes its place in the forward and in dq where the call has a kv_prefix, and `for_options`
@@ -399,13 +399,13 @@ def tile_for(pass_: str, call: AttentionCall, rotated: bool = False) -> Tile:
         return found
     prefix = call.kv_prefix is not None
     if pass_ == "dkdv":
-        both_floors = call.kv_start is not None and call.left is not None
-        crowded = prefix or both_floors or call.kv_end is not None or call.softcap is not None
-        return found.for_options if crowded and found.for_options else found
-    crowded = call.has_options
+        both_floors = call.kv_start is not None and call.limits_left
+        needs_registers = prefix or both_floors or call.kv_end is not None or call.softcap is not None
+        return found.for_options if needs_registers and found.for_options else found
+    needs_registers = call.has_options
     if pass_ == "dq" and not found.spare_registers:
-        crowded = crowded or call.packed or rotated
+        needs_registers = needs_registers or call.packed or rotated
     instead = found.for_prefix if prefix and found.for_prefix else found.for_options
-    if not crowded or instead is None:
+    if not needs_registers or instead is None:
         return found
     return instead.for_options if rotated and instead.for_options else instead

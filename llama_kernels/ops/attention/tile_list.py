@@ -53,7 +53,7 @@ def _blocks_of(cu_seqlens_ptr, b, sequences, size, longest):
 
 @triton.jit
 def _count(cu_seqlens_ptr, n, sequences, size, longest):
-    """Of all sequences: the blocks, those with a number above n, and how many sequences are cut off."""
+    """Three sums over all sequences: blocks, blocks after block n of their sequence, and sequences that are cut off."""
     blocks, above = tl.zeros([_SEQUENCES], tl.int32), tl.zeros([_SEQUENCES], tl.int32)
     cut = tl.zeros([_SEQUENCES], tl.int32)
     for first in range(0, sequences, _SEQUENCES):

@@ -200,8 +200,8 @@ def load_tile(
 ):  # fmt: skip
     """Rows [first, first + ROWS) as [ROWS, BLOCK_D], with zeros past column D.
 
-    Rows from `limit` on and rows before `floor`, unless these are None, are not loaded and are zeros too. But the first
-    `prefix` rows of x, unless that is None, are loaded. zero: see `zero_of_step`.
+    Only rows in [floor, limit) and the first `prefix` rows of x are loaded; the others are zeros. A `floor` or `limit`
+    of None does not restrict the rows. A `prefix` of None adds none. zero: see `zero_of_step`.
     """
     ptrs = tile_ptrs(x, first, FAR, ROWS, BLOCK_D, zero)
     rows, d = first + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
@@ -223,7 +223,9 @@ def load_keys(
 ):  # fmt: skip
     """The block of keys from n on of x, which is `keys.K`, `keys.V` or columns of one: [BLOCK_N, BLOCK_D].
 
-    Of a block that is MASKED, the keys that no row sees are not loaded, and are zeros.
+    Of a block that is MASKED, only the keys that some row may see are loaded: those from the first to the last of
+    `KeyBlocks`, and those of a prefix. The others are zeros. A key among those loaded that no row sees must be finite:
+    its probability is 0, and 0 * NaN is NaN.
     """
     limit, floor, prefix = None, None, None
     if MASKED:
