@@ -155,6 +155,15 @@ def test_a_document_of_one_token_is_separate_only_without_a_cache(use_cache):
         )
 
 
+@pytest.mark.parametrize("layer_types", [["full_attention"] * 2, ["sliding_attention", "full_attention"]], ids=str)
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_documents_whose_tokens_see_later_ones_are_separate(use_cache, layer_types):
+    """As EmbeddingGemma's. Stock joins them where there is a cache."""
+    model = small("gemma3_text", use_bidirectional_attention=True, layer_types=layer_types)
+    whole = logits_of(IDS, position_ids=POSITIONS, use_cache=False)
+    compare_with_stock(patched(model), model, whole, logits_of(IDS, position_ids=POSITIONS, use_cache=use_cache))
+
+
 @changes
 @families
 def test_documents_given_by_cu_seq_lens_are_separate(family, change):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -62,6 +65,49 @@ def test_a_task_head_gives_the_scores_and_gradients_of_stock(head):
     compare_with_stock(patched(stock), stock, run)
 
 
+def attention_weights(model: nn.Module, **options: bool) -> Results:
+    attentions = model(tokens(), **options).attentions
+    assert len(attentions) == 2 and attentions[0].shape == (2, 4, 20, 20)
+    return {"logits": torch.stack(attentions).detach()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_attention_weights_of_a_patched_model_are_those_of_stock(family):
+    """The eager attention of the model runs, since no kernel stores them."""
+    stock = small(family, num_key_value_heads=2)
+    run = functools.partial(attention_weights, output_attentions=True)
+    compare_with_stock(patched(stock), stock, run)
+    stock.config.output_attentions = True
+    compare_with_stock(patched(stock), stock, attention_weights)
+
+
+def test_generate_returns_as_many_attention_weights_as_stock():
+    options = {"max_new_tokens": 3, "do_sample": False, "output_attentions": True, "return_dict_in_generate": True}
+    stock = small()
+    for model in (stock, patched(stock)):
+        assert [len(of_step) for of_step in model.generate(tokens(), **options).attentions] == [2, 2, 2]
+
+
+def test_a_traced_model_computes_what_the_model_computes():
+    stock = small(attention="sdpa", use_cache=False)
+
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids).logits
+
+    ours = patched(stock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a trace keeps sizes as they are, and warns of it
+        traced = torch.jit.trace(Logits(ours), (tokens(),), check_trace=False)
+    compare_with_stock(
+        ours, stock, logits_of(tokens().flip(1)), lambda _: {"logits": traced(tokens().flip(1)).detach()}
+    )
+
+
 def test_hidden_states_and_attention_weights_are_those_of_stock():
     stock, ids = small(), tokens()
     ours = patched(stock)
@@ -72,14 +118,8 @@ def test_hidden_states_and_attention_weights_are_those_of_stock():
         return {"logits": torch.stack(states).detach()}
 
     compare_with_stock(ours, stock, hidden_states)
-    ours.set_attn_implementation("eager")  # the only one that returns attention weights
-
-    def weights(model: nn.Module) -> Results:
-        attentions = model(ids, output_attentions=True).attentions
-        assert len(attentions) == 2 and attentions[0].shape == (2, 4, 20, 20)
-        return {"logits": torch.stack(attentions).detach()}
-
-    compare_with_stock(ours, stock, weights)
+    ours.set_attn_implementation("eager")
+    compare_with_stock(ours, stock, functools.partial(attention_weights, output_attentions=True))
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

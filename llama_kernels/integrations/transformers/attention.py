@@ -84,7 +84,7 @@ def attention_forward(
     inside = bool(context_parallels)
     check_layer(module, attention_mask, sliding_window, in_context_parallel=inside)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    reason = why_stock(query, key, value, attention_mask, dropout, others)
+    reason = why_stock(module, query, key, value, attention_mask, dropout, others)
     check_call(
         module, attention_mask, reason, causal=causal, sliding_window=sliding_window, cu_seq_lens_q=cu_seq_lens_q,
         in_context_parallel=inside,

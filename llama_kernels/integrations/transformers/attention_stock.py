@@ -1,6 +1,7 @@
 """Stock attention, for the calls of `attention_forward` that the kernels do not support.
 
-These are dropout, a position_bias, heads too wide for a program, and masks that are not one range of keys per query.
+These are dropout, a position_bias, output_attentions, heads too wide for a program, and masks that are not one range of
+keys per query.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def why_stock(
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -36,6 +38,8 @@ def why_stock(
         return "dropout of attention probabilities"
     if others.get("position_bias") is not None:
         return "position_bias"
+    if _wants_weights(module, others):
+        return "output_attentions"
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         return "a 4-D attention_mask that is not one range of keys for each query"
     if not all(is_plain(x) for x in (query, key, value)):
@@ -45,6 +49,12 @@ def why_stock(
     if query.shape[-1] > 576 or value.shape[-1] > 512 or (value.is_cuda and not fits(query, value)):
         return f"heads {max(query.shape[-1], value.shape[-1])} wide"
     return None
+
+
+def _wants_weights(module: nn.Module, others: dict[str, Any]) -> bool:
+    """Whether the call, or the config from before the patch, asks for the attention weights, which no kernel stores."""
+    config = getattr(module, "config", None)
+    return bool(others.get("output_attentions") or getattr(config, "output_attentions", False))
 
 
 def with_documents(
@@ -79,7 +89,8 @@ def run_stock(
     s_aux: torch.Tensor | None,
     **others: Any,
 ) -> Any:
-    """Run the call in SDPA, or in the model's eager function where it has a softcap or sinks, which SDPA lacks.
+    """Run the call in SDPA, or in the model's eager function where it has a softcap, sinks or wants the weights, which
+    SDPA lacks.
 
     window: what a query sees where attention_mask is None.
     """
@@ -90,7 +101,9 @@ def run_stock(
         attention_mask = pack_window(window, query.device)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         attention_mask = written_out(attention_mask, Sq, Sk)
-    if softcap is None and s_aux is None:
+    eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+    weights = eager is not None and _wants_weights(module, others)
+    if softcap is None and s_aux is None and not weights:
         causal = Sq > 1 and attention_mask is None and is_causal  # not checked in Transformers 4
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, is_causal=causal, **others)
@@ -99,7 +112,6 @@ def run_stock(
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
         attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
     if eager is None:
         fix = "Use attn_implementation='eager'."
         raise ValueError(message("attention_forward", "attention_mask", reason, "a range of keys for each query", fix))

@@ -123,6 +123,8 @@ def key_ranges(
         if documents is not None:
             keys = torch.arange(kv_offset, kv_offset + kv_length, device=device)
             ordinary = ordinary & (keys >= documents[:, None, :, None])
+            if q_length == kv_length:  # every key is one of the queries; tokens may see later ones
+                ordinary = ordinary & (documents[:, None, None, :] <= own[:, None])
         return ordinary
     start = torch.zeros_like(own)[None] if interval.start is None else interval.start
     end = torch.full_like(own, rows.keys)[None] if interval.end is None else interval.end

@@ -137,7 +137,7 @@ def is_one_document(mask: torch.Tensor) -> bool:
 
 
 def _names_of(mask: torch.Tensor) -> tuple[str, ...]:
-    return _FORMATS.get(mask.shape[1], ())
+    return _FORMATS.get(int(mask.shape[1]), ())  # in torch.jit.trace, a size is a tensor
 
 
 def unpack(mask: torch.Tensor, Sq: int, Sk: int) -> KeyRanges | WindowSize:
