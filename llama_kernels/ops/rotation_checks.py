@@ -186,12 +186,12 @@ def _check_apart(
 ) -> None:
     """Check that a tensor that is written shares no element with another one, written or read.
 
-    While PyTorch traces, it is known only whether two arguments are one tensor.
+    All are on one device. While PyTorch traces, it is known only whether two arguments are one tensor.
     """
     tensors = {name: x for name, x in {**written, **(read or {})}.items() if x is not None}
     names, values, count = [*tensors], [*tensors.values()], sum(x is not None for x in written.values())
-    pair = None
-    if torch.compiler.is_compiling() or transforms_are_active() or any(is_fake(x) or x.is_meta for x in values):
+    first, pair = values[0], None
+    if torch.compiler.is_compiling() or transforms_are_active() or first.is_meta or is_fake(first):
         for i in range(count):
             for j in range(i + 1, len(values)):
                 if values[i] is values[j]:

@@ -372,7 +372,7 @@ def tile(family: str, pass_: str, width: int, dtype: torch.dtype, triton: tuple[
     place = next(i for i, widest in enumerate(ALL_WIDTHS) if width <= widest)
     if place >= len(row):
         wanted = f"at most {ALL_WIDTHS[len(row) - 1]} in this dtype on {family}, since no wider head fits a program"
-        raise ValueError(message("attention", "q", f"a head width of {width} in {str(dtype)[6:]}", wanted))
+        raise ValueError(message("attention", "q or v", f"a head width of {width} in {str(dtype)[6:]}", wanted))
     found = row[place]
     while found.newer and triton >= found.since:
         found = found.newer
