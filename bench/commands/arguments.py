@@ -75,11 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="also write the records to FILE")
     add("--save", action="store_true", help="keep the records in bench/results/<gpu>/")
     add("--workers", type=int, default=os.cpu_count(), help="processes that compile, without a GPU")
-    add(
-        "--hopper",
-        action="store_true",
-        help="use all Hopper kernels of attention, not only those on by default",
-    )
+    add("--hopper", action="store_true", help="use all Hopper kernels of attention, not only those on by default")
 
     add = command("parity", check_parity, "parity at small shapes, without times",
                   directions=None, hopper=False, seconds=0.0)  # fmt: skip

@@ -60,8 +60,7 @@ from llama_kernels.reference.rope import OptionalTensor
 #
 # A tile is that of rotation.py: BLOCK_T tokens by BLOCK_H heads.
 
-# Programs on an SM in the backward, of 128 threads each. While one waits for a sum across a head, the
-# others have work.
+# Programs on an SM in the backward, of 128 threads each. While one waits for a sum across a head, the others have work.
 _PROGRAMS = 4
 # The backward loads one tile ahead of the one at work.
 _STAGES: tl.constexpr = tl.constexpr(2)

@@ -88,8 +88,8 @@ def attention(
 
     Args:
         q: (B, Hq, Sq, D), bfloat16, float16 or float32, D from 1 to 576 (in float32 to 512; on consumer GPUs and CDNA
-            to 512, in float32 to 256). Any strides, such as those of (B, S, H, D)
-            after .transpose(1, 2); a last dimension that is not contiguous is copied.
+            to 512, in float32 to 256). Any strides, such as those of (B, S, H, D) after .transpose(1, 2); a last
+            dimension that is not contiguous is copied.
         k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), of q's dtype, Dv from 1 to 512. Hq is a multiple of Hkv.
         is_causal: query i sees only keys j <= i + Sk - Sq. The mask is aligned at the bottom right, as a KV cache needs
             it. PyTorch's scaled_dot_product_attention aligns it at the top left, which is the same where Sq == Sk.
@@ -101,8 +101,8 @@ def attention(
             in lse, and has no value. Differentiable.
         kv_start, kv_end: (B, Sq) int32. Query i sees only keys j with kv_start[b, i] <= j < kv_end[b, i]. For padded
             and packed batches, and caches longer than their contents: without unpadding, host sync or graph break.
-            Keys before the first and after the last that a row of the batch may see may hold NaN. Hidden keys between
-            them must be finite.
+            Keys before the least kv_start and from the largest kv_end of a sequence on may hold NaN. Other hidden keys
+            must be finite.
         kv_prefix: (B, Sq) int32. Query i also sees the first kv_prefix[b, i] keys, whatever is_causal, window_size,
             kv_start and kv_end hide. For completions that share a prompt in one sequence, first tokens that stay
             visible beside a window, and prefixes without a causal mask.
