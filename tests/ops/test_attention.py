@@ -267,6 +267,22 @@ def test_gradients_of_a_block_of_keys(layout, dtype, device):
     torch.testing.assert_close(total, unrotated(whole_dq))  # the shares sum to the whole gradient
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_keys_outside_of_all_ranges_may_be_nan(seed, device):
+    """Ranges are random. Some are empty, and these count too."""
+    generator = torch.Generator().manual_seed(seed)
+    Sq, Sk = ((3, 8), (20, 90), (40, 50))[seed % 3]
+    start = torch.randint(Sk // 3, Sk, (1, Sq), generator=generator, dtype=torch.int32).to(device)
+    end = torch.randint(0, 2 * Sk // 3, (1, Sq), generator=generator, dtype=torch.int32).to(device)
+    q, k, v = (torch.randn(1, H, S, 16, generator=generator).to(device) for H, S in ((2, Sq), (1, Sk), (1, Sk)))
+    for x in (k, v):
+        x[:, :, : start.min()] = x[:, :, end.max() :] = torch.nan
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    out = lk.attention(*tensors, is_causal=seed < 3, kv_start=start, kv_end=end)
+    for x in (out, *torch.autograd.grad(out.sum(), tensors)):
+        assert x.isfinite().all()
+
+
 def test_no_keys_with_a_strided_last_dimension(device):
     """`contiguous` keeps the strides of a tensor without elements."""
     q, k = torch.randn(1, 4, 5, 8, device=device), torch.randn(1, 2, 0, 16, device=device)[..., ::2]

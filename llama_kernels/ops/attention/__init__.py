@@ -101,8 +101,8 @@ def attention(
             in lse, and has no value. Differentiable.
         kv_start, kv_end: (B, Sq) int32. Query i sees only keys j with kv_start[b, i] <= j < kv_end[b, i]. For padded
             and packed batches, and caches longer than their contents: without unpadding, host sync or graph break.
-            Keys before the least kv_start and from the largest kv_end of a sequence on may hold NaN. Other hidden keys
-            must be finite.
+            Keys before the least kv_start and from the largest kv_end of a sequence on may hold NaN, unless kv_prefix
+            shows them. Other hidden keys must be finite.
         kv_prefix: (B, Sq) int32. Query i also sees the first kv_prefix[b, i] keys, whatever is_causal, window_size,
             kv_start and kv_end hide. For completions that share a prompt in one sequence, first tokens that stay
             visible beside a window, and prefixes without a causal mask.
