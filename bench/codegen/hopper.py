@@ -39,10 +39,12 @@ def cases() -> Iterator[Case]:
     """Each row of the table of tiles, causal and with all options; other combinations only with --full."""
     for D in (64, 128, 256, 80, 96, 192):
         for options in ((), ("causal",), ("causal", "window"), ("causal", "packed"), ("causal", "softcap"),
-                        ("causal", "window", "softcap", "sinks", "packed")):  # fmt: skip
-            plain = options == ("causal",) or len(options) > 2
+                        ("causal", "window", "softcap", "sinks", "packed"), ("causal", "start"),
+                        ("causal", "start", "end"), ("causal", "end", "packed"), ("end",),
+                        ("causal", "window", "softcap", "sinks", "packed", "start", "end")):  # fmt: skip
+            few = options in (("causal",), ("causal", "start")) or len(options) > 2
             label = " ".join((f"D={D} bfloat16", *options))
-            full = not plain or D not in (64, 128, 256)
+            full = not few or D not in (64, 128, 256)
             yield Case("hopper", label, functools.partial(_attention, D, options), full, only="sm_90")
     rotated = functools.partial(_attention, 128, ("causal", "rotated"))
     yield Case("hopper", "D=128 bfloat16 causal rotated", rotated, only="sm_90")
@@ -59,9 +61,11 @@ def _attention(D: int, options: tuple[str, ...]) -> None:
     sinks = torch.empty(Hq) if "sinks" in options else None
     left, right = 64 if "window" in options else None, 0 if "causal" in options else None
     softcap = 30.0 if "softcap" in options else None
+    bound = torch.zeros(S, dtype=torch.int32) if "packed" in options else torch.zeros(B, S, dtype=torch.int32)
     rest = attention_options(
-        S, S, 0.1, sinks=sinks, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, softcap=softcap, left=left,
-        right=right,
+        S, S, 0.1, sinks=sinks, kv_start=bound if "start" in options else None,
+        kv_end=bound if "end" in options else None, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, softcap=softcap,
+        left=left, right=right,
     )  # fmt: skip
     with mock.patch.object(dispatch, "arch_of", lambda _: "sm_90"), hopper_attention(), warnings.catch_warnings():
         warnings.filterwarnings("error", "llama_kernels: ")  # the package only warns if a kernel does not compile

@@ -26,7 +26,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck")
 _NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 UNDER_LOAD = 3  # processes that repeat the same launches at the same time
 OURS_BOTH = ("llama_kernels", "llama_kernels, apart")
-HOPPER_OPS = ("attention", "rope_attention", "attention_varlen")
+HOPPER_OPS = ("attention", "bounded_attention", "rope_attention", "attention_varlen")
 
 
 class Stage(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 import llama_kernels as lk
 from bench.providers.eager import then_copied
 from bench.providers.provider import OURS, Provider, packed, unpacked
-from bench.works.attention import Attention, AttentionVarlen, Decode, RopeAttention
+from bench.works.attention import Attention, AttentionVarlen, BoundedAttention, Decode, RopeAttention
 from bench.works.norms import EPS
 from bench.works.rotations import MRope, QKNormRope, Rope, RopeIntoCache, RopeQKV
 from bench.works.shared_prompts import SharedPrompt
@@ -54,6 +54,10 @@ class Ours(Provider):
 
     def attention(self, work: Attention, device: str) -> Function:
         return lambda q, k, v: lk.attention(q, k, v, window_size=(work.window, -1))
+
+    def bounded_attention(self, work: BoundedAttention, device: str) -> Function:
+        kv_start, kv_end = work.bounds(device)
+        return lambda q, k, v: lk.attention(q, k, v, kv_start=kv_start, kv_end=kv_end)
 
     def rope_attention(self, work: RopeAttention, device: str) -> Function:
         cos, sin = work.tables(device)

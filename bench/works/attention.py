@@ -119,6 +119,18 @@ class Attention(AnyAttention):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BoundedAttention(Attention):
+    """Attention with bounds that hide no key, as in a patched model with an attention_mask of ones."""
+
+    op: ClassVar[str] = "bounded_attention"
+
+    def bounds(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """kv_start and kv_end, (B, S) int32."""
+        start = torch.zeros(self.B, self.S, dtype=torch.int32, device=device)
+        return start, torch.full_like(start, self.S)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeAttention(Attention):
     """RoPE of q and k at positions 0 to S - 1, then attention. The backward rotates dq and dk inversely."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench.works.attention import AnyAttention, Attention, AttentionVarlen, Decode, RopeAttention
+from bench.works.attention import AnyAttention, Attention, AttentionVarlen, BoundedAttention, Decode, RopeAttention
 from bench.works.models import MODELS, models_by
 from bench.works.norms import NORMS, AddRMSNorm, RMSNorm
 from bench.works.rotations import MRope, QKNormRope, Rope, RopeIntoCache, RopeQKV
@@ -18,7 +18,7 @@ from bench.works.work import Work
 
 KINDS: tuple[type[Work], ...] = (
     *(*NORMS, Rope, MRope, QKNormRope, RopeQKV, RopeIntoCache, *TANGENTS),
-    *(Attention, RopeAttention, AttentionVarlen, SharedPrompt, Decode),
+    *(Attention, BoundedAttention, RopeAttention, AttentionVarlen, SharedPrompt, Decode),
 )
 OPS = tuple(kind.op for kind in KINDS)
 MEMORY_BOUND = tuple(kind.op for kind in KINDS if not issubclass(kind, AnyAttention))
@@ -92,7 +92,7 @@ def _memory_bound_sweeps() -> Iterator[Work]:
 
 
 def _packed(tokens: int) -> Iterator[Work]:
-    """Packed documents of unequal lengths, as many of equal length beside them, and completions of one prompt."""
+    """Packed documents of unequal lengths, as many of equal length beside them, completions of one prompt, bounds."""
     lengths = documents(tokens)
     equal = (tokens // len(lengths),) * len(lengths)
     for shape, each in (("packed documents", lengths), ("equal documents", equal)):
@@ -100,6 +100,7 @@ def _packed(tokens: int) -> Iterator[Work]:
     yield SharedPrompt(
         shape="8 completions", prompt=tokens // 8, completions=8, length=tokens // 64, Hq=32, Hkv=8, D=128
     )
+    yield BoundedAttention(shape="S=8192, bounds", B=tokens // 8192, S=8192, Hq=32, Hkv=8, D=128)
 
 
 def documents(tokens: int, shortest: int = 128) -> tuple[int, ...]:
@@ -158,6 +159,7 @@ def small(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> Iterator[Wo
         RopeAttention(shape="heads 4/2", B=2, S=160, Hq=4, Hkv=2, D=64),
         Attention(shape="head width 128", B=1, S=130, Hq=2, Hkv=1, D=128),
         Attention(shape="window", B=1, S=200, Hq=4, Hkv=2, D=64, window=70),
+        BoundedAttention(shape="heads 4/2", B=2, S=160, Hq=4, Hkv=2, D=64),
         AttentionVarlen(shape="packed", lengths=(70, 5, 120, 1), Hq=4, Hkv=2, D=64),
         SharedPrompt(shape="3 completions", prompt=100, completions=3, length=40, Hq=4, Hkv=2, D=64),
         Decode(shape="cache of 700", B=2, Sk=700, Hq=8, Hkv=2, D=64),

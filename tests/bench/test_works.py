@@ -119,7 +119,7 @@ def test_a_preset_has_each_work_once(preset):
 
 
 def test_the_presets_measure_every_op_of_the_table():
-    uses = {"decode", "shared_prompt", "mrope", *(kind.op for kind in TANGENTS)}
+    uses = {"bounded_attention", "decode", "shared_prompt", "mrope", *(kind.op for kind in TANGENTS)}
     for works in (works_of("models"), small(), EVERY_OP):
         assert {w.op for w in works} == {*OPS, *uses}
     assert len(list(works_of("all"))) == len(list(works_of("models"))) + len(list(works_of("sweeps")))

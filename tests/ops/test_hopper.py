@@ -6,6 +6,7 @@ tests/compiled/llama, where faults planted in them are caught, and on a GPU in t
 
 from __future__ import annotations
 
+import contextlib
 import random
 import types
 import warnings
@@ -23,6 +24,7 @@ from llama_kernels.ops.attention import dispatch, hopper, masks, tiles
 from llama_kernels.ops.attention.call import AttentionCall, Sizes, Wanted
 from llama_kernels.ops.attention.hopper import schedule, switch
 from llama_kernels.ops.attention.hopper import tables as hopper_tables
+from llama_kernels.ops.attention.hopper.descriptors import tokens_apart
 from llama_kernels.ops.attention.hopper.tables import TILES, HopperTile
 from tests.support.attention import Case
 from tests.support.hopper import check_of_hopper_kernels
@@ -69,7 +71,7 @@ class Shape:
     def walk(self, m: int, BLOCK_N: int) -> schedule.Walk:
         mask = masks.Mask(self.Sk - self.Sq, self.left, self.right, None, None, self.Sk)
         blocks = PLAIN.key_blocks(mask, m, min(m + 128, self.Sq) - 1, BLOCK_N)
-        return PLAIN.key_walk(blocks, self.left, self.Sk, BLOCK_N)
+        return PLAIN.key_walk(blocks, PLAIN.floor_of(mask, blocks), self.Sk, BLOCK_N)
 
 
 def shapes(count: int, longest: int = 700) -> Iterator[Shape]:
@@ -277,8 +279,60 @@ def expanded() -> list[torch.Tensor]:
 def test_the_reason_names_what_the_copy_engine_does_not_take(made, why, on_hopper):
     with lk.hopper_attention():
         assert chosen(*made()).kernel == "portable" and why in chosen(*made()).reason
-        bound = torch.zeros(2, 64, dtype=torch.int32)
-        assert "kv_start" in chosen(*tensors(), kv_start=bound).reason
+
+
+@pytest.mark.parametrize("bounds", [("kv_start",), ("kv_end",), ("kv_start", "kv_end")])
+def test_the_forward_takes_bounds_where_it_is_switched_on(bounds, on_hopper):
+    """It has not run with bounds on a GPU, so they alone do not switch it on. The backward never takes them."""
+    given = {name: torch.zeros(2, 64, dtype=torch.int32) for name in bounds}
+    with lk.hopper_attention():
+        assert chosen(*tensors(), **given).tile.width == 128
+        assert "kv_prefix" in chosen(*tensors(), **given, kv_prefix=torch.zeros(2, 64, dtype=torch.int32)).reason
+        call = attention_call(*tensors(), **given)
+        choice = dispatch.backward(call, call.q, Wanted(True, True, True, False, False))
+        assert choice.tile is None and "kv_start" in choice.reason
+    with lk.hopper_attention(False), measured_by_the_installed_release():
+        assert chosen(*tensors()).tile.width == 128
+        choice = chosen(*tensors(), **given)
+        assert choice.tile is None and "has not run on a GPU" in choice.reason
+
+
+@contextlib.contextmanager
+def measured_by_the_installed_release() -> Iterator[None]:
+    """Inside, the forward at widths 128 and 256 is on by default."""
+    with (
+        mock.patch.object(hopper_tables, "TRITON_VERSION", (3, 6)),
+        mock.patch.object(switch, "_MEASURED", {"forward"}),
+    ):
+        yield
+
+
+def test_bounds_need_sequences_a_whole_number_of_tokens_apart(on_hopper):
+    q, k, v = tensors()
+    rest = {"kv_start": torch.zeros(2, 64, dtype=torch.int32)}
+    apart = torch.zeros(2 * v.numel(), dtype=v.dtype).as_strided(v.shape, (v.stride(0) + 8, *v.stride()[1:]))
+    with lk.hopper_attention():
+        assert chosen(q, k, apart).tile is not None
+        assert "whole number of tokens" in chosen(q, k, apart, **rest).reason
+        assert "whole number of tokens" in chosen(q, apart, v, **rest).reason
+
+
+@pytest.mark.parametrize(
+    "shape, strides, tokens",
+    [
+        ((3, 2, 64, 128), None, 2 * 64),
+        ((3, 2, 64, 128), (64 * 256, 128, 256, 1), 64),
+        ((3, 2, 64, 128), (64 * 640, 128, 640, 1), 64),  # a part of a packed projection
+        ((3, 2, 64, 128), (64 * 256 + 8, 128, 256, 1), None),
+        ((1, 2, 64, 128), (8, 128, 256, 1), 0),  # one sequence
+        ((3, 2, 1, 128), (256, 128, 7, 1), 32),  # one token: its stride is not used, and counts as 8
+        ((2, 1, 2**30 - 2**15 - 1, 8), None, 2**30 - 2**15 - 1),
+        ((2, 1, 2**30 - 2**15, 8), None, None),  # more than the copy engine has coordinates for
+        ((2**12, 2**10, 1024, 8), None, None),
+    ],
+)  # fmt: skip
+def test_sequences_of_a_dense_batch_are_so_many_tokens_apart(shape, strides, tokens):
+    assert tokens_apart(empty(shape, strides)) == tokens
 
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> torch.Tensor:

@@ -9,11 +9,11 @@ from unittest import mock
 import torch
 
 from llama_kernels.ops.attention.hopper import switch
-from tests.support.attention import Case, check, packed
+from tests.support.attention import Case, anywhere, check, documents, packed, padded_left, so_far
 from tests.support.launches import kernels_launched, names
 
 # Heads of every width class, full and not; every option alone and together; rows and keys that leave tiles half full;
-# rows without keys, keys without rows; packed sequences of any length.
+# rows without keys, keys without rows; packed sequences of any length; bounds of rows, in order and in none.
 CASES = {
     "64": Case(1, 2, 1, 150, 200, 64, 64),
     "64-long": Case(1, 2, 1, 300, 300, 64, 64),
@@ -36,6 +36,18 @@ CASES = {
     ),
     "varlen-window": packed((150, 3, 90), (150, 3, 90), 2, 1, 128, 128, window_size=(60, 0)),
     "varlen-softcap": packed((33, 129), (170, 60), 2, 2, 64, 64, window_size=(40, 5), softcap=4.0),
+    "start": Case(2, 2, 1, 150, 300, 64, 64, kv_start=padded_left),
+    "start-full": Case(2, 2, 1, 150, 300, 64, 64, kv_start=anywhere, is_causal=False),
+    "end": Case(2, 2, 1, 150, 300, 128, 128, kv_end=padded_left, is_causal=False),
+    "end-of-a-cache": Case(2, 1, 1, 140, 330, 64, 64, kv_end=so_far, is_causal=False),
+    "start-end": Case(2, 2, 1, 150, 200, 128, 128, kv_start=anywhere, kv_end=padded_left),
+    "start-end-256": Case(2, 1, 1, 130, 200, 256, 256, kv_start=documents, kv_end=so_far),
+    "end-anywhere": Case(1, 2, 1, 140, 300, 80, 80, kv_end=anywhere),
+    "documents": Case(2, 2, 1, 260, 260, 64, 64, kv_start=documents),
+    "documents-window-sinks": Case(1, 2, 1, 200, 260, 64, 64, kv_start=documents, window_size=(30, 0), sinks=True),
+    "window-end": Case(1, 2, 1, 150, 300, 64, 64, kv_end=so_far, window_size=(70, 20), is_causal=False),
+    "varlen-start": packed((150, 3, 90), (150, 3, 90), 2, 1, 64, 64, kv_start=documents),
+    "varlen-start-end": packed((33, 140), (170, 60), 2, 1, 128, 128, kv_start=padded_left, kv_end=so_far),
 }
 # One token, one head, a batch of one: the strides of dimensions of one element mean nothing, and the copy engine still
 # checks them.
@@ -50,10 +62,11 @@ DIMENSIONS_OF_ONE = {
 
 def expected_kernels(case: Case) -> set[str]:
     """The kernels of a call and its gradients. The Hopper kernels have no backward of heads wider than 128, of softcap
-    at heads wider than 64, or of a window that may hide keys from all rows."""
+    at heads wider than 64, of kv_start or kv_end, or of a window that may hide keys from all rows."""
     left, (of_q, of_k) = case.window_size[0], case.packed or (case.Sq, case.Sk)
     hides = left >= 0 and (of_q != of_k if case.packed else case.Sk - case.Sq > left)
-    backward = case.D <= 128 and (case.softcap is None or case.D <= 64) and not hides
+    bounded = case.kv_start is not None or case.kv_end is not None
+    backward = case.D <= 128 and (case.softcap is None or case.D <= 64) and not hides and not bounded
     of_backward = {"_dq_kernel", "_dkdv_kernel"}
     if backward:
         of_backward = {"_delta_kernel", "_hopper_backward_kernel", "_round_sum_kernel"}

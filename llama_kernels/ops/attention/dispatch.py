@@ -14,6 +14,7 @@ from llama_kernels.core.device import arch_of
 from llama_kernels.ops.attention import decode
 from llama_kernels.ops.attention.call import AttentionCall, Wanted
 from llama_kernels.ops.attention.hopper import switch
+from llama_kernels.ops.attention.hopper.descriptors import tokens_apart
 from llama_kernels.ops.attention.hopper.gluon import HAS_GLUON, WHY_NOT
 from llama_kernels.ops.attention.hopper.tables import HopperTile, tile_for_width
 from llama_kernels.ops.attention.key_split import KeySplit, split_of
@@ -113,12 +114,28 @@ def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: s
         if tile.record is not None:
             why = f"it was measured with Triton {'.'.join(map(str, tile.record.triton))} alone"
         return f"the Hopper kernel is off, since {why}; llama_kernels.hopper_attention() switches it on"
-    if any(bound is not None for bound in (call.kv_start, call.kv_end, call.kv_prefix)):
-        return "kv_start, kv_end or kv_prefix is given"
+    if call.kv_prefix is not None:
+        return "kv_prefix is given"
+    if call.kv_start is not None or call.kv_end is not None:
+        return _bounds_refusal(pass_, call)
     if pass_ == "backward" and call.softcap is not None and tile.width == 128:
         return "softcap needs more registers than there are at this width"
     if pass_ == "backward" and _hides_keys_from_all(call):
         return "the window may hide keys from every row, and these may be NaN"
+    return None
+
+
+def _bounds_refusal(pass_: str, call: AttentionCall) -> str | None:
+    """Why the Hopper kernel does not compute `call`, which has a kv_start or kv_end. None: it does."""
+    if pass_ == "backward":
+        return "kv_start or kv_end is given"
+    if not switch.hopper_attention.enabled:
+        return (
+            "kv_start or kv_end is given, with which the Hopper kernel has not run on a GPU; "
+            "llama_kernels.hopper_attention() switches it on"
+        )
+    if not call.packed and None in (tokens_apart(call.k), tokens_apart(call.v)):
+        return "kv_start or kv_end is given, and the sequences of k or v do not lie a whole number of tokens apart"
     return None
 
 

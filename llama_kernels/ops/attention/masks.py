@@ -55,19 +55,34 @@ def both(see, more):
 
 
 @triton.jit
+def begin_of(mask, i):
+    """The first key that row i sees, in the shape of i; None if nothing hides the first keys."""
+    begin = mask.kv_start
+    if mask.left is not None:
+        own = i + (mask.shift - mask.left)
+        begin = own if begin is None else tl.maximum(begin, own)
+    return begin
+
+
+@triton.jit
+def end_of(mask, i):
+    """One past the last key that row i sees, in the shape of i, or past the last key; None if nothing hides them."""
+    end = mask.kv_end
+    if mask.right is not None:
+        own = i + (mask.shift + mask.right + 1)
+        end = own if end is None else tl.minimum(end, own)
+    return end
+
+
+@triton.jit
 def visible(mask, i, j):
     """Whether query i sees key j, in the shape to which i and j broadcast. Every attention kernel uses this function.
 
     The bounds on each side of a row are first combined into one, in the shape of i. This takes fewer registers than
     comparing j with each of them.
     """
-    begin, end = mask.kv_start, mask.kv_end
-    if mask.left is not None:
-        own = i + (mask.shift - mask.left)
-        begin = own if begin is None else tl.maximum(begin, own)
-    if mask.right is not None:
-        own = i + (mask.shift + mask.right + 1)
-        end = own if end is None else tl.minimum(end, own)
+    begin = begin_of(mask, i)
+    end = end_of(mask, i)
     see = None
     if mask.key_mask is not None:
         see = tl.load(mask.key_mask + j, mask=j < mask.Sk, other=False)

@@ -210,6 +210,9 @@ ATTENTION = {
     "decode-prefix": (Case(1, 8, 2, 2, 600, 64, 64, window_size=(100, 0), kv_prefix=padded_left), ()),
     "decode-window": (Case(1, 4, 2, 5, 600, 80, 80, window_size=(300, 0)), ()),
 }
+# The dtypes in which `make test` runs cases of the Hopper kernels.
+_HOPPER_OF_MAKE_TEST = {"64": (HALF,), "128": (FP16,), "start-end": (FP16,)}
+
 CALLS = [
     *(
         Call(f"rms_norm-{N}{'-add' * residual}", _norm(N, residual), fast)
@@ -275,7 +278,7 @@ CALLS = [
         for case in decode.CASES
     ),
     *(
-        Call(f"hopper-{name}", _hopper(case), {"64": (HALF,), "128": (FP16,)}.get(name, ()), (HALF, FP16), hopper=True)
+        Call(f"hopper-{name}", _hopper(case), _HOPPER_OF_MAKE_TEST.get(name, ()), (HALF, FP16), hopper=True)
         for name, case in hopper.CASES.items()
     ),
     *(

@@ -23,19 +23,35 @@ _ROWS: gl.constexpr = gl.constexpr(2**30)
 _ENDLESS = 0x7FFF0000
 
 
-def describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
-    """Tiles of `rows` x `width` of x, (B, H, S, D) or packed (T, H, D)."""
-    shape, strides = x.shape, x.stride()
-    block, layout = _block(rows, width, x.dtype, len(shape))
-    if len(shape) == 4:
-        # The stride of a dimension of size 1 is never used, but the hardware checks it.
-        checked = [s if n > 1 else 8 for n, s in zip(shape[:3], strides[:3], strict=True)]
-        return TensorDescriptor(x, list(shape), [*checked, 1], block, layout)
-    T, H, D = shape
-    token, head = strides[0] if T > 1 else 8, strides[1] if H > 1 else 8
+def describe(x: torch.Tensor, rows: int, width: int, as_packed: bool = False) -> TensorDescriptor:
+    """Tiles of `rows` x `width` of x, (B, H, S, D) or packed (T, H, D).
+
+    as_packed: a dense x is addressed like a packed tensor whose sequence b begins at token b * tokens_apart(x).
+    """
+    shape, (*strides, _) = x.shape, strides_for_copies(x)
+    if x.ndim == 4 and not as_packed:
+        return TensorDescriptor(x, list(shape), [*strides, 1], *_block(rows, width, x.dtype, 4))
+    H, D = shape[-3 if x.ndim == 4 else -2], shape[-1]
+    head, token = strides[1:] if x.ndim == 4 else reversed(strides)
     return TensorDescriptor(
-        x, [_ENDLESS, _ENDLESS, H, _ROWS.value, D], [2**34 - token, token, head, token, 1], block, layout
-    )
+        x, [_ENDLESS, _ENDLESS, H, _ROWS.value, D], [2**34 - token, token, head, token, 1],
+        *_block(rows, width, x.dtype, 3),
+    )  # fmt: skip
+
+
+def tokens_apart(x: torch.Tensor) -> int | None:
+    """How many tokens the sequences of x (B, H, S, D) are apart, in strides of a token.
+
+    None: it is no whole number, or the sequences have more tokens than `describe(x, as_packed=True)` can address.
+    """
+    sequence, _, token, _ = strides_for_copies(x)
+    tokens, rest = divmod(sequence if x.shape[0] > 1 else 0, token)
+    return None if rest or (x.shape[0] - 1) * tokens + x.shape[2] >= _ENDLESS else tokens
+
+
+def strides_for_copies(x: torch.Tensor) -> list[int]:
+    """The strides of x. That of a dimension of size 1 is never used, but the hardware checks it."""
+    return [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)]
 
 
 def describe_rows(x: torch.Tensor, count: int) -> TensorDescriptor:

@@ -37,8 +37,8 @@ def block_of(walk, step):
 
 
 @jit
-def key_walk(blocks, left, Sk, BLOCK_N):
-    """The walk of a tile of query rows over the keys. blocks: from `key_blocks`, of a mask with this `left`.
+def key_walk(blocks, floor, Sk, BLOCK_N):
+    """The walk of a tile of query rows over the keys. blocks: from `key_blocks`. floor: `floor_of` them.
 
     There is always a first step, with a mask. If the rows see no key, it visits the first block past the end, which
     loads as zeros.
@@ -50,7 +50,7 @@ def key_walk(blocks, left, Sk, BLOCK_N):
     count = end - bottom
     upper = min(max(end - blocks.full_end // BLOCK_N, 1), count)
     masked = upper
-    if left is not None:
+    if floor is not None:
         masked = upper + max(min(blocks.full_begin // BLOCK_N - bottom, count - upper), 0)
     return Walk(end - 1, upper, masked, count)
 

@@ -22,9 +22,9 @@ class hopper_attention:
             out = lk.attention(q, k, v)
 
     A kernel is on by default where a Hopper GPU has shown, under the installed release of Triton, that it is right and
-    faster than the portable one: with Triton 3.6, the forward for heads of 72 to 256. `python -m llama_kernels` prints
-    which kernel each pass uses, and why. The setting holds for the whole process, since PyTorch computes gradients in
-    threads of its own.
+    faster than the portable one: with Triton 3.6, the forward for heads of 72 to 256, without `kv_start`, `kv_end` and
+    `kv_prefix`. `python -m llama_kernels` prints which kernel each pass uses, and why. The setting holds for the whole
+    process, since PyTorch computes gradients in threads of its own.
 
     Args:
         enabled: False switches those kernels off again that are not on by default.
