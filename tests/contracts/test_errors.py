@@ -281,7 +281,7 @@ def test_rope_of_no_token_accepts_tables_without_positions():
         assert [x.shape for x in lk.rope(q, k, table, table, ids)] == [q.shape, k.shape]
 
 
-@pytest.mark.parametrize("longest", [2**31 - 1, 2**31, 2**40])
+@pytest.mark.parametrize("longest", [np.int64(6), np.int32(6), 2**31 - 1, 2**31, 2**40, np.int64(2**40)], ids=repr)
 def test_packed_attention_accepts_any_length_that_is_long_enough(longest):
     args = sample("attention_varlen")
     expected = lk.attention_varlen(**args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -95,7 +96,13 @@ def checked_call(
 
 def _capped(longest: int) -> int:
     """At most _LONGEST; a size that has no value while torch.compile traces is taken for that."""
+    longest = _plain(longest)
     return _LONGEST if guard_or_false(longest > _LONGEST) else longest
+
+
+def _plain(n: int) -> int:
+    """An integer of NumPy as one of Python."""
+    return n if isinstance(n, (int, torch.SymInt)) else operator.index(n)
 
 
 def _to_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -192,11 +199,11 @@ def _check_packing(op: str, q: torch.Tensor, k: torch.Tensor, packing: Packing) 
             raise ValueError(message(op, name, f"on {cu_seqlens.device}", wanted, fix))
     for name in ("max_seqlen_q", "max_seqlen_k"):
         longest = getattr(packing, name)
-        if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
+        if not is_integer(longest):
             wanted, fix = "an int", "int() of a tensor waits for the GPU, so compute the length on the CPU."
             raise TypeError(message(op, name, f"a {type(longest).__name__}", wanted, fix))
         # A size that has no value while torch.compile traces is not negative.
-        if guard_or_false(longest < 0):
+        if guard_or_false(_plain(longest) < 0):
             raise ValueError(message(op, name, longest, "a length, 0 or more"))
     sides = (("q", packing.cu_seqlens_q, packing.max_seqlen_q, q), ("k", packing.cu_seqlens_k, packing.max_seqlen_k, k))
     for side, cu_seqlens, longest, x in sides:
