@@ -105,7 +105,9 @@ def check_flag(op: str, name: str, value: Any) -> None:
 
 def is_integer(value: Any) -> bool:
     """Whether `value` is an integer of Python, of NumPy or of torch.compile."""
-    return hasattr(value, "__index__") and not isinstance(value, (bool, torch.Tensor))
+    if isinstance(value, (int, torch.SymInt)):  # torch.compile does not trace hasattr of a size without a value
+        return not isinstance(value, bool)
+    return hasattr(value, "__index__") and not isinstance(value, torch.Tensor)
 
 
 def check_count(op: str, name: str, value: Any, wanted: str, least: int = 1) -> None:
