@@ -18,7 +18,8 @@ from llama_kernels.ops.attention.hopper.gluon import TensorDescriptor, gl, jit
 # strides of the first two are 2^34 - token and token. Row r of the `length` tokens from `start` on has the coordinates
 # (2^30, start + length, h, 2^30 - length + r). Coordinate 2^30 of the first dimension adds 2^64 - 2^30 token to the
 # address, and 2^64 is 0. So the address is that of token start + r, and r >= length is out of bounds of the fourth
-# dimension. (The idea is that of triton.tools.ragged_tma.)
+# dimension. (The idea is that of triton.tools.ragged_tma.) With kv_start or kv_end, the keys of a tile end inside a
+# dense tensor too, which is then addressed likewise.
 _ROWS: gl.constexpr = gl.constexpr(2**30)
 _ENDLESS = 0x7FFF0000
 
@@ -28,7 +29,7 @@ def describe(x: torch.Tensor, rows: int, width: int, as_packed: bool = False) ->
 
     as_packed: a dense x is addressed like a packed tensor whose sequence b begins at token b * tokens_apart(x).
     """
-    shape, (*strides, _) = x.shape, strides_for_copies(x)
+    shape, (*strides, _) = x.shape, _copied_strides(x)
     if x.ndim == 4 and not as_packed:
         return TensorDescriptor(x, list(shape), [*strides, 1], *_block(rows, width, x.dtype, 4))
     H, D = shape[-3 if x.ndim == 4 else -2], shape[-1]
@@ -44,12 +45,12 @@ def tokens_apart(x: torch.Tensor) -> int | None:
 
     None: it is no whole number, or the sequences have more tokens than `describe(x, as_packed=True)` can address.
     """
-    sequence, _, token, _ = strides_for_copies(x)
+    sequence, _, token, _ = _copied_strides(x)
     tokens, rest = divmod(sequence if x.shape[0] > 1 else 0, token)
     return None if rest or (x.shape[0] - 1) * tokens + x.shape[2] >= _ENDLESS else tokens
 
 
-def strides_for_copies(x: torch.Tensor) -> list[int]:
+def _copied_strides(x: torch.Tensor) -> list[int]:
     """The strides of x. That of a dimension of size 1 is never used, but the hardware checks it."""
     return [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)]
 
