@@ -315,6 +315,8 @@ def test_bounds_need_sequences_a_whole_number_of_tokens_apart(on_hopper):
         assert chosen(q, k, apart).tile is not None
         assert "whole number of tokens" in chosen(q, k, apart, **rest).reason
         assert "whole number of tokens" in chosen(q, apart, v, **rest).reason
+        assert "strides" in chosen(q, k[:, :, :1].expand_as(k), v, **rest).reason
+        assert "empty" in chosen(*tensors(S=0), **rest).reason
 
 
 @pytest.mark.parametrize(

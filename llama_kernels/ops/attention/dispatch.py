@@ -86,7 +86,9 @@ PORTABLE = Choice("portable", "no Hopper kernel is switched on")
 def _hopper(pass_: str, call: AttentionCall, copied: tuple[torch.Tensor, ...], family: str | None) -> Choice:
     """The Hopper kernel, or the portable one and why. copied: the tensors that the copy engine reads."""
     tile = tile_for_width(pass_, call.q.shape[-1])
-    refusal = _refusal(pass_, call, tile, family or arch_of(call.q.device)) or _layout_refusal(copied)
+    refusal = (
+        _refusal(pass_, call, tile, family or arch_of(call.q.device)) or _layout_refusal(copied) or _apart_refusal(call)
+    )
     if refusal or tile is None:
         return Choice("portable", str(refusal))
     return Choice("Hopper kernel", tile.record.run if tile.record and tile.measured else "switched on", tile)
@@ -116,8 +118,14 @@ def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: s
         return f"the Hopper kernel is off, since {why}; llama_kernels.hopper_attention() switches it on"
     if call.kv_prefix is not None:
         return "kv_prefix is given"
-    if call.kv_start is not None or call.kv_end is not None:
-        return _bounds_refusal(pass_, call)
+    if _has_bounds(call):
+        if pass_ == "backward":
+            return "kv_start or kv_end is given"
+        if not switch.hopper_attention.enabled:
+            return (
+                "kv_start or kv_end is given, with which the Hopper kernel has not run on a GPU; "
+                "llama_kernels.hopper_attention() switches it on"
+            )
     if pass_ == "backward" and call.softcap is not None and tile.width == 128:
         return "softcap needs more registers than there are at this width"
     if pass_ == "backward" and _hides_keys_from_all(call):
@@ -125,18 +133,8 @@ def _refusal(pass_: str, call: AttentionCall, tile: HopperTile | None, family: s
     return None
 
 
-def _bounds_refusal(pass_: str, call: AttentionCall) -> str | None:
-    """Why the Hopper kernel does not compute `call`, which has a kv_start or kv_end. None: it does."""
-    if pass_ == "backward":
-        return "kv_start or kv_end is given"
-    if not switch.hopper_attention.enabled:
-        return (
-            "kv_start or kv_end is given, with which the Hopper kernel has not run on a GPU; "
-            "llama_kernels.hopper_attention() switches it on"
-        )
-    if not call.packed and None in (tokens_apart(call.k), tokens_apart(call.v)):
-        return "kv_start or kv_end is given, and the sequences of k or v do not lie a whole number of tokens apart"
-    return None
+def _has_bounds(call: AttentionCall) -> bool:
+    return call.kv_start is not None or call.kv_end is not None
 
 
 def _hides_keys_from_all(call: AttentionCall) -> bool:
@@ -163,4 +161,11 @@ def _layout_refusal(tensors: tuple[torch.Tensor, ...]) -> str | None:
                 return "strides are 0 or not a multiple of 16 bytes"
         if x.shape[0 if x.ndim == 3 else 2] > 2**30:
             return "there are more than 2^30 tokens"
+    return None
+
+
+def _apart_refusal(call: AttentionCall) -> str | None:
+    """Why k and v cannot be addressed as packed tensors, as bounds need; they have passed `_layout_refusal`."""
+    if _has_bounds(call) and not call.packed and None in (tokens_apart(call.k), tokens_apart(call.v)):
+        return "kv_start or kv_end is given, and the sequences of k or v do not lie a whole number of tokens apart"
     return None
